@@ -1,0 +1,88 @@
+"""Typed errors. Each names the thing that is wrong, what was expected, what was found and the remedy."""
+
+from __future__ import annotations
+
+
+class SteerError(Exception):
+    """Base of every error that `steer` raises on purpose.
+
+    Args:
+        what: the thing that is wrong, by its name.
+        expected: what would have been right.
+        found: what is there instead.
+        remedy: what the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, expected: object = None, found: object = None, remedy: str | None = None) -> None:
+        self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
+        lines = [what]
+        lines += [f"  {name}: {value}" for name, value in (("expected", expected), ("found", found), ("remedy", remedy)) if value is not None]
+        super().__init__("\n".join(lines))
+
+
+class SiteError(SteerError, ValueError):
+    """A site that cannot be parsed, does not exist in this model, or whose layer is out of range."""
+
+
+class AnatomyError(SteerError):
+    """A model whose blocks, attention or MLP cannot be found."""
+
+
+class WidthError(SteerError, ValueError):
+    """A vector whose width differs from that of its site."""
+
+
+class NonFiniteError(SteerError, ValueError):
+    """NaN or infinity where finite numbers are needed."""
+
+
+class ConfigError(SteerError, ValueError):
+    """An unknown name, or a value outside its range, in a call or a configuration."""
+
+
+class AttachError(SteerError, RuntimeError):
+    """A plan that is attached twice, or used while it is not attached."""
+
+
+class HookDidNotRunError(SteerError, RuntimeError):
+    """An attached site that the forward pass never reached: it would have been steered silently by nothing."""
+
+
+class ContextError(SteerError, RuntimeError):
+    """A forward pass that does not say which tokens are meant (no labels, no mask, no row slots)."""
+
+
+class WrongModelError(SteerError, ValueError):
+    """A plan, direction or store that was made for another model."""
+
+
+class FileError(SteerError):
+    """Base of everything that can be wrong with a file."""
+
+
+class DamagedFileError(FileError, ValueError):
+    """A truncated or altered file, or one with parts missing."""
+
+
+class UnsafeFileError(FileError, ValueError):
+    """A pickle where safetensors is wanted."""
+
+
+class WrongKindError(FileError, ValueError):
+    """A file of another kind or schema than the one asked for."""
+
+
+class StorageFullError(FileError, OSError):
+    """No room left on the device; nothing of the old file was lost."""
+
+
+class TokenizerError(SteerError, ValueError):
+    """A tokenizer that lacks a pad token or a chat template, or text that gives no tokens."""
+
+
+class ContrastError(SteerError, ValueError):
+    """An empty, one-sided or degenerate contrast set."""
+
+
+class ModelNotFoundError(SteerError, LookupError):
+    """A model name or path that leads nowhere."""

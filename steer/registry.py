@@ -1,0 +1,51 @@
+"""Named methods: a new operator, schedule, extractor or metric is one file and one `@registry.register(name)`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from steer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Maps names to classes or functions of one kind; plan files, the CLI, the docs table and the tests read it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        REGISTRIES[kind] = self
+
+    def register(self, name: str) -> Callable[[T], T]:
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ConfigError(f"{self.kind} '{name}' is registered twice", remedy="give one of the two another name")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Raises ConfigError with the known names and the nearest one."""
+        if name not in self._entries:
+            near = difflib.get_close_matches(str(name), self._entries, n=1)
+            raise ConfigError(
+                f"unknown {self.kind} '{name}'",
+                expected=f"one of {', '.join(sorted(self._entries))}",
+                remedy=f"did you mean '{near[0]}'?" if near else None,
+            )
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def table(self) -> list[tuple[str, str]]:
+        """(name, first line of the docstring) of every entry, for the docs and `steer info`."""
+        return [(name, (inspect.getdoc(entry) or "").split("\n")[0]) for name, entry in sorted(self._entries.items())]
+
+
+REGISTRIES: dict[str, Registry[Any]] = {}
