@@ -1,0 +1,47 @@
+"""Directional ablation: h - strength * (h Q) Q^T (Arditi et al. 2024, arXiv 2406.11717, for rank one)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError
+from steer.intervene.operator import OPERATORS, Operator, Pick, slotted
+
+
+@OPERATORS.register("ablate")
+class Ablate(Operator):
+    """h - strength * (h Q) Q^T: removes the part of h in the span of the given directions; strength 1 removes all of it.
+
+    Args:
+        directions: [width], [rank, width] or [slots, rank, width]; made orthonormal here.
+
+    Raises:
+        ConfigError: directions that are zero or linearly dependent.
+    """
+
+    name = "ablate"
+
+    def __init__(self, directions: Tensor) -> None:
+        rows = slotted(directions[None] if directions.dim() == 1 else directions, 3, "directions").double()
+        q, r = torch.linalg.qr(rows.mT)
+        scale = r.diagonal(dim1=-2, dim2=-1).abs()
+        if bool((scale.amin(-1) <= 1e-6 * rows.norm(dim=-1).amax(-1)).any()) or rows.shape[1] > rows.shape[2]:
+            raise ConfigError(
+                "directions to ablate are zero or linearly dependent",
+                expected=f"{rows.shape[1]} independent directions",
+                found=f"smallest independent part {float(scale.min()):.3g}",
+                remedy="leave out the repeated one",
+            )
+        super().__init__({"directions": q.mT.float().contiguous()}, rows.shape[-1])
+
+    def apply(self, h: Tensor, weight: Tensor, pick: Pick) -> Tensor:
+        q = pick("directions").to(h.dtype)
+        if q.shape[1] == 1:
+            component = (h * q).sum(-1, keepdim=True)
+            return h - component * weight.to(h.dtype) * q
+        with torch.autocast(h.device.type, enabled=False):  # autocast would round a fp32 residual stream to bf16 here
+            return h - (h @ q.mT * weight.to(h.dtype)) @ q
+
+    def describe(self) -> str:
+        return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

@@ -1,0 +1,32 @@
+"""Activation addition: h + strength * v (Turner et al. 2023, arXiv 2308.10248; Rimsky et al. 2023, arXiv 2312.06681)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steer.intervene.operator import OPERATORS, Operator, Pick, slotted
+
+
+@OPERATORS.register("add")
+class Add(Operator):
+    """h + strength * v: adds a steering vector.
+
+    Args:
+        vector: [width], or [slots, width] when rows of one batch carry different vectors.
+    """
+
+    name = "add"
+
+    def __init__(self, vector: Tensor) -> None:
+        vector = slotted(vector, 2, "steering vector")
+        super().__init__({"vector": vector}, vector.shape[-1])
+
+    def apply(self, h: Tensor, weight: Tensor, pick: Pick) -> Tensor:
+        vector = pick("vector")[:, None]
+        if weight.shape[1] == 1:  # one product per row instead of one per token
+            return h + (weight * vector).to(h.dtype)
+        return torch.addcmul(h, weight.to(h.dtype), vector.to(h.dtype))
+
+    def describe(self) -> str:
+        return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

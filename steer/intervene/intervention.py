@@ -1,0 +1,156 @@
+"""Intervention: an operator at a site, on some tokens, in some phases, with a strength."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError, ContextError, WidthError
+from steer.intervene import schedule as schedules
+from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
+from steer.intervene.scope import Scope
+from steer.model.context import PHASES, ROLES, ForwardContext
+from steer.model.site import Site
+
+
+@dataclass(eq=False)
+class Intervention:
+    """One edit of one activation tensor.
+
+    Args:
+        operator: what is done, e.g. `Add(vector)`.
+        site: where, e.g. `layers.12.output`.
+        scope: on which tokens, see `steer.intervene.scope.KINDS`.
+        strength: factor of the edit; a list gives one per row slot.
+        phases: subset of train, validate, generate.
+        roles: subset of policy, reference; the reference pass of DPO and GRPO is left alone unless it is named here.
+        schedule: factor over optimiser steps, advanced by `Plan.step`.
+        name: unique in a plan; made from operator and site when empty.
+
+    Raises:
+        ConfigError, SiteError, NonFiniteError.
+    """
+
+    operator: Operator
+    site: Site | str
+    scope: Scope | str = "all"
+    strength: float | Sequence[float] | Tensor = 1.0
+    phases: Sequence[str] = PHASES
+    roles: Sequence[str] = ("policy",)
+    schedule: Any = None
+    name: str = ""
+    enabled: bool = True
+    effective: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.site, self.scope = Site.parse(self.site), Scope.parse(self.scope)
+        self.phases, self.roles = _subset(self.phases, PHASES, "phase"), _subset(self.roles, ROLES, "role")
+        self.schedule = schedules.from_dict(self.schedule)
+        self.base = self._strengths(self.strength)
+        self.name = self.name or f"{self.operator.name}@{self.site}"
+        self.effective = self.base.clone()
+        self.rows: Tensor | None = None
+
+    def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
+        base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
+        check_finite(base, f"strength of '{self.name or self.site}'")
+        if base.numel() not in (1, self.operator.slots) and self.operator.slots > 1:
+            raise ConfigError("strengths and row slots differ in number", expected=f"1 or {self.operator.slots}", found=base.numel())
+        return base
+
+    @property
+    def slots(self) -> int:
+        """Number of row slots; 1 when every row is treated alike."""
+        return max(self.operator.slots, self.base.numel())
+
+    def refresh(self, step: int) -> None:
+        """Writes strength x schedule x switch into the buffer that the hook reads; in place, so compiled code sees it."""
+        factor = self.schedule(step) if self.enabled else 0.0
+        self.effective.copy_(self.base * factor)
+
+    def move(self, device: torch.device) -> None:
+        """Puts every tensor on a device; outside inference mode, since training may follow a validation run."""
+        with torch.inference_mode(False):
+            self.operator.to(device)
+            self.effective = self.effective.to(device)
+            self.rows = None if self.rows is None else self.rows.to(device)
+
+    def acts_in(self, ctx: ForwardContext) -> bool:
+        return ctx.phase in self.phases and ctx.role in self.roles
+
+    def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        """Edited activation, or `h` itself when no token of this pass is meant. h: [batch, tokens, width]."""
+        if not self.acts_in(ctx):
+            return h
+        mask = self.scope.mask(ctx)  # type: ignore[union-attr]
+        if mask is False:
+            return h
+        if self.effective.device != h.device:
+            self.move(h.device)
+        if h.shape[-1] != self.operator.width:
+            raise width_error(self, h.shape[-1])
+        rows = self.rows_of(ctx, h.shape[0]) if self.slots > 1 else None
+        strength = self.effective if rows is None or self.effective.shape[0] == 1 else self.effective[rows]
+        weight = strength[:, None, None]
+        if isinstance(mask, Tensor):
+            weight = weight * mask[..., None]
+        if h.dim() == 3:
+            return self.operator.apply(h, weight, Pick(self.operator, rows))
+        return self.operator.apply(h.reshape(1, -1, h.shape[-1]), weight, Pick(self.operator, rows)).view_as(h)
+
+    def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:
+        """Slot of each row of this pass, [batch]; beams and returned sequences follow their prompt's row."""
+        if self.rows is None:
+            raise ContextError(
+                f"'{self.name}' has {self.slots} row slots, but no row says which is its own",
+                remedy="call plan.set_rows([slot of row 0, slot of row 1, ...]) before the forward pass",
+            )
+        given = self.rows.shape[0]
+        if given == batch:
+            return self.rows
+        if ctx.phase == "generate" and batch % given == 0:
+            return self.rows.repeat_interleave(batch // given)
+        raise ContextError(
+            f"row slots of '{self.name}' do not fit the batch", expected=f"{batch} rows", found=given, remedy="call plan.set_rows for this batch"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form without the tensors."""
+        return {
+            "name": self.name,
+            "operator": self.operator.name,
+            "options": self.operator.options(),
+            "site": str(self.site),
+            "scope": str(self.scope),
+            "strength": self.base.tolist(),
+            "phases": list(self.phases),
+            "roles": list(self.roles),
+            "schedule": schedules.to_dict(self.schedule),
+            "enabled": self.enabled,
+        }
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
+        operator = OPERATORS.get(spec["operator"]).restore(tensors, spec["options"])
+        rest = {key: spec[key] for key in ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled")}
+        return cls(operator, **rest)
+
+
+def width_error(intervention: Intervention, found: int) -> WidthError:
+    return WidthError(
+        f"the vector of '{intervention.name}' does not fit site '{intervention.site}'",
+        expected=f"width {found}",
+        found=f"width {intervention.operator.width}",
+        remedy="extract the vector on this model and at this site",
+    )
+
+
+def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+    if not chosen or not set(chosen) <= set(known):
+        raise ConfigError(f"unknown or missing {what}", expected=f"some of {', '.join(known)}", found=chosen)
+    return chosen

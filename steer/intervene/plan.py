@@ -1,0 +1,280 @@
+"""Plan: an ordered list of interventions that is attached to a model once and driven by buffers from then on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer import files
+from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
+from steer.intervene.intervention import Intervention, width_error
+from steer.model import hooks
+from steer.model.anatomy import Anatomy, HookPoint, resolve
+from steer.model.context import ForwardContext
+from steer.model.site import Site
+
+
+class Plan:
+    """Interventions, in the order in which those on one site are applied.
+
+    Args:
+        interventions: at least one; names must differ (repeated default names are numbered).
+        fingerprint: `Anatomy.fingerprint()` of the model the vectors were made on; checked on attach when given.
+    """
+
+    def __init__(self, interventions: Sequence[Intervention] | Intervention, *, fingerprint: dict[str, Any] | None = None) -> None:
+        self.interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        if not self.interventions:
+            raise ConfigError("a plan without interventions steers nothing", expected="at least one intervention")
+        self.fingerprint = fingerprint
+        self.current_step = 0
+        self._attached: Callable[[], None] | None = None
+        self._count: _Count | None = None
+        self._paths: dict[str, str] = {}
+        names: set[str] = set()
+        for intervention in self.interventions:
+            base, number = intervention.name, 2
+            while intervention.name in names:
+                intervention.name, number = f"{base}#{number}", number + 1
+            names.add(intervention.name)
+        self.step(0)
+
+    # ---- attaching
+
+    @property
+    def is_attached(self) -> bool:
+        return self._attached is not None
+
+    def attach(self, model: nn.Module, *, stack: bool = False) -> Plan:
+        """Installs one hook per hook point; nothing of the model changes but its hook dictionaries.
+
+        Args:
+            model: raw, PEFT-wrapped, compiled, DDP- or FSDP2-wrapped, or a LightningModule around it. Attach after the last wrapper.
+            stack: allow it on a model that another plan is attached to.
+
+        Raises:
+            AttachError: this plan is attached already, or another one is and `stack` is False.
+            SiteError, WidthError, WrongModelError: the plan does not fit the model.
+        """
+        if self._attached is not None:
+            raise AttachError("this plan is attached already", remedy="detach it first, or use a copy made with Plan.load")
+        other = hooks.watcher_of(model)
+        if other is not None and any(isinstance(tap.act, _SiteAct) for tap in other.taps) and not stack:
+            raise AttachError("another plan is attached to this model", remedy="detach it, or pass stack=True to have both")
+        anatomy, points = resolve(model, [Site.parse(intervention.site) for intervention in self.interventions])
+        self._check_model(anatomy, points)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        groups: dict[Any, tuple[HookPoint, list[Intervention]]] = {}
+        for intervention, point in zip(self.interventions, points, strict=True):
+            here = next((parameter.device for parameter in point.module.parameters()), device)
+            intervention.move(here)
+            key = (id(point.module), point.side, None if point.columns is None else str(point.site))
+            groups.setdefault(key, (point, []))[1].append(intervention)
+            self._paths[intervention.name] = point.path
+        remove = hooks.install(model, anatomy, [(point, _SiteAct(group)) for point, group in groups.values()])
+        watcher = hooks.watcher_of(model)
+        assert watcher is not None
+        count = _Count(self.interventions, device)
+        watcher.on_close.append(count)
+        self._count = count
+
+        def detach() -> None:
+            watcher.on_close.remove(count)
+            remove()
+
+        self._attached = detach
+        return self
+
+    def detach(self) -> None:
+        """Takes the hooks off. `fired()` stays readable. Raises AttachError when the plan is not attached."""
+        if self._attached is None:
+            raise AttachError("this plan is not attached", remedy="call plan.attach(model) first")
+        detach, self._attached = self._attached, None
+        detach()
+
+    @contextmanager
+    def attached(self, model: nn.Module, *, stack: bool = False) -> Iterator[Plan]:
+        """`attach` and `detach` around a block, on every exit path. Warns when no forward pass went through the plan."""
+        self.attach(model, stack=stack)
+        try:
+            yield self
+        except BaseException:
+            self.detach()
+            raise
+        self.detach()
+        if self.passes == 0:
+            warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=3)
+
+    def _check_model(self, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
+        for intervention, point in zip(self.interventions, points, strict=True):
+            if point.width is not None and point.width != intervention.operator.width:
+                raise width_error(intervention, point.width)
+        if self.fingerprint is None or anatomy is None:
+            return
+        found = anatomy.fingerprint()
+        differing = {key: (value, found.get(key)) for key, value in self.fingerprint.items() if key != "embedding_digest" and value != found.get(key)}
+        if differing:
+            raise WrongModelError(
+                "this plan was made for another model",
+                expected={key: pair[0] for key, pair in differing.items()},
+                found={key: pair[1] for key, pair in differing.items()},
+                remedy="load the model named in the plan, or extract the vectors again on this one",
+            )
+        if None not in (digests := {self.fingerprint.get("embedding_digest"), found["embedding_digest"]}) and len(digests) == 2:
+            warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=4)
+
+    # ---- driving
+
+    def step(self, step: int) -> None:
+        """Sets every strength to what its schedule says at this optimiser step."""
+        self.current_step = step
+        for intervention in self.interventions:
+            intervention.refresh(step)
+        if self._count is not None:
+            self._count.refresh()
+
+    def enable(self, on: bool = True, name: str | None = None) -> None:
+        """Switches the plan, or one intervention, on or off without touching a hook."""
+        for intervention in self._named(name):
+            intervention.enabled = on
+        self.step(self.current_step)
+
+    def set_strength(self, strength: float | Sequence[float] | Tensor, name: str | None = None) -> None:
+        """Sets the base strength of the plan or of one intervention; a list gives one per row slot."""
+        for intervention in self._named(name):
+            base = intervention._strengths(strength)
+            if base.numel() not in (1, intervention.base.numel()):
+                raise ConfigError(f"'{intervention.name}' has {intervention.base.numel()} strengths", found=base.numel())
+            intervention.base = base.expand_as(intervention.base).clone()
+        self.step(self.current_step)
+
+    def set_rows(self, rows: Sequence[int] | Tensor) -> None:
+        """Says which slot each row of the next batches uses.
+
+        Args:
+            rows: [batch] integers; beams and returned sequences follow the row of their prompt.
+        """
+        rows = torch.as_tensor(rows, dtype=torch.long).reshape(-1)
+        for intervention in self.interventions:
+            if intervention.slots == 1:
+                continue
+            if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= intervention.slots:
+                raise ConfigError(f"row slots of '{intervention.name}' are out of range", expected=f"0 to {intervention.slots - 1}", found=rows.tolist())
+            here = rows.to(intervention.effective.device)
+            if intervention.rows is not None and intervention.rows.shape == here.shape:
+                intervention.rows.copy_(here)
+            else:
+                intervention.rows = here.clone()
+
+    def _named(self, name: str | None) -> list[Intervention]:
+        chosen = [intervention for intervention in self.interventions if name in (None, intervention.name)]
+        if not chosen:
+            raise ConfigError(f"no intervention is called '{name}'", expected=[intervention.name for intervention in self.interventions])
+        return chosen
+
+    # ---- looking
+
+    def fired(self) -> dict[str, int]:
+        """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
+        if self._count is None:
+            raise AttachError("this plan was never attached", remedy="call plan.attach(model) first")
+        return self._count.read()
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that went through the plan since the attach."""
+        return 0 if self._count is None else int(self._count.passes)
+
+    def explain(self) -> str:
+        """The plan in words: what acts where, on which tokens, when and how strongly."""
+        lines = [f"plan of {len(self.interventions)} intervention(s), {'attached' if self.is_attached else 'not attached'}, step {self.current_step}"]
+        for number, one in enumerate(self.interventions, 1):
+            strength = ", ".join(f"{value:.4g}" for value in one.effective.tolist())
+            path = f" ({self._paths[one.name]})" if one.name in self._paths else ""
+            lines.append(f"{number}. {one.name}: {one.operator.describe()} at {one.site}{path}, width {one.operator.width}")
+            lines.append(f"   strength {strength} now ({one.schedule}){'' if one.enabled else ', switched off'}")
+            lines.append(f"   on {one.scope} tokens, in {', '.join(one.phases)}, for the {' and '.join(one.roles)} pass")
+        return "\n".join(lines)
+
+    # ---- keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while a plan runs: step, strengths and switches. Vectors are in `save`."""
+        ones = {one.name: {"base": one.base.clone(), "enabled": one.enabled} for one in self.interventions}
+        return {"step": self.current_step, "interventions": ones}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when the state belongs to a plan with other interventions."""
+        names = [one.name for one in self.interventions]
+        if set(state["interventions"]) != set(names):
+            raise ConfigError("this state belongs to another plan", expected=names, found=list(state["interventions"]))
+        for one in self.interventions:
+            saved = state["interventions"][one.name]
+            one.base, one.enabled = saved["base"].clone().cpu(), bool(saved["enabled"])
+        self.step(int(state["step"]))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes manifest.json and tensors.safetensors (one file when the path ends in .safetensors), atomically."""
+        tensors = {f"{i}.{key}": tensor.cpu() for i, one in enumerate(self.interventions) for key, tensor in one.operator.tensors.items()}
+        manifest = {"fingerprint": self.fingerprint, "interventions": [one.to_dict() for one in self.interventions]}
+        return files.save_artifact(path, "plan", tensors, manifest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Raises DamagedFileError, UnsafeFileError, WrongKindError or NonFiniteError; the model is checked on attach."""
+        manifest, tensors = files.load_artifact(path, "plan")
+        try:
+            ones = [
+                Intervention.from_dict(spec, {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.split(".")[0] == str(i)})
+                for i, spec in enumerate(manifest["interventions"])
+            ]
+        except (KeyError, TypeError) as error:
+            raise DamagedFileError(f"plan '{path}' lacks a part", found=repr(error)) from error
+        return cls(ones, fingerprint=manifest.get("fingerprint"))
+
+
+class _SiteAct:
+    """All interventions of one plan on one hook point, as one call."""
+
+    def __init__(self, interventions: list[Intervention]) -> None:
+        self.interventions = interventions
+
+    def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        for intervention in self.interventions:
+            h = intervention(h, ctx)
+        return h
+
+
+class _Count:
+    """Counts steered tokens once per pass and scope, not once per site: the watcher proves that every site ran."""
+
+    def __init__(self, interventions: list[Intervention], device: torch.device) -> None:
+        groups: dict[Any, list[Intervention]] = {}
+        for one in interventions:
+            groups.setdefault((one.scope, one.phases, one.roles), []).append(one)
+        with torch.inference_mode(False):
+            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long, device=device)) for group in groups.values()]
+            self.passes = torch.zeros((), dtype=torch.long, device=device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Notes which interventions have a strength other than 0."""
+        for group, _, active in self.groups:
+            active.copy_(torch.tensor([bool((one.effective != 0).any()) for one in group]))
+
+    def __call__(self, ctx: ForwardContext) -> None:
+        self.passes.add_(1)
+        for group, counts, active in self.groups:
+            mask = group[0].scope.mask(ctx) if group[0].acts_in(ctx) else False  # type: ignore[union-attr]
+            if mask is not False:
+                tokens = mask.expand(ctx.batch, ctx.tokens).sum() if isinstance(mask, Tensor) else max(ctx.batch * ctx.tokens, 1)
+                counts.add_(active * tokens)
+
+    def read(self) -> dict[str, int]:
+        return {one.name: int(count) for group, counts, _ in self.groups for one, count in zip(group, counts, strict=True)}

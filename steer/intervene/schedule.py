@@ -1,0 +1,108 @@
+"""Schedules: what a strength is multiplied with, as a function of the optimiser step. Pure, so a resumed run needs only the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from steer.errors import ConfigError
+from steer.registry import Registry
+
+
+class Schedule(Protocol):
+    def __call__(self, step: int) -> float: ...
+
+
+SCHEDULES: Registry[type[Any]] = Registry("schedule")
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"schedule argument '{name}' is too small", expected=">= 1", found=value)
+
+
+@SCHEDULES.register("constant")
+@dataclass(frozen=True)
+class Constant:
+    """The same factor at every step."""
+
+    value: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@SCHEDULES.register("linear")
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` in a straight line over `steps` optimiser steps, `end` afterwards."""
+
+    steps: int
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(steps=self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+@SCHEDULES.register("cosine")
+@dataclass(frozen=True)
+class Cosine:
+    """From `start` to `end` along half a cosine over `steps` optimiser steps, `end` afterwards."""
+
+    steps: int
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(steps=self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+
+
+@SCHEDULES.register("warmup_decay")
+@dataclass(frozen=True)
+class WarmupDecay:
+    """Linear rise from 0 to 1 over `warmup` steps, level until `total - decay`, linear fall to 0 at `total`."""
+
+    warmup: int
+    decay: int
+    total: int
+
+    def __post_init__(self) -> None:
+        _positive(warmup=self.warmup, decay=self.decay)
+        if self.warmup + self.decay > self.total:
+            raise ConfigError("warm-up and decay overlap", expected=f"warmup + decay <= {self.total}", found=self.warmup + self.decay)
+
+    def __call__(self, step: int) -> float:
+        return max(0.0, min(1.0, step / self.warmup, (self.total - step) / self.decay))
+
+
+def to_dict(schedule: Any) -> dict[str, Any]:
+    """JSON form: the registered name and the arguments."""
+    name = next((name for name in SCHEDULES if SCHEDULES.get(name) is type(schedule)), None)
+    if name is None:
+        raise ConfigError(f"schedule {schedule!r} is not registered", remedy="decorate its class with @SCHEDULES.register('<name>')")
+    return {"name": name, **asdict(schedule)}
+
+
+def from_dict(spec: Any) -> Any:
+    """Inverse of `to_dict`; a plain name uses the defaults, None is constant 1, a schedule is returned as it is."""
+    if spec is None:
+        return Constant()
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not hasattr(spec, "keys"):
+        return spec
+    arguments = dict(spec)
+    cls = SCHEDULES.get(arguments.pop("name", ""))
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"schedule '{spec['name']}' does not take these arguments", found=arguments, remedy=str(error)) from error

@@ -1,0 +1,165 @@
+"""Capture: activations of many texts at any sites in one pass each, streamed into accumulators; nothing else is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steer.errors import ConfigError, ContrastError, NonFiniteError
+from steer.model import hooks
+from steer.model.anatomy import resolve
+from steer.model.context import ForwardContext
+from steer.model.site import Site
+from steer.model.tokens import Row, collate
+
+
+class Accumulator(Protocol):
+    """Takes the activations of one site, batch by batch. A statistic is one class with this method."""
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        """h: [batch, tokens, width] in the model's dtype; weight: [batch, tokens], 1 on the span's tokens; rows: [batch] indices of the
+        texts. Tensors may be reused by the model afterwards: what is kept must be copied."""
+
+
+def pool(h: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the span of each text: [batch, tokens, width], [batch, tokens] -> [batch, width] in fp32."""
+    weight = weight.to(torch.float32)
+    return torch.einsum("btd,bt->bd", h.to(torch.float32), weight / weight.sum(1, keepdim=True).clamp_min(1))
+
+
+class _Reached(Exception):
+    """All sites have been read; the rest of the forward pass is not needed."""
+
+
+class _Reader:
+    def __init__(self, accumulators: dict[Site, Accumulator]) -> None:
+        self.accumulators = accumulators
+        self.weight = self.rows = torch.empty(0)
+        self.left = 0
+
+    def start(self, weight: Tensor, rows: Tensor) -> None:
+        self.weight, self.rows, self.left = weight, rows, len(self.accumulators)
+
+    def act(self, site: Site) -> Callable[[Tensor, ForwardContext], None]:
+        def read(h: Tensor, ctx: ForwardContext) -> None:
+            if not bool(torch.isfinite(h[self.weight > 0]).all()):
+                raise NonFiniteError(f"activations at '{site}' are not finite", remedy="run the model in float32 or bfloat16")
+            self.accumulators[site].update(h.detach(), self.weight, self.rows)
+            self.left -= 1
+            if self.left == 0:
+                raise _Reached
+
+        return read
+
+
+def batches(rows: Sequence[Row], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
+    """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together."""
+    units = [range(start, start + group) for start in range(0, len(rows), group)]
+    longest = [max(len(rows[i].ids) for i in unit) for unit in units]
+    batch: list[int] = []
+    width = 0
+    for unit in sorted(range(len(units)), key=lambda unit: -longest[unit]):
+        width = width or longest[unit]
+        if batch and (len(batch) + group) * width > max_tokens:
+            yield batch
+            batch, width = [], longest[unit]
+        batch.extend(units[unit])
+    if batch:
+        yield batch
+
+
+def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
+    """[batch, length] fp32, 1 on the tokens of a span.
+
+    Args:
+        span: `response`, `prompt`, `all`, `last` (last token), `prompt_last` (last token of the prompt), or a token index (negative from the end).
+
+    Raises:
+        ContrastError: a text without any token in the span.
+    """
+    weight = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        size = len(row.ids)
+        named = {"response": (row.prompt, size), "prompt": (0, row.prompt), "all": (0, size), "last": (size - 1, size)}
+        named["prompt_last"] = (row.prompt - 1, row.prompt)
+        if isinstance(span, int):
+            index = span if span >= 0 else size + span
+            start, stop = index, index + 1
+        elif span in named:
+            start, stop = named[span]
+        else:
+            raise ConfigError(f"unknown span '{span}'", expected=f"one of {', '.join(named)}, or a token index")
+        if not 0 <= start < stop <= size:
+            raise ContrastError(
+                f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
+                remedy="choose another span, or give the text an answer",
+            )
+        weight[i, start:stop] = 1
+    return weight
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of every module is restored on every exit path."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def capture(
+    model: nn.Module,
+    rows: Sequence[Row],
+    accumulators: dict[Site, Accumulator],
+    *,
+    span: str | int = "response",
+    pad: int = 0,
+    max_tokens: int = 4096,
+    group: int = 1,
+    progress: str | None = None,
+) -> None:
+    """Streams the activations of texts into one accumulator per site and stops each forward pass after the last site asked for.
+
+    Args:
+        model: anything `Plan.attach` takes. Its training mode, hooks and gradients are left as they were.
+        rows: the texts; order is kept through the indices that accumulators get.
+        accumulators: one per site.
+        span: see `span_weight`.
+        pad: any token id; padding is masked.
+        max_tokens: padded tokens per batch.
+        group: runs of this many consecutive texts share a batch (2 for pairs).
+        progress: label of the progress bar, None for none.
+
+    Raises:
+        SiteError, ContrastError (no texts, empty span), NonFiniteError.
+    """
+    if not rows:
+        raise ContrastError("no texts to read activations from", expected="at least one")
+    sites = list(accumulators)
+    anatomy, points = resolve(model, sites)
+    reader = _Reader(accumulators)
+    device = next(model.parameters()).device
+    remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
+    try:
+        with evaluating(model), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
+            for batch in batches(rows, max_tokens, group):
+                chosen = [rows[i] for i in batch]
+                inputs = collate(chosen, pad)
+                weight = span_weight(chosen, span, inputs["input_ids"].shape[1])
+                reader.start(weight.to(device), torch.tensor(batch))
+                try:
+                    model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device), use_cache=False)
+                except _Reached:
+                    pass
+                bar.update(len(batch))
+    finally:
+        remove()

@@ -1,0 +1,164 @@
+"""ForwardContext: what one forward pass says about its tokens, for everything that acts at a site.
+
+Which tokens are padding, prompt, response or generated cannot be read off an activation. It is read off the arguments of the forward pass
+(attention mask, labels, position ids, cache) by a pre-hook on each module from the model down to its decoder, once per pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import ContextError
+
+Mask = Tensor | bool  # [batch, tokens] bool; True = every token, False = none, known without looking at a tensor
+
+PHASES = ("train", "validate", "generate")
+ROLES = ("policy", "reference")
+
+
+@dataclass(eq=False)
+class ForwardContext:
+    """The tokens of one forward pass.
+
+    Attributes:
+        batch, tokens: shape of the pass; 0 when the model is no decoder.
+        phase: `generate` when a cache is used or built on request, else `train` with gradients, `validate` without. Never from
+            `model.training`: GRPO generates in training mode and DPO runs its reference in it.
+        role: `reference` when a PEFT model runs with its adapters switched off outside generation, else `policy`.
+        decoding: one token per row on top of a filled cache.
+        attention: [batch, tokens] bool, False on padding; True when nothing is padded.
+        labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a completion mask were given.
+        position_ids: [batch, tokens] as given, or None.
+        past: tokens in the cache before this pass.
+    """
+
+    batch: int
+    tokens: int
+    phase: str
+    role: str = "policy"
+    decoding: bool = False
+    attention: Mask = True
+    labelled: Tensor | None = None
+    position_ids: Tensor | None = None
+    past: Tensor | int = 0
+    padded_past: Tensor | None = None
+    device: torch.device | None = None
+    masks: dict[Any, Mask] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Tensor:
+        """[batch, tokens]: index of each token in its own text: 0 at the first real token, starting over in every packed segment."""
+        if self.position_ids is not None:
+            return self.position_ids
+        if self.padded_past is not None:
+            return (self.padded_past.cumsum(1) - 1)[:, -self.tokens :]
+        return (torch.arange(self.tokens, device=self.device) + self.past)[None]
+
+    @property
+    def generated(self) -> Mask:
+        """[batch, 1] or a constant: tokens that were decoded rather than given. Only meaningful in the phase `generate`."""
+        if not self.decoding or not isinstance(self.past, Tensor):
+            return self.decoding
+        return (self.past > 0).view(1, 1).expand(self.batch, 1)
+
+    @property
+    def last(self) -> Mask:
+        """[batch, tokens]: True on the last real token of each row and of each packed segment."""
+        if self.decoding:
+            return self.attention
+        real = self.real
+        follows = torch.zeros_like(real)
+        starts = self.positions[:, 1:] == 0 if self.position_ids is not None else False
+        follows[:, :-1] = real[:, 1:] & ~torch.as_tensor(starts, device=real.device)
+        return real & ~follows
+
+    @property
+    def from_end(self) -> Tensor:
+        """[batch, tokens]: -1 on the last real token of each row or packed segment, -2 on the one before, ..."""
+        index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
+        ends = torch.where(torch.as_tensor(self.last, device=self.device).expand(self.batch, self.tokens), index, self.tokens)
+        return index - ends.flip(1).cummin(1).values.flip(1) - 1
+
+    @property
+    def real(self) -> Tensor:
+        """[batch, tokens] bool: the tokens that are not padding."""
+        if isinstance(self.attention, Tensor):
+            return self.attention
+        return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+
+
+def in_backward() -> bool:
+    """True while autograd runs, that is while gradient checkpointing recomputes a forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def align(mask: Tensor, batch: int, tokens: int, what: str) -> Tensor:
+    """Fits an announced mask to a pass: a narrower one belongs to the right end (GRPO passes the completion's mask only)."""
+    if mask.shape[0] != batch or mask.shape[1] > tokens:
+        raise ContextError(
+            f"{what} does not fit the forward pass",
+            expected=f"[{batch}, {tokens}] or a narrower completion mask",
+            found=list(mask.shape),
+            remedy="announce the mask of exactly the rows that this forward pass gets",
+        )
+    return torch.nn.functional.pad(mask, (tokens - mask.shape[1], 0)) if mask.shape[1] < tokens else mask
+
+
+def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
+    """Real tokens of this pass, from a 2-D mask over cache and pass, or from the diagonal of a 4-D mask (static caches get one)."""
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()))
+    if not isinstance(attention_mask, Tensor):
+        return True
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -tokens:].bool()
+    if tokens == 1:
+        return True
+    columns = torch.arange(tokens, device=attention_mask.device) + past
+    diagonal = attention_mask[:, 0, torch.arange(tokens, device=attention_mask.device), columns]
+    return diagonal if diagonal.dtype is torch.bool else diagonal == 0
+
+
+def build(given: dict[str, Any], announced: Tensor | None, reference: bool) -> ForwardContext:
+    """Makes the context of one pass.
+
+    Args:
+        given: the arguments seen on the way down, the innermost module's winning.
+        announced: response mask from `steer.response_tokens`, which wins over labels.
+        reference: PEFT adapters are switched off.
+    """
+    tensor = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if tensor is None:
+        return ForwardContext(0, 0, "train" if torch.is_grad_enabled() else "validate")
+    batch, tokens = tensor.shape[:2]
+    cache = given.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    cached = cache is not None or given.get("use_cache") is True
+    labels = given.get("labels")
+    generating = cached and labels is None and announced is None
+    phase = "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
+    attention_mask = given.get("attention_mask")
+    flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+    ids = given.get("position_ids")
+    labelled = None
+    if announced is not None:
+        labelled = align(announced, batch, tokens, "the announced response mask")
+    elif labels is not None:
+        labelled = labels != -100
+    return ForwardContext(
+        batch=batch,
+        tokens=tokens,
+        phase=phase,
+        role="reference" if reference and not generating else "policy",
+        decoding=generating and tokens == 1 and not (isinstance(past, int) and past == 0),
+        attention=padding(attention_mask, tokens, past),
+        labelled=labelled,
+        position_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+        past=past,
+        padded_past=flat_mask,
+        device=tensor.device,
+    )

@@ -1,0 +1,85 @@
+"""Site: the address of one activation tensor.
+
+A bare layer number never says whether the input or the output of a block is meant; a site always does. `hidden_states[L]` of
+transformers is `layers.{L}.input`, hence `layers.{L-1}.output`; its last entry comes after the final norm and is `final_norm`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from steer.errors import SiteError
+
+# part -> what the tensor is; every tensor is [batch, tokens, width]
+LAYER_PARTS = {
+    "input": "residual stream before the block",
+    "output": "residual stream after the block",
+    "attn.output": "what attention adds to the residual stream (after a post-norm where the family has one)",
+    "attn.z": "input of the output projection W_O, heads concatenated",
+    "attn.q": "query projection, before q-norm and rotary embedding, heads concatenated",
+    "attn.k": "key projection, likewise, key-value heads concatenated",
+    "attn.v": "value projection, key-value heads concatenated",
+    "mlp.input": "input of the MLP, after its norm",
+    "mlp.neurons": "input of the down projection, one number per neuron",
+    "mlp.output": "what the MLP adds to the residual stream (after a post-norm where the family has one)",
+}
+MODEL_PARTS = {
+    "embed": "residual stream entering the first block: token embedding with its scale and learned positions",
+    "final_norm": "output of the final norm",
+    "logits": "output of the unembedding",
+}
+GRAMMAR = "layers.<n>.<part> | embed | final_norm | logits | module:<dotted path>:<input|output>; parts: " + ", ".join(LAYER_PARTS)
+
+_LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
+_PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
+_MODULE = re.compile(r"module:(.+):(input|output)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation tensor of a model.
+
+    Attributes:
+        part: a key of `LAYER_PARTS` or `MODEL_PARTS`; `input` or `output` for a module site.
+        layer: index of the block (negative counts from the end), else None.
+        module: dotted path of an `nn.Module`, for models that are not decoders.
+    """
+
+    part: str
+    layer: int | None = None
+    module: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | Site) -> Site:
+        """Reads `layers.12.attn.z`, `final_norm`, `module:encoder.2:output`, ... Raises SiteError with the grammar."""
+        if isinstance(text, Site):
+            return text
+        if not isinstance(text, str):
+            raise SiteError(
+                f"a site cannot be {text!r}",
+                expected=GRAMMAR,
+                remedy="say which tensor of the layer is meant, e.g. 'layers.12.output'" if isinstance(text, int) else None,
+            )
+        if text in MODEL_PARTS:
+            return cls(text)
+        if (match := _LAYER.fullmatch(text)) and match[2] in LAYER_PARTS:
+            return cls(match[2], layer=int(match[1]))
+        if match := _MODULE.fullmatch(text):
+            return cls(match[2], module=match[1])
+        raise SiteError(f"unknown site '{text}'", expected=GRAMMAR)
+
+    def __str__(self) -> str:
+        if self.module is not None:
+            return f"module:{self.module}:{self.part}"
+        return self.part if self.layer is None else f"layers.{self.layer}.{self.part}"
+
+
+def expand(pattern: str | Site, n_layers: int) -> list[Site]:
+    """Sites of `layers.*.output` or `layers.4-9.mlp.output` (both ends included); a plain site gives itself."""
+    if isinstance(pattern, str) and (match := _PATTERN.fullmatch(pattern)):
+        first, last = (0, n_layers - 1) if match[1] == "*" else map(int, match[1].split("-"))
+        if not first <= last < n_layers:
+            raise SiteError(f"layer range of '{pattern}' is empty or outside the model", expected=f"0 to {n_layers - 1}", found=match[1])
+        return [Site.parse(f"layers.{layer}.{match[2]}") for layer in range(first, last + 1)]
+    return [Site.parse(pattern)]

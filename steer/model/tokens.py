@@ -1,0 +1,95 @@
+"""Rows: tokenised texts that know which of their tokens are the response, and padded batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import TokenizerError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text. `ids` are its tokens, of which the first `prompt` are the prompt."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+    @property
+    def response(self) -> int:
+        """Number of response tokens."""
+        return len(self.ids) - self.prompt
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Raises TokenizerError when the tokenizer has no pad token."""
+    if tokenizer.pad_token_id is None:
+        raise TokenizerError(
+            f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no pad token",
+            expected="a pad token, to batch texts of different length",
+            remedy="set tokenizer.pad_token = tokenizer.eos_token (padding is masked, so its identity does not matter)",
+        )
+    return tokenizer.pad_token_id
+
+
+def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
+    """Tokenises a chat turn.
+
+    Args:
+        prompt: the user's message; put through the chat template when the tokenizer has one, else taken as plain text.
+        answer: the assistant's message; the end-of-turn (or end-of-text) token is appended and belongs to the response.
+
+    Raises:
+        TokenizerError: text that gives no tokens.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        head = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(head, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt).input_ids
+    tail: list[int] = []
+    if answer is not None:
+        tail = tokenizer(answer, add_special_tokens=False).input_ids
+        if tokenizer.eos_token_id is not None:
+            tail = [*tail, tokenizer.eos_token_id]
+    if not ids or (answer is not None and not tail):
+        raise TokenizerError("text gives no tokens", found={"prompt": prompt, "answer": answer})
+    return Row(tuple(ids) + tuple(tail), len(ids))
+
+
+def plain(tokenizer: Any, text: str) -> Row:
+    """Tokenises running text; all of it but the first token counts as response (the first is predicted from nothing)."""
+    ids = tokenizer(text).input_ids
+    if len(ids) < 2:
+        raise TokenizerError("text gives fewer than two tokens", found=text)
+    return Row(tuple(ids), 1)
+
+
+def collate(rows: Sequence[Row], pad: int, *, side: str = "right", max_length: int | None = None) -> dict[str, Tensor]:
+    """Pads rows to one batch.
+
+    Args:
+        rows: at least one.
+        pad: token id to pad with.
+        side: `right` for training and scoring, `left` for generation.
+        max_length: rows are cut at this length.
+
+    Returns:
+        input_ids, attention_mask, labels, each [batch, tokens]; labels are -100 outside the response.
+    """
+    cut = [row.ids[:max_length] for row in rows]
+    length = max(map(len, cut))
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), -100)
+    for i, (row, tokens) in enumerate(zip(rows, cut, strict=True)):
+        start = 0 if side == "right" else length - len(tokens)
+        ids[i, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[i, start : start + len(tokens)] = 1
+        labels[i, start + row.prompt : start + len(tokens)] = torch.tensor(tokens[row.prompt :], dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
