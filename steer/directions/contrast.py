@@ -1,0 +1,85 @@
+"""Contrast sets: texts that show a concept and texts that do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steer.errors import ContrastError
+from steer.model.tokens import Row, encode
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """Tokenised positive and negative texts.
+
+    Attributes:
+        paired: entry i of both lists answers the same prompt.
+    """
+
+    positive: tuple[Row, ...]
+    negative: tuple[Row, ...]
+    paired: bool
+
+    def __post_init__(self) -> None:
+        if not self.positive or not self.negative:
+            raise ContrastError(
+                "contrast set is empty on one side",
+                expected="at least two texts on each side",
+                found=f"{len(self.positive)} positive, {len(self.negative)} negative",
+            )
+        if self.paired and len(self.positive) != len(self.negative):
+            raise ContrastError("pairs do not match", found=f"{len(self.positive)} positive, {len(self.negative)} negative")
+        if set(self.positive) & set(self.negative):
+            same = next(i for i, row in enumerate(self.positive) if row in set(self.negative))
+            raise ContrastError("a text is on both sides of the contrast", found=f"positive text {same}", remedy="remove it from one side")
+
+    @classmethod
+    def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
+        """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt)."""
+        positive = tuple(encode(tokenizer, pair["prompt"], pair["positive"]) for pair in pairs)
+        negative = tuple(encode(tokenizer, pair["prompt"], pair["negative"]) for pair in pairs)
+        return cls(positive, negative, paired=True)
+
+    @classmethod
+    def from_sets(cls, tokenizer: Any, positive: Sequence[str], negative: Sequence[str]) -> ContrastSet:
+        """Two unrelated sets of prompts; read them with a span other than `response`."""
+        sides = (tuple(encode(tokenizer, text) for text in texts) for texts in (positive, negative))
+        return cls(*sides, paired=False)
+
+    def split(self, holdout: float, seed: int) -> tuple[ContrastSet, ContrastSet]:
+        """Training and held-out part; pairs stay together. Raises ContrastError when either would have fewer than two texts a side."""
+
+        def parts(n: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+            order = torch.randperm(n, generator=generator).tolist()
+            held = round(n * holdout)
+            if held < 2 or n - held < 2:
+                raise ContrastError("too few texts to hold some out", expected=f"at least 2 of {n} on either part", found=f"{held} held out")
+            return sorted(order[held:]), sorted(order[:held])
+
+        generator = torch.Generator().manual_seed(seed)
+        of_positive = parts(len(self.positive), generator)
+        of_negative = of_positive if self.paired else parts(len(self.negative), generator)
+        made = [
+            ContrastSet(tuple(self.positive[i] for i in p), tuple(self.negative[i] for i in n), self.paired)
+            for p, n in zip(of_positive, of_negative, strict=True)
+        ]
+        return made[0], made[1]
+
+    def rows(self) -> tuple[list[Row], list[bool]]:
+        """All texts and whether each is positive; a pair's two texts stand side by side."""
+        if self.paired:
+            both = [(row, side) for pair in zip(self.positive, self.negative, strict=True) for row, side in zip(pair, (True, False), strict=True)]
+        else:
+            both = [(row, True) for row in self.positive] + [(row, False) for row in self.negative]
+        return [row for row, _ in both], [side for _, side in both]
+
+    def digest(self) -> str:
+        """SHA-256 over all token ids."""
+        ids = [[row.ids for row in side] for side in (self.positive, self.negative)]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""Direction: a vector that stands for a concept at one site, with how it was made and how well it separates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from steer import files
+from steer.errors import ConfigError, SiteError, WidthError
+from steer.intervene.operator import check_finite
+from steer.model.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction at a site.
+
+    Attributes:
+        vector: [width] fp32, scaled so that adding it once moves a text by the gap between the two class means along it.
+        method, span: how and where it was read.
+        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction = |vector|), `sd` (within-class standard deviation
+            along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+    """
+
+    site: Site
+    vector: Tensor
+    method: str
+    span: str | int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.vector.dim() != 1:
+            raise WidthError(f"direction at '{self.site}' is not a vector", expected="[width]", found=list(self.vector.shape))
+        check_finite(self.vector, f"direction at '{self.site}'")
+        if float(self.vector.norm()) == 0:
+            raise ConfigError(f"direction at '{self.site}' is zero", remedy="the two classes have the same mean here: choose another site or span")
+
+    @property
+    def unit(self) -> Tensor:
+        """[width], length 1."""
+        return self.vector / self.vector.norm()
+
+    def relative_dose(self, strength: float = 1.0) -> float:
+        """|strength * v| / mean |h| at the site: how large the edit is beside what it edits."""
+        return abs(strength) * float(self.vector.norm()) / self.metrics["activation_norm"]
+
+
+class Directions(Mapping[Site, Direction]):
+    """One concept read at several sites, with its provenance.
+
+    Args:
+        entries: one direction per site.
+        name: what it stands for.
+        provenance: model fingerprint, hash of the data, extraction arguments.
+    """
+
+    def __init__(self, entries: list[Direction], name: str, provenance: dict[str, Any]) -> None:
+        self.entries = {entry.site: entry for entry in entries}
+        self.name, self.provenance = name, provenance
+
+    def __getitem__(self, site: Site | str) -> Direction:
+        try:
+            return self.entries[Site.parse(site)]
+        except KeyError:
+            raise SiteError(f"'{self.name}' was not read at '{site}'", found=[str(known) for known in self.entries]) from None
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def best(self) -> Direction:
+        """Highest held-out AUC; among equals the clearest separation in standard deviations."""
+        return max(self.entries.values(), key=lambda entry: (entry.metrics["auc"], entry.metrics["dprime"]))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes manifest and safetensors, atomically."""
+        tensors = {str(site): entry.vector for site, entry in self.entries.items()}
+        described = {str(site): {"method": e.method, "span": e.span, "metrics": e.metrics} for site, e in self.entries.items()}
+        return files.save_artifact(path, "directions", tensors, {"name": self.name, "directions": described, "provenance": self.provenance})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Directions:
+        """Raises DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError."""
+        manifest, tensors = files.load_artifact(path, "directions")
+        entries = [Direction(Site.parse(site), tensors[site], **spec) for site, spec in manifest["directions"].items()]
+        return cls(entries, manifest["name"], manifest["provenance"])
