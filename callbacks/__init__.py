@@ -1,0 +1,1 @@
+"""Callbacks for Lightning and their Hugging Face Trainer and TRL twins."""

@@ -1,0 +1,33 @@
+"""Interventions on a language model's internals, and monitors that read the same places while it is post-trained.
+
+Importing `steer` costs nothing: a public name loads its module on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS: dict[str, str] = {
+    "load": "steer.model.load",
+    "load_artifact": "steer.files",
+    "save_artifact": "steer.files",
+    "SteerError": "steer.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'steer' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
