@@ -1,6 +1,6 @@
 """GPU kernels, each beside its PyTorch reference.
 
-The fused Triton kernels arrive in later releases: today the registry is empty, every intervention runs its PyTorch path, and `status` says so.
+The fused Triton kernels arrive in later releases: today the registry is empty and every intervention runs its PyTorch path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 if __name__ == "kernels":
     # A checkout on sys.path must not hide the distribution of that name, which transformers looks for.
-    raise ImportError("this folder is steer.kernels, not the package 'kernels'; install the project (pip install -e .) and import steer.kernels")
+    raise ImportError("this folder is steer.kernels, not the package 'kernels': run `pip install -e .` and import steer.kernels")
 
 from steer.registry import Registry
 
@@ -23,7 +23,7 @@ def status() -> dict[str, Any]:
     """What could run here.
 
     Returns:
-        `triton`: its version, or None; `reason`: why triton is missing, or None; `device`: name of the GPU, or None; `kernels`: sorted names.
+        `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `kernels`: sorted names.
     """
     import torch  # here, not above: asking for the names alone must stay cheap
 
