@@ -1,0 +1,6 @@
+"""Drift: how far a model moves along directions while it is post-trained, and whether that is real and about those directions."""
+
+from steer.drift.records import DriftRecord
+from steer.drift.store import DriftStore
+
+__all__ = ["DriftRecord", "DriftStore"]

@@ -1,0 +1,115 @@
+"""Streaming moments of projections, on plain tensors.
+
+Never module buffers: DDP overwrites those from rank 0 in every forward pass. Never plain sums in a low precision: the variance from
+sum p^2 - (sum p)^2 / n is wrong in the third digit in fp32 and garbage in bf16. Here batches are merged by their means and centred sums of
+squares (Chan, Golub and LeVeque 1983), in fp64 where the device has it and in fp32 otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from steer.errors import WidthError
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return x
+
+
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
+    """fp64, or fp32 on devices without it (mps)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+class ProjectionMoments:
+    """Weighted count, mean and centred sum of squares of k projections.
+
+    Attributes:
+        n: [] sum of the weights.
+        mean: [k], 0 before the first update.
+        m2: [k] sum of weight * (p - mean)^2.
+    """
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        dtype = accumulation_dtype(device)
+        with torch.inference_mode(False):  # made during a validation run, changed during training
+            self.n = torch.zeros((), dtype=dtype, device=device)
+            self.mean = torch.zeros(k, dtype=dtype, device=device)
+            self.m2 = torch.zeros(k, dtype=dtype, device=device)
+
+    def update(self, projections: Tensor, weight: Tensor) -> None:
+        """Adds tokens, in place and without waiting for the device.
+
+        Args:
+            projections: [tokens, k], any float dtype. Where the weight is 0 they may be anything, nan too.
+            weight: [tokens], bool or number.
+        """
+        if projections.dim() != 2 or projections.shape[1] != len(self.mean):
+            raise WidthError("wrong number of projections", expected=f"[tokens, {len(self.mean)}]", found=list(projections.shape))
+        w = weight.to(self.n.dtype)[:, None]
+        p = torch.where(w > 0, projections.to(self.n.dtype), 0)
+        n = w.sum()
+        mean = (w * p).sum(0) / _positive(n)
+        self._merge(n, mean, (w * (p - mean).square()).sum(0))
+
+    def merge(self, other: ProjectionMoments) -> None:
+        """Adds what another accumulator has seen."""
+        self._merge(*(tensor.to(self.n) for tensor in (other.n, other.mean, other.m2)))
+
+    def _merge(self, n: Tensor, mean: Tensor, m2: Tensor) -> None:
+        total = self.n + n
+        delta = mean - self.mean
+        self.m2.add_(m2 + delta.square() * (self.n * n / _positive(total)))
+        self.mean.add_(delta * (n / _positive(total)))
+        self.n.copy_(total)
+
+    def reduced(self, reduce: Reduce) -> ProjectionMoments:
+        """The moments over all ranks, as a new accumulator.
+
+        Args:
+            reduce: sum of a tensor over ranks; every rank must call this at the same time.
+        """
+        k = len(self.mean)
+        sums = reduce(torch.cat([self.n[None], self.n * self.mean]))
+        out = ProjectionMoments(k, self.n.device)
+        out.n.copy_(sums[0])
+        out.mean.copy_(sums[1:] / _positive(sums[0]))
+        out.m2.copy_(reduce(self.m2 + self.n * (self.mean - out.mean).square()))
+        return out
+
+    def reset(self) -> None:
+        """Forgets everything, in place."""
+        for tensor in (self.n, self.mean, self.m2):
+            tensor.zero_()
+
+    @property
+    def variance(self) -> Tensor:
+        """[k], with n - 1; nan for fewer than two tokens."""
+        return torch.where(self.n > 1, self.m2 / _positive(self.n - 1), torch.nan)
+
+    @property
+    def sd(self) -> Tensor:
+        """[k], square root of `variance`."""
+        return self.variance.sqrt()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the three tensors."""
+        return {"n": self.n.clone(), "mean": self.mean.clone(), "m2": self.m2.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises WidthError when the state is of another number of projections."""
+        if state["mean"].shape != self.mean.shape:
+            raise WidthError("state of another accumulator", expected=f"{len(self.mean)} projections", found=list(state["mean"].shape))
+        for name, tensor in (("n", self.n), ("mean", self.mean), ("m2", self.m2)):
+            tensor.copy_(state[name])
+
+
+def _positive(x: Tensor) -> Tensor:
+    """A denominator that is never 0 (weights may be fractions, so clamping to 1 would be wrong)."""
+    return torch.where(x > 0, x, 1)

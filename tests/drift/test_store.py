@@ -1,0 +1,296 @@
+"""The store: append-only, whole measurements, one writer, exact after a kill and a resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer.drift.records import DriftRecord, Tracked
+from steer.drift.store import DriftStore, DriftWriter, StoreInUseError
+from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError, WrongModelError
+
+MODEL = {"model_type": "llama", "width": 4, "embedding_digest": None}
+SITE = "layers.1.output"
+TRACKED = [
+    Tracked.of("rude", SITE, "named", 2.5, torch.tensor([1.0, 0, 0, 0])),
+    Tracked.of("random-00", SITE, "control", None, torch.tensor([0, 1.0, 0, 0])),
+]
+
+
+def measurement(step: int, value: float = 0.5) -> list[DriftRecord]:
+    named = DriftRecord(step, "probe", "rude", SITE, "named", 8, value, 1.0, value, value, value / 2.5, 0.01, 0.02, 3.0, 2.0, 1.0)
+    return [named, DriftRecord(step, "probe", "random-00", SITE, "control", 8, 0.1, 1.0, 0.1, 0.1)]
+
+
+def writer(path: Path, from_step: int = -1, **changes: object) -> DriftWriter:
+    return DriftWriter(path, **{"fingerprint": MODEL, "tracked": TRACKED, "from_step": from_step, **changes})  # type: ignore[arg-type]
+
+
+def test_records_come_back_as_they_went_in(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "drift.sqlite"
+    with writer(path) as store:
+        for step in (20, 0, 10):
+            store.append(measurement(step, step / 7))
+    with DriftStore(path) as store:
+        assert store.records(kind="named") == [measurement(step, step / 7)[0] for step in (0, 10, 20)]
+        assert store.records() == [record for step in (0, 10, 20) for record in measurement(step, step / 7)]
+        assert store.series("rude", SITE)["effect_sd"] == [0.0, 10 / 7, 20 / 7]
+        assert store.series("random-00", SITE)["p"] == [None, None, None]
+        assert store.records(mode="stream") == []
+        assert store.fingerprint == MODEL
+        assert store.tracked() == TRACKED
+        assert [(row["attempt"], row["from_step"]) for row in store.attempts()] == [(1, -1)]
+
+
+def test_values_that_are_not_finite_come_back(tmp_path: Path) -> None:
+    odd = replace(measurement(0)[0], mean=math.nan, sd=math.inf, p=None)
+    with writer(tmp_path / "d.sqlite") as store:
+        store.append([odd])
+        back = store.records()[0]
+    assert math.isnan(back.mean) and back.sd == math.inf and back.p is None
+
+
+def test_a_measurement_is_kept_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    with writer(tmp_path / "d.sqlite") as store:
+        store.append(measurement(0))
+        with pytest.raises(ConfigError, match="UNIQUE"):
+            store.append(measurement(10) + measurement(0))
+        with pytest.raises(ConfigError, match="FOREIGN KEY"):
+            store.append([*measurement(10), replace(measurement(10)[0], direction="unheard of")])
+        assert {record.step for record in store.records()} == {0}
+        store.append(measurement(10))
+        assert {record.step for record in store.records()} == {0, 10}
+
+
+def test_a_resume_supersedes_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "d.sqlite"
+    with writer(path) as store:
+        for step in (0, 10, 20, 30):
+            store.append(measurement(step, 1.0))
+    with writer(path, from_step=10) as store:
+        assert [record.step for record in store.records(kind="named")] == [0, 10]
+        for step in (20, 30, 40):
+            store.append(measurement(step, 2.0))
+        with pytest.raises(ConfigError, match="step 10 is already covered"):
+            store.append(measurement(10))
+        series = store.series("rude", SITE)
+    assert series["step"] == [0, 10, 20, 30, 40]
+    assert series["change"] == [1.0, 1.0, 2.0, 2.0, 2.0]
+    raw = sqlite3.connect(path)
+    assert raw.execute("SELECT count(*) FROM records").fetchone() == (2 * 7,)  # nothing was thrown away
+
+
+def test_a_start_from_scratch_supersedes_everything(tmp_path: Path) -> None:
+    path = tmp_path / "d.sqlite"
+    with writer(path) as store:
+        store.append(measurement(0, 1.0))
+        store.append(measurement(10, 1.0))
+    with writer(path) as store:
+        store.append(measurement(0, 2.0))
+        assert store.series("rude", SITE)["change"] == [2.0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(lives=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=4))
+def test_any_sequence_of_deaths_leaves_one_record_per_step(tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, int]]) -> None:
+    """Each life resumes from a checkpoint that is some checks old and records some more; the curve must be what a single life gives."""
+    path = tmp_path_factory.mktemp("store") / "d.sqlite"
+    done = -1
+    for life, (back, more) in enumerate(lives):
+        start = max(done - back, -1)
+        with writer(path, from_step=start) as store:
+            for step in range(start + 1, start + 1 + more):
+                store.append(measurement(step, float(life)))
+        done = start + more
+    with DriftStore(path) as store:
+        assert store.series("rude", SITE)["step"] == list(range(done + 1))
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from test_store import measurement, writer
+store = writer(sys.argv[1], from_step=int(sys.argv[2]))
+for step in range(int(sys.argv[2]) + 1, 100000):
+    store.append(measurement(step))
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_while_writing_then_resume(tmp_path: Path) -> None:
+    """A real kill in the middle of writing, twice: nothing committed is lost, nothing half-written shows, the lock is free again."""
+    path, start, committed = tmp_path / "d.sqlite", -1, -1
+    for kills in (3, 7):
+        command = [sys.executable, "-c", KILLED, str(path), str(start), str(Path(__file__).parent)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        for line in child.stdout:
+            committed = int(line)
+            if committed >= start + kills:
+                break
+        with pytest.raises(StoreInUseError, match="already has a writer"):
+            writer(path)
+        os.kill(child.pid, signal.SIGKILL)
+        committed = int(([committed, *map(int, child.stdout.read().split())])[-1])
+        assert child.wait() == -signal.SIGKILL
+        with DriftStore(path) as store:
+            steps = store.series("rude", SITE)["step"]
+            assert steps == store.series("random-00", SITE)["step"]
+            assert len(steps) in (committed + 1, committed + 2)  # the last commit may have come before its line
+            assert steps == list(range(len(steps)))
+        start = committed - 2  # the checkpoint is two checks old
+    with writer(path, from_step=start) as store:
+        for step in range(start + 1, committed + 3):
+            store.append(measurement(step, 9.0))
+        series = store.series("rude", SITE)
+    assert series["step"] == list(range(committed + 3))
+    assert series["change"][start + 1 :] == [9.0] * (committed + 2 - start)
+    assert 9.0 not in series["change"][: start + 1]
+
+
+def test_reading_while_training_writes(tmp_path: Path) -> None:
+    with writer(tmp_path / "d.sqlite") as store, DriftStore(tmp_path / "d.sqlite") as reader:
+        for step in range(3):
+            store.append(measurement(step))
+            assert [record.step for record in reader.records(kind="named")] == list(range(step + 1))
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "d.sqlite"
+    with writer(path) as store:
+        store.append(measurement(0))
+        with pytest.raises(StoreInUseError) as error:
+            writer(path)
+        assert error.value.remedy is not None
+        store.append(measurement(1))
+    with writer(path, from_step=1) as store:
+        assert len(store.records()) == 4
+
+
+CHANGES = ["UPDATE records SET mean = 0", "DELETE FROM records", "DELETE FROM attempts", "UPDATE meta SET value = ''"]
+
+
+@pytest.mark.parametrize("statement", CHANGES)
+def test_the_file_itself_refuses_changes(tmp_path: Path, statement: str) -> None:
+    with writer(tmp_path / "d.sqlite") as store:
+        store.append(measurement(0))
+    raw = sqlite3.connect(tmp_path / "d.sqlite")
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        raw.execute(statement)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    writer(tmp_path / "d.sqlite").close()
+    with pytest.raises(WrongModelError) as error:
+        writer(tmp_path / "d.sqlite", fingerprint={**MODEL, "width": 8})
+    assert error.value.expected == {"width": 4} and error.value.found == {"width": 8}
+    with DriftStore(tmp_path / "d.sqlite") as store:
+        assert len(store.attempts()) == 1  # the refused one left no trace
+
+
+def test_another_vector_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    writer(tmp_path / "d.sqlite").close()
+    other = Tracked.of("rude", SITE, "named", 2.5, torch.tensor([0.0, 0, 1, 0]))
+    with pytest.raises(ConfigError, match="another vector as 'rude' at 'layers.1.output'"):
+        writer(tmp_path / "d.sqlite", tracked=[other])
+    with writer(tmp_path / "d.sqlite", tracked=[Tracked.of("new", SITE, "named", 1.0, torch.ones(4))], from_step=5) as store:
+        assert [one.direction for one in store.tracked()] == ["rude", "random-00", "new"]
+
+
+@pytest.mark.parametrize("opens", [DriftStore, writer])
+def test_bytes_that_are_no_database(tmp_path: Path, opens: type) -> None:
+    (tmp_path / "d.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(DamagedFileError, match="d.sqlite"):
+        opens(tmp_path / "d.sqlite")
+
+
+@pytest.mark.parametrize("opens", [DriftStore, lambda path: writer(path, from_step=400)])
+@pytest.mark.parametrize("damage", ["truncate", "overwrite"])
+def test_a_damaged_store(tmp_path: Path, opens: type, damage: str) -> None:
+    path = tmp_path / "d.sqlite"
+    with writer(path) as store:
+        for step in range(50):
+            store.append(measurement(step))
+    data = path.read_bytes()
+    assert len(data) > 3 * 4096
+    path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:4096] + os.urandom(len(data) - 4096))
+    with pytest.raises(DamagedFileError) as error:
+        opens(path)
+    assert error.value.remedy is not None
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no drift store at"):
+        DriftStore(tmp_path / "missing.sqlite")
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(DamagedFileError, match="empty file"):
+        DriftStore(tmp_path / "empty.sqlite")
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("CREATE TABLE t (x)")
+    other.close()
+    for opens in (DriftStore, writer):
+        with pytest.raises(WrongKindError):
+            opens(tmp_path / "other.sqlite")
+
+
+def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "d.sqlite"
+    store = writer(path)
+    store.append(measurement(0))
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFullError, match="no room") as error:
+        for step in range(1, 1000):
+            store.append(measurement(step))
+    assert isinstance(error.value, OSError)
+    kept = store.series("rude", SITE)["step"]
+    assert kept == list(range(len(kept))) == store.series("random-00", SITE)["step"]
+    store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+    store.append(measurement(len(kept)))  # goes on once there is room
+    assert store.series("rude", SITE)["step"] == [*kept, len(kept)]
+    store.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or shutil.which("prlimit") is None, reason="needs Linux and prlimit")
+def test_a_limit_of_the_operating_system_gives_a_typed_error(tmp_path: Path) -> None:
+    """A real failing write: the process may not make files larger than 64 KiB."""
+    code = textwrap.dedent(
+        """
+        import signal, sys
+        sys.path.insert(0, sys.argv[2])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        from test_store import measurement, writer
+        from steer.errors import FileError
+        store = writer(sys.argv[1])
+        try:
+            for step in range(10000):
+                store.append(measurement(step))
+        except FileError as error:
+            print(type(error).__name__, step)
+        """
+    )
+    command = ["prlimit", "--fsize=65536", sys.executable, "-c", code, str(tmp_path / "d.sqlite"), str(Path(__file__).parent)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] in ("StorageFullError", "FileError")
+    with DriftStore(tmp_path / "d.sqlite") as store:
+        assert store.series("rude", SITE)["step"] == list(range(int(out[1])))
+
+
+def test_unknown_modes_and_steps_are_refused(tmp_path: Path) -> None:
+    with writer(tmp_path / "d.sqlite") as store, pytest.raises(ConfigError, match="mode or kind"):
+        store.append([replace(measurement(0)[0], mode="dream")])
+    with writer(tmp_path / "d.sqlite") as store, pytest.raises(ConfigError, match="already covered"):
+        store.append(measurement(-1))
