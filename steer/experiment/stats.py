@@ -1,0 +1,144 @@
+"""Paired statistics of an experiment: bootstrap intervals, sign-flip tests, a correction for many comparisons, a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from steer.drift.metrics import sign_flip_p
+from steer.errors import ConfigError, NonFiniteError
+
+LEVEL = 0.95
+RESAMPLES = 9999
+
+Values = Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n items and its confidence interval at `LEVEL`."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms on the same items.
+
+    Attributes:
+        metric, unit: what was measured, and in what (may be empty).
+        a, b: names of the arms.
+        difference: mean of a minus b, with the interval `ci`.
+        p: two-sided, paired sign-flip test.
+        n: pairs.
+        p_adjusted: p after Holm's correction over `family` comparisons.
+    """
+
+    metric: str
+    a: str
+    b: str
+    difference: float
+    ci: tuple[float, float]
+    p: float
+    n: int
+    unit: str
+    p_adjusted: float
+    family: int = 1
+
+    @property
+    def shown(self) -> bool:
+        """The difference is significant at 1 - `LEVEL` after the correction."""
+        return self.p_adjusted <= 1 - LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that claims no more than the test does."""
+        corrected = f" (Holm, {self.family} comparisons)" if self.family > 1 else ""
+        tail = f"p={self.p_adjusted:.2g}{corrected}, n={self.n}"
+        unit = f" {self.unit}" if self.unit else ""
+        if self.shown:
+            sign = -1 if self.difference < 0 else 1
+            low, high = sorted(sign * bound for bound in self.ci)
+            word = "lower" if sign < 0 else "higher"
+            return f"{self.metric}: {self.a} is {word} than {self.b} by {abs(self.difference):.2f}{unit} [{low:.2f}, {high:.2f}], {tail}"
+        measured = f"{self.difference:+.2f}{unit} [{self.ci[0]:+.2f}, {self.ci[1]:+.2f}], {tail}"
+        if self.family * 2.0 ** (1 - self.n) > 1 - LEVEL:
+            return f"{self.metric}: {self.n} pairs are too few to show a difference between {self.a} and {self.b} ({measured})"
+        return f"{self.metric}: no difference shown between {self.a} and {self.b} ({measured})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as it stands in metrics.json."""
+        keys = ("metric", "a", "b", "difference", "p", "p_adjusted", "n", "unit", "verdict")
+        return {"ci": list(self.ci), **{key: getattr(self, key) for key in keys}}
+
+
+def interval(values: Values, *, what: str = "values", seed: int = 0) -> Interval:
+    """Mean with a BCa bootstrap interval (Efron 1987); without any variation the interval is the mean itself.
+
+    Args:
+        values: [n], one per item; n >= 2.
+        what: their name in errors.
+
+    Raises:
+        ConfigError: fewer than two values. NonFiniteError: a value that is nan or infinite.
+    """
+    x = _checked(values, what)
+    mean = float(x.mean())
+    if bool((x == x[0]).all()):
+        return Interval(mean, mean, mean, len(x))
+    scale = float((x - mean).abs().max())  # BCa cubes what it is given: keep that far from underflow
+    z = ((x - mean) / scale).numpy()
+    found = bootstrap((z,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(seed))
+    low, high = (mean + scale * float(bound) for bound in found.confidence_interval)
+    return Interval(mean, low, high, len(x))
+
+
+def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: str = "", seed: int = 0) -> Comparison:
+    """Compares two arms item by item.
+
+    Args:
+        metric, unit: what was measured, and in what.
+        a, b: names of the arms.
+        of_a, of_b: [n], entry i of both belonging to the same item.
+
+    Raises:
+        ConfigError: unequal lengths, or fewer than two pairs. NonFiniteError: a value that is nan or infinite.
+    """
+    x, y = _checked(of_a, f"{metric} of {a}"), _checked(of_b, f"{metric} of {b}")
+    if len(x) != len(y):
+        raise ConfigError(
+            f"{metric} of {a} and {b} cannot be paired", expected="one value per item in both", found=f"{len(x)} and {len(y)}"
+        )
+    difference = x - y
+    bounds = interval(difference, seed=seed)
+    p = float(sign_flip_p(difference[:, None], draws=RESAMPLES, seed=seed))
+    return Comparison(metric, a, b, bounds.mean, (bounds.low, bounds.high), p, len(x), unit, p_adjusted=p)
+
+
+def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons, in the same order, with p adjusted for being a family (Holm 1979: family-wise error, any dependence)."""
+    m, worst = len(comparisons), 0.0
+    adjusted = list(comparisons)
+    for rank, i in enumerate(sorted(range(m), key=lambda i: comparisons[i].p)):
+        worst = max(worst, min(1.0, (m - rank) * comparisons[i].p))
+        adjusted[i] = replace(comparisons[i], p_adjusted=worst, family=m)
+    return adjusted
+
+
+def _checked(values: Values, what: str) -> Tensor:
+    x = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(-1)
+    if len(x) < 2:
+        raise ConfigError(f"too few {what} for statistics", expected="at least two", found=len(x), remedy="measure more items")
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).nonzero()[0])
+        raise NonFiniteError(f"{what} are not finite", found=f"{float(x[bad])} at item {bad}", remedy="look at that item and at the loss")
+    return x
