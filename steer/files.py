@@ -135,7 +135,7 @@ def atomic_write(path: str | Path, content: bytes | str) -> Path:
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = _temporary(path)
-    with _storage(path, len(data)):
+    with storage_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write_through(temporary, data)
@@ -170,7 +170,7 @@ def sync_folder(folder: Path) -> None:
 def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
     """Writes the parts into a sibling, moves the old folder aside and the new one in; the old one goes only when the new one is there."""
     previous, temporary = _previous(path), _temporary(path)
-    with _storage(path, sum(map(len, parts.values()))):
+    with storage_errors(path, sum(map(len, parts.values()))):
         if previous.exists() and not path.exists():
             os.rename(previous, path)  # an earlier run was killed between its two renames
         if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {MANIFEST, TENSORS}):
@@ -222,7 +222,7 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _storage(path: Path, wanted: int) -> Iterator[None]:
+def storage_errors(path: Path, wanted: int) -> Iterator[None]:
     """Turns what the operating system says about a write into a typed error."""
     try:
         yield

@@ -1,0 +1,59 @@
+"""Reads a GGUF file as a plain model: every weight unpacked, and no mark of quantisation left that would forbid saving or training it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steer.errors import DamagedFileError, ModelNotFoundError
+
+
+def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The causal language model and the tokenizer in one GGUF file. Slow: seconds of Python per 100 MB.
+
+    Raises:
+        ModelNotFoundError: no such file, or the `gguf` package is missing.
+        DamagedFileError: not a GGUF file, truncated, or of an architecture that transformers cannot read.
+    """
+    if not path.is_file():
+        raise ModelNotFoundError(f"no file {path}", expected="a GGUF file", remedy="check the path")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelNotFoundError(
+            f"cannot read {path}", expected="the package gguf", found="not installed", remedy="pip install 'torchsteer[gguf]'"
+        )
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise DamagedFileError(f"{path} is not a GGUF file", expected="first bytes GGUF", found=magic)
+    # Newer transformers keep the blocks packed where a GPU kernel can read them; hooks, edits and training need dense weights.
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    try:
+        marked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **dense)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError) as error:  # what the reader meets depends on where the damage is
+        found = f"{type(error).__name__}: {error}"
+        raise DamagedFileError(f"cannot read {path}", expected="a whole GGUF file of a known architecture", found=found) from error
+    return _unmarked(marked), tokenizer
+
+
+def _unmarked(marked: Any) -> Any:
+    """A new model around the same tensors: transformers refuses `save_pretrained` on one that it has read from GGUF."""
+    config = marked.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = type(marked)(config)
+    model.load_state_dict(marked.state_dict(), assign=True)
+    model.tie_weights()
+    # rotary frequencies and their like are in no state_dict, and still on the meta device
+    for name, buffer in marked.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer
+    model.generation_config = marked.generation_config
+    return model.eval()
+

@@ -1,0 +1,140 @@
+"""Loads a causal language model and its tokenizer by name or path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from steer.errors import DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.model import embedded
+from steer.model.gguf import read_gguf
+
+_EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """Returns (model in eval mode, tokenizer).
+
+    Args:
+        name_or_path: `smollm2-135m` (the embedded model); a `.gguf` file; a folder with a PEFT adapter, which is loaded on the base that
+            it names; a folder in the Hugging Face layout; otherwise a hub id. A path wins over a hub id, the embedded name over both.
+        dtype: of the weights.
+        device: where the model is moved after loading.
+
+    Raises:
+        ModelNotFoundError: the name or path leads nowhere.
+        UnsafeFileError: the weights are there only as a pickle.
+        DamagedFileError: a file is truncated or altered.
+        TokenizerError: the folder holds a model but no tokenizer.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if name == embedded.NAME:
+        model, tokenizer = _from_transformers(str(embedded.converted_folder()), name, dtype)
+    elif path.suffix == ".gguf":
+        model, tokenizer = read_gguf(path, dtype)
+    elif (path / "adapter_config.json").is_file():
+        return _with_adapter(path, dtype, device)
+    elif path.is_dir():
+        _check_folder(path)
+        model, tokenizer = _from_transformers(str(path), name, dtype)
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        found = "a file that is not GGUF" if path.exists() else "nothing there"
+        raise ModelNotFoundError(f"no model at {name}", expected=_EXPECTED, found=found, remedy="check the path")
+    else:
+        model, tokenizer = _from_transformers(name, name, dtype)
+    # An adapter saved from this model records where its base came from: by the name asked for, not by a path of this machine's cache.
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    return model.to(device).eval(), tokenizer
+
+
+def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    is_local = Path(source).is_dir()
+    try:
+        with _quiet(is_local):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except SafetensorError as error:
+        raise DamagedFileError(f"the weights of '{name}' are truncated or altered", found=str(error)) from error
+    except (OSError, ValueError) as error:
+        if is_local:
+            raise DamagedFileError(f"cannot load the model in {name}", found=_brief(error)) from error
+        if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
+            raise _unsafe(name) from error
+        remedy = f"check the spelling and the network, or use '{embedded.NAME}', which needs none"
+        raise ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=_brief(error), remedy=remedy) from error
+    return model, tokenizer
+
+
+def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, Any]:
+    from peft import PeftModel  # takes a second to import, and most loads do not need it
+
+    try:
+        base_name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"the adapter_config.json of {path} is broken", found=_brief(error)) from error
+    if not base_name:
+        raise ModelNotFoundError(f"the adapter in {path} does not say which base it belongs to", expected="base_model_name_or_path")
+    if not (path / "adapter_model.safetensors").is_file():
+        if any(path.glob("*.bin")):
+            raise _unsafe(str(path))
+        raise DamagedFileError(f"{path} lacks adapter_model.safetensors", found=sorted(file.name for file in path.iterdir()))
+    base, tokenizer = load(base_name, dtype=dtype, device=device)
+    try:
+        model = PeftModel.from_pretrained(base, path)
+    except SafetensorError as error:
+        raise DamagedFileError(f"the weights of {path} are truncated or altered", found=str(error)) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DamagedFileError(f"the adapter in {path} does not fit '{base_name}'", found=_brief(error)) from error
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(path) if _has_tokenizer(path) else tokenizer
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        found = sorted(file.name for file in path.iterdir())[:5]
+        raise ModelNotFoundError(f"no model in {path}", expected="config.json and *.safetensors, or adapter_config.json", found=found)
+    if not any(path.glob("*.safetensors")):
+        if any(file for pattern in _PICKLES for file in path.glob(pattern)):
+            raise _unsafe(str(path))
+        raise ModelNotFoundError(f"no weights in {path}", expected="*.safetensors", found=sorted(file.name for file in path.iterdir())[:5])
+    if not _has_tokenizer(path):
+        raise TokenizerError(f"no tokenizer in {path}", expected="tokenizer.json", remedy=f"tokenizer.save_pretrained('{path}')")
+
+
+def _has_tokenizer(path: Path) -> bool:
+    # transformers would make an empty tokenizer where these are missing
+    return any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"))
+
+
+def _unsafe(name: str) -> UnsafeFileError:
+    return UnsafeFileError(
+        f"the weights of '{name}' are a pickle, which can run any code when it is opened",
+        expected="*.safetensors",
+        remedy="convert it where you trust it: load it with transformers, then save_pretrained, which writes safetensors",
+    )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """No progress bar for a load that takes a fraction of a second."""
+    if not (quiet and transformers_logging.is_progress_bar_enabled()):
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
