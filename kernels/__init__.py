@@ -3,38 +3,25 @@
 The fused Triton kernels arrive in later releases: today the registry is empty and every intervention runs its PyTorch path.
 """
 
-from __future__ import annotations
-
-import importlib.metadata
-import sys
-from collections.abc import Callable
-from typing import Any
-
 if __name__ == "kernels":
-    # A checkout on sys.path must not hide the distribution of that name, which transformers looks for.
-    raise ImportError("this folder is steer.kernels, not the package 'kernels': run `pip install -e .` and import steer.kernels")
+    # The root of a checkout is on sys.path (python -c, python -m pytest, a notebook), and somebody, most likely transformers, wants the
+    # distribution called `kernels`. Step aside for it where it is installed. Where it is not, be a module without a version: transformers
+    # takes that for "not installed", while an ImportError would escape from its check and break every model load.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
 
-from steer.registry import Registry
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec("kernels", [place for place in sys.path if Path(place or ".").resolve() != _root])
+    if _spec is not None and _spec.origin is not None and _spec.loader is not None:
+        _real = module_from_spec(_spec)
+        sys.modules["kernels"] = _real
+        _spec.loader.exec_module(_real)
 
-KERNELS: Registry[Callable[..., Any]] = Registry("kernel")
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"no '{name}': this folder is steer.kernels, and the distribution 'kernels' is not installed")
+else:
+    from steer.kernels.available import KERNELS, status
 
-
-def status() -> dict[str, Any]:
-    """What could run here.
-
-    Returns:
-        `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `kernels`: sorted names.
-    """
-    import torch  # here, not above: asking for the names alone must stay cheap
-
-    try:
-        triton, reason = importlib.metadata.version("triton"), None
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-        reason = "not installed" if sys.platform == "linux" else f"no triton for {sys.platform}"
-    return {
-        "triton": triton,
-        "reason": reason,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "kernels": sorted(KERNELS),
-    }
+    __all__ = ["KERNELS", "status"]

@@ -226,6 +226,8 @@ def storage_errors(path: Path, wanted: int) -> Iterator[None]:
     """Turns what the operating system says about a write into a typed error."""
     try:
         yield
+    except FileError:
+        raise  # StorageFullError is an OSError too, and says it already
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = StorageFullError(

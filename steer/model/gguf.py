@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         marked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **dense)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError) as error:  # what the reader meets depends on where the damage is
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:  # depends on where the damage is
         found = f"{type(error).__name__}: {error}"
         raise DamagedFileError(f"cannot read {path}", expected="a whole GGUF file of a known architecture", found=found) from error
     return _unmarked(marked), tokenizer

@@ -1,0 +1,28 @@
+"""Which kernels there are, and what could run them here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from steer.registry import Registry
+
+KERNELS: Registry[Callable[..., Any]] = Registry("kernel")
+
+
+def status() -> dict[str, Any]:
+    """What could run here.
+
+    Returns:
+        `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `kernels`: sorted names.
+    """
+    import torch  # here, not above: asking for the names alone must stay cheap
+
+    try:
+        triton, reason = importlib.metadata.version("triton"), None
+    except importlib.metadata.PackageNotFoundError:
+        triton, reason = None, "not installed" if sys.platform == "linux" else f"no triton for {sys.platform}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"triton": triton, "reason": reason, "device": device, "kernels": sorted(KERNELS)}
