@@ -59,7 +59,9 @@ class ContrastSet:
             order = torch.randperm(n, generator=generator).tolist()
             held = round(n * holdout)
             if held < 2 or n - held < 2:
-                raise ContrastError("too few texts to hold some out", expected=f"at least 2 of {n} on either part", found=f"{held} held out")
+                raise ContrastError(
+                    "too few texts to hold some out", expected=f"at least 2 of {n} on either part", found=f"{held} held out"
+                )
             return sorted(order[held:]), sorted(order[:held])
 
         generator = torch.Generator().manual_seed(seed)
@@ -74,7 +76,11 @@ class ContrastSet:
     def rows(self) -> tuple[list[Row], list[bool]]:
         """All texts and whether each is positive; a pair's two texts stand side by side."""
         if self.paired:
-            both = [(row, side) for pair in zip(self.positive, self.negative, strict=True) for row, side in zip(pair, (True, False), strict=True)]
+            both = [
+                (row, side)
+                for pair in zip(self.positive, self.negative, strict=True)
+                for row, side in zip(pair, (True, False), strict=True)
+            ]
         else:
             both = [(row, True) for row in self.positive] + [(row, False) for row in self.negative]
         return [row for row, _ in both], [side for _, side in both]

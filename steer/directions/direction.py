@@ -22,8 +22,8 @@ class Direction:
     Attributes:
         vector: [width] fp32, scaled so that adding it once moves a text by the gap between the two class means along it.
         method, span: how and where it was read.
-        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction = |vector|), `sd` (within-class standard deviation
-            along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction = |vector|), `sd` (within-class standard
+            deviation along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
     """
 
     site: Site
@@ -37,7 +37,9 @@ class Direction:
             raise WidthError(f"direction at '{self.site}' is not a vector", expected="[width]", found=list(self.vector.shape))
         check_finite(self.vector, f"direction at '{self.site}'")
         if float(self.vector.norm()) == 0:
-            raise ConfigError(f"direction at '{self.site}' is zero", remedy="the two classes have the same mean here: choose another site or span")
+            raise ConfigError(
+                f"direction at '{self.site}' is zero", remedy="the two classes have the same mean here: choose another site or span"
+            )
 
     @property
     def unit(self) -> Tensor:

@@ -67,7 +67,9 @@ def extract(
         ContrastError: too few texts, an empty span, or classes that do not differ.
         ConfigError, SiteError, NonFiniteError.
     """
-    return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[method]
+    return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[
+        method
+    ]
 
 
 def extract_all(
@@ -88,7 +90,9 @@ def extract_all(
     chosen = anatomy.sites(*map(str, sites))
     train, held = contrast.split(holdout, seed)
     moments = _moments(model, train, chosen, span, any(one.second for one in extractors.values()), progress)
-    vectors = {site: torch.stack([_scaled(one.direction(moments[site]), moments[site], site) for one in extractors.values()]) for site in chosen}
+    vectors = {
+        site: torch.stack([_scaled(one.direction(moments[site]), moments[site], site) for one in extractors.values()]) for site in chosen
+    }
     metrics = _metrics(model, held, vectors, span, progress)
     provenance: dict[str, Any] = {
         "model": anatomy.fingerprint(),

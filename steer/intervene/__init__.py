@@ -8,4 +8,17 @@ from steer.intervene.plan import Plan
 from steer.intervene.schedule import SCHEDULES, Constant, Cosine, Linear, WarmupDecay
 from steer.intervene.scope import Scope
 
-__all__ = ["OPERATORS", "SCHEDULES", "Ablate", "Add", "Constant", "Cosine", "Intervention", "Linear", "Operator", "Plan", "Scope", "WarmupDecay"]
+__all__ = [
+    "OPERATORS",
+    "SCHEDULES",
+    "Ablate",
+    "Add",
+    "Constant",
+    "Cosine",
+    "Intervention",
+    "Linear",
+    "Operator",
+    "Plan",
+    "Scope",
+    "WarmupDecay",
+]

@@ -35,13 +35,15 @@ class Ablate(Operator):
             )
         super().__init__({"directions": q.mT.float().contiguous()}, rows.shape[-1])
 
-    def apply(self, h: Tensor, weight: Tensor, pick: Pick) -> Tensor:
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
         q = pick("directions").to(h.dtype)
+        weight = strength.to(h.dtype) if mask is None else strength.to(h.dtype) * mask
         if q.shape[1] == 1:
-            component = (h * q).sum(-1, keepdim=True)
-            return h - component * weight.to(h.dtype) * q
-        with torch.autocast(h.device.type, enabled=False):  # autocast would round a fp32 residual stream to bf16 here
-            return h - (h @ q.mT * weight.to(h.dtype)) @ q
+            return h - (h * q).sum(-1, keepdim=True, dtype=h.dtype) * weight * q
+        if torch.is_autocast_enabled(h.device.type):  # it would round a fp32 residual stream to bf16 here
+            with torch.autocast(h.device.type, enabled=False):
+                return h - (h @ q.mT * weight) @ q
+        return h - (h @ q.mT * weight) @ q
 
     def describe(self) -> str:
         return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

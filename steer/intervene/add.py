@@ -22,11 +22,9 @@ class Add(Operator):
         vector = slotted(vector, 2, "steering vector")
         super().__init__({"vector": vector}, vector.shape[-1])
 
-    def apply(self, h: Tensor, weight: Tensor, pick: Pick) -> Tensor:
-        vector = pick("vector")[:, None]
-        if weight.shape[1] == 1:  # one product per row instead of one per token
-            return h + (weight * vector).to(h.dtype)
-        return torch.addcmul(h, weight.to(h.dtype), vector.to(h.dtype))
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+        edit = (strength * pick("vector").unsqueeze(1)).to(h.dtype)
+        return h + edit if mask is None else torch.addcmul(h, mask, edit)
 
     def describe(self) -> str:
         return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

@@ -13,7 +13,7 @@ from steer.errors import ConfigError, ContextError, WidthError
 from steer.intervene import schedule as schedules
 from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
 from steer.intervene.scope import Scope
-from steer.model.context import PHASES, ROLES, ForwardContext
+from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
 
 
@@ -30,6 +30,11 @@ class Intervention:
         roles: subset of policy, reference; the reference pass of DPO and GRPO is left alone unless it is named here.
         schedule: factor over optimiser steps, advanced by `Plan.step`.
         name: unique in a plan; made from operator and site when empty.
+
+    Attributes:
+        base: [1 or slots] the strength as it was set; `effective`, what the hook reads, is base x schedule x switch.
+        slots: number of row slots; 1 when every row is treated alike. `rows` says which slot each row of a batch uses.
+        key: names its set of tokens; interventions with the same key act on the same ones.
 
     Raises:
         ConfigError, SiteError, NonFiniteError.
@@ -54,6 +59,8 @@ class Intervention:
         self.name = self.name or f"{self.operator.name}@{self.site}"
         self.effective = self.base.clone()
         self.rows: Tensor | None = None
+        self.slots = max(self.operator.slots, self.base.numel())
+        self.key = f"{self.scope} in {self.phases} for {self.roles}"
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
@@ -61,11 +68,6 @@ class Intervention:
         if base.numel() not in (1, self.operator.slots) and self.operator.slots > 1:
             raise ConfigError("strengths and row slots differ in number", expected=f"1 or {self.operator.slots}", found=base.numel())
         return base
-
-    @property
-    def slots(self) -> int:
-        """Number of row slots; 1 when every row is treated alike."""
-        return max(self.operator.slots, self.base.numel())
 
     def refresh(self, step: int) -> None:
         """Writes strength x schedule x switch into the buffer that the hook reads; in place, so compiled code sees it."""
@@ -79,14 +81,17 @@ class Intervention:
             self.effective = self.effective.to(device)
             self.rows = None if self.rows is None else self.rows.to(device)
 
-    def acts_in(self, ctx: ForwardContext) -> bool:
-        return ctx.phase in self.phases and ctx.role in self.roles
+    def tokens(self, ctx: ForwardContext) -> Mask:
+        """The tokens meant in this pass, [batch, tokens] bool or a constant; the same for all interventions with this `key`."""
+        found = ctx.masks.get(self.key)
+        if found is None:
+            acts = ctx.phase in self.phases and ctx.role in self.roles
+            found = ctx.masks[self.key] = self.scope.mask(ctx) if acts else False  # type: ignore[union-attr]
+        return found
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """Edited activation, or `h` itself when no token of this pass is meant. h: [batch, tokens, width]."""
-        if not self.acts_in(ctx):
-            return h
-        mask = self.scope.mask(ctx)  # type: ignore[union-attr]
+        mask = self.tokens(ctx)
         if mask is False:
             return h
         if self.effective.device != h.device:
@@ -95,12 +100,33 @@ class Intervention:
             raise width_error(self, h.shape[-1])
         rows = self.rows_of(ctx, h.shape[0]) if self.slots > 1 else None
         strength = self.effective if rows is None or self.effective.shape[0] == 1 else self.effective[rows]
-        weight = strength[:, None, None]
-        if isinstance(mask, Tensor):
-            weight = weight * mask[..., None]
+        strength = strength.view(-1, 1, 1)
+        weight = None if mask is True else self._column(mask, h, ctx)
         if h.dim() == 3:
-            return self.operator.apply(h, weight, Pick(self.operator, rows))
-        return self.operator.apply(h.reshape(1, -1, h.shape[-1]), weight, Pick(self.operator, rows)).view_as(h)
+            return self.operator.apply(h, strength, weight, Pick(self.operator, rows))
+        return self.operator.apply(h.reshape(h.shape[0], -1, h.shape[-1]), strength, weight, Pick(self.operator, rows)).reshape(h.shape)
+
+    def prepare(self, ctx: ForwardContext, dtype: torch.dtype) -> None:
+        """Works the tokens out when a pass opens: static caches count on while it runs, and sites need them ready."""
+        if isinstance(mask := self.tokens(ctx), Tensor):
+            ctx.columns[self.key] = mask.unsqueeze(-1).to(dtype)
+
+    def _column(self, mask: Tensor, h: Tensor, ctx: ForwardContext) -> Tensor:
+        """The mask on the tokens that this site sees, [batch, tokens, 1] of 0 and 1 in the dtype of h."""
+        column = ctx.columns.get(self.key)
+        if column is not None and column.dtype is h.dtype and column.shape[:-1] == h.shape[:-1]:
+            return column
+        if mask.shape != h.shape[:-1] and self.site.part == "logits" and h.dim() == 3:  # type: ignore[union-attr]
+            # the unembedding may get the last tokens only
+            mask = mask[:, ctx.kept] if isinstance(ctx.kept, Tensor) else mask[:, -h.shape[1] :]
+        if mask.shape != h.shape[:-1]:
+            raise ContextError(
+                f"'{self.site}' does not hold one activation per token",
+                expected=f"{list(mask.shape)} tokens, as in the forward pass",
+                found=list(h.shape[:-1]),
+                remedy="choose a site of the residual stream, attention or MLP",
+            )
+        return mask.unsqueeze(-1).to(h.dtype)
 
     def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:
         """Slot of each row of this pass, [batch]; beams and returned sequences follow their prompt's row."""
@@ -112,10 +138,13 @@ class Intervention:
         given = self.rows.shape[0]
         if given == batch:
             return self.rows
-        if ctx.phase == "generate" and batch % given == 0:
+        if ctx.phase == "generate" and given and batch % given == 0:
             return self.rows.repeat_interleave(batch // given)
         raise ContextError(
-            f"row slots of '{self.name}' do not fit the batch", expected=f"{batch} rows", found=given, remedy="call plan.set_rows for this batch"
+            f"row slots of '{self.name}' do not fit the batch",
+            expected=f"{batch} rows",
+            found=given,
+            remedy="call plan.set_rows for this batch",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,12 +32,13 @@ class Operator:
         for name, tensor in tensors.items():
             check_finite(tensor, f"{name} of operator '{type(self).name}'")
 
-    def apply(self, h: Tensor, weight: Tensor, pick: Pick) -> Tensor:
-        """Edits an activation.
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+        """Edits an activation, in its own dtype.
 
         Args:
             h: [batch, tokens, width].
-            weight: strength times token mask, fp32, broadcastable to [batch, tokens, 1]; 0 leaves a token exactly as it is.
+            strength: [batch or 1, 1, 1] fp32; 0 leaves h exactly as it is.
+            mask: [batch, tokens, 1] of 0 and 1 in the dtype of h, 0 leaves a token exactly as it is; None for every token.
             pick: gives a named tensor for this batch, [batch or 1, ...].
         """
         raise NotImplementedError
@@ -74,7 +75,9 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """Raises NonFiniteError with the number of bad entries."""
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise NonFiniteError(f"{what} is not finite", expected="finite numbers", found=f"{bad} of {tensor.numel()} entries are NaN or infinite")
+        raise NonFiniteError(
+            f"{what} is not finite", expected="finite numbers", found=f"{bad} of {tensor.numel()} entries are NaN or infinite"
+        )
 
 
 def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
@@ -82,5 +85,7 @@ def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
     if tensor.dim() == ndim - 1:
         tensor = tensor[None]
     if tensor.dim() != ndim or 0 in tensor.shape:
-        raise ConfigError(f"{what} has the wrong shape", expected=f"{ndim - 1} dimensions, or {ndim} with row slots", found=list(tensor.shape))
+        raise ConfigError(
+            f"{what} has the wrong shape", expected=f"{ndim - 1} dimensions, or {ndim} with row slots", found=list(tensor.shape)
+        )
     return tensor.detach().to(torch.float32, copy=True).contiguous()

@@ -16,7 +16,7 @@ from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelE
 from steer.intervene.intervention import Intervention, width_error
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
-from steer.model.context import ForwardContext
+from steer.model.context import ForwardContext, in_backward
 from steer.model.site import Site
 
 
@@ -69,22 +69,20 @@ class Plan:
             raise AttachError("another plan is attached to this model", remedy="detach it, or pass stack=True to have both")
         anatomy, points = resolve(model, [Site.parse(intervention.site) for intervention in self.interventions])
         self._check_model(anatomy, points)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        first = next(model.parameters(), torch.empty(0))
         groups: dict[Any, tuple[HookPoint, list[Intervention]]] = {}
         for intervention, point in zip(self.interventions, points, strict=True):
-            here = next((parameter.device for parameter in point.module.parameters()), device)
-            intervention.move(here)
+            intervention.move(next(point.module.parameters(), first).device)
             key = (id(point.module), point.side, None if point.columns is None else str(point.site))
             groups.setdefault(key, (point, []))[1].append(intervention)
             self._paths[intervention.name] = point.path
-        remove = hooks.install(model, anatomy, [(point, _SiteAct(group)) for point, group in groups.values()])
-        watcher = hooks.watcher_of(model)
-        assert watcher is not None
-        count = _Count(self.interventions, device)
+        self._count = count = _Count(self.interventions, first)
+        watcher, remove = hooks.install(model, anatomy, [(point, _SiteAct(group, count)) for point, group in groups.values()])
+        watcher.on_open.append(count.prepare)
         watcher.on_close.append(count)
-        self._count = count
 
         def detach() -> None:
+            watcher.on_open.remove(count.prepare)
             watcher.on_close.remove(count)
             remove()
 
@@ -108,7 +106,7 @@ class Plan:
             self.detach()
             raise
         self.detach()
-        if self.passes == 0:
+        if self._count is not None and not int(self._count.passes + self._count.calls):
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=3)
 
     def _check_model(self, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
@@ -118,7 +116,9 @@ class Plan:
         if self.fingerprint is None or anatomy is None:
             return
         found = anatomy.fingerprint()
-        differing = {key: (value, found.get(key)) for key, value in self.fingerprint.items() if key != "embedding_digest" and value != found.get(key)}
+        differing = {
+            key: (value, found.get(key)) for key, value in self.fingerprint.items() if key != "embedding_digest" and value != found.get(key)
+        }
         if differing:
             raise WrongModelError(
                 "this plan was made for another model",
@@ -165,7 +165,9 @@ class Plan:
             if intervention.slots == 1:
                 continue
             if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= intervention.slots:
-                raise ConfigError(f"row slots of '{intervention.name}' are out of range", expected=f"0 to {intervention.slots - 1}", found=rows.tolist())
+                raise ConfigError(
+                    f"row slots of '{intervention.name}' are out of range", expected=f"0 to {intervention.slots - 1}", found=rows.tolist()
+                )
             here = rows.to(intervention.effective.device)
             if intervention.rows is not None and intervention.rows.shape == here.shape:
                 intervention.rows.copy_(here)
@@ -193,7 +195,8 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in words: what acts where, on which tokens, when and how strongly."""
-        lines = [f"plan of {len(self.interventions)} intervention(s), {'attached' if self.is_attached else 'not attached'}, step {self.current_step}"]
+        state = "attached" if self.is_attached else "not attached"
+        lines = [f"plan of {len(self.interventions)} intervention(s), {state}, step {self.current_step}"]
         for number, one in enumerate(self.interventions, 1):
             strength = ", ".join(f"{value:.4g}" for value in one.effective.tolist())
             path = f" ({self._paths[one.name]})" if one.name in self._paths else ""
@@ -231,7 +234,9 @@ class Plan:
         manifest, tensors = files.load_artifact(path, "plan")
         try:
             ones = [
-                Intervention.from_dict(spec, {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.split(".")[0] == str(i)})
+                Intervention.from_dict(
+                    spec, {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.split(".")[0] == str(i)}
+                )
                 for i, spec in enumerate(manifest["interventions"])
             ]
         except (KeyError, TypeError) as error:
@@ -242,25 +247,31 @@ class Plan:
 class _SiteAct:
     """All interventions of one plan on one hook point, as one call."""
 
-    def __init__(self, interventions: list[Intervention]) -> None:
-        self.interventions = interventions
+    def __init__(self, interventions: list[Intervention], count: _Count) -> None:
+        self.interventions, self.count = interventions, count
+        self.counts = any(one.site.module is not None for one in interventions)  # type: ignore[union-attr]
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         for intervention in self.interventions:
             h = intervention(h, ctx)
+        if self.counts and not in_backward():
+            self.count.call(self.interventions, ctx)
         return h
 
 
 class _Count:
-    """Counts steered tokens once per pass and scope, not once per site: the watcher proves that every site ran."""
+    """Counts steered tokens. Sites of a decoder are reached in every pass (the watcher proves it), so they are counted once per pass and
+    key; any other module may be left out of a pass, so its calls are counted where they happen."""
 
-    def __init__(self, interventions: list[Intervention], device: torch.device) -> None:
+    def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
+        self.dtype = like.dtype
         groups: dict[Any, list[Intervention]] = {}
         for one in interventions:
-            groups.setdefault((one.scope, one.phases, one.roles), []).append(one)
+            alone = one.slots > 1 or one.site.module is not None  # type: ignore[union-attr]
+            groups.setdefault(one.name if alone else one.key, []).append(one)
         with torch.inference_mode(False):
-            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long, device=device)) for group in groups.values()]
-            self.passes = torch.zeros((), dtype=torch.long, device=device)
+            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long, device=like.device)) for group in groups.values()]
+            self.passes, self.calls = torch.zeros(2, dtype=torch.long, device=like.device)
         self.refresh()
 
     def refresh(self) -> None:
@@ -268,13 +279,31 @@ class _Count:
         for group, _, active in self.groups:
             active.copy_(torch.tensor([bool((one.effective != 0).any()) for one in group]))
 
+    def prepare(self, ctx: ForwardContext) -> None:
+        for group, _, _ in self.groups:
+            if ctx.tokens:
+                group[0].prepare(ctx, self.dtype)
+
     def __call__(self, ctx: ForwardContext) -> None:
         self.passes.add_(1)
         for group, counts, active in self.groups:
-            mask = group[0].scope.mask(ctx) if group[0].acts_in(ctx) else False  # type: ignore[union-attr]
-            if mask is not False:
-                tokens = mask.expand(ctx.batch, ctx.tokens).sum() if isinstance(mask, Tensor) else max(ctx.batch * ctx.tokens, 1)
-                counts.add_(active * tokens)
+            if group[0].site.module is None:  # type: ignore[union-attr]
+                self._add(group[0], counts, active, ctx)
+
+    def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:
+        self.calls.add_(1)
+        for group, counts, active in self.groups:
+            if any(group[0] is one for one in interventions):
+                self._add(group[0], counts, active, ctx)
+
+    def _add(self, one: Intervention, counts: Tensor, active: Tensor, ctx: ForwardContext) -> None:
+        mask = one.tokens(ctx)
+        if mask is False:
+            return
+        if one.slots > 1 and ctx.tokens:
+            acting = (one.effective != 0).expand(one.slots)[one.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens)
+            mask = acting if mask is True else mask & acting
+        counts.add_(active * (mask.sum() if isinstance(mask, Tensor) else max(ctx.batch * ctx.tokens, 1)))
 
     def read(self) -> dict[str, int]:
         return {one.name: int(count) for group, counts, _ in self.groups for one, count in zip(group, counts, strict=True)}

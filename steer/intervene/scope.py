@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
@@ -24,7 +23,7 @@ _POSITIONS = re.compile(r"positions\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\]")
 
 @dataclass(frozen=True)
 class Scope:
-    """A set of tokens, worked out once per forward pass and shared by every intervention that names it."""
+    """A set of tokens, named by a rule."""
 
     kind: str
     positions: tuple[int, ...] = ()
@@ -45,16 +44,11 @@ class Scope:
 
     def mask(self, ctx: ForwardContext) -> Mask:
         """[batch, tokens] bool, or True / False when no tensor is needed to tell. Raises ContextError when the pass does not say."""
-        if self not in ctx.masks:
-            ctx.masks[self] = self._mask(ctx)
-        return ctx.masks[self]
-
-    def _mask(self, ctx: ForwardContext) -> Mask:
         if self.kind == "all":
             return ctx.attention
         if ctx.tokens == 0:
             raise ContextError(
-                f"scope '{self}' needs a decoder", expected="scope 'all' for a model without tokens", remedy="use scope='all'"
+                f"scope '{self}' needs tokens", expected="scope 'all' at a module that is no part of a decoder", remedy="use scope='all'"
             )
         if self.kind == "last":
             return ctx.last
@@ -75,13 +69,21 @@ class Scope:
 
     def _listed(self, ctx: ForwardContext) -> Mask:
         forward = [position for position in self.positions if position >= 0]
-        backward = [position for position in self.positions if position < 0] if not ctx.decoding else []
+        backward = [position for position in self.positions if position < 0]
         hits: Mask = False
-        for positions, wanted in ((forward, "positions"), (backward, "from_end")):
-            if positions:
-                found = torch.isin(getattr(ctx, wanted), torch.tensor(positions, device=ctx.device))
-                hits = found if hits is False else hits | found
-        return both(ctx.attention, hits.expand(ctx.batch, ctx.tokens) if isinstance(hits, Tensor) else hits)
+        if forward:
+            hits = _isin(ctx.positions, forward).expand(ctx.batch, ctx.tokens)
+        if backward and (given := negate(ctx.generated)) is not False:  # decoded tokens have no distance from the end
+            counted = both(given, _isin(ctx.from_end, backward))
+            hits = counted if hits is False else hits | counted
+        return both(ctx.attention, hits)
+
+
+def _isin(positions: Tensor, wanted: list[int]) -> Tensor:
+    hits = positions == wanted[0]
+    for position in wanted[1:]:
+        hits = hits | (positions == position)
+    return hits
 
 
 def both(a: Mask, b: Mask) -> Mask:

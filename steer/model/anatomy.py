@@ -285,9 +285,7 @@ class Anatomy:
             raise SiteError(f"{type(self.model).__name__} has no '{site}'", remedy="attach to the model with its language-model head")
         return self._hook_point(site, module, "output", self.width if site.part == "final_norm" else out_width(module))
 
-    def _hook_point(
-        self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None
-    ) -> HookPoint:
+    def _hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
         return HookPoint(site, module, self._paths.get(id(module), str(site)), side, width, columns)
 
 

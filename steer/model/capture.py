@@ -77,7 +77,8 @@ def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
     """[batch, length] fp32, 1 on the tokens of a span.
 
     Args:
-        span: `response`, `prompt`, `all`, `last` (last token), `prompt_last` (last token of the prompt), or a token index (negative from the end).
+        span: `response`, `prompt`, `all`, `last` (last token), `prompt_last` (last token of the prompt), or a token index (negative
+            from the end).
 
     Raises:
         ContrastError: a text without any token in the span.
@@ -148,7 +149,7 @@ def capture(
     anatomy, points = resolve(model, sites)
     reader = _Reader(accumulators)
     device = next(model.parameters()).device
-    remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
+    _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
     try:
         with evaluating(model), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
             for batch in batches(rows, max_tokens, group):

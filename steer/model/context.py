@@ -18,6 +18,8 @@ Mask = Tensor | bool  # [batch, tokens] bool; True = every token, False = none, 
 
 PHASES = ("train", "validate", "generate")
 ROLES = ("policy", "reference")
+# the arguments of a forward pass that tell tokens apart
+SEEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "labels", "logits_to_keep")
 
 
 @dataclass(eq=False)
@@ -25,15 +27,19 @@ class ForwardContext:
     """The tokens of one forward pass.
 
     Attributes:
-        batch, tokens: shape of the pass; 0 when the model is no decoder.
+        batch, tokens: shape of the pass; 0 beside a decoder, where there are no tokens.
         phase: `generate` when a cache is used or built on request, else `train` with gradients, `validate` without. Never from
             `model.training`: GRPO generates in training mode and DPO runs its reference in it.
         role: `reference` when a PEFT model runs with its adapters switched off outside generation, else `policy`.
-        decoding: one token per row on top of a filled cache.
+        decoding: one token per row on top of a cache.
         attention: [batch, tokens] bool, False on padding; True when nothing is padded.
-        labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a completion mask were given.
-        position_ids: [batch, tokens] as given, or None.
-        past: tokens in the cache before this pass.
+        labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
+        position_ids: [batch or 1, tokens] as given, or None.
+        past: tokens in the cache before this pass; a tensor for static caches.
+        padded_past: [batch, cache + tokens] the attention mask over all of them, or None.
+        kept: the positions that the unembedding sees: all (0), the last so many, or these.
+        masks: the tokens that each user of this context acts on, worked out once per pass under a name of its own;
+            `columns` holds some of them as [batch, tokens, 1] numbers, ready to multiply with.
     """
 
     batch: int
@@ -46,12 +52,14 @@ class ForwardContext:
     position_ids: Tensor | None = None
     past: Tensor | int = 0
     padded_past: Tensor | None = None
+    kept: Tensor | int = 0
     device: torch.device | None = None
-    masks: dict[Any, Mask] = field(default_factory=dict)
+    masks: dict[str, Mask] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
-        """[batch, tokens]: index of each token in its own text: 0 at the first real token, starting over in every packed segment."""
+        """[batch or 1, tokens]: index of each token in its own text: 0 at the first real token, starting over in every packed segment."""
         if self.position_ids is not None:
             return self.position_ids
         if self.padded_past is not None:
@@ -72,15 +80,16 @@ class ForwardContext:
             return self.attention
         real = self.real
         follows = torch.zeros_like(real)
-        starts = self.positions[:, 1:] == 0 if self.position_ids is not None else False
-        follows[:, :-1] = real[:, 1:] & ~torch.as_tensor(starts, device=real.device)
+        follows[:, :-1] = real[:, 1:]
+        if self.position_ids is not None:
+            follows[:, :-1] &= self.position_ids[:, 1:] != 0
         return real & ~follows
 
     @property
     def from_end(self) -> Tensor:
         """[batch, tokens]: -1 on the last real token of each row or packed segment, -2 on the one before, ..."""
         index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
-        ends = torch.where(torch.as_tensor(self.last, device=self.device).expand(self.batch, self.tokens), index, self.tokens)
+        ends = torch.where(self.real if self.last is True else self.last, index, self.tokens)
         return index - ends.flip(1).cummin(1).values.flip(1) - 1
 
     @property
@@ -98,7 +107,7 @@ def in_backward() -> bool:
 
 def align(mask: Tensor, batch: int, tokens: int, what: str) -> Tensor:
     """Fits an announced mask to a pass: a narrower one belongs to the right end (GRPO passes the completion's mask only)."""
-    if mask.shape[0] != batch or mask.shape[1] > tokens:
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] > tokens:
         raise ContextError(
             f"{what} does not fit the forward pass",
             expected=f"[{batch}, {tokens}] or a narrower completion mask",
@@ -110,55 +119,57 @@ def align(mask: Tensor, batch: int, tokens: int, what: str) -> Tensor:
 
 def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     """Real tokens of this pass, from a 2-D mask over cache and pass, or from the diagonal of a 4-D mask (static caches get one)."""
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
+    if isinstance(attention_mask, dict):  # one mask per kind of layer; a sliding one may have dropped its oldest columns
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
     if not isinstance(attention_mask, Tensor):
         return True
     if attention_mask.dim() == 2:
         return attention_mask[:, -tokens:].bool()
     if tokens == 1:
         return True
-    columns = torch.arange(tokens, device=attention_mask.device) + past
-    diagonal = attention_mask[:, 0, torch.arange(tokens, device=attention_mask.device), columns]
+    rows = torch.arange(tokens, device=attention_mask.device)
+    diagonal = attention_mask[:, 0, rows, rows + past]
     return diagonal if diagonal.dtype is torch.bool else diagonal == 0
 
 
-def build(given: dict[str, Any], announced: Tensor | None, reference: bool) -> ForwardContext:
+def build(given: dict[str, Any], announced: Tensor | None, reference: bool, *, decoder: bool = True) -> ForwardContext:
     """Makes the context of one pass.
 
     Args:
         given: the arguments seen on the way down, the innermost module's winning.
-        announced: response mask from `steer.response_tokens`, which wins over labels.
+        announced: response mask from `response_tokens`, which wins over labels.
         reference: PEFT adapters are switched off.
+        decoder: False for a module beside the decoder, which has no tokens.
     """
-    tensor = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if tensor is None:
-        return ForwardContext(0, 0, "train" if torch.is_grad_enabled() else "validate")
-    batch, tokens = tensor.shape[:2]
-    cache = given.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
+    cache, labels = given.get("past_key_values"), given.get("labels")
     cached = cache is not None or given.get("use_cache") is True
-    labels = given.get("labels")
     generating = cached and labels is None and announced is None
     phase = "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
-    attention_mask = given.get("attention_mask")
-    flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-    ids = given.get("position_ids")
+    role = "reference" if reference and not generating else "policy"
+    tensor = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if tensor is None or not decoder:
+        return ForwardContext(0, 0, phase, role)
+    batch, tokens = tensor.shape[:2]
+    past = cache.get_seq_length() if cache is not None else 0
+    if isinstance(past, Tensor):
+        past = past.clone()  # static caches count up in place while the pass runs
+    attention_mask, ids = given.get("attention_mask"), given.get("position_ids")
     labelled = None
     if announced is not None:
         labelled = align(announced, batch, tokens, "the announced response mask")
-    elif labels is not None:
+    elif labels is not None and labels.shape == (batch, tokens):  # a classifier's labels are not tokens
         labelled = labels != -100
     return ForwardContext(
         batch=batch,
         tokens=tokens,
         phase=phase,
-        role="reference" if reference and not generating else "policy",
+        role=role,
         decoding=generating and tokens == 1 and not (isinstance(past, int) and past == 0),
         attention=padding(attention_mask, tokens, past),
         labelled=labelled,
         position_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
         past=past,
-        padded_past=flat_mask,
+        padded_past=attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None,
+        kept=given.get("logits_to_keep", 0),
         device=tensor.device,
     )

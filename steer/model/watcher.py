@@ -1,0 +1,268 @@
+"""Watcher: follows the forward passes of one model and knows, at every site, which pass an activation belongs to."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import ContextError, HookDidNotRunError
+from steer.model import context
+from steer.model.anatomy import Anatomy
+from steer.model.context import SEEN, ForwardContext
+
+if TYPE_CHECKING:
+    from steer.model.hooks import Tap
+
+IDLE = -1
+
+
+def _inert(*_: Any) -> None:
+    """What a hook of ours becomes in a copied model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class NotCopied:
+    """A hook that stays with its model: `copy.deepcopy` and pickling put a no-op in its place, and say so."""
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
+        if "steer" not in memo:  # once per copied model, not once per hook
+            memo["steer"] = True
+            warnings.warn(
+                "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be", stacklevel=3
+            )
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return _make_inert, ()
+
+
+class _Enter(NotCopied):
+    """Pre-hook of one module between the given model and its decoder: notes the arguments that tell tokens apart."""
+
+    def __init__(self, watcher: Watcher, module: nn.Module, height: int) -> None:
+        self.watcher, self.height = watcher, height
+        parameters = inspect.signature(module.forward).parameters.values()
+        self.positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watcher = self.watcher
+        if self.height >= watcher.height:  # not called by the module entered last: a new pass
+            watcher.begin(self.height)
+        watcher.height = self.height
+        given = watcher.given
+        if args:
+            for name, value in zip(self.positional, args, strict=False):
+                if name in SEEN and value is not None:
+                    given[name] = value
+        for name in SEEN:
+            value = kwargs.get(name)
+            if value is not None:
+                given[name] = value
+                if name == "inputs_embeds":  # a wrapper embeds the ids itself, perhaps with more tokens (prompt tuning)
+                    given.pop("input_ids", None)
+        if self.height == 0:
+            watcher.open()
+
+
+class _Leave(NotCopied):
+    """Hook of the same module that runs when its forward ends, by an exception too (`output` is None then)."""
+
+    def __init__(self, watcher: Watcher, height: int) -> None:
+        self.watcher, self.height = watcher, height
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.height == 0:
+            self.watcher.close(output)
+        self.watcher.leave(self.height, output)
+
+
+class Watcher:
+    """Keeps the forward context of one model while anything is attached to it.
+
+    Attributes:
+        root: the decoder; the model itself when it is none.
+        current: context of the pass that runs or ran last.
+        inside: the root's forward is running.
+        differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
+        outermost: height above the root of the module that the running pass began with; `height` that of the one entered last.
+        around: context of the running pass for modules beside the decoder, made when one asks.
+        announced: response mask from `response_tokens`.
+    """
+
+    def __init__(self, root: nn.Module, *, is_decoder: bool) -> None:
+        self.root, self.is_decoder = root, is_decoder
+        self.given: dict[str, Any] = {}
+        self.height = self.outermost = IDLE
+        self.announced: Tensor | None = None
+        self.current: ForwardContext | None = None
+        self.inside = False
+        self.differentiated: ForwardContext | None = None
+        self.around: ForwardContext | None = None
+        self.taps: list[Tap] = []
+        self.on_open: list[Callable[[ForwardContext], None]] = []
+        self.on_close: list[Callable[[ForwardContext], None]] = []
+        self.adapter: Any = None
+        self._handles: dict[nn.Module, list[Any]] = {}
+
+    def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+        """Watches every module from `model` down to the root; called again when a later attach comes through another wrapper."""
+        chain = anatomy.chain if anatomy is not None else [model]
+        for height, module in enumerate(reversed(chain)):
+            compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
+            if module not in self._handles and not compiled:
+                enter = module.register_forward_pre_hook(_Enter(self, module, height), with_kwargs=True)
+                leave = module.register_forward_hook(_Leave(self, height), always_call=True)
+                self._handles[module] = [enter, leave]
+        if self.adapter is None:
+            # A property on PEFT's layers; transformers' own models have a method of that name.
+            self.adapter = next((m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)), None)
+
+    def remove(self) -> None:
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+
+    # ---- the course of a pass
+
+    def begin(self, height: int) -> None:
+        """The outermost module of a pass is entered."""
+        self.outermost, self.given, self.around, self.inside = height, {}, None, False
+
+    def open(self) -> None:
+        """The root is entered: everything that tells tokens apart is known."""
+        for tap in self.taps:
+            tap.ran = False
+        self.current = ctx = context.build(self.given, self.announced, self._is_reference(), decoder=self.is_decoder)
+        self.inside = True
+        if not context.in_backward():
+            self.differentiated = None
+        for prepare in self.on_open:
+            prepare(ctx)
+
+    def close(self, output: Any) -> None:
+        """The root is left. Raises HookDidNotRunError when it ended well and an attached site was not reached."""
+        self.inside, ctx = False, self.current
+        if output is None or ctx is None:
+            return
+        self._check("decoder")
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self._mark(output, ctx)
+            if context.in_backward():
+                return  # a recompute of the whole model: it was counted when it ran first
+        for act in self.on_close:
+            act(ctx)
+
+    def leave(self, height: int, output: Any) -> None:
+        """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
+        if height > 0 and output is not None:
+            self._check("after")
+        if height >= self.outermost:
+            self.height, self.outermost, self.given, self.around = IDLE, IDLE, {}, None
+
+    def _check(self, place: str) -> None:
+        missing = [tap.point for tap in self.taps if tap.place == place and not tap.ran]
+        if missing:
+            raise HookDidNotRunError(
+                f"the forward pass never reached {', '.join(str(point.site) for point in missing)}",
+                expected="every attached site to run once per pass",
+                found=f"modules {[point.path for point in missing]} were not called",
+                remedy="the model changed after the attach (adapters merged, modules replaced or bypassed): detach and attach again",
+            )
+
+    def _mark(self, output: Any, ctx: ForwardContext) -> None:
+        """Autograd reaches the decoder's output before it recomputes any of its blocks: from then on, a replay belongs to this pass."""
+
+        def reached(_: Tensor) -> None:
+            self.differentiated = ctx
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(reached)
+
+    # ---- which pass
+
+    def context_of_decoder(self) -> ForwardContext:
+        """The pass that a module of the decoder runs in: the open one, or under gradient checkpointing the one being differentiated."""
+        if self.inside:
+            return self.current  # type: ignore[return-value]
+        if context.in_backward() and self.differentiated is not None:
+            return self.differentiated
+        raise ContextError(
+            "a site ran outside a forward pass of its model",
+            remedy="call the model, or the wrapper that was attached to, not one of its parts",
+        )
+
+    def context_after(self) -> ForwardContext:
+        """The pass that the unembedding runs in, which comes after the decoder."""
+        if self.current is None or context.in_backward():
+            raise ContextError(
+                "the unembedding ran without the decoder, or again in a backward pass",
+                remedy="call the whole model, and leave the unembedding out of gradient checkpointing",
+            )
+        return self.current
+
+    def context_beside(self) -> ForwardContext:
+        """A pass without tokens, for modules that are no part of the decoder (a vision tower, an action head, any other network)."""
+        if self.around is not None:
+            return self.around
+        if self.outermost == IDLE and context.in_backward():
+            return ForwardContext(0, 0, "train")
+        ctx = context.build(self.given, self.announced, self._is_reference(), decoder=False)
+        if self.outermost != IDLE:
+            self.around = ctx
+        return ctx
+
+    def _is_reference(self) -> bool:
+        """True when PEFT's adapters are off, or TRL's copy of the initial adapter is on."""
+        adapter = self.adapter
+        return adapter is not None and (bool(adapter.disable_adapters) or "ref" in adapter.active_adapters)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for entry in output:
+            yield from _tensors(entry)
+    elif isinstance(output, dict):
+        for entry in output.values():
+            yield from _tensors(entry)
+
+
+WATCHERS: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDictionary()
+
+
+def watcher_of(model: nn.Module) -> Watcher | None:
+    """The live watcher of a model, reached from any wrapper around it."""
+    return next((WATCHERS[module] for module in model.modules() if module in WATCHERS), None)
+
+
+@contextmanager
+def response_tokens(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    """Says which tokens are the response, where the forward pass is not given labels (DPO, GRPO, a loss of one's own).
+
+    Args:
+        model: the model, or any wrapper around it; nothing happens when nothing is attached to it.
+        mask: [batch, tokens] bool or 0/1, or [batch, completion tokens] belonging to the right end; labels with -100 are accepted too.
+    """
+    watcher = watcher_of(model)
+    if watcher is None or mask is None:
+        yield
+        return
+    before = watcher.announced
+    watcher.announced = mask != -100 if not mask.dtype.is_floating_point and bool((mask < 0).any()) else mask.bool()
+    try:
+        yield
+    finally:
+        watcher.announced = before
