@@ -39,7 +39,7 @@ clean:  ## removes what these targets made, but for the model in the user's cach
 	rm -rf $(VENV) build torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # setuptools never forgets a deleted module that still lies in build/, hence the fresh start
-build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -type f -not -name '*.pyc')
+build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -not -path '*__pycache__*')
 	@echo "== installing a copy into $@"
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target $@ .
