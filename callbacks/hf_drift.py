@@ -1,0 +1,53 @@
+"""HFDriftCallback: a tracker that measures while a Hugging Face Trainer, or one of TRL's, trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from steer.callbacks.hf import TrainerRun
+from steer.callbacks.ranks import Ranks
+from steer.callbacks.runs import DriftRun
+from steer.drift.tracker import DriftTracker
+
+
+class HFDriftCallback(TrainerRun):
+    """Measures the drift of named directions while a `transformers.Trainer` trains, TRL's SFT, DPO and GRPO trainers included.
+
+        HFDriftCallback(tracker, every_n_steps=20).attach(trainer)
+
+    The twin of `DriftCallback`: same arguments, same rules. A measurement asks the trainer for a log entry, which it then joins, so it is
+    in `state.log_history` and in every logger. The latest one also joins the metrics of each evaluation under `eval_drift/...`, so that
+    `metric_for_best_model="drift/<direction>@<site>/effect_sd"` and `EarlyStoppingCallback` work. Attach it after an
+    `HFSteeringCallback` when the training tokens shall be read as steered.
+    """
+
+    kind = "drift_state"
+    _run: DriftRun
+
+    def __init__(self, tracker: DriftTracker, *, every_n_steps: int = 10) -> None:
+        super().__init__(DriftRun(tracker, every_n_steps))
+        self.tracker = tracker
+
+    def begin(self, model: nn.Module, ranks: Ranks) -> None:
+        self._run.begin(model, ranks)
+
+    def start(self, step: int) -> None:
+        if self._run.start(step):
+            self.report(self.tracker.log_values())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # At the last step here, not at the end of training: by then the best checkpoint may have been loaded.
+        if self._run.due(state.global_step, last=state.global_step >= state.max_steps or control.should_training_stop):
+            self.report(self._run.measure(state.global_step))
+            control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+        found = {f"eval_{name}": value for name, value in self._latest.items()}
+        if metrics is not None:
+            metrics.update(found)  # the object that metric_for_best_model is looked up in
+        state.log_history[-1].update(found)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tracker.state_dict()

@@ -1,0 +1,223 @@
+"""What a steered and a tracked training run do at each event, whatever the framework. The callbacks translate events into these calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.callbacks.batches import ResponseHint
+from steer.callbacks.ranks import Ranks
+from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError, HookDidNotRunError
+from steer.intervene import Plan
+from steer.intervene import schedule as schedules
+from steer.model.context import PHASES
+
+
+def every(steps: int) -> int:
+    """Checks an interval of optimiser steps."""
+    if steps < 1:
+        raise ConfigError("every_n_steps is too small", expected=">= 1", found=steps)
+    return steps
+
+
+class SteeringRun:
+    """A plan on loan to a training run: its phases narrowed, its schedules perhaps replaced, both given back at the end.
+
+    Args:
+        schedule: takes the place of every intervention's own.
+        phases: the interventions act in those of their own phases that are named here.
+    """
+
+    def __init__(self, plan: Plan, schedule: Any, phases: Sequence[str]) -> None:
+        self.plan = plan
+        self.schedule = None if schedule is None else schedules.from_dict(schedule)
+        self.phases = (phases,) if isinstance(phases, str) else tuple(phases)
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise ConfigError("unknown or missing phase", expected=f"some of {', '.join(PHASES)}", found=self.phases)
+        self.names = [one.name for one in plan.interventions]
+        self.hint, self.ranks = ResponseHint(), Ranks()
+        self.attached = self.loaded = False
+        self._own: list[tuple[Any, Any]] = []
+        self._earlier = torch.zeros(len(self.names), dtype=torch.long)  # tokens steered before the attach, of this rank
+        self._passes: int | None = None  # before the first batch; None when not yet, or no longer, asked for
+        self._checked = False
+
+    def begin(self, model: nn.Module, ranks: Ranks, *, stack: bool = False) -> None:
+        """Attaches the plan.
+
+        Raises:
+            ConfigError: no intervention acts in any of the phases. Otherwise as `Plan.attach`.
+        """
+        narrowed = [tuple(phase for phase in one.phases if phase in self.phases) for one in self.plan.interventions]
+        if not any(narrowed):
+            raise ConfigError(
+                "this plan does nothing in this run",
+                expected=f"an intervention that acts in one of: {', '.join(self.phases)}",
+                found={one.name: one.phases for one in self.plan.interventions},
+                remedy="pass phases=... to the callback, or to the interventions",
+            )
+        self._own = [(one.schedule, one.phases) for one in self.plan.interventions]
+        for one, phases in zip(self.plan.interventions, narrowed, strict=True):
+            one.set_phases(phases)
+            one.schedule = self.schedule or one.schedule
+        try:
+            self.plan.step(self.plan.current_step)
+            self.plan.attach(model, stack=stack)
+        except BaseException:
+            self._give_back()
+            raise
+        self.hint.install(model)
+        self.ranks, self.attached, self._checked = ranks, True, False
+
+    def end(self) -> None:
+        """Detaches the plan and gives it back as it was; may be called at any time."""
+        if not self.attached:
+            return
+        self._earlier, self.attached = self._tokens(), False
+        self.hint.remove()
+        self.plan.detach()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for one, (schedule, phases) in zip(self.plan.interventions, self._own, strict=True):
+            one.schedule = schedule
+            one.set_phases(phases)
+        self.plan.step(self.plan.current_step)
+
+    def start(self, step: int) -> None:
+        """Training starts, or goes on, after `step` optimiser steps."""
+        if step > 0 and not self.loaded:
+            warnings.warn("the checkpoint holds no state of this plan: its strengths are those it was made with", stacklevel=2)
+        if not self.loaded:
+            self._earlier = -self._fired()  # what a sanity check or an earlier run did is not counted
+        self.loaded = False
+        self.plan.step(step)
+
+    def batch(self, batch: Any) -> None:
+        """A batch is about to be run."""
+        self.hint.show(batch)
+        if not self._checked and self._passes is None:
+            self._passes = self.plan.passes
+
+    def ran(self) -> None:
+        """A training batch was run. Raises HookDidNotRunError when none of its forward passes went through the plan."""
+        self.hint.show(None)
+        if self._checked:  # asked once only: the answer waits for the device
+            return
+        if self._passes == self.plan.passes:
+            raise HookDidNotRunError(
+                "the first training batch did not run the steered model",
+                expected="at least one forward pass through it",
+                found=f"none, though the plan is attached at {', '.join(sorted({str(one.site) for one in self.plan.interventions}))}",
+                remedy="train the model that the callback was given, not a copy, and do not bypass its __call__",
+            )
+        self._checked, self._passes = True, None
+
+    def _fired(self) -> Tensor:
+        fired = self.plan.fired() if self.attached else {}
+        return torch.tensor([fired.get(name, 0) for name in self.names])
+
+    def _tokens(self) -> Tensor:
+        return self._earlier + self._fired()
+
+    def metrics(self) -> dict[str, float]:
+        """For a logger: strength now (mean over row slots), and tokens steered so far over all ranks, which must call this together."""
+        tokens = self.ranks.sum(self._tokens()).tolist()
+        values = {f"steer/{one.name}/strength": float(one.effective.mean()) for one in self.plan.interventions}
+        return values | {f"steer/{name}/tokens": float(count) for name, count in zip(self.names, tokens, strict=True)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat CPU tensors. All ranks must call it together."""
+        plan, tokens = self.plan.state_dict(), self.ranks.sum(self._tokens())
+        state = {"step": torch.tensor(plan["step"])}
+        for i, name in enumerate(self.names):
+            one = plan["interventions"][name]
+            state |= {f"{name}/base": one["base"], f"{name}/enabled": torch.tensor(one["enabled"]), f"{name}/tokens": tokens[i].clone()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, first: bool) -> None:
+        """Raises ConfigError when the state belongs to a plan with other interventions."""
+        saved = {key.rsplit("/", 1)[0] for key in state if key != "step"}
+        ones = {name: {"base": state[f"{name}/base"], "enabled": bool(state[f"{name}/enabled"])} for name in saved}
+        self.plan.load_state_dict({"step": int(state["step"]), "interventions": ones})
+        self._earlier = torch.tensor([int(state[f"{name}/tokens"]) if first else 0 for name in self.names]) - self._fired()
+        self.loaded = True
+
+
+class DriftRun:
+    """A tracker in a training run: a baseline before the first step, then a measurement every so many optimiser steps, and at the end."""
+
+    def __init__(self, tracker: DriftTracker, every_n_steps: int) -> None:
+        self.tracker, self.every = tracker, every(every_n_steps)
+        self.hint, self.ranks = ResponseHint(), Ranks()
+        self.attached = False
+
+    @property
+    def name(self) -> str:
+        """What tells this tracker from another one in the same run."""
+        modes = [mode for mode, on in (("probe", self.tracker.probe), ("stream", self.tracker.readers)) if on]
+        watched = [f"{name}@{one.site}" for name, ones in self.tracker.directions.items() for one in ones]
+        return f"{'+'.join(modes)}:{','.join(watched)}"
+
+    def begin(self, model: nn.Module, ranks: Ranks) -> None:
+        """Attaches the tracker; raises as `DriftTracker.attach`."""
+        self.tracker.attach(model, reduce=ranks.sum, main=ranks.writes)
+        self.hint.install(model)
+        self.ranks, self.attached = ranks, True
+
+    def end(self) -> None:
+        """Detaches the tracker; may be called at any time."""
+        if self.attached:
+            self.attached = False
+            self.hint.remove()
+            self.tracker.detach()
+
+    def start(self, step: int) -> bool:
+        """Training starts, or goes on, after `step` optimiser steps: takes the baseline unless the tracker has one.
+
+        Returns:
+            True when it was taken.
+
+        Raises:
+            ConfigError: the tracker knows later steps than this one, or the records go on from a checkpoint that does not.
+        """
+        tracker = self.tracker
+        if tracker.last_step > step:
+            raise ConfigError(
+                "this tracker has measured another run",
+                expected=f"no measurement after step {step}, where training starts",
+                found=f"step {tracker.last_step}",
+                remedy="make a new DriftTracker for each run, or resume from the checkpoint that belongs to its state",
+            )
+        if tracker.last_step >= 0:
+            return False
+        if step > 0 and tracker.store is not None and Path(tracker.store).exists():
+            raise ConfigError(
+                f"the checkpoint of step {step} holds no drift state, though there are records in {tracker.store}",
+                expected="a checkpoint saved with this callback; the baseline of those records is in it",
+                remedy="resume from another checkpoint, or give the tracker a new store to begin a new series",
+            )
+        if step > 0:
+            warnings.warn(f"the checkpoint holds no drift state: the baseline is the model after step {step}", stacklevel=2)
+        tracker.measure(step)
+        return True
+
+    def due(self, step: int, *, last: bool = False) -> bool:
+        """True when a measurement is to be made after `step` optimiser steps; `last` when no more will follow."""
+        done = self.tracker.last_step
+        return step > done and (last or step // self.every > done // self.every)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Measures, on all ranks together, and returns what belongs into a logger."""
+        self.hint.show(None)  # the probe's passes are no part of the batch
+        self.tracker.measure(step)
+        return self.tracker.log_values()
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, first: bool) -> None:
+        self.tracker.load_state_dict(state, main=first)
