@@ -60,6 +60,11 @@ class Intervention:
         self.effective = self.base.clone()
         self.rows: Tensor | None = None
         self.slots = max(self.operator.slots, self.base.numel())
+        self.set_phases(self.phases)
+
+    def set_phases(self, phases: Sequence[str]) -> None:
+        """Changes when it acts, which the hooks of a plan take up at its next attach; no phase at all means never."""
+        self.phases = tuple(phases)
         self.key = f"{self.scope} in {self.phases} for {self.roles}"
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
