@@ -1,0 +1,118 @@
+"""Drift records as curves: one per direction, site and mode, all arms beside the random directions of the same site."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from steer.drift.records import DriftRecord
+from steer.errors import ConfigError
+
+BAND = 0.90
+UNITS = {"sd": "baseline SD", "gap": "class gaps"}
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """One arm of a curve; the arrays have one entry per measured step.
+
+    Attributes:
+        steps: [m] optimiser steps, ascending.
+        effect: [m] shift of the named direction in the curve's unit; nan where undefined.
+        band: [m] half-width of the interval about 0 that holds `BAND` of the control directions; nan without controls.
+        controls: number of control directions.
+        records: [m] of the named direction.
+    """
+
+    arm: str
+    steps: np.ndarray
+    effect: np.ndarray
+    band: np.ndarray
+    controls: int
+    records: tuple[DriftRecord, ...]
+
+    @property
+    def last(self) -> DriftRecord:
+        """The latest measurement."""
+        return self.records[-1]
+
+    @property
+    def outside(self) -> bool | None:
+        """Whether the latest effect lies outside the control band; None when one of the two is missing."""
+        effect, band = float(self.effect[-1]), float(self.band[-1])
+        return abs(effect) > band if math.isfinite(effect) and math.isfinite(band) else None
+
+
+@dataclass(frozen=True)
+class DriftCurve:
+    """One direction at one site, read in one mode, in all arms that have records of it."""
+
+    direction: str
+    site: str
+    mode: str
+    unit: str
+    arms: tuple[ArmCurve, ...]
+
+
+def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd") -> list[DriftCurve]:
+    """Curves of every named direction, sites in the order of the layers.
+
+    The sign of a random direction is arbitrary, so the band is symmetric: the quantile of the controls' absolute shift.
+
+    Args:
+        drift: records by arm.
+        unit: `sd`, every direction in its own baseline SD; `gap`, all of them in class gaps of the named direction.
+
+    Raises:
+        ConfigError: an unknown unit.
+    """
+    if unit not in UNITS:
+        raise ConfigError(f"unknown unit of drift '{unit}'", expected=" or ".join(UNITS))
+    named: dict[tuple[str, str, str], dict[str, list[DriftRecord]]] = defaultdict(lambda: defaultdict(list))
+    controls: dict[tuple[str, str, str, int], list[DriftRecord]] = defaultdict(list)
+    for arm, records in drift.items():
+        for record in records:
+            if record.kind == "control":
+                controls[arm, record.site, record.mode, record.step].append(record)
+            else:
+                named[record.direction, record.site, record.mode][arm].append(record)
+
+    def arm_curve(arm: str, records: list[DriftRecord]) -> ArmCurve:
+        ordered = sorted(records, key=lambda record: record.step)
+        beside = [controls.get((arm, record.site, record.mode, record.step), []) for record in ordered]
+        scale = _gap(ordered) if unit == "gap" else None
+        return ArmCurve(
+            arm,
+            np.array([record.step for record in ordered]),
+            np.array([_effect(record, scale) for record in ordered]),
+            np.array([_band([_effect(control, scale) for control in of_step]) for of_step in beside]),
+            max(map(len, beside)),
+            tuple(ordered),
+        )
+
+    curves = [DriftCurve(*key, unit, tuple(arm_curve(*item) for item in arms.items())) for key, arms in named.items()]
+    return sorted(curves, key=lambda curve: (curve.direction, curve.mode, natural(curve.site)))
+
+
+def _gap(records: list[DriftRecord]) -> float:
+    """Class gap of a named direction in units of the activation, read back from its own records."""
+    return next((r.change / r.effect_gap for r in records if r.effect_gap and math.isfinite(r.effect_gap)), math.nan)
+
+
+def _effect(record: DriftRecord, gap: float | None) -> float:
+    return record.effect_sd if gap is None else record.change / gap
+
+
+def _band(effects: list[float]) -> float:
+    finite = [abs(effect) for effect in effects if math.isfinite(effect)]
+    return float(np.quantile(finite, BAND)) if finite else math.nan
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

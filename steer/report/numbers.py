@@ -1,0 +1,94 @@
+"""Numbers as a reader wants them: a real minus sign, sensible digits, and words where there is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, TypeGuard
+
+NOT_MEASURED = "not measured"
+MINUS = "\N{MINUS SIGN}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def measured(x: Any) -> TypeGuard[float]:
+    """True for a finite number; None, nan, infinity and anything that is no number were not measured."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def number(x: Any, *, signed: bool = False, digits: int | None = None) -> str:
+    """`x` with about three significant digits, or `not measured`.
+
+    Args:
+        signed: write a plus sign too.
+        digits: decimals, instead of a choice by size.
+    """
+    if not measured(x):
+        return NOT_MEASURED
+    size = abs(x)
+    if digits is None and size and (size < 5e-4 or size >= 1e6):
+        text = f"{x:.1e}"
+    else:
+        text = f"{x:,.{decimals(size) if digits is None else digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    elif signed and x > 0:
+        text = f"+{text}"
+    return text.replace("-", MINUS).replace(",", NARROW)
+
+
+def decimals(size: float) -> int:
+    """Decimals that leave about three significant digits."""
+    return next(count for bound, count in ((0.3, 3), (20, 2), (200, 1), (math.inf, 0)) if size < bound)
+
+
+def interval(ci: Any, *, signed: bool = False, digits: int | None = None) -> str:
+    """`[low, high]`, or an empty string when a bound is missing."""
+    if not is_interval(ci):
+        return ""
+    return f"[{', '.join(number(bound, signed=signed, digits=digits) for bound in ci)}]"
+
+
+def is_interval(ci: Any) -> TypeGuard[Sequence[float]]:
+    """True for two finite bounds."""
+    return isinstance(ci, Sequence) and len(ci) == 2 and all(measured(bound) for bound in ci)
+
+
+def p_value(p: Any) -> str:
+    """Three decimals, and a bound instead of a zero."""
+    if not measured(p):
+        return NOT_MEASURED
+    return f"<{NARROW}0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def overhead(fraction: Any) -> str:
+    """A signed percentage with one decimal."""
+    return NOT_MEASURED if not measured(fraction) else f"{number(100 * fraction, signed=True, digits=1)}{NARROW}%"
+
+
+def percentage(fraction: float) -> str:
+    """A whole percentage."""
+    return f"{100 * fraction:.0f}{NARROW}%"
+
+
+def moment(iso: Any) -> str:
+    """An ISO time as date and minute; anything else as it is."""
+    try:
+        when = datetime.fromisoformat(iso)
+    except (TypeError, ValueError):
+        return str(iso or "not recorded")
+    return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".rstrip()
+
+
+def duration(seconds: Any) -> str:
+    """`42 s`, `5 min 12 s`, `2 h 3 min`."""
+    if not measured(seconds):
+        return NOT_MEASURED
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,133 @@
+"""The picture of a drift curve, the curves behind it, the numbers as text and the summary table."""
+
+from __future__ import annotations
+
+import io
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from steer.drift.records import DriftRecord
+from steer.errors import ConfigError, WrongKindError
+from steer.report import drift_figure, numbers, summary_table
+from steer.report.curves import drift_curves, natural
+from steer.report.figures import running_mean, running_width
+from steer.report.palette import ROLES
+from steer.report.view import Forest, forest
+
+Drift = dict[str, list[DriftRecord]]
+
+
+def record(step: int, effect: float, *, kind: str = "named", direction: str = "trait", gap: float | None = None) -> DriftRecord:
+    return DriftRecord(step, "probe", direction, "layers.1.output", kind, 8, 0.0, 1.0, 2 * effect, effect, effect_gap=gap)
+
+
+def test_band_is_symmetric_and_belongs_to_arm_and_step() -> None:
+    controls = [record(4, effect, kind="control", direction=f"c{i}") for i, effect in enumerate((-1.0, 0.5, 0.2, -0.1))]
+    other = [record(4, 9.0, kind="control", direction="c0")]
+    (curve,) = drift_curves({"a": [record(4, 3.0), *controls, record(0, 0.0)], "b": [record(4, 3.0), *other]})
+    first, second = curve.arms
+    assert first.steps.tolist() == [0, 4] and first.effect.tolist() == [0.0, 3.0]
+    assert math.isnan(first.band[0]) and first.band[1] == pytest.approx(np.quantile([1.0, 0.5, 0.2, 0.1], 0.9))
+    assert first.controls == 4 and first.outside is True and second.outside is False
+
+
+def test_class_gaps_put_controls_on_the_scale_of_the_direction() -> None:
+    # the direction moved by 6 in units of the activation, which is half a class gap: a gap is 12
+    (curve,) = drift_curves({"a": [record(1, 3.0, gap=0.5), record(1, -6.0, kind="control", direction="c")]}, unit="gap")
+    assert curve.arms[0].effect.tolist() == [pytest.approx(0.5)]
+    assert curve.arms[0].band.tolist() == [pytest.approx(1.0)]
+    with pytest.raises(ConfigError, match="unknown unit"):
+        drift_curves({}, unit="metres")
+
+
+def test_sites_come_in_the_order_of_the_layers() -> None:
+    ordered = ["final_norm", "layers.9.output", "layers.10.output"]
+    assert sorted(reversed(ordered), key=natural) == ordered
+
+
+def test_draws_into_both_formats(tmp_path: Path, synthetic_drift: Drift) -> None:
+    png = drift_figure(synthetic_drift, tmp_path / "new" / "drift.png", site="layers.16.output")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    svg = drift_figure(synthetic_drift, tmp_path / "drift.svg", unit="gap", labels={"plain": "$5 tip"}, notes={"plain": "a note"})
+    text = "".join(ElementTree.parse(svg).getroot().itertext())
+    for words in ("condescension", "layers.12.output", "$5 tip", "a note", "class gaps", "of 16 random directions", "optimiser step"):
+        assert words in text
+
+
+def test_refuses_what_it_cannot_draw(tmp_path: Path, synthetic_drift: Drift) -> None:
+    with pytest.raises(ConfigError, match=r"\.png or \.svg"):
+        drift_figure(synthetic_drift, tmp_path / "drift.jpg")
+    with pytest.raises(ConfigError, match=r"condescension at layers\.12\.output \(probe\)"):
+        drift_figure(synthetic_drift, tmp_path / "drift.png", site="layers.3.output")
+    with pytest.raises(ConfigError, match="no records of a named direction"):
+        drift_figure({}, tmp_path / "drift.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_step_without_controls_can_be_drawn(tmp_path: Path) -> None:
+    assert drift_figure({"a": [record(0, 0.0)]}, tmp_path / "drift.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_colours_stand_out_from_the_paper(scheme: int) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    paper = luminance(ROLES["paper"][scheme])
+    for role in ("ink", "muted", *(role for role in ROLES if role.startswith("arm-"))):
+        dark, light = sorted((luminance(ROLES[role][scheme]), paper))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{role}: WCAG AA asks for 4.5"
+
+
+def test_forest_shares_one_scale_with_zero() -> None:
+    wide, bare, absent = forest([(1.0, [0.0, 3.0]), (-1.0, None), (math.nan, None)])
+    assert wide is not None and wide.low == wide.zero and wide.high == 96
+    assert bare == Forest(wide.zero, 4.0, None, None) and absent is None
+    assert forest([(0.0, [0.0, 0.0])]) == [None], "no scale can hold a single point"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: numbers.number(-0.0), "0.000"),
+        (lambda: numbers.number(-1.234, signed=True), "\u22121.23"),
+        (lambda: numbers.number(1234567.0), "1.2e+06"),
+        (lambda: numbers.number(12345.0), "12\u202f345"),
+        (lambda: numbers.number(1e-5), "1.0e\u221205"),
+        (lambda: numbers.number(-0.001, digits=2, signed=True), "0.00"),
+        (lambda: numbers.number(True), "not measured"),
+        (lambda: numbers.interval([1, math.nan]), ""),
+        (lambda: numbers.p_value(0.0), "<\u202f0.001"),
+        (lambda: numbers.overhead(0.021), "+2.1\u202f%"),
+        (lambda: numbers.duration(3.21), "3.2 s"),
+        (lambda: numbers.duration(7380), "2 h 3 min"),
+        (lambda: numbers.moment("last week"), "last week"),
+        (lambda: numbers.moment(None), "not recorded"),
+    ],
+)
+def test_numbers(call: Any, text: str) -> None:
+    assert call() == text
+
+
+def test_running_mean_keeps_length_and_ends() -> None:
+    assert running_width(5) == 1 and running_width(60) == 7
+    assert running_mean([1.0, 2.0, 6.0, 7.0], 3).tolist() == [1.5, 3.0, 5.0, 6.5]
+
+
+def test_summary_table(synthetic_metrics: dict[str, Any]) -> None:
+    del synthetic_metrics["arms"][1]["metrics"]["task_logprob"]
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(summary_table(synthetic_metrics))
+    text = console.export_text()
+    for words in ("behaviour gap", "+1.42", "[+1.29, +1.56]", "not measured", "1 min 1 s", "specific to the direction"):
+        assert words in text
+    with pytest.raises(WrongKindError):
+        summary_table({"arms": []})
