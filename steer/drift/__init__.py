@@ -2,5 +2,6 @@
 
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
+from steer.drift.tracker import DriftTracker
 
-__all__ = ["DriftRecord", "DriftStore"]
+__all__ = ["DriftRecord", "DriftStore", "DriftTracker"]

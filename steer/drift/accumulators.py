@@ -83,6 +83,12 @@ class ProjectionMoments:
         out.m2.copy_(reduce(self.m2 + self.n * (self.mean - out.mean).square()))
         return out
 
+    def to(self, device: torch.device | str) -> ProjectionMoments:
+        """A copy on another device, in that device's precision."""
+        out = ProjectionMoments(len(self.mean), device)
+        out.load_state_dict(self.state_dict())
+        return out
+
     def reset(self) -> None:
         """Forgets everything, in place."""
         for tensor in (self.n, self.mean, self.m2):
