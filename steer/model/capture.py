@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -37,8 +38,8 @@ class _Reached(Exception):
 
 
 class _Reader:
-    def __init__(self, accumulators: dict[Site, Accumulator]) -> None:
-        self.accumulators = accumulators
+    def __init__(self, accumulators: dict[Site, Accumulator], stop: bool) -> None:
+        self.accumulators, self.stop = accumulators, stop
         self.weight = self.rows = torch.empty(0)
         self.left = 0
 
@@ -51,7 +52,7 @@ class _Reader:
                 raise NonFiniteError(f"activations at '{site}' are not finite", remedy="run the model in float32 or bfloat16")
             self.accumulators[site].update(h.detach(), self.weight, self.rows)
             self.left -= 1
-            if self.left == 0:
+            if self.left == 0 and self.stop:
                 raise _Reached
 
         return read
@@ -117,6 +118,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
 def capture(
     model: nn.Module,
     rows: Sequence[Row],
@@ -129,6 +135,8 @@ def capture(
     progress: str | None = None,
 ) -> None:
     """Streams the activations of texts into one accumulator per site and stops each forward pass after the last site asked for.
+
+    Under FSDP2 passes run to their end, because it keeps state from the start of a forward to its end.
 
     Args:
         model: anything `Plan.attach` takes. Its training mode, hooks and gradients are left as they were.
@@ -147,7 +155,7 @@ def capture(
         raise ContrastError("no texts to read activations from", expected="at least one")
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
-    reader = _Reader(accumulators)
+    reader = _Reader(accumulators, stop=not _is_sharded(model))
     device = next(model.parameters()).device
     _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
     try:

@@ -1,0 +1,88 @@
+"""What the tests compare with: batches of every kind, and hooks written out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.model import hooks
+from steer.model.anatomy import resolve
+from steer.model.site import Site
+
+LENGTHS = (7, 4, 6)
+
+
+def ids(batch: int = 2, tokens: int = 7, seed: int = 0) -> Tensor:
+    """[batch, tokens] without special tokens."""
+    return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side: str = "right", lengths: tuple[int, ...] = LENGTHS, prompt: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (-100 on padding and on the first `prompt` tokens of each row)."""
+    width = max(lengths)
+    batch = {"input_ids": torch.zeros(len(lengths), width, dtype=torch.long)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    for row, length in enumerate(lengths):
+        start = 0 if side == "right" else width - length
+        text = ids(1, length, seed + row)[0]
+        batch["input_ids"][row, start : start + length] = text
+        batch["attention_mask"][row, start : start + length] = 1
+        batch["labels"][row, start + prompt : start + length] = text[prompt:]
+    return batch
+
+
+def packed(lengths: tuple[int, ...] = (4, 3, 5), prompt: int = 1) -> dict[str, Tensor]:
+    """One row of several texts one after the other: input_ids, position_ids (restarting), labels."""
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    input_ids = ids(1, sum(lengths))
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": torch.where(position_ids < prompt, -100, input_ids)}
+
+
+def vector(width: int = 32, seed: int = 1) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def edited(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Applies a function to what a module returns."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded(model: nn.Module, sites: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The activations of sites in the latest pass, by their names."""
+    seen: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Callable[[Tensor, Any], None]:
+        def read(h: Tensor, _: Any) -> None:
+            seen[name] = h.detach().clone()
+
+        return read
+
+    anatomy, points = resolve(model, [Site.parse(site) for site in sites])
+    _, remove = hooks.install(model, anatomy, [(point, reader(site)) for point, site in zip(points, sites, strict=True)])
+    try:
+        yield seen
+    finally:
+        remove()
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
