@@ -183,9 +183,9 @@ def _comparison_rows(found: Sequence[Mapping[str, Any]], labels: Mapping[str, st
 
 def completion_rows(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Prompts in their first order, each with the text of the base model and of every arm (None: not generated)."""
-    columns = [("Base model", None, metrics.get("base_completions"))]
-    columns += [(labels[arm["name"]], i, arm.get("completions")) for i, arm in enumerate(metrics.get("arms") or [])]
-    columns = [column for column in columns if column[2]]
+    arms = [(labels[arm["name"]], i, arm.get("completions") or []) for i, arm in enumerate(metrics.get("arms") or [])]
+    every: list[tuple[str, int | None, list[Any]]] = [("Base model", None, metrics.get("base_completions") or []), *arms]
+    columns = [column for column in every if column[2]]
     texts = [{one.get("prompt", ""): one.get("text") for one in found} for _, _, found in columns]
     prompts = dict.fromkeys(prompt for of_column in texts for prompt in of_column)
     return [
