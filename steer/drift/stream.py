@@ -43,7 +43,7 @@ class StreamReader:
                 expected="labels, or an announced response mask",
                 remedy="pass labels=..., wrap the call in `with steer.response_tokens(model, mask):`, or track with stream=False",
             )
-        mask = ctx.labelled if ctx.attention is True else ctx.labelled & ctx.attention
+        mask = (ctx.labelled if ctx.attention is True else ctx.labelled & ctx.attention).to(h.device)
         if self.units.device != h.device:  # Lightning moves the model after the attach
             self.move(h.device)
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):

@@ -24,7 +24,7 @@ from steer.drift.stream import StreamReader, under
 from steer.drift.watch import Watched, listed, watches
 from steer.errors import AttachError, ConfigError, WidthError
 from steer.model import hooks
-from steer.model.anatomy import Anatomy, resolve
+from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.capture import capture
 from steer.model.tokens import Row
 
@@ -121,7 +121,7 @@ class DriftTracker:
         if self.fingerprint is None:
             self.fingerprint = {"class": type(model).__name__} if anatomy is None else anatomy.fingerprint()
         if self.readers:
-            acts = [(point, self.readers[site]) for point, site in zip(points, sites, strict=True)]
+            acts: list[tuple[HookPoint, hooks.Act]] = [(point, self.readers[site]) for point, site in zip(points, sites, strict=True)]
             _, self._remove = hooks.install(model, anatomy, acts)
         self._model, self._reduce, self._main = _callable(model, anatomy), reduce, main
         return self
