@@ -35,7 +35,7 @@ class HFDriftCallback(TrainerRun):
 
     def start(self, step: int) -> None:
         if self._run.start(step):
-            self.report(self.tracker.log_values())
+            self._latest = self.tracker.log_values()  # no log entry is about step 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step here, not at the end of training: by then the best checkpoint may have been loaded.

@@ -41,6 +41,7 @@ class SteeringRun:
         if not self.phases or not set(self.phases) <= set(PHASES):
             raise ConfigError("unknown or missing phase", expected=f"some of {', '.join(PHASES)}", found=self.phases)
         self.names = [one.name for one in plan.interventions]
+        self.name = ",".join(self.names)  # what tells this plan from another one in the same run
         self.hint, self.ranks = ResponseHint(), Ranks()
         self.attached = self.loaded = False
         self._own: list[tuple[Any, Any]] = []

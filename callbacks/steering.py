@@ -48,7 +48,7 @@ class SteeringCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(interventions=self._run.names)
+        return self._generate_state_key(plan=self._run.name)
 
     # ---- hooks on and off
 
