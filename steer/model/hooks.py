@@ -104,7 +104,7 @@ class InputTap(Tap):
 
 
 def install(model: nn.Module, anatomy: Anatomy | None, acts: list[tuple[HookPoint, Act]]) -> tuple[Watcher, Callable[[], None]]:
-    """Puts one tap on each hook point, in order.
+    """Puts one tap on each hook point, in order, before everybody else's hooks.
 
     Nothing of the model changes but its hook dictionaries, and there only our own entries.
 
@@ -123,9 +123,11 @@ def install(model: nn.Module, anatomy: Anatomy | None, acts: list[tuple[HookPoin
         if point.side == "output":
             taps.append(OutputTap(point, act, watcher))
             handles.append(point.module.register_forward_hook(taps[-1]))
+            _before_others(point.module._forward_hooks)
         else:
             taps.append(InputTap(point, act, watcher))
             handles.append(point.module.register_forward_pre_hook(taps[-1], with_kwargs=True))
+            _before_others(point.module._forward_pre_hooks)
     watcher.taps = [*watcher.taps, *taps]
     owner = watcher
 
@@ -138,6 +140,16 @@ def install(model: nn.Module, anatomy: Anatomy | None, acts: list[tuple[HookPoin
             WATCHERS.pop(owner.root, None)
 
     return owner, remove
+
+
+def _before_others(hooks: dict[int, Any]) -> None:
+    """Moves our taps to the front in their own order, so that whoever only looks sees what the model goes on with.
+
+    transformers records `hidden_states` by hooks too, which stay on a model after its first `output_hidden_states=True`.
+    """
+    ours = [key for key, hook in hooks.items() if isinstance(hook, Tap)]
+    for key in reversed(ours):
+        hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
 
 
 def arm() -> None:
