@@ -1,0 +1,51 @@
+"""`steer info`: versions, devices, kernels and the registry of methods."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+import steer.directions
+import steer.intervene  # noqa: F401  (fills the registries)
+from steer import kernels
+from steer.intervene.scope import KINDS
+from steer.registry import REGISTRIES
+
+PACKAGES = ("torchsteer", "torch", "pytorch-lightning", "transformers", "peft", "hydra-core", "triton", "safetensors", "trl")
+
+
+def versions() -> dict[str, str]:
+    """Installed version of every package that matters to a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def methods() -> dict[str, list[tuple[str, str]]]:
+    """Every registered method by kind, with its one-line description."""
+    return {**{kind: registry.table() for kind, registry in REGISTRIES.items()}, "scope": list(KINDS.items())}
+
+
+def run(config: DictConfig) -> None:
+    console = Console()
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {**versions(), "threads": torch.get_num_threads(), "devices": ", ".join(cuda) or "cpu", **kernels.status()}
+    table = Table("what", "value", title="environment")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    for kind, entries in methods().items():
+        listing = Table("name", "what it does", title=kind)
+        for row in entries:
+            listing.add_row(*row)
+        console.print(listing)

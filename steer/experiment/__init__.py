@@ -1,0 +1,1 @@
+"""Experiments: data, arms, measures, paired statistics."""

@@ -1,0 +1,151 @@
+"""metrics.json: what an experiment found, in stable keys (docs/metrics.md), with intervals, paired tests and a verdict on specificity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from steer.directions.direction import Direction, Directions
+from steer.drift.records import DriftRecord
+from steer.drift.store import DriftStore
+from steer.experiment.arms import Arm
+from steer.experiment.stats import Comparison, compare, holm, interval
+
+UNITS = {"behaviour_gap": "nat/token", "task_logprob": "nat/token", "neutral_loss": "nat/token"}
+SCHEMA = 1
+
+Measures = dict[str, Tensor]
+
+
+def collect(
+    *,
+    config: dict[str, Any],
+    arms: Sequence[tuple[Arm, dict[str, Any], Measures]],
+    before: Measures,
+    direction: Direction,
+    directions: Directions,
+) -> dict[str, Any]:
+    """Everything that is computed from the measurements; run data (command, versions, wall time) is added by the caller.
+
+    Args:
+        config: the resolved configuration.
+        arms: arm, its training record and completions, and its measures (see `steer.experiment.score.measure`).
+        before: measures of the base model.
+        direction: the one that was steered along, out of `directions`.
+    """
+    experiment = config["experiment"]
+    comparisons = holm(
+        [
+            compare(metric, a.name, b.name, of_a[metric], of_b[metric], unit=UNITS[metric], seed=config["seed"])
+            for (a, _, of_a), (b, _, of_b) in combinations(arms, 2)
+            for metric in UNITS
+        ]
+    )
+    return {
+        "schema": SCHEMA,
+        "experiment": experiment["name"],
+        "seed": config["seed"],
+        "config": config,
+        "trait": {
+            "name": directions.name,
+            "description": experiment["trait"]["description"],
+            "site": str(direction.site),
+            "method": direction.method,
+            "span": direction.span,
+            "auc_heldout": direction.metrics["auc"],
+            "vector_norm": direction.metrics["gap"],
+            "relative_dose": direction.relative_dose(),
+            "auc_by_site": {str(site): entry.metrics["auc"] for site, entry in directions.items()},
+        },
+        "arms": [_arm(arm, record, measures, before, direction, config) for arm, record, measures in arms],
+        "comparisons": [one.to_dict() for one in comparisons],
+        "specificity": specificity([arm for arm, *_ in arms], comparisons),
+    }
+
+
+def _arm(
+    arm: Arm, record: dict[str, Any], after: Measures, before: Measures, direction: Direction, config: dict[str, Any]
+) -> dict[str, Any]:
+    measured = {}
+    for metric, unit in UNITS.items():
+        change = interval(after[metric] - before[metric], what=f"{metric} of {arm.name}", seed=config["seed"])
+        measured[metric] = {
+            "unit": unit,
+            "before": float(before[metric].mean()),
+            "after": float(after[metric].mean()),
+            "change": change.mean,
+            "ci": [change.low, change.high],
+            "n": change.n,
+            "per_item": after[metric].tolist(),
+        }
+    steered = {"when": arm.when, "direction": arm.direction, "strength": arm.strength}
+    if arm.when != "never":
+        steered |= {
+            "site": str(direction.site),
+            "scope": config["experiment"]["scope"],
+            "relative_dose": direction.relative_dose(arm.strength),
+        }
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "steer": steered,
+        "metrics": measured,
+        "train": record["train"],
+        "completions": record["completions"],
+    }
+
+
+def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Did the trait direction do more than a random one of the same length? Only the paired tests are allowed to say so.
+
+    The trait direction counts as specific when the arm trained with it ends with a lower behaviour gap than the plain arm and than the arm
+    trained with the random direction, both after the correction for all comparisons.
+    """
+    names = {(arm.when, arm.direction): arm.name for arm in arms}
+    plain, trait, random = (names.get(key) for key in (("never", "none"), ("train", "trait"), ("train", "random")))
+    if None in (plain, trait, random):
+        return {"specific": None, "statement": "Not tested: that takes a plain, a trait and a random arm."}
+    found = {frozenset((one.a, one.b)): one for one in comparisons if one.metric == "behaviour_gap"}
+
+    def drop(other: str | None) -> tuple[float, Comparison]:
+        one = found[frozenset((trait, other))]
+        return (one.difference if one.a == trait else -one.difference), one
+
+    (of_plain, against_plain), (of_random, against_random) = drop(plain), drop(random)
+    specific = all(value < 0 and test.shown for value, test in ((of_plain, against_plain), (of_random, against_random)))
+    if specific:
+        statement = (
+            f"Steering along the trait direction during training left the trait lower than plain training by {-of_plain:.2f} nat/token, "
+            f"and lower than a random direction of the same length by {-of_random:.2f}: the effect is specific to the direction."
+        )
+    else:
+        statement = (
+            f"Not shown to be specific: against plain training the trait direction changed the gap by {of_plain:+.2f} nat/token, against "
+            f"a random direction of the same length by {of_random:+.2f}; not both are below zero after the correction."
+        )
+    return {
+        "specific": specific,
+        "statement": statement,
+        "trait_minus_plain": of_plain,
+        "trait_minus_random": of_random,
+        "tests": [against_plain.verdict, against_random.verdict],
+    }
+
+
+def to_json(metrics: dict[str, Any]) -> str:
+    """Strict JSON: a NaN is an error here, not something for the reader of the file."""
+    return json.dumps(metrics, indent=1, allow_nan=False)
+
+
+def drift_records(folder: Path, metrics: dict[str, Any]) -> dict[str, list[DriftRecord]]:
+    """Drift records of each arm, read from the stores that metrics.json names."""
+    records = {}
+    for arm, name in metrics["drift"]["stores"].items():
+        with DriftStore(folder / name) as store:
+            records[arm] = list(store.records())
+    return records

@@ -1,0 +1,54 @@
+"""Supervised fine-tuning under Lightning: the smallest module that trains a causal language model on chat rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from steer.model.tokens import Row, collate
+
+
+class SFTModule(pl.LightningModule):
+    """Cross-entropy on the response tokens, AdamW, warm-up and a named transformers schedule.
+
+    Args:
+        model: causal language model, PEFT-wrapped or not.
+        learning_rate, warmup_steps, steps, schedule: see `transformers.get_scheduler`.
+    """
+
+    def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate, self.warmup_steps, self.steps, self.schedule = learning_rate, warmup_steps, steps, schedule
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss = self.model(**batch, use_cache=False).loss
+        self.log("train/loss", loss, prog_bar=True)
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
+        scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
+    """Batches in an order that depends on the seed alone, so that every arm sees the same ones."""
+    return DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=partial(collate, pad=pad, max_length=max_length),
+    )
