@@ -15,9 +15,8 @@ class SteerError(Exception):
 
     def __init__(self, what: str, *, expected: object = None, found: object = None, remedy: str | None = None) -> None:
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
-        lines = [what]
-        lines += [f"  {name}: {value}" for name, value in (("expected", expected), ("found", found), ("remedy", remedy)) if value is not None]
-        super().__init__("\n".join(lines))
+        parts = {"expected": expected, "found": found, "remedy": remedy}
+        super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts.items() if value is not None)]))
 
 
 class SiteError(SteerError, ValueError):
