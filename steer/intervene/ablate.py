@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ class Ablate(Operator):
             with torch.autocast(h.device.type, enabled=False):
                 return h - (h @ q.mT * weight) @ q
         return h - (h @ q.mT * weight) @ q
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Ablate:
+        made = cls(**tensors, **options)
+        made.tensors = tensors  # orthonormal already: to the bit what was saved
+        return made
 
     def describe(self) -> str:
         return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

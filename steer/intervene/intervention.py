@@ -70,8 +70,10 @@ class Intervention:
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
         check_finite(base, f"strength of '{self.name or self.site}'")
-        if base.numel() not in (1, self.operator.slots) and self.operator.slots > 1:
-            raise ConfigError("strengths and row slots differ in number", expected=f"1 or {self.operator.slots}", found=base.numel())
+        slots = self.operator.slots
+        if base.numel() == 0 or base.numel() not in (1, slots) and slots > 1:
+            expected = f"1 or {slots}" if slots > 1 else "at least 1"
+            raise ConfigError(f"wrong number of strengths for '{self.name or self.site}'", expected=expected, found=base.numel())
         return base
 
     def refresh(self, step: int) -> None:

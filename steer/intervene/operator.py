@@ -88,4 +88,5 @@ def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
         raise ConfigError(
             f"{what} has the wrong shape", expected=f"{ndim - 1} dimensions, or {ndim} with row slots", found=list(tensor.shape)
         )
+    check_finite(tensor, what)
     return tensor.detach().to(torch.float32, copy=True).contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
 from steer.model.context import ForwardContext, Mask
+from steer.model.site import did_you_mean
 
 KINDS = {
     "all": "every token",
@@ -37,7 +38,7 @@ class Scope:
             return cls("positions", tuple(int(number) for number in match[1].split(",")))
         if text in KINDS and "[" not in text:
             return cls(text)
-        raise ConfigError(f"unknown scope '{text}'", expected=", ".join(KINDS))
+        raise ConfigError(f"unknown scope '{text}'", expected=", ".join(KINDS), remedy=did_you_mean(text, KINDS))
 
     def __str__(self) -> str:
         return f"positions[{','.join(map(str, self.positions))}]" if self.positions else self.kind

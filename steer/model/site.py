@@ -6,7 +6,9 @@ transformers is `layers.{L}.input`, hence `layers.{L-1}.output`; its last entry 
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from steer.errors import SiteError
@@ -34,6 +36,11 @@ GRAMMAR = "layers.<n>.<part> | embed | final_norm | logits | module:<dotted path
 _LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
 _PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
 _MODULE = re.compile(r"module:(.+):(input|output)")
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(text, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Site:
             return cls(match[2], layer=int(match[1]))
         if match := _MODULE.fullmatch(text):
             return cls(match[2], module=match[1])
-        raise SiteError(f"unknown site '{text}'", expected=GRAMMAR)
+        known = [text[: match.start(2)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else MODEL_PARTS
+        raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, remedy=did_you_mean(text, known))
 
     def __str__(self) -> str:
         if self.module is not None:

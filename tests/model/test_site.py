@@ -35,6 +35,13 @@ def test_what_is_no_address_is_refused(text):
         Site.parse(text)
 
 
+def test_the_nearest_address_is_offered():
+    with pytest.raises(SiteError, match="did you mean 'layers.3.mlp.output'"):
+        Site.parse("layers.3.mlp.out")
+    with pytest.raises(SiteError, match="did you mean 'final_norm'"):
+        Site.parse("finalnorm")
+
+
 def test_a_bare_layer_number_is_refused_with_the_remedy():
     with pytest.raises(SiteError, match="layers.12.output"):
         Site.parse(12)

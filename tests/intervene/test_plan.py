@@ -1,0 +1,382 @@
+"""A plan's life: attach, drive, look, keep; and everything that must be refused."""
+
+import json
+
+import pytest
+import torch
+from hand import edited, hook_count, ids, padded, vector
+
+from steer.errors import (
+    AttachError,
+    ConfigError,
+    DamagedFileError,
+    NonFiniteError,
+    SiteError,
+    UnsafeFileError,
+    WidthError,
+    WrongKindError,
+    WrongModelError,
+)
+from steer.intervene import Ablate, Add, Intervention, Linear, Plan, WarmupDecay
+from steer.model.anatomy import Anatomy
+from steer.model.context import ROLES
+
+
+def steered(**options) -> Plan:
+    return Plan(Intervention(Add(vector()), "layers.1.output", **options))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(ids(), use_cache=False).logits
+
+
+# ---- attaching
+
+
+def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
+    model = tiny("llama")
+    plan = steered()
+    with plan.attached(model):
+        wanted = logits(model)
+        with pytest.raises(AttachError, match="attached already"):
+            plan.attach(model)
+        with pytest.raises(AttachError, match=r"another plan[\s\S]*stack=True"):
+            steered().attach(model)
+        with pytest.raises(AttachError, match="another plan"):
+            steered().attach(torch.nn.ModuleList([model]))  # through a wrapper
+        assert torch.equal(logits(model), wanted)
+    with pytest.raises(AttachError, match="not attached"):
+        plan.detach()
+
+
+def test_stacked_plans_act_in_the_order_of_their_attach(tiny):
+    model = tiny("llama")
+    count = hook_count(model)
+    add, ablate = steered(), Plan(Intervention(Ablate(vector()), "layers.1.output"))
+    with edited(model.model.layers[1], lambda h: h - (h @ vector())[..., None] * vector() / vector().square().sum()):
+        removed = logits(model)
+    with add.attached(model), ablate.attached(model, stack=True):
+        assert torch.allclose(logits(model), removed, atol=1e-5)
+    with ablate.attached(model), add.attached(model, stack=True):
+        assert not torch.allclose(logits(model), removed, atol=1e-3)
+    assert hook_count(model) == count
+
+
+def test_stacked_plans_may_leave_in_any_order(tiny):
+    model = tiny("llama")
+    plain = logits(model)
+    first, second = steered().attach(model), steered(strength=-1.0)
+    second.attach(model, stack=True)
+    assert torch.allclose(logits(model), plain, atol=1e-5)
+    first.detach()
+    steered_once = logits(model)
+    second.detach()
+    with edited(model.model.layers[1], lambda h: h - vector()):
+        assert torch.allclose(logits(model), steered_once, atol=1e-6)
+    assert torch.equal(logits(model), plain) and hook_count(model) == 0
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.2", "norm"])
+def test_an_exception_leaves_no_hook(where, tiny):
+    """Raised inside a block, before or after the site, and by the caller's own code."""
+    model = tiny("llama")
+    plain = logits(model)
+    boom = model.model.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), steered().attached(model):
+        model(ids())
+    boom.remove()
+    with pytest.raises(KeyError), steered().attached(model):
+        raise KeyError("mine")
+    with pytest.raises(KeyboardInterrupt), steered().attached(model):
+        raise KeyboardInterrupt
+    assert hook_count(model) == 0 and torch.equal(logits(model), plain)
+
+
+def test_an_attach_that_fails_leaves_nothing_behind(tiny):
+    model = tiny("llama")
+    plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Add(vector()), "layers.9.output")])
+    with pytest.raises(SiteError, match="out of range"):
+        plan.attach(model)
+    assert hook_count(model) == 0 and not plan.is_attached
+    steered().attach(model).detach()
+
+
+def test_a_plan_that_nothing_ran_through_says_so(tiny):
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match="nothing was steered"), steered().attached(model):
+        pass
+
+
+def test_a_plan_may_move_to_another_model_and_touches_only_its_own(tiny):
+    plan, llama, gpt2 = steered(), tiny("llama"), tiny("gpt2")
+    plain = logits(gpt2)
+    with plan.attached(llama):
+        logits(llama)
+        assert torch.equal(logits(gpt2), plain)
+    with plan.attached(gpt2):
+        assert not torch.allclose(logits(gpt2), plain, atol=1e-3)
+        logits(llama)
+        assert plan.fired() == {"add@layers.1.output": 14}
+
+
+# ---- what does not fit
+
+
+def test_widths_are_checked_before_anything_is_hooked(tiny):
+    model = tiny("llama")
+    plan = Plan(Intervention(Add(vector(16)), "layers.1.output", name="mine"))
+    with pytest.raises(WidthError, match=r"'mine' does not fit[\s\S]*width 32[\s\S]*width 16"):
+        plan.attach(model)
+    with Plan(Intervention(Add(vector(16)), "module:model.layers.1:output")).attached(model), pytest.raises(WidthError, match="width 32"):
+        model(ids())
+    assert hook_count(model) == 0
+
+
+def test_a_plan_for_another_model_is_refused(tiny):
+    model = tiny("llama")
+    plan = Plan(Intervention(Add(vector()), "layers.1.output"), fingerprint=Anatomy.find(model).fingerprint())
+    with pytest.raises(WrongModelError, match=r"'model_type': 'llama'[\s\S]*'model_type': 'gpt2'"):
+        plan.attach(tiny("gpt2"))
+    with torch.no_grad():
+        other = tiny("llama")
+        other.get_input_embeddings().weight.mul_(1.1)
+    with pytest.warns(UserWarning, match="embeddings differ"):
+        plan.attach(other)
+    plan.detach()
+    plan.attach(tiny("llama")).detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "respnse"}, "did you mean 'response'"),
+        ({"phases": ("training",)}, "unknown or missing phase"),
+        ({"phases": ()}, "unknown or missing phase"),
+        ({"roles": "judge"}, "unknown or missing role"),
+        ({"schedule": "linnear"}, "did you mean 'linear'"),
+        ({"strength": []}, "wrong number of strengths"),
+        ({"strength": float("inf")}, "not finite"),
+    ],
+)
+def test_typos_are_named(options, message):
+    with pytest.raises((ConfigError, NonFiniteError), match=message):
+        steered(**options)
+
+
+def test_an_empty_plan_and_unknown_names():
+    with pytest.raises(ConfigError, match="steers nothing"):
+        Plan([])
+    with pytest.raises(ConfigError, match=r"no intervention is called 'x'[\s\S]*add@layers.1.output"):
+        steered().set_strength(2.0, "x")
+    with pytest.raises(AttachError, match="never attached"):
+        steered().fired()
+
+
+def test_repeated_names_are_numbered_and_given_ones_kept():
+    ones = [Intervention(Add(vector()), "layers.1.output") for _ in range(3)]
+    names = [one.name for one in Plan([*ones, Intervention(Add(vector()), "embed", name="mine")]).interventions]
+    assert names == ["add@layers.1.output", "add@layers.1.output#2", "add@layers.1.output#3", "mine"]
+
+
+# ---- driving
+
+
+def test_strength_switch_and_schedule_drive_one_buffer(tiny):
+    model = tiny("llama")
+    plan = steered(strength=2.0, schedule=Linear(10, 0.0, 1.0))
+    buffer = plan.interventions[0].effective
+
+    def by_hand(strength):
+        with edited(model.model.layers[1], lambda h: h + strength * vector()):
+            return logits(model)
+
+    wanted = {strength: by_hand(strength) for strength in (0.0, 0.5, 1.0, 2.0, 4.0)}
+    with plan.attached(model):
+        for act, strength in [
+            (lambda: None, 0.0),
+            (lambda: plan.step(5), 1.0),
+            (lambda: plan.set_strength(4.0), 2.0),
+            (lambda: plan.enable(False), 0.0),
+            (lambda: plan.step(10), 0.0),
+            (lambda: plan.enable(), 4.0),
+            (lambda: plan.set_strength(0.5, "add@layers.1.output"), 0.5),
+        ]:
+            act()
+            assert buffer.tolist() == [strength] and plan.interventions[0].effective is buffer
+            assert torch.allclose(logits(model), wanted[strength], atol=1e-5)
+
+
+def test_one_of_two_can_be_driven_alone(tiny):
+    model = tiny("llama")
+    plan = Plan([Intervention(Add(vector()), "layers.0.output", name="a"), Intervention(Add(vector()), "layers.1.output", name="b")])
+    plan.enable(False, "a")
+    plan.set_strength(3.0, "b")
+    with edited(model.model.layers[1], lambda h: h + 3 * vector()):
+        wanted = logits(model)
+    with plan.attached(model):
+        assert torch.allclose(logits(model), wanted, atol=1e-5)
+        assert plan.fired() == {"a": 0, "b": 14}
+    with pytest.raises(NonFiniteError):
+        plan.set_strength(float("nan"))
+    assert plan.interventions[1].effective.item() == 3.0
+
+
+def test_phases_choose_passes(tiny):
+    model = tiny("llama")
+    counts = {}
+    for phase in ("train", "validate", "generate"):
+        with steered(phases=phase).attached(model) as plan:
+            model(ids(), labels=ids())
+            logits(model)
+            model.generate(ids(), attention_mask=torch.ones(2, 7), max_new_tokens=3, min_new_tokens=3)
+        counts[phase] = plan.fired()["add@layers.1.output"]
+    assert counts == {"train": 14, "validate": 14, "generate": 14 + 2 + 2}
+
+
+# ---- looking
+
+
+def test_fired_counts_tokens_exactly(tiny):
+    model = tiny("llama")
+    batch = padded("left")
+    scopes = {"all": 17, "prompt": 6, "response": 11, "last": 3, "positions[0,-1]": 6, "generated": 0}
+    plan = Plan([Intervention(Add(vector()), "layers.1.output", scope, name=scope) for scope in scopes])
+    with plan.attached(model):
+        for _ in range(3):
+            model(**batch)
+        assert plan.fired() == {scope: 3 * count for scope, count in scopes.items()} and plan.passes == 3
+        plan.set_strength(0.0, "all")
+        model(**batch)
+        assert plan.fired()["all"] == 51 and plan.fired()["prompt"] == 24
+    assert plan.fired()["prompt"] == 24  # readable after the detach
+    plan.attach(model)
+    assert set(plan.fired().values()) == {0}  # counted anew
+    plan.detach()
+
+
+def test_fired_counts_under_inference_mode_and_training_alike(tiny):
+    model = tiny("llama")
+    plan = steered()
+    with torch.inference_mode():
+        plan.attach(model)
+        plan.step(3)
+        model(ids())
+    model(ids(), labels=ids()).loss.backward()
+    plan.step(4)
+    assert plan.fired() == {"add@layers.1.output": 28}
+    plan.detach()
+
+
+def test_explain_says_what_acts_where_when_and_how(tiny):
+    plan = Plan(
+        [
+            Intervention(Add(3 * torch.ones(32)), "layers.1.output", "response", 0.5, schedule=WarmupDecay(2, 2, 8), phases="train"),
+            Intervention(Ablate(torch.eye(32)[:2]), "layers.-1.attn.output", "positions[0,-1]", roles=ROLES, enabled=False),
+        ]
+    )
+    plan.step(1)
+    plan.attach(tiny("llama"))
+    text = plan.explain()
+    plan.detach()
+    for words in (
+        "plan of 2 intervention(s), attached, step 1",
+        "1. add@layers.1.output: add v, |v| = 16.97 at layers.1.output (model.layers.1), width 32",
+        "strength 0.25 now (WarmupDecay(warmup=2, decay=2, total=8))",
+        "on response tokens, in train, for the policy pass",
+        "2. ablate@layers.-1.attn.output: ablate a span of rank 2 at layers.-1.attn.output (model.layers.2.self_attn), width 32",
+        "strength 0 now (Constant(value=1.0)), switched off",
+        "on positions[0,-1] tokens, in train, validate, generate, for the policy and reference pass",
+    ):
+        assert words in text, text
+    assert "not attached" in plan.explain()
+
+
+# ---- keeping
+
+
+def full_plan(model) -> Plan:
+    return Plan(
+        [
+            Intervention(Add(torch.stack([vector(seed=1), vector(seed=2)])), "layers.1.output", "response", [0.5, -1.0]),
+            Intervention(Ablate(torch.randn(3, 32)), "layers.0.attn.output", "positions[0,-1]", 0.3, phases="train", enabled=False),
+            Intervention(Add(vector()), "module:model.layers.2.mlp:output", schedule=Linear(5), roles=ROLES, name="third"),
+        ],
+        fingerprint=Anatomy.find(model).fingerprint(),
+    )
+
+
+@pytest.mark.parametrize("name", ["plan", "plan.safetensors"])
+def test_a_saved_plan_comes_back_to_the_bit(name, tmp_path, tiny):
+    model = tiny("llama")
+    plan = full_plan(model)
+    loaded = Plan.load(plan.save(tmp_path / name))
+    assert loaded.fingerprint == plan.fingerprint and loaded.explain() == plan.explain()
+    outputs = []
+    for one in (plan, loaded):
+        one.enable()
+        one.step(3)
+        one.set_rows([1, 0, 1])
+        with one.attached(model):
+            outputs.append(model(**padded("left")).logits)
+    assert torch.equal(*outputs)
+    for ours, theirs in zip(plan.interventions, loaded.interventions, strict=True):
+        assert ours.to_dict() == theirs.to_dict()
+        assert all(torch.equal(ours.operator.tensors[key], theirs.operator.tensors[key]) for key in ours.operator.tensors)
+
+
+def test_the_manifest_can_be_read_by_a_person(tmp_path, tiny):
+    full_plan(tiny("llama")).save(tmp_path / "plan")
+    manifest = json.loads((tmp_path / "plan" / "manifest.json").read_text())
+    assert manifest["kind"] == "plan" and manifest["fingerprint"]["model_type"] == "llama"
+    assert manifest["interventions"][1] == {
+        "name": "ablate@layers.0.attn.output",
+        "operator": "ablate",
+        "options": {},
+        "site": "layers.0.attn.output",
+        "scope": "positions[0,-1]",
+        "strength": [pytest.approx(0.3)],
+        "phases": ["train"],
+        "roles": ["policy"],
+        "schedule": {"name": "constant", "value": 1.0},
+        "enabled": False,
+    }
+
+
+def test_files_that_are_no_plan_are_refused(tmp_path, tiny):
+    path = full_plan(tiny("llama")).save(tmp_path / "plan")
+    torch.save({"vector": vector()}, tmp_path / "pickle.safetensors")
+    with pytest.raises(UnsafeFileError):
+        Plan.load(tmp_path / "pickle.safetensors")
+    from steer import files
+
+    files.save_artifact(tmp_path / "other", "directions", {"x": vector()}, {})
+    with pytest.raises(WrongKindError):
+        Plan.load(tmp_path / "other")
+    files.save_artifact(tmp_path / "parts", "plan", {"0.vector": vector()}, {"interventions": [{"operator": "add"}]})
+    with pytest.raises(DamagedFileError, match="lacks a part"):
+        Plan.load(tmp_path / "parts")
+    files.save_artifact(tmp_path / "new", "plan", {"0.x": vector()}, {"interventions": [{"operator": "addd", "options": {}}]})
+    with pytest.raises(ConfigError, match="did you mean 'add'"):
+        Plan.load(tmp_path / "new")
+    data = bytearray((path / "tensors.safetensors").read_bytes())
+    data[-3] ^= 0xFF
+    (path / "tensors.safetensors").write_bytes(bytes(data))
+    with pytest.raises(DamagedFileError):
+        Plan.load(path)
+
+
+def test_a_resumed_plan_goes_on_where_it_was():
+    plan, resumed = (steered(strength=2.0, schedule=Linear(10)) for _ in range(2))
+    plan.step(4)
+    plan.set_strength(3.0)
+    plan.enable(False)
+    resumed.load_state_dict(plan.state_dict())
+    assert resumed.state_dict()["step"] == 4
+    for one in (plan, resumed):
+        one.enable()
+        assert one.interventions[0].effective.item() == pytest.approx(1.2)
+    plan.set_strength(9.0)
+    assert resumed.interventions[0].base.item() == 3.0  # no shared tensors
+    with pytest.raises(ConfigError, match="another plan"):
+        resumed.load_state_dict(Plan(Intervention(Add(vector()), "embed")).state_dict())

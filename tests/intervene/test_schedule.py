@@ -1,0 +1,66 @@
+"""Schedules against their closed forms."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.errors import ConfigError
+from steer.intervene.schedule import SCHEDULES, Constant, Cosine, Linear, WarmupDecay, from_dict, to_dict
+
+STEPS = st.integers(0, 500)
+COUNTS = st.integers(1, 200)
+NUMBERS = st.floats(-5, 5)
+
+
+@given(STEPS, NUMBERS)
+def test_constant(step, value):
+    assert Constant(value)(step) == value
+
+
+@given(STEPS, COUNTS, NUMBERS, NUMBERS)
+def test_linear(step, steps, start, end):
+    wanted = end if step >= steps else start * (1 - step / steps) + end * step / steps
+    assert Linear(steps, start, end)(step) == pytest.approx(wanted, abs=1e-9)
+
+
+@given(STEPS, COUNTS, NUMBERS, NUMBERS)
+def test_cosine(step, steps, start, end):
+    share = math.cos(math.pi / 2 * min(step, steps) / steps) ** 2  # half-angle form
+    assert Cosine(steps, start, end)(step) == pytest.approx(end + (start - end) * share, abs=1e-9)
+
+
+@given(STEPS, COUNTS, COUNTS, st.integers(0, 200))
+def test_warmup_and_decay(step, warmup, decay, level):
+    total = warmup + level + decay
+    if step <= warmup:
+        wanted = step / warmup
+    elif step <= warmup + level:
+        wanted = 1.0
+    else:
+        wanted = max(0.0, (total - step) / decay)
+    assert WarmupDecay(warmup, decay, total)(step) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("schedule", [Constant(0.5), Linear(7, 1.0, 0.0), Cosine(3), WarmupDecay(2, 3, 10)])
+def test_every_schedule_survives_its_json_form(schedule):
+    assert from_dict(to_dict(schedule)) == schedule
+
+
+def test_the_table_above_is_the_registry():
+    assert set(SCHEDULES) == {"constant", "linear", "cosine", "warmup_decay"}
+    assert from_dict(None) == Constant() and from_dict("constant") == Constant()
+
+
+def test_typos_are_named():
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        from_dict("cosin")
+    with pytest.raises(ConfigError, match=r"does not take these arguments[\s\S]*stepz"):
+        from_dict({"name": "linear", "stepz": 3})
+    with pytest.raises(ConfigError, match="'steps' is too small"):
+        Linear(0)
+    with pytest.raises(ConfigError, match="overlap"):
+        WarmupDecay(5, 6, 10)
+    with pytest.raises(ConfigError, match=r"not registered[\s\S]*SCHEDULES.register"):
+        to_dict(lambda step: 1.0)
