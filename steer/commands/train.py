@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -197,7 +197,7 @@ def run(config: DictConfig) -> None:
                 arms[measured.name] = {"train": trained, "completions": job.completions(adapted), "spec": measured}
         adapted.unload()  # type: ignore[operator]
     metrics = results.collect(
-        config=OmegaConf.to_container(config, resolve=True),
+        config=cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)),
         arms=[(arm, arms[arm.name], after[arm.name]) for arm in job.arms],
         before=before,
         direction=direction,

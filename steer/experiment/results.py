@@ -108,11 +108,11 @@ def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[
     """
     names = {(arm.when, arm.direction): arm.name for arm in arms}
     plain, trait, random = (names.get(key) for key in (("never", "none"), ("train", "trait"), ("train", "random")))
-    if None in (plain, trait, random):
+    if plain is None or trait is None or random is None:
         return {"specific": None, "statement": "Not tested: that takes a plain, a trait and a random arm."}
     found = {frozenset((one.a, one.b)): one for one in comparisons if one.metric == "behaviour_gap"}
 
-    def drop(other: str | None) -> tuple[float, Comparison]:
+    def drop(other: str) -> tuple[float, Comparison]:
         one = found[frozenset((trait, other))]
         return (one.difference if one.a == trait else -one.difference), one
 
