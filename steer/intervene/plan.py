@@ -151,7 +151,8 @@ class Plan:
             base = intervention._strengths(strength)
             if base.numel() not in (1, intervention.base.numel()):
                 raise ConfigError(f"'{intervention.name}' has {intervention.base.numel()} strengths", found=base.numel())
-            intervention.base = base.expand_as(intervention.base).clone()
+            with torch.inference_mode(False):  # training may follow a validation run
+                intervention.base = base.expand_as(intervention.base).clone()
         self.step(self.current_step)
 
     def set_rows(self, rows: Sequence[int] | Tensor) -> None:
@@ -168,11 +169,11 @@ class Plan:
                 raise ConfigError(
                     f"row slots of '{intervention.name}' are out of range", expected=f"0 to {intervention.slots - 1}", found=rows.tolist()
                 )
-            here = rows.to(intervention.effective.device)
-            if intervention.rows is not None and intervention.rows.shape == here.shape:
+            with torch.inference_mode(False):  # training may follow a validation run
+                here = rows.to(intervention.effective.device, copy=True)
+                if intervention.rows is None or intervention.rows.shape != here.shape:
+                    intervention.rows = here
                 intervention.rows.copy_(here)
-            else:
-                intervention.rows = here.clone()
 
     def _named(self, name: str | None) -> list[Intervention]:
         chosen = [intervention for intervention in self.interventions if name in (None, intervention.name)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from steer.model.hooks import Tap
 
 IDLE = -1
+COPIED = "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be"
 
 
 def _inert(*_: Any) -> None:
@@ -37,12 +38,11 @@ class NotCopied:
     def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
         if "steer" not in memo:  # once per copied model, not once per hook
             memo["steer"] = True
-            warnings.warn(
-                "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be", stacklevel=3
-            )
+            warnings.warn(COPIED, stacklevel=3)
         return _inert
 
     def __reduce__(self) -> Any:
+        warnings.warn(COPIED, stacklevel=2)
         return _make_inert, ()
 
 

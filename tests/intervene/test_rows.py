@@ -1,0 +1,142 @@
+"""Row slots: every row of a batch with its own vector and strength equals the single run that has them."""
+
+import pytest
+import torch
+from hand import ids, padded, vector
+
+from steer.errors import ConfigError, ContextError
+from steer.intervene import Ablate, Add, Intervention, Plan
+
+VECTORS = torch.stack([vector(seed=seed) for seed in range(3)])
+SUBSPACES = torch.stack([torch.stack([vector(seed=seed), vector(seed=seed + 10)]) for seed in range(3)])
+STRENGTHS = [0.5, -1.0, 2.0]
+
+
+def slotted(kind: str, scope: str = "all") -> Plan:
+    operator = Add(VECTORS) if kind == "add" else Ablate(SUBSPACES)
+    return Plan(Intervention(operator, "layers.1.output", scope, strength=STRENGTHS))
+
+
+def single(kind: str, slot: int, scope: str = "all") -> Plan:
+    operator = Add(VECTORS[slot]) if kind == "add" else Ablate(SUBSPACES[slot])
+    return Plan(Intervention(operator, "layers.1.output", scope, strength=STRENGTHS[slot]))
+
+
+@pytest.mark.parametrize("kind", ["add", "ablate"])
+@pytest.mark.parametrize("scope", ["all", "response"])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 2, 0], [1, 1, 1]])
+def test_each_row_equals_its_single_run(kind, scope, rows, tiny):
+    model = tiny("llama")
+    batch = padded("left")
+    plan = slotted(kind, scope)
+    plan.set_rows(rows)
+    with torch.no_grad():
+        with plan.attached(model):
+            together = model(**batch).logits
+        for row, slot in enumerate(rows):
+            with single(kind, slot, scope).attached(model):
+                alone = model(**batch).logits[row]
+            real = batch["attention_mask"][row].bool()
+            assert torch.allclose(together[row, real], alone[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_row_by_row(options, cache, tiny):
+    """Beams and returned sequences follow the row of their prompt."""
+    model = tiny("llama")
+    batch = padded("left")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    options = {**options, "max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    rows = [2, 0, 1]
+    plan = slotted("add")
+    plan.set_rows(rows)
+    with plan.attached(model):
+        together = model.generate(**inputs, **options)
+    for row, slot in enumerate(rows):
+        with single("add", slot).attached(model):
+            alone = model.generate(**inputs, **options)
+        share = len(alone) // 3
+        assert torch.equal(together[row * share : (row + 1) * share], alone[row * share : (row + 1) * share])
+    assert len({tuple(line) for line in together.tolist()}) > 1
+
+
+def test_one_vector_with_a_strength_per_row(tiny):
+    model = tiny("llama")
+    plan = Plan(Intervention(Add(vector()), "layers.1.output", strength=[0.0, 1.0]))
+    plan.set_rows([1, 0])
+    with torch.no_grad():
+        plain = model(ids()).logits
+        with plan.attached(model):
+            steered = model(ids()).logits
+            assert plan.fired() == {"add@layers.1.output": 7}  # the row of strength 0 does not count
+            plan.set_rows([0, 0])
+            assert torch.equal(model(ids()).logits, plain)
+            plan.set_strength([1.0, 0.0])
+            assert torch.allclose(model(ids()).logits[0], steered[0], atol=1e-6)
+            assert plan.fired() == {"add@layers.1.output": 7 + 14}
+    assert torch.equal(steered[1], plain[1]) and not torch.allclose(steered[0], plain[0], atol=1e-3)
+
+
+def test_gradients_of_a_slotted_batch(tiny):
+    """The gradient of a batch is the sum over its rows, each steered as on its own."""
+    batch = padded("right")
+    rows = [1, 2, 0]
+    plan = slotted("add")
+    plan.set_rows(rows)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    model = tiny("llama")
+    with plan.attached(model):
+        model(**batch).logits[batch["attention_mask"].bool()].sum().backward()
+    together = model.get_parameter(weight).grad.clone()
+    total = torch.zeros_like(together)
+    for row, slot in enumerate(rows):
+        model.zero_grad()
+        real = batch["attention_mask"][row].bool()
+        with single("add", slot).attached(model):
+            model(batch["input_ids"][row : row + 1, real]).logits.sum().backward()
+        total += model.get_parameter(weight).grad
+    assert torch.allclose(together, total, atol=1e-4)
+
+
+def test_rows_must_be_said_and_fit(tiny):
+    model = tiny("llama")
+    plan = slotted("add")
+    with plan.attached(model):
+        with pytest.raises(ContextError, match=r"3 row slots[\s\S]*set_rows"):
+            model(ids(3))
+        plan.set_rows([0, 1, 2])
+        model(ids(3))
+        for batch in (2, 6):
+            with pytest.raises(ContextError, match=rf"do not fit[\s\S]*{batch} rows[\s\S]*found: 3"):
+                model(ids(batch), use_cache=False)
+    for rows in ([0, 3], [-1], []):
+        with pytest.raises(ConfigError, match="expected: 0 to 2"):
+            plan.set_rows(rows)
+    with pytest.raises(ConfigError, match=r"wrong number of strengths[\s\S]*1 or 3"):
+        Intervention(Add(VECTORS), "layers.1.output", strength=[1.0, 2.0])
+    with pytest.raises(ConfigError, match="strengths"):
+        plan.set_strength([1.0, 2.0])
+
+
+def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
+    model = tiny("llama")
+    plan = slotted("add")
+    with plan.attached(model):
+        with torch.inference_mode():
+            plan.set_rows([0, 1])
+            plan.set_strength(2.0)
+            model(ids())
+        plan.set_rows([1, 2])
+        plan.set_strength(1.0)
+        model(ids(), labels=ids()).loss.backward()
+
+
+def test_interventions_without_slots_are_left_alone_by_set_rows(tiny):
+    model = tiny("llama")
+    plan = Plan([Intervention(Add(VECTORS), "layers.0.output", strength=0.0), Intervention(Add(vector()), "layers.1.output")])
+    plan.set_rows([0, 1])
+    with plan.attached(model), torch.no_grad():
+        steered = model(ids()).logits
+    with Plan(Intervention(Add(vector()), "layers.1.output")).attached(model), torch.no_grad():
+        assert torch.equal(model(ids()).logits, steered)
