@@ -66,7 +66,7 @@ class SteeringRun:
         self._own = [(one.schedule, one.phases) for one in self.plan.interventions]
         for one, phases in zip(self.plan.interventions, narrowed, strict=True):
             one.set_phases(phases)
-            one.schedule = self.schedule or one.schedule
+            one.schedule = one.schedule if self.schedule is None else self.schedule
         try:
             self.plan.step(self.plan.current_step)
             self.plan.attach(model, stack=stack)
@@ -74,7 +74,8 @@ class SteeringRun:
             self._give_back()
             raise
         self.hint.install(model)
-        self.ranks, self.attached, self._checked = ranks, True, False
+        self.ranks, self.attached = ranks, True
+        self._checked, self._passes = False, None
 
     def end(self) -> None:
         """Detaches the plan and gives it back as it was; may be called at any time."""
