@@ -6,6 +6,8 @@ import logging
 import shlex
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +40,8 @@ from steer.model.load import load
 from steer.model.tokens import collate, encode, pad_id, plain
 from steer.report import summary_table, write_report
 
-log = logging.getLogger("steer")
+# Said by libraries about one another; a reader of our output can do nothing about them.
+NOISE = ("`isinstance\\(treespec", "`is_gradient_checkpointing` is deprecated", "The 'train_dataloader' does not have many workers")
 
 
 class Run:
@@ -84,17 +87,10 @@ class Run:
         )
         return directions, chosen
 
-    def tracker(self, directions: Directions, name: str) -> DriftTracker:
+    def tracker(self, directions: Directions, store: Path | None) -> DriftTracker:
         drift = self.experiment.drift
-        watched = {f"{directions.name}": [directions[site] for site in drift.sites]}
-        return DriftTracker(
-            watched,
-            probe=self.probe,
-            controls=drift.controls,
-            stream=drift.stream,
-            store=self.out / "drift" / f"{name}.sqlite",
-            seed=self.config.seed,
-        )
+        watched = {directions.name: [directions[site] for site in drift.sites]}
+        return DriftTracker(watched, probe=self.probe, controls=drift.controls, stream=drift.stream, store=store, seed=self.config.seed)
 
     def train_arm(self, arm: Arm, plan: Plan | None, directions: Directions) -> tuple[nn.Module, dict[str, Any]]:
         """Trains one arm from the base weights; returns the adapted model and what there is to say about the training."""
@@ -116,10 +112,11 @@ class Run:
         module = SFTModule(
             adapted, learning_rate=spec.learning_rate, warmup_steps=spec.warmup_steps, steps=spec.steps, schedule=spec.schedule
         )
-        tracker = self.tracker(directions, arm.name)
+        tracker = self.tracker(directions, self.out / "drift" / f"{arm.name}.sqlite")
         callbacks: list[pl.Callback] = [DriftCallback(tracker, every_n_steps=self.experiment.drift.every_n_steps)]
         if plan is not None:
             callbacks.insert(0, SteeringCallback(plan, phases=("train",)))
+        adapted.train()  # models are loaded in evaluation mode
         trainer = pl.Trainer(
             max_steps=spec.steps,
             max_epochs=-1,
@@ -148,22 +145,13 @@ class Run:
         }
 
     def overhead(self, adapted: nn.Module, plan: Plan, directions: Directions) -> float:
-        """What the callbacks' hooks add to one training step on these very batches."""
-        batch = collate(self.train_rows[: self.experiment.train.batch_size], self.pad, max_length=self.experiment.train.max_length)
-        tracker = DriftTracker(
-            self.tracker(directions, "overhead").directions,
-            probe=self.probe,
-            controls=self.experiment.drift.controls,
-            stream=True,
-            store=None,
-            seed=0,
-        )
+        """What the hooks of a plan and of the tracker add to one training step, as a fraction of the bare step."""
+        spec = self.experiment.train
+        batch = collate(self.train_rows[: spec.batch_size], self.pad, max_length=spec.max_length)
 
         @contextmanager
-        def attached() -> Any:
-            with ExitStack() as stack:
-                stack.enter_context(plan.attached(adapted))
-                stack.enter_context(tracker.attached(adapted))
+        def attached() -> Iterator[None]:
+            with plan.attached(adapted), self.tracker(directions, None).attached(adapted):
                 yield
 
         return step_overhead(adapted, batch, attached)
@@ -172,6 +160,9 @@ class Run:
 def run(config: DictConfig) -> None:
     """Runs every arm and writes metrics.json, report.html, the plans, the adapters and the drift records."""
     started, clock = datetime.now(UTC), time.perf_counter()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     out = Path(HydraConfig.get().runtime.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     job = Run(config, out)
@@ -185,6 +176,8 @@ def run(config: DictConfig) -> None:
         plan = arm.plan(direction, scope=config.experiment.scope, seed=config.seed + 1, fingerprint=job.fingerprint)
         job.say("arm", f"[cyan]{arm.name}[/]: {arm.label}")
         adapted, trained = job.train_arm(arm, plan, directions)
+        if plan is not None:
+            trained["callback_overhead"] = job.overhead(adapted, plan, directions)
         followers = [other for other in job.arms if other.uses == arm.name]
         for measured in (arm, *followers):
             own = measured.plan(direction, scope=config.experiment.scope, seed=config.seed + 1, fingerprint=job.fingerprint)
@@ -194,7 +187,7 @@ def run(config: DictConfig) -> None:
                     if measured.when == "inference":
                         stack.enter_context(own.attached(adapted))
                 after[measured.name] = measure(adapted, job.suite, pad=job.pad)
-                arms[measured.name] = {"train": trained, "completions": job.completions(adapted), "spec": measured}
+                arms[measured.name] = {"train": trained, "completions": job.completions(adapted)}
         adapted.unload()  # type: ignore[operator]
     metrics = results.collect(
         config=cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)),
@@ -209,7 +202,12 @@ def run(config: DictConfig) -> None:
         "versions": versions(),
         "model": {"name": config.model.name, "fingerprint": job.fingerprint},
         "base_completions": base_completions,
-        "drift": {"stores": {name: f"drift/{name}.sqlite" for name in after if (out / "drift" / f"{name}.sqlite").exists()}},
+        "drift": {"stores": {arm.name: f"drift/{arm.name}.sqlite" for arm in job.arms if arm.when != "inference"}},
+        "artifacts": {
+            "directions": "directions",
+            "adapters": {arm.name: f"adapters/{arm.uses or arm.name}" for arm in job.arms},
+            "plans": {arm.name: f"plans/{arm.name}" for arm in job.arms if arm.when != "never"},
+        },
         "wall_seconds": time.perf_counter() - clock,
     }
     atomic_write(out / "metrics.json", results.to_json(metrics))
