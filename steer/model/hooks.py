@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from steer.errors import SiteError
 from steer.model.anatomy import Anatomy, HookPoint
 from steer.model.context import ForwardContext
-from steer.model.watcher import WATCHERS, NotCopied, Watcher, response_tokens, watcher_of
+from steer.model.watcher import WATCHERS, NotCopied, Watcher, register, response_tokens, watcher_of
 
 log = logging.getLogger("steer")
 
@@ -35,7 +35,7 @@ class Tap(NotCopied):
     """
 
     def __init__(self, point: HookPoint, act: Act, watcher: Watcher) -> None:
-        self.point, self.act, self.columns = point, act, point.columns
+        self.point, self.act, self.watcher, self.columns = point, act, watcher, point.columns
         self.ran = False
         inside = watcher.is_decoder and any(point.module is module for module in watcher.root.modules())
         self.place = "anywhere" if point.site.module is not None else "decoder" if inside else "after"
@@ -45,7 +45,8 @@ class Tap(NotCopied):
 
     def edit(self, whole: Tensor) -> Tensor | None:
         """The new activation, None for no change. whole: what the module takes or gives, of which the site may be some columns."""
-        self.ran = True
+        if not self.watcher.replays:
+            self.ran = True
         ctx = self.context()
         if self.columns is None and whole.dim() != 2:
             new = self.act(whole, ctx)
@@ -117,39 +118,20 @@ def install(model: nn.Module, anatomy: Anatomy | None, acts: list[tuple[HookPoin
         watcher = Watcher(model if anatomy is None else anatomy.decoder, is_decoder=anatomy is not None)
         WATCHERS[watcher.root] = watcher
     watcher.follow(model, anatomy)
-    taps: list[Tap] = []
-    handles = []
-    for point, act in acts:
-        if point.side == "output":
-            taps.append(OutputTap(point, act, watcher))
-            handles.append(point.module.register_forward_hook(taps[-1]))
-            _before_others(point.module._forward_hooks)
-        else:
-            taps.append(InputTap(point, act, watcher))
-            handles.append(point.module.register_forward_pre_hook(taps[-1], with_kwargs=True))
-            _before_others(point.module._forward_pre_hooks)
+    taps = [(OutputTap if point.side == "output" else InputTap)(point, act, watcher) for point, act in acts]
+    removals = [register(tap.point.module, tap, before=tap.point.side == "input", first=True) for tap in taps]
     watcher.taps = [*watcher.taps, *taps]
     owner = watcher
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
+        for removal in removals:
+            removal()
         owner.taps = [tap for tap in owner.taps if tap not in taps]
         if not owner.taps:
             owner.remove()
             WATCHERS.pop(owner.root, None)
 
     return owner, remove
-
-
-def _before_others(hooks: dict[int, Any]) -> None:
-    """Moves our taps to the front in their own order, so that whoever only looks sees what the model goes on with.
-
-    transformers records `hidden_states` by hooks too, which stay on a model after its first `output_hidden_states=True`.
-    """
-    ours = [key for key, hook in hooks.items() if isinstance(hook, Tap)]
-    for key in reversed(ours):
-        hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
 
 
 def arm() -> None:

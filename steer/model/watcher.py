@@ -46,6 +46,36 @@ class NotCopied:
         return _make_inert, ()
 
 
+def register(module: nn.Module, hook: NotCopied, *, before: bool, always: bool = False, first: bool = False) -> Callable[[], None]:
+    """Puts a hook of ours on a module and returns the function that takes it off.
+
+    Done on the dictionaries themselves, because `register_forward_hook` numbers hooks through the process and compiled code is bound to
+    those numbers: every new attach would be compiled anew. Ours are -1, -2, ... on each module, so that the same plan finds its code again.
+
+    Args:
+        before: run before the forward, with keyword arguments.
+        always: run after a forward that raised, too.
+        first: run before everybody else's hooks (after ours that came earlier), so that whoever only looks sees what the model goes on
+            with. transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
+    """
+    hooks: dict[int, Any] = module._forward_pre_hooks if before else module._forward_hooks
+    marked = [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
+    key = next(-n for n in range(1, len(hooks) + 2) if -n not in hooks)
+    hooks[key] = hook
+    for marks in marked:
+        marks[key] = True
+    if first:
+        ours = [known for known, one in hooks.items() if isinstance(one, NotCopied) and not isinstance(one, (_Enter, _Leave))]
+        for known in reversed(ours):
+            hooks.move_to_end(known, last=False)  # type: ignore[attr-defined]
+
+    def remove() -> None:
+        for entries in (hooks, *marked):
+            entries.pop(key, None)  # type: ignore[attr-defined]
+
+    return remove
+
+
 class _Enter(NotCopied):
     """Pre-hook of one module between the given model and its decoder: notes the arguments that tell tokens apart."""
 
@@ -95,6 +125,7 @@ class Watcher:
         inside: the root's forward is running.
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
         outermost: height above the root of the module that the running pass began with; `height` that of the one entered last.
+        replays: compiled code with gradient checkpointing, where taps inside a block cannot note that they ran.
         around: context of the running pass for modules beside the decoder, made when one asks.
         announced: response mask from `response_tokens`.
     """
@@ -112,25 +143,28 @@ class Watcher:
         self.on_open: list[Callable[[ForwardContext], None]] = []
         self.on_close: list[Callable[[ForwardContext], None]] = []
         self.adapter: Any = None
-        self._handles: dict[nn.Module, list[Any]] = {}
+        self.block: nn.Module | None = None
+        self.replays = False
+        self._removals: dict[nn.Module, list[Callable[[], None]]] = {}
 
     def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
         """Watches every module from `model` down to the root; called again when a later attach comes through another wrapper."""
         chain = anatomy.chain if anatomy is not None else [model]
         for height, module in enumerate(reversed(chain)):
             compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
-            if module not in self._handles and not compiled:
-                enter = module.register_forward_pre_hook(_Enter(self, module, height), with_kwargs=True)
-                leave = module.register_forward_hook(_Leave(self, height), always_call=True)
-                self._handles[module] = [enter, leave]
+            if module not in self._removals and not compiled:
+                enter = register(module, _Enter(self, module, height), before=True)
+                leave = register(module, _Leave(self, height), before=False, always=True)
+                self._removals[module] = [enter, leave]
+        self.block = anatomy.blocks[0] if anatomy is not None else None
         if self.adapter is None:
             # A property on PEFT's layers; transformers' own models have a method of that name.
             self.adapter = next((m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)), None)
 
     def remove(self) -> None:
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
+        for removals in self._removals.values():
+            for removal in removals:
+                removal()
 
     # ---- the course of a pass
 
@@ -140,8 +174,10 @@ class Watcher:
 
     def open(self) -> None:
         """The root is entered: everything that tells tokens apart is known."""
-        for tap in self.taps:
-            tap.ran = False
+        self.replays = torch.compiler.is_compiling() and self._is_checkpointed()
+        if not self.replays:
+            for tap in self.taps:
+                tap.ran = False
         self.current = ctx = context.build(self.given, self.announced, self._is_reference(), decoder=self.is_decoder)
         self.inside = True
         if not context.in_backward():
@@ -154,7 +190,8 @@ class Watcher:
         self.inside, ctx = False, self.current
         if output is None or ctx is None:
             return
-        self._check("decoder")
+        if not self.replays:
+            self._check("decoder")
         if not torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 self._mark(output, ctx)
@@ -165,7 +202,7 @@ class Watcher:
 
     def leave(self, height: int, output: Any) -> None:
         """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
-        if height > 0 and output is not None:
+        if height > 0 and output is not None and not self.replays:
             self._check("after")
         if height >= self.outermost:
             self.height, self.outermost, self.given, self.around = IDLE, IDLE, {}, None
@@ -222,6 +259,12 @@ class Watcher:
         if self.outermost != IDLE:
             self.around = ctx
         return ctx
+
+    def _is_checkpointed(self) -> bool:
+        block = self.block
+        if block is None or not block.training:
+            return False
+        return getattr(block, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in block._modules
 
     def _is_reference(self) -> bool:
         """True when PEFT's adapters are off, or TRL's copy of the initial adapter is on."""

@@ -1,0 +1,318 @@
+"""torch.compile: one whole graph, not traced again for a change of strength, vector or switch; and no order of events steers nothing."""
+
+import pytest
+import torch
+import torch._dynamo
+from hand import edited, ids, padded, vector
+from torch._dynamo.utils import counters
+from transformers.generation.configuration_utils import CompileConfig
+
+from steer.errors import HookDidNotRunError
+from steer.intervene import Ablate, Add, Intervention, Linear, Plan
+from steer.model.hooks import arm, disarm
+
+
+class Backend:
+    """Runs the traced graph as it is, and counts how often something was traced."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        return graph
+
+
+@pytest.fixture
+def backend():
+    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
+    torch._dynamo.reset()
+    counters.clear()
+    disarm()
+    yield Backend()
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    torch._dynamo.reset()
+    disarm()
+
+
+def steered(scope: str = "all", **options) -> Plan:
+    return Plan(
+        [
+            Intervention(Add(vector()), "layers.0.output", scope, **options),
+            Intervention(Ablate(vector(seed=2)), "layers.1.attn.output", scope, **options),
+            Intervention(Ablate(torch.stack([vector(seed=3), vector(seed=4)])), "layers.1.output", scope, **options),
+        ]
+    )
+
+
+def agree(compiled, model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        found, wanted = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    return found
+
+
+# ---- what must not trace again
+
+
+@pytest.mark.parametrize(("family", "scope"), [("llama", "all"), ("llama", "response"), ("gpt2", "positions[0,-2]"), ("gemma2", "last")])
+def test_changes_trace_nothing_again(family, scope, tiny, backend):
+    model, batch = tiny(family), padded("left")
+    if family == "gpt2":  # its loss logs, which dynamo cannot trace
+        del batch["labels"]
+    plan = steered(scope, schedule=Linear(10, 1.0, 0.0))
+    seen = []
+    with plan.attached(model):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for change in (
+            lambda: None,
+            lambda: plan.set_strength(0.5),
+            lambda: plan.set_strength(-2.0, "add@layers.0.output"),
+            lambda: plan.step(3),
+            lambda: plan.enable(False, "ablate@layers.1.output"),
+            lambda: plan.enable(False),
+            lambda: plan.enable(True),
+            lambda: plan.interventions[0].operator.tensors["vector"].copy_(vector(seed=7)[None]),
+        ):
+            change()
+            seen.append(agree(compiled, model, batch))
+        assert backend.graphs == 1
+        changed = [not torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, seen[1:], strict=False)]
+        assert all(changed)
+        fired = plan.fired()["add@layers.0.output"]
+    with steered(scope).attached(model) as eager:  # 8 compiled and 8 eager passes, one of each switched off
+        model(**batch)
+        assert fired == 14 * eager.fired()["add@layers.0.output"]
+
+
+def test_rows_and_their_strengths_trace_nothing_again(tiny, backend):
+    model = tiny("llama")
+    plan = Plan(Intervention(Add(torch.stack([vector(), vector(seed=2)])), "layers.1.output", strength=[1.0, 2.0]))
+    with plan.attached(model):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        seen = []
+        for rows, strength in (([0, 1], [1.0, 2.0]), ([1, 1], [1.0, 2.0]), ([1, 0], [0.0, 3.0])):
+            plan.set_rows(rows)
+            plan.set_strength(strength)
+            seen.append(agree(compiled, model, {"input_ids": ids()}))
+        assert backend.graphs == 1 and not torch.allclose(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(checkpointing, tiny, backend):
+    found = []
+    for compile_ in (False, True):
+        model = tiny("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+        plan = steered("response")
+        with plan.attached(model):
+            call = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
+            for strength in (1.0, 0.5):
+                plan.set_strength(strength)
+                call(**padded("right")).loss.backward()
+        found.append([p.grad for p in model.parameters()] + [torch.tensor(list(plan.fired().values()))])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_blocks_compiled_one_by_one(tiny, backend):
+    """Sites on and inside separately compiled blocks; the context is made outside their graphs."""
+    model = tiny("llama")
+    sites = [f"layers.{layer}.{part}" for layer in range(3) for part in ("output", "mlp.output")]
+    plan = Plan([Intervention(Add(vector()), site, "response") for site in sites])
+    plans = []
+    with plan.attached(model), torch.no_grad():
+        eager = model(**padded("left")).logits
+        for block in model.model.layers:
+            block.compile(backend=backend, fullgraph=True)
+        for strength in (1.0, 1.0, 1.0, 0.5):
+            plan.set_strength(strength)
+            plans.append((model(**padded("left")).logits, backend.graphs))
+    assert torch.allclose(plans[0][0], eager, atol=1e-5) and not torch.allclose(plans[3][0], eager, atol=1e-3)
+    assert plans[1][1] == plans[3][1]  # nothing is traced again from the second pass on
+
+
+def test_through_the_compiled_wrapper(tiny, backend):
+    """Attached to what torch.compile returned."""
+    model = tiny("llama")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    batch = padded("left")
+    plan = steered("response")
+    with plan.attached(compiled):
+        for strength in (1.0, 2.0, 3.0):
+            plan.set_strength(strength)
+            with torch.no_grad():
+                found = compiled(**batch).logits
+                assert torch.allclose(found, model(**batch).logits, atol=1e-5)
+        assert backend.graphs == 1
+
+
+# ---- orders of events
+
+
+@pytest.mark.parametrize(("how", "armed"), [("wrapper", False), ("wrapper", True), ("in place", False), ("call", False)])
+def test_attach_after_a_compiled_run_without_hooks(how, armed, tiny, backend, monkeypatch):
+    resets = []
+    reset = torch._dynamo.reset
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: (resets.append(1), reset()))
+    model = tiny("llama")
+    if armed:
+        arm()
+    batch = {"input_ids": ids()}
+    if how == "in place":
+        plain = tiny("llama")
+        model.compile(backend=backend, fullgraph=True)
+        call = model
+
+        def eager(**kwargs):
+            with torch.compiler.set_stance("force_eager"):
+                return model(**kwargs)
+
+        assert torch.allclose(plain(**batch).logits, model(**batch).logits, atol=1e-5)
+    else:
+        call = torch.compile(model if how == "wrapper" else model.__call__, backend=backend, fullgraph=True)
+        eager = model
+
+    plain = agree(call, eager, batch)
+    plan = steered()
+    plan.attach(model)
+    first = agree(call, eager, batch)
+    plan.detach()
+    assert torch.equal(agree(call, eager, batch), plain)
+    plan.attach(model)
+    assert torch.equal(agree(call, eager, batch), first) and not torch.allclose(first, plain, atol=1e-3)
+    graphs = backend.graphs
+    for _ in range(2):  # everything has been traced by now
+        plan.detach()
+        assert torch.equal(agree(call, eager, batch), plain)
+        plan.attach(model)
+        assert torch.equal(agree(call, eager, batch), first)
+    plan.detach()
+    assert backend.graphs == graphs and len(resets) == (0 if armed else 1)
+
+
+def test_a_second_layer_and_other_plans_later_on(tiny, backend):
+    model = tiny("llama")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    batch = {"input_ids": ids()}
+    seen = [agree(compiled, model, batch)]
+    with steered().attached(model):
+        seen.append(agree(compiled, model, batch))
+        with Plan(Intervention(Add(vector(seed=5)), "layers.2.output")).attached(model, stack=True):
+            seen.append(agree(compiled, model, batch))
+        assert torch.equal(agree(compiled, model, batch), seen[1])
+    graphs = backend.graphs
+    for seed in (6, 7):  # another plan of the same shape finds the code of the first one
+        other = steered()
+        other.interventions[0].operator.tensors["vector"].copy_(vector(seed=seed)[None])
+        with other.attached(model):
+            seen.append(agree(compiled, model, batch))
+    assert backend.graphs == graphs
+    assert torch.equal(agree(compiled, model, batch), seen[0])
+    assert not any(torch.allclose(a, b, atol=1e-3) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_other_instances_of_the_class(tiny, backend):
+    """Code is cached per class: a plain twin, compiled before or after the attach, must not lend its code to the steered model."""
+    batch = {"input_ids": ids()}
+    before, model, after = tiny("llama"), tiny("llama"), tiny("llama")
+    compiled = {m: torch.compile(m, backend=backend, fullgraph=True) for m in (before, model, after)}
+    plain = agree(compiled[before], before, batch)
+    with steered().attached(model):
+        first = agree(compiled[model], model, batch)
+        assert torch.equal(agree(compiled[after], after, batch), plain)
+        assert torch.equal(agree(compiled[model], model, batch), first)
+        assert torch.equal(agree(compiled[before], before, batch), plain)
+    assert torch.equal(agree(compiled[model], model, batch), plain)
+    assert not torch.allclose(first, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["block", "attention"])
+def test_sites_nobody_armed(kind, tiny, backend):
+    """Any module counts, `module:` sites and fused columns included."""
+    model = tiny("phi3")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    batch = {"input_ids": ids()}
+    plain = agree(compiled, model, batch)
+    site = {"block": "module:model.layers.1.mlp.down_proj:output", "attention": "layers.1.attn.v"}[kind]
+    width = {"block": 32, "attention": 16}[kind]
+    with Plan(Intervention(Add(vector(width)), site)).attached(model):
+        assert not torch.allclose(agree(compiled, model, batch), plain, atol=1e-3)
+
+
+def test_a_module_replaced_after_the_attach_is_noticed_when_compiled(tiny, backend):
+    model = tiny("llama")
+    with Plan(Intervention(Add(vector()), "layers.1.attn.z")).attached(model), torch.no_grad():
+        model(ids())
+        model.model.layers[1].self_attn.o_proj = torch.nn.Linear(32, 32, bias=False)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="HookDidNotRunError"):  # the trace ends where it is raised
+            torch.compile(model, backend=backend, fullgraph=True)(ids())
+        with pytest.raises(HookDidNotRunError, match="layers.1.attn.z"):
+            torch.compile(model, backend=backend)(ids())
+    counters.clear()
+
+
+# ---- generation
+
+
+def generate(model, backend, **options):
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    config._compile_all_devices = backend is not None
+    batch = padded("left")
+    return model.generate(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        compile_config=config if backend is not None else None,
+        disable_compile=backend is None,
+        cache_implementation="static",
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("scope", "armed"), [("all", False), ("generated", True), ("positions[8,9]", False)])
+def test_compiled_decoding_with_a_static_cache(scope, armed, tiny, backend):
+    """transformers keeps its compiled call on the model: a plain run first must not leave every decoded token unsteered."""
+    if armed:
+        arm()
+    model = tiny("llama")
+    plain = generate(model, backend)
+    assert torch.equal(plain, generate(model, None))
+    plan = steered(scope)
+    with plan.attached(model):
+        first = generate(model, backend)
+        graphs = backend.graphs
+        assert torch.equal(first, generate(model, None))
+        plan.set_strength(-3.0)
+        second = generate(model, backend)
+        assert torch.equal(second, generate(model, None)) and backend.graphs == graphs
+    assert torch.equal(generate(model, backend), plain)
+    assert not torch.equal(first, plain) or not torch.equal(second, plain)
+
+
+# ---- the switch itself
+
+
+def test_arming_is_a_switch_of_the_process(backend):
+    import torch._dynamo.config as config
+
+    assert config.skip_nnmodule_hook_guards
+    arm()
+    arm()
+    assert not config.skip_nnmodule_hook_guards
+    disarm()
+    assert config.skip_nnmodule_hook_guards
+
+
+def test_without_the_switch_a_hook_would_be_ignored(tiny, backend):
+    """Why all this: should a later torch look at hooks by default, this fails and `arm` can go."""
+    model = tiny("llama")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        plain = compiled(ids()).logits
+        with edited(model.model.layers[1], lambda h: h + vector()):
+            assert torch.equal(compiled(ids()).logits, plain)
