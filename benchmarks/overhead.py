@@ -14,8 +14,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from steer.commands.info import versions
+from steer.directions import Direction
+from steer.drift.tracker import DriftTracker
 from steer.intervene import Ablate, Add, Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
 
 Work = Callable[[], None]
+Arm = Callable[[], AbstractContextManager[Any]]
 
 
 def clock(device: torch.device) -> float:
@@ -37,35 +40,46 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def plans(model: torch.nn.Module, scope: str) -> dict[str, Plan | None]:
-    """The arms: bare twice, one site, all sites, and all sites with an ablation."""
+def arms(model: torch.nn.Module, scope: str, tracked: bool) -> dict[str, Arm]:
+    """Context makers: bare twice, one site, all sites, an ablation at all sites; for training also what the two callbacks install."""
     anatomy = Anatomy.find(model)
     vector = torch.randn(anatomy.width, generator=torch.Generator().manual_seed(0)) * 0.1
 
-    def plan(operator: Any, layers: list[int]) -> Plan:
-        return Plan([Intervention(operator(vector), f"layers.{layer}.output", scope=scope) for layer in layers])
+    def plan(operator: Any, layers: list[int]) -> Arm:
+        made = Plan([Intervention(operator(vector), f"layers.{layer}.output", scope=scope) for layer in layers])
+        return lambda: made.attached(model)
 
-    every = list(range(anatomy.n_layers))
-    return {
-        "bare": None,
-        "bare again": None,
-        "add, 1 site": plan(Add, [anatomy.n_layers // 2]),
+    every, middle = list(range(anatomy.n_layers)), anatomy.n_layers // 2
+    made: dict[str, Arm] = {
+        "bare": nullcontext,
+        "bare again": nullcontext,
+        "add, 1 site": plan(Add, [middle]),
         f"add, {len(every)} sites": plan(Add, every),
         f"ablate, {len(every)} sites": plan(Ablate, every),
     }
+    if tracked:
+        sites = [
+            anatomy.point(f"layers.{layer}.output").site for layer in (middle // 2, middle, middle + middle // 2, anatomy.n_layers - 1)
+        ]
+        directions = {"random": [Direction(site, vector, "none", "response") for site in sites]}
+
+        @contextmanager
+        def callbacks() -> Iterator[None]:
+            with plan(Add, [middle])(), DriftTracker(directions, stream=True).attached(model):
+                yield
+
+        made["callbacks: add, 1 site; stream of 17 directions at 4 sites"] = callbacks
+    return made
 
 
-def interleave(model: torch.nn.Module, arms: dict[str, Plan | None], work: Work, rounds: int) -> dict[str, list[float]]:
+def interleave(device: torch.device, chosen: dict[str, Arm], work: Work, rounds: int) -> dict[str, list[float]]:
     """Ratios to the bare arm of the same round, one list an arm."""
-    device = next(model.parameters()).device
-    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    ratios: dict[str, list[float]] = {name: [] for name in chosen}
     work()
     for number in range(rounds):
         taken = {}
-        for name in list(arms)[:: 1 if number % 2 else -1]:
-            plan = arms[name]
-            context: AbstractContextManager[Any] = nullcontext() if plan is None else plan.attached(model)
-            with context:
+        for name in list(chosen)[:: 1 if number % 2 else -1]:
+            with chosen[name]():
                 started = clock(device)
                 work()
                 taken[name] = clock(device) - started
@@ -104,15 +118,13 @@ def main() -> None:
     results = {}
     for name, work, scope in (("prefill", prefill, "all"), ("decode", decode, "response"), ("training step", train, "response")):
         model.train(name == "training step")
-        results[name] = interleave(model, plans(model, scope), work, chosen.rounds)
-    table = Table(
-        "work",
-        *results["prefill"],
-        title=f"{chosen.model} on {chosen.device}, {chosen.threads} thread(s), {chosen.rounds} rounds: ratio to bare",
-    )
-    for name, ratios in results.items():
-        table.add_row(name, *(f"{statistics.median(r):.3f} [{min(r):.3f}-{max(r):.3f}]" for r in ratios.values()))
-    Console(width=160).print(table)
+        results[name] = interleave(ids.device, arms(model, scope, name == "training step"), work, chosen.rounds)
+    title = f"{chosen.model} on {chosen.device}, {chosen.threads} thread(s), {chosen.rounds} rounds: ratio to the bare model"
+    table = Table("arm", *results, title=title)
+    for arm in results["training step"]:
+        row = [results[name].get(arm) for name in results]
+        table.add_row(arm, *("" if r is None else f"{statistics.median(r):.3f} [{min(r):.3f}-{max(r):.3f}]" for r in row))
+    Console(width=140).print(table)
     if chosen.out:
         with open(chosen.out, "w") as file:
             json.dump(
