@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 from steer import __version__
-from steer.errors import ConfigError, SteerError
+from steer.errors import ConfigError, SteerError, StorageFullError
 
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
 COMMANDS = {
@@ -48,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = arguments[0]
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
-            raise ConfigError(
-                f"unknown command '{command}'", expected=", ".join(COMMANDS), remedy=f"did you mean '{near[0]}'?" if near else None
-            )
+            remedy = f"did you mean '{near[0]}'?" if near else "'steer --help' says what each of them does"
+            raise ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), remedy=remedy)
         _run(command, arguments[1:])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -61,47 +61,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, overrides: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from steer.commands.config import check_kinds, config_error
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, not as printed text
-    task = importlib.import_module(f"steer.commands.{command}").run
+    run = importlib.import_module(f"steer.commands.{command}").run
+    failed: list[SteerError] = []
+
+    @wraps(run)
+    def task(config: Any) -> None:
+        try:
+            check_kinds(config, command)
+            run(config)
+        except SteerError as error:
+            failed.append(error)  # through Hydra it would come with a line of noise
+        except OmegaConfBaseException as error:
+            failed.append(config_error(command, error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            failed.append(StorageFullError(f"no room to write {error.filename or 'the output'}", remedy="free some space and run it again"))
+
     before = sys.argv
     sys.argv = [f"steer {command}", *overrides]
     try:
         hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise config_error(command, error) from error
+    except SystemExit as done:  # --help and the like
+        if done.code:
+            raise
     finally:
         sys.argv = before
-
-
-def config_error(command: str, error: Exception) -> ConfigError:
-    """Turns Hydra's complaint about an override into one that names the nearest key."""
-    said = str(error)
-    wrong = re.search(r"[Kk]ey '([^']+)'", said) or re.search(r"Could not override '([^']+)'", said) or re.search(r"'([^']+)'", said)
-    near = difflib.get_close_matches(wrong[1], _keys(command), n=2, cutoff=0.5) if wrong else []
-    return ConfigError(
-        f"configuration of 'steer {command}' is wrong: {said.splitlines()[0]}",
-        expected=f"near it: {', '.join(near)}" if near else None,
-        found=wrong[1] if wrong else None,
-        remedy=f"steer {command} --help lists every key",
-    )
-
-
-def _keys(command: str) -> list[str]:
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    GlobalHydra.instance().clear()
-    with initialize_config_module("steer.conf", version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(command), resolve=False)
-
-    def walk(node: Any, prefix: str = "") -> list[str]:
-        if not isinstance(node, dict):
-            return []
-        return [name for key, value in node.items() for name in (key, f"{prefix}{key}", *walk(value, f"{prefix}{key}."))]
-
-    return walk(config)
+    if failed:
+        raise failed[0]
 
 
 if __name__ == "__main__":

@@ -7,28 +7,44 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from steer.errors import ConfigError, DamagedFileError
+from steer.commands.config import dtype_named
+from steer.errors import ConfigError, DamagedFileError, WrongKindError
 from steer.experiment.arms import read_arms
 from steer.experiment.complete import complete
+from steer.experiment.results import SCHEMA
 from steer.intervene import Plan
 from steer.model.load import load
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """metrics.json of a finished run. Raises ConfigError when there is none, DamagedFileError when it cannot be read."""
+    """metrics.json of a finished run.
+
+    Raises:
+        ConfigError: there is none. DamagedFileError: it cannot be read. WrongKindError: another version wrote it.
+    """
     file = folder / "metrics.json"
     if not file.is_file():
-        raise ConfigError(f"'{folder}' is no finished run", expected="the output folder of `steer train`, with metrics.json in it")
+        raise ConfigError(
+            f"'{folder}' is no finished run",
+            expected="the output folder of `steer train`, with metrics.json in it",
+            found=sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else "no such folder",
+            remedy="give the folder that `steer train` printed as its last line, without the name of the report",
+        )
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DamagedFileError(f"'{file}' is not JSON", found=str(error)) from error
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        schema = metrics["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=repr(error)) from error
+    if schema != SCHEMA:
+        remedy = "read it with the library version that wrote it"
+        raise WrongKindError(f"'{file}' is of another schema", expected=SCHEMA, found=schema, remedy=remedy)
+    return metrics
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
@@ -38,19 +54,21 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
         folder: output of `steer train`.
         prompts: user messages, None for those of the experiment.
         names: arms, None for all.
+
+    Raises:
+        ConfigError: no such run or arm. DamagedFileError: an adapter or a plan of the run is missing or damaged.
     """
     config = read_run(folder)["config"]
     arms = read_arms(config["experiment"]["arms"])
-    unknown = set(names or ()) - {arm.name for arm in arms}
-    if unknown:
-        raise ConfigError(f"no arm is called {', '.join(sorted(unknown))}", expected=[arm.name for arm in arms])
+    if unknown := set(names or ()) - {arm.name for arm in arms}:
+        raise ConfigError(f"no arm is called {', '.join(sorted(unknown))}", expected=[arm.name for arm in arms], found=names)
     prompts = prompts or config["experiment"]["completions"]["prompts"]
-    model, tokenizer = load(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]))
+    model, tokenizer = load(config["model"]["name"], dtype=dtype_named(config["model"]["dtype"]))
     said = {"base": complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)}
     for arm in arms:
         if names and arm.name not in names:
             continue
-        adapted = PeftModel.from_pretrained(model, folder / "adapters" / (arm.uses or arm.name))
+        adapted = PeftModel.from_pretrained(model, _adapter(folder, arm.uses or arm.name))
         steered = Plan.load(folder / "plans" / arm.name).attached(adapted) if arm.when == "inference" else nullcontext()
         with steered:
             said[arm.name] = complete(adapted, tokenizer, prompts, max_new_tokens=max_new_tokens)
@@ -58,15 +76,30 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
     return said
 
 
+def _adapter(folder: Path, arm: str) -> Path:
+    """The adapter of a trained arm; PEFT would ask the hub for one that is missing."""
+    adapter = folder / "adapters" / arm
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            remedy = "run the experiment again, or leave that arm out with arms=[...]"
+            raise DamagedFileError(f"the run in '{folder}' lacks the adapter of '{arm}'", expected=str(adapter / name), remedy=remedy)
+    return adapter
+
+
+def listed(value: Any) -> list[str] | None:
+    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing."""
+    if value is None or isinstance(value, ListConfig):
+        return [str(one) for one in value or ()] or None
+    return [str(value)]
+
+
 def run(config: DictConfig) -> None:
-    prompts = None if config.prompts is None else [str(prompt) for prompt in config.prompts]
-    names = None if config.arms is None else [str(name) for name in config.arms]
-    folder = Path(config.run)
-    said = completions(folder, prompts, names, config.max_new_tokens)
+    prompts, folder = listed(config.prompts), Path(config.run)
+    said = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
     asked = prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"]
     console = Console()
     for number, prompt in enumerate(asked):
-        table = Table("arm", "completion", title=prompt, title_justify="left", show_lines=True)
+        table = Table("arm", "completion", title=Text(prompt), title_justify="left", show_lines=True)
         for name, texts in said.items():
-            table.add_row(name, texts[number])
+            table.add_row(name, Text(texts[number]))  # square brackets are no markup here
         console.print(table)

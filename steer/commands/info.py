@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import steer.directions
 import steer.intervene  # noqa: F401  (fills the registries)
@@ -36,16 +36,28 @@ def methods() -> dict[str, list[tuple[str, str]]]:
     return {**{kind: registry.table() for kind, registry in REGISTRIES.items()}, "scope": list(KINDS.items())}
 
 
+def environment() -> dict[str, str]:
+    """Versions, and what computations run on."""
+    kernel = kernels.status()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    reason = kernel["reason"] or ("no GPU" if kernel["device"] is None else "none in this version")
+    return {
+        **versions(),
+        "devices": ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus]),
+        "kernels": ", ".join(kernel["kernels"]) or f"PyTorch only ({reason})",
+    }
+
+
 def run(config: DictConfig) -> None:
     console = Console()
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts: dict[str, Any] = {**versions(), "threads": torch.get_num_threads(), "devices": ", ".join(cuda) or "cpu", **kernels.status()}
     table = Table("what", "value", title="environment")
-    for name, value in facts.items():
-        table.add_row(name, str(value))
+    for name, value in environment().items():
+        table.add_row(name, value)
     console.print(table)
     for kind, entries in methods().items():
+        if not entries:
+            continue
         listing = Table("name", "what it does", title=kind)
         for row in entries:
-            listing.add_row(*row)
+            listing.add_row(*map(Text, row))  # square brackets are no markup here
         console.print(listing)
