@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +25,9 @@ class Arm:
         when: `never`, during `train`ing only, or at `inference` only (then the weights are those of the arm `uses`).
         direction: `trait`, a `random` one of the same length at the same site, or `none`.
         strength: factor of the vector; 1 is one class gap.
+
+    Raises:
+        ConfigError: an unknown word, or keys that contradict each other.
     """
 
     name: str
@@ -34,15 +38,18 @@ class Arm:
     uses: str | None = None
 
     def __post_init__(self) -> None:
+        arm, keys = f"arm '{self.name}'", f"set experiment.arms.{self.name}"
         for value, known, what in ((self.when, WHEN, "when"), (self.direction, DIRECTIONS, "direction")):
             if value not in known:
-                raise ConfigError(f"arm '{self.name}': unknown {what} '{value}'", expected=", ".join(known))
+                raise ConfigError(f"{arm}: unknown {what} '{value}'", expected=", ".join(known), found=value, remedy=f"{keys}.{what}")
         if (self.when == "never") != (self.direction == "none"):
-            raise ConfigError(f"arm '{self.name}' is contradictory", found=f"when={self.when}, direction={self.direction}")
+            found = f"when={self.when}, direction={self.direction}"
+            raise ConfigError(f"{arm} is contradictory", expected="a direction exactly when it is steered", found=found, remedy=keys)
         if (self.when == "inference") != (self.uses is not None):
-            raise ConfigError(
-                f"arm '{self.name}': `uses` names the trained arm of an inference arm", found=f"when={self.when}, uses={self.uses}"
-            )
+            found = f"when={self.when}, uses={self.uses}"
+            raise ConfigError(f"{arm} is contradictory", expected="`uses` exactly with when=inference", found=found, remedy=keys)
+        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float) or not math.isfinite(self.strength):
+            raise ConfigError(f"{arm}: strength is no number", expected="a finite number", found=self.strength, remedy=f"{keys}.strength")
 
     def plan(self, direction: Direction, *, scope: str, seed: int, fingerprint: dict[str, object] | None) -> Plan | None:
         """The plan of this arm, None for an arm that is never steered."""
@@ -64,15 +71,23 @@ def read_arms(specs: Any) -> list[Arm]:
     for name, spec in (specs or {}).items():
         if spec is None:
             continue
-        if unknown := set(spec) - {field.name for field in fields(Arm)}:
-            raise ConfigError(f"arm '{name}' has unknown keys", expected=[f.name for f in fields(Arm)][1:], found=sorted(unknown))
-        arms.append(Arm(**{"label": str(name), **spec, "name": str(name)}))
+        known = [field.name for field in fields(Arm)][1:]
+        if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
+            found = unknown if isinstance(spec, dict) else spec
+            raise ConfigError(f"arm '{name}' has unknown keys", expected=known, found=found, remedy=f"correct experiment.arms.{name}")
+        arms.append(Arm(str(name), **{"label": str(name), **spec}))
     trained = [arm.name for arm in arms if arm.when != "inference"]
     if not trained:
-        raise ConfigError("an experiment needs at least one trained arm", found=[arm.name for arm in arms])
+        remedy = "leave an arm with when=never or when=train in experiment.arms"
+        raise ConfigError("an experiment needs a trained arm", expected="at least one", found=[arm.name for arm in arms], remedy=remedy)
     for arm in arms:
         if arm.uses is not None and arm.uses not in trained:
-            raise ConfigError(f"arm '{arm.name}' uses '{arm.uses}', which is not trained", expected=f"one of {', '.join(trained)}")
+            raise ConfigError(
+                f"arm '{arm.name}' uses '{arm.uses}', which is not trained",
+                expected=f"one of {', '.join(trained)}",
+                found=arm.uses,
+                remedy=f"set experiment.arms.{arm.name}.uses, or leave the arm out with experiment.arms.{arm.name}=null",
+            )
     return arms
 
 

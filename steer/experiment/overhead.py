@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from steer.model.capture import evaluating
 
 
 def step_overhead(
@@ -17,7 +20,7 @@ def step_overhead(
     """Median ratio of the wall time of a forward and backward pass with hooks to one without, minus 1.
 
     Args:
-        model: gradients are computed and thrown away, weights are not touched.
+        model: run in training mode; gradients are computed and thrown away. Weights, modes and random state are left as they were.
         batch: arguments of the model, labels included.
         attached: makes a context manager that holds the hooks.
         rounds: pairs of steps; each pair runs in the opposite order of the one before.
@@ -31,11 +34,12 @@ def step_overhead(
         model.zero_grad(set_to_none=True)
         return taken
 
-    model.train()
-    seconds(nullcontext())
     ratios = []
-    for number in range(rounds):
-        arms = [attached, nullcontext] if number % 2 else [nullcontext, attached]
-        taken = {arm is attached: seconds(arm()) for arm in arms}
-        ratios.append(taken[True] / taken[False])
+    with torch.random.fork_rng(), evaluating(model), torch.enable_grad():  # evaluating restores the mode of every module
+        model.train()
+        seconds(nullcontext())
+        for number in range(rounds):
+            arms = [attached, nullcontext] if number % 2 else [nullcontext, attached]
+            taken = {arm is attached: seconds(arm()) for arm in arms}
+            ratios.append(taken[True] / taken[False])
     return median(ratios) - 1.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from steer.directions.direction import Direction, Directions
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
+from steer.errors import NonFiniteError
 from steer.experiment.arms import Arm
 from steer.experiment.stats import Comparison, compare, holm, interval
 
@@ -138,8 +140,21 @@ def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[
 
 
 def to_json(metrics: dict[str, Any]) -> str:
-    """Strict JSON: a NaN is an error here, not something for the reader of the file."""
-    return json.dumps(metrics, indent=1, allow_nan=False)
+    """Strict JSON. Raises NonFiniteError naming a NaN or infinity: it is an error here, not something for the reader of the file."""
+    try:
+        return json.dumps(metrics, indent=1, allow_nan=False)
+    except ValueError:
+        name, value = next(_non_finite(metrics, ""))
+        remedy = "the training diverged: lower experiment.train.learning_rate or the strength"
+        raise NonFiniteError(f"metric '{name}' is not finite", expected="a finite number", found=value, remedy=remedy) from None
+
+
+def _non_finite(node: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(node, dict | list | tuple):
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _non_finite(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield name, node
 
 
 def drift_records(folder: Path, metrics: dict[str, Any]) -> dict[str, list[DriftRecord]]:

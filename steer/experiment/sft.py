@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
+from steer.errors import ConfigError
 from steer.model.tokens import Row, collate
 
 
@@ -21,10 +22,21 @@ class SFTModule(pl.LightningModule):
     Args:
         model: causal language model, PEFT-wrapped or not.
         learning_rate, warmup_steps, steps, schedule: see `transformers.get_scheduler`.
+
+    Raises:
+        ConfigError: no steps, a learning rate that is not positive, or a schedule that does not exist.
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
         super().__init__()
+        if steps < 1 or warmup_steps < 0 or learning_rate <= 0:
+            found = f"steps={steps}, warmup_steps={warmup_steps}, learning_rate={learning_rate}"
+            remedy = "set experiment.train"
+            wanted = "steps >= 1, warmup_steps >= 0, learning_rate > 0"
+            raise ConfigError("this training does nothing", expected=wanted, found=found, remedy=remedy)
+        if schedule not in (known := [one.value for one in SchedulerType]):
+            unknown = f"unknown learning-rate schedule '{schedule}'"
+            raise ConfigError(unknown, expected=", ".join(known), found=schedule, remedy="set experiment.train.schedule=cosine")
         self.model = model
         self.learning_rate, self.warmup_steps, self.steps, self.schedule = learning_rate, warmup_steps, steps, schedule
         self.losses: list[Tensor] = []
@@ -43,7 +55,17 @@ class SFTModule(pl.LightningModule):
 
 
 def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
-    """Batches in an order that depends on the seed alone, so that every arm sees the same ones."""
+    """Batches in an order that depends on the seed alone, so that every arm sees the same ones.
+
+    Raises:
+        ConfigError: fewer rows than a batch, or a row without any response token within `max_length`.
+    """
+    if not 1 <= batch_size <= len(rows):
+        remedy = "lower experiment.train.batch_size or add training rows"
+        raise ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {len(rows)}", found=batch_size, remedy=remedy)
+    if (longest := max(row.prompt for row in rows)) >= max_length:
+        remedy = "raise experiment.train.max_length or shorten the prompts"
+        raise ConfigError("a prompt leaves no room for its answer", expected=f"max_length > {longest}", found=max_length, remedy=remedy)
     return DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=batch_size,
