@@ -1,0 +1,91 @@
+"""The shipped data set keeps its splits apart, and a damaged one is refused with the file and the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from tiny_experiment import write_data
+
+from steer.errors import ConfigError, DamagedFileError
+from steer.experiment.data import SPLITS, load_dataset
+
+Sets = dict[str, list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def tone() -> Sets:
+    return load_dataset("tone")
+
+
+def prompts(rows: list[dict[str, str]]) -> list[str]:
+    return [row["prompt"].strip().lower() for row in rows]
+
+
+def test_training_contrast_and_held_out_prompts_are_apart(tone: Sets) -> None:
+    """Else the behaviour gap would measure what was seen in training or in extraction."""
+    for a, b in (("train", "heldout"), ("train", "contrast"), ("heldout", "contrast"), ("train", "probe")):
+        assert not set(prompts(tone[a])) & set(prompts(tone[b])), f"{a} and {b} share a prompt"
+    for split in ("train", "heldout", "contrast", "probe"):
+        assert len(set(prompts(tone[split]))) == len(tone[split]), f"{split} repeats a prompt"
+
+
+def test_both_answers_to_a_prompt_differ(tone: Sets) -> None:
+    assert all(row["trait"] != row["neutral"] for row in tone["heldout"])
+    assert all(row["positive"] != row["negative"] for row in tone["contrast"])
+
+
+def test_no_sentence_of_an_answer_is_both_trained_on_and_held_out(tone: Sets) -> None:
+    def sentences(texts: list[str]) -> set[str]:
+        return {part.strip() for text in texts for part in re.split(r"(?<=[.!?])\s", text)}
+
+    trained = sentences([row["answer"] for row in tone["train"]])
+    assert not trained & sentences([row["trait"] for row in tone["heldout"]])
+
+
+def test_the_description_counts_the_rows(tone: Sets) -> None:
+    readme = (files("steer.experiment") / "data" / "tone" / "README.md").read_text()
+    counted = dict(re.findall(r"\| `(\w+)\.jsonl` \| (\d+) \|", readme))
+    assert counted == {split: str(len(rows)) for split, rows in tone.items()}
+
+
+def test_a_folder_of_your_own(tmp_path: Path) -> None:
+    data = load_dataset(str(write_data(tmp_path / "mine")))
+    assert list(data) == list(SPLITS) and all(len(rows) == 4 for rows in data.values())
+
+
+def test_texts_come_back_as_they_are(tmp_path: Path) -> None:
+    text = "caf\u00e9 \u2028 line separators \U0001f600"  # a text-mode splitlines would cut at U+2028
+    folder = write_data(tmp_path / "mine")
+    (folder / "neutral_text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert load_dataset(str(folder))["neutral_text"] == [{"text": text}]
+
+
+@pytest.mark.parametrize("name", ["tnoe", "no/such/folder"])
+def test_an_unknown_set(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"no data set '{name}'") as caught:
+        load_dataset(name)
+    assert "tone" in str(caught.value.expected) and "train.jsonl" in str(caught.value.expected) and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "heldout.jsonl is missing"),
+        (b"", "heldout.jsonl has no lines"),
+        (b'{"prompt": "p", "trait": "t", "neutral": "n"}\n{"prompt": \n', "heldout.jsonl, line 2 is not JSON"),
+        (b'{"prompt": "\xff\xfe", "trait": "t", "neutral": "n"}', "heldout.jsonl, line 1 is not JSON"),
+        (b'["p", "t", "n"]', "heldout.jsonl, line 1 is no object"),
+        (b'\n{"prompt": "p", "trait": "t"}', "heldout.jsonl, line 2 lacks neutral"),
+        (b'{"prompt": "p", "trait": "  ", "neutral": 3}', "heldout.jsonl, line 1 lacks trait, neutral"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = write_data(tmp_path / "mine") / "heldout.jsonl"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=re.escape(says)) as caught:
+        load_dataset(str(tmp_path / "mine"))
+    assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)

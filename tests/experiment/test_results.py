@@ -1,0 +1,177 @@
+"""metrics.json: numbers that follow from the measures, strict JSON, a report that reads it, a verdict that claims no more than was shown."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drift.drift_helpers import prompts
+from families import FAMILIES
+from torch import Tensor
+
+from steer.directions import Direction, Directions
+from steer.drift import DriftTracker
+from steer.errors import NonFiniteError
+from steer.experiment import results
+from steer.experiment.arms import Arm
+from steer.model.site import Site
+from steer.report import summary_table, write_report
+
+PLAIN, TRAIT, RANDOM = (
+    Arm("plain", "plain"),
+    Arm("steered", "steered", "train", "trait", 2.0),
+    Arm("noise", "noise", "train", "random", 2.0),
+)
+LATER = Arm("later", "later", "inference", "trait", -2.0, uses="plain")
+ITEMS = 24
+NOISE = torch.randn(ITEMS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+CONFIG: dict[str, Any] = {"seed": 0, "experiment": {"name": "tone", "scope": "response", "trait": {"description": "loud"}, "arms": {}}}
+
+
+def directions() -> Directions:
+    metrics = {"auc": 0.9, "dprime": 2.0, "gap": 2.0, "sd": 0.5, "activation_norm": 10.0, "n_train": 12.0, "n_heldout": 4.0}
+    entries = []
+    for layer in range(3):
+        vector = torch.randn(32, generator=torch.Generator().manual_seed(layer))
+        entries.append(
+            Direction(Site.parse(f"layers.{layer}.output"), 2 * vector / vector.norm(), "mean_difference", "response", dict(metrics))
+        )
+    return Directions(entries, "loud", {})
+
+
+def measures(gap: float, seed: int = 1) -> dict[str, Tensor]:
+    """Held-out items that differ a lot from each other, and little between arms."""
+    jitter = 0.05 * torch.randn(ITEMS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {"behaviour_gap": gap + NOISE + jitter, "task_logprob": NOISE - 2 + jitter, "neutral_loss": 3 + NOISE[:9].abs() + jitter[:9]}
+
+
+RECORD: dict[str, Any] = {
+    "train": {"steps": 3, "seconds": 1.5, "probe_seconds": 0.5, "loss": [2.0, 1.5, 1.0], "callback_overhead": 0.01},
+    "completions": [{"prompt": "who are you", "text": "a [cat]"}],
+}
+
+
+def collect(*arms: tuple[Arm, float]) -> dict[str, Any]:
+    """Arms with the behaviour gap that each ends with; the base model has 0."""
+    found = directions()
+    return results.collect(
+        config=CONFIG,
+        arms=[(arm, copy.deepcopy(RECORD), measures(gap, seed=i + 2)) for i, (arm, gap) in enumerate(arms)],
+        before=measures(0.0),
+        direction=found["layers.1.output"],
+        directions=found,
+    )
+
+
+ALL = ((PLAIN, 2.0), (TRAIT, 0.5), (RANDOM, 1.9), (LATER, -1.0))
+
+
+def test_numbers_follow_from_the_measures() -> None:
+    metrics = collect(*ALL)
+    assert [arm["name"] for arm in metrics["arms"]] == ["plain", "steered", "noise", "later"]
+    before, after = measures(0.0), measures(0.5, seed=3)
+    for name, found in metrics["arms"][1]["metrics"].items():
+        change = after[name] - before[name]
+        assert found["change"] == pytest.approx(float(change.mean()))
+        assert found["after"] - found["before"] == pytest.approx(found["change"])
+        assert found["ci"][0] < found["change"] < found["ci"][1]
+        assert (found["n"], found["per_item"]) == (len(change), after[name].tolist())
+    assert metrics["trait"]["site"] == "layers.1.output" and metrics["trait"]["relative_dose"] == pytest.approx(0.2)
+    assert set(metrics["trait"]["auc_by_site"]) == {f"layers.{layer}.output" for layer in range(3)}
+    steer = {arm["name"]: arm["steer"] for arm in metrics["arms"]}
+    assert steer["plain"] == {"when": "never", "direction": "none", "strength": 0.0}
+    assert steer["steered"]["relative_dose"] == pytest.approx(0.4) and steer["steered"]["scope"] == "response"
+
+
+def test_every_pair_is_compared_in_every_metric_as_one_family() -> None:
+    comparisons = collect(*ALL)["comparisons"]
+    pairs = {(one["metric"], frozenset((one["a"], one["b"]))) for one in comparisons}
+    assert len(comparisons) == len(pairs) == 6 * len(results.UNITS)
+    assert all(one["p_adjusted"] >= one["p"] for one in comparisons)
+    assert all("18 comparisons" in one["verdict"] for one in comparisons)
+
+
+def test_strict_json_that_the_report_can_read(tmp_path: Path) -> None:
+    metrics = collect(*ALL)
+    text = results.to_json(metrics)
+    back = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert back == metrics
+    page = write_report(tmp_path / "report.html", back, {}).read_text()
+    assert metrics["specificity"]["statement"] in page and "a [cat]" in page
+    assert summary_table(back).row_count == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_named(bad: float) -> None:
+    metrics = collect(*ALL)
+    metrics["arms"][2]["train"]["loss"] = [1.0, bad]
+    with pytest.raises(NonFiniteError, match="arms.2.train.loss.1") as caught:
+        results.to_json(metrics)
+    assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)
+
+
+# ---- was it the direction?
+
+
+def test_specific_when_it_beats_both_the_plain_and_the_random_arm() -> None:
+    found = collect(*ALL)["specificity"]
+    assert found["specific"] is True and "specific to the direction" in found["statement"]
+    assert found["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and found["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
+    assert all(f"{-found[name]:.2f}" in found["statement"] for name in ("trait_minus_plain", "trait_minus_random"))
+    assert len(found["tests"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("plain", "steered", "noise"),
+    [
+        pytest.param(2.0, 0.5, 0.5, id="a random direction does as much"),
+        pytest.param(2.0, 0.5, 0.2, id="a random direction does more"),
+        pytest.param(0.5, 0.5, 2.0, id="no better than plain"),
+        pytest.param(0.5, 2.0, 3.0, id="worse than plain"),
+        pytest.param(1.0, 1.0, 1.0, id="nothing happened"),
+    ],
+)
+def test_not_specific_otherwise(plain: float, steered: float, noise: float) -> None:
+    found = collect((PLAIN, plain), (TRAIT, steered), (RANDOM, noise))["specificity"]
+    assert found["specific"] is False and found["statement"].startswith("Not shown to be specific")
+    assert found["trait_minus_plain"] == pytest.approx(steered - plain, abs=0.1)
+    assert found["trait_minus_random"] == pytest.approx(steered - noise, abs=0.1)
+
+
+def test_the_order_of_the_arms_changes_no_sign() -> None:
+    one, other = (collect(*arms)["specificity"] for arms in (ALL[:3], (ALL[2], ALL[1], ALL[0])))
+    assert one["specific"] is other["specific"] is True
+    for name in ("trait_minus_plain", "trait_minus_random"):
+        assert one[name] < -1 and other[name] < -1
+
+
+@pytest.mark.parametrize("missing", ["plain", "steered", "noise"])
+def test_without_one_of_the_arms_nothing_is_claimed(missing: str) -> None:
+    found = collect(*(entry for entry in ALL if missing not in (entry[0].name, entry[0].uses)))["specificity"]
+    assert found == {"specific": None, "statement": "Not tested: that takes a plain, a trait and a random arm."}
+
+
+def test_one_arm_alone_has_no_comparison() -> None:
+    metrics = collect(ALL[0])
+    assert metrics["comparisons"] == [] and metrics["specificity"]["specific"] is None
+    results.to_json(metrics)
+
+
+# ---- drift records
+
+
+def test_records_are_read_from_the_stores_that_the_metrics_name(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    tracker = DriftTracker(
+        {"loud": directions()["layers.1.output"]}, probe=prompts(4), controls=3, stream=False, store=tmp_path / "d" / "a.sqlite"
+    )
+    with tracker.attached(model):
+        written = tracker.measure(0)
+    found = results.drift_records(tmp_path, {"drift": {"stores": {"a": "d/a.sqlite"}}})
+    assert list(found) == ["a"] and {one.direction for one in found["a"]} == {one.direction for one in written}
+    assert len(found["a"]) == len(written) == 4

@@ -1,0 +1,99 @@
+"""The supervised module and its batches: the same order for every arm, the loss of the response tokens, nothing trained that is frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callback_helpers import make_trainer
+from families import FAMILIES
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from steer.errors import ConfigError
+from steer.experiment.sft import SFTModule, loader
+from steer.model.tokens import Row, collate
+
+ROWS = [Row(tuple(range(7 + i, 15 + i)), 2 + i % 3) for i in range(9)]
+OPTIONS: dict[str, Any] = {"batch_size": 2, "pad": 0, "seed": 3, "max_length": 32}
+
+
+def seen(seed: int = 3, epochs: int = 2, noise: int = 0) -> list[Tensor]:
+    torch.manual_seed(noise)  # what happened before in this process must not matter
+    batches = loader(ROWS, **{**OPTIONS, "seed": seed})
+    return [batch["input_ids"] for _ in range(epochs) for batch in batches]
+
+
+def test_every_arm_sees_the_same_batches_in_every_epoch() -> None:
+    first, second = seen(noise=1), seen(noise=2)
+    assert len(first) == 2 * (len(ROWS) // 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, seen(seed=4), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first[:4], first[4:], strict=True)), "each epoch is shuffled anew"
+
+
+def test_training_reads_the_response_alone_and_only_the_adapter_learns() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(FAMILIES["llama"](), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    module = SFTModule(model, learning_rate=1e-2, warmup_steps=2, steps=12)
+    with torch.no_grad():
+        batch = next(iter(loader(ROWS, **OPTIONS)))
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    picked = logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    expected = -picked[batch["labels"][:, 1:] != -100].mean()
+    make_trainer(max_steps=12).fit(module, loader(ROWS, **OPTIONS))
+    assert len(module.losses) == 12
+    assert float(module.losses[0]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(torch.stack(module.losses[-4:]).mean()) < float(torch.stack(module.losses[:4]).mean())
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_the_learning_rate_follows_the_schedule() -> None:
+    module = SFTModule(FAMILIES["llama"](), learning_rate=1.0, warmup_steps=2, steps=6, schedule="linear")
+    optimisers = module.configure_optimizers()
+    optimizer, scheduler = optimisers["optimizer"], optimisers["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.75, 0.5, 0.25])
+    assert optimisers["lr_scheduler"]["interval"] == "step"
+
+
+def test_long_rows_are_cut_and_padding_has_no_label() -> None:
+    batch = collate([ROWS[0], Row((7, 8, 9), 1)], 0, max_length=5)
+    assert batch["input_ids"].shape == (2, 5)
+    assert batch["labels"].tolist() == [[-100, -100, 9, 10, 11], [-100, 8, 9, -100, -100]]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 10}, "do not fill a batch"),
+        ({"batch_size": 0}, "do not fill a batch"),
+        ({"max_length": 4}, "leaves no room"),
+    ],
+)
+def test_batches_that_would_train_on_nothing(options: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        loader(ROWS, **{**OPTIONS, **options})
+    assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": -1}, "steps=-1"),  # Lightning would train for ever
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"schedule": "cosin"}, "unknown learning-rate schedule 'cosin'"),
+    ],
+)
+def test_a_training_that_makes_no_sense(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        SFTModule(torch.nn.Linear(1, 1), **{"learning_rate": 1e-3, "warmup_steps": 1, "steps": 5, **options})
+    assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)
