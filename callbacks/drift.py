@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from steer.callbacks import lightning
@@ -33,6 +34,7 @@ class DriftCallback(pl.Callback):
         self.tracker, self.submodule = tracker, submodule
         self._run = DriftRun(tracker, every_n_steps)
         self._baseline: dict[str, float] = {}
+        self._device: torch.device | None = None
 
     @property
     def state_key(self) -> str:
@@ -48,8 +50,12 @@ class DriftCallback(pl.Callback):
         self._attach(trainer, pl_module)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not self._run.attached:
-            self._run.begin(lightning.target(module, self.submodule), lightning.ranks_of(trainer))
+        device = lightning.device_of(module)
+        if self._run.attached and device == self._device:
+            return
+        self._run.end()
+        self._run.begin(lightning.target(module, self.submodule), lightning.ranks_of(trainer))
+        self._device = device
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._run.end()

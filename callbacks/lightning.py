@@ -23,6 +23,11 @@ def target(module: pl.LightningModule, submodule: str) -> nn.Module:
     return module.get_submodule(submodule) if submodule else module
 
 
+def device_of(module: pl.LightningModule) -> torch.device:
+    """Where the model is. Lightning moves it after `setup`, so what was attached there is attached again, in the same order."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
 def ranks_of(trainer: pl.Trainer) -> Ranks:
     """The data-parallel ranks; under a device mesh those of its dimension of that name."""
     mesh = getattr(trainer.strategy, "device_mesh", None)

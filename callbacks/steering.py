@@ -64,10 +64,10 @@ class SteeringCallback(pl.Callback):
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING and self._run.phases == ("train",):
             return
-        device = next((parameter.device for parameter in module.parameters()), None)
+        device = lightning.device_of(module)
         if self._run.attached and device == self._device:
             return
-        self._run.end()  # the model was moved after `setup`: vectors and counters follow
+        self._run.end()
         others = [one for one in trainer.callbacks if isinstance(one, SteeringCallback) and one is not self]  # type: ignore[attr-defined]
         model, stack = lightning.target(module, self.submodule), any(one._run.attached for one in others)
         self._run.begin(model, lightning.ranks_of(trainer), stack=stack)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,25 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from callback_helpers import PROMPT, ROWS, SITE, TOKENS, Module, OwnLoss, loader, make_plan, make_trainer, n_hooks, same_weights, vector
+from callback_helpers import (
+    PROMPT,
+    ROWS,
+    SITE,
+    TOKENS,
+    Module,
+    OwnLoss,
+    loader,
+    make_plan,
+    make_tracker,
+    make_trainer,
+    n_hooks,
+    same_weights,
+    vector,
+)
 from families import FAMILIES
 from torch import Tensor, nn
 
-from steer.callbacks import SteeringCallback
+from steer.callbacks import DriftCallback, SteeringCallback
 from steer.errors import AttachError, ConfigError, ContextError, HookDidNotRunError
 from steer.intervene import Add, Constant, Intervention, Linear, Plan
 from steer.model.hooks import response_tokens, watcher_of
@@ -311,6 +327,28 @@ def test_a_model_that_is_made_in_configure_model() -> None:
     assert module.losses == early.losses and n_hooks(module) == 0
 
 
+def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -> None:
+    """There is no second device here, so the callbacks are made to believe that they saw the model on another one."""
+    found = []
+    for moved in (False, True):
+        steering, tracker = SteeringCallback(make_plan()), make_tracker()
+        drift, hooks = DriftCallback(tracker), []
+
+        class Move(pl.Callback):
+            def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+                if moved:  # noqa: B023
+                    steering._device = drift._device = torch.device("meta")  # noqa: B023
+
+            def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+                hooks.append(n_hooks(module))  # noqa: B023
+
+        module = Module()
+        make_trainer(steering, drift, Move()).fit(module, loader())
+        assert n_hooks(module) == 0
+        found.append((module.losses, hooks, steering.plan.fired(), [one.mean for one in tracker.latest]))
+    assert found[0] == found[1]
+
+
 def test_fit_twice_counts_anew() -> None:
     plan, module = make_plan(), Module()
     callback = SteeringCallback(plan)
@@ -503,3 +541,19 @@ def test_bf16_autocast() -> None:
     module, plan = Module(), make_plan()
     make_trainer(SteeringCallback(plan), precision="bf16-mixed").fit(module, loader())
     assert plan.fired() == {NAME: RESPONSE} and all(torch.isfinite(torch.tensor(module.losses)))
+
+
+# ---- what is imported
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        ("SteeringCallback, DriftCallback", ("trl", "steer.callbacks.hf")),
+        ("HFSteeringCallback, HFDriftCallback", ("trl", "pytorch_lightning")),
+    ],
+)
+def test_one_framework_does_not_import_the_other(name: str, foreign: tuple[str, ...]) -> None:
+    code = f"import sys; from steer.callbacks import {name}; print([name for name in {foreign!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,40 @@
+"""The examples run, on the embedded model, for one optimiser step each."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer.drift import DriftStore
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STORE = {"plain_loop": ["--store", "drift.sqlite"], "lightning_sft": ["--out", "."], "trl_dpo": ["--out", "."]}
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("smollm2")  # skips where the model is missing
+@pytest.mark.parametrize("name", sorted(STORE))
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "trl_dpo":
+        pytest.importorskip("trl", reason="trl is an extra: pip install 'torchsteer[dev]'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "1", *STORE[name]])
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main()
+    with DriftStore("drift.sqlite") as store:
+        assert {one.step for one in store.records() if one.mode == "probe"} == {0, 1}
+        assert {one.direction for one in store.records() if one.kind == "named"} == {"gushing"}
+    out = capsys.readouterr().out
+    assert "drift" in out and (name == "lightning_sft" or "steered tokens" in out)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_every_example_is_run_here(name: str) -> None:
+    assert name in STORE
