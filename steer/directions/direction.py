@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steer import files
-from steer.errors import ConfigError, SiteError, WidthError
+from steer.errors import ConfigError, DamagedFileError, SiteError, WidthError
 from steer.intervene.operator import check_finite
 from steer.model.site import Site
 
@@ -90,5 +90,8 @@ class Directions(Mapping[Site, Direction]):
     def load(cls, path: str | Path) -> Directions:
         """Raises DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError."""
         manifest, tensors = files.load_artifact(path, "directions")
-        entries = [Direction(Site.parse(site), tensors[site], **spec) for site, spec in manifest["directions"].items()]
-        return cls(entries, manifest["name"], manifest["provenance"])
+        try:
+            entries = [Direction(Site.parse(site), tensors[site], **spec) for site, spec in manifest["directions"].items()]
+            return cls(entries, manifest["name"], manifest["provenance"])
+        except (KeyError, TypeError) as error:
+            raise DamagedFileError(f"directions '{path}' lack a part", found=repr(error)) from error

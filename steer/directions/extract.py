@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
 from steer.directions.contrast import ContrastSet
@@ -36,9 +35,9 @@ class Projections:
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive text projects higher than a negative one (Mann-Whitney U / n m)."""
-    u = mannwhitneyu(positive.numpy(), negative.numpy(), method="asymptotic").statistic
-    return float(u / (len(positive) * len(negative)))
+    """Area under the ROC curve: the chance that a positive text projects higher than a negative one, ties counting half."""
+    difference = positive[:, None] - negative
+    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
 
 
 def extract(
@@ -122,10 +121,8 @@ def _moments(
 
 def _scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
     """Points the vector at the positive class and gives it the length of the class gap along it."""
-    assert moments.positive is not None
-    gap = moments.positive.mean - moments.negative.mean
     unit = raw / raw.norm()
-    along = torch.dot(gap, unit)
+    along = torch.dot(moments.gap, unit)
     if not bool(torch.isfinite(along)) or float(along.abs()) <= 1e-9 * moments.activation_norm:
         raise ContrastError(f"the two classes do not differ at '{site}'", remedy="use another site or span, or texts that differ there")
     return unit * along

@@ -11,4 +11,4 @@ from steer.directions.moments import ContrastMoments
 @extractor("mean_difference")
 def mean_difference(moments: ContrastMoments) -> Tensor:
     """Difference of the class means."""
-    return moments.positive.mean - moments.negative.mean  # type: ignore[union-attr]
+    return moments.gap

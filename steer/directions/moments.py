@@ -19,9 +19,8 @@ class Moments:
     second: Tensor | None
 
     @classmethod
-    def empty(cls, width: int, second: bool, device: torch.device) -> Moments:
-        zeros = torch.zeros(width, dtype=torch.float64, device=device)
-        return cls(0, zeros, torch.zeros(width, width, dtype=torch.float64, device=device) if second else None)
+    def empty(cls, width: int, second: bool) -> Moments:
+        return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64) if second else None)
 
     def add(self, x: Tensor) -> None:
         """x: [n, width]."""
@@ -37,32 +36,38 @@ class Moments:
 
 
 class ContrastMoments:
-    """Accumulator of one site: moments of both classes, of pair differences, and the mean size of an activation.
+    """Accumulator of one site: moments of both classes and the mean size of an activation.
+
+    Only one [width, width] matrix is kept: `spread` holds the pair differences of a paired set, all texts of an unpaired one.
 
     Args:
-        positive: whether each text of the capture is positive; in pairs, texts 2i and 2i + 1 belong together.
-        second: keep sum h h^T too.
+        is_positive: [texts] bool, whether each text of the capture is positive; in pairs, texts 2i and 2i + 1 belong together.
+        second: keep sum h h^T of `spread` too.
     """
 
-    def __init__(self, positive: Tensor, paired: bool, second: bool) -> None:
-        self.is_positive, self.paired, self.second = positive, paired, second
-        self.positive: Moments | None = None
-        self.norm = torch.zeros((), dtype=torch.float64)
-        self.tokens = torch.zeros((), dtype=torch.float64)
+    def __init__(self, is_positive: Tensor, paired: bool, second: bool) -> None:
+        self.is_positive, self.paired, self.second = is_positive, paired, second
+        self.positive = self.negative = self.spread = Moments.empty(0, False)
+        self.norm = self.tokens = 0.0
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        if self.positive is None:
-            self.positive, self.negative, self.difference = (Moments.empty(h.shape[-1], self.second, h.device) for _ in range(3))
-        pooled = pool(h, weight)
-        side = self.is_positive[rows].to(h.device)
+        if not self.tokens:
+            width = h.shape[-1]
+            self.positive, self.negative, self.spread = (Moments.empty(width, second) for second in (False, False, self.second))
+        pooled = pool(h, weight).cpu()
+        side = self.is_positive[rows]
         self.positive.add(pooled[side])
         self.negative.add(pooled[~side])
-        if self.paired:
-            self.difference.add(pooled[side] - pooled[~side])
-        self.norm += (h.float().norm(dim=-1) * weight).sum().double().cpu()
-        self.tokens += weight.sum().double().cpu()
+        self.spread.add(pooled[side].double() - pooled[~side].double() if self.paired else pooled)
+        self.norm += float((h.float().norm(dim=-1) * weight).sum())
+        self.tokens += float(weight.sum())
+
+    @property
+    def gap(self) -> Tensor:
+        """[width], difference of the class means."""
+        return self.positive.mean - self.negative.mean
 
     @property
     def activation_norm(self) -> float:
         """Mean |h| over the span's tokens."""
-        return float(self.norm / self.tokens)
+        return self.norm / self.tokens

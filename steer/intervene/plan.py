@@ -77,13 +77,18 @@ class Plan:
             groups.setdefault(key, (point, []))[1].append(intervention)
             self._paths[intervention.name] = point.path
         self._count = count = _Count(self.interventions, first)
-        watcher, remove = hooks.install(model, anatomy, [(point, _SiteAct(group, count)) for point, group in groups.values()])
+        acts: list[tuple[HookPoint, hooks.Act]] = [(point, _SiteAct(group, count)) for point, group in groups.values()]
+        watcher, remove = hooks.install(model, anatomy, acts)
         watcher.on_open.append(count.prepare)
         watcher.on_close.append(count)
 
         def detach() -> None:
             watcher.on_open.remove(count.prepare)
             watcher.on_close.remove(count)
+            ours = [tap for tap in watcher.taps if any(tap.act is act for _, act in acts)]
+            missed = [str(tap.point.site) for tap in ours if tap.place == "anywhere" and not tap.ever]
+            if missed and count.reached and not watcher.replays:
+                warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=4)
             remove()
 
         self._attached = detach
@@ -106,7 +111,7 @@ class Plan:
             self.detach()
             raise
         self.detach()
-        if self._count is not None and not int(self._count.passes + self._count.calls):
+        if self._count is not None and not self._count.reached:
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=3)
 
     def _check_model(self, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
@@ -265,15 +270,22 @@ class _Count:
     key; any other module may be left out of a pass, so its calls are counted where they happen."""
 
     def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
-        self.dtype = like.dtype
+        self.dtype, self.reached = like.dtype, False
         groups: dict[Any, list[Intervention]] = {}
         for one in interventions:
             alone = one.slots > 1 or one.site.module is not None  # type: ignore[union-attr]
             groups.setdefault(one.name if alone else one.key, []).append(one)
         with torch.inference_mode(False):
-            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long, device=like.device)) for group in groups.values()]
-            self.passes, self.calls = torch.zeros(2, dtype=torch.long, device=like.device)
+            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long)) for group in groups.values()]
+            self.passes = torch.zeros((), dtype=torch.long)
+        self.move(like.device)
         self.refresh()
+
+    def move(self, device: torch.device) -> None:
+        """Puts the counts where the model is; it may be moved after the attach."""
+        with torch.inference_mode(False):
+            self.groups = [(group, counts.to(device), active.to(device)) for group, counts, active in self.groups]
+            self.passes = self.passes.to(device)
 
     def refresh(self) -> None:
         """Notes which interventions have a strength other than 0."""
@@ -281,6 +293,9 @@ class _Count:
             active.copy_(torch.tensor([bool((one.effective != 0).any()) for one in group]))
 
     def prepare(self, ctx: ForwardContext) -> None:
+        self.reached = True
+        if ctx.device is not None and ctx.device != self.passes.device:
+            self.move(ctx.device)
         for group, _, _ in self.groups:
             if ctx.tokens:
                 group[0].prepare(ctx, self.dtype)
@@ -292,7 +307,7 @@ class _Count:
                 self._add(group[0], counts, active, ctx)
 
     def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:
-        self.calls.add_(1)
+        self.reached = True
         for group, counts, active in self.groups:
             if any(group[0] is one for one in interventions):
                 self._add(group[0], counts, active, ctx)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steer.errors import ConfigError, ContrastError, NonFiniteError
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.model import hooks
 from steer.model.anatomy import resolve
 from steer.model.context import ForwardContext
-from steer.model.site import Site
+from steer.model.site import Site, did_you_mean
 from steer.model.tokens import Row, collate
+from steer.model.watcher import response_tokens
 
 
 class Accumulator(Protocol):
@@ -41,18 +42,23 @@ class _Reader:
     def __init__(self, accumulators: dict[Site, Accumulator], stop: bool) -> None:
         self.accumulators, self.stop = accumulators, stop
         self.weight = self.rows = torch.empty(0)
-        self.left = 0
+        self.left: set[Site] = set()
 
     def start(self, weight: Tensor, rows: Tensor) -> None:
-        self.weight, self.rows, self.left = weight, rows, len(self.accumulators)
+        self.weight, self.rows, self.left = weight, rows, set(self.accumulators)
 
     def act(self, site: Site) -> Callable[[Tensor, ForwardContext], None]:
         def read(h: Tensor, ctx: ForwardContext) -> None:
-            if not bool(torch.isfinite(h[self.weight > 0]).all()):
+            if h.shape[:-1] != self.weight.shape:
+                raise SiteError(
+                    f"'{site}' does not hold one activation per token", expected=list(self.weight.shape), found=list(h.shape[:-1])
+                )
+            weight = self.weight.to(h.device)
+            if not bool(torch.isfinite(h[weight > 0]).all()):
                 raise NonFiniteError(f"activations at '{site}' are not finite", remedy="run the model in float32 or bfloat16")
-            self.accumulators[site].update(h.detach(), self.weight, self.rows)
-            self.left -= 1
-            if self.left == 0 and self.stop:
+            self.accumulators[site].update(h.detach(), weight, self.rows)
+            self.left.discard(site)
+            if not self.left and self.stop:
                 raise _Reached
 
         return read
@@ -95,7 +101,8 @@ def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
         elif span in named:
             start, stop = named[span]
         else:
-            raise ConfigError(f"unknown span '{span}'", expected=f"one of {', '.join(named)}, or a token index")
+            expected = f"one of {', '.join(named)}, or a token index"
+            raise ConfigError(f"unknown span '{span}'", expected=expected, remedy=did_you_mean(str(span), named))
         if not 0 <= start < stop <= size:
             raise ContrastError(
                 f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
@@ -139,7 +146,8 @@ def capture(
     Under FSDP2 passes run to their end, because it keeps state from the start of a forward to its end.
 
     Args:
-        model: anything `Plan.attach` takes. Its training mode, hooks and gradients are left as they were.
+        model: anything `Plan.attach` takes. Its training mode, hooks and gradients are left as they were. Plans that are attached stay in
+            force and are told which tokens are the response.
         rows: the texts; order is kept through the indices that accumulators get.
         accumulators: one per site.
         span: see `span_weight`.
@@ -159,16 +167,19 @@ def capture(
     device = next(model.parameters()).device
     _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
     try:
-        with evaluating(model), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
+        # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
+        with (
+            evaluating(model),
+            torch.compiler.set_stance("force_eager"),
+            tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+        ):
             for batch in batches(rows, max_tokens, group):
                 chosen = [rows[i] for i in batch]
-                inputs = collate(chosen, pad)
-                weight = span_weight(chosen, span, inputs["input_ids"].shape[1])
-                reader.start(weight.to(device), torch.tensor(batch))
-                try:
-                    model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device), use_cache=False)
-                except _Reached:
-                    pass
+                inputs = {name: tensor.to(device) for name, tensor in collate(chosen, pad).items()}
+                labels = inputs.pop("labels")
+                reader.start(span_weight(chosen, span, labels.shape[1]).to(device), torch.tensor(batch))
+                with suppress(_Reached), response_tokens(model, labels):  # a plan that is attached stays in force
+                    model(**inputs, use_cache=False)
                 bar.update(len(batch))
     finally:
         remove()

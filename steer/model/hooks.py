@@ -31,12 +31,12 @@ class Tap(NotCopied):
 
     Attributes:
         place: `decoder` when every pass must reach it, `after` for the unembedding, `anywhere` for a module of unknown role.
-        ran: it was reached in the pass that runs or ran last.
+        ran: it was reached in the pass that runs or ran last; `ever`, in any.
     """
 
     def __init__(self, point: HookPoint, act: Act, watcher: Watcher) -> None:
         self.point, self.act, self.watcher, self.columns = point, act, watcher, point.columns
-        self.ran = False
+        self.ran = self.ever = False
         inside = watcher.is_decoder and any(point.module is module for module in watcher.root.modules())
         self.place = "anywhere" if point.site.module is not None else "decoder" if inside else "after"
         self.context: Callable[[], ForwardContext] = watcher.context_of_decoder if inside else watcher.context_beside
@@ -46,7 +46,7 @@ class Tap(NotCopied):
     def edit(self, whole: Tensor) -> Tensor | None:
         """The new activation, None for no change. whole: what the module takes or gives, of which the site may be some columns."""
         if not self.watcher.replays:
-            self.ran = True
+            self.ran = self.ever = True
         ctx = self.context()
         if self.columns is None and whole.dim() != 2:
             new = self.act(whole, ctx)

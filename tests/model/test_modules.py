@@ -46,7 +46,7 @@ def test_modules_beside_the_decoder():
     with torch.no_grad():
         assert torch.equal(robot(pixels, ids()), plain)
     only = Plan(Intervention(Add(vector()), "module:vision.1:output", scope="last"))
-    with only.attached(robot), pytest.raises(ContextError, match="needs tokens"):
+    with pytest.raises(ContextError, match="needs tokens"), only.attached(robot):
         robot(pixels, ids())
 
 
@@ -63,6 +63,14 @@ def test_phases_reach_modules_beside_the_decoder():
                 robot(torch.randn(2, 8), ids(), use_cache=True)
         counted |= plan.fired()
     assert counted == {"train": 1, "validate": 1, "generate": 2}
+
+
+def test_a_module_that_never_ran_is_said_at_the_end(tiny):
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match="module:model.layers.1.self_attn.o_proj:output never ran"), torch.no_grad():
+        with Plan(Intervention(Add(vector()), "module:model.layers.1.self_attn.o_proj:output")).attached(model):
+            model.model.layers[1].self_attn.o_proj = nn.Linear(32, 32)
+            model(ids())
 
 
 def test_a_network_that_is_no_decoder():
@@ -97,8 +105,12 @@ def test_what_a_module_gives_must_hold_a_tensor():
             return "words"
 
     net = nn.Sequential(Words())
-    with Plan(Intervention(Add(vector(4)), "module:0:output")).attached(net), pytest.raises(SiteError, match=r"gives no tensor[\s\S]*str"):
+    plan = Plan(Intervention(Add(vector(4)), "module:0:output")).attach(net)
+    with pytest.raises(SiteError, match=r"gives no tensor[\s\S]*str"):
         net(torch.zeros(1, 4))
+    plan.enable(False)
+    with pytest.warns(UserWarning, match="never ran"):
+        plan.detach()
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

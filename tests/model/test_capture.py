@@ -1,0 +1,208 @@
+"""Capture: streams what the naive way would keep, stops early, and leaves the model as it was."""
+
+import pytest
+import torch
+from families import FAMILIES
+from hand import hook_count, ids, vector
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
+from steer.intervene import Add, Intervention, Plan
+from steer.model.capture import batches, capture, pool, span_weight
+from steer.model.site import Site
+from steer.model.tokens import Row
+
+SPANS = ["response", "prompt", "all", "last", "prompt_last", 0, 2, -1, -3]
+
+
+class Pooled:
+    """Mean activation of each text."""
+
+    def __init__(self, texts: int) -> None:
+        self.texts, self.rows = [None] * texts, []
+
+    def update(self, h, weight, rows):
+        self.rows.append(rows.tolist())
+        for text, mean in zip(rows.tolist(), pool(h, weight), strict=True):
+            assert self.texts[text] is None
+            self.texts[text] = mean.clone()
+
+
+def rows(count: int = 9) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for text in range(count):
+        size = int(torch.randint(4, 12, (), generator=generator))
+        made.append(Row(tuple(ids(1, size, text)[0].tolist()), int(torch.randint(1, size - 1, (), generator=generator))))
+    return made
+
+
+def naive(model, row: Row, site: int, span) -> torch.Tensor:
+    """One text at a time, without padding, everything kept."""
+    with torch.no_grad():
+        states = model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states[site][0]
+    picked = {
+        "response": states[row.prompt :],
+        "prompt": states[: row.prompt],
+        "all": states,
+        "last": states[-1:],
+        "prompt_last": states[row.prompt - 1 : row.prompt],
+    }
+    chosen = picked[span] if isinstance(span, str) else states[span][None]
+    return chosen.mean(0)
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("max_tokens", [1, 40, 4096])
+def test_streaming_equals_keeping_everything(span, max_tokens, tiny):
+    model, texts = tiny("llama"), rows()
+    sites = {Site.parse("layers.0.output"): 1, Site.parse("layers.2.input"): 2, Site.parse("final_norm"): 3}
+    kept = {site: Pooled(len(texts)) for site in sites}
+    capture(model, texts, dict(kept), span=span, max_tokens=max_tokens)
+    for site, index in sites.items():
+        for text, row in enumerate(texts):
+            assert torch.allclose(kept[site].texts[text], naive(model, row, index, span), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_with_padding(family, tiny):
+    model, texts = tiny(family), rows(4)
+    kept = Pooled(4)
+    capture(model, texts, {Site.parse("layers.1.output"): kept})
+    for text, row in enumerate(texts):
+        assert torch.allclose(kept.texts[text], naive(model, row, 2, "response"), atol=1e-4)
+
+
+def calls(model) -> list[int]:
+    seen = [0] * len(model.model.layers)
+
+    def count(layer):
+        def hook(*_):
+            seen[layer] += 1
+
+        return hook
+
+    for layer, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(count(layer))
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("sites", "wanted"),
+    [
+        (["embed"], [0, 0, 0]),
+        (["layers.0.output"], [1, 0, 0]),
+        (["layers.2.input", "layers.0.attn.z"], [1, 1, 0]),
+        (["layers.1.mlp.output", "layers.0.output"], [1, 1, 0]),
+        (["final_norm"], [1, 1, 1]),
+    ],
+)
+def test_the_forward_stops_after_the_deepest_site(sites, wanted, tiny):
+    model = tiny("llama")
+    seen = calls(model)
+    capture(model, rows(3), {Site.parse(site): Pooled(3) for site in sites})
+    assert seen == wanted  # and the unembedding never ran
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 100), st.sampled_from([1, 2]))
+def test_batches_hold_every_text_once_and_keep_groups_together(lengths, max_tokens, group):
+    lengths = lengths * group
+    made = list(batches([Row((1,) * length, 1) for length in lengths], max_tokens, group))
+    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
+    for batch in made:
+        assert all(batch[i] + 1 == batch[i + 1] for i in range(0, len(batch), group) if group == 2)
+        assert len(batch) == group or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+    longest = [max(lengths[i] for i in batch) for batch in made]
+    assert longest == sorted(longest, reverse=True)  # similar lengths together, the largest batch first
+
+
+def test_the_model_is_left_as_it_was(tiny):
+    model = tiny("llama").train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    model(ids(), labels=ids()).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    kept = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
+    assert [module.training for module in model.modules()] == modes and hook_count(model) == 0
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert not kept.texts[0].requires_grad
+    model(ids(), labels=ids()).loss.backward()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_accumulator_that_fails_leaves_no_hook(error, tiny):
+    class Fails:
+        def update(self, h, weight, rows):
+            raise error("mine")
+
+    model = tiny("llama").train()
+    with pytest.raises(error, match="mine"):
+        capture(model, rows(3), {Site.parse("layers.1.output"): Fails()})
+    assert hook_count(model) == 0 and model.training and torch.is_grad_enabled()
+    model(ids())
+
+
+def test_a_plan_stays_in_force_and_knows_the_response(tiny):
+    model, texts = tiny("llama"), rows(4)
+    plan = Plan([Intervention(Add(vector()), "layers.1.output", "response")])
+    means = {}
+    for span in ("prompt", "response"):
+        for steered in (False, True):
+            kept = means[span, steered] = Pooled(4)
+            if steered:
+                with plan.attached(model):
+                    capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+            else:
+                capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+    for text in range(4):
+        assert torch.equal(means["prompt", True].texts[text], means["prompt", False].texts[text])
+        assert torch.allclose(means["response", True].texts[text], means["response", False].texts[text] + vector(), atol=1e-5)
+
+
+def test_through_a_compiled_model_nothing_is_compiled(tiny):
+    torch._dynamo.reset()
+    graphs = []
+    model = tiny("llama")
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph)
+    kept = Pooled(3)
+    capture(compiled, rows(3), {Site.parse("layers.1.output"): kept})
+    assert not graphs and torch.allclose(kept.texts[0], naive(model, rows(3)[0], 2, "response"), atol=1e-5)
+    compiled(ids())
+    assert graphs == [1]
+
+
+def test_bfloat16_is_pooled_in_float32(tiny):
+    model = tiny("llama").bfloat16()
+    kept = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
+    assert kept.texts[0].dtype is torch.float32
+
+
+def test_bad_input_is_named(tiny):
+    model = tiny("llama")
+    site = Site.parse("layers.1.output")
+    with pytest.raises(ContrastError, match="no texts"):
+        capture(model, [], {site: Pooled(0)})
+    with pytest.raises(SiteError, match="out of range"):
+        capture(model, rows(2), {Site.parse("layers.7.output"): Pooled(2)})
+    with pytest.raises(SiteError, match="not hold one activation per token"):
+        capture(model, rows(2), {Site.parse("module:model.rotary_emb:output"): Pooled(2)})
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="'layers.1.output' are not finite"):
+        capture(model, rows(2), {site: Pooled(2)})
+    assert hook_count(model) == 0
+
+
+def test_spans_are_checked():
+    texts = [Row((1, 2, 3, 4), 3), Row((1, 2), 2)]
+    assert span_weight(texts[:1], "response", 5).tolist() == [[0, 0, 0, 1, 0]]
+    assert span_weight(texts, -2, 4).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    for span in ("response", 2, -3):
+        with pytest.raises(ContrastError, match=rf"a text of 2 tokens \(0 of them response\) has no token in the span '{span}'"):
+            span_weight(texts, span, 4)
+    with pytest.raises(ConfigError, match=r"unknown span 'respons'[\s\S]*did you mean 'response'"):
+        span_weight(texts, "respons", 4)
