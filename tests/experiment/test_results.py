@@ -1,4 +1,4 @@
-"""metrics.json: numbers that follow from the measures, strict JSON, a report that reads it, a verdict that claims no more than was shown."""
+"""metrics.json: numbers that follow from the measures, strict JSON, a report that reads it, a verdict that claims no more than is shown."""
 
 from __future__ import annotations
 

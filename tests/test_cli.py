@@ -1,0 +1,244 @@
+"""`steer`: its help, its errors without a traceback, and what it leaves on the disk. Everything runs in this process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from steer import __version__
+from steer.cli import COMMANDS, main
+from steer.commands import generate, info, train
+from steer.commands.config import dtype_named
+from steer.errors import ConfigError, NonFiniteError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def steer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """`steer("info")` runs in an empty folder and gives exit status, stdout and stderr. Hydra's logging is taken back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(arguments)
+        return status, *capsys.readouterr()
+
+    yield run
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Puts a list of received configurations in the place of `steer train`."""
+    received: list[Any] = []
+    monkeypatch.setattr(train, "run", received.append)
+    return received
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_help_lists_every_command_with_an_example(steer: Run, arguments: tuple[str, ...]) -> None:
+    status, out, err = steer(*arguments)
+    assert (status, err) == (0, "")
+    assert all(command in out and example in out for command, (_, example) in COMMANDS.items())
+
+
+def test_version(steer: Run) -> None:
+    assert steer("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tmp_path: Path, command: str) -> None:
+    status, out, err = steer(command, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"steer {command}: ") and f"usage: steer {command}" in out
+    assert "powered by Hydra" not in out and "$" not in out
+    assert not list(tmp_path.iterdir())
+    for key in {
+        "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: tone"),
+        "generate": ("run: ???", "prompts: null"),
+    }.get(command, ()):
+        assert key in out
+
+
+def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "run", jobs.append)
+    for command, (_, example) in COMMANDS.items():
+        words = [word.strip("'") for word in re.findall(r"'[^']+'|\S+", example.replace("<date>", "2031-04-05"))]
+        assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
+    assert jobs[0].seed == 1
+    assert jobs[1].run == "outputs/tone/2031-04-05" and list(jobs[1].prompts) == ["How do I boil an egg?"]
+
+
+# ---- info
+
+
+def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) -> None:
+    status, out, err = steer("info")
+    assert (status, err) == (0, "")
+    for name, version in info.versions().items():
+        assert name in out and version in out
+    assert "mean_difference" in out and "warmup_decay" in out and "positions[...]" in out
+    assert f"{torch.get_num_threads()} threads" in out and "PyTorch only" in out
+    assert not list(tmp_path.iterdir())
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("trian",), ("unknown command 'trian'", "did you mean 'train'?")),
+        (("frobnicate",), ("unknown command 'frobnicate'", "train, generate, info")),
+        (("train", "experiment.train.stpes=3"), ("no key 'experiment.train.stpes'", "did you mean 'experiment.train.steps'?")),
+        (("train", "stpes=3"), ("no key 'stpes'", "did you mean 'experiment.train.steps'?")),
+        (("train", "sede=3"), ("no key 'sede'", "did you mean 'seed'?")),
+        (("train", "experiment=tne"), ("no experiment is called 'tne'", "one of tone", "did you mean 'tone'?")),
+        (("train", "sede"), ("cannot read 'sede'", "key=value")),
+        (("train", "-m", "sede=1,2"), ("no key 'sede'", "did you mean 'seed'?")),
+        (("info", "verbose=1"), ("no key 'verbose'",)),
+        (("generate", "rnu=x"), ("no key 'rnu'", "did you mean 'run'?")),
+        (("generate",), ("needs the key 'run'",)),
+        (("generate", "run=no/such/run"), ("'no/such/run' is no finished run", "metrics.json", "no such folder")),
+        (("train", "experiment.train.steps=abc"), ("'experiment.train.steps' cannot be 'abc'", "a whole number")),
+        (("train", "experiment.train.steps=1.5"), ("'experiment.train.steps' cannot be 1.5", "a whole number")),
+        (("train", "experiment.train.learning_rate=high"), ("'experiment.train.learning_rate' cannot be 'high'", "a number")),
+        (("train", "experiment.drift.stream=maybe"), ("'experiment.drift.stream'", "true or false")),
+        (("train", "experiment.drift.sites=layers.3.output"), ("'experiment.drift.sites'", "a list")),
+        (("train", "experiment.arms.plain=3"), ("'experiment.arms.plain'", "a section of keys")),
+        (("train", "experiment.data=no/such/set"), ("no data set 'no/such/set'",)),
+        (("train", "model.name=no/such/model/here"), ("no model at no/such/model/here",)),
+    ],
+)
+def test_a_mistake_is_named_without_a_traceback(
+    steer: Run, arguments: tuple[str, ...], names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "experiment.data" in str(arguments):  # comes after the model, which would take a second to load
+        monkeypatch.setattr(train, "run", lambda config: train.load_dataset(config.experiment.data))
+    status, _, err = steer(*arguments)
+    assert status == 2
+    assert re.match(r"[A-Za-z]+Error: ", err) and "Traceback" not in err and "Error executing job" not in err
+    assert all(name in err for name in names), err
+    assert "\n  expected: " in err and "\n  found: " in err or "unknown command" in err
+    assert "\n  remedy: " in err
+
+
+def test_unknown_flags_end_with_a_usage_line(steer: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--bogus"])
+    assert caught.value.code == 2 and "unrecognized arguments: --bogus" in capsys.readouterr().err
+
+
+def test_typed_errors_of_a_run_end_it_and_other_ones_are_not_hidden(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(_: Any) -> None:
+        raise NonFiniteError("loss is not finite", remedy="lower the rate")
+
+    def bug(_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "run", diverge)
+    status, _, err = steer("train")
+    assert (status, err) == (2, "NonFiniteError: loss is not finite\n  remedy: lower the rate\n")
+    monkeypatch.setattr(train, "run", bug)
+    with pytest.raises(ZeroDivisionError):
+        steer("train")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_anywhere_in_a_run(steer: Run, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def full(_: Any) -> None:
+        raise OSError(code, "no space", "logs/metrics.csv")
+
+    monkeypatch.setattr(train, "run", full)
+    status, _, err = steer("train")
+    assert status == 2 and err.startswith("StorageFullError: no room to write logs/metrics.csv") and "remedy: free some space" in err
+
+
+# ---- runs
+
+
+def test_values_that_are_meant_to_vary_in_kind(steer: Run, jobs: list[Any]) -> None:
+    """Lightning takes numbers and words for its keys, a span is a word or an index, a whole number is a number, null may stand anywhere."""
+    free = ["trainer.devices=auto", "trainer.precision=16", "experiment.trait.span=-1", "experiment.train.learning_rate=1"]
+    status, _, err = steer("train", *free, "experiment.trait.site=null", "peft.layers=[1,2]", "experiment.arms.random=null")
+    assert (status, err) == (0, "")
+    assert jobs[0].trainer.devices == "auto" and jobs[0].experiment.trait.span == -1 and jobs[0].experiment.arms.random is None
+
+
+def test_an_experiment_of_your_own(steer: Run, jobs: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("name: mine\nsteps: 3\n")
+    assert steer("train", "--config-dir", "conf", "experiment=mine", "experiment.steps=5")[0] == 0
+    assert OmegaConf.to_container(jobs[0].experiment) == {"name": "mine", "steps": 5}
+    status, _, err = steer("train", "--config-dir", "conf", "experiment=mine", "experiment.steps=five")
+    assert status == 2 and "a whole number, such as 3" in err
+
+
+def test_multirun_runs_every_combination_into_a_folder_of_its_own(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    seen = []
+    monkeypatch.setattr(
+        train, "run", lambda config: seen.append((config.seed, config.experiment.train.steps, HydraConfig.get().runtime.output_dir))
+    )
+    status, _, err = steer("train", "-m", "seed=1,2,3", "experiment.train.steps=4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert (status, err) == (0, "")
+    assert [one[:2] for one in seen] == [(seed, steps) for seed in (1, 2, 3) for steps in (4, 5)]
+    folders = {Path(folder) for _, _, folder in seen}
+    assert len(folders) == 6 and all(folder.parent == tmp_path / "sweep" and folder.is_dir() for folder in folders)
+
+
+def test_a_failed_job_of_a_multirun_is_the_exit_status(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = []
+
+    def sometimes(config: Any) -> None:
+        if config.seed == 1:
+            raise NonFiniteError("loss is not finite")
+        done.append(config.seed)
+
+    monkeypatch.setattr(train, "run", sometimes)
+    status, _, err = steer("train", "-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    assert status == 2 and "loss is not finite" in err and done == [2]
+
+
+# ---- the folder of a run
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [('{"schema": 1', "is damaged"), ("[]", "is damaged"), ("{}", "is damaged"), (json.dumps({"schema": 99}), "is of another schema")],
+)
+def test_metrics_that_cannot_be_read(steer: Run, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "metrics.json").write_text(content)
+    status, _, err = steer("generate", "run=.")
+    assert status == 2 and f"'metrics.json' {says}" in err and "expected: " in err and "found: " in err
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(None, None), ([], None), (["a", 3], ["a", "3"]), ("How are you?", ["How are you?"]), (3, ["3"])]
+)
+def test_one_prompt_is_a_list_of_one(value: Any, found: Any) -> None:
+    assert generate.listed(OmegaConf.create({"x": value}).x) == found
+
+
+@pytest.mark.parametrize("name", ["float23", "int64", "Tensor", "", 16])
+def test_an_unknown_dtype(name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"unknown dtype '{name}'"):
+        dtype_named(name)
+    assert dtype_named("bfloat16") is torch.bfloat16
