@@ -33,7 +33,7 @@ class DriftCallback(pl.Callback):
     def __init__(self, tracker: DriftTracker, *, every_n_steps: int = 10, submodule: str = "") -> None:
         self.tracker, self.submodule = tracker, submodule
         self._run = DriftRun(tracker, every_n_steps)
-        self._baseline: dict[str, float] = {}
+        self._untold = False  # the values of the baseline, or of the checkpoint, are not with the monitors yet
         self._device: torch.device | None = None
 
     @property
@@ -67,19 +67,19 @@ class DriftCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._run.start(trainer.global_step):
-            self._baseline = self.tracker.log_values()
-            lightning.log(trainer, pl_module, self._baseline, batch=False)
+            lightning.log(trainer, pl_module, self._run.values, batch=False)
+        self._untold = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._run.hint.show(batch)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._run.hint.show(None)
-        if self._baseline:  # a monitor may ask before the first regular measurement
-            pl_module.log_dict(self._baseline, on_step=True, on_epoch=False, logger=False, batch_size=1)
-            self._baseline = {}
         if self._run.due(trainer.global_step):  # false while gradients are being accumulated
             lightning.log(trainer, pl_module, self._run.measure(trainer.global_step))
+        elif self._untold:  # a monitor may ask before the first regular measurement
+            lightning.monitor(pl_module, self._run.values)
+        self._untold = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._run.due(trainer.global_step, last=True):
@@ -88,7 +88,7 @@ class DriftCallback(pl.Callback):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.tracker.state_dict()
+        return self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         self._run.load_state_dict(lightning.cpu(state_dict), first=self._run.ranks.first)

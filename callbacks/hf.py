@@ -38,7 +38,6 @@ class TrainerRun(TrainerCallback):
         self._inside = False
         self._resumed: Path | None = None
         self._pending: dict[str, float] = {}  # metrics on their way into the next log entry
-        self._latest: dict[str, float] = {}
 
     def attach(self, trainer: Trainer) -> Self:
         """Joins a trainer, before `train` is called. `HFSteeringCallback(plan).attach(trainer)` is all it takes.
@@ -131,9 +130,8 @@ class TrainerRun(TrainerCallback):
         self._pending = {}
 
     def report(self, values: dict[str, float]) -> None:
-        """Puts metrics into the next log entry, and into what the next evaluation found."""
+        """Puts metrics into the next log entry."""
         self._pending |= values
-        self._latest = values
 
     def file(self, folder: Path) -> Path:
         """Where a checkpoint holds this state; two callbacks of a kind have different names."""

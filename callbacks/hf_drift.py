@@ -34,8 +34,7 @@ class HFDriftCallback(TrainerRun):
         self._run.begin(model, ranks)
 
     def start(self, step: int) -> None:
-        if self._run.start(step):
-            self._latest = self.tracker.log_values()  # no log entry is about step 0
+        self._run.start(step)  # logged nowhere: no log entry is about step 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step here, not at the end of training: by then the best checkpoint may have been loaded.
@@ -44,10 +43,10 @@ class HFDriftCallback(TrainerRun):
             control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
-        found = {f"eval_{name}": value for name, value in self._latest.items()}
+        found = {f"eval_{name}": value for name, value in self._run.values.items()}
         if metrics is not None:
             metrics.update(found)  # the object that metric_for_best_model is looked up in
         state.log_history[-1].update(found)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.tracker.state_dict()
+        return self._run.state_dict()

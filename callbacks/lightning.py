@@ -34,8 +34,13 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
     return Ranks(None if mesh is None else mesh["data_parallel"].get_group())
 
 
+def monitor(module: pl.LightningModule, values: Mapping[str, float]) -> None:
+    """Hands metrics to `ModelCheckpoint(monitor=...)`, `EarlyStopping` and the progress of Lightning, at the end of a training batch."""
+    module.log_dict(dict(values), on_step=True, on_epoch=False, logger=False, batch_size=1)
+
+
 def log(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float], *, batch: bool = True) -> None:
-    """Hands metrics to `ModelCheckpoint(monitor=...)`, `EarlyStopping` and the progress of Lightning, and to every logger.
+    """Hands metrics to the monitors and to every logger.
 
     The loggers get them at the step they were measured, and not only where this step is a multiple of `log_every_n_steps`.
 
@@ -43,7 +48,7 @@ def log(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, fl
         batch: at the end of a training batch, outside of which Lightning takes no step metrics.
     """
     if batch:
-        module.log_dict(dict(values), on_step=True, on_epoch=False, logger=False, batch_size=1)
+        monitor(module, values)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step)
 

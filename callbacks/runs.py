@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,12 +154,17 @@ class SteeringRun:
 
 
 class DriftRun:
-    """A tracker in a training run: a baseline before the first step, then a measurement every so many optimiser steps, and at the end."""
+    """A tracker in a training run: a baseline before the first step, then a measurement every so many optimiser steps, and at the end.
+
+    Attributes:
+        values: the last measurement, as a logger gets it; kept over a resume, for monitors that ask before the next one.
+    """
 
     def __init__(self, tracker: DriftTracker, every_n_steps: int) -> None:
         self.tracker, self.every = tracker, every(every_n_steps)
         self.hint, self.ranks = ResponseHint(), Ranks()
         self.attached = False
+        self.values: dict[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -207,7 +213,7 @@ class DriftRun:
             )
         if step > 0:
             warnings.warn(f"the checkpoint holds no drift state: the baseline is the model after step {step}", stacklevel=2)
-        tracker.measure(step)
+        self.measure(step)
         return True
 
     def due(self, step: int, *, last: bool = False) -> bool:
@@ -219,7 +225,15 @@ class DriftRun:
         """Measures, on all ranks together, and returns what belongs into a logger."""
         self.hint.show(None)  # the probe's passes are no part of the batch
         self.tracker.measure(step)
-        return self.tracker.log_values()
+        self.values = self.tracker.log_values()
+        return self.values
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat CPU tensors. All ranks must call it together."""
+        logged = {f"logged/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.values.items() if math.isfinite(value)}
+        return self.tracker.state_dict() | logged
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, first: bool) -> None:
-        self.tracker.load_state_dict(state, main=first)
+        """Raises ConfigError when the state belongs to another tracker."""
+        self.tracker.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("logged/")}, main=first)
+        self.values = {name.removeprefix("logged/"): float(value) for name, value in state.items() if name.startswith("logged/")}

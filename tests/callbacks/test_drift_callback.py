@@ -145,6 +145,20 @@ def test_a_monitor_that_asks_before_the_first_regular_measurement(tmp_path: Path
     assert float(best.best_model_score) == 0.0  # the baseline's
 
 
+def test_a_monitor_that_asks_after_a_resume_and_before_the_next_measurement(tmp_path: Path) -> None:
+    def run(save: pl.callbacks.ModelCheckpoint, **options: Any) -> DriftCallback:
+        callback = DriftCallback(make_tracker(), every_n_steps=2)
+        make_trainer(callback, save, max_steps=options.pop("max_steps")).fit(Module(), loader(), **options)
+        return callback
+
+    first = run(pl.callbacks.ModelCheckpoint(tmp_path, filename="two", every_n_train_steps=2), max_steps=2)
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=f"{TRAIT}/effect_sd", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    run(best, max_steps=4, ckpt_path=tmp_path / "two.ckpt")
+    scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
+    assert scores["step=3.ckpt"] == pytest.approx(first._run.values[f"{TRAIT}/effect_sd"], rel=1e-6)
+    assert scores["step=4.ckpt"] != scores["step=3.ckpt"]
+
+
 def test_early_stopping_by_drift() -> None:
     stop = pl.callbacks.EarlyStopping(f"{TRAIT}/effect_sd", stopping_threshold=-1e9, mode="max", check_on_train_epoch_end=True)
     trainer = make_trainer(DriftCallback(make_tracker(), every_n_steps=2), stop, max_epochs=5)

@@ -288,6 +288,19 @@ def test_the_best_model_and_early_stopping_by_drift(tmp_path: Path) -> None:
     assert trainer.state.global_step == 4 and max(effects) == 4  # patience ran out at the second evaluation, and nothing came after
 
 
+def test_an_evaluation_after_a_resume_and_before_the_next_measurement(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 2}
+    options |= {"metric_for_best_model": f"{TRAIT}/effect_sd", "greater_is_better": False}
+    first = make_trainer(tmp_path, max_steps=2, **options)
+    HFDriftCallback(make_tracker(), every_n_steps=2).attach(first)
+    first.train()
+    second = make_trainer(tmp_path, max_steps=4, **options)
+    HFDriftCallback(make_tracker(), every_n_steps=2).attach(second)
+    second.train(resume_from_checkpoint=True)
+    found = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
+    assert found[3] == found[2] != found[4]
+
+
 def test_last_measurement_is_of_the_last_weights_not_of_the_best(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
     best = {"load_best_model_at_end": True, "metric_for_best_model": f"{TRAIT}/effect_sd", "greater_is_better": False}
