@@ -49,8 +49,8 @@ class ContrastSet:
     @classmethod
     def from_sets(cls, tokenizer: Any, positive: Sequence[str], negative: Sequence[str]) -> ContrastSet:
         """Two unrelated sets of prompts; read them with a span other than `response`."""
-        sides = (tuple(encode(tokenizer, text) for text in texts) for texts in (positive, negative))
-        return cls(*sides, paired=False)
+        sides = [tuple(encode(tokenizer, text) for text in texts) for texts in (positive, negative)]
+        return cls(sides[0], sides[1], paired=False)
 
     def split(self, holdout: float, seed: int) -> tuple[ContrastSet, ContrastSet]:
         """Training and held-out part; pairs stay together. Raises ContrastError when either would have fewer than two texts a side."""

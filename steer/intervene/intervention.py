@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
 
 
-@dataclass(eq=False)
 class Intervention:
     """One edit of one activation tensor.
 
@@ -40,27 +38,27 @@ class Intervention:
         ConfigError, SiteError, NonFiniteError.
     """
 
-    operator: Operator
-    site: Site | str
-    scope: Scope | str = "all"
-    strength: float | Sequence[float] | Tensor = 1.0
-    phases: Sequence[str] = PHASES
-    roles: Sequence[str] = ("policy",)
-    schedule: Any = None
-    name: str = ""
-    enabled: bool = True
-    effective: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.site, self.scope = Site.parse(self.site), Scope.parse(self.scope)
-        self.phases, self.roles = _subset(self.phases, PHASES, "phase"), _subset(self.roles, ROLES, "role")
-        self.schedule = schedules.from_dict(self.schedule)
-        self.base = self._strengths(self.strength)
-        self.name = self.name or f"{self.operator.name}@{self.site}"
+    def __init__(
+        self,
+        operator: Operator,
+        site: Site | str,
+        scope: Scope | str = "all",
+        strength: float | Sequence[float] | Tensor = 1.0,
+        phases: Sequence[str] = PHASES,
+        roles: Sequence[str] = ("policy",),
+        schedule: Any = None,
+        name: str = "",
+        enabled: bool = True,
+    ) -> None:
+        self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(scope), enabled
+        self.roles = _subset(roles, ROLES, "role")
+        self.schedule = schedules.from_dict(schedule)
+        self.name = name or f"{operator.name}@{self.site}"
+        self.base = self._strengths(strength)
         self.effective = self.base.clone()
+        self.slots = max(operator.slots, self.base.numel())
         self.rows: Tensor | None = None
-        self.slots = max(self.operator.slots, self.base.numel())
-        self.set_phases(self.phases)
+        self.set_phases(_subset(phases, PHASES, "phase"))
 
     def set_phases(self, phases: Sequence[str]) -> None:
         """Changes when it acts, which the hooks of a plan take up at its next attach; no phase at all means never."""
@@ -69,11 +67,11 @@ class Intervention:
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
-        check_finite(base, f"strength of '{self.name or self.site}'")
+        check_finite(base, f"strength of '{self.name}'")
         slots = self.operator.slots
         if base.numel() == 0 or base.numel() not in (1, slots) and slots > 1:
             expected = f"1 or {slots}" if slots > 1 else "at least 1"
-            raise ConfigError(f"wrong number of strengths for '{self.name or self.site}'", expected=expected, found=base.numel())
+            raise ConfigError(f"wrong number of strengths for '{self.name}'", expected=expected, found=base.numel())
         return base
 
     def refresh(self, step: int) -> None:
@@ -93,7 +91,7 @@ class Intervention:
         found = ctx.masks.get(self.key)
         if found is None:
             acts = ctx.phase in self.phases and ctx.role in self.roles
-            found = ctx.masks[self.key] = self.scope.mask(ctx) if acts else False  # type: ignore[union-attr]
+            found = ctx.masks[self.key] = self.scope.mask(ctx) if acts else False
         return found
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
@@ -123,7 +121,7 @@ class Intervention:
         column = ctx.columns.get(self.key)
         if column is not None and column.dtype is h.dtype and column.shape[:-1] == h.shape[:-1]:
             return column
-        if mask.shape != h.shape[:-1] and self.site.part == "logits" and h.dim() == 3:  # type: ignore[union-attr]
+        if mask.shape != h.shape[:-1] and self.site.part == "logits" and h.dim() == 3:
             # the unembedding may get the last tokens only
             mask = mask[:, ctx.kept] if isinstance(ctx.kept, Tensor) else mask[:, -h.shape[1] :]
         if mask.shape != h.shape[:-1]:

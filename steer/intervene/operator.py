@@ -56,8 +56,9 @@ class Operator:
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Operator:
-        """Rebuilds an operator from its file form."""
-        return cls(**tensors, **options)
+        """Rebuilds an operator from its file form: its constructor takes the tensors by their names."""
+        arguments: dict[str, Any] = {**tensors, **options}
+        return cls(**arguments)
 
 
 class Pick:

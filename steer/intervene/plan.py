@@ -255,7 +255,7 @@ class _SiteAct:
 
     def __init__(self, interventions: list[Intervention], count: _Count) -> None:
         self.interventions, self.count = interventions, count
-        self.counts = any(one.site.module is not None for one in interventions)  # type: ignore[union-attr]
+        self.counts = any(one.site.module is not None for one in interventions)
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         for intervention in self.interventions:
@@ -273,7 +273,7 @@ class _Count:
         self.dtype, self.reached = like.dtype, False
         groups: dict[Any, list[Intervention]] = {}
         for one in interventions:
-            alone = one.slots > 1 or one.site.module is not None  # type: ignore[union-attr]
+            alone = one.slots > 1 or one.site.module is not None
             groups.setdefault(one.name if alone else one.key, []).append(one)
         with torch.inference_mode(False):
             self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long)) for group in groups.values()]
@@ -303,7 +303,7 @@ class _Count:
     def __call__(self, ctx: ForwardContext) -> None:
         self.passes.add_(1)
         for group, counts, active in self.groups:
-            if group[0].site.module is None:  # type: ignore[union-attr]
+            if group[0].site.module is None:
                 self._add(group[0], counts, active, ctx)
 
     def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:

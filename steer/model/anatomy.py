@@ -185,10 +185,9 @@ class Anatomy:
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this model itself: its shape, and a digest of 16 embedding rows (stable under LoRA, moved by full training)."""
-        weight = self.embedding.weight  # type: ignore[union-attr]
-        rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
-        digest = None
-        if type(weight.data) is Tensor:  # a DTensor shard does not hold the same rows on every rank
+        weight, digest = self.embedding.weight, None
+        if isinstance(weight, Tensor) and type(weight.data) is Tensor:  # a DTensor shard does not hold the same rows on every rank
+            rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
             digest = hashlib.sha256(weight.detach()[rows.to(weight.device)].float().cpu().numpy().tobytes()).hexdigest()[:16]
         return {
             "model_type": self.config.model_type,
@@ -264,18 +263,17 @@ class Anatomy:
             return self._hook_point(site, self._part(layer, f"{family.attn}.{name}"), "output", width, columns)
         if part in ("input", "output"):
             return self._hook_point(site, self.blocks[layer], part, self.width)
-        down = {"mlp.neurons": family.down}
         paths = {
             "attn.output": (family.post_attn or family.attn, "output"),
             "attn.z": (f"{family.attn}.{family.out}", "input"),
             "mlp.input": (family.mlp_in, "input"),
-            "mlp.neurons": (down.get(part, ""), "input"),
+            "mlp.neurons": (family.down, "input"),
             "mlp.output": (family.post_mlp or family.mlp_out, "output"),
         }
         path, side = paths[part]
         module = self._part(layer, path)
-        width = {"attn.z": self.n_heads * self.head_dim, "mlp.neurons": in_width(module)}.get(part, self.width)
-        return self._hook_point(site, module, side, width)
+        widths = {"attn.z": self.n_heads * self.head_dim, "mlp.neurons": in_width(module)}
+        return self._hook_point(site, module, side, widths.get(part, self.width))
 
     def _model_point(self, site: Site) -> HookPoint:
         if site.part == "embed":

@@ -89,7 +89,8 @@ class ForwardContext:
     def from_end(self) -> Tensor:
         """[batch, tokens]: -1 on the last real token of each row or packed segment, -2 on the one before, ..."""
         index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
-        ends = torch.where(self.real if self.last is True else self.last, index, self.tokens)
+        last = self.last
+        ends = torch.where(last if isinstance(last, Tensor) else self.real, index, self.tokens)
         return index - ends.flip(1).cummin(1).values.flip(1) - 1
 
     @property

@@ -82,9 +82,10 @@ class Tap(NotCopied):
         new = self.edit(value[0])
         if new is None:
             return None
-        if hasattr(value, "_replace"):  # a named tuple
-            return value._replace(**{value._fields[0]: new})
-        return type(value)((new, *value[1:]))
+        if isinstance(value, list):
+            return [new, *value[1:]]
+        make = getattr(value, "_make", tuple)  # of a named tuple
+        return make((new, *value[1:]))
 
 
 class OutputTap(Tap):

@@ -58,8 +58,10 @@ def register(module: nn.Module, hook: NotCopied, *, before: bool, always: bool =
         first: run before everybody else's hooks (after ours that came earlier), so that whoever only looks sees what the model goes on
             with. transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
     """
-    hooks: dict[int, Any] = module._forward_pre_hooks if before else module._forward_hooks
-    marked = [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
+    hooks: Any = module._forward_pre_hooks if before else module._forward_hooks  # OrderedDicts, by number
+    marked: list[Any] = (
+        [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
+    )
     key = next(-n for n in range(1, len(hooks) + 2) if -n not in hooks)
     hooks[key] = hook
     for marks in marked:
@@ -67,11 +69,11 @@ def register(module: nn.Module, hook: NotCopied, *, before: bool, always: bool =
     if first:
         ours = [known for known, one in hooks.items() if isinstance(one, NotCopied) and not isinstance(one, (_Enter, _Leave))]
         for known in reversed(ours):
-            hooks.move_to_end(known, last=False)  # type: ignore[attr-defined]
+            hooks.move_to_end(known, last=False)
 
     def remove() -> None:
         for entries in (hooks, *marked):
-            entries.pop(key, None)  # type: ignore[attr-defined]
+            entries.pop(key, None)
 
     return remove
 
