@@ -107,10 +107,9 @@ class Plan:
         self.attach(model, stack=stack)
         try:
             yield self
-        except BaseException:
-            self.detach()
-            raise
-        self.detach()
+        finally:
+            if self.is_attached:  # a block may detach early
+                self.detach()
         if self._count is not None and not self._count.reached:
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=3)
 

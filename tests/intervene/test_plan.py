@@ -93,6 +93,15 @@ def test_an_exception_leaves_no_hook(where, tiny):
     assert hook_count(model) == 0 and torch.equal(logits(model), plain)
 
 
+def test_a_block_may_detach_early(tiny):
+    model = tiny("llama")
+    with steered().attached(model) as plan:
+        logits(model)
+        plan.detach()
+        logits(model)
+    assert plan.fired() == {"add@layers.1.output": 14} and hook_count(model) == 0
+
+
 def test_an_attach_that_fails_leaves_nothing_behind(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Add(vector()), "layers.9.output")])

@@ -5,11 +5,12 @@ import torch
 from families import FAMILIES
 from hand import edited, ids, vector
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from steer.errors import ContextError, SiteError
 from steer.intervene import Add, Intervention, Plan
 from steer.model import context
-from steer.model.anatomy import module_point
+from steer.model.anatomy import Anatomy, module_point
 from steer.model.site import Site
 
 
@@ -123,3 +124,28 @@ def test_the_rest_of_a_tuple_or_list_is_passed_on(kind):
     with Plan(Intervention(Add(vector(4)), "module:0:output")).attached(net):
         out = net(torch.zeros(1, 4))
     assert type(out) is kind and out[1] == "rest" and torch.equal(out[0][0], vector(4))
+
+
+def test_a_vision_language_model():
+    """The decoder is found beside the tower; image tokens are prompt; the tower runs in the prefill only."""
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+    text = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=95, image_seq_length=4)
+    model = LlavaForConditionalGeneration(config).eval()
+    batch = {"input_ids": ids(1, 8), "pixel_values": torch.randn(1, 3, 8, 8), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    batch["input_ids"][0, 1:5] = 95
+    anatomy = Anatomy.find(model)
+    assert anatomy.path == "model.language_model" and anatomy.unembedding is model.lm_head
+    tower = "module:vision_tower.encoder.layers.1:output"
+    ones = [Intervention(Add(vector()), "layers.1.output", "response", name="text"), Intervention(Add(vector(16)), tower, name="tower")]
+    plan = Plan(ones)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with plan.attached(model):
+            labels = batch["input_ids"].clone()
+            labels[:, :6] = -100
+            assert not torch.allclose(model(**batch, labels=labels).logits, plain, atol=1e-3)
+            assert plan.fired() == {"text": 2, "tower": 1}
+            model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+            assert plan.fired() == {"text": 4, "tower": 2}
+        assert torch.equal(model(**batch).logits, plain)
