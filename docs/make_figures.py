@@ -1,0 +1,117 @@
+"""Makes the picture and the numbers of the README from a finished run of the demo; nothing there is written by hand.
+
+    make demo
+    python docs/make_figures.py --run outputs/tone/<date> [the same with other seeds ...]
+
+Writes docs/images/drift.svg, docs/demo.json (what is quoted of metrics.json) and the section `demo` of README.md. A test fails
+when the section does not follow from docs/demo.json, or when that was measured with another experiment than the one that ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from make_tables import ROOT, between, markdown
+
+from steer.commands.generate import read_run
+from steer.experiment.results import drift_records
+from steer.report import drift_figure
+from steer.report.numbers import duration, number
+from steer.report.view import arm_cells, metric_columns
+
+PICTURE, QUOTED, README = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "README.md"
+VERDICT = ("specific", "trait_minus_plain", "trait_minus_random")
+NOTES = {"train": "steered here in training", "inference": "steered here at inference"}
+
+
+def quoted(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the section is made of: the first run without texts, values of single items and paths; of the others only the verdict."""
+    metrics = runs[0]
+    run = {key: metrics[key] for key in ("schema", "experiment", "started", "wall_seconds", "seed", "specificity")}
+    versions = {name: metrics["versions"][name] for name in ("torchsteer", "torch", "transformers") if name in metrics["versions"]}
+    trait = {key: value for key, value in metrics["trait"].items() if key != "auc_by_site"}
+    arms = [
+        {
+            "name": arm["name"],
+            "label": arm["label"],
+            "metrics": {name: {k: v for k, v in one.items() if k != "per_item"} for name, one in arm["metrics"].items()},
+        }
+        for arm in metrics["arms"]
+    ]
+    seeds = [{"seed": one["seed"], **{key: one["specificity"].get(key) for key in VERDICT}} for one in runs]
+    experiment = metrics["config"]["experiment"]
+    return {
+        **run,
+        "model": metrics["model"]["name"],
+        "versions": versions,
+        "trait": trait,
+        "arms": arms,
+        "seeds": seeds,
+        "config": experiment,
+    }
+
+
+def section(demo: dict[str, Any]) -> str:
+    """The demo's findings in markdown."""
+    trait, arms = demo["trait"], demo["arms"]
+    columns = metric_columns(arms)
+    cells = {key: arm_cells(arms, key) for key in columns}
+    head = ["arm", *(f"{words.name.lower()}, {words.unit} ({words.reading})" for words in columns.values())]
+    rows = [
+        [arm["label"], *(f"{cell.change} {cell.ci}" if (cell := cells[key][i]) else "not measured" for key in columns)]
+        for i, arm in enumerate(arms)
+    ]
+    items = " and ".join(sorted({str(one["n"]) for arm in arms for one in arm["metrics"].values()}, key=int))
+    versions = ", ".join(f"{name} {version}" for name, version in demo["versions"].items())
+    auc, norm, dose = number(trait["auc_heldout"], digits=2), number(trait["vector_norm"]), number(trait["relative_dose"])
+    return "\n\n".join(
+        [
+            f"`{demo['model']}`, trait *{trait['name']}* ({trait['description']}), direction by `{trait['method']}` at `{trait['site']}`: "
+            f"held-out AUC {auc}, length {norm}, relative dose {dose}. Seed {demo['seed']}, {items} held-out items, "
+            f"{duration(demo['wall_seconds'])} in all ({versions}). Change by fine-tuning, with 95 % confidence intervals over items:",
+            markdown(head, rows),
+            f"> {demo['specificity']['statement']}",
+            *([_other_seeds(demo["seeds"])] if len(demo["seeds"]) > 1 else []),
+        ]
+    )
+
+
+def _other_seeds(seeds: list[dict[str, Any]]) -> str:
+    def listed(key: str) -> str:
+        return ", ".join(number(one[key], signed=True, digits=2) for one in seeds)
+
+    count = sum(one["specific"] is True for one in seeds)
+    return (
+        f"With the seeds {', '.join(str(one['seed']) for one in seeds)} the behaviour gap of the arm steered along the trait differed from "
+        f"that of plain fine-tuning by {listed('trait_minus_plain')}, and from that of the random direction by "
+        f"{listed('trait_minus_random')} nat/token; {count} of the {len(seeds)} runs call it specific."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="output folder of steer train; further ones with other seeds")
+    parser.add_argument("--site", help="the tracked site to draw (default: the last one that is not steered)")
+    options = parser.parse_args()
+    runs = [read_run(folder) for folder in options.run]
+    metrics = runs[0]
+    if any({**one["config"], "seed": 0} != {**metrics["config"], "seed": 0} for one in runs):
+        raise SystemExit("these runs differ in more than their seed")
+    trait = metrics["trait"]
+    tracked = metrics["config"]["experiment"]["drift"]["sites"]
+    site = options.site or next((site for site in reversed(tracked) if site != trait["site"]), tracked[-1])
+    labels = {arm["name"]: arm["label"] for arm in metrics["arms"]}
+    steered = {arm["name"]: NOTES.get(arm["steer"]["when"], "") for arm in metrics["arms"] if arm["steer"].get("site") == site}
+    drift_figure(drift_records(options.run[0], metrics), PICTURE, direction=trait["name"], site=site, labels=labels, notes=steered)
+    demo = quoted(runs)
+    QUOTED.write_text(json.dumps(demo, indent=1) + "\n", encoding="utf-8")
+    README.write_text(between(README.read_text(encoding="utf-8"), "demo", section(demo)), encoding="utf-8")
+    for path in (PICTURE, QUOTED, README):
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

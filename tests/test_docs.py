@@ -1,0 +1,250 @@
+"""The documentation is true: its code runs, its tables and numbers are up to date, its links lead somewhere, every error is in it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from callback_helpers import vector
+from drift.drift_helpers import direction, prompts
+from experiment.results_helpers import PLAIN, TRAIT, collect, directions
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from tiny_tokenizer import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import steer
+from steer.drift import DriftTracker
+from steer.drift.store import COLUMNS
+from steer.experiment.results import to_json
+from steer.files import load_artifact
+from steer.intervene.scope import KINDS
+from steer.model.site import LAYER_PARTS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def code_lines(block: str) -> int:
+    return sum(bool(line.strip()) for line in block.splitlines())
+
+
+# ---- code
+
+
+@pytest.fixture
+def deep() -> LlamaForCausalLM:
+    """Tiny, but with as many blocks as the embedded model, so that its sites can be named."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != README and blocks(page)], ids=lambda page: page.name)
+def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks run one after the other, with the names that its text takes for granted."""
+    monkeypatch.chdir(tmp_path)
+
+    def train_one_step() -> None:
+        ids = torch.tensor([[9, 8, 7, 6]])
+        deep.train()(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for parameter in deep.parameters():
+                parameter -= 0.01 * parameter.grad
+
+    given: dict[str, Any] = {
+        "model": deep,
+        "tokenizer": tiny_tokenizer(),
+        "vector": vector(),
+        "direction": direction(),
+        "prompts": prompts(4),
+    }
+    names = {**given, "train_one_step": train_one_step}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_examples_of_the_readme_are_short() -> None:
+    generation, training = blocks(README)
+    assert code_lines(generation) <= 10 and code_lines(training) <= 15
+
+
+@pytest.mark.real
+def test_the_examples_of_the_readme_run(
+    smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    generation, training = blocks(README)
+    exec(compile(generation, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
+    plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
+    assert "boil an egg" in said and plain not in said, "the plan changed nothing"
+    assert names["plan"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
+    exec(compile(training, "README.md", "exec"), names)
+    assert names["trainer"].global_step == names["tracker"].last_step == 4
+    with steer.drift.DriftStore("drift.sqlite") as store:
+        assert sorted({one.step for one in store.records(mode="probe", kind="named")}) == [0, 2, 4]
+    assert "drift/gushing@layers.22.output/effect_sd" in capsys.readouterr().out
+
+
+# ---- tables and numbers
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    for path, text in script("make_tables").updated().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/make_tables.py"
+
+
+def test_the_demo_section_follows_from_its_measurement() -> None:
+    figures = script("make_figures")
+    demo, text = json.loads(figures.QUOTED.read_text()), README.read_text(encoding="utf-8")
+    assert script("make_tables").between(text, "demo", figures.section(demo)) == text, "run python docs/make_figures.py --run <folder>"
+    assert figures.PICTURE.is_file()
+
+
+def test_the_demo_was_measured_with_the_experiment_that_ships() -> None:
+    with initialize_config_module("steer.conf", version_base="1.3"):
+        shipped = OmegaConf.to_container(compose("train").experiment, resolve=True)
+    demo = json.loads(script("make_figures").QUOTED.read_text())
+    assert demo["config"] == shipped, "run the demo again, then docs/make_figures.py"
+
+
+def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synthetic_run: Path) -> None:
+    figures = script("make_figures")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    for name, path in {"ROOT": tmp_path, "README": readme, "QUOTED": tmp_path / "demo.json", "PICTURE": tmp_path / "drift.svg"}.items():
+        monkeypatch.setattr(figures, name, path)
+    monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(synthetic_run), str(synthetic_run)])
+    figures.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| plain |" in text and "Not tested" in text and "0 of the 2 runs" in text
+    assert "layers.1.output" in (tmp_path / "drift.svg").read_text() and str(tmp_path) not in (tmp_path / "demo.json").read_text()
+
+
+@pytest.fixture
+def synthetic_run(tmp_path: Path) -> Path:
+    """The folder of a run with two arms, made of the tests' own numbers."""
+    folder = tmp_path / "run"
+    tracker = DriftTracker({"loud": directions()["layers.1.output"]}, probe=prompts(4), controls=3, stream=False, store=folder / "a.sqlite")
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4))
+    with tracker.attached(model):
+        tracker.measure(0)
+    metrics = collect((PLAIN, 1.0), (TRAIT, 0.0))
+    metrics["config"]["experiment"]["drift"] = {"sites": ["layers.1.output"]}
+    run = {"started": "2031-04-05T10:11:12+00:00", "wall_seconds": 61.0, "versions": {"torch": "2.13.0"}, "model": {"name": "tiny"}}
+    (folder / "metrics.json").write_text(to_json(metrics | run | {"drift": {"stores": {"plain": "a.sqlite"}}}))
+    return folder
+
+
+# ---- completeness
+
+
+def error_names() -> set[str]:
+    for module in pkgutil.walk_packages(steer.__path__, "steer."):
+        if ".errors" in module.name or ".store" in module.name:
+            importlib.import_module(module.name)
+
+    def below(cls: type) -> Iterator[str]:
+        for sub in cls.__subclasses__():
+            yield from (sub.__name__, *below(sub))
+
+    return {name for name in below(steer.SteerError) if name[0] != "_"}
+
+
+def test_every_typed_error_has_a_section() -> None:
+    sections = re.findall(r"^## (\w+Error)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    assert set(sections) == error_names() and len(sections) == len(set(sections))
+
+
+def test_every_module_that_defines_an_error_is_known() -> None:
+    """`error_names` imports two kinds of module only."""
+    found = {
+        file.name for file in (ROOT / "steer").rglob("*.py") if re.search(r"^class \w+\((\w+Error|SteerError)", file.read_text(), re.M)
+    }
+    found |= {file.name for file in (ROOT / "callbacks").rglob("*.py") if re.search(r"^class \w+\(\w*Error", file.read_text(), re.M)}
+    assert found == {"errors.py", "store.py"}
+
+
+def test_the_manifest_and_the_store_are_described(tmp_path: Path, deep: LlamaForCausalLM) -> None:
+    text = (ROOT / "docs" / "files.md").read_text()
+    plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output"), fingerprint={"width": 32})
+    manifest, _ = load_artifact(plan.save(tmp_path / "plan"), "plan")
+    whole = json.loads((tmp_path / "plan" / "manifest.json").read_text())
+    for key in (*whole, *manifest["interventions"][0], *COLUMNS):
+        assert f"`{key}`" in text, key
+    kinds = {match for file in ROOT.glob("*/*.py") for match in re.findall(r'^    kind = "(\w+)"', file.read_text(), re.M)}
+    assert kinds and all(f"`{kind}`" in text for kind in kinds | {"plan", "directions"})
+
+
+def test_every_column_of_a_record_is_explained() -> None:
+    text = (ROOT / "docs" / "drift.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    assert explained == set(COLUMNS) - {"step", "mode", "direction", "site", "kind", "n", "mean", "sd"}
+
+
+def test_concepts_name_every_site_and_scope() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    assert all(f"`layers.<n>.{part}`" in text for part in LAYER_PARTS) and all(f"`{kind}`" in text for kind in KINDS)
+
+
+# ---- links, and what must not be there
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        place = (page.parent / file).resolve() if file else page
+        assert place.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(place), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "demo.json"], ids=lambda page: page.name)
+def test_no_path_of_a_machine_and_no_address_of_a_registry(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(work|tmp|root|home|Users)\b", text)
+    assert not re.search(r"pypi\.org|pythonhosted|download\.pytorch|huggingface\.co|--(extra-)?index-url", text)
+
+
+def test_pages_stay_readable() -> None:
+    for page in PAGES:
+        outside = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", page.read_text(encoding="utf-8"), flags=re.S)
+        long = [line for line in outside.splitlines() if len(line) > 150 and not line.startswith("|")]
+        assert not long, textwrap.shorten(f"{page.name}: {long[0]}", 200)
