@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from steer.intervene.operator import OPERATORS, Operator, Pick, slotted
@@ -17,14 +16,14 @@ class Add(Operator):
     """
 
     name = "add"
+    learnable = ("vector",)
 
     def __init__(self, vector: Tensor) -> None:
         vector = slotted(vector, 2, "steering vector")
         super().__init__({"vector": vector}, vector.shape[-1])
 
-    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
-        edit = (strength * pick("vector").unsqueeze(1)).to(h.dtype)
-        return h + edit if mask is None else torch.addcmul(h, mask, edit)
+    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        return (strength * pick("vector").unsqueeze(1)).to(h.dtype)
 
     def describe(self) -> str:
         return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

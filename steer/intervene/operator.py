@@ -5,10 +5,10 @@ A new one is a file with one registered subclass of `Operator`; plan files, the 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.errors import ConfigError, NonFiniteError
 from steer.registry import Registry
@@ -19,12 +19,16 @@ OPERATORS: Registry[type[Operator]] = Registry("operator")
 class Operator:
     """A pure, differentiable function of the activation, driven by tensors that may change between calls without recompilation.
 
+    A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
+
     Attributes:
         tensors: named fp32 tensors, the first dimension being row slots (1 when all rows share one).
         width: size of the activation's last dimension.
+        learnable: names of the tensors that `train` may turn into parameters.
     """
 
     name: ClassVar[str]
+    learnable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         self.tensors, self.width = tensors, width
@@ -32,19 +36,49 @@ class Operator:
         for name, tensor in tensors.items():
             check_finite(tensor, f"{name} of operator '{type(self).name}'")
 
-    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
-        """Edits an activation, in its own dtype.
+    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        """The change of an activation at full mask, in the dtype of h, [batch, tokens, width] or what broadcasts to it.
 
         Args:
             h: [batch, tokens, width].
-            strength: [batch or 1, 1, 1] fp32; 0 leaves h exactly as it is.
-            mask: [batch, tokens, 1] of 0 and 1 in the dtype of h, 0 leaves a token exactly as it is; None for every token.
+            strength: [batch or 1, 1, 1] fp32; the change is exactly 0 where it is 0.
             pick: gives a named tensor for this batch, [batch or 1, ...].
         """
         raise NotImplementedError
 
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+        """The edited activation, in its own dtype.
+
+        Args:
+            h, strength, pick: as in `delta`; strength 0 leaves h exactly as it is.
+            mask: [batch, tokens, 1] from 0 to 1 in the dtype of h, None for 1 everywhere. 0 leaves a token exactly as it is; values in
+                between, from soft gates and decay, add that share of the change.
+        """
+        change = self.delta(h, strength, pick)
+        return h + change if mask is None else torch.addcmul(h, mask, change)
+
+    def train(self) -> Self:
+        """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
+        if not self.learnable:
+            raise ConfigError(
+                f"operator '{self.name}' has nothing to learn",
+                expected=", ".join(sorted(name for name in OPERATORS if OPERATORS.get(name).learnable)),
+                found=self.name,
+                remedy="train one of those, or extract the vectors of this one",
+            )
+        self.tensors = {name: nn.Parameter(one) if name in self.learnable else one for name, one in self.tensors.items()}
+        return self
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that are being learned, by name."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
+
     def to(self, device: torch.device) -> None:
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        """Moves every tensor; parameters stay the objects that the optimiser knows."""
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(device)
+        self.tensors = {name: one if isinstance(one, nn.Parameter) else one.to(device) for name, one in self.tensors.items()}
 
     def describe(self) -> str:
         """One phrase for `Plan.explain()`."""
