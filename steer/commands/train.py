@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, get_peft_model
@@ -23,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from steer.callbacks import DriftCallback, SteeringCallback
+from steer.commands.config import dtype_named
 from steer.commands.info import versions
 from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.drift.tracker import DriftTracker
@@ -52,7 +52,7 @@ class Run:
         self.console = Console()
         self.arms = read_arms(OmegaConf.to_container(self.experiment.arms))
         self.say("model", f"loading {config.model.name}")
-        self.model, self.tokenizer = load(config.model.name, dtype=getattr(torch, config.model.dtype))
+        self.model, self.tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
         self.pad = pad_id(self.tokenizer)
         self.fingerprint = Anatomy.find(self.model).fingerprint()
         data = load_dataset(self.experiment.data)
