@@ -46,7 +46,12 @@ class TrainerRun(TrainerCallback):
             AttachError: it belongs to a trainer already.
         """
         if self._trainer is not None:
-            raise AttachError("this callback is attached to a trainer already", remedy="make a new one for each trainer")
+            raise AttachError(
+                "this callback is attached to a trainer already",
+                expected="a callback that is new",
+                found=f"one of a {type(self._trainer).__name__}",
+                remedy="make a new one for each trainer",
+            )
         self._trainer, callbacks = trainer, trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
@@ -100,6 +105,8 @@ class TrainerRun(TrainerCallback):
         if not self._inside:
             raise AttachError(
                 f"{type(self).__name__} does not know its trainer",
+                expected="a call of attach(trainer) before trainer.train()",
+                found="no attach so far" if self._trainer is None else "a training that its own trainer.train() did not start",
                 remedy=f"leave it out of callbacks=[...] and call {type(self).__name__}(...).attach(trainer)",
             )
         if args.n_gpu > 1:

@@ -23,7 +23,8 @@ from steer.model.context import PHASES
 def every(steps: int) -> int:
     """Checks an interval of optimiser steps."""
     if steps < 1:
-        raise ConfigError("every_n_steps is too small", expected=">= 1", found=steps)
+        remedy = "pass every_n_steps=1 to measure after every step, a larger number to measure less often"
+        raise ConfigError("every_n_steps is too small", expected=">= 1", found=steps, remedy=remedy)
     return steps
 
 
@@ -40,7 +41,10 @@ class SteeringRun:
         self.schedule = None if schedule is None else schedules.from_dict(schedule)
         self.phases = (phases,) if isinstance(phases, str) else tuple(phases)
         if not self.phases or not set(self.phases) <= set(PHASES):
-            raise ConfigError("unknown or missing phase", expected=f"some of {', '.join(PHASES)}", found=self.phases)
+            remedy = f"name the phases in which the plan acts, e.g. phases=('{PHASES[0]}',)"
+            raise ConfigError(
+                "unknown or missing phase", expected=f"some of {', '.join(PHASES)}", found=self.phases or "none", remedy=remedy
+            )
         self.names = [one.name for one in plan.interventions]
         self.name = ",".join(self.names)  # what tells this plan from another one in the same run
         self.hint, self.ranks = ResponseHint(), Ranks()
@@ -207,8 +211,9 @@ class DriftRun:
             return False
         if step > 0 and tracker.store is not None and Path(tracker.store).exists():
             raise ConfigError(
-                f"the checkpoint of step {step} holds no drift state, though there are records in {tracker.store}",
-                expected="a checkpoint saved with this callback; the baseline of those records is in it",
+                f"the checkpoint of step {step} holds no drift state",
+                expected="a checkpoint saved with this callback, which holds the baseline of the records",
+                found=f"records of an earlier run in {tracker.store}, and no baseline to go on from",
                 remedy="resume from another checkpoint, or give the tracker a new store to begin a new series",
             )
         if step > 0:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "'steer --help' says what each of them does"
-            raise ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), remedy=remedy)
+            raise ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), found=command, remedy=remedy)
         _run(command, arguments[1:])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -81,7 +81,14 @@ def _run(command: str, overrides: list[str]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            failed.append(StorageFullError(f"no room to write {error.filename or 'the output'}", remedy="free some space and run it again"))
+            failed.append(
+                StorageFullError(
+                    f"no room to write {error.filename or 'the output'}",
+                    expected="free space on the disk, and in your quota on it",
+                    found=str(error),
+                    remedy="free some space and run it again",
+                )
+            )
 
     before = sys.argv
     sys.argv = [f"steer {command}", *overrides]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class SteerError(Exception):
     """Base of every error that `steer` raises on purpose.
@@ -13,10 +16,14 @@ class SteerError(Exception):
         remedy: what the reader can do about it.
     """
 
-    def __init__(self, what: str, *, expected: object = None, found: object = None, remedy: str | None = None) -> None:
+    def __init__(self, what: str, *, expected: object, found: object, remedy: str) -> None:
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
-        parts = {"expected": expected, "found": found, "remedy": remedy}
-        super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts.items() if value is not None)]))
+        super().__init__(f"{what}\n  expected: {expected}\n  found: {found}\n  remedy: {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Python's own way to copy and pickle an exception calls its class with the message alone."""
+        make = partial(type(self), self.what, expected=self.expected, found=self.found, remedy=self.remedy)
+        return make, (), vars(self) | ({"errno": self.errno} if isinstance(self, OSError) else {})
 
 
 class SiteError(SteerError, ValueError):

@@ -31,6 +31,7 @@ SCHEMA = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
 _RESERVED = ("schema", "kind", "library", "sha256")
 _METADATA_KEY = "steer"
+_AGAIN = "restore it from a backup, or make it and save it again"
 
 
 def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
@@ -51,7 +52,8 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
     path = Path(path)
     taken = [key for key in _RESERVED if key in manifest]
     if taken:
-        raise ConfigError(f"manifest key '{taken[0]}' is reserved", expected=f"keys other than {', '.join(_RESERVED)}")
+        expected = f"keys other than {', '.join(_RESERVED)}"
+        raise ConfigError(f"manifest key '{taken[0]}' is reserved", expected=expected, found=taken, remedy="give it another name")
     _check_json(manifest, "manifest")
     # a copy each: safetensors refuses tensors that share memory, and a view would drag its whole storage along
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -59,7 +61,8 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
     full = {"schema": SCHEMA, "kind": kind, "library": __version__, "sha256": tensor_hash(plain), **manifest}
     if path.suffix == ".safetensors":
         if path.is_dir():
-            raise WrongKindError(f"{path} is a folder", expected="a file, or no such path yet")
+            wanted, remedy = "a file, or no such path yet", "save to another path, or move the folder away"
+            raise WrongKindError(f"{path} is a folder", expected=wanted, found=contents(path), remedy=remedy)
         return atomic_write(path, safetensors.torch.save(plain, {"format": "pt", _METADATA_KEY: json.dumps(full)}))
     parts = {TENSORS: safetensors.torch.save(plain, {"format": "pt"}), MANIFEST: json.dumps(full, indent=2).encode() + b"\n"}
     return _swap_folder(path, parts)
@@ -81,26 +84,33 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     path = Path(path)
     place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
     if not place.exists():
-        raise FileError(f"no file or folder {path}", expected=f"a '{kind}' saved by steer", remedy="check the path")
+        raise FileError(f"no file or folder {path}", expected=f"a '{kind}' saved by steer", found="nothing there", remedy="check the path")
     try:
         if place.is_dir():
             full = _read_manifest(place / MANIFEST)
             _check_header(full, kind, path)
             if not (place / TENSORS).exists():
-                raise DamagedFileError(f"{path} lacks {TENSORS}", expected=f"{MANIFEST} and {TENSORS}", found=sorted(os.listdir(place)))
+                wanted = f"{MANIFEST} and {TENSORS}"
+                raise DamagedFileError(f"{path} lacks {TENSORS}", expected=wanted, found=contents(place), remedy=_AGAIN)
             tensors, _ = read_safetensors(place / TENSORS)
         else:
             tensors, metadata = read_safetensors(place)
             if _METADATA_KEY not in metadata:
-                found = f"plain safetensors with {_some(tensors)}"
-                raise WrongKindError(f"{path} was not written by steer", expected=f"a '{kind}' saved by steer", found=found)
+                raise WrongKindError(
+                    f"{path} was not written by steer",
+                    expected=f"a '{kind}' saved by steer",
+                    found=f"plain safetensors with {_some(tensors) or 'no tensors'}",
+                    remedy=f"read its tensors with steer.files.read_safetensors, and make and save the {kind} with them",
+                )
             full = _parse(metadata[_METADATA_KEY], path)
             _check_header(full, kind, path)
     except OSError as error:
-        raise FileError(f"cannot read {path}", found=error.strerror) from error
+        wanted, remedy = "a file that can be read", "check its permissions and the disk"
+        raise FileError(f"cannot read {path}", expected=wanted, found=str(error), remedy=remedy) from error
     digest = tensor_hash(tensors)
     if full.get("sha256") != digest:
-        raise DamagedFileError(f"the tensors of {path} were altered", expected=f"sha256 {full.get('sha256')}", found=digest)
+        wanted = f"sha256 {full.get('sha256')}"
+        raise DamagedFileError(f"the tensors of {path} were altered", expected=wanted, found=f"sha256 {digest}", remedy=_AGAIN)
     _check_finite(tensors, path)
     return {key: value for key, value in full.items() if key not in _RESERVED}, tensors
 
@@ -117,13 +127,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise UnsafeFileError(
             f"{path} is a pickle, which can run any code when it is opened",
             expected="safetensors",
+            found="a pickle stream" if pickled else "a zip archive, as torch.save writes it",
             remedy="convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file",
         )
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        raise DamagedFileError(f"{path} is truncated or not safetensors", found=f"{path.stat().st_size} bytes; {error}") from error
+        found = f"{path.stat().st_size} bytes; {error}"
+        wanted = "a whole safetensors file"
+        raise DamagedFileError(f"{path} is truncated or not safetensors", expected=wanted, found=found, remedy=_AGAIN) from error
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> Path:
@@ -177,7 +190,7 @@ def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
             raise WrongKindError(
                 f"{path} holds other things, which a save would delete",
                 expected=f"a new path, or a folder with nothing but {MANIFEST} and {TENSORS}",
-                found=_some(os.listdir(path)) if path.is_dir() else "a file",
+                found=contents(path),
                 remedy="save to another path",
             )
         try:
@@ -238,7 +251,8 @@ def storage_errors(path: Path, wanted: int) -> Iterator[None]:
             )
             full.errno = error.errno
             raise full from error
-        raise FileError(f"cannot write {path}", found=f"{error.strerror}: {error.filename}") from error
+        expected, remedy = "a place that can be written to", "check the path and its permissions, or write to another place"
+        raise FileError(f"cannot write {path}", expected=expected, found=str(error), remedy=remedy) from error
 
 
 def _nearest(path: Path) -> Path:
@@ -247,7 +261,8 @@ def _nearest(path: Path) -> Path:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise DamagedFileError(f"{path.parent} lacks {MANIFEST}", found=sorted(os.listdir(path.parent)))
+        wanted, found = f"{MANIFEST} and {TENSORS}", contents(path.parent)
+        raise DamagedFileError(f"{path.parent} lacks {MANIFEST}", expected=wanted, found=found, remedy=f"check the path, or {_AGAIN}")
     return _parse(path.read_bytes(), path)
 
 
@@ -255,22 +270,26 @@ def _parse(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         full = json.loads(text)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DamagedFileError(f"the manifest of {path} is broken", found=str(error)) from error
+        wanted = "a JSON object"
+        raise DamagedFileError(f"the manifest of {path} is broken", expected=wanted, found=str(error), remedy=_AGAIN) from error
     if not isinstance(full, dict):
-        raise DamagedFileError(f"the manifest of {path} is broken", expected="a JSON object", found=type(full).__name__)
+        found = type(full).__name__
+        raise DamagedFileError(f"the manifest of {path} is broken", expected="a JSON object", found=found, remedy=_AGAIN)
     return full
 
 
 def _check_header(full: dict[str, Any], kind: str, path: Path) -> None:
     schema = full.get("schema")
     if type(schema) is not int:
-        raise DamagedFileError(f"the manifest of {path} is broken", expected="a schema number", found=schema)
+        found = f"schema {schema!r}"
+        raise DamagedFileError(f"the manifest of {path} is broken", expected="a whole number as schema", found=found, remedy=_AGAIN)
     if schema > SCHEMA:
         raise WrongKindError(
             f"{path} is of a newer schema", expected=f"at most {SCHEMA}", found=schema, remedy=f"upgrade torchsteer (here: {__version__})"
         )
     if full.get("kind") != kind:
-        raise WrongKindError(f"{path} is of another kind", expected=kind, found=full.get("kind"))
+        remedy = f"give the path of a saved '{kind}', or load this one as what it is"
+        raise WrongKindError(f"{path} is of another kind", expected=kind, found=full.get("kind", "no kind"), remedy=remedy)
 
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
@@ -281,7 +300,8 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
         bad = int((~torch.isfinite(wide)).sum())
         if bad:
             found = f"{bad} of {tensor.numel()} are NaN or infinite"
-            raise NonFiniteError(f"tensor '{name}' of {path}", expected="finite numbers", found=found)
+            remedy = "make it again with finite numbers; overflow in half precision and division by zero are the usual causes"
+            raise NonFiniteError(f"tensor '{name}' of {path} is not finite", expected="finite numbers", found=found, remedy=remedy)
 
 
 def _check_json(value: object, where: str) -> None:
@@ -289,16 +309,26 @@ def _check_json(value: object, where: str) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"key {key!r} of {where}", expected="a string", found=type(key).__name__)
+                found, remedy = type(key).__name__, f"write it as {str(key)!r}"
+                raise ConfigError(f"key {key!r} of {where} is no string", expected="a string", found=found, remedy=remedy)
             _check_json(inner, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             _check_json(inner, f"{where}[{index}]")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise NonFiniteError(where, expected="a finite number", found=value)
+            remedy = "leave it out, or store None in its place"
+            raise NonFiniteError(f"{where} is not finite", expected="a finite number", found=value, remedy=remedy)
     elif not (value is None or isinstance(value, str | int)):
-        raise ConfigError(where, expected="a JSON value (text, number, boolean, list, dict or None)", found=type(value).__name__)
+        expected, remedy = "a JSON value (text, number, boolean, list, dict or None)", "convert it, e.g. with .tolist() or str()"
+        raise ConfigError(f"{where} is no JSON value", expected=expected, found=type(value).__name__, remedy=remedy)
+
+
+def contents(folder: Path) -> str:
+    """What stands in a folder, in few words, for an error."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    return _some(os.listdir(folder)) or "an empty folder"
 
 
 def _some(names: Any) -> str:

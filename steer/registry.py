@@ -23,7 +23,12 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         def add(entry: T) -> T:
             if name in self._entries:
-                raise ConfigError(f"{self.kind} '{name}' is registered twice", remedy="give one of the two another name")
+                raise ConfigError(
+                    f"{self.kind} '{name}' is registered twice",
+                    expected="a name that is not taken",
+                    found=f"{self._entries[name]!r} under it",
+                    remedy="give one of the two another name",
+                )
             self._entries[name] = entry
             return entry
 
@@ -36,7 +41,8 @@ class Registry(Generic[T]):
             raise ConfigError(
                 f"unknown {self.kind} '{name}'",
                 expected=f"one of {', '.join(sorted(self._entries))}",
-                remedy=f"did you mean '{near[0]}'?" if near else None,
+                found=name,
+                remedy=f"did you mean '{near[0]}'?" if near else "choose one of these, or import the file that registers it",
             )
         return self._entries[name]
 

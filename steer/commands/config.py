@@ -81,7 +81,8 @@ def config_error(command: str, error: Exception) -> ConfigError:
         key = said.rpartition(": ")[2]
         return ConfigError(f"'steer {command}' needs the key '{key}'", expected=f"{key}=...", found="nothing", remedy=_listed(command))
     if (named := re.search(r"[Cc]ould not override '([^']+)'", said)) is None:
-        return ConfigError(f"the configuration of 'steer {command}' is wrong", found=said, remedy=_listed(command))
+        wanted = "known keys, each with a value that can be read"
+        return ConfigError(f"the configuration of 'steer {command}' is wrong", expected=wanted, found=said, remedy=_listed(command))
     near = _near(named[1], command)
     return ConfigError(
         f"'steer {command}' has no key '{named[1]}'",

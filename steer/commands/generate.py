@@ -18,6 +18,7 @@ from steer.errors import ConfigError, DamagedFileError, WrongKindError
 from steer.experiment.arms import read_arms
 from steer.experiment.complete import complete
 from steer.experiment.results import SCHEMA
+from steer.files import contents
 from steer.intervene import Plan
 from steer.model.load import load
 
@@ -33,17 +34,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"'{folder}' is no finished run",
             expected="the output folder of `steer train`, with metrics.json in it",
-            found=sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else "no such folder",
+            found=contents(folder),
             remedy="give the folder that `steer train` printed as its last line, without the name of the report",
         )
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         schema = metrics["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=repr(error)) from error
+        remedy = "restore it from a backup, or run the experiment again"
+        expected = "the JSON that `steer train` wrote"
+        raise DamagedFileError(f"'{file}' is damaged", expected=expected, found=repr(error), remedy=remedy) from error
     if schema != SCHEMA:
         remedy = "read it with the library version that wrote it"
-        raise WrongKindError(f"'{file}' is of another schema", expected=SCHEMA, found=schema, remedy=remedy)
+        raise WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
     return metrics
 
 
@@ -61,7 +64,12 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
     config = read_run(folder)["config"]
     arms = read_arms(config["experiment"]["arms"])
     if unknown := set(names or ()) - {arm.name for arm in arms}:
-        raise ConfigError(f"no arm is called {', '.join(sorted(unknown))}", expected=[arm.name for arm in arms], found=names)
+        raise ConfigError(
+            f"no arm is called {', '.join(sorted(unknown))}",
+            expected=f"some of {', '.join(arm.name for arm in arms)}",
+            found=names,
+            remedy="name arms of this run in arms=[...], or leave it out to see all of them",
+        )
     prompts = prompts or config["experiment"]["completions"]["prompts"]
     model, tokenizer = load(config["model"]["name"], dtype=dtype_named(config["model"]["dtype"]))
     said = {"base": complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)}
@@ -81,8 +89,12 @@ def _adapter(folder: Path, arm: str) -> Path:
     adapter = folder / "adapters" / arm
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            remedy = "run the experiment again, or leave that arm out with arms=[...]"
-            raise DamagedFileError(f"the run in '{folder}' lacks the adapter of '{arm}'", expected=str(adapter / name), remedy=remedy)
+            raise DamagedFileError(
+                f"the run in '{folder}' lacks the adapter of '{arm}'",
+                expected=str(adapter / name),
+                found=contents(adapter),
+                remedy="run the experiment again, or leave that arm out with arms=[...]",
+            )
     return adapter
 
 

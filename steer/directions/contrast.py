@@ -32,12 +32,23 @@ class ContrastSet:
                 "contrast set is empty on one side",
                 expected="at least two texts on each side",
                 found=f"{len(self.positive)} positive, {len(self.negative)} negative",
+                remedy="give texts for both sides: a direction is the difference between them",
             )
         if self.paired and len(self.positive) != len(self.negative):
-            raise ContrastError("pairs do not match", found=f"{len(self.positive)} positive, {len(self.negative)} negative")
+            raise ContrastError(
+                "pairs do not match",
+                expected="a positive and a negative text for every prompt",
+                found=f"{len(self.positive)} positive, {len(self.negative)} negative",
+                remedy="add the missing texts, or pass paired=False when the two sides answer different prompts",
+            )
         if set(self.positive) & set(self.negative):
             same = next(i for i, row in enumerate(self.positive) if row in set(self.negative))
-            raise ContrastError("a text is on both sides of the contrast", found=f"positive text {same}", remedy="remove it from one side")
+            raise ContrastError(
+                "a text is on both sides of the contrast",
+                expected="every text on one side only",
+                found=f"positive text {same}, which is a negative one too",
+                remedy="remove it from one side",
+            )
 
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
@@ -59,8 +70,12 @@ class ContrastSet:
             order = torch.randperm(n, generator=generator).tolist()
             held = round(n * holdout)
             if held < 2 or n - held < 2:
+                change = f"{'raise' if held < 2 else 'lower'} holdout, which is {holdout}"
                 raise ContrastError(
-                    "too few texts to hold some out", expected=f"at least 2 of {n} on either part", found=f"{held} held out"
+                    "too few texts to hold some out",
+                    expected="at least 2 in either part",
+                    found=f"{n - held} of {n} to learn from, {held} held out",
+                    remedy="give at least 4 texts a side" if n < 4 else f"{change}, or give more texts",
                 )
             return sorted(order[held:]), sorted(order[:held])
 

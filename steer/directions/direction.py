@@ -34,11 +34,19 @@ class Direction:
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1:
-            raise WidthError(f"direction at '{self.site}' is not a vector", expected="[width]", found=list(self.vector.shape))
+            raise WidthError(
+                f"direction at '{self.site}' is not a vector",
+                expected="the shape [width]",
+                found=list(self.vector.shape),
+                remedy="make one Direction of each row",
+            )
         check_finite(self.vector, f"direction at '{self.site}'")
         if float(self.vector.norm()) == 0:
             raise ConfigError(
-                f"direction at '{self.site}' is zero", remedy="the two classes have the same mean here: choose another site or span"
+                f"direction at '{self.site}' is zero",
+                expected="a vector with a length",
+                found=f"|v| = 0 over {len(self.vector)} entries",
+                remedy="the two classes have the same mean here: choose another site or span",
             )
 
     @property
@@ -68,7 +76,12 @@ class Directions(Mapping[Site, Direction]):
         try:
             return self.entries[Site.parse(site)]
         except KeyError:
-            raise SiteError(f"'{self.name}' was not read at '{site}'", found=[str(known) for known in self.entries]) from None
+            raise SiteError(
+                f"'{self.name}' was not read at '{site}'",
+                expected=f"one of {', '.join(map(str, self.entries))}",
+                found=str(site),
+                remedy="choose one of these, or name that site too when you extract",
+            ) from None
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.entries)
@@ -94,4 +107,9 @@ class Directions(Mapping[Site, Direction]):
             entries = [Direction(Site.parse(site), tensors[site], **spec) for site, spec in manifest["directions"].items()]
             return cls(entries, manifest["name"], manifest["provenance"])
         except (KeyError, TypeError) as error:
-            raise DamagedFileError(f"directions '{path}' lack a part", found=repr(error)) from error
+            raise DamagedFileError(
+                f"directions '{path}' lack a part",
+                expected="name and provenance, and for every site its tensor, method, span and metrics",
+                found=repr(error),
+                remedy="restore them from a backup, or extract and save them again",
+            ) from error

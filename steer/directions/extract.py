@@ -124,7 +124,12 @@ def _scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
     unit = raw / raw.norm()
     along = torch.dot(moments.gap, unit)
     if not bool(torch.isfinite(along)) or float(along.abs()) <= 1e-9 * moments.activation_norm:
-        raise ContrastError(f"the two classes do not differ at '{site}'", remedy="use another site or span, or texts that differ there")
+        raise ContrastError(
+            f"the two classes do not differ at '{site}'",
+            expected="class means that are apart",
+            found=f"a gap of {float(along.abs().nan_to_num()):.3g} beside activations of length {moments.activation_norm:.3g}",
+            remedy="use another site or span, or texts that differ there",
+        )
     return unit * along
 
 

@@ -51,7 +51,12 @@ class ProjectionMoments:
             weight: [tokens], bool or number.
         """
         if projections.dim() != 2 or projections.shape[1] != len(self.mean):
-            raise WidthError("wrong number of projections", expected=f"[tokens, {len(self.mean)}]", found=list(projections.shape))
+            raise WidthError(
+                "wrong number of projections",
+                expected=f"the shape [tokens, {len(self.mean)}]",
+                found=list(projections.shape),
+                remedy="give a column for each direction that this accumulator was made for",
+            )
         w = weight.to(self.n.dtype)[:, None]
         p = torch.where(w > 0, projections.to(self.n.dtype), 0)
         n = w.sum()
@@ -111,7 +116,12 @@ class ProjectionMoments:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises WidthError when the state is of another number of projections."""
         if state["mean"].shape != self.mean.shape:
-            raise WidthError("state of another accumulator", expected=f"{len(self.mean)} projections", found=list(state["mean"].shape))
+            raise WidthError(
+                "state of another accumulator",
+                expected=f"means of the shape {list(self.mean.shape)}",
+                found=list(state["mean"].shape),
+                remedy="track as many directions and controls as when the state was saved",
+            )
         for name, tensor in (("n", self.n), ("mean", self.mean), ("m2", self.m2)):
             tensor.copy_(state[name])
 

@@ -30,7 +30,8 @@ def sign_flip_p(differences: Tensor, *, draws: int = 9999, seed: int = 0) -> Ten
     """
     n = differences.shape[0]
     if n == 0:
-        raise ConfigError("a sign-flip test needs pairs", expected="at least one", found="none")
+        remedy = "give the difference of at least one prompt or item between the two states"
+        raise ConfigError("a sign-flip test needs pairs", expected="at least one", found="none", remedy=remedy)
     d = differences.detach().double().cpu()
     observed = d.sum(0).abs()
     # Equal sums come out different in the last digits when they are added up in another order, and must still count as equal.

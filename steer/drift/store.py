@@ -73,7 +73,12 @@ class DriftStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileError(f"there is no drift store at '{self.path}'", remedy="give the path of the file that the training run wrote")
+            raise FileError(
+                f"there is no drift store at '{self.path}'",
+                expected="the file of one",
+                found="a folder" if self.path.is_dir() else "nothing there",
+                remedy="give the path of the file that the training run wrote",
+            )
         self._db = self._connect()
         try:
             with self._errors():
@@ -90,7 +95,8 @@ class DriftStore:
     def _check_kind(self) -> None:
         findings = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
         if findings != ["ok"]:
-            raise DamagedFileError(f"drift store '{self.path}' is damaged", found="; ".join(findings), remedy=_DAMAGED)
+            whole = "a database that passes SQLite's quick check"
+            raise DamagedFileError(f"drift store '{self.path}' is damaged", expected=whole, found="; ".join(findings), remedy=_DAMAGED)
         application, schema = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         if application != APPLICATION or schema != SCHEMA:
             empty = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
@@ -113,19 +119,22 @@ class DriftStore:
                 free = shutil.disk_usage(self.path.parent).free
                 raise StorageFullError(
                     f"no room for the records in {where}",
+                    expected="room for one more measurement",
                     found=f"{free} bytes free on the device",
                     remedy="free some space and resume; every measurement before this one is in the file",
                 ) from error
             if code == "SQLITE_NOTADB" or code.startswith("SQLITE_CORRUPT"):
-                raise DamagedFileError(f"{where} is damaged or no database", found=str(error), remedy=_DAMAGED) from error
+                wanted = "a whole SQLite database"
+                raise DamagedFileError(f"{where} is damaged or no database", expected=wanted, found=str(error), remedy=_DAMAGED) from error
             if code in ("SQLITE_BUSY", "SQLITE_LOCKED"):
-                remedy = "wait until that process is done, or read a copy"
-                raise StoreInUseError(f"{where} is held by another process", found=str(error), remedy=remedy) from error
+                wanted, remedy = "a file that nobody else has locked", "wait until that process is done, or read a copy"
+                raise StoreInUseError(f"{where} is held by another process", expected=wanted, found=str(error), remedy=remedy) from error
             if code.startswith("SQLITE_CONSTRAINT"):
+                wanted = "new records of directions that are tracked"
                 remedy = "record every tracked direction once per step, and no other"
-                raise ConfigError(f"{where} refuses the records", found=str(error), remedy=remedy) from error
-            remedy = "check the path and its permissions"
-            raise FileError(f"{where} cannot be used", found=f"{code} {error}".strip(), remedy=remedy) from error
+                raise ConfigError(f"{where} refuses the records", expected=wanted, found=str(error), remedy=remedy) from error
+            wanted, remedy = "a file that can be read and written", "check the path and its permissions"
+            raise FileError(f"{where} cannot be used", expected=wanted, found=f"{code} {error}".strip(), remedy=remedy) from error
 
     def close(self) -> None:
         self._db.close()
@@ -237,6 +246,7 @@ class DriftWriter(DriftStore):
                 raise StoreInUseError(
                     f"drift store '{self.path}' already has a writer",
                     expected="one writing process, the main rank",
+                    found=f"another one that holds {self.path}.lock",
                     remedy="give every run its own store, and read with DriftStore",
                 ) from error
         return lock
@@ -292,10 +302,19 @@ class DriftWriter(DriftStore):
         """
         for record in records:
             if record.step <= self.from_step:
-                expected = f"a step after {self.from_step}, where this attempt began"
-                raise ConfigError(f"step {record.step} is already covered", expected=expected, remedy="measure from the next step on")
+                raise ConfigError(
+                    f"step {record.step} is already covered",
+                    expected=f"a step after {self.from_step}, where this attempt began",
+                    found=f"step {record.step}",
+                    remedy=f"measure from step {self.from_step + 1} on",
+                )
             if record.mode not in MODES or record.kind not in KINDS:
-                raise ConfigError("unknown mode or kind of a record", expected=f"{MODES}, {KINDS}", found=(record.mode, record.kind))
+                raise ConfigError(
+                    "unknown mode or kind of a record",
+                    expected=f"mode {' or '.join(MODES)}, kind {' or '.join(KINDS)}",
+                    found=f"mode {record.mode}, kind {record.kind}",
+                    remedy="make the record with one of these",
+                )
         insert = f"INSERT INTO records (attempt, {', '.join(COLUMNS)}) VALUES (?{', ?' * len(COLUMNS)})"
         with self._errors(), self._transaction():
             self._db.executemany(insert, [(self.attempt, *astuple(record)) for record in records])

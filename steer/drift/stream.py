@@ -41,6 +41,7 @@ class StreamReader:
             raise ContextError(
                 f"the tracker at '{self.watch.site}' cannot tell the response in this training pass",
                 expected="labels, or an announced response mask",
+                found="neither of them",
                 remedy="pass labels=..., wrap the call in `with steer.response_tokens(model, mask):`, or track with stream=False",
             )
         mask = (ctx.labelled if ctx.attention is True else ctx.labelled & ctx.attention).to(h.device)

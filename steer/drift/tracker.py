@@ -78,8 +78,9 @@ class DriftTracker:
         if len(self.probe) == 1 or (not self.probe and not stream):
             raise ConfigError(
                 "the tracker has nothing to measure on",
-                expected="at least two probe prompts, or stream=True",
+                expected="two or more probe prompts, or none of them and stream=True",
                 found=f"{len(self.probe)} probe prompts, stream={stream}",
+                remedy="pass more prompts in probe=[...], or leave it out and pass stream=True",
             )
         self.readers = {site: StreamReader(watch) for site, watch in self.watches.items()} if stream else {}
         self.baseline: dict[str, Tensor] = {}  # site -> [prompts, width] fp32
@@ -107,7 +108,12 @@ class DriftTracker:
             AttachError: it is attached already. SiteError, WidthError: the directions do not fit the model.
         """
         if self._model is not None:
-            raise AttachError("this tracker is attached already", remedy="detach it first")
+            raise AttachError(
+                "this tracker is attached already",
+                expected="a tracker that is not",
+                found=f"one on a {type(self._model).__name__}",
+                remedy="call tracker.detach() first, or make another tracker",
+            )
         sites = list(self.watches)
         anatomy, points = resolve(model, sites)
         for site, point in zip(sites, points, strict=True):
@@ -128,8 +134,7 @@ class DriftTracker:
 
     def detach(self) -> None:
         """Takes the hooks off and closes the store; what was measured stays. Raises AttachError when it is not attached."""
-        if self._model is None:
-            raise AttachError("this tracker is not attached", remedy="call tracker.attach(model) first")
+        self._attached_model()
         self._model = None
         if self._remove is not None:
             self._remove()
@@ -146,6 +151,16 @@ class DriftTracker:
             yield self
         finally:
             self.detach()
+
+    def _attached_model(self) -> nn.Module:
+        if self._model is None:
+            raise AttachError(
+                "this tracker is not attached",
+                expected="a tracker that is on a model",
+                found="one that is on none",
+                remedy="call tracker.attach(model) first",
+            )
+        return self._model
 
     # ---- measuring
 
@@ -165,13 +180,15 @@ class DriftTracker:
             AttachError: not attached. ConfigError: the step was measured before. NonFiniteError: the model's activations are not finite.
             FileError and what derives from it: the store cannot be written.
         """
-        if self._model is None:
-            raise AttachError("this tracker is not attached", remedy="call tracker.attach(model) first")
+        model = self._attached_model()
         if step <= self.last_step:
             raise ConfigError(
-                f"step {step} was measured before", expected=f"a step after {self.last_step}", remedy="skip steps up to tracker.last_step"
+                "this step was measured before",
+                expected=f"a step after {self.last_step}",
+                found=f"step {step}",
+                remedy="skip steps up to tracker.last_step",
             )
-        records = self._run_probe(self._model, step)
+        records = self._run_probe(model, step)
         for reader in self.readers.values():
             records += reader.close_window(step, self._reduce)
         if self.store is not None and self._main:
@@ -233,10 +250,12 @@ class DriftTracker:
         Raises:
             ConfigError: the state belongs to other directions, controls or prompts.
         """
-        if not torch.equal(state["digest"].cpu(), self._digest()):
+        own, saved = (bytes(digest.tolist()).hex() for digest in (self._digest(), state["digest"]))
+        if own != saved:
             raise ConfigError(
                 "this state belongs to another tracker",
-                expected="the same directions, sites, controls, seed, probe prompts and span",
+                expected=f"the same directions, sites, controls, seed, probe prompts and span, with the digest {own[:16]}",
+                found=f"the digest {saved[:16]}",
                 remedy="build the tracker as it was when the checkpoint was saved, or start from a checkpoint without it",
             )
         if self._writer is not None:

@@ -68,22 +68,37 @@ def watches(directions: Mapping[str, list[Direction]], controls: int, seed: int)
         ConfigError: nothing to watch, a name twice at one site, fewer than two controls. WidthError: widths that differ at one site.
     """
     if controls < 2:
-        raise ConfigError("too few control directions", expected="at least 2, 16 for a useful z", found=controls)
+        raise ConfigError("too few control directions", expected="at least 2, 16 for a useful z", found=controls, remedy="pass controls=16")
     at: dict[Site, list[tuple[str, Direction]]] = {}
     for name, ones in directions.items():
         for one in ones:
             at.setdefault(one.site, []).append((name, one))
     if not at:
-        raise ConfigError("there is no direction to track", expected="at least one")
+        raise ConfigError(
+            "there is no direction to track",
+            expected="at least one",
+            found=", ".join(f"none under '{name}'" for name in directions) or "none",
+            remedy="pass directions={name: what steer.extract gave}",
+        )
     made = {}
     for site, pairs in at.items():
         if len(widths := {len(one.vector) for _, one in pairs}) > 1:
-            raise WidthError(f"directions at '{site}' differ in width", found=sorted(widths))
+            raise WidthError(
+                f"directions at '{site}' differ in width",
+                expected="one width",
+                found=f"widths {', '.join(map(str, sorted(widths)))}",
+                remedy="leave out those that were extracted on another model",
+            )
         units = torch.stack([one.vector.detach().double().cpu() for _, one in pairs])
         gaps = units.norm(dim=1)
         random = random_units(controls, units.shape[1], site, seed)
         names = (*(name for name, _ in pairs), *(f"random-{i:02d}" for i in range(controls)))
         if len(set(names)) < len(names):
-            raise ConfigError(f"two directions at '{site}' have one name", found=sorted(names), remedy="random-<number> is taken")
+            raise ConfigError(
+                f"two directions at '{site}' have one name",
+                expected="a name for each; random-<number> is taken by the controls",
+                found=f"{', '.join(sorted({name for name in names if names.count(name) > 1}))} more than once",
+                remedy="rename one of them",
+            )
         made[site] = Watch(site, names, torch.cat([units / gaps[:, None], random]), tuple(gaps.tolist()))
     return made

@@ -41,13 +41,22 @@ class Arm:
         arm, keys = f"arm '{self.name}'", f"set experiment.arms.{self.name}"
         for value, known, what in ((self.when, WHEN, "when"), (self.direction, DIRECTIONS, "direction")):
             if value not in known:
-                raise ConfigError(f"{arm}: unknown {what} '{value}'", expected=", ".join(known), found=value, remedy=f"{keys}.{what}")
+                raise ConfigError(
+                    f"{arm}: unknown {what} '{value}'", expected=", ".join(known), found=value, remedy=f"{keys}.{what} to one of these"
+                )
         if (self.when == "never") != (self.direction == "none"):
             found = f"when={self.when}, direction={self.direction}"
-            raise ConfigError(f"{arm} is contradictory", expected="a direction exactly when it is steered", found=found, remedy=keys)
+            raise ConfigError(
+                f"{arm} is contradictory",
+                expected="a direction exactly when it is steered",
+                found=found,
+                remedy=f"{keys}.when or .direction",
+            )
         if (self.when == "inference") != (self.uses is not None):
             found = f"when={self.when}, uses={self.uses}"
-            raise ConfigError(f"{arm} is contradictory", expected="`uses` exactly with when=inference", found=found, remedy=keys)
+            raise ConfigError(
+                f"{arm} is contradictory", expected="`uses` exactly with when=inference", found=found, remedy=f"{keys}.when or .uses"
+            )
         if isinstance(self.strength, bool) or not isinstance(self.strength, int | float) or not math.isfinite(self.strength):
             raise ConfigError(f"{arm}: strength is no number", expected="a finite number", found=self.strength, remedy=f"{keys}.strength")
 
@@ -79,7 +88,9 @@ def read_arms(specs: Any) -> list[Arm]:
     trained = [arm.name for arm in arms if arm.when != "inference"]
     if not trained:
         remedy = "leave an arm with when=never or when=train in experiment.arms"
-        raise ConfigError("an experiment needs a trained arm", expected="at least one", found=[arm.name for arm in arms], remedy=remedy)
+        raise ConfigError(
+            "an experiment needs a trained arm", expected="at least one", found=[arm.name for arm in arms] or "no arm", remedy=remedy
+        )
     for arm in arms:
         if arm.uses is not None and arm.uses not in trained:
             raise ConfigError(

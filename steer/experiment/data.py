@@ -36,7 +36,9 @@ def read_jsonl(file: Traversable, keys: tuple[str, ...]) -> list[dict[str, str]]
             raise DamagedFileError(f"{file.name}, line {number} is no object", expected=wanted, found=type(record).__name__, remedy=fix)
         if missing := [key for key in keys if not isinstance(record.get(key), str) or not record[key].strip()]:
             lacks = f"{file.name}, line {number} lacks {', '.join(missing)}"
-            raise DamagedFileError(lacks, expected=wanted, found=list(record), remedy="give it these texts, none of them empty")
+            raise DamagedFileError(
+                lacks, expected=wanted, found=list(record) or "no keys", remedy="give it these texts, none of them empty"
+            )
         records.append(record)
     if not records:
         raise DamagedFileError(f"{file.name} has no lines", expected=wanted, found="an empty file", remedy="add some")

@@ -46,7 +46,10 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
             scores[chosen] = (total / wanted.sum(1)).double().cpu()
     if not bool(torch.isfinite(scores).all()):
         raise NonFiniteError(
-            "log-probabilities are not finite", found=scores.tolist(), remedy="the model diverged: lower the learning rate or the strength"
+            "log-probabilities are not finite",
+            expected="a finite number for each text",
+            found=f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} are NaN or infinite",
+            remedy="the model diverged: lower the learning rate or the strength",
         )
     return scores
 

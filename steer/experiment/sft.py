@@ -31,7 +31,7 @@ class SFTModule(pl.LightningModule):
         super().__init__()
         if steps < 1 or warmup_steps < 0 or learning_rate <= 0:
             found = f"steps={steps}, warmup_steps={warmup_steps}, learning_rate={learning_rate}"
-            remedy = "set experiment.train"
+            remedy = "set these keys of experiment.train"
             wanted = "steps >= 1, warmup_steps >= 0, learning_rate > 0"
             raise ConfigError("this training does nothing", expected=wanted, found=found, remedy=remedy)
         if schedule not in (known := [one.value for one in SchedulerType]):

@@ -116,7 +116,10 @@ def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: st
     x, y = _checked(of_a, f"{metric} of {a}"), _checked(of_b, f"{metric} of {b}")
     if len(x) != len(y):
         raise ConfigError(
-            f"{metric} of {a} and {b} cannot be paired", expected="one value per item in both", found=f"{len(x)} and {len(y)}"
+            f"{metric} of {a} and {b} cannot be paired",
+            expected="one value per item in both",
+            found=f"{len(x)} and {len(y)}",
+            remedy="measure both on the same items, in the same order",
         )
     difference = x - y
     bounds = interval(difference, seed=seed)
@@ -140,5 +143,6 @@ def _checked(values: Values, what: str) -> Tensor:
         raise ConfigError(f"too few {what} for statistics", expected="at least two", found=len(x), remedy="measure more items")
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).nonzero()[0])
-        raise NonFiniteError(f"{what} are not finite", found=f"{float(x[bad])} at item {bad}", remedy="look at that item and at the loss")
+        found, remedy = f"{float(x[bad])} at item {bad}", "look at that item and at the loss"
+        raise NonFiniteError(f"{what} are not finite", expected="a finite number for each item", found=found, remedy=remedy)
     return x

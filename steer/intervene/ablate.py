@@ -33,7 +33,7 @@ class Ablate(Operator):
                 "directions to ablate are zero or linearly dependent",
                 expected=f"{rows.shape[1]} independent directions",
                 found=f"smallest independent part {float(scale.min()):.3g}",
-                remedy="leave out the repeated one",
+                remedy="leave out the one that is zero or follows from the others",
             )
         super().__init__({"directions": q.mT.float().contiguous()}, rows.shape[-1])
 

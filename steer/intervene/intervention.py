@@ -71,7 +71,8 @@ class Intervention:
         slots = self.operator.slots
         if base.numel() == 0 or base.numel() not in (1, slots) and slots > 1:
             expected = f"1 or {slots}" if slots > 1 else "at least 1"
-            raise ConfigError(f"wrong number of strengths for '{self.name}'", expected=expected, found=base.numel())
+            remedy = "give one number for all rows, or one for each row slot"
+            raise ConfigError(f"wrong number of strengths for '{self.name}'", expected=expected, found=base.numel(), remedy=remedy)
         return base
 
     def refresh(self, step: int) -> None:
@@ -138,6 +139,8 @@ class Intervention:
         if self.rows is None:
             raise ContextError(
                 f"'{self.name}' has {self.slots} row slots, but no row says which is its own",
+                expected="a slot for each row of the batch",
+                found="no call of plan.set_rows so far",
                 remedy="call plan.set_rows([slot of row 0, slot of row 1, ...]) before the forward pass",
             )
         given = self.rows.shape[0]
@@ -186,5 +189,6 @@ def width_error(intervention: Intervention, found: int) -> WidthError:
 def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[str, ...]:
     chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     if not chosen or not set(chosen) <= set(known):
-        raise ConfigError(f"unknown or missing {what}", expected=f"some of {', '.join(known)}", found=chosen)
+        remedy = f"name the {what}s in which it acts, e.g. {what}s=('{known[0]}',)"
+        raise ConfigError(f"unknown or missing {what}", expected=f"some of {', '.join(known)}", found=chosen or "none", remedy=remedy)
     return chosen

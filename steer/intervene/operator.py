@@ -111,7 +111,10 @@ def check_finite(tensor: Tensor, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise NonFiniteError(
-            f"{what} is not finite", expected="finite numbers", found=f"{bad} of {tensor.numel()} entries are NaN or infinite"
+            f"{what} is not finite",
+            expected="finite numbers",
+            found=f"{bad} of {tensor.numel()} entries are NaN or infinite",
+            remedy="give finite numbers; overflow in half precision and division by zero are the usual causes",
         )
 
 
@@ -121,7 +124,10 @@ def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
         tensor = tensor[None]
     if tensor.dim() != ndim or 0 in tensor.shape:
         raise ConfigError(
-            f"{what} has the wrong shape", expected=f"{ndim - 1} dimensions, or {ndim} with row slots", found=list(tensor.shape)
+            f"{what} has the wrong shape",
+            expected=f"{ndim - 1} dimensions, or {ndim} with row slots, none of them empty",
+            found=list(tensor.shape),
+            remedy="reshape it so that the width of the site comes last, and row slots first",
         )
     check_finite(tensor, what)
     return tensor.detach().to(torch.float32, copy=True).contiguous()

@@ -31,7 +31,8 @@ class Plan:
     def __init__(self, interventions: Sequence[Intervention] | Intervention, *, fingerprint: dict[str, Any] | None = None) -> None:
         self.interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
         if not self.interventions:
-            raise ConfigError("a plan without interventions steers nothing", expected="at least one intervention")
+            remedy = "pass an Intervention, or a list of them"
+            raise ConfigError("a plan without interventions steers nothing", expected="at least one", found="none", remedy=remedy)
         self.fingerprint = fingerprint
         self.current_step = 0
         self._attached: Callable[[], None] | None = None
@@ -63,10 +64,21 @@ class Plan:
             SiteError, WidthError, WrongModelError: the plan does not fit the model.
         """
         if self._attached is not None:
-            raise AttachError("this plan is attached already", remedy="detach it first, or use a copy made with Plan.load")
+            raise AttachError(
+                "this plan is attached already",
+                expected="a plan that is not",
+                found=f"its hooks at {', '.join(sorted(set(self._paths.values())))}",
+                remedy="detach it first, or use a copy made with Plan.load",
+            )
         other = hooks.watcher_of(model)
-        if other is not None and any(isinstance(tap.act, _SiteAct) for tap in other.taps) and not stack:
-            raise AttachError("another plan is attached to this model", remedy="detach it, or pass stack=True to have both")
+        theirs = [] if other is None else [tap.act for tap in other.taps if isinstance(tap.act, _SiteAct)]
+        if theirs and not stack:
+            raise AttachError(
+                "another plan is attached to this model",
+                expected="a model without a plan, or stack=True",
+                found=f"a plan of {', '.join(one.name for act in theirs for one in act.interventions)}",
+                remedy="detach it, or pass stack=True to have both",
+            )
         anatomy, points = resolve(model, [Site.parse(intervention.site) for intervention in self.interventions])
         self._check_model(anatomy, points)
         first = next(model.parameters(), torch.empty(0))
@@ -97,7 +109,12 @@ class Plan:
     def detach(self) -> None:
         """Takes the hooks off. `fired()` stays readable. Raises AttachError when the plan is not attached."""
         if self._attached is None:
-            raise AttachError("this plan is not attached", remedy="call plan.attach(model) first")
+            raise AttachError(
+                "this plan is not attached",
+                expected="a plan that is on a model",
+                found="one that is on none",
+                remedy="call plan.attach(model) first",
+            )
         detach, self._attached = self._attached, None
         detach()
 
@@ -154,7 +171,13 @@ class Plan:
         for intervention in self._named(name):
             base = intervention._strengths(strength)
             if base.numel() not in (1, intervention.base.numel()):
-                raise ConfigError(f"'{intervention.name}' has {intervention.base.numel()} strengths", found=base.numel())
+                slots = intervention.base.numel()
+                raise ConfigError(
+                    f"wrong number of strengths for '{intervention.name}'",
+                    expected="1" if slots == 1 else f"1 or {slots}",
+                    found=base.numel(),
+                    remedy="give one number for all rows, or make a new Intervention with that many row slots",
+                )
             with torch.inference_mode(False):  # training may follow a validation run
                 intervention.base = base.expand_as(intervention.base).clone()
         self.step(self.current_step)
@@ -171,7 +194,10 @@ class Plan:
                 continue
             if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= intervention.slots:
                 raise ConfigError(
-                    f"row slots of '{intervention.name}' are out of range", expected=f"0 to {intervention.slots - 1}", found=rows.tolist()
+                    f"row slots of '{intervention.name}' are out of range",
+                    expected=f"0 to {intervention.slots - 1}",
+                    found=rows.tolist() or "no rows",
+                    remedy="give the slot of every row of the batch, counted from 0",
                 )
             with torch.inference_mode(False):  # training may follow a validation run
                 here = rows.to(intervention.effective.device, copy=True)
@@ -182,7 +208,12 @@ class Plan:
     def _named(self, name: str | None) -> list[Intervention]:
         chosen = [intervention for intervention in self.interventions if name in (None, intervention.name)]
         if not chosen:
-            raise ConfigError(f"no intervention is called '{name}'", expected=[intervention.name for intervention in self.interventions])
+            raise ConfigError(
+                f"no intervention is called '{name}'",
+                expected=f"one of {', '.join(one.name for one in self.interventions)}",
+                found=name,
+                remedy="choose one of these, or leave the name out to mean all of them",
+            )
         return chosen
 
     # ---- looking
@@ -190,7 +221,12 @@ class Plan:
     def fired(self) -> dict[str, int]:
         """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
         if self._count is None:
-            raise AttachError("this plan was never attached", remedy="call plan.attach(model) first")
+            raise AttachError(
+                "this plan was never attached",
+                expected="a plan that is or was on a model",
+                found="no attach so far",
+                remedy="call plan.attach(model) first",
+            )
         return self._count.read()
 
     @property
@@ -221,7 +257,12 @@ class Plan:
         """Raises ConfigError when the state belongs to a plan with other interventions."""
         names = [one.name for one in self.interventions]
         if set(state["interventions"]) != set(names):
-            raise ConfigError("this state belongs to another plan", expected=names, found=list(state["interventions"]))
+            raise ConfigError(
+                "this state belongs to another plan",
+                expected=f"the interventions {', '.join(names)}",
+                found=", ".join(state["interventions"]) or "no interventions",
+                remedy="load it into the plan that it was saved from, or one made in the same way",
+            )
         for one in self.interventions:
             saved = state["interventions"][one.name]
             one.base, one.enabled = saved["base"].clone().cpu(), bool(saved["enabled"])
@@ -245,7 +286,12 @@ class Plan:
                 for i, spec in enumerate(manifest["interventions"])
             ]
         except (KeyError, TypeError) as error:
-            raise DamagedFileError(f"plan '{path}' lacks a part", found=repr(error)) from error
+            raise DamagedFileError(
+                f"plan '{path}' lacks a part",
+                expected="for every intervention its tensors, operator, site and settings",
+                found=repr(error),
+                remedy="restore it from a backup, or make the plan and save it again",
+            ) from error
         return cls(ones, fingerprint=manifest.get("fingerprint"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ SCHEDULES: Registry[type[Any]] = Registry("schedule")
 def _positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
-            raise ConfigError(f"schedule argument '{name}' is too small", expected=">= 1", found=value)
+            remedy = f"give {name} as optimiser steps, 1 or more"
+            raise ConfigError(f"schedule argument '{name}' is too small", expected=">= 1", found=value, remedy=remedy)
 
 
 @SCHEDULES.register("constant")
@@ -78,7 +80,12 @@ class WarmupDecay:
     def __post_init__(self) -> None:
         _positive(warmup=self.warmup, decay=self.decay)
         if self.warmup + self.decay > self.total:
-            raise ConfigError("warm-up and decay overlap", expected=f"warmup + decay <= {self.total}", found=self.warmup + self.decay)
+            raise ConfigError(
+                "warm-up and decay overlap",
+                expected=f"warmup + decay <= {self.total}, the total",
+                found=f"{self.warmup} + {self.decay}",
+                remedy="shorten one of them, or raise total",
+            )
 
     def __call__(self, step: int) -> float:
         return max(0.0, min(1.0, step / self.warmup, (self.total - step) / self.decay))
@@ -88,7 +95,12 @@ def to_dict(schedule: Any) -> dict[str, Any]:
     """JSON form: the registered name and the arguments."""
     name = next((name for name in SCHEDULES if SCHEDULES.get(name) is type(schedule)), None)
     if name is None:
-        raise ConfigError(f"schedule {schedule!r} is not registered", remedy="decorate its class with @SCHEDULES.register('<name>')")
+        raise ConfigError(
+            f"schedule {schedule!r} is not registered",
+            expected=f"one of {', '.join(SCHEDULES)}",
+            found=type(schedule).__name__,
+            remedy="decorate its class with @SCHEDULES.register('<name>')",
+        )
     return {"name": name, **asdict(schedule)}
 
 
@@ -105,4 +117,9 @@ def from_dict(spec: Any) -> Any:
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise ConfigError(f"schedule '{spec['name']}' does not take these arguments", found=arguments, remedy=str(error)) from error
+        raise ConfigError(
+            f"schedule '{spec['name']}' does not take these arguments",
+            expected=", ".join(str(one.replace(annotation=one.empty)) for one in inspect.signature(cls).parameters.values()),
+            found=f"{arguments}: {error}",
+            remedy="give it these arguments; those with a default may be left out",
+        ) from error

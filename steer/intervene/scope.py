@@ -38,7 +38,8 @@ class Scope:
             return cls("positions", tuple(int(number) for number in match[1].split(",")))
         if text in KINDS and "[" not in text:
             return cls(text)
-        raise ConfigError(f"unknown scope '{text}'", expected=", ".join(KINDS), remedy=did_you_mean(text, KINDS))
+        remedy = did_you_mean(text, KINDS) or "choose one of these, e.g. 'response' or 'positions[0,-1]'"
+        raise ConfigError(f"unknown scope '{text}'", expected=", ".join(KINDS), found=text, remedy=remedy)
 
     def __str__(self) -> str:
         return f"positions[{','.join(map(str, self.positions))}]" if self.positions else self.kind
@@ -49,7 +50,10 @@ class Scope:
             return ctx.attention
         if ctx.tokens == 0:
             raise ContextError(
-                f"scope '{self}' needs tokens", expected="scope 'all' at a module that is no part of a decoder", remedy="use scope='all'"
+                f"scope '{self}' needs tokens",
+                expected="a site of a decoder, or the scope 'all'",
+                found="a module that is no part of a decoder, whose passes have no tokens",
+                remedy="use scope='all'",
             )
         if self.kind == "last":
             return ctx.last

@@ -121,7 +121,12 @@ class Anatomy:
         self.blocks = list(getattr(self.decoder, self.family.layers))
         config = getattr(self.decoder, "config", None)
         if config is None:
-            raise AnatomyError(f"decoder '{self.path}' has no config", expected="a transformers model")
+            raise AnatomyError(
+                f"decoder '{self.path}' has no config",
+                expected="the decoder of a transformers model, with its config",
+                found=f"a {type(self.decoder).__name__} without one",
+                remedy="address its tensors as 'module:<dotted path>:<input|output>', or give it the config of its model",
+            )
         self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.width: int = self.config.hidden_size
         self.n_heads: int = self.config.num_attention_heads
@@ -227,6 +232,7 @@ class Anatomy:
         if found is None:
             raise SiteError(
                 f"block {layer} of this {self.config.model_type} has no '{path}'",
+                expected=f"the sub-modules of the family '{self.family.name}'",
                 found=[name for name, _ in self.blocks[layer].named_children()],
                 remedy="mixture-of-experts and hybrid blocks lack some sites; 'output', 'mlp.output' or a 'module:' site always exists",
             )
@@ -253,7 +259,9 @@ class Anatomy:
         if site.layer is None:
             return self._model_point(site)
         if not -self.n_layers <= site.layer < self.n_layers:
-            raise SiteError(f"layer of '{site}' is out of range", expected=f"0 to {self.n_layers - 1}", found=site.layer)
+            last = self.n_layers - 1
+            remedy = f"layers are numbered from 0; the last of this model is layers.{last}, which is also layers.-1"
+            raise SiteError(f"layer of '{site}' is out of range", expected=f"0 to {last}", found=site.layer, remedy=remedy)
         layer = site.layer % self.n_layers
         site = Site(site.part, layer)
         family, part = self.family, site.part
@@ -280,7 +288,13 @@ class Anatomy:
             return self._hook_point(site, self.blocks[0], "input", self.width)
         module = self.final_norm if site.part == "final_norm" else self.unembedding
         if module is None:
-            raise SiteError(f"{type(self.model).__name__} has no '{site}'", remedy="attach to the model with its language-model head")
+            head = site.part == "logits"
+            raise SiteError(
+                f"{type(self.model).__name__} has no '{site}'",
+                expected=f"a model with a {'language-model head' if head else f'{self.family.norm} after its blocks'}",
+                found=[name for name, _ in self.model.named_children()],
+                remedy="attach to the model with its language-model head" if head else f"use 'layers.{self.n_layers - 1}.output'",
+            )
         return self._hook_point(site, module, "output", self.width if site.part == "final_norm" else out_width(module))
 
     def _hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
@@ -295,7 +309,10 @@ def module_point(model: nn.Module, site: Site) -> HookPoint:
     if len(matches) != 1:
         near = difflib.get_close_matches(site.module, named, n=3) or list(named)[1:9]
         raise SiteError(
-            f"module '{site.module}' is {'ambiguous' if matches else 'not'} in {type(model).__name__}", found=matches or f"near it: {near}"
+            f"module '{site.module}' is {'ambiguous' if matches else 'not'} in {type(model).__name__}",
+            expected="the path of one module, or an end of it that no other has",
+            found=matches or f"no such path; near it: {near}",
+            remedy="give more of the path" if matches else "take a path of model.named_modules()",
         )
     module = named[matches[0]]
     width = out_width(module) if site.part == "output" else in_width(module)

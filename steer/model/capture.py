@@ -51,11 +51,20 @@ class _Reader:
         def read(h: Tensor, ctx: ForwardContext) -> None:
             if h.shape[:-1] != self.weight.shape:
                 raise SiteError(
-                    f"'{site}' does not hold one activation per token", expected=list(self.weight.shape), found=list(h.shape[:-1])
+                    f"'{site}' does not hold one activation per token",
+                    expected=f"{list(self.weight.shape)} tokens, as in the forward pass",
+                    found=list(h.shape[:-1]),
+                    remedy="choose a site of the residual stream, attention or MLP",
                 )
             weight = self.weight.to(h.device)
-            if not bool(torch.isfinite(h[weight > 0]).all()):
-                raise NonFiniteError(f"activations at '{site}' are not finite", remedy="run the model in float32 or bfloat16")
+            finite = torch.isfinite(h[weight > 0])
+            if not bool(finite.all()):
+                raise NonFiniteError(
+                    f"activations at '{site}' are not finite",
+                    expected="finite numbers",
+                    found=f"{int((~finite).sum())} of {finite.numel()} are NaN or infinite",
+                    remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
+                )
             self.accumulators[site].update(h.detach(), weight, self.rows)
             self.left.discard(site)
             if not self.left and self.stop:
@@ -102,10 +111,13 @@ def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
             start, stop = named[span]
         else:
             expected = f"one of {', '.join(named)}, or a token index"
-            raise ConfigError(f"unknown span '{span}'", expected=expected, remedy=did_you_mean(str(span), named))
+            remedy = did_you_mean(str(span), named) or "choose one of these, e.g. 'response'"
+            raise ConfigError(f"unknown span '{span}'", expected=expected, found=repr(span), remedy=remedy)
         if not 0 <= start < stop <= size:
             raise ContrastError(
                 f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
+                expected="at least one token of every text",
+                found=f"tokens {start}:{stop} of {size}",
                 remedy="choose another span, or give the text an answer",
             )
         weight[i, start:stop] = 1
@@ -160,7 +172,8 @@ def capture(
         SiteError, ContrastError (no texts, empty span), NonFiniteError.
     """
     if not rows:
-        raise ContrastError("no texts to read activations from", expected="at least one")
+        remedy = "give rows made with steer.model.tokens.encode"
+        raise ContrastError("no texts to read activations from", expected="at least one", found="none", remedy=remedy)
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
     reader = _Reader(accumulators, stop=not _is_sharded(model))

@@ -76,13 +76,15 @@ def _source() -> Path:
 
 def _convert(folder: Path) -> None:
     source = _source()
-    if _sha256(source) != SOURCE_SHA256:
-        raise DamagedFileError(f"{source} is not the known file", expected=SOURCE_SHA256, remedy=f"{_REMEDY} --force-reinstall")
+    if (digest := _sha256(source)) != SOURCE_SHA256:
+        expected, remedy = f"sha256 {SOURCE_SHA256}", f"{_REMEDY} --force-reinstall"
+        raise DamagedFileError(f"{source} is not the known file", expected=expected, found=f"sha256 {digest}", remedy=remedy)
     # checked first, because safetensors' writer reports a full disk in an error of its own, after a minute's work
     free = shutil.disk_usage(folder.parent).free
     if free < _NEEDED_BYTES:
         remedy = "free some space, or set STEER_CACHE to a folder on another disk"
-        raise StorageFullError(f"no room to convert {NAME} in {folder.parent}", expected=_NEEDED_BYTES, found=free, remedy=remedy)
+        expected, found = f"{_NEEDED_BYTES} bytes", f"{free} bytes free"
+        raise StorageFullError(f"no room to convert {NAME} in {folder.parent}", expected=expected, found=found, remedy=remedy)
     log.info("converting %s to safetensors in %s: once, about 20 seconds", NAME, folder)
     for stale in folder.parent.glob(f".{NAME}.*.tmp"):  # of a process that was killed; nobody else writes under the lock
         shutil.rmtree(stale, ignore_errors=True)

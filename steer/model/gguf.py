@@ -22,7 +22,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         DamagedFileError: not a GGUF file, truncated, or of an architecture that transformers cannot read.
     """
     if not path.is_file():
-        raise ModelNotFoundError(f"no file {path}", expected="a GGUF file", remedy="check the path")
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise ModelNotFoundError(f"no file {path}", expected="a GGUF file", found=found, remedy="check the path")
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(
             f"cannot read {path}", expected="the package gguf", found="not installed", remedy="pip install 'torchsteer[gguf]'"
@@ -30,7 +31,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise DamagedFileError(f"{path} is not a GGUF file", expected="first bytes GGUF", found=magic)
+        remedy = "download it again: a git-lfs pointer or an error page may lie in its place"
+        raise DamagedFileError(f"{path} is not a GGUF file", expected=f"first bytes {b'GGUF'!r}", found=magic, remedy=remedy)
     # Newer transformers keep the blocks packed where a GPU kernel can read them; hooks, edits and training need dense weights.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
@@ -38,7 +40,9 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:  # depends on where the damage is
         found = f"{type(error).__name__}: {error}"
-        raise DamagedFileError(f"cannot read {path}", expected="a whole GGUF file of a known architecture", found=found) from error
+        expected = "a whole GGUF file of an architecture that transformers reads"
+        remedy = "download it again if it is cut short, or upgrade transformers if the model is newer"
+        raise DamagedFileError(f"cannot read {path}", expected=expected, found=found, remedy=remedy) from error
     return _unmarked(marked), tokenizer
 
 
@@ -57,4 +61,3 @@ def _unmarked(marked: Any) -> Any:
         model.get_submodule(owner)._buffers[leaf] = buffer
     model.generation_config = marked.generation_config
     return model.eval()
-

@@ -77,7 +77,10 @@ class Tap(NotCopied):
             return self.edit(value)
         if not isinstance(value, (tuple, list)) or not value or not isinstance(value[0], Tensor):
             raise SiteError(
-                f"'{self.point.site}' gives no tensor", expected="a tensor or a tuple that starts with one", found=type(value).__name__
+                f"'{self.point.site}' gives no tensor",
+                expected="a tensor or a tuple that starts with one",
+                found=type(value).__name__,
+                remedy="choose the other side of this module, or a module inside it",
             )
         new = self.edit(value[0])
         if new is None:
@@ -100,7 +103,12 @@ class InputTap(Tap):
             return None if new is None else ((new, *args[1:]), kwargs)
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
         if name is None:
-            raise SiteError(f"'{self.point.site}' was called without arguments")
+            raise SiteError(
+                f"'{self.point.site}' was called without arguments",
+                expected="a call with the activation as first argument",
+                found="a call with none",
+                remedy="choose the output of this module",
+            )
         new = self.through(kwargs[name])
         return None if new is None else (args, {**kwargs, name: new})
 

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steer.errors import DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.files import contents
 from steer.model import embedded
 from steer.model.gguf import read_gguf
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
+_WHOLE, _AGAIN = "whole safetensors files", "download or copy them again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -64,12 +66,15 @@ def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any,
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
-        raise DamagedFileError(f"the weights of '{name}' are truncated or altered", found=str(error)) from error
+        what = f"the weights of '{name}' are truncated or altered"
+        raise DamagedFileError(what, expected=_WHOLE, found=str(error), remedy=_AGAIN) from error
     except (OSError, ValueError) as error:
         if is_local:
-            raise DamagedFileError(f"cannot load the model in {name}", found=_brief(error)) from error
+            expected = "a folder as save_pretrained writes it, of an architecture that transformers knows"
+            remedy = "copy or save it again, or upgrade transformers if the model is newer"
+            raise DamagedFileError(f"cannot load the model in {name}", expected=expected, found=_brief(error), remedy=remedy) from error
         if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
-            raise _unsafe(name) from error
+            raise _unsafe(name, "a repository without safetensors") from error
         remedy = f"check the spelling and the network, or use '{embedded.NAME}', which needs none"
         raise ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=_brief(error), remedy=remedy) from error
     return model, tokenizer
@@ -81,33 +86,53 @@ def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) ->
     try:
         base_name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"the adapter_config.json of {path} is broken", found=_brief(error)) from error
+        expected, remedy = "JSON with the key base_model_name_or_path", "correct the file, or save the adapter again with save_pretrained"
+        what = f"the adapter_config.json of {path} is broken"
+        raise DamagedFileError(what, expected=expected, found=_brief(error), remedy=remedy) from error
     if not base_name:
-        raise ModelNotFoundError(f"the adapter in {path} does not say which base it belongs to", expected="base_model_name_or_path")
+        raise ModelNotFoundError(
+            f"the adapter in {path} does not say which base it belongs to",
+            expected="a name or path as base_model_name_or_path in adapter_config.json",
+            found=repr(base_name),
+            remedy="write the base that it was trained on there",
+        )
     if not (path / "adapter_model.safetensors").is_file():
         if any(path.glob("*.bin")):
-            raise _unsafe(str(path))
-        raise DamagedFileError(f"{path} lacks adapter_model.safetensors", found=sorted(file.name for file in path.iterdir()))
+            raise _unsafe(str(path), contents(path))
+        raise DamagedFileError(
+            f"{path} lacks adapter_model.safetensors",
+            expected="adapter_config.json and adapter_model.safetensors",
+            found=contents(path),
+            remedy="copy it there, or save the adapter again with save_pretrained",
+        )
     base, tokenizer = load(base_name, dtype=dtype, device=device)
     try:
         model = PeftModel.from_pretrained(base, path)
     except SafetensorError as error:
-        raise DamagedFileError(f"the weights of {path} are truncated or altered", found=str(error)) from error
+        what = f"the weights of {path} are truncated or altered"
+        raise DamagedFileError(what, expected=_WHOLE, found=str(error), remedy=_AGAIN) from error
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DamagedFileError(f"the adapter in {path} does not fit '{base_name}'", found=_brief(error)) from error
+        raise DamagedFileError(
+            f"the adapter in {path} does not fit '{base_name}'",
+            expected="an adapter that was trained on this model",
+            found=_brief(error),
+            remedy="correct base_model_name_or_path in its adapter_config.json",
+        ) from error
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path) if _has_tokenizer(path) else tokenizer
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
-        found = sorted(file.name for file in path.iterdir())[:5]
-        raise ModelNotFoundError(f"no model in {path}", expected="config.json and *.safetensors, or adapter_config.json", found=found)
+        expected, remedy = "config.json and *.safetensors, or adapter_config.json", "give the folder that save_pretrained wrote"
+        raise ModelNotFoundError(f"no model in {path}", expected=expected, found=contents(path), remedy=remedy)
     if not any(path.glob("*.safetensors")):
         if any(file for pattern in _PICKLES for file in path.glob(pattern)):
-            raise _unsafe(str(path))
-        raise ModelNotFoundError(f"no weights in {path}", expected="*.safetensors", found=sorted(file.name for file in path.iterdir())[:5])
+            raise _unsafe(str(path), contents(path))
+        remedy = "copy the weights there, or save the model again with save_pretrained"
+        raise ModelNotFoundError(f"no weights in {path}", expected="*.safetensors", found=contents(path), remedy=remedy)
     if not _has_tokenizer(path):
-        raise TokenizerError(f"no tokenizer in {path}", expected="tokenizer.json", remedy=f"tokenizer.save_pretrained('{path}')")
+        remedy = f"tokenizer.save_pretrained('{path}')"
+        raise TokenizerError(f"no tokenizer in {path}", expected="tokenizer.json", found=contents(path), remedy=remedy)
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -115,10 +140,11 @@ def _has_tokenizer(path: Path) -> bool:
     return any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"))
 
 
-def _unsafe(name: str) -> UnsafeFileError:
+def _unsafe(name: str, found: str) -> UnsafeFileError:
     return UnsafeFileError(
         f"the weights of '{name}' are a pickle, which can run any code when it is opened",
         expected="*.safetensors",
+        found=found,
         remedy="convert it where you trust it: load it with transformers, then save_pretrained, which writes safetensors",
     )
 

@@ -63,10 +63,12 @@ class Site:
         if isinstance(text, Site):
             return text
         if not isinstance(text, str):
+            number = int(text) if isinstance(text, int) else 12
             raise SiteError(
-                f"a site cannot be {text!r}",
+                f"a site cannot be of type {type(text).__name__}",
                 expected=GRAMMAR,
-                remedy="say which tensor of the layer is meant, e.g. 'layers.12.output'" if isinstance(text, int) else None,
+                found=repr(text),
+                remedy=f"say as text which tensor of which layer is meant, e.g. 'layers.{number}.output'",
             )
         if text in MODEL_PARTS:
             return cls(text)
@@ -75,7 +77,8 @@ class Site:
         if match := _MODULE.fullmatch(text):
             return cls(match[2], module=match[1])
         known = [text[: match.start(2)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else MODEL_PARTS
-        raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, remedy=did_you_mean(text, known))
+        remedy = did_you_mean(text, known) or "write it in one of these forms, e.g. 'layers.0.output'"
+        raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, found=text, remedy=remedy)
 
     def __str__(self) -> str:
         if self.module is not None:
@@ -88,6 +91,11 @@ def expand(pattern: str | Site, n_layers: int) -> list[Site]:
     if isinstance(pattern, str) and (match := _PATTERN.fullmatch(pattern)):
         first, last = (0, n_layers - 1) if match[1] == "*" else map(int, match[1].split("-"))
         if not first <= last < n_layers:
-            raise SiteError(f"layer range of '{pattern}' is empty or outside the model", expected=f"0 to {n_layers - 1}", found=match[1])
+            raise SiteError(
+                f"layer range of '{pattern}' is empty or outside the model",
+                expected=f"a range within 0 to {n_layers - 1}, the smaller number first",
+                found=match[1],
+                remedy=f"layers are numbered from 0, and both ends count; 'layers.0-{n_layers - 1}.{match[2]}' means all of this model",
+            )
         return [Site.parse(f"layers.{layer}.{match[2]}") for layer in range(first, last + 1)]
     return [Site.parse(pattern)]

@@ -31,6 +31,7 @@ def pad_id(tokenizer: Any) -> int:
         raise TokenizerError(
             f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no pad token",
             expected="a pad token, to batch texts of different length",
+            found="tokenizer.pad_token_id is None",
             remedy="set tokenizer.pad_token = tokenizer.eos_token (padding is masked, so its identity does not matter)",
         )
     return tokenizer.pad_token_id
@@ -58,7 +59,12 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
         if tokenizer.eos_token_id is not None:
             tail = [*tail, tokenizer.eos_token_id]
     if not ids or (answer is not None and not tail):
-        raise TokenizerError("text gives no tokens", found={"prompt": prompt, "answer": answer})
+        raise TokenizerError(
+            "text gives no tokens",
+            expected="at least one token in the prompt, and in the answer if there is one",
+            found={"prompt": prompt, "answer": answer},
+            remedy="leave this text out, or say something in it",
+        )
     return Row(tuple(ids) + tuple(tail), len(ids))
 
 
@@ -66,7 +72,12 @@ def plain(tokenizer: Any, text: str) -> Row:
     """Tokenises running text; all of it but the first token counts as response (the first is predicted from nothing)."""
     ids = tokenizer(text).input_ids
     if len(ids) < 2:
-        raise TokenizerError("text gives fewer than two tokens", found=text)
+        raise TokenizerError(
+            "text gives fewer than two tokens",
+            expected="two or more: the first is predicted from nothing",
+            found=f"{len(ids)} in {text!r}",
+            remedy="leave this text out, or join it with the next",
+        )
     return Row(tuple(ids), 1)
 
 

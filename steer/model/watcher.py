@@ -59,9 +59,7 @@ def register(module: nn.Module, hook: NotCopied, *, before: bool, always: bool =
             with. transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
     """
     hooks: Any = module._forward_pre_hooks if before else module._forward_hooks  # OrderedDicts, by number
-    marked: list[Any] = (
-        [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
-    )
+    marked: list[Any] = [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
     key = next(-n for n in range(1, len(hooks) + 2) if -n not in hooks)
     hooks[key] = hook
     for marks in marked:
@@ -239,7 +237,9 @@ class Watcher:
             return self.differentiated
         raise ContextError(
             "a site ran outside a forward pass of its model",
-            remedy="call the model, or the wrapper that was attached to, not one of its parts",
+            expected="a call of the model that it belongs to",
+            found="a backward pass that computes it again" if context.in_backward() else "a call of one of its parts",
+            remedy="call the model, or the wrapper that was attached to, and compute the loss from what that returns",
         )
 
     def context_after(self) -> ForwardContext:
@@ -247,6 +247,8 @@ class Watcher:
         if self.current is None or context.in_backward():
             raise ContextError(
                 "the unembedding ran without the decoder, or again in a backward pass",
+                expected="one call of it, after the decoder",
+                found="no pass of the decoder" if self.current is None else "a backward pass",
                 remedy="call the whole model, and leave the unembedding out of gradient checkpointing",
             )
         return self.current

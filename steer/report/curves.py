@@ -72,7 +72,8 @@ def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd"
         ConfigError: an unknown unit.
     """
     if unit not in UNITS:
-        raise ConfigError(f"unknown unit of drift '{unit}'", expected=" or ".join(UNITS))
+        remedy = "choose sd (baseline standard deviations) or gap (class gaps)"
+        raise ConfigError(f"unknown unit of drift '{unit}'", expected=" or ".join(UNITS), found=unit, remedy=remedy)
     named: dict[tuple[str, str, str], dict[str, list[DriftRecord]]] = defaultdict(lambda: defaultdict(list))
     controls: dict[tuple[str, str, str, int], list[DriftRecord]] = defaultdict(list)
     for arm, records in drift.items():

@@ -89,14 +89,17 @@ def drift_figure(
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
-        raise ConfigError(f"cannot draw into '{path.name}'", expected="a path that ends in .png or .svg")
+        expected, found = "a path that ends in .png or .svg", path.suffix or "no ending"
+        raise ConfigError(f"cannot draw into '{path.name}'", expected=expected, found=found, remedy=f"call it '{path.stem}.png'")
     curves = drift_curves(drift, unit=unit)
     wanted = {"direction": direction, "site": site, "mode": mode}
     chosen = [curve for curve in curves if all(value in (None, getattr(curve, name)) for name, value in wanted.items())]
     if not chosen:
         raise ConfigError(
             "no drift records of " + ", ".join(f"{name} '{value}'" for name, value in wanted.items() if value is not None),
+            expected="a direction, site and mode that were tracked together",
             found=[f"{curve.direction} at {curve.site} ({curve.mode})" for curve in curves] or "no records of a named direction",
+            remedy="choose one of these curves" if curves else "track at least one named direction in the run",
         )
     with _style():
         figure = draw_drift(chosen[0], labels or {}, notes or {})

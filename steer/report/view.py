@@ -79,7 +79,8 @@ def checked(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Raises WrongKindError for metrics of another schema."""
     if metrics.get("schema") != SCHEMA:
         remedy = "read it with the library version that wrote it"
-        raise WrongKindError("these metrics cannot be reported", expected=f"schema {SCHEMA}", found=metrics.get("schema"), remedy=remedy)
+        found = f"schema {metrics.get('schema')}"
+        raise WrongKindError("these metrics cannot be reported", expected=f"schema {SCHEMA}", found=found, remedy=remedy)
     return metrics
 
 
