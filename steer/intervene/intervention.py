@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.errors import ConfigError, ContextError, WidthError
+from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
 from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
-from steer.intervene.scope import Scope
+from steer.intervene.scope import Scope, both
 from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
 
@@ -22,17 +23,19 @@ class Intervention:
     Args:
         operator: what is done, e.g. `Add(vector)`.
         site: where, e.g. `layers.12.output`.
-        scope: on which tokens, see `steer.intervene.scope.KINDS`.
+        scope: on which tokens, see `steer.intervene.scope`.
         strength: factor of the edit; a list gives one per row slot.
         phases: subset of train, validate, generate.
         roles: subset of policy, reference; the reference pass of DPO and GRPO is left alone unless it is named here.
         schedule: factor over optimiser steps, advanced by `Plan.step`.
         name: unique in a plan; made from operator and site when empty.
+        gate: decides from the model's activations whether, or how far, it acts; see `steer.intervene.gate`.
+        preserve_norm: the edited activation gets the norm that it had before, whatever the operator did.
 
     Attributes:
         base: [1 or slots] the strength as it was set; `effective`, what the hook reads, is base x schedule x switch.
         slots: number of row slots; 1 when every row is treated alike. `rows` says which slot each row of a batch uses.
-        key: names its set of tokens; interventions with the same key act on the same ones.
+        key: names its set of tokens; interventions of a plan with the same key act on the same ones.
 
     Raises:
         ConfigError, SiteError, NonFiniteError.
@@ -49,6 +52,8 @@ class Intervention:
         schedule: Any = None,
         name: str = "",
         enabled: bool = True,
+        gate: gates.Gate | None = None,
+        preserve_norm: bool = False,
     ) -> None:
         self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(scope), enabled
         self.roles = _subset(roles, ROLES, "role")
@@ -58,12 +63,58 @@ class Intervention:
         self.effective = self.base.clone()
         self.slots = max(operator.slots, self.base.numel())
         self.rows: Tensor | None = None
+        self.gate, self.preserve_norm = gate, preserve_norm
+        self.tokens_named, self.where, self._plan = str(self.scope), str(self.site), 0
         self.set_phases(_subset(phases, PHASES, "phase"))
 
     def set_phases(self, phases: Sequence[str]) -> None:
         """Changes when it acts, which the hooks of a plan take up at its next attach; no phase at all means never."""
         self.phases = tuple(phases)
-        self.key = f"{self.scope} in {self.phases} for {self.roles}"
+        self.key = f"plan {self._plan}: {self.tokens_named} in {self.phases} for {self.roles}"
+
+    def set_plan(self, number: int) -> None:
+        """Says which of the plans stacked on a model it belongs to."""
+        self._plan = number
+        self.set_phases(self.phases)
+
+    def check_window(self, start: int | None, stop: int | None) -> None:
+        """Raises ConfigError unless the scope has one slice, and it may have these bounds."""
+        slices = self.scope.slices
+        if len(slices) != 1:
+            raise ConfigError(
+                f"'{self.name}' has no window to move",
+                expected="a scope with one slice, e.g. generated[:32]",
+                found=str(self.scope),
+                remedy="make the intervention with such a scope",
+            )
+        if min(start or 0, stop or 0) < 0 and any(one.kind == "generated" and one.window is slices[0] for one in self.scope.selectors):
+            raise ConfigError(
+                f"the window of '{self.name}' counts from an end that is not known while decoding",
+                expected="bounds from 0 on",
+                found=f"{start}:{stop}",
+                remedy="count from the first generated token",
+            )
+
+    def own_scope(self) -> None:
+        """Takes leave of the scope that it shares with other interventions of its plan."""
+        self.scope, self.tokens_named = Scope.parse(str(self.scope)), f"{self.scope} of {self.name}"
+        self.scope.to(self.effective.device)
+        self.set_phases(self.phases)
+
+    def load_learned(self, tensors: dict[str, Tensor]) -> None:
+        """Puts saved values into the parameters. Raises ConfigError when they are those of another intervention."""
+        here = self.parameters
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != (expected := {name: list(tensor.shape) for name, tensor in here.items()}):
+            raise ConfigError(
+                f"the learned tensors of '{self.name}' do not fit",
+                expected=expected or "none",
+                found=shapes or "none",
+                remedy="load it into the plan that it was saved from, or one made in the same way",
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                here[name].copy_(tensor)
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
@@ -84,6 +135,7 @@ class Intervention:
         """Puts every tensor on a device; outside inference mode, since training may follow a validation run."""
         with torch.inference_mode(False):
             self.operator.to(device)
+            self.scope.to(device)
             self.effective = self.effective.to(device)
             self.rows = None if self.rows is None else self.rows.to(device)
 
@@ -107,21 +159,42 @@ class Intervention:
         rows = self.rows_of(ctx, h.shape[0]) if self.slots > 1 else None
         strength = self.effective if rows is None or self.effective.shape[0] == 1 else self.effective[rows]
         strength = strength.view(-1, 1, 1)
-        weight = None if mask is True else self._column(mask, h, ctx)
-        if h.dim() == 3:
-            return self.operator.apply(h, strength, weight, Pick(self.operator, rows))
-        return self.operator.apply(h.reshape(h.shape[0], -1, h.shape[-1]), strength, weight, Pick(self.operator, rows)).reshape(h.shape)
+        whole = h if h.dim() == 3 else h.reshape(h.shape[0], -1, h.shape[-1])
+        new = self.operator.apply(whole, strength, self._weight(mask, h, ctx), Pick(self.operator, rows))
+        if self.preserve_norm:
+            new = rescaled(new, whole)
+        return new if h.dim() == 3 else new.reshape(h.shape)
 
     def prepare(self, ctx: ForwardContext, dtype: torch.dtype) -> None:
         """Works the tokens out when a pass opens: static caches count on while it runs, and sites need them ready."""
-        if isinstance(mask := self.tokens(ctx), Tensor):
-            ctx.columns[self.key] = mask.unsqueeze(-1).to(dtype)
+        if self.key in ctx.columns:
+            return
+        mask, fade = self.tokens(ctx), self._fade(ctx)
+        if fade is not None or isinstance(mask, Tensor):
+            ctx.columns[self.key] = _faded(mask, fade).to(dtype)
 
-    def _column(self, mask: Tensor, h: Tensor, ctx: ForwardContext) -> Tensor:
-        """The mask on the tokens that this site sees, [batch, tokens, 1] of 0 and 1 in the dtype of h."""
+    def _fade(self, ctx: ForwardContext) -> Tensor | None:
+        return None if ctx.masks.get(self.key) is False else self.scope.fade(ctx)
+
+    def _weight(self, mask: Mask, h: Tensor, ctx: ForwardContext) -> Tensor | None:
+        """[batch, tokens or 1, 1] from 0 to 1 in the dtype of h: scope, decay and gate; None for 1 everywhere."""
+        weight = self._column(mask, h, ctx)
+        if self.gate is None:
+            return weight
+        opened = self.gate.value(ctx, self.where).to(h.dtype)
+        if opened.shape[1] not in (1, h.shape[1]):  # the unembedding may get the last tokens only
+            opened = opened[:, ctx.kept] if isinstance(ctx.kept, Tensor) else opened[:, -h.shape[1] :]
+        return opened if weight is None else weight * opened
+
+    def _column(self, mask: Mask, h: Tensor, ctx: ForwardContext) -> Tensor | None:
+        """The mask on the tokens that this site sees, faded by the decay, [batch, tokens, 1] in the dtype of h; None for 1 everywhere."""
         column = ctx.columns.get(self.key)
         if column is not None and column.dtype is h.dtype and column.shape[:-1] == h.shape[:-1]:
             return column
+        fade = self._fade(ctx)
+        if fade is None and mask is True:
+            return None
+        mask = _faded(mask, fade).squeeze(-1)
         if mask.shape != h.shape[:-1] and self.site.part == "logits" and h.dim() == 3:
             # the unembedding may get the last tokens only
             mask = mask[:, ctx.kept] if isinstance(ctx.kept, Tensor) else mask[:, -h.shape[1] :]
@@ -133,6 +206,18 @@ class Intervention:
                 remedy="choose a site of the residual stream, attention or MLP",
             )
         return mask.unsqueeze(-1).to(h.dtype)
+
+    def acting(self, ctx: ForwardContext) -> Mask:
+        """The tokens on which it acts in this pass, [batch, tokens] bool or a constant: those of the scope, whose row has a strength
+        other than 0 and whose gate is more open than not. Read when the pass is over."""
+        mask = self.tokens(ctx)
+        if mask is False or not ctx.tokens:
+            return mask
+        if self.slots > 1:
+            mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
+        if self.gate is not None:
+            mask = both(mask, (self.gate.value(ctx, self.where) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
+        return mask
 
     def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:
         """Slot of each row of this pass, [batch]; beams and returned sequences follow their prompt's row."""
@@ -168,13 +253,60 @@ class Intervention:
             "roles": list(self.roles),
             "schedule": schedules.to_dict(self.schedule),
             "enabled": self.enabled,
+            "gate": None if self.gate is None else self.gate.to_dict(),
+            "preserve_norm": self.preserve_norm,
+            "learned": sorted(self.operator.parameters),
         }
+
+    def files(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file: the operator's, and those of the n-th leaf of its gate as `gate<n>.<name>`."""
+        tensors = dict(self.operator.tensors)
+        for number, leaf in enumerate(self.gate.leaves() if self.gate is not None else ()):
+            tensors |= {f"gate{number}.{name}": tensor for name, tensor in leaf.tensors.items()}
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is being learned, by the names of `files`."""
+        learned: dict[str, nn.Parameter] = dict(self.operator.parameters)
+        for number, leaf in enumerate(self.gate.leaves() if self.gate is not None else ()):
+            learned |= {f"gate{number}.{name}": tensor for name, tensor in leaf.parameters.items()}
+        return learned
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-        operator = OPERATORS.get(spec["operator"]).restore(tensors, spec["options"])
-        rest = {key: spec[key] for key in ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled")}
-        return cls(operator, **rest)
+        """Inverse of `to_dict` and `files`."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.rpartition(".")
+            parts.setdefault(part, {})[name] = tensor
+        operator = OPERATORS.get(spec["operator"]).restore(parts.pop("", {}), spec["options"])
+        gate = None
+        if spec["gate"] is not None:
+            ordered = sorted(parts, key=lambda part: int(part.removeprefix("gate")))
+            gate = gates.from_dict(spec["gate"], iter([parts[part] for part in ordered]))
+        rest = {key: spec[key] for key in ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled", "preserve_norm")}
+        one = cls(operator, gate=gate, **rest)
+        if any("." not in name for name in spec["learned"]):
+            operator.train()
+        for number, leaf in enumerate(gate.leaves() if gate is not None else ()):
+            if any(name.startswith(f"gate{number}.") for name in spec["learned"]):
+                leaf.train()
+        return one
+
+
+def rescaled(new: Tensor, old: Tensor) -> Tensor:
+    """`new` with the norms of `old` along the last dimension, worked out in fp32: hidden norms go beyond what fp16 holds."""
+    before, after = (torch.linalg.vector_norm(one, dim=-1, keepdim=True, dtype=torch.float32) for one in (old, new))
+    return (new.float() * torch.where(after > 0, before / after, 1.0)).to(new.dtype)
+
+
+def _faded(mask: Mask, fade: Tensor | None) -> Tensor:
+    """[batch, tokens, 1]: mask x fade, one of which is a tensor."""
+    if fade is None:
+        assert isinstance(mask, Tensor)
+        return mask.unsqueeze(-1)
+    return (fade * mask).unsqueeze(-1)
 
 
 def width_error(intervention: Intervention, found: int) -> WidthError:

@@ -16,10 +16,8 @@ from steer.registry import Registry
 OPERATORS: Registry[type[Operator]] = Registry("operator")
 
 
-class Operator:
-    """A pure, differentiable function of the activation, driven by tensors that may change between calls without recompilation.
-
-    A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
+class Driven:
+    """Holds the tensors that drive a hook.
 
     Attributes:
         tensors: named fp32 tensors, the first dimension being row slots (1 when all rows share one).
@@ -32,9 +30,52 @@ class Operator:
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         self.tensors, self.width = tensors, width
-        self.slots = max(tensor.shape[0] for tensor in tensors.values())
         for name, tensor in tensors.items():
-            check_finite(tensor, f"{name} of operator '{type(self).name}'")
+            check_finite(tensor, f"{name} of '{type(self).name}'")
+
+    def train(self) -> Self:
+        """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
+        if not self.learnable:
+            raise ConfigError(
+                f"'{self.name}' has nothing to learn",
+                expected="one of " + ", ".join(sorted(name for name in OPERATORS if OPERATORS.get(name).learnable)),
+                found=self.name,
+                remedy="train one of those, or extract the vectors of this one",
+            )
+        self.tensors = {name: nn.Parameter(one) if name in self.learnable else one for name, one in self.tensors.items()}
+        return self
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that are being learned, by name."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
+
+    def to(self, device: torch.device) -> None:
+        """Moves every tensor; parameters stay the objects that the optimiser knows."""
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(device)
+        self.tensors = {name: one if isinstance(one, nn.Parameter) else one.to(device) for name, one in self.tensors.items()}
+
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments beyond the tensors, JSON-able, for the plan file."""
+        return {}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
+        """Rebuilds it from its file form: the constructor takes the tensors by their names."""
+        arguments: dict[str, Any] = {**tensors, **options}
+        return cls(**arguments)
+
+
+class Operator(Driven):
+    """A pure, differentiable function of the activation, driven by tensors that may change between calls without recompilation.
+
+    A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
+        super().__init__(tensors, width)
+        self.slots = max(tensor.shape[0] for tensor in tensors.values())
 
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         """The change of an activation at full mask, in the dtype of h, [batch, tokens, width] or what broadcasts to it.
@@ -57,42 +98,9 @@ class Operator:
         change = self.delta(h, strength, pick)
         return h + change if mask is None else torch.addcmul(h, mask, change)
 
-    def train(self) -> Self:
-        """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
-        if not self.learnable:
-            raise ConfigError(
-                f"operator '{self.name}' has nothing to learn",
-                expected=", ".join(sorted(name for name in OPERATORS if OPERATORS.get(name).learnable)),
-                found=self.name,
-                remedy="train one of those, or extract the vectors of this one",
-            )
-        self.tensors = {name: nn.Parameter(one) if name in self.learnable else one for name, one in self.tensors.items()}
-        return self
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The tensors that are being learned, by name."""
-        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
-
-    def to(self, device: torch.device) -> None:
-        """Moves every tensor; parameters stay the objects that the optimiser knows."""
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.to(device)
-        self.tensors = {name: one if isinstance(one, nn.Parameter) else one.to(device) for name, one in self.tensors.items()}
-
     def describe(self) -> str:
         """One phrase for `Plan.explain()`."""
         return type(self).name
-
-    def options(self) -> dict[str, Any]:
-        """Constructor arguments beyond the tensors, JSON-able, for the plan file."""
-        return {}
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Operator:
-        """Rebuilds an operator from its file form: its constructor takes the tensors by their names."""
-        arguments: dict[str, Any] = {**tensors, **options}
-        return cls(**arguments)
 
 
 class Pick:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from steer import files
-from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
+from steer.errors import AttachError, ConfigError, DamagedFileError, WidthError, WrongModelError
+from steer.intervene.act import Count, SiteAct
+from steer.intervene.gate import Leaf
 from steer.intervene.intervention import Intervention, width_error
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
-from steer.model.context import ForwardContext, in_backward
 from steer.model.site import Site
 
 
@@ -36,7 +37,7 @@ class Plan:
         self.fingerprint = fingerprint
         self.current_step = 0
         self._attached: Callable[[], None] | None = None
-        self._count: _Count | None = None
+        self._count: Count | None = None
         self._paths: dict[str, str] = {}
         names: set[str] = set()
         for intervention in self.interventions:
@@ -44,6 +45,9 @@ class Plan:
             while intervention.name in names:
                 intervention.name, number = f"{base}#{number}", number + 1
             names.add(intervention.name)
+        scopes: dict[str, Any] = {}
+        for intervention in self.interventions:  # one window moves for all that share it
+            intervention.scope = scopes.setdefault(intervention.tokens_named, intervention.scope)
         self.step(0)
 
     # ---- attaching
@@ -71,7 +75,7 @@ class Plan:
                 remedy="detach it first, or use a copy made with Plan.load",
             )
         other = hooks.watcher_of(model)
-        theirs = [] if other is None else [tap.act for tap in other.taps if isinstance(tap.act, _SiteAct)]
+        theirs = [] if other is None else [tap.act for tap in other.taps if isinstance(tap.act, SiteAct)]
         if theirs and not stack:
             raise AttachError(
                 "another plan is attached to this model",
@@ -79,25 +83,36 @@ class Plan:
                 found=f"a plan of {', '.join(one.name for act in theirs for one in act.interventions)}",
                 remedy="detach it, or pass stack=True to have both",
             )
-        anatomy, points = resolve(model, [Site.parse(intervention.site) for intervention in self.interventions])
-        self._check_model(anatomy, points)
+        number = 1 + max((act.number for act in theirs), default=-1)
+        readers = self._readers(number)
+        anatomy, points = resolve(model, [*(one.site for one in self.interventions), *(site for _, site, _ in readers)])
+        self._check_model(anatomy, points[: len(self.interventions)])
+        _check_gates(self.interventions, readers, points)
         first = next(model.parameters(), torch.empty(0))
-        groups: dict[Any, tuple[HookPoint, list[Intervention]]] = {}
-        for intervention, point in zip(self.interventions, points, strict=True):
-            intervention.move(next(point.module.parameters(), first).device)
+        self._count = count = Count(self.interventions, first)
+        acts: dict[Any, tuple[HookPoint, SiteAct]] = {}
+
+        def act_at(point: HookPoint) -> SiteAct:
             key = (id(point.module), point.side, None if point.columns is None else str(point.site))
-            groups.setdefault(key, (point, []))[1].append(intervention)
+            return acts.setdefault(key, (point, SiteAct(count, number)))[1]
+
+        for intervention, point in zip(self.interventions, points, strict=False):
+            intervention.move(next(point.module.parameters(), first).device)
+            intervention.set_plan(number)
+            act = act_at(point)
+            act.interventions.append(intervention)
+            act.counts |= intervention.site.module is not None
             self._paths[intervention.name] = point.path
-        self._count = count = _Count(self.interventions, first)
-        acts: list[tuple[HookPoint, hooks.Act]] = [(point, _SiteAct(group, count)) for point, group in groups.values()]
-        watcher, remove = hooks.install(model, anatomy, acts)
+        for (leaf, _, name), point in zip(readers, points[len(self.interventions) :], strict=True):
+            act_at(point).readers.append((leaf, name))
+        watcher, remove = hooks.install(model, anatomy, list(acts.values()))
         watcher.on_open.append(count.prepare)
         watcher.on_close.append(count)
 
         def detach() -> None:
             watcher.on_open.remove(count.prepare)
             watcher.on_close.remove(count)
-            ours = [tap for tap in watcher.taps if any(tap.act is act for _, act in acts)]
+            ours = [tap for tap in watcher.taps if any(tap.act is act for _, act in acts.values())]
             missed = [str(tap.point.site) for tap in ours if tap.place == "anywhere" and not tap.ever]
             if missed and count.reached and not watcher.replays:
                 warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=4)
@@ -129,6 +144,18 @@ class Plan:
                 self.detach()
         if self._count is not None and not self._count.reached:
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=3)
+
+    def _readers(self, number: int) -> list[tuple[Leaf, Site, str]]:
+        """Every leaf of a gate with the site it reads and the name of its decision; one that several interventions share reads once."""
+        found: dict[str, tuple[Leaf, Site, str]] = {}
+        leaves = {id(leaf): leaf for one in self.interventions if one.gate is not None for leaf in one.gate.leaves()}
+        for i, leaf in enumerate(leaves.values()):
+            leaf.key = f"plan {number} gate {i}"
+        for one in self.interventions:
+            for leaf in one.gate.leaves() if one.gate is not None else ():
+                name = leaf.key_at(one.where)
+                found[name] = (leaf, leaf.site or one.site, name)
+        return list(found.values())
 
     def _check_model(self, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
         for intervention, point in zip(self.interventions, points, strict=True):
@@ -182,6 +209,25 @@ class Plan:
                 intervention.base = base.expand_as(intervention.base).clone()
         self.step(self.current_step)
 
+    def set_window(self, start: int | None, stop: int | None, name: str | None = None) -> None:
+        """Moves the window of the scopes, such as `generated[:32]`, without touching a hook.
+
+        Args:
+            start, stop: as in a slice, None for an open end.
+            name: one intervention, None for all.
+
+        Raises:
+            ConfigError: a scope without a slice, or with several; a negative bound where the end is not known.
+        """
+        chosen = self._named(name)
+        for one in chosen:
+            one.check_window(start, stop)
+        for one in chosen:
+            others = [other for other in self.interventions if other not in chosen]
+            if any(other.scope is one.scope for other in others):
+                one.own_scope()
+            one.scope.slices[0].set(start, stop)
+
     def set_rows(self, rows: Sequence[int] | Tensor) -> None:
         """Says which slot each row of the next batches uses.
 
@@ -216,6 +262,10 @@ class Plan:
             )
         return chosen
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What is being learned, for an optimiser; empty unless an operator or a gate was made learnable with `train()`."""
+        return list({id(tensor): tensor for one in self.interventions for tensor in one.parameters.values()}.values())
+
     # ---- looking
 
     def fired(self) -> dict[str, int]:
@@ -244,13 +294,25 @@ class Plan:
             lines.append(f"{number}. {one.name}: {one.operator.describe()} at {one.site}{path}, width {one.operator.width}")
             lines.append(f"   strength {strength} now ({one.schedule}){'' if one.enabled else ', switched off'}")
             lines.append(f"   on {one.scope} tokens, in {', '.join(one.phases)}, for the {' and '.join(one.roles)} pass")
+            modifiers = [f"gate {one.gate}"] * (one.gate is not None) + ["norm preserved"] * one.preserve_norm
+            if one.parameters:
+                modifiers.append(f"learned: {', '.join(one.parameters)}")
+            if modifiers:
+                lines.append(f"   {'; '.join(modifiers)}")
         return "\n".join(lines)
 
     # ---- keeping
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while a plan runs: step, strengths and switches. Vectors are in `save`."""
-        ones = {one.name: {"base": one.base.clone(), "enabled": one.enabled} for one in self.interventions}
+        """What changes while a plan runs: step, strengths, switches, and tensors that are being learned. All of it is in `save`."""
+        ones = {
+            one.name: {
+                "base": one.base.clone(),
+                "enabled": one.enabled,
+                "learned": {name: tensor.detach().cpu().clone() for name, tensor in one.parameters.items()},
+            }
+            for one in self.interventions
+        }
         return {"step": self.current_step, "interventions": ones}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,11 +328,12 @@ class Plan:
         for one in self.interventions:
             saved = state["interventions"][one.name]
             one.base, one.enabled = saved["base"].clone().cpu(), bool(saved["enabled"])
+            one.load_learned(saved["learned"])
         self.step(int(state["step"]))
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest.json and tensors.safetensors (one file when the path ends in .safetensors), atomically."""
-        tensors = {f"{i}.{key}": tensor.cpu() for i, one in enumerate(self.interventions) for key, tensor in one.operator.tensors.items()}
+        tensors = {f"{i}.{key}": tensor for i, one in enumerate(self.interventions) for key, tensor in one.files().items()}
         manifest = {"fingerprint": self.fingerprint, "interventions": [one.to_dict() for one in self.interventions]}
         return files.save_artifact(path, "plan", tensors, manifest)
 
@@ -295,76 +358,25 @@ class Plan:
         return cls(ones, fingerprint=manifest.get("fingerprint"))
 
 
-class _SiteAct:
-    """All interventions of one plan on one hook point, as one call."""
-
-    def __init__(self, interventions: list[Intervention], count: _Count) -> None:
-        self.interventions, self.count = interventions, count
-        self.counts = any(one.site.module is not None for one in interventions)
-
-    def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        for intervention in self.interventions:
-            h = intervention(h, ctx)
-        if self.counts and not in_backward():
-            self.count.call(self.interventions, ctx)
-        return h
-
-
-class _Count:
-    """Counts steered tokens. Sites of a decoder are reached in every pass (the watcher proves it), so they are counted once per pass and
-    key; any other module may be left out of a pass, so its calls are counted where they happen."""
-
-    def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
-        self.dtype, self.reached = like.dtype, False
-        groups: dict[Any, list[Intervention]] = {}
-        for one in interventions:
-            alone = one.slots > 1 or one.site.module is not None
-            groups.setdefault(one.name if alone else one.key, []).append(one)
-        with torch.inference_mode(False):
-            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long)) for group in groups.values()]
-            self.passes = torch.zeros((), dtype=torch.long)
-        self.move(like.device)
-        self.refresh()
-
-    def move(self, device: torch.device) -> None:
-        """Puts the counts where the model is; it may be moved after the attach."""
-        with torch.inference_mode(False):
-            self.groups = [(group, counts.to(device), active.to(device)) for group, counts, active in self.groups]
-            self.passes = self.passes.to(device)
-
-    def refresh(self) -> None:
-        """Notes which interventions have a strength other than 0."""
-        for group, _, active in self.groups:
-            active.copy_(torch.tensor([bool((one.effective != 0).any()) for one in group]))
-
-    def prepare(self, ctx: ForwardContext) -> None:
-        self.reached = True
-        if ctx.device is not None and ctx.device != self.passes.device:
-            self.move(ctx.device)
-        for group, _, _ in self.groups:
-            if ctx.tokens:
-                group[0].prepare(ctx, self.dtype)
-
-    def __call__(self, ctx: ForwardContext) -> None:
-        self.passes.add_(1)
-        for group, counts, active in self.groups:
-            if group[0].site.module is None:
-                self._add(group[0], counts, active, ctx)
-
-    def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:
-        self.reached = True
-        for group, counts, active in self.groups:
-            if any(group[0] is one for one in interventions):
-                self._add(group[0], counts, active, ctx)
-
-    def _add(self, one: Intervention, counts: Tensor, active: Tensor, ctx: ForwardContext) -> None:
-        mask = one.tokens(ctx)
-        if mask is False:
-            return
-        if one.slots > 1 and ctx.tokens:
-            acting = (one.effective != 0).expand(one.slots)[one.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens)
-            mask = acting if mask is True else mask & acting
-        counts.add_(active * (mask.sum() if isinstance(mask, Tensor) else max(ctx.batch * ctx.tokens, 1)))
-
-    def read(self) -> dict[str, int]:
-        return {one.name: int(count) for group, counts, _ in self.groups for one, count in zip(group, counts, strict=True)}
+def _check_gates(interventions: list[Intervention], readers: list[tuple[Leaf, Site, str]], points: list[HookPoint]) -> None:
+    """Raises WidthError or ConfigError for a gate that does not fit its site, or that would decide too late."""
+    here = dict(zip((one.name for one in interventions), points, strict=False))
+    there = {name: point for (_, _, name), point in zip(readers, points[len(interventions) :], strict=True)}
+    for leaf, site, name in readers:
+        if there[name].width not in (None, leaf.width):
+            raise WidthError(
+                f"gate '{leaf.name}' does not fit site '{site}'",
+                expected=f"width {there[name].width}",
+                found=f"width {leaf.width}",
+                remedy="give the gate a vector that was made for this site",
+            )
+    for one in interventions:
+        for leaf in one.gate.leaves() if one.gate is not None else ():
+            read, steered = there[leaf.key_at(one.where)].site, here[one.name].site
+            if read.module is None and steered.module is None and read.order > steered.order:
+                raise ConfigError(
+                    f"the gate of '{one.name}' would decide after the edit it is for",
+                    expected=f"a site at or before {steered}",
+                    found=str(read),
+                    remedy="let the gate read an earlier site, or steer a later one",
+                )

@@ -6,6 +6,7 @@ Which tokens are padding, prompt, response or generated cannot be read off an ac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ Mask = Tensor | bool  # [batch, tokens] bool; True = every token, False = none, 
 
 PHASES = ("train", "validate", "generate")
 ROLES = ("policy", "reference")
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+MEMORY = "_steer_memory"  # attribute of a KV cache
 # the arguments of a forward pass that tell tokens apart
 SEEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "labels", "logits_to_keep")
 
@@ -38,6 +41,11 @@ class ForwardContext:
         past: tokens in the cache before this pass; a tensor for static caches.
         padded_past: [batch, cache + tokens] the attention mask over all of them, or None.
         kept: the positions that the unembedding sees: all (0), the last so many, or these.
+        ids: [batch, tokens] token ids; None when embeddings were given.
+        turns: [batch, tokens] index into `CHAT_ROLES` of the turn that each token belongs to, as announced by `chat_roles`; else None.
+        memory: what was worked out on the prompt and holds for the whole generation. It lives on the KV cache, so it can be mistaken for that
+            of another batch, call or model no more than the cache itself, and is copied with it.
+        opened: what gates decided in this pass.
         masks: the tokens that each user of this context acts on, worked out once per pass under a name of its own;
             `columns` holds some of them as [batch, tokens, 1] numbers, ready to multiply with.
     """
@@ -54,6 +62,10 @@ class ForwardContext:
     padded_past: Tensor | None = None
     kept: Tensor | int = 0
     device: torch.device | None = None
+    ids: Tensor | None = None
+    turns: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    opened: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Mask] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
 
@@ -65,6 +77,45 @@ class ForwardContext:
         if self.padded_past is not None:
             return (self.padded_past.cumsum(1) - 1)[:, -self.tokens :]
         return (torch.arange(self.tokens, device=self.device) + self.past)[None]
+
+    def remember(self, name: str, fresh: Callable[[], Tensor]) -> Tensor:
+        """A tensor with one entry per row that the prompt decides and every later pass of the generation uses.
+
+        Args:
+            fresh: works it out from this pass.
+
+        Raises:
+            ContextError: the prompt went through the model before anything was attached to it.
+        """
+        held = self.memory.get(name)
+        if not self.decoding:
+            held = self.memory[name] = fresh()
+        elif isinstance(self.past, Tensor):  # the first token of a one-token prompt looks like a decoded one
+            new = fresh()
+            if held is None:
+                torch._assert_async(self.past == 0, "the prompt of this cache was not seen: attach before the prompt is run")
+                held = new
+            else:
+                held = torch.where(self.past > 0, held, new)
+            self.memory[name] = held
+        if held is None or held.shape[0] not in (1, self.batch):
+            raise ContextError(
+                "the prompt of this generation was not seen",
+                expected=f"a cache of {self.batch} rows that was filled while the plan was attached",
+                found="a cache from before the attach" if held is None else f"one of {held.shape[0]} rows",
+                remedy="run the prompt and the generation with the plan attached, on one cache",
+            )
+        return held
+
+    @property
+    def prompt_length(self) -> Tensor:
+        """[batch or 1, 1]: number of prompt tokens of each text of a generation."""
+        return self.remember("prompt", lambda: (self.positions * self.real).amax(1, keepdim=True) + 1)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
+        return None if self.position_ids is None else self.real & (self.position_ids == 0)
 
     @property
     def generated(self) -> Mask:
@@ -101,6 +152,17 @@ class ForwardContext:
         return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
 
 
+def index_within(member: Tensor, starts: Tensor | None) -> Tensor:
+    """[batch, tokens]: how many members come before each token in its own text.
+
+    Args:
+        member: [batch, tokens] bool.
+        starts: where texts begin in a packed row, None when each row is one text.
+    """
+    before = member.long().cumsum(1) - member.long()
+    return before if starts is None else before - torch.where(starts, before, 0).cummax(1).values
+
+
 def in_backward() -> bool:
     """True while autograd runs, that is while gradient checkpointing recomputes a forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -133,13 +195,26 @@ def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     return diagonal if diagonal.dtype is torch.bool else diagonal == 0
 
 
-def build(given: dict[str, Any], announced: Tensor | None, reference: bool, *, decoder: bool = True) -> ForwardContext:
+def memory_of(cache: Any) -> dict[str, Tensor]:
+    """The memory that lives on a KV cache; made where there is none."""
+    memory = getattr(cache, MEMORY, None)
+    if memory is None:
+        memory = {}
+        if cache is not None:
+            setattr(cache, MEMORY, memory)
+    return memory
+
+
+def build(
+    given: dict[str, Any], announced: Tensor | None, reference: bool, *, turns: Tensor | None = None, decoder: bool = True
+) -> ForwardContext:
     """Makes the context of one pass.
 
     Args:
         given: the arguments seen on the way down, the innermost module's winning.
         announced: response mask from `response_tokens`, which wins over labels.
         reference: PEFT adapters are switched off.
+        turns: chat roles from `chat_roles`.
         decoder: False for a module beside the decoder, which has no tokens.
     """
     cache, labels = given.get("past_key_values"), given.get("labels")
@@ -173,4 +248,7 @@ def build(given: dict[str, Any], announced: Tensor | None, reference: bool, *, d
         padded_past=attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None,
         kept=given.get("logits_to_keep", 0),
         device=tensor.device,
+        ids=given.get("input_ids"),
+        turns=turns,
+        memory=memory_of(cache) if generating else {},
     )

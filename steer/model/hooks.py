@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from steer.errors import SiteError
 from steer.model.anatomy import Anatomy, HookPoint
 from steer.model.context import ForwardContext
-from steer.model.watcher import WATCHERS, NotCopied, Watcher, register, response_tokens, watcher_of
+from steer.model.watcher import WATCHERS, NotCopied, Watcher, chat_roles, register, response_tokens, watcher_of
 
 log = logging.getLogger("steer")
 
@@ -167,4 +167,4 @@ def disarm() -> None:
     dynamo.skip_nnmodule_hook_guards = True
 
 
-__all__ = ["Act", "Tap", "Watcher", "arm", "disarm", "install", "response_tokens", "watcher_of"]
+__all__ = ["Act", "Tap", "Watcher", "arm", "chat_roles", "disarm", "install", "response_tokens", "watcher_of"]

@@ -33,6 +33,9 @@ MODEL_PARTS = {
 }
 GRAMMAR = "layers.<n>.<part> | embed | final_norm | logits | module:<dotted path>:<input|output>; parts: " + ", ".join(LAYER_PARTS)
 
+# in the order in which a pass reaches them
+_ORDER = ("input", "attn.q", "attn.k", "attn.v", "attn.z", "attn.output", "mlp.input", "mlp.neurons", "mlp.output", "output")
+
 _LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
 _PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
 _MODULE = re.compile(r"module:(.+):(input|output)")
@@ -79,6 +82,13 @@ class Site:
         known = [text[: match.start(2)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else MODEL_PARTS
         remedy = did_you_mean(text, known) or "write it in one of these forms, e.g. 'layers.0.output'"
         raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, found=text, remedy=remedy)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts the sites of a decoder as a forward pass reaches them. The layer must be counted from the start."""
+        if self.layer is not None:
+            return self.layer, _ORDER.index(self.part)
+        return (-1, 0) if self.part == "embed" else (2**31, list(MODEL_PARTS).index(self.part))
 
     def __str__(self) -> str:
         if self.module is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import TokenizerError
+from steer.model.context import CHAT_ROLES
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,50 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
             remedy="leave this text out, or say something in it",
         )
     return Row(tuple(ids) + tuple(tail), len(ids))
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokenises a conversation.
+
+    Args:
+        tokenizer: one with a chat template that renders a conversation as the start of every longer one.
+        messages: turns with `role` and `content`.
+
+    Returns:
+        Token ids, and for each the index into `CHAT_ROLES` of the turn it belongs to, its template marks included.
+
+    Raises:
+        TokenizerError: no chat template, a role that is not known, or a template that rewrites earlier turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TokenizerError(
+            f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template",
+            expected="a chat template, to tell the turns of a conversation apart",
+            found="none",
+            remedy="set tokenizer.chat_template, or announce response tokens only",
+        )
+    ids: list[int] = []
+    roles: list[int] = []
+    for stop, message in enumerate(messages, 1):
+        if message["role"] not in CHAT_ROLES:
+            raise TokenizerError(
+                "unknown chat role",
+                expected=f"one of {', '.join(CHAT_ROLES)}",
+                found=message["role"],
+                remedy="rename the role of this turn",
+            )
+        text = tokenizer.apply_chat_template(list(messages[:stop]), tokenize=False)
+        longer = tokenizer(text, add_special_tokens=False).input_ids
+        if longer[: len(ids)] != ids:
+            raise TokenizerError(
+                "the chat template rewrites earlier turns",
+                expected="a template that only appends",
+                found=f"another text before turn {stop}",
+                remedy="announce the roles of its tokens yourself with steer.chat_roles",
+            )
+        roles += [CHAT_ROLES.index(message["role"])] * (len(longer) - len(ids))
+        ids = longer
+    return tuple(ids), tuple(roles)
 
 
 def plain(tokenizer: Any, text: str) -> Row:

@@ -127,7 +127,7 @@ class Watcher:
         outermost: height above the root of the module that the running pass began with; `height` that of the one entered last.
         replays: compiled code with gradient checkpointing, where taps inside a block cannot note that they ran.
         around: context of the running pass for modules beside the decoder, made when one asks.
-        announced: response mask from `response_tokens`.
+        announced: response mask from `response_tokens`; `turns`, chat roles from `chat_roles`.
     """
 
     def __init__(self, root: nn.Module, *, is_decoder: bool) -> None:
@@ -135,6 +135,7 @@ class Watcher:
         self.given: dict[str, Any] = {}
         self.height = self.outermost = IDLE
         self.announced: Tensor | None = None
+        self.turns: Tensor | None = None
         self.current: ForwardContext | None = None
         self.inside = False
         self.differentiated: ForwardContext | None = None
@@ -178,7 +179,7 @@ class Watcher:
         if not self.replays:
             for tap in self.taps:
                 tap.ran = False
-        self.current = ctx = context.build(self.given, self.announced, self._is_reference(), decoder=self.is_decoder)
+        self.current = ctx = context.build(self.given, self.announced, self._is_reference(), turns=self.turns, decoder=self.is_decoder)
         self.inside = True
         if not context.in_backward():
             self.differentiated = None
@@ -197,6 +198,8 @@ class Watcher:
                 self._mark(output, ctx)
             if context.in_backward():
                 return  # a recompute of the whole model: it was counted when it ran first
+        if ctx.memory and self.given.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
+            setattr(cache, context.MEMORY, ctx.memory)  # the decoder made its cache itself
         for act in self.on_close:
             act(ctx)
 
@@ -313,3 +316,22 @@ def response_tokens(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
         yield
     finally:
         watcher.announced = before
+
+
+@contextmanager
+def chat_roles(model: nn.Module, roles: Tensor) -> Iterator[None]:
+    """Says whose turn each token belongs to, for scopes such as `role[user]`. Decoded tokens are the assistant's without saying so.
+
+    Args:
+        model: the model, or any wrapper around it; nothing happens when nothing is attached to it.
+        roles: [batch, tokens] indices into `CHAT_ROLES`, as `steer.model.tokens.encode_chat` gives them.
+    """
+    watcher = watcher_of(model)
+    if watcher is None:
+        yield
+        return
+    before, watcher.turns = watcher.turns, roles
+    try:
+        yield
+    finally:
+        watcher.turns = before

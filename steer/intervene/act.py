@@ -1,0 +1,92 @@
+"""What a plan's hooks call: one act per hook point, and the count of what was steered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.intervene.gate import Leaf
+from steer.intervene.intervention import Intervention
+from steer.model.context import ForwardContext, in_backward
+
+
+class SiteAct:
+    """All gates and interventions of one plan on one hook point, as one call; gates see the activation before the edits.
+
+    Attributes:
+        number: of the plan among those stacked on the model.
+        counts: some intervention is at a module that a pass may leave out.
+    """
+
+    def __init__(self, count: Count, number: int) -> None:
+        self.readers: list[tuple[Leaf, str]] = []
+        self.interventions: list[Intervention] = []
+        self.count, self.number, self.counts = count, number, False
+
+    def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        for leaf, name in self.readers:
+            leaf.read(h, ctx, name)
+        for intervention in self.interventions:
+            h = intervention(h, ctx)
+        if self.counts and not in_backward():
+            self.count.call(self.interventions, ctx)
+        return h
+
+
+class Count:
+    """Counts steered tokens. Sites of a decoder are reached in every pass (the watcher proves it), so they are counted once per pass and
+    key; any other module may be left out of a pass, so its calls are counted where they happen."""
+
+    def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
+        self.dtype, self.reached = like.dtype, False
+        groups: dict[Any, list[Intervention]] = {}
+        for one in interventions:
+            alone = one.slots > 1 or one.site.module is not None or one.gate is not None
+            groups.setdefault(one.name if alone else one.key, []).append(one)
+        with torch.inference_mode(False):
+            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long)) for group in groups.values()]
+            self.passes = torch.zeros((), dtype=torch.long)
+        self.move(like.device)
+        self.refresh()
+
+    def move(self, device: torch.device) -> None:
+        """Puts the counts where the model is; it may be moved after the attach."""
+        with torch.inference_mode(False):
+            self.groups = [(group, counts.to(device), active.to(device)) for group, counts, active in self.groups]
+            self.passes = self.passes.to(device)
+
+    def refresh(self) -> None:
+        """Notes which interventions have a strength other than 0."""
+        for group, _, active in self.groups:
+            active.copy_(torch.tensor([bool((one.effective != 0).any()) for one in group]))
+
+    def prepare(self, ctx: ForwardContext) -> None:
+        self.reached = True
+        if ctx.device is not None and ctx.device != self.passes.device:
+            self.move(ctx.device)
+        for group, _, _ in self.groups:
+            if ctx.tokens:
+                group[0].prepare(ctx, self.dtype)
+
+    def __call__(self, ctx: ForwardContext) -> None:
+        self.passes.add_(1)
+        for group, counts, active in self.groups:
+            if group[0].site.module is None:
+                self._add(group[0], counts, active, ctx)
+
+    def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:
+        self.reached = True
+        for group, counts, active in self.groups:
+            if any(group[0] is one for one in interventions):
+                self._add(group[0], counts, active, ctx)
+
+    def _add(self, one: Intervention, counts: Tensor, active: Tensor, ctx: ForwardContext) -> None:
+        mask = one.acting(ctx)
+        if mask is False:
+            return
+        counts.add_(active * (mask.sum() if isinstance(mask, Tensor) else max(ctx.batch * ctx.tokens, 1)))
+
+    def read(self) -> dict[str, int]:
+        return {one.name: int(count) for group, counts, _ in self.groups for one, count in zip(group, counts, strict=True)}

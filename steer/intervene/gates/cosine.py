@@ -1,0 +1,33 @@
+"""Cosine with a condition vector as a gate (CAST, arXiv 2409.05907, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.intervene.gate import GATES, Leaf
+from steer.intervene.operator import slotted
+from steer.model.context import ForwardContext
+
+
+@GATES.register("cosine")
+class CosineGate(Leaf):
+    """Opens where cos(h, c) exceeds a threshold; `~CosineGate(...)` where it does not.
+
+    Args:
+        vector: [width] c.
+        threshold: from -1 to 1.
+        options: site, per, over, pool, sharpness, see `Leaf`.
+    """
+
+    name = "cosine"
+
+    def __init__(self, vector: Tensor, threshold: float | Tensor = 0.0, **options: Any) -> None:
+        vector = slotted(vector, 2, "condition vector")
+        threshold = torch.as_tensor(threshold, dtype=torch.float32).detach().clone().reshape(1)
+        super().__init__({"vector": vector, "threshold": threshold}, vector.shape[-1], **options)
+
+    def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        return torch.nn.functional.cosine_similarity(h.float(), self.tensors["vector"], dim=-1) - self.tensors["threshold"]

@@ -1,0 +1,39 @@
+"""One feature of a sparse autoencoder or transcoder as a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.intervene.gate import GATES, Leaf
+from steer.intervene.operator import slotted
+from steer.model.context import ForwardContext
+
+
+@GATES.register("feature")
+class FeatureGate(Leaf):
+    """Opens where the pre-activation (h - b_dec)·W_enc[f] + b_enc[f] of a ReLU or JumpReLU feature exceeds a threshold.
+
+    Args:
+        encoder: [width] W_enc[f].
+        bias: b_enc[f].
+        threshold: activation above which it counts as active; at least the feature's own JumpReLU threshold.
+        center: [width] b_dec where the dictionary subtracts it first, else None.
+        options: site, per, over, pool, sharpness, see `Leaf`.
+    """
+
+    name = "feature"
+
+    def __init__(
+        self, encoder: Tensor, bias: float | Tensor = 0.0, threshold: float | Tensor = 0.0, center: Tensor | None = None, **options: Any
+    ) -> None:
+        encoder = slotted(encoder, 2, "encoder row")
+        bias, threshold = (torch.as_tensor(one, dtype=torch.float32).detach().clone().reshape(1) for one in (bias, threshold))
+        if center is not None:  # folded into the bias
+            bias = bias - (slotted(center, 2, "decoder bias") * encoder).sum(-1)
+        super().__init__({"encoder": encoder, "bias": bias, "threshold": threshold}, encoder.shape[-1], **options)
+
+    def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        return (h.float() * self.tensors["encoder"]).sum(-1) + self.tensors["bias"] - self.tensors["threshold"]

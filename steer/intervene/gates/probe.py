@@ -1,0 +1,34 @@
+"""Linear probe as a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.intervene.gate import GATES, Leaf
+from steer.intervene.operator import slotted
+from steer.model.context import ForwardContext
+
+
+@GATES.register("probe")
+class ProbeGate(Leaf):
+    """Opens where h·w + b > 0, e.g. a logistic regression's weights.
+
+    Args:
+        vector: [width] w.
+        bias: b; minus the threshold.
+        options: site, per, over, pool, sharpness, see `Leaf`.
+    """
+
+    name = "probe"
+    learnable = ("vector", "bias")
+
+    def __init__(self, vector: Tensor, bias: float | Tensor = 0.0, **options: Any) -> None:
+        vector = slotted(vector, 2, "probe")
+        bias = torch.as_tensor(bias, dtype=torch.float32).detach().clone().reshape(1)
+        super().__init__({"vector": vector, "bias": bias}, vector.shape[-1], **options)
+
+    def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        return (h.float() * self.tensors["vector"]).sum(-1) + self.tensors["bias"]
