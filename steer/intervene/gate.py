@@ -1,7 +1,8 @@
-"""Gates: whether an intervention acts, decided by the model's own activations (conditional steering, CAST: Lee et al. 2024, arXiv 2409.05907).
+"""Gates: whether an intervention acts, decided by the model's own activations.
 
-A gate reads one site and gives every token or every row a number from 0 to 1, with which the edit is multiplied. Gates combine with `&`,
-`|` and `~`. A new kind is a file with one registered subclass of `Leaf`.
+This is conditional steering (CAST: Lee et al. 2024, arXiv 2409.05907). A gate reads one site and gives every token or every row a number
+from 0 to 1, with which the edit is multiplied. Gates combine with `&`, `|` and `~`. A new kind is a file with one registered subclass of
+`Leaf`.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class ForwardContext:
         kept: the positions that the unembedding sees: all (0), the last so many, or these.
         ids: [batch, tokens] token ids; None when embeddings were given.
         turns: [batch, tokens] index into `CHAT_ROLES` of the turn that each token belongs to, as announced by `chat_roles`; else None.
-        memory: what was worked out on the prompt and holds for the whole generation. It lives on the KV cache, so it can be mistaken for that
-            of another batch, call or model no more than the cache itself, and is copied with it.
+        memory: what was worked out on the prompt and holds for the whole generation. It lives on the KV cache and is copied with it, so it
+            is mixed up with another batch, call or model no more than the cache itself.
         opened: what gates decided in this pass.
         masks: the tokens that each user of this context acts on, worked out once per pass under a name of its own;
             `columns` holds some of them as [batch, tokens, 1] numbers, ready to multiply with.

@@ -349,6 +349,9 @@ def test_the_manifest_can_be_read_by_a_person(tmp_path, tiny):
         "roles": ["policy"],
         "schedule": {"name": "constant", "value": 1.0},
         "enabled": False,
+        "gate": None,
+        "preserve_norm": False,
+        "learned": [],
     }
 
 
