@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.commands.config import dtype_named
 from steer.commands.info import versions
-from steer.directions import ContrastSet, Direction, Directions, extract
+from steer.directions import EXTRACTORS, ContrastSet, Direction, Directions, extract
 from steer.drift.tracker import DriftTracker
 from steer.experiment import results
 from steer.experiment.arms import Arm, read_arms
@@ -34,7 +34,7 @@ from steer.experiment.overhead import step_overhead
 from steer.experiment.score import Suite, measure
 from steer.experiment.sft import SFTModule, loader
 from steer.files import atomic_write
-from steer.intervene import Plan
+from steer.intervene import Plan, Scope
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
 from steer.model.tokens import collate, encode, pad_id, plain
@@ -51,6 +51,9 @@ class Run:
         self.config, self.out, self.experiment = config, out, config.experiment
         self.console = Console()
         self.arms = read_arms(OmegaConf.to_container(self.experiment.arms))
+        Scope.parse(self.experiment.scope)  # what is misspelt is said now, not minutes later
+        self.module(nn.Identity())
+        EXTRACTORS.get(self.experiment.trait.method)
         self.say("model", f"loading {config.model.name}")
         self.model, self.tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
         self.pad = pad_id(self.tokenizer)
@@ -65,6 +68,10 @@ class Run:
         self.contrast = ContrastSet.from_pairs(self.tokenizer, data["contrast"])
         self.probe = [encode(self.tokenizer, row["prompt"]) for row in data["probe"]]
         self.prompts = list(self.experiment.completions.prompts)
+
+    def module(self, model: nn.Module) -> SFTModule:
+        spec = self.experiment.train
+        return SFTModule(model, learning_rate=spec.learning_rate, warmup_steps=spec.warmup_steps, steps=spec.steps, schedule=spec.schedule)
 
     def say(self, step: str, text: str) -> None:
         self.console.print(f"[bold]{step:>10}[/]  {text}")
@@ -109,9 +116,7 @@ class Run:
             ),
         )
         batches = loader(self.train_rows, batch_size=spec.batch_size, pad=self.pad, seed=self.config.seed, max_length=spec.max_length)
-        module = SFTModule(
-            adapted, learning_rate=spec.learning_rate, warmup_steps=spec.warmup_steps, steps=spec.steps, schedule=spec.schedule
-        )
+        module = self.module(adapted)
         tracker = self.tracker(directions, self.out / "drift" / f"{arm.name}.sqlite")
         callbacks: list[pl.Callback] = [DriftCallback(tracker, every_n_steps=self.experiment.drift.every_n_steps)]
         if plan is not None:
