@@ -208,7 +208,8 @@ class Selector:
                 found="inputs_embeds",
                 remedy="pass input_ids, or choose another scope",
             )
-        return (ctx.ids[..., None] == self.ids).any(-1)
+        assert self.ids is not None
+        return torch.isin(ctx.ids, self.ids)
 
     def _of_roles(self, ctx: ForwardContext) -> Mask:
         if ctx.phase == "generate" and ctx.decoding:
