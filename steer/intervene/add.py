@@ -16,7 +16,7 @@ class Add(Operator):
     """
 
     name = "add"
-    learnable = ("vector",)
+    parts = learnable = ("vector",)
 
     def __init__(self, vector: Tensor) -> None:
         vector = slotted(vector, 2, "steering vector")
@@ -24,6 +24,9 @@ class Add(Operator):
 
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return (strength * pick("vector").unsqueeze(1)).to(h.dtype)
+
+    def is_affine(self) -> bool:
+        return True
 
     def describe(self) -> str:
         return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import ConfigError, NonFiniteError
+from steer.model.site import Site
 from steer.registry import Registry
 
 OPERATORS: Registry[type[Operator]] = Registry("operator")
@@ -71,11 +72,22 @@ class Operator(Driven):
     """A pure, differentiable function of the activation, driven by tensors that may change between calls without recompilation.
 
     A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
+
+    Attributes:
+        parts: names of the tensors it cannot do without, of which the first is as wide as its site.
+        settings: names of its other attributes that a file has to hold, JSON-able.
+        slots: number of row slots, 1 when every row is treated alike.
+
+    Raises:
+        ConfigError: tensors with different numbers of row slots.
     """
+
+    parts: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         super().__init__(tensors, width)
-        self.slots = max(tensor.shape[0] for tensor in tensors.values())
+        self.slots = same_slots(self.name, **tensors)
 
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         """The change of an activation at full mask, in the dtype of h, [batch, tokens, width] or what broadcasts to it.
@@ -97,6 +109,27 @@ class Operator(Driven):
         """
         change = self.delta(h, strength, pick)
         return h + change if mask is None else torch.addcmul(h, mask, change)
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.settings}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
+        """Rebuilds it from its file form to the bit: the tensors are what the constructor once made of its arguments."""
+        missing = [name for name in (*cls.parts, *cls.settings) if name not in tensors and name not in options]
+        if missing:
+            raise KeyError(f"{missing[0]} of '{cls.name}'")
+        made = cls.__new__(cls)
+        vars(made).update({name: options[name] for name in cls.settings})
+        Operator.__init__(made, tensors, tensors[cls.parts[0]].shape[-1])
+        return made
+
+    def is_affine(self) -> bool:
+        """At a given strength the edited activation is an affine function of the activation, which weights can carry."""
+        return False
+
+    def check_site(self, site: Site) -> None:
+        """Raises SiteError where it would mean something else than it says."""
 
     def describe(self) -> str:
         """One phrase for `Plan.explain()`."""
@@ -124,6 +157,20 @@ def check_finite(tensor: Tensor, what: str) -> None:
             found=f"{bad} of {tensor.numel()} entries are NaN or infinite",
             remedy="give finite numbers; overflow in half precision and division by zero are the usual causes",
         )
+
+
+def same_slots(what: str, **tensors: Tensor) -> int:
+    """The number of row slots of tensors of which some may have one for all. Raises ConfigError when they differ."""
+    sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    most = max(sizes.values())
+    if not set(sizes.values()) <= {1, most}:
+        raise ConfigError(
+            f"row slots of the tensors of '{what}' differ",
+            expected=f"1 or {most} in each",
+            found=", ".join(f"{size} in {name}" for name, size in sizes.items()),
+            remedy="give every tensor one entry per row slot, or one for all of them",
+        )
+    return most
 
 
 def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:

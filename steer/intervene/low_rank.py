@@ -1,0 +1,157 @@
+"""Edits of a few coordinates: h + c(h R^T) W, the form that most operators have."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from steer.errors import ConfigError, WidthError
+from steer.intervene.operator import Operator, Pick, check_finite, slotted
+
+
+class LowRank(Operator):
+    """h + mask * c(x) W with x = h R^T: reads coordinates along the rows of R, and moves h along the rows of W.
+
+    A subclass names R and W and says in `change` how far to move. Everything is worked out in fp32 at least, whatever the dtype of h:
+    hidden norms reach 1e4, where bf16 keeps two digits of a small coordinate.
+
+    Attributes:
+        reads, writes: names of the tensors R and W, [slots, rank, width].
+    """
+
+    reads: ClassVar[str]
+    writes: ClassVar[str]
+
+    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        """How far to move along each row of W, [batch, tokens, rank of W], at full mask.
+
+        Args:
+            x: [batch, tokens, rank of R], fp32 or fp64.
+            strength, pick: as in `Operator.delta`; the change is exactly 0 where the strength is.
+        """
+        raise NotImplementedError
+
+    def rows(self, pick: Pick) -> tuple[Tensor, Tensor]:
+        """R and W for this batch, [batch or 1, rank, width]."""
+        return pick(self.reads), pick(self.writes)
+
+    def is_affine(self) -> bool:
+        return True  # c is, for most
+
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+        with without_autocast(h):
+            read, write = self.rows(pick)
+            wide = widened(h)
+            change = self.change(coordinates(wide, read), strength, pick)
+            new = moved(wide, change if mask is None else change * mask, write)
+        return new if wide is h else new.to(h.dtype)
+
+
+def without_autocast(h: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would round a fp32 residual stream to bf16 in the products."""
+    device = h.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def widened(h: Tensor) -> Tensor:
+    """h in fp32, or fp64 when it is that."""
+    return h if h.dtype is torch.float32 else h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def coordinates(h: Tensor, rows: Tensor) -> Tensor:
+    """h R^T, [batch, tokens, rank]. h: [batch, tokens, width]; rows: [batch or 1, rank, width]."""
+    rows = rows if rows.dtype is h.dtype else rows.to(h.dtype)
+    if rows.shape[1] == 1 and (h.shape[1] == 1 or torch.compiler.is_compiling()):  # a compiler fuses this with its neighbours
+        return (h * rows).sum(-1, keepdim=True)
+    return linear(h, rows[0]) if rows.shape[0] == 1 else h @ rows.mT
+
+
+def moved(h: Tensor, change: Tensor, rows: Tensor) -> Tensor:
+    """h + change W. change: [batch, tokens, rank]; rows: [batch or 1, rank, width]."""
+    rows = rows if rows.dtype is h.dtype else rows.to(h.dtype)
+    if rows.shape[1] == 1:
+        return torch.addcmul(h, change, rows)
+    return torch.baddbmm(h, change.expand(h.shape[0], -1, -1), rows.expand(h.shape[0], -1, -1))
+
+
+# ---- what constructors make of their arguments
+
+
+def numbers(value: float | Tensor, what: str) -> Tensor:
+    """[slots, 1, 1] fp32, to go with coordinates, from a number or from one per row slot."""
+    given = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    if given.dim() > 1 or given.numel() == 0:
+        raise ConfigError(
+            f"{what} has the wrong shape",
+            expected="a number, or one per row slot",
+            found=list(given.shape),
+            remedy="give a flat list of numbers",
+        )
+    check_finite(given, what)
+    return given.reshape(-1, 1, 1)
+
+
+def unit(vector: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """[slots, 1, width] of length 1, and the lengths that they had, [slots, 1, 1]. Raises ConfigError for a vector that is zero."""
+    given = slotted(vector, 2, what).double().unsqueeze(1)
+    length = torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+    if not bool((length > 0).all()):
+        raise ConfigError(
+            f"{what} is zero",
+            expected="a vector with a length, which gives a direction",
+            found=f"lengths {length.flatten().tolist()}",
+            remedy="take the vector of a site at which the classes differ",
+        )
+    return (given / length).float(), length.float()
+
+
+def orthonormal(rows: Tensor, what: str) -> Tensor:
+    """[slots, rank, width] orthonormal rows with the span and the orientation of those given: Gram-Schmidt, the first keeps its direction.
+
+    Args:
+        rows: [width], [rank, width] or [slots, rank, width].
+
+    Raises:
+        ConfigError: rows that are zero or linearly dependent.
+    """
+    given = slotted(rows[None] if rows.dim() == 1 else rows, 3, what).double()
+    q, r = torch.linalg.qr(given.mT)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.abs()
+    if bool((scale.amin(-1) <= 1e-6 * given.norm(dim=-1).amax(-1)).any()) or given.shape[1] > given.shape[2]:
+        raise ConfigError(
+            f"{what} are zero or linearly dependent",
+            expected=f"{given.shape[1]} independent directions",
+            found=f"smallest independent part {float(scale.min()):.3g}",
+            remedy="leave out the one that is zero or follows from the others",
+        )
+    return (q * diagonal.sign().unsqueeze(-2)).mT.float().contiguous()
+
+
+def orthonormalised(rows: Tensor) -> Tensor:
+    """The same in a graph, for rows that are being learned: L^-1 A with L L^T = A A^T, smooth in A. rows: [slots, rank, width]."""
+    if rows.shape[1] == 1:
+        return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    factor, _ = torch.linalg.cholesky_ex(rows @ rows.mT)
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+
+def listed(values: Tensor) -> str:
+    """Numbers of row slots in words."""
+    return ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
+
+
+def same_width(what: str, **tensors: Tensor) -> None:
+    """Raises WidthError unless the last dimensions agree."""
+    widths = {name: tensor.shape[-1] for name, tensor in tensors.items()}
+    if len(set(widths.values())) > 1:
+        raise WidthError(
+            f"the tensors of '{what}' do not fit together",
+            expected="one width, that of the site",
+            found=", ".join(f"{width} in {name}" for name, width in widths.items()),
+            remedy="take all of them from the same model and site",
+        )

@@ -1,0 +1,44 @@
+"""Steering to a target projection, StTP (Herbster et al. 2026, arXiv 2604.08169)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steer.intervene.low_rank import LowRank, listed, numbers, unit
+from steer.intervene.operator import OPERATORS, Pick
+
+
+@OPERATORS.register("target_projection")
+class TargetProjection(LowRank):
+    """h + strength * (target - h·u) u where h·u < threshold: brings tokens that fall short up to a target (StTP).
+
+    Tokens beyond the threshold are left alone.
+
+    Args:
+        direction: [width] or [slots, width], towards the wanted side; only its direction counts.
+        target: the projection they get, e.g. the mean of wanted texts, a number or one per row slot.
+        threshold: projection below which they get it, e.g. a low quantile of wanted texts; the target when None.
+
+    Raises:
+        ConfigError: a direction of length 0.
+    """
+
+    name = "target_projection"
+    parts = ("direction", "target", "threshold")
+    reads = writes = "direction"
+
+    def __init__(self, direction: Tensor, target: float | Tensor, threshold: float | Tensor | None = None) -> None:
+        u, _ = unit(direction, "direction of 'target_projection'")
+        tensors = {"direction": u, "target": numbers(target, "target")}
+        tensors["threshold"] = numbers(target if threshold is None else threshold, "threshold")
+        super().__init__(tensors, u.shape[-1])
+
+    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        return torch.where(x < pick("threshold"), strength * (pick("target") - x), 0.0)
+
+    def is_affine(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"bring projections below {listed(self.tensors['threshold'])} to {listed(self.tensors['target'])}"
