@@ -30,5 +30,8 @@ class Ablate(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return -strength * x
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

@@ -35,5 +35,8 @@ class AblateThenAdd(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * pick("step") - strength.abs().clamp(max=1.0) * x
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"ablate along v, then add v, |v| = {listed(self.tensors['step'])}"

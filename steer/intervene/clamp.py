@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -53,6 +54,9 @@ class Clamp(LowRank):
 
     def is_affine(self) -> bool:
         return {"low", "high"} <= set(self.tensors) and bool((self.tensors["low"] == self.tensors["high"]).all())
+
+    def is_affine(self) -> bool:
+        return "low" in self.tensors and "high" in self.tensors and torch.equal(self.tensors["low"], self.tensors["high"])
 
     def describe(self) -> str:
         low, high = (listed(self.tensors[name]) if name in self.tensors else "" for name in ("low", "high"))

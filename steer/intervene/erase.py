@@ -47,5 +47,8 @@ class Erase(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (pick("origin") - x)
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"erase what {self.tensors['right'].shape[1]} linear probe(s) read"

@@ -60,5 +60,8 @@ class LoReFT(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (x + pick("bias"))
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"LoReFT of rank {self.tensors['rotation'].shape[1]}"

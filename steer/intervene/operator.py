@@ -131,6 +131,10 @@ class Operator(Driven):
     def check_site(self, site: Site) -> None:
         """Raises SiteError where it would mean something else than it says."""
 
+    def is_affine(self) -> bool:
+        """The edit is an affine function of the activation at every strength, so that weights can carry it (`steer.bake`)."""
+        return False
+
     def describe(self) -> str:
         """One phrase for `Plan.explain()`."""
         return type(self).name

@@ -37,5 +37,8 @@ class Replace(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * x
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"replace a by b, |a| = {listed(1 / self.tensors['reader'].norm(dim=-1))}"

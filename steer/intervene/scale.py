@@ -32,5 +32,8 @@ class Scale(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (pick("factor") - 1.0) * x
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"multiply the projection by {listed(self.tensors['factor'])}"
