@@ -41,14 +41,26 @@ class Count:
 
     def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
         self.dtype, self.reached = like.dtype, False
+        self.groups: list[tuple[list[Intervention], Tensor, Tensor]] = []
+        with torch.inference_mode(False):
+            self.passes = torch.zeros((), dtype=torch.long, device=like.device)
+        self.group(interventions)
+
+    def group(self, interventions: list[Intervention]) -> None:
+        """Puts together those that act on the same tokens, which may change when a window moves; what was counted stays."""
         groups: dict[Any, list[Intervention]] = {}
         for one in interventions:
             alone = one.slots > 1 or one.site.module is not None or one.gate is not None
             groups.setdefault(one.name if alone else one.key, []).append(one)
+        if [group for group, _, _ in self.groups] == list(groups.values()):
+            return
+        counted = self.read()
         with torch.inference_mode(False):
-            self.groups = [(group, *torch.zeros(2, len(group), dtype=torch.long)) for group in groups.values()]
-            self.passes = torch.zeros((), dtype=torch.long)
-        self.move(like.device)
+            self.groups = [
+                (group, torch.tensor([counted.get(one.name, 0) for one in group]), torch.zeros(len(group), dtype=torch.long))
+                for group in groups.values()
+            ]
+        self.move(self.passes.device)
         self.refresh()
 
     def move(self, device: torch.device) -> None:

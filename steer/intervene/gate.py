@@ -7,6 +7,7 @@ from 0 to 1, with which the edit is multiplied. Gates combine with `&`, `|` and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from steer.registry import Registry
 GATES: Registry[type[Leaf]] = Registry("gate")
 PER = ("token", "row", "generation")
 POOLS = ("mean", "max")
+_NUMBERS = itertools.count()  # tells the gates of a process apart
 
 
 class Gate:
@@ -41,8 +43,8 @@ class Gate:
         """Its leaves, from left to right."""
         raise NotImplementedError
 
-    def value(self, ctx: ForwardContext, site: str) -> Tensor:
-        """[batch, tokens or 1, 1] fp32 from 0 to 1, out of what the leaves decided in this pass. site: of the intervention."""
+    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        """[batch, tokens or 1, 1] fp32 from 0 to 1, out of what the leaves decided in this pass, under these names from left to right."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,24 +74,24 @@ class Combined(Gate):
 class And(Combined):
     word = "and"
 
-    def value(self, ctx: ForwardContext, site: str) -> Tensor:
-        a, b = (part.value(ctx, site) for part in self.parts)
-        return a * b
+    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        a, b = self.parts
+        return a.value(ctx, decisions) * b.value(ctx, decisions)
 
 
 class Or(Combined):
     word = "or"
 
-    def value(self, ctx: ForwardContext, site: str) -> Tensor:
-        a, b = (part.value(ctx, site) for part in self.parts)
+    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        a, b = [part.value(ctx, decisions) for part in self.parts]
         return a + b - a * b
 
 
 class Not(Combined):
     word = "not"
 
-    def value(self, ctx: ForwardContext, site: str) -> Tensor:
-        return 1 - self.parts[0].value(ctx, site)
+    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        return 1 - self.parts[0].value(ctx, decisions)
 
     def __str__(self) -> str:
         return f"not {self.parts[0]}"
@@ -139,7 +141,7 @@ class Leaf(Gate, Driven):
                 found=sharpness,
                 remedy="e.g. 10.0",
             )
-        self.key, self._where = "", "" if self.site is None else str(self.site)  # the plan gives the key
+        self.number = next(_NUMBERS)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """How far each token is beyond the threshold, [batch, tokens] fp32; open above 0. h: [batch, tokens, width]."""
@@ -148,27 +150,27 @@ class Leaf(Gate, Driven):
     def leaves(self) -> Iterator[Leaf]:
         yield self
 
-    def key_at(self, site: str) -> str:
-        """Names its decision for an intervention at `site`. Of strings alone: torch.compile writes other objects in its own way."""
-        return f"{self.key}@{self._where or site}"
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.over.to(device)
 
-    def read(self, h: Tensor, ctx: ForwardContext, key: str) -> None:
-        """Decides, and leaves the decision in the pass: [batch, tokens or 1, 1]."""
+    def read(self, h: Tensor, ctx: ForwardContext, decision: str) -> None:
+        """Decides, and leaves the decision in the pass under its name: [batch, tokens or 1, 1]."""
         if next(iter(self.tensors.values()), h).device != h.device:
             self.to(h.device)
-            self.over.to(h.device)
         if self.per == "generation" and ctx.phase == "generate":
-            opened = ctx.remember(key, lambda: self._of_rows(h, ctx)[:, -1:])
+            # with the number, since a cache may outlive the plan: what another gate decided must not be taken for this one's
+            opened = ctx.remember(f"{decision} number {self.number}", lambda: self._of_rows(h, ctx)[:, -1:])
         else:
             opened = self._switch(self.margin(h, ctx)) if self.per == "token" else self._of_rows(h, ctx)
-        ctx.opened[key] = opened.unsqueeze(-1)
+        ctx.opened[decision] = opened.unsqueeze(-1)
 
-    def value(self, ctx: ForwardContext, site: str) -> Tensor:
-        found = ctx.opened.get(self.key_at(site))
+    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        found = ctx.opened.get(next(decisions))
         if found is None:
             raise ContextError(
-                f"gate '{self.name}' did not decide before '{site}' was reached",
-                expected=f"'{self.site}' to run first",
+                f"gate '{self.name}' did not decide before the activation that it is for was reached",
+                expected="its site to run first" if self.site is None else f"'{self.site}' to run first",
                 found="it has not run in this pass",
                 remedy="let the gate read a site that comes before the steered one",
             )
@@ -183,14 +185,14 @@ class Leaf(Gate, Driven):
         starts = None if ctx.phase == "generate" else ctx.starts
         if starts is None:
             count = looked.sum(1, keepdim=True)
-            pooled = (margin * looked).sum(1, keepdim=True) / count.clamp_min(1)
+            pooled = torch.where(looked, margin, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
             if self.pool == "max":
                 pooled = margin.masked_fill(~looked, -torch.inf).amax(1, keepdim=True)
             return torch.where(count > 0, self._switch(pooled), 0.0)
         text = starts.long().cumsum(1)
         slots = torch.zeros(margin.shape[0], margin.shape[1] + 1, device=h.device)
         count = slots.scatter_add(1, text, looked.float())
-        pooled = slots.scatter_add(1, text, margin * looked) / count.clamp_min(1)
+        pooled = slots.scatter_add(1, text, torch.where(looked, margin, 0.0)) / count.clamp_min(1)
         if self.pool == "max":
             pooled = slots.scatter_reduce(1, text, margin.masked_fill(~looked, -torch.inf), "amax", include_self=False)
         return torch.where(count > 0, self._switch(pooled), 0.0).gather(1, text)

@@ -36,6 +36,7 @@ class Intervention:
         base: [1 or slots] the strength as it was set; `effective`, what the hook reads, is base x schedule x switch.
         slots: number of row slots; 1 when every row is treated alike. `rows` says which slot each row of a batch uses.
         key: names its set of tokens; interventions of a plan with the same key act on the same ones.
+        decisions: names of what the leaves of its gate decide, given by the plan that it is attached with.
 
     Raises:
         ConfigError, SiteError, NonFiniteError.
@@ -55,16 +56,20 @@ class Intervention:
         gate: gates.Gate | None = None,
         preserve_norm: bool = False,
     ) -> None:
-        self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(scope), enabled
+        # a scope of its own, so that no other plan moves its window
+        self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(str(scope)), enabled
+        operator.check_site(self.site)
         self.roles = _subset(roles, ROLES, "role")
         self.schedule = schedules.from_dict(schedule)
         self.name = name or f"{operator.name}@{self.site}"
         self.base = self._strengths(strength)
-        self.effective = self.base.clone()
+        with torch.inference_mode(False):  # it is written to when training follows
+            self.effective = self.base.clone()
         self.slots = max(operator.slots, self.base.numel())
         self.rows: Tensor | None = None
         self.gate, self.preserve_norm = gate, preserve_norm
-        self.tokens_named, self.where, self._plan = str(self.scope), str(self.site), 0
+        self.tokens_named, self._plan = str(self.scope), 0
+        self.decisions: list[str] = []
         self.set_phases(_subset(phases, PHASES, "phase"))
 
     def set_phases(self, phases: Sequence[str]) -> None:
@@ -79,6 +84,13 @@ class Intervention:
 
     def check_window(self, start: int | None, stop: int | None) -> None:
         """Raises ConfigError unless the scope has one slice, and it may have these bounds."""
+        if wrong := [end for end in (start, stop) if end is not None and (type(end) is not int or abs(end) >= 10**9)]:
+            raise ConfigError(
+                f"the window of '{self.name}' has no such bound",
+                expected="whole numbers of tokens, or None for an open end",
+                found=repr(wrong[0]),
+                remedy="e.g. plan.set_window(0, 32)",
+            )
         slices = self.scope.slices
         if len(slices) != 1:
             raise ConfigError(
@@ -94,6 +106,17 @@ class Intervention:
                 found=f"{start}:{stop}",
                 remedy="count from the first generated token",
             )
+
+    @property
+    def window(self) -> tuple[int | None, int | None] | None:
+        """Bounds of the slice in its scope, None when it does not have just one."""
+        slices = self.scope.slices
+        return (slices[0].start, slices[0].stop) if len(slices) == 1 else None
+
+    def share(self, scope: Scope) -> None:
+        """Uses the scope of another intervention of its plan that names the same tokens: one window moves for both."""
+        self.scope, self.tokens_named = scope, str(scope)
+        self.set_phases(self.phases)
 
     def own_scope(self) -> None:
         """Takes leave of the scope that it shares with other interventions of its plan."""
@@ -181,7 +204,7 @@ class Intervention:
         weight = self._column(mask, h, ctx)
         if self.gate is None:
             return weight
-        opened = self.gate.value(ctx, self.where).to(h.dtype)
+        opened = self.gate.value(ctx, iter(self.decisions)).to(h.dtype)
         if opened.shape[1] not in (1, h.shape[1]):  # the unembedding may get the last tokens only
             opened = opened[:, ctx.kept] if isinstance(ctx.kept, Tensor) else opened[:, -h.shape[1] :]
         return opened if weight is None else weight * opened
@@ -216,7 +239,7 @@ class Intervention:
         if self.slots > 1:
             mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
         if self.gate is not None:
-            mask = both(mask, (self.gate.value(ctx, self.where) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
+            mask = both(mask, (self.gate.value(ctx, iter(self.decisions)) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
         return mask
 
     def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:

@@ -46,8 +46,8 @@ class Plan:
                 intervention.name, number = f"{base}#{number}", number + 1
             names.add(intervention.name)
         scopes: dict[str, Any] = {}
-        for intervention in self.interventions:  # one window moves for all that share it
-            intervention.scope = scopes.setdefault(intervention.tokens_named, intervention.scope)
+        for intervention in self.interventions:
+            intervention.share(scopes.setdefault(str(intervention.scope), intervention.scope))
         self.step(0)
 
     # ---- attaching
@@ -104,6 +104,8 @@ class Plan:
             act.counts |= intervention.site.module is not None
             self._paths[intervention.name] = point.path
         for (leaf, _, name), point in zip(readers, points[len(self.interventions) :], strict=True):
+            with torch.inference_mode(False):
+                leaf.to(next(point.module.parameters(), first).device)
             act_at(point).readers.append((leaf, name))
         watcher, remove = hooks.install(model, anatomy, list(acts.values()))
         watcher.on_open.append(count.prepare)
@@ -148,13 +150,15 @@ class Plan:
     def _readers(self, number: int) -> list[tuple[Leaf, Site, str]]:
         """Every leaf of a gate with the site it reads and the name of its decision; one that several interventions share reads once."""
         found: dict[str, tuple[Leaf, Site, str]] = {}
-        leaves = {id(leaf): leaf for one in self.interventions if one.gate is not None for leaf in one.gate.leaves()}
-        for i, leaf in enumerate(leaves.values()):
-            leaf.key = f"plan {number} gate {i}"
+        order: dict[int, int] = {}
         for one in self.interventions:
+            one.decisions = []
             for leaf in one.gate.leaves() if one.gate is not None else ():
-                name = leaf.key_at(one.where)
-                found[name] = (leaf, leaf.site or one.site, name)
+                site = leaf.site or one.site
+                # strings alone: torch.compile writes other objects in its own way
+                name = f"plan {number} gate {order.setdefault(id(leaf), len(order))}@{site}"
+                one.decisions.append(name)
+                found[name] = (leaf, site, name)
         return list(found.values())
 
     def _check_model(self, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
@@ -222,11 +226,16 @@ class Plan:
         chosen = self._named(name)
         for one in chosen:
             one.check_window(start, stop)
-        for one in chosen:
-            others = [other for other in self.interventions if other not in chosen]
-            if any(other.scope is one.scope for other in others):
+        self._move({one: (start, stop) for one in chosen})
+
+    def _move(self, windows: dict[Intervention, tuple[int | None, int | None]]) -> None:
+        """Sets windows; those that shared one and do so no longer part."""
+        for one, window in windows.items():
+            if any(other.scope is one.scope and windows.get(other) != window for other in self.interventions):
                 one.own_scope()
-            one.scope.slices[0].set(start, stop)
+            one.scope.slices[0].set(*window)
+        if self._count is not None:
+            self._count.group(self.interventions)
 
     def set_rows(self, rows: Sequence[int] | Tensor) -> None:
         """Says which slot each row of the next batches uses.
@@ -304,11 +313,12 @@ class Plan:
     # ---- keeping
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while a plan runs: step, strengths, switches, and tensors that are being learned. All of it is in `save`."""
+        """What changes while a plan runs: step, strengths, switches, windows, and tensors that are being learned. `save` has it all."""
         ones = {
             one.name: {
                 "base": one.base.clone(),
                 "enabled": one.enabled,
+                "window": one.window,
                 "learned": {name: tensor.detach().cpu().clone() for name, tensor in one.parameters.items()},
             }
             for one in self.interventions
@@ -329,6 +339,10 @@ class Plan:
             saved = state["interventions"][one.name]
             one.base, one.enabled = saved["base"].clone().cpu(), bool(saved["enabled"])
             one.load_learned(saved["learned"])
+        windows = {one: state["interventions"][one.name]["window"] for one in self.interventions if one.window is not None}
+        for one, window in windows.items():
+            one.check_window(*window)
+        self._move(windows)
         self.step(int(state["step"]))
 
     def save(self, path: str | Path) -> Path:
@@ -371,8 +385,8 @@ def _check_gates(interventions: list[Intervention], readers: list[tuple[Leaf, Si
                 remedy="give the gate a vector that was made for this site",
             )
     for one in interventions:
-        for leaf in one.gate.leaves() if one.gate is not None else ():
-            read, steered = there[leaf.key_at(one.where)].site, here[one.name].site
+        for name in one.decisions:
+            read, steered = there[name].site, here[one.name].site
             if read.module is None and steered.module is None and read.order > steered.order:
                 raise ConfigError(
                     f"the gate of '{one.name}' would decide after the edit it is for",

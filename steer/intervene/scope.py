@@ -14,10 +14,13 @@ half-life fades the edit over the response: after so many of its tokens it is ha
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +40,10 @@ KINDS = {
 }
 _WINDOWED = ("prompt", "response", "generated", "positions")
 _SELECTOR = re.compile(r"([a-z]+)(?:\[([^\[\]]*)\])?")
-_SLICE = re.compile(r"(-?\d*):(-?\d*)")
-_INTEGERS = re.compile(r"-?\d+(,-?\d+)*")
+_SLICE = re.compile(r"\s*(-?[0-9]{1,9})?\s*:\s*(-?[0-9]{1,9})?\s*")
+_INDICES = re.compile(r"\s*-?[0-9]{1,9}\s*(,\s*-?[0-9]{1,9}\s*)*")
+_IDS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
+_NUMBER = re.compile(r"\s*[0-9]+(\.[0-9]+)?\s*")
 _END = 2**62  # of a window that has none
 
 
@@ -47,18 +52,20 @@ class Window:
 
     Attributes:
         start, stop: as in a slice, None for an open end; `listed` single indices instead.
+        counts_from_end: some of these numbers are negative.
     """
 
     def __init__(self, text: str, what: str) -> None:
-        compact = text.replace(" ", "")
         self.listed: list[int] = []
         self.start: int | None = None
         self.stop: int | None = None
-        self.bounds = torch.zeros(2, dtype=torch.long)
-        if match := _SLICE.fullmatch(compact):
+        with torch.inference_mode(False):  # it may be moved outside
+            self.bounds = torch.zeros(2, dtype=torch.long)
+        if match := _SLICE.fullmatch(text):
             self.set(*(int(end) if end else None for end in match.groups()))
-        elif _INTEGERS.fullmatch(compact):
-            self.listed = [int(number) for number in compact.split(",")]
+        elif _INDICES.fullmatch(text):
+            self.listed = [int(number) for number in text.split(",")]
+            self.counts_from_end = min(self.listed) < 0
         else:
             raise ConfigError(
                 f"'{what}' has no window",
@@ -70,12 +77,9 @@ class Window:
     def set(self, start: int | None, stop: int | None) -> None:
         """Changes a slice in place."""
         self.start, self.stop = start, stop
+        self.counts_from_end = min(start or 0, stop or 0) < 0  # compiled code is bound to this, not to the bounds
         with torch.inference_mode(False):
             self.bounds.copy_(torch.tensor([start or 0, _END if stop is None else stop]))
-
-    @property
-    def counts_from_end(self) -> bool:
-        return any(number < 0 for number in (*self.listed, self.start or 0, self.stop or 0))
 
     def __str__(self) -> str:
         if self.listed:
@@ -87,7 +91,7 @@ class Window:
         if self.listed:
             ends = [(number, from_end if number < 0 else index) for number in self.listed]
             hits = [where == number for number, where in ends if where is not None]
-            return torch.stack(hits).any(0) if hits else torch.zeros_like(index, dtype=torch.bool)
+            return reduce(operator.or_, hits) if hits else torch.zeros_like(index, dtype=torch.bool)
         start, stop = self.bounds
         if from_end is None:
             return (index >= start) & (index < stop) & (start >= 0) & (stop >= 0)
@@ -105,6 +109,13 @@ class Selector:
 
     @classmethod
     def parse(cls, text: str) -> Selector:
+        if not text.strip():
+            raise ConfigError(
+                "a part of the scope is empty",
+                expected="a selector on both sides of '|' and '&', and before and after '!'",
+                found="nothing",
+                remedy="name one there; everything but the prompt is 'all!prompt'",
+            )
         match = _SELECTOR.fullmatch(text.strip())
         kind, argument = (match[1], match[2]) if match else (text, None)
         known = {name.split("[")[0]: name for name in KINDS}
@@ -119,7 +130,7 @@ class Selector:
         if argument is None:
             return cls(kind)
         if kind == "tokens":
-            if not _INTEGERS.fullmatch(argument.replace(" ", "")) or "-" in argument:
+            if not _IDS.fullmatch(argument):
                 raise ConfigError(
                     f"'{text}' names no tokens",
                     expected="token ids, e.g. tokens[2,198]",
@@ -252,14 +263,15 @@ class Scope:
         body, tilde, fade = str(text).partition("~")
         half_life = None
         if tilde:
-            if not re.fullmatch(r"\s*\d+(\.\d+)?\s*", fade) or float(fade) <= 0:
+            with torch.inference_mode(False):
+                half_life = torch.tensor(float(fade) if _NUMBER.fullmatch(fade) else torch.nan)
+            if not 0 < half_life < torch.inf:
                 raise ConfigError(
                     f"scope '{text}' has no half-life",
-                    expected="a positive number of tokens after '~'",
+                    expected="a positive number of tokens after '~', at the very end",
                     found=fade,
                     remedy="e.g. generated~64",
                 )
-            half_life = torch.tensor(float(fade))
         kept, *left_out = (cls._union(union) for union in body.split("!"))
         return cls(kept, [both for union in left_out for both in union], half_life)
 
@@ -270,7 +282,7 @@ class Scope:
     def __str__(self) -> str:
         texts = ["&".join(map(str, part)) for part in self.include]
         out = ["&".join(map(str, part)) for part in self.exclude]
-        return "!".join(["|".join(texts), *out]) + ("" if self.half_life is None else f"~{float(self.half_life):g}")
+        return "!".join(["|".join(texts), *out]) + ("" if self.half_life is None else f"~{decimal(self.half_life)}")
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Scope) and str(self) == str(other)
@@ -303,7 +315,8 @@ class Scope:
         kept = self._of(self.include, ctx)
         if self.exclude:
             kept = both(kept, negate(self._of(self.exclude, ctx)))
-        return both(ctx.attention, kept)
+        mask = both(ctx.attention, kept)
+        return mask.expand(ctx.batch, ctx.tokens) if isinstance(mask, Tensor) else mask  # positions may be the same in every row
 
     def _of(self, union: list[list[Selector]], ctx: ForwardContext) -> Mask:
         hits: Mask = False
@@ -329,13 +342,18 @@ class Scope:
             )
         else:
             index = torch.where(ctx.labelled, index_within(ctx.labelled & ctx.real, ctx.starts), 0)
-        return torch.exp2(-index / self.half_life)
+        return torch.exp2(-index / self.half_life).expand(ctx.batch, ctx.tokens)
 
     def to(self, device: torch.device) -> None:
         """Moves what it compares with."""
         for selector in self.selectors:
             selector.to(device)
         self.half_life = None if self.half_life is None else self.half_life.to(device)
+
+
+def decimal(number: Tensor) -> str:
+    """The shortest decimal, without an exponent, that reads back as this fp32 number."""
+    return np.format_float_positional(np.float32(number.item()), trim="-")
 
 
 def both(a: Mask, b: Mask) -> Mask:

@@ -42,7 +42,8 @@ class ForwardContext:
         padded_past: [batch, cache + tokens] the attention mask over all of them, or None.
         kept: the positions that the unembedding sees: all (0), the last so many, or these.
         ids: [batch, tokens] token ids; None when embeddings were given.
-        turns: [batch, tokens] index into `CHAT_ROLES` of the turn that each token belongs to, as announced by `chat_roles`; else None.
+        turns: index into `CHAT_ROLES` of the turn that each token belongs to, as announced by `chat_roles`; else None. [batch, tokens]
+            where what was announced fits the pass.
         memory: what was worked out on the prompt and holds for the whole generation. It lives on the KV cache and is copied with it, so it
             is mixed up with another batch, call or model no more than the cache itself.
         opened: what gates decided in this pass.
@@ -92,12 +93,15 @@ class ForwardContext:
             held = self.memory[name] = fresh()
         elif isinstance(self.past, Tensor):  # the first token of a one-token prompt looks like a decoded one
             new = fresh()
-            if held is None:
+            if held is not None:
+                held = torch.where(self.past > 0, held, new)
+            elif torch.compiler.is_compiling():
                 torch._assert_async(self.past == 0, "the prompt of this cache was not seen: attach before the prompt is run")
                 held = new
-            else:
-                held = torch.where(self.past > 0, held, new)
-            self.memory[name] = held
+            elif self.past == 0:
+                held = new
+            if held is not None:
+                self.memory[name] = held
         if held is None or held.shape[0] not in (1, self.batch):
             raise ContextError(
                 "the prompt of this generation was not seen",
@@ -180,6 +184,15 @@ def align(mask: Tensor, batch: int, tokens: int, what: str) -> Tensor:
     return torch.nn.functional.pad(mask, (tokens - mask.shape[1], 0)) if mask.shape[1] < tokens else mask
 
 
+def turns_of(announced: Tensor, batch: int, tokens: int, past: Tensor | int) -> Tensor:
+    """The announced chat roles of a prompt: beams follow their row, and what is in the cache already may be announced with it."""
+    if announced.dim() != 2:
+        return announced
+    if announced.shape[0] and batch % announced.shape[0] == 0:
+        announced = announced.repeat_interleave(batch // announced.shape[0], 0)
+    return announced[:, past:] if isinstance(past, int) and announced.shape[1] == past + tokens else announced
+
+
 def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     """Real tokens of this pass, from a 2-D mask over cache and pass, or from the diagonal of a 4-D mask (static caches get one)."""
     if isinstance(attention_mask, dict):  # one mask per kind of layer; a sliding one may have dropped its oldest columns
@@ -226,6 +239,7 @@ def build(
     if tensor is None or not decoder:
         return ForwardContext(0, 0, phase, role)
     batch, tokens = tensor.shape[:2]
+    announced, turns = (None if one is None else one.to(tensor.device) for one in (announced, turns))
     past = cache.get_seq_length() if cache is not None else 0
     if isinstance(past, Tensor):
         past = past.clone()  # static caches count up in place while the pass runs
@@ -235,12 +249,15 @@ def build(
         labelled = align(announced, batch, tokens, "the announced response mask")
     elif labels is not None and labels.shape == (batch, tokens):  # a classifier's labels are not tokens
         labelled = labels != -100
+    decoding = generating and tokens == 1 and not (isinstance(past, int) and past == 0)
+    if turns is not None and generating and not decoding:
+        turns = turns_of(turns, batch, tokens, past)
     return ForwardContext(
         batch=batch,
         tokens=tokens,
         phase=phase,
         role=role,
-        decoding=generating and tokens == 1 and not (isinstance(past, int) and past == 0),
+        decoding=decoding,
         attention=padding(attention_mask, tokens, past),
         labelled=labelled,
         position_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,

@@ -69,15 +69,19 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
     return Row(tuple(ids) + tuple(tail), len(ids))
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokenises a conversation.
 
     Args:
         tokenizer: one with a chat template that renders a conversation as the start of every longer one.
         messages: turns with `role` and `content`.
+        add_generation_prompt: open the assistant's next turn.
 
     Returns:
-        Token ids, and for each the index into `CHAT_ROLES` of the turn it belongs to, its template marks included.
+        Token ids, and for each the index into `CHAT_ROLES` of the turn it belongs to, its template marks included. What the template
+        itself puts before the first turn, such as a system message of its own, is the system's.
 
     Raises:
         TokenizerError: no chat template, a role that is not known, or a template that rewrites earlier turns.
@@ -99,8 +103,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[
                 found=message["role"],
                 remedy="rename the role of this turn",
             )
-        text = tokenizer.apply_chat_template(list(messages[:stop]), tokenize=False)
-        longer = tokenizer(text, add_special_tokens=False).input_ids
+        opened = add_generation_prompt and stop == len(messages)
+        longer = _rendered(tokenizer, messages[:stop], opened)[1]
         if longer[: len(ids)] != ids:
             raise TokenizerError(
                 "the chat template rewrites earlier turns",
@@ -108,9 +112,29 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[
                 found=f"another text before turn {stop}",
                 remedy="announce the roles of its tokens yourself with steer.chat_roles",
             )
-        roles += [CHAT_ROLES.index(message["role"])] * (len(longer) - len(ids))
+        closed = len(_rendered(tokenizer, messages[:stop])[1]) if opened else len(longer)
+        roles += [CHAT_ROLES.index(message["role"])] * (closed - len(ids)) + [CHAT_ROLES.index("assistant")] * (len(longer) - closed)
         ids = longer
-    return tuple(ids), tuple(roles)
+    preamble = _preamble(tokenizer, messages[0]) if messages else 0
+    return tuple(ids), (*(CHAT_ROLES.index("system") for _ in range(preamble)), *roles[preamble:])
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], opened: bool = False) -> tuple[str, list[int]]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
+    return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _preamble(tokenizer: Any, first: Mapping[str, str]) -> int:
+    """How many tokens a template puts before the first turn: those that the same turn lacks when it comes third."""
+    if first["role"] == "system":
+        return 0
+    second = {"role": "user" if first["role"] == "assistant" else "assistant", "content": first["content"]}
+    alone, ids = _rendered(tokenizer, [first])
+    before, third = (_rendered(tokenizer, turns)[0] for turns in ([first, second], [first, second, first]))
+    if not third.startswith(before) or not alone.endswith(turn := third[len(before) :]):
+        return 0
+    own = tokenizer(alone[: len(alone) - len(turn)], add_special_tokens=False).input_ids
+    return len(own) if ids[: len(own)] == own else 0
 
 
 def plain(tokenizer: Any, text: str) -> Row:

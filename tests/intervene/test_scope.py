@@ -1,140 +1,553 @@
-"""Scopes against a mask written out token by token."""
+"""Scopes against the same sets written out token by token, with Python's own slices."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
+from steer.intervene import Add, Intervention, Plan
 from steer.intervene.scope import KINDS, Scope
-from steer.model.context import ForwardContext, build
+from steer.model.context import CHAT_ROLES, ForwardContext, build
 
-PLAIN = [kind for kind in KINDS if "[" not in kind]
-SCOPES = st.one_of(
-    st.sampled_from(PLAIN),
-    st.lists(st.integers(-9, 9), min_size=1, max_size=4).map(lambda numbers: f"positions[{','.join(map(str, numbers))}]"),
-)
+# ---- the reference: what is known about a token, and what each part of a scope says about it
 
 
-@st.composite
-def texts(draw, most: int = 4):
-    """Texts as (prompt tokens, response tokens)."""
-    return draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=most))
+@dataclass
+class Token:
+    """`size` and `part_size` are None for a decoded token, whose distance from the end nobody knows."""
+
+    index: int
+    size: int | None
+    part: str
+    part_index: int
+    part_size: int | None
+    last: bool
+    id: int
+    turn: str
+    real: bool = True
 
 
-def wanted(scope: Scope, index: int, prompt: int, size: int) -> bool:
-    """Whether token `index` of a training text of `size` tokens is meant."""
-    return {
-        "all": True,
-        "prompt": index < prompt,
-        "response": index >= prompt,
-        "generated": False,
-        "last": index == size - 1,
-        "positions": index in scope.positions or index - size in scope.positions,
-    }[scope.kind]
+@dataclass
+class Window:
+    text: str
+    entries: slice | list[int]
+
+    def holds(self, index: int, size: int | None) -> bool:
+        if isinstance(self.entries, slice):
+            start, stop = self.entries.start, self.entries.stop
+            if size is None:
+                return (start or 0) >= 0 and (stop is None or stop >= 0) and index in range(start or 0, 10**6 if stop is None else stop)
+            return index in range(size)[self.entries]
+        return any(index == entry if entry >= 0 else size is not None and index - size == entry for entry in self.entries)
 
 
-def as_list(mask, ctx: ForwardContext) -> list[list[bool]]:
-    return (torch.full((ctx.batch, ctx.tokens), mask) if isinstance(mask, bool) else mask).tolist()
+@dataclass
+class Named:
+    """One selector."""
+
+    kind: str
+    window: Window | None = None
+    listed: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        inner = self.window.text if self.window else ",".join(map(str, self.listed))
+        return f"{self.kind}[{inner}]" if inner else self.kind
+
+    def wants(self, token: Token, generating: bool) -> bool:
+        match self.kind:
+            case "all":
+                return True
+            case "last":
+                return token.last
+            case "positions":
+                return self.window.holds(token.index, token.size)
+            case "tokens":
+                return token.id in self.listed
+            case "role":
+                return token.turn in self.listed
+        if self.kind == "generated" and not generating:
+            return False
+        within = token.part == ("prompt" if self.kind == "prompt" else "response")
+        return within and (self.window is None or self.window.holds(token.part_index, token.part_size))
 
 
-@given(texts(), SCOPES, st.sampled_from(["left", "right"]), st.booleans(), st.booleans())
-def test_training_batches(rows, name, side, with_positions, announced):
-    scope = Scope.parse(name)
-    width = max(prompt + response for prompt, response in rows)
-    mask, labels, expected, position_ids = [], [], [], []
-    for prompt, response in rows:
-        size = prompt + response
-        gap = [0] * (width - size)
-        text = [1] * size
-        marks = [-100] * prompt + [5] * response
-        hits = [wanted(scope, i, prompt, size) for i in range(size)]
-        join = (lambda pad, real: pad + real) if side == "left" else (lambda pad, real: real + pad)
-        mask.append(join(gap, text))
-        labels.append(join([-100 for _ in gap], marks))
-        expected.append(join([False for _ in gap], hits))
-        position_ids.append(join(gap, list(range(size))))
-    given_ = {"input_ids": torch.ones(len(rows), width, dtype=torch.long), "attention_mask": torch.tensor(mask)}
+@dataclass
+class Wanted:
+    include: list[list[Named]]
+    exclude: list[list[Named]]
+    half_life: float | None = None
+
+    @property
+    def text(self) -> str:
+        unions = [self.include, *([one] for one in self.exclude)]
+        text = "!".join("|".join("&".join(one.text for one in part) for part in union) for union in unions)
+        return text if self.half_life is None else f"{text}~{self.half_life}"
+
+    def wants(self, token: Token, generating: bool) -> bool:
+        def some(union: list[list[Named]]) -> bool:
+            return any(all(one.wants(token, generating) for one in part) for part in union)
+
+        return token.real and some(self.include) and not some(self.exclude)
+
+    def fade(self, token: Token) -> float:
+        return 1.0 if self.half_life is None or token.part == "prompt" else 0.5 ** (token.part_index / self.half_life)
+
+
+def windows(least: int) -> st.SearchStrategy[Window]:
+    ends = st.none() | st.integers(least, 6)
+    slices = st.tuples(ends, ends).map(lambda ends: Window(":".join("" if end is None else str(end) for end in ends), slice(*ends)))
+    lists = st.lists(st.integers(least, 6), min_size=1, max_size=3)
+    return slices | lists.map(lambda entries: Window(",".join(map(str, entries)), entries))
+
+
+def selectors(least: int = -5, last: bool = True, roles: bool = True) -> st.SearchStrategy[Named]:
+    """least: 0 where parts of a prompt come one by one, so that its end is not known; responses that are decoded have none ever."""
+    words = st.sampled_from(["all", "prompt", "response", "generated"] + ["last"] * last).map(Named)
+    windowed = st.builds(Named, st.sampled_from(["prompt", "positions"]), windows(least))
+    decoded = st.builds(Named, st.sampled_from(["response", "generated"]), windows(0))
+    ids = st.builds(Named, st.just("tokens"), st.none(), st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
+    turns = st.builds(Named, st.just("role"), st.none(), st.lists(st.sampled_from(CHAT_ROLES), min_size=1, max_size=2).map(tuple))
+    return st.one_of(words, windowed, decoded, ids, *[turns] * roles)
+
+
+def scopes(one: st.SearchStrategy[Named]) -> st.SearchStrategy[Wanted]:
+    parts = st.lists(st.lists(one, min_size=1, max_size=2), min_size=1, max_size=2)
+    half_lives = st.none() | st.sampled_from([1.0, 2.5, 64.0])
+    return st.builds(Wanted, parts, st.lists(st.lists(one, min_size=1, max_size=2), max_size=2), half_lives)
+
+
+# ---- batches
+
+
+@dataclass
+class Text:
+    prompt: int
+    response: int
+    seed: int
+
+    def tokens(self) -> list[Token]:
+        """As in training, where both ends are known."""
+        size = self.prompt + self.response
+        parts = [("prompt", i, self.prompt) for i in range(self.prompt)] + [("response", i, self.response) for i in range(self.response)]
+        return [Token(i, size, *part, i == size - 1, self.id(i), self.turn(i)) for i, part in enumerate(parts)]
+
+    def id(self, index: int) -> int:
+        return (self.seed * 7 + index * 3) % 10
+
+    def turn(self, index: int) -> str:
+        return CHAT_ROLES[(self.seed + index // 2) % 4]
+
+
+GAP = Token(0, None, "none", 0, None, False, 0, "system", real=False)
+TEXTS = st.lists(st.builds(Text, st.integers(1, 4), st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=3)
+
+
+def agrees(wanted: Wanted, rows: list[list[Token]], ctx: ForwardContext, generating: bool) -> None:
+    scope = Scope.parse(wanted.text)
+    mask, fade = scope.mask(ctx), scope.fade(ctx)
+    mask = torch.full((ctx.batch, ctx.tokens), mask) if isinstance(mask, bool) else mask
+    assert mask.tolist() == [[wanted.wants(token, generating) for token in row] for row in rows], wanted.text
+    if wanted.half_life is None:
+        assert fade is None
+        return
+    expected = torch.tensor([[wanted.fade(token) for token in row] for row in rows])
+    real = torch.tensor([[token.real for token in row] for row in rows])
+    assert fade.shape == real.shape and torch.allclose(fade[real], expected[real])
+
+
+def columns(rows: list[list[Token]], value) -> Tensor:
+    return torch.tensor([[value(token) for token in row] for row in rows])
+
+
+def turns_of(rows: list[list[Token]]) -> Tensor:
+    return columns(rows, lambda token: CHAT_ROLES.index(token.turn))
+
+
+@given(TEXTS, scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))), st.sampled_from(["left", "right"]), st.booleans())
+def test_training_batches(texts, wanted, side, with_positions):
+    width = max(text.prompt + text.response for text in texts)
+    rows = []
+    for text in texts:
+        gap = [GAP] * (width - text.prompt - text.response)
+        rows.append(gap + text.tokens() if side == "left" else text.tokens() + gap)
+    given_ = {"input_ids": columns(rows, lambda token: token.id), "attention_mask": columns(rows, lambda token: int(token.real))}
     if with_positions:
-        given_["position_ids"] = torch.tensor(position_ids)
-    response_mask = torch.tensor(labels) != -100
-    if not announced:
-        given_["labels"] = torch.tensor(labels)
-    ctx = build(given_, response_mask if announced else None, False)
-    assert as_list(scope.mask(ctx), ctx) == expected
+        given_["position_ids"] = columns(rows, lambda token: token.index)
+    response = columns(rows, lambda token: token.part == "response")
+    agrees(wanted, rows, build(given_, response, False, turns=turns_of(rows)), False)
+    given_["labels"] = torch.where(response, 5, -100)
+    agrees(wanted, rows, build(given_, None, False, turns=turns_of(rows)), False)
 
 
-@given(texts(), SCOPES)
-def test_packed_batches(rows, name):
-    scope = Scope.parse(name)
-    position_ids = [i for prompt, response in rows for i in range(prompt + response)]
-    labels = [mark for prompt, response in rows for mark in [-100] * prompt + [5] * response]
-    expected = [wanted(scope, i, prompt, prompt + response) for prompt, response in rows for i in range(prompt + response)]
-    ids = torch.ones(1, len(labels), dtype=torch.long)
-    ctx = build({"input_ids": ids, "position_ids": torch.tensor([position_ids]), "labels": torch.tensor([labels])}, None, False)
-    assert as_list(scope.mask(ctx), ctx) == [expected]
+@given(TEXTS, scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))))
+def test_packed_rows(texts, wanted):
+    row = [token for text in texts for token in text.tokens()]
+    given_ = {"input_ids": columns([row], lambda token: token.id), "position_ids": columns([row], lambda token: token.index)}
+    given_["labels"] = columns([row], lambda token: 5 if token.part == "response" else -100)
+    agrees(wanted, [row], build(given_, None, False, turns=turns_of([row])), False)
 
 
 class Cache:
-    def __init__(self, length, static: bool) -> None:
-        self.length, self.static = length, static
+    """As long as it is said to be; static ones count in a tensor once they hold something."""
+
+    def __init__(self, static: bool) -> None:
+        self.length, self.static = 0, static
 
     def get_seq_length(self):
-        return torch.tensor(self.length) if self.static else self.length
+        return torch.tensor(self.length) if self.static and self.length else self.length
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 3), SCOPES, st.booleans(), st.booleans())
-def test_generation(prompts, steps, name, static, with_positions):
-    """Left-padded prompts, then one token a step."""
-    scope = Scope.parse(name)
-    width = max(prompts)
-    for step in range(steps + 1):
-        tokens = 1 if step else width
-        seen = 0 if step == 0 else width + step - 1
-        mask = torch.tensor([[0] * (width - size) + [1] * (size + step) for size in prompts])
-        given_ = {"input_ids": torch.ones(len(prompts), tokens, dtype=torch.long), "attention_mask": mask}
-        given_ |= {"past_key_values": Cache(seen, static), "use_cache": True}
-        if with_positions:
-            given_["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens:]
-        ctx = build(given_, None, False)
-        expected = []
-        for size in prompts:
-            row = []
-            for column in range(seen, seen + tokens):
-                index, real = column - (width - size), column >= width - size
-                decoded = column >= width
-                hit = {
-                    "all": True,
-                    "prompt": not decoded,
-                    "response": decoded,
-                    "generated": decoded,
-                    "last": decoded or index == size - 1,
-                    "positions": index in scope.positions or (not decoded and index - size in scope.positions),
-                }[scope.kind]
-                row.append(real and hit)
-            expected.append(row)
-        assert as_list(scope.mask(ctx), ctx) == expected
+class Generation:
+    """The passes of one generation: prompts, whole or in parts, then one token a step.
+
+    Args:
+        side: of the padding; a row that is padded on the right goes on behind its gap, as in a loop of one's own.
+    """
+
+    def __init__(self, texts: list[Text], side: str, static: bool, beams: int = 1) -> None:
+        self.texts, self.beams, self.cache = texts, beams, Cache(static)
+        width = max(text.prompt for text in texts)
+        self.rows = []
+        for text in texts:
+            gap = [GAP] * (width - text.prompt)
+            prompt = [
+                Token(i, text.prompt, "prompt", i, text.prompt, i == text.prompt - 1, text.id(i), text.turn(i)) for i in range(text.prompt)
+            ]
+            self.rows.append(gap + prompt if side == "left" else prompt + gap)
+
+    def decode(self) -> None:
+        """Appends a token to every row."""
+        width = max(text.prompt for text in self.texts)
+        for text, row in zip(self.texts, self.rows, strict=True):
+            new = len(row) - width
+            row.append(Token(text.prompt + new, None, "response", new, None, True, text.id(text.prompt + new), "assistant"))
+
+    def context(self, tokens: int) -> tuple[ForwardContext, list[list[Token]]]:
+        """The next so many columns go through the model."""
+        start, stop = self.cache.length, self.cache.length + tokens
+        rows = [row[start:stop] for row in self.rows]
+        many = [row[start:stop] for row in self.rows for _ in range(self.beams)]
+        given_ = {"input_ids": columns(many, lambda token: token.id), "past_key_values": self.cache, "use_cache": True}
+        mask = columns([row[:stop] for row in self.rows for _ in range(self.beams)], lambda token: int(token.real))
+        if not bool(mask.all()):
+            given_["attention_mask"] = mask
+        ctx = build(given_, None, False, turns=turns_of(rows))
+        self.cache.length = stop
+        return ctx, many
 
 
-@given(SCOPES)
-def test_what_is_printed_is_read_back(name):
-    scope = Scope.parse(name)
-    assert Scope.parse(str(scope)) == scope and Scope.parse(scope) is scope
+@given(TEXTS, scopes(selectors()), st.sampled_from(["left", "right"]), st.booleans(), st.integers(0, 3), st.integers(1, 2))
+def test_generation(texts, wanted, side, static, steps, beams):
+    one = Generation(texts, side, static, beams)
+    ctx, rows = one.context(len(one.rows[0]))
+    agrees(wanted, rows, ctx, True)
+    for _ in range(steps):
+        one.decode()
+        ctx, rows = one.context(1)
+        agrees(wanted, rows, ctx, True)
 
 
-@pytest.mark.parametrize("name", ["respons", "", "positions", "positions[]", "positions[a]", "positions[1.5]", "positions[...]"])
-def test_an_unknown_scope_lists_the_known_ones(name):
-    with pytest.raises(ConfigError, match=rf"unknown scope[\s\S]*{'response'}"):
-        Scope.parse(name)
+@given(TEXTS, scopes(selectors(0, last=False, roles=False)), st.booleans(), st.integers(2, 3))
+def test_a_prompt_in_chunks(texts, wanted, static, chunk):
+    """Only what counts from an end differs from the prompt in one pass, as long as no chunk is a single token."""
+    one = Generation(texts, "left", static)
+    width = len(one.rows[0])
+    sizes = [chunk] * (width // chunk) + [width % chunk] * (width % chunk > 0)
+    if len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [chunk + 1]
+    for size in sizes:
+        ctx, rows = one.context(size)
+        agrees(wanted, rows, ctx, True)
+    for _ in range(2):
+        one.decode()
+        ctx, rows = one.context(1)
+        agrees(wanted, rows, ctx, True)
 
 
-def test_the_nearest_name_is_offered():
-    with pytest.raises(ConfigError, match="did you mean 'response'"):
-        Scope.parse("respons")
+def test_a_second_turn_on_the_same_cache_begins_a_new_response():
+    one = Generation([Text(4, 0, 1), Text(3, 0, 2)], "left", False)
+    scope = Scope.parse("generated[:1]|prompt[5:]")
+    scope.mask(one.context(4)[0])
+    for _ in range(2):
+        one.decode()
+        scope.mask(one.context(1)[0])
+    for row in one.rows:
+        row += [Token(0, None, "prompt", 0, None, False, 1, "user")] * 2
+    assert scope.mask(one.context(2)[0]).tolist() == [[True, True], [True, True]]
+    for wanted in (True, False):
+        one.decode()
+        mask = scope.mask(one.context(1)[0])
+        assert mask.tolist() == [[wanted], [wanted]]
 
 
-@pytest.mark.parametrize("name", ["prompt", "response", "generated"])
-def test_a_pass_that_does_not_say_is_an_error(name):
-    ctx = build({"input_ids": torch.ones(1, 3, dtype=torch.long)}, None, False)
-    with pytest.raises(ContextError, match="cannot tell prompt from response"):
+def test_the_first_token_of_a_prompt_of_one_on_a_static_cache_is_no_decoded_one():
+    """A reset cache counts in a tensor from the start, and holds what the generation before it left."""
+    for name, first, second in (("generated[:1]", False, True), ("prompt", True, False), ("positions[-1]", True, False)):
+        one = Generation([Text(1, 0, 1), Text(1, 0, 2)], "left", True)
+        one.cache.get_seq_length = lambda one=one: torch.tensor(one.cache.length)
+        scope = Scope.parse(name)
+        for _ in range(2):  # reused for a second generation
+            one.cache.length, one.rows = 0, [row[:1] for row in one.rows]
+            assert scope.mask(one.context(1)[0]).tolist() == [[first], [first]]
+            one.decode()
+            assert scope.mask(one.context(1)[0]).tolist() == [[second], [second]]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["generated[:2]", "response~4"])
+def test_a_cache_that_was_filled_before_says_so(name, static):
+    one = Generation([Text(3, 0, 1)], "left", static)
+    one.context(3)
+    one.decode()
+    ctx, _ = one.context(1)
+    with pytest.raises(ContextError, match=r"prompt of this generation was not seen[\s\S]*cache from before the attach"):
         Scope.parse(name).mask(ctx)
+
+
+def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
+    long, short = Generation([Text(5, 0, 1)], "left", False), Generation([Text(2, 0, 1)], "left", False)
+    scope = Scope.parse("generated[:2]")
+    for one in (long, short):
+        scope.mask(one.context(len(one.rows[0]))[0])
+    twin = copy.deepcopy(long)
+    for one in (long, short, twin):
+        hits = []
+        for _ in range(3):
+            one.decode()
+            hits.append(scope.mask(one.context(1)[0]).item())
+        assert hits == [True, True, False]
+
+
+def test_a_cache_of_other_rows_is_refused():
+    one = Generation([Text(3, 0, 1), Text(2, 0, 2)], "left", False)
+    scope = Scope.parse("generated[:2]")
+    scope.mask(one.context(3)[0])
+    one.rows = one.rows[:1] * 3
+    one.texts = one.texts[:1] * 3
+    one.decode()
+    with pytest.raises(ContextError, match=r"a cache of 3 rows[\s\S]*one of 2 rows"):
+        scope.mask(one.context(1)[0])
+
+
+# ---- the text form
+
+
+@given(scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))), st.sampled_from(["", " "]))
+def test_what_is_printed_is_read_back(wanted, space):
+    text = wanted.text
+    for mark in "|&!~,:":
+        text = text.replace(mark, f"{space}{mark}{space}")
+    scope = Scope.parse(text)
+    assert Scope.parse(str(scope)) == scope == Scope.parse(wanted.text) and hash(scope) == hash(Scope.parse(str(scope)))
+    assert Scope.parse(scope) is scope and "." not in str(scope) or wanted.half_life == 2.5
+
+
+@pytest.mark.parametrize("half_life", ["0.1", "123456.75", "1234567", "33554432", "0.001"])
+def test_half_lives_are_read_back_exactly(half_life):
+    scope = Scope.parse(f"generated~{half_life}")
+    assert str(scope) == f"generated~{half_life}" and float(scope.half_life) == torch.tensor(float(half_life)).item()
+
+
+def test_every_kind_is_in_the_table_and_in_the_tests():
+    assert {name.split("[")[0] for name in KINDS} == {"all", "prompt", "response", "generated", "last", "positions", "tokens", "role"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("respons", r"unknown scope 'respons'[\s\S]*expected: all, prompt, [\s\S]*did you mean 'response'"),
+        ("prompt|genrated[:3]", r"unknown scope 'genrated\[:3\]'"),
+        ("5", "unknown scope '5'"),
+        ("all[3]", r"unknown scope 'all\[3\]'[\s\S]*expected: all"),
+        ("last[0]", "expected: last"),
+        ("positions", r"expected: positions\[...\]"),
+        ("tokens", r"expected: tokens\[...\]"),
+        ("prompt [3:]", "unknown scope"),
+        ("positions[...]", r"'positions\[...\]' has no window[\s\S]*expected: a slice such as \[:32\][\s\S]*positions\[0:8\]"),
+        ("prompt[]", "has no window"),
+        ("prompt[a]", "has no window"),
+        ("prompt[1.5]", "has no window"),
+        ("prompt[1 2]", "has no window"),
+        ("prompt[-:]", "has no window"),
+        ("prompt[0:8:2]", "has no window"),
+        ("prompt[,]", "has no window"),
+        ("prompt[1:2,3]", "has no window"),
+        ("positions[:99999999999999999999]", "has no window"),
+        ("generated[-4:]", r"counts from an end that is not known while decoding[\s\S]*found: -4:"),
+        ("generated[3,-1]", "counts from an end"),
+        ("tokens[]", "names no tokens"),
+        ("tokens[-1]", r"names no tokens[\s\S]*convert_tokens_to_ids"),
+        ("tokens[the]", "names no tokens"),
+        ("tokens[1 2]", "names no tokens"),
+        ("tokens[99999999999999999999]", "names no tokens"),
+        ("role[usr]", r"unknown chat role in 'role\[usr\]'[\s\S]*did you mean 'user'"),
+        ("role[]", "expected: system, user, assistant, tool"),
+        ("", "a part of the scope is empty"),
+        ("prompt|", "a part of the scope is empty"),
+        ("prompt&&last", "a part of the scope is empty"),
+        ("!prompt", r"a part of the scope is empty[\s\S]*'all!prompt'"),
+        ("generated~", "has no half-life"),
+        ("generated~0", "has no half-life"),
+        ("generated~-3", "has no half-life"),
+        ("generated~1e3", "has no half-life"),
+        ("generated~inf", "has no half-life"),
+        ("generated~8~8", "has no half-life"),
+        ("generated~32!tokens[4]", r"at the very end[\s\S]*found: 32!tokens\[4\]"),
+        (f"generated~{'9' * 60}", "has no half-life"),
+        (f"generated~0.{'0' * 60}1", "has no half-life"),
+    ],
+)
+def test_mistakes_are_named(text, says):
+    with pytest.raises(ConfigError, match=says):
+        Scope.parse(text)
+
+
+# ---- passes that do not say
+
+
+def context_of(**extra) -> ForwardContext:
+    return build({"input_ids": torch.ones(1, 3, dtype=torch.long), **extra}, None, False)
+
+
+@pytest.mark.parametrize("name", ["prompt", "response", "generated", "prompt[:2]", "response&last", "all!generated"])
+def test_a_pass_that_does_not_tell_prompt_from_response(name):
+    with pytest.raises(ContextError, match=rf"scope '{name.translate({91: chr(92) + '[', 93: chr(92) + ']'})}' cannot tell prompt"):
+        Scope.parse(name).mask(context_of())
+
+
+def test_a_decay_needs_to_know_where_the_response_begins():
+    with pytest.raises(ContextError, match=r"scope 'all~8' cannot tell where the response begins"):
+        Scope.parse("all~8").fade(context_of())
+
+
+@pytest.mark.parametrize("tokens", [3, 1])
+def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
+    scope = Scope.parse("response[-2:]")
+    one = Generation([Text(3, 0, 1)], "left", False)
+    ctx, _ = one.context(3)
+    if tokens == 1:
+        ctx.prompt_length  # noqa: B018
+        one.decode()
+        ctx, _ = one.context(1)
+    with pytest.raises(ContextError, match=r"'response\[-2:\]' counts from an end[\s\S]*phases=\('train', 'validate'\)"):
+        scope.mask(ctx)
+
+
+def test_token_ids_need_ids():
+    ctx = build({"inputs_embeds": torch.ones(1, 3, 8)}, None, False)
+    with pytest.raises(ContextError, match=r"'tokens\[5\]' needs token ids[\s\S]*inputs_embeds"):
+        Scope.parse("tokens[5]").mask(ctx)
+
+
+@pytest.mark.parametrize("turns", [None, torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), torch.zeros(3)])
+@pytest.mark.parametrize("generating", [False, True])
+def test_roles_need_an_announcement_that_fits(turns, generating):
+    ctx = build({"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": generating}, None, False, turns=turns)
+    with pytest.raises(ContextError, match=rf"cannot tell whose turn[\s\S]*found: {'none' if turns is None else ''}[\s\S]*chat_roles"):
+        Scope.parse("role[user]").mask(ctx)
+
+
+def test_roles_may_be_announced_with_those_of_the_cache():
+    one = Generation([Text(3, 0, 1)], "left", False)
+    one.context(3)
+    given_ = {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": one.cache}
+    turns = torch.tensor([[0, 1, 1, 2, 1]])
+    assert Scope.parse("role[user]").mask(build(given_, None, False, turns=turns)).tolist() == [[False, True]]
+
+
+def test_a_module_beside_a_decoder_has_no_tokens():
+    ctx = ForwardContext(0, 0, "train")
+    assert Scope.parse("all").mask(ctx) is True
+    for name in ("prompt", "all!last", "all~3"):
+        with pytest.raises(ContextError, match=r"needs tokens[\s\S]*scope='all'"):
+            Scope.parse(name).mask(ctx)
+
+
+# ---- windows that move
+
+
+def plan_of(*names: str) -> Plan:
+    return Plan([Intervention(Add(torch.ones(4)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)])
+
+
+def windows_of(plan: Plan) -> list[str]:
+    return [str(one.scope) for one in plan.interventions]
+
+
+def test_windows_move_together_or_one_by_one():
+    plan = plan_of("generated[:8]", "generated[:8]", "generated[:8]")
+    assert len({id(one.scope) for one in plan.interventions}) == 1  # their tokens are worked out once
+    plan.set_window(2, None)
+    assert windows_of(plan) == ["generated[2:]"] * 3 and len({id(one.scope) for one in plan.interventions}) == 1
+    plan.set_window(None, 4, "b")
+    assert windows_of(plan) == ["generated[2:]", "generated[:4]", "generated[2:]"]
+    plan.set_window(1, 2)
+    assert windows_of(plan) == ["generated[1:2]"] * 3
+
+
+def test_another_plan_is_left_alone():
+    scope = Scope.parse("generated[:8]")
+    first, second = (Plan(Intervention(Add(torch.ones(4)), "layers.0.output", scope)) for _ in range(2))
+    first.set_window(0, 2)
+    assert (windows_of(first), windows_of(second), str(scope)) == (["generated[0:2]"], ["generated[:8]"], "generated[:8]")
+    # an intervention whose window was moved does not lend it to one that has the old one
+    both = Plan([first.interventions[0], Intervention(Add(torch.ones(4)), "layers.1.output", "generated[:8]")])
+    assert windows_of(both) == ["generated[0:2]", "generated[:8]"]
+
+
+def test_windows_made_in_inference_mode_can_be_moved_in_training():
+    with torch.inference_mode():
+        plan = plan_of("prompt[:8]~3")
+    plan.set_window(1, 2)
+    assert plan.interventions[0].scope.slices[0].bounds.tolist() == [1, 2]
+
+
+def test_windows_are_kept():
+    plan = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
+    plan.set_window(3, None, "b")
+    state = plan.state_dict()
+    fresh = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
+    fresh.load_state_dict(state)
+    assert windows_of(fresh) == windows_of(plan) == ["generated[:8]", "generated[3:]", "prompt[0,1]"]
+    plan.set_window(5, 6, "a")
+    plan.set_window(5, 6, "b")
+    fresh.load_state_dict(plan.state_dict())
+    assert windows_of(fresh) == ["generated[5:6]", "generated[5:6]", "prompt[0,1]"]
+
+
+def test_windows_survive_a_file(tmp_path):
+    plan = plan_of("generated[:8]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]")
+    plan.set_window(3, 9, "a")
+    assert windows_of(Plan.load(plan.save(tmp_path / "plan"))) == ["generated[3:9]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "window", "says"),
+    [
+        ("all", (0, 3), r"'a' has no window to move[\s\S]*found: all"),
+        ("positions[0,1]", (0, 3), "has no window to move"),
+        ("prompt[:2]|generated[:2]", (0, 3), "has no window to move"),
+        ("generated[:2]", (-3, None), r"counts from an end[\s\S]*found: -3:None"),
+        ("all!generated[:2]", (0, -1), "counts from an end"),
+        ("prompt[:2]", (1.5, None), r"has no such bound[\s\S]*found: 1.5"),
+        ("prompt[:2]", ("1", None), "has no such bound"),
+        ("prompt[:2]", (0, 2**70), "has no such bound"),
+        ("prompt[:2]", (True, None), "has no such bound"),
+    ],
+)
+def test_windows_that_cannot_move(scope, window, says):
+    plan = plan_of(scope)
+    with pytest.raises(ConfigError, match=says):
+        plan.set_window(*window)
+    assert windows_of(plan) == [scope]
+    with pytest.raises(ConfigError, match="no intervention is called 'x'"):
+        plan.set_window(0, 1, "x")

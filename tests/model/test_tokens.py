@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer as make
 
 from steer.errors import TokenizerError
-from steer.model.tokens import Row, collate, encode, pad_id, plain
+from steer.model.context import CHAT_ROLES
+from steer.model.tokens import Row, collate, encode, encode_chat, pad_id, plain
 
 
 def test_a_chat_turn_is_the_template_and_the_answer_with_its_end():
-    tokenizer = tiny_tokenizer()
+    tokenizer = make()
     row = encode(tokenizer, "hello dog", "the cat ran")
     assert tokenizer.decode(row.ids[: row.prompt]).split() == ["<user>", "hello", "dog", "<assistant>"]
     assert tokenizer.decode(row.ids[row.prompt :]).split() == ["the", "cat", "ran", "<eos>"]
@@ -19,7 +20,7 @@ def test_a_chat_turn_is_the_template_and_the_answer_with_its_end():
 
 
 def test_running_text_counts_from_its_second_token():
-    row = plain(tiny_tokenizer(), "the cat ran")
+    row = plain(make(), "the cat ran")
     assert (row.prompt, row.response) == (1, 2)
 
 
@@ -40,7 +41,7 @@ def test_long_rows_are_cut():
 
 
 def test_tokenizers_that_cannot_serve_are_named():
-    tokenizer = tiny_tokenizer()
+    tokenizer = make()
     assert pad_id(tokenizer) == 0
     tokenizer.pad_token = None
     with pytest.raises(TokenizerError, match=r"no pad token[\s\S]*tokenizer.pad_token = tokenizer.eos_token"):
@@ -50,3 +51,43 @@ def test_tokenizers_that_cannot_serve_are_named():
         encode(tokenizer, "")
     with pytest.raises(TokenizerError, match="fewer than two"):
         plain(tokenizer, "cat")
+
+
+# ---- conversations
+
+
+def roles_of(tokenizer, messages, **options) -> list[tuple[str, str]]:
+    tokens, roles = encode_chat(tokenizer, messages, **options)
+    return [(tokenizer.decode([token]), CHAT_ROLES[role]) for token, role in zip(tokens, roles, strict=True)]
+
+
+TURNS = [{"role": "user", "content": "who the dog"}, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "no"}]
+
+
+def test_every_token_of_a_conversation_belongs_to_a_turn(tiny_tokenizer):
+    found = roles_of(tiny_tokenizer, TURNS)
+    assert [role for _, role in found] == ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
+    assert found[:5] == [("<user>", "user"), ("who", "user"), ("the", "user"), ("dog", "user"), ("<assistant>", "assistant")]
+    assert roles_of(tiny_tokenizer, TURNS, add_generation_prompt=True) == [*found, ("<assistant>", "assistant")]
+    assert encode_chat(tiny_tokenizer, []) == ((), ())
+
+
+def test_what_a_template_says_by_itself_is_the_systems(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<bos> <system> be good {% endif %}" + tiny_tokenizer.chat_template
+    )
+    found = roles_of(tiny_tokenizer, TURNS)
+    assert [role for _, role in found] == ["system"] * 4 + ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
+    own = [{"role": "system", "content": "be bad"}, *TURNS]
+    assert [role for _, role in roles_of(tiny_tokenizer, own)] == ["system"] * 3 + ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
+
+
+def test_conversations_that_cannot_be_told_apart_are_named(tiny_tokenizer):
+    with pytest.raises(TokenizerError, match=r"unknown chat role[\s\S]*found: dog"):
+        encode_chat(tiny_tokenizer, [{"role": "dog", "content": "no"}])
+    tiny_tokenizer.chat_template = "{% for message in messages[-2:] %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
+    with pytest.raises(TokenizerError, match=r"rewrites earlier turns[\s\S]*before turn 3"):
+        encode_chat(tiny_tokenizer, TURNS)
+    tiny_tokenizer.chat_template = None
+    with pytest.raises(TokenizerError, match="no chat template"):
+        encode_chat(tiny_tokenizer, TURNS)
