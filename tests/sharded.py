@@ -52,7 +52,7 @@ def train(rank: int, store: str) -> dict[str, Any]:
         last = Last()
         finished: list[str] = []
         model.register_forward_hook(lambda *_: finished.append("model"))
-        capture(model, [Row(tuple(ids()[0].tolist()), 2)], {Site.parse("layers.0.output"): last})
+        capture(model, [Row(tuple(ids()[0].tolist()), 2)], {Site.parse("layers.0.output"): last}, span="all")
         return {"gradient": gradient, "fired": steered.fired(), "digest": digest, "h": last.h, "finished": finished}
     finally:
         dist.destroy_process_group()

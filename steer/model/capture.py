@@ -24,8 +24,13 @@ class Accumulator(Protocol):
     """Takes the activations of one site, batch by batch. A statistic is one class with this method."""
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """h: [batch, tokens, width] in the model's dtype; weight: [batch, tokens], 1 on the span's tokens; rows: [batch] indices of the
-        texts. Tensors may be reused by the model afterwards: what is kept must be copied."""
+        """Takes one batch. Tensors may be reused by the model afterwards: what is kept must be copied.
+
+        Args:
+            h: [batch, tokens, width] in the model's dtype, from the first to the last token at which any text of the batch has its span.
+            weight: [batch, tokens], 1 on the span's tokens.
+            rows: [batch] indices of the texts.
+        """
 
 
 def pool(h: Tensor, weight: Tensor) -> Tensor:
@@ -42,21 +47,25 @@ class _Reader:
     def __init__(self, accumulators: dict[Site, Accumulator], stop: bool) -> None:
         self.accumulators, self.stop = accumulators, stop
         self.weight = self.rows = torch.empty(0)
+        self.shape, self.span = torch.Size(), slice(0, 0)
         self.left: set[Site] = set()
 
-    def start(self, weight: Tensor, rows: Tensor) -> None:
-        self.weight, self.rows, self.left = weight, rows, set(self.accumulators)
+    def start(self, weight: Tensor, rows: Tensor, device: torch.device) -> None:
+        """A pass begins. weight: [batch, tokens] on the CPU. No accumulator has to look at tokens left and right of every span."""
+        used = weight.any(0).nonzero()
+        self.shape, self.span = weight.shape, slice(int(used[0]), int(used[-1]) + 1)
+        self.weight, self.rows, self.left = weight[:, self.span].to(device), rows, set(self.accumulators)
 
     def act(self, site: Site) -> Callable[[Tensor, ForwardContext], None]:
         def read(h: Tensor, ctx: ForwardContext) -> None:
-            if h.shape[:-1] != self.weight.shape:
+            if h.shape[:-1] != self.shape:
                 raise SiteError(
                     f"'{site}' does not hold one activation per token",
-                    expected=f"{list(self.weight.shape)} tokens, as in the forward pass",
+                    expected=f"{list(self.shape)} tokens, as in the forward pass",
                     found=list(h.shape[:-1]),
                     remedy="choose a site of the residual stream, attention or MLP",
                 )
-            weight = self.weight.to(h.device)
+            h, weight = h.detach()[:, self.span], self.weight.to(h.device)
             finite = torch.isfinite(h[weight > 0])
             if not bool(finite.all()):
                 raise NonFiniteError(
@@ -65,7 +74,7 @@ class _Reader:
                     found=f"{int((~finite).sum())} of {finite.numel()} are NaN or infinite",
                     remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
                 )
-            self.accumulators[site].update(h.detach(), weight, self.rows)
+            self.accumulators[site].update(h, weight, self.rows)
             self.left.discard(site)
             if not self.left and self.stop:
                 raise _Reached
@@ -127,14 +136,15 @@ def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the mode of every module is restored on every exit path."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -190,7 +200,7 @@ def capture(
                 chosen = [rows[i] for i in batch]
                 inputs = {name: tensor.to(device) for name, tensor in collate(chosen, pad).items()}
                 labels = inputs.pop("labels")
-                reader.start(span_weight(chosen, span, labels.shape[1]).to(device), torch.tensor(batch))
+                reader.start(span_weight(chosen, span, labels.shape[1]), torch.tensor(batch), device)
                 with suppress(_Reached), response_tokens(model, labels):  # a plan that is attached stays in force
                     model(**inputs, use_cache=False)
                 bar.update(len(batch))

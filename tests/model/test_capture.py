@@ -132,6 +132,22 @@ def test_the_model_is_left_as_it_was(tiny):
     model(ids(), labels=ids()).loss.backward()
 
 
+def test_accumulators_see_nothing_left_and_right_of_every_span(tiny):
+    class Shapes:
+        def update(self, h, weight, rows):
+            seen.append((list(h.shape[:2]), weight.tolist()))
+
+    seen: list = []
+    texts = [Row((5, 6, 7, 8, 9, 10), 4), Row((5, 6, 7, 8), 2)]
+    for span in ("all", "response", "last"):
+        capture(tiny("llama"), texts, {Site.parse("layers.1.output"): Shapes()}, span=span)
+    assert seen == [
+        ([2, 6], [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
+        ([2, 4], [[0, 0, 1, 1], [1, 1, 0, 0]]),
+        ([2, 3], [[0, 0, 1], [1, 0, 0]]),
+    ]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_accumulator_that_fails_leaves_no_hook(error, tiny):
     class Fails:
