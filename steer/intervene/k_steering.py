@@ -74,7 +74,8 @@ class KSteering(Operator):
             raise ConfigError(
                 "'k_steering' has no labels", expected="targets, or labels to avoid", found="neither", remedy="e.g. targets=[0]"
             )
-        tensors["readout"] = (towards - away).unsqueeze(1) @ tensors.pop(f"weight{len(biases)}")
+        last = tensors.pop(f"weight{len(biases)}")
+        tensors["readout"] = ((towards - away).unsqueeze(1).double() @ last.double()).float()
         self.steps, self.decay = steps, decay
         super().__init__(tensors, sizes[0])
 

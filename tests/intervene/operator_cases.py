@@ -1,0 +1,244 @@
+"""Every operator with its formula in fp64, written in another way than in the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.intervene import (
+    Ablate,
+    AblateThenAdd,
+    Ace,
+    Add,
+    Clamp,
+    Erase,
+    HeadShift,
+    KSteering,
+    LoReFT,
+    Mirror,
+    ReftR1,
+    Replace,
+    Rotate,
+    Scale,
+    TargetProjection,
+)
+from steer.intervene.operator import Operator, Pick
+
+
+class Draw:
+    """Random tensors of a case, the same whenever they are asked for.
+
+    Args:
+        seeds: one for each row slot; a single one gives tensors without slots.
+        width: of the activation.
+        spoil: number of the tensor that gets a NaN.
+    """
+
+    def __init__(self, seeds: Sequence[int] = (0,), width: int = 32, spoil: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.seeds, self.width, self.spoil, self.dtype = seeds, width, spoil, dtype
+        self.drawn: set[int] = set()
+
+    def __call__(self, number: int, *shape: int, shared: bool = False) -> Tensor:
+        """shared: all row slots have the same."""
+        self.drawn.add(number)
+        seeds = [0] if shared else self.seeds
+        ones = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + number)) for seed in seeds]
+        made = ones[0] if len(ones) == 1 else torch.stack(ones)
+        if number == self.spoil:
+            made.view(-1)[0] = float("nan")
+        return made.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """build makes the operator of a draw; formula takes h [batch, tokens, width] and a draw, both fp64 and of one slot, and a strength."""
+
+    build: Callable[[Draw], Operator]
+    formula: Callable[[Tensor, float, Draw], Tensor]
+
+    def make(self, seeds: Sequence[int] = (0,), width: int = 32, spoil: int | None = None) -> Operator:
+        return self.build(Draw(seeds, width, spoil))
+
+    def wanted(self, h: Tensor, strength: float = 1.0, seed: int = 0) -> Tensor:
+        """What comes out, in fp64."""
+        return self.formula(h.double(), strength, Draw([seed], h.shape[-1], dtype=torch.float64))
+
+    def numbers(self, width: int = 32) -> set[int]:
+        """Of the tensors that it draws."""
+        draw = Draw(width=width)
+        self.build(draw)
+        return draw.drawn
+
+
+def applied(operator: Operator, h: Tensor, strength: float | Sequence[float] = 1.0, mask: Tensor | None = None, rows=None) -> Tensor:
+    strengths = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
+    rows = None if rows is None else torch.tensor(rows)
+    strengths = strengths if rows is None or len(strengths) == 1 else strengths[rows]
+    return operator.apply(h, strengths.view(-1, 1, 1), mask, Pick(operator, rows))
+
+
+def projection(h: Tensor, v: Tensor) -> Tensor:
+    return h @ torch.outer(v, v) / (v @ v)
+
+
+def reach(h: Tensor, v: Tensor) -> Tensor:
+    """Projection as a number, [batch, tokens, 1]."""
+    return (h @ v / v.norm()).unsqueeze(-1)
+
+
+def gram_schmidt(rows: Tensor) -> Tensor:
+    done: list[Tensor] = []
+    for row in rows:
+        for other in done:
+            row = row - (row @ other) * other
+        done.append(row / row.norm())
+    return torch.stack(done)
+
+
+def set_reach(h: Tensor, v: Tensor, strength: float, where: Callable[[float], float]) -> Tensor:
+    """Token by token: the projection p becomes where(p) at strength 1."""
+    new, u = h.clone(), v / v.norm()
+    for row in range(h.shape[0]):
+        for token in range(h.shape[1]):
+            p = float(h[row, token] @ u)
+            new[row, token] += strength * (where(p) - p) * u
+    return new
+
+
+def ace(h: Tensor, strength: float, d: Draw) -> Tensor:
+    r, reference, share = d(0, d.width), d(1, d.width), min(abs(strength), 1)
+    return h - share * projection(h, r) + share * projection(reference, r) + strength * 0.4 * r
+
+
+def ablate_then_add(h: Tensor, strength: float, d: Draw) -> Tensor:
+    v = d(0, d.width)
+    return h - min(abs(strength), 1) * projection(h, v) + strength * v
+
+
+def erase(h: Tensor, strength: float, d: Draw) -> Tensor:
+    removed = d(0, 2, d.width).T @ d(1, 2, d.width)
+    return h - strength * (h - d(2, d.width)) @ removed.T
+
+
+def head_shift(h: Tensor, strength: float, d: Draw) -> Tensor:
+    z = h.clone().unflatten(-1, (4, -1))
+    first, second = d(0, 2, d.width // 4)
+    z[:, :, 2] += strength * first
+    z[:, :, 0] += strength * second
+    return z.flatten(2)
+
+
+def climbed(h: Tensor, strength: float, logits: Callable[[Tensor], Tensor], weights: Tensor, steps: int, decay: float) -> Tensor:
+    with torch.enable_grad():
+        for step in range(steps):
+            here = h.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad((logits(here) @ weights).sum(), here)
+            h = h + strength * decay**step * slope
+    return h
+
+
+def k_steering(h: Tensor, strength: float, d: Draw) -> Tensor:
+    w1, b1, w2 = d(0, 5, d.width, shared=True), d(1, 5, shared=True), d(2, 3, 5, shared=True)
+    return climbed(h, strength, lambda x: torch.relu(x @ w1.T + b1) @ w2.T, torch.tensor([1.0, 0, -1]).double(), 1, 1.0)
+
+
+def k_steering_deep(h: Tensor, strength: float, d: Draw) -> Tensor:
+    w1, w2, w3 = d(0, 5, d.width, shared=True), d(1, 4, 5, shared=True), d(2, 3, 4, shared=True)
+    b1, b2 = d(3, 5, shared=True), d(4, 4, shared=True)
+
+    def logits(x: Tensor) -> Tensor:
+        return torch.relu(torch.relu(x @ w1.T + b1) @ w2.T + b2) @ w3.T
+
+    return climbed(h, strength, logits, torch.tensor([0.5, 0, 0.5]).double(), 3, 0.5)
+
+
+def loreft(h: Tensor, strength: float, d: Draw) -> Tensor:
+    r = gram_schmidt(d(0, 3, d.width))
+    return h + strength * (h @ d(1, 3, d.width).T + d(2, 3) - h @ r.T) @ r
+
+
+def reft_r1(h: Tensor, strength: float, d: Draw) -> Tensor:
+    w = d(0, d.width) / d(0, d.width).norm()
+    new = h.clone()
+    for row in range(h.shape[0]):
+        found = sorted((max(float(token @ w), 0.0) for token in h[row]), reverse=True)[:2]
+        new[row] += strength * sum(found) / len(found) * w
+    return new
+
+
+def rotate(h: Tensor, strength: float, d: Draw) -> Tensor:
+    first, second = gram_schmidt(d(0, 2, d.width))
+    turn = torch.matrix_exp(strength * 1.2 * (torch.outer(second, first) - torch.outer(first, second)))
+    return h @ turn.T
+
+
+def rotate_towards(h: Tensor, strength: float, d: Draw) -> Tensor:
+    first, second = gram_schmidt(d(0, 2, d.width))
+    inside = torch.complex(h @ first, h @ second)
+    way = torch.angle(torch.polar(torch.ones_like(inside.real), 2.0 - inside.angle()))
+    turned = torch.polar(inside.abs(), inside.angle() + strength * way)
+    rest = h - torch.outer(inside.real.flatten(), first).view_as(h) - torch.outer(inside.imag.flatten(), second).view_as(h)
+    return rest + turned.real.unsqueeze(-1) * first + turned.imag.unsqueeze(-1) * second
+
+
+CASES: dict[str, Case] = {
+    "add": Case(lambda d: Add(d(0, d.width)), lambda h, s, d: h + s * d(0, d.width)),
+    "ablate": Case(lambda d: Ablate(d(0, 1, d.width)), lambda h, s, d: h - s * projection(h, d(0, 1, d.width)[0])),
+    "ablate a span": Case(
+        lambda d: Ablate(d(0, 3, d.width)),
+        lambda h, s, d: h - s * h @ torch.linalg.pinv(d(0, 3, d.width)) @ d(0, 3, d.width),
+    ),
+    "ablate_then_add": Case(lambda d: AblateThenAdd(d(0, d.width)), ablate_then_add),
+    "ace": Case(lambda d: Ace(d(0, d.width), d(1, d.width), 0.4), ace),
+    "clamp to a value": Case(lambda d: Clamp(d(0, d.width), 0.5), lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: 0.5)),
+    "clamp to a range": Case(
+        lambda d: Clamp(d(0, d.width), low=-0.5, high=0.25),
+        lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: max(min(p, 0.25), -0.5)),
+    ),
+    "clamp from below": Case(
+        lambda d: Clamp(d(0, d.width), low=0.2), lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: max(p, 0.2))
+    ),
+    "erase": Case(lambda d: Erase(d(0, 2, d.width), d(1, 2, d.width), d(2, d.width)), erase),
+    "head_shift": Case(lambda d: HeadShift(d(0, 2, d.width // 4), [2, 0], 4), head_shift),
+    "k_steering": Case(
+        lambda d: KSteering(
+            [d(0, 5, d.width, shared=True), d(2, 3, 5, shared=True)], [d(1, 5, shared=True)], [[0]] * len(d.seeds), [[2]] * len(d.seeds)
+        ),
+        k_steering,
+    ),
+    "k_steering, deep": Case(
+        lambda d: KSteering(
+            [d(0, 5, d.width, shared=True), d(1, 4, 5, shared=True), d(2, 3, 4, shared=True)],
+            [d(3, 5, shared=True), d(4, 4, shared=True)],
+            [0, 2],
+            steps=3,
+            decay=0.5,
+        ),
+        k_steering_deep,
+    ),
+    "loreft": Case(lambda d: LoReFT(d(0, 3, d.width), d(1, 3, d.width), d(2, 3)), loreft),
+    "mirror": Case(
+        lambda d: Mirror(d(0, d.width), -0.2, threshold=0.3),
+        lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: -0.4 - p if p < 0.3 else p),
+    ),
+    "reft_r1": Case(lambda d: ReftR1(d(0, d.width), k=2), reft_r1),
+    "reft_r1 with a level": Case(
+        lambda d: ReftR1(d(0, d.width), level=1.5), lambda h, s, d: h + s * 1.5 * d(0, d.width) / d(0, d.width).norm()
+    ),
+    "replace": Case(
+        lambda d: Replace(d(0, d.width), d(1, d.width)),
+        lambda h, s, d: (
+            h + s * torch.einsum("btw,w,v->btv", h, d(0, d.width) / d(0, d.width).square().sum(), d(1, d.width) - d(0, d.width))
+        ),
+    ),
+    "rotate": Case(lambda d: Rotate(d(0, 2, d.width), 1.2), rotate),
+    "rotate towards": Case(lambda d: Rotate(d(0, 2, d.width), 2.0, towards=True), rotate_towards),
+    "scale": Case(lambda d: Scale(d(0, d.width), 2.5), lambda h, s, d: h + s * 1.5 * projection(h, d(0, d.width))),
+    "target_projection": Case(
+        lambda d: TargetProjection(d(0, d.width), 0.6, threshold=0.1),
+        lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: 0.6 if p < 0.1 else p),
+    ),
+}
