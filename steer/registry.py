@@ -18,26 +18,36 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._aliases: dict[str, str] = {}
         REGISTRIES[kind] = self
 
     def register(self, name: str) -> Callable[[T], T]:
         def add(entry: T) -> T:
-            if name in self._entries:
-                raise ConfigError(
-                    f"{self.kind} '{name}' is registered twice",
-                    expected="a name that is not taken",
-                    found=f"{self._entries[name]!r} under it",
-                    remedy="give one of the two another name",
-                )
+            self._check_free(name)
             self._entries[name] = entry
             return entry
 
         return add
 
+    def alias(self, name: str, of: str) -> None:
+        """Lets an entry be found under a second name, by which the field knows it too; it stays one entry."""
+        self._check_free(name)
+        self._aliases[name] = of
+
+    def _check_free(self, name: str) -> None:
+        if name in self._entries or name in self._aliases:
+            raise ConfigError(
+                f"{self.kind} '{name}' is registered twice",
+                expected="a name that is not taken",
+                found=f"{self.get(name)!r} under it",
+                remedy="give one of the two another name",
+            )
+
     def get(self, name: str) -> T:
         """Raises ConfigError with the known names and the nearest one."""
+        name = self._aliases.get(name, name)
         if name not in self._entries:
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
+            near = difflib.get_close_matches(str(name), [*self._entries, *self._aliases], n=1)
             raise ConfigError(
                 f"unknown {self.kind} '{name}'",
                 expected=f"one of {', '.join(sorted(self._entries))}",
