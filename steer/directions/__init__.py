@@ -1,9 +1,34 @@
-"""Directions: reading a concept off activations."""
+"""Directions: reading a concept off activations, and choosing where and how strongly to steer with it."""
 
-from steer.directions import mean_difference, pca  # noqa: F401  (importing registers them)
+from steer.directions import bipo, ccs, lda, logistic, mean_difference, pca, reft_r1, reps  # noqa: F401  (importing registers them)
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
+from steer.directions.dose import DoseCurve, calibrate
 from steer.directions.extract import extract, extract_all
 from steer.directions.extractor import EXTRACTORS
+from steer.directions.leace import Erasure, fit_erasure
+from steer.directions.sae import Dictionary, sae_refined
+from steer.directions.screening import Screen, screen
+from steer.directions.selection import Selection, select
+from steer.directions.trained import OBJECTIVES, train_direction
 
-__all__ = ["EXTRACTORS", "ContrastSet", "Direction", "Directions", "extract", "extract_all"]
+__all__ = [
+    "EXTRACTORS",
+    "OBJECTIVES",
+    "ContrastSet",
+    "Dictionary",
+    "Direction",
+    "Directions",
+    "DoseCurve",
+    "Erasure",
+    "Screen",
+    "Selection",
+    "calibrate",
+    "extract",
+    "extract_all",
+    "fit_erasure",
+    "sae_refined",
+    "screen",
+    "select",
+    "train_direction",
+]

@@ -14,6 +14,11 @@ from steer.errors import ContrastError
 from steer.model.tokens import Row, encode
 
 
+def text_digest(row: Row) -> str:
+    """16 hexadecimal digits that stand for the tokens of a text."""
+    return hashlib.sha256(json.dumps(row.ids).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class ContrastSet:
     """Tokenised positive and negative texts.
@@ -99,6 +104,14 @@ class ContrastSet:
         else:
             both = [(row, True) for row in self.positive] + [(row, False) for row in self.negative]
         return [row for row, _ in both], [side for _, side in both]
+
+    def __len__(self) -> int:
+        """Number of texts, both sides together."""
+        return len(self.positive) + len(self.negative)
+
+    def digests(self) -> frozenset[str]:
+        """A digest of every text, by which it is recognised when it is used again."""
+        return frozenset(map(text_digest, (*self.positive, *self.negative)))
 
     def digest(self) -> str:
         """SHA-256 over all token ids."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from steer import files
-from steer.errors import ConfigError, DamagedFileError, SiteError, WidthError
+from steer.directions.contrast import text_digest
+from steer.errors import ConfigError, ContrastError, DamagedFileError, SiteError, WidthError
 from steer.intervene.operator import check_finite
 from steer.model.site import Site
+from steer.model.tokens import Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +23,11 @@ class Direction:
 
     Attributes:
         vector: [width] fp32, scaled so that adding it once moves a text by the gap between the two class means along it.
+            One that was trained has the length it was trained to have instead.
         method, span: how and where it was read.
-        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction = |vector|), `sd` (within-class standard
-            deviation along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction; |vector| unless it was trained), `sd`
+            (within-class standard deviation along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+        fitted_on: digests of the texts that had a part in it, which may not judge it.
     """
 
     site: Site
@@ -31,6 +35,7 @@ class Direction:
     method: str
     span: str | int
     metrics: dict[str, float] = field(default_factory=dict)
+    fitted_on: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1:
@@ -57,6 +62,21 @@ class Direction:
     def relative_dose(self, strength: float = 1.0) -> float:
         """|strength * v| / mean |h| at the site: how large the edit is beside what it edits."""
         return abs(strength) * float(self.vector.norm()) / self.metrics["activation_norm"]
+
+    def strength_of(self, dose: float) -> float:
+        """The strength that gives a relative dose, with its sign."""
+        return dose * self.metrics["activation_norm"] / float(self.vector.norm())
+
+    def check_unseen(self, rows: Iterable[Row], what: str) -> None:
+        """Raises ContrastError when a text that is to judge the direction had a part in making it."""
+        seen = sum(text_digest(row) in self.fitted_on for row in rows)
+        if seen:
+            raise ContrastError(
+                f"{what} use texts that the direction was made from",
+                expected="texts that it has not seen",
+                found=f"{seen} that it has",
+                remedy="split the texts before you extract: `made_of, rest = contrast.split(0.5, seed)`, and give the rest here",
+            )
 
 
 class Directions(Mapping[Site, Direction]):
@@ -104,7 +124,8 @@ class Directions(Mapping[Site, Direction]):
         """Raises DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError."""
         manifest, tensors = files.load_artifact(path, "directions")
         try:
-            entries = [Direction(Site.parse(site), tensors[site], **spec) for site, spec in manifest["directions"].items()]
+            seen = frozenset(manifest["provenance"].get("fitted_on", ()))
+            entries = [Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen) for site, spec in manifest["directions"].items()]
             return cls(entries, manifest["name"], manifest["provenance"])
         except (KeyError, TypeError) as error:
             raise DamagedFileError(

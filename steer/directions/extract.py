@@ -11,33 +11,12 @@ from torch import Tensor, nn
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.extractor import EXTRACTORS
+from steer.directions.heldout import heldout_metrics
 from steer.directions.moments import ContrastMoments
 from steer.errors import ContrastError
 from steer.model.anatomy import Anatomy
-from steer.model.capture import capture, pool
+from steer.model.capture import capture
 from steer.model.site import Site
-
-
-class Projections:
-    """Accumulator: projection of every text's pooled activation onto fixed vectors.
-
-    Args:
-        vectors: [k, width].
-        texts: number of texts.
-    """
-
-    def __init__(self, vectors: Tensor, texts: int) -> None:
-        self.vectors = vectors
-        self.values = torch.full((texts, vectors.shape[0]), float("nan"), dtype=torch.float64)
-
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        self.values[rows] = (pool(h, weight) @ self.vectors.to(h.device).float().mT).double().cpu()
-
-
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive text projects higher than a negative one, ties counting half."""
-    difference = positive[:, None] - negative
-    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
 
 
 def extract(
@@ -63,7 +42,7 @@ def extract(
         span: which tokens of a text are averaged: response, prompt, all, last, prompt_last, or an index.
 
     Raises:
-        ContrastError: too few texts, an empty span, or classes that do not differ.
+        ContrastError: too few texts, an empty span, classes that do not differ, or no pairs for a method that needs them.
         ConfigError, SiteError, NonFiniteError.
     """
     return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[
@@ -85,41 +64,52 @@ def extract_all(
 ) -> dict[str, Directions]:
     """`extract` for several methods from the same pass."""
     extractors = {method: EXTRACTORS.get(method) for method in methods}
+    for method, one in extractors.items():
+        one.check(method, contrast.paired)
     anatomy = Anatomy.find(model)
     chosen = anatomy.sites(*map(str, sites))
     train, held = contrast.split(holdout, seed)
-    moments = _moments(model, train, chosen, span, any(one.second for one in extractors.values()), progress)
+    needs = {need for one in extractors.values() for need in one.needs}
+    moments = read_moments(model, train, chosen, span, needs, progress)
     vectors = {
-        site: torch.stack([_scaled(one.direction(moments[site]), moments[site], site) for one in extractors.values()]) for site in chosen
+        site: torch.stack([scaled(one.direction(moments[site]), moments[site], site) for one in extractors.values()]) for site in chosen
     }
-    metrics = _metrics(model, held, vectors, span, progress)
-    provenance: dict[str, Any] = {
-        "model": anatomy.fingerprint(),
-        "data_sha256": contrast.digest(),
-        "paired": contrast.paired,
-        "holdout": holdout,
-        "seed": seed,
-    }
+    metrics = heldout_metrics(model, held, vectors, span, progress)
+    provenance = provenance_of(anatomy, contrast, train, holdout, seed)
     made = {}
     for k, method in enumerate(methods):
         entries = []
         for site in chosen:
-            counts = {"n_train": float(len(train.positive) + len(train.negative)), "activation_norm": moments[site].activation_norm}
-            entries.append(Direction(site, vectors[site][k].float().cpu(), method, span, {**metrics[site][k], **counts}))
+            vector = vectors[site][k].float().cpu()
+            known = {"gap": float(vector.norm()), "n_train": float(len(train)), "activation_norm": moments[site].activation_norm}
+            entries.append(Direction(site, vector, method, span, {**metrics[site][k], **known}, train.digests()))
         made[method] = Directions(entries, name, {**provenance, "method": method})
     return made
 
 
-def _moments(
-    model: nn.Module, contrast: ContrastSet, sites: list[Site], span: str | int, second: bool, progress: bool
+def read_moments(
+    model: nn.Module, contrast: ContrastSet, sites: Sequence[Site], span: str | int, needs: set[str], progress: bool
 ) -> dict[Site, ContrastMoments]:
+    """Moments of all texts of a contrast at every site, from one pass. needs: keys of `moments.NEEDS`."""
     rows, sides = contrast.rows()
-    moments = {site: ContrastMoments(torch.tensor(sides), contrast.paired, second) for site in sites}
+    moments = {site: ContrastMoments(torch.tensor(sides), contrast.paired, needs) for site in sites}
     capture(model, rows, dict(moments), span=span, group=2 if contrast.paired else 1, progress="extracting" if progress else None)
     return moments
 
 
-def _scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
+def provenance_of(anatomy: Anatomy, contrast: ContrastSet, train: ContrastSet, holdout: float, seed: int) -> dict[str, Any]:
+    """What a direction was made from, but for the method. `fitted_on` lists the texts that had a part in it."""
+    return {
+        "model": anatomy.fingerprint(),
+        "data_sha256": contrast.digest(),
+        "fitted_on": sorted(train.digests()),
+        "paired": contrast.paired,
+        "holdout": holdout,
+        "seed": seed,
+    }
+
+
+def scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
     """Points the vector at the positive class and gives it the length of the class gap along it."""
     unit = raw / raw.norm()
     along = torch.dot(moments.gap, unit)
@@ -131,28 +121,3 @@ def _scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
             remedy="use another site or span, or texts that differ there",
         )
     return unit * along
-
-
-def _metrics(
-    model: nn.Module, held: ContrastSet, vectors: dict[Site, Tensor], span: str | int, progress: bool
-) -> dict[Site, list[dict[str, float]]]:
-    rows, sides = held.rows()
-    readers = {site: Projections(v / v.norm(dim=-1, keepdim=True), len(rows)) for site, v in vectors.items()}
-    capture(model, rows, dict(readers), span=span, group=2 if held.paired else 1, progress="held-out check" if progress else None)
-    side = torch.tensor(sides)
-    made: dict[Site, list[dict[str, float]]] = {}
-    for site, reader in readers.items():
-        made[site] = []
-        for k in range(reader.values.shape[1]):
-            p, q = reader.values[side, k], reader.values[~side, k]
-            sd = float(((p.var() + q.var()) / 2).sqrt())
-            made[site].append(
-                {
-                    "auc": auc(p, q),
-                    "dprime": float(p.mean() - q.mean()) / max(sd, 1e-12),
-                    "sd": sd,
-                    "gap": float(vectors[site][k].norm()),
-                    "n_heldout": float(len(rows)),
-                }
-            )
-    return made

@@ -1,13 +1,22 @@
-"""First and second moments of pooled activations, by class and of pair differences, from one streaming pass."""
+"""Statistics of pooled activations, by class, from one streaming pass: everything that an extractor may ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from steer.errors import ConfigError
 from steer.model.capture import pool
+
+# what an extractor may ask for beyond the class means; nothing of it is kept unless a chosen method does
+NEEDS = {
+    "scatter": "[width, width] fp64, sum of h h^T over all texts",
+    "differences": "[width, width] fp64, sum of d d^T over the differences of pairs; without pairs, `scatter` in its place",
+    "texts": "[texts, width] fp32, the pooled activations themselves",
+}
 
 
 @dataclass
@@ -28,7 +37,7 @@ class Moments:
         self.n += x.shape[0]
         self.first += x.sum(0)
         if self.second is not None:
-            self.second += x.mT @ x
+            self.second.addmm_(x.mT, x)
 
     @property
     def mean(self) -> Tensor:
@@ -36,31 +45,58 @@ class Moments:
 
 
 class ContrastMoments:
-    """Accumulator of one site: moments of both classes and the mean size of an activation.
+    """Accumulator of one site: class means, the mean size of an activation, and what extractors need beyond them.
 
-    Only one [width, width] matrix is kept: `spread` holds the pair differences of a paired set, all texts of an unpaired one.
+    No class needs a second moment of its own: with the class means, that of all texts gives the covariance within classes and in total.
 
     Args:
         is_positive: [texts] bool, whether each text of the capture is positive; in pairs, texts 2i and 2i + 1 belong together.
-        second: keep sum h h^T of `spread` too.
+        paired: the texts are pairs.
+        needs: keys of `NEEDS`.
+
+    Attributes:
+        positive, negative: moments of the classes, first order only.
+        all: of all texts, with `scatter`. differences: of pair differences, with `differences`.
+        texts: [texts, width] fp32, in the order of the capture; None unless asked for.
     """
 
-    def __init__(self, is_positive: Tensor, paired: bool, second: bool) -> None:
-        self.is_positive, self.paired, self.second = is_positive, paired, second
-        self.positive = self.negative = self.spread = Moments.empty(0, False)
+    def __init__(self, is_positive: Tensor, paired: bool, needs: Collection[str] = ()) -> None:
+        self.is_positive, self.paired = is_positive, paired
+        self.needs = {"scatter" if need == "differences" and not paired else need for need in needs}
+        self.positive = self.negative = self.all = self.differences = Moments.empty(0, False)
+        self.texts: Tensor | None = None
         self.norm = self.tokens = 0.0
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
         if not self.tokens:
-            width = h.shape[-1]
-            self.positive, self.negative, self.spread = (Moments.empty(width, second) for second in (False, False, self.second))
+            self._allocate(h.shape[-1])
         pooled = pool(h, weight).cpu()
         side = self.is_positive[rows]
         self.positive.add(pooled[side])
         self.negative.add(pooled[~side])
-        self.spread.add(pooled[side].double() - pooled[~side].double() if self.paired else pooled)
+        if self.all.second is not None:
+            self.all.add(pooled)
+        if self.differences.second is not None:
+            self.differences.add(pooled[side].double() - pooled[~side].double())
+        if self.texts is not None:
+            self.texts[rows] = pooled
         self.norm += float((h.float().norm(dim=-1) * weight).sum())
         self.tokens += float(weight.sum())
+
+    def _allocate(self, width: int) -> None:
+        self.positive, self.negative = Moments.empty(width, False), Moments.empty(width, False)
+        self.all, self.differences = (Moments.empty(width, need in self.needs) for need in ("scatter", "differences"))
+        self.texts = torch.full((len(self.is_positive), width), float("nan")) if "texts" in self.needs else None
+
+    @property
+    def n(self) -> int:
+        """Texts seen."""
+        return self.positive.n + self.negative.n
+
+    @property
+    def mean(self) -> Tensor:
+        """[width], over all texts."""
+        return (self.positive.first + self.negative.first) / self.n
 
     @property
     def gap(self) -> Tensor:
@@ -71,3 +107,44 @@ class ContrastMoments:
     def activation_norm(self) -> float:
         """Mean |h| over the span's tokens."""
         return self.norm / self.tokens
+
+    @property
+    def total(self) -> Tensor:
+        """[width, width], sum of (h - mean)(h - mean)^T over all texts."""
+        return self._scatter() - self.n * torch.outer(self.mean, self.mean)
+
+    @property
+    def within(self) -> Tensor:
+        """[width, width], sum of (h - m)(h - m)^T over all texts, m being the mean of the text's own class."""
+        return self._scatter() - sum(one.n * torch.outer(one.mean, one.mean) for one in (self.positive, self.negative))
+
+    def of_pairs(self) -> Tensor:
+        """[width, width], sum of d d^T over the differences of pairs. Raises ConfigError when it was not kept."""
+        return self._kept(self.differences.second, "differences")
+
+    def _scatter(self) -> Tensor:
+        return self._kept(self.all.second, "scatter")
+
+    def collected(self) -> Tensor:
+        """[texts, width] fp32. Raises ConfigError when they were not kept."""
+        return self._kept(self.texts, "texts")
+
+    def _kept(self, kept: Tensor | None, need: str) -> Tensor:
+        if kept is None:
+            raise ConfigError(
+                f"'{need}' was not kept in this pass",
+                expected=f"ContrastMoments with needs={sorted({*self.needs, need})}",
+                found=f"needs={sorted(self.needs)}",
+                remedy="register the extractor with the `needs` that it reads, see steer.directions.moments.NEEDS",
+            )
+        return kept
+
+
+def standardised(texts: Tensor) -> Tensor:
+    """[texts, width] about their mean, in units of the root mean square over all dimensions.
+
+    One unit for all dimensions: to divide each by its own deviation would blow up those that hardly vary, and turn the direction of a probe
+    towards them.
+    """
+    centred = texts - texts.mean(0)
+    return centred / centred.square().mean().sqrt().clamp_min(1e-12)

@@ -1,0 +1,59 @@
+"""How well directions separate the classes on texts that had no part in making them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from steer.directions.contrast import ContrastSet
+from steer.model.capture import capture, pool
+from steer.model.site import Site
+
+
+class Projections:
+    """Accumulator: projection of every text's pooled activation onto fixed vectors.
+
+    Args:
+        vectors: [k, width].
+        texts: number of texts.
+    """
+
+    def __init__(self, vectors: Tensor, texts: int) -> None:
+        self.vectors = vectors
+        self.values = torch.full((texts, vectors.shape[0]), float("nan"), dtype=torch.float64)
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        self.values[rows] = (pool(h, weight) @ self.vectors.to(h.device).float().mT).double().cpu()
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Area under the ROC curve: the chance that a positive text projects higher than a negative one, ties counting half."""
+    difference = positive[:, None] - negative
+    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
+
+
+def heldout_metrics(
+    model: nn.Module, held: ContrastSet, vectors: Mapping[Site, Tensor], span: str | int, progress: bool
+) -> dict[Site, list[dict[str, float]]]:
+    """`auc`, `dprime`, `sd` and `n_heldout` of every vector, see `Direction`.
+
+    Args:
+        held: texts that had no part in making the vectors.
+        vectors: [k, width] for each site.
+    """
+    rows, sides = held.rows()
+    readers = {site: Projections(v / v.norm(dim=-1, keepdim=True), len(rows)) for site, v in vectors.items()}
+    capture(model, rows, dict(readers), span=span, group=2 if held.paired else 1, progress="held-out check" if progress else None)
+    side = torch.tensor(sides)
+    made: dict[Site, list[dict[str, float]]] = {}
+    for site, reader in readers.items():
+        made[site] = []
+        for values in reader.values.unbind(1):
+            p, q = values[side], values[~side]
+            sd = float(((p.var() + q.var()) / 2).sqrt())
+            made[site].append(
+                {"auc": auc(p, q), "dprime": float(p.mean() - q.mean()) / max(sd, 1e-12), "sd": sd, "n_heldout": float(len(rows))}
+            )
+    return made

@@ -1,0 +1,137 @@
+"""SAE-refined directions: of what separates the classes, only the part that a few features of a sparse autoencoder account for.
+
+After steering target atoms (Wang et al. 2025, arXiv 2505.20322, section 3.2). The features are found by what they do on the texts, not
+by encoding the direction itself, which lies far from any activation that the encoder has seen (Mayne et al. 2024, arXiv 2411.08790).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steer.directions.contrast import ContrastSet
+from steer.directions.direction import Direction
+from steer.directions.extract import scaled
+from steer.directions.heldout import heldout_metrics
+from steer.directions.moments import ContrastMoments
+from steer.errors import ConfigError, ContrastError, WidthError
+from steer.model.capture import capture
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """The tensors of a sparse autoencoder.
+
+    Attributes:
+        w_enc: [width, features]; b_enc: [features]. w_dec: [features, width].
+        threshold: [features], below which a feature is off (JumpReLU); None for ReLU.
+    """
+
+    w_enc: Tensor
+    b_enc: Tensor
+    w_dec: Tensor
+    threshold: Tensor | None = None
+
+    def encode(self, h: Tensor) -> Tensor:
+        """[..., width] -> [..., features] activations of the features, fp32."""
+        pre = h.float() @ self.w_enc.to(h.device, torch.float32) + self.b_enc.to(h.device, torch.float32)
+        return pre.relu() if self.threshold is None else pre * (pre > self.threshold.to(h.device, torch.float32))
+
+
+class FeatureMoments(ContrastMoments):
+    """Accumulator: by class, the sum over texts of each feature's mean activation, and the number of texts in which it is ever on."""
+
+    def __init__(self, dictionary: Dictionary, is_positive: Tensor, paired: bool) -> None:
+        super().__init__(is_positive, paired)
+        self.dictionary = dictionary
+        self.amplitude, self.fired = torch.zeros(2, 2, dictionary.w_dec.shape[0], dtype=torch.float64)
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        super().update(h, weight, rows)
+        for text, tokens, row in zip(h, weight, rows.tolist(), strict=True):
+            mean = self.dictionary.encode(text[tokens > 0]).mean(0).double().cpu()
+            side = int(self.is_positive[row])
+            self.amplitude[side] += mean
+            self.fired[side] += mean > 0
+
+    def gaps(self) -> tuple[Tensor, Tensor]:
+        """[features] difference of the classes' mean activation, and of the shares of texts in which a feature is on."""
+        texts = torch.stack([~self.is_positive, self.is_positive]).sum(1, keepdim=True)
+        amplitude, fired = self.amplitude / texts, self.fired / texts
+        return amplitude[1] - amplitude[0], fired[1] - fired[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """A refined direction and what it is made of.
+
+    Attributes:
+        features: [k] indices, the one that accounts for most first.
+        shares: [k] what each accounts for of the original direction's length.
+    """
+
+    direction: Direction
+    features: Tensor
+    shares: Tensor
+
+
+def sae_refined(
+    model: nn.Module,
+    contrast: ContrastSet,
+    direction: Direction,
+    dictionary: Dictionary,
+    *,
+    top: int = 16,
+    holdout: float = 0.25,
+    seed: int = 0,
+    progress: bool = True,
+) -> Refined:
+    """Rebuilds a direction from the features of a dictionary that account for most of it.
+
+    A feature is kept when it is active in more texts of one class and more strongly there, and its decoder row, times that difference,
+    points along the direction; the `top` with the largest such part are added up and given the length of the class gap along their sum.
+
+    Args:
+        contrast, holdout, seed: as the direction was extracted with, so that the same texts stay held out.
+        direction: read at the site of the dictionary.
+        dictionary: of the same width.
+        top: number of features to keep.
+
+    Raises:
+        WidthError: the dictionary belongs to another site. ConfigError: `top` below 1.
+        ContrastError: other texts than those of the extraction are held out, or no feature accounts for the direction.
+    """
+    if dictionary.w_dec.shape[-1] != len(direction.vector):
+        raise WidthError(
+            f"the dictionary does not fit '{direction.site}'",
+            expected=f"width {len(direction.vector)}",
+            found=f"w_dec {list(dictionary.w_dec.shape)}",
+            remedy="use the dictionary that was trained at this site; w_dec is [features, width]",
+        )
+    if top < 1:
+        raise ConfigError("no feature is kept", expected="top >= 1", found=top, remedy="keep at least one, e.g. top=16")
+    train, held = contrast.split(holdout, seed)
+    direction.check_unseen((*held.positive, *held.negative), "the held-out texts")
+    rows, sides = train.rows()
+    moments = FeatureMoments(dictionary, torch.tensor(sides), train.paired)
+    group = 2 if train.paired else 1
+    capture(model, rows, {direction.site: moments}, span=direction.span, group=group, progress="reading features" if progress else None)
+    amplitude, fired = moments.gaps()
+    part = amplitude * (dictionary.w_dec.double().cpu() @ direction.unit.double())
+    part = torch.where(amplitude * fired > 0, part, 0.0).clamp_min(0)
+    features = part.topk(min(top, len(part))).indices
+    features = features[part[features] > 0]
+    if not len(features):
+        raise ContrastError(
+            f"no feature accounts for the direction at '{direction.site}'",
+            expected="features that are more active in one class and write along the direction",
+            found=f"none of {len(part)}",
+            remedy="check that the dictionary was trained at this site of this model",
+        )
+    vector = scaled(amplitude[features] @ dictionary.w_dec[features].double().cpu(), moments, direction.site).float()
+    metrics = heldout_metrics(model, held, {direction.site: vector[None]}, direction.span, progress)[direction.site][0]
+    known = {"gap": float(vector.norm()), "n_train": float(len(train)), "activation_norm": moments.activation_norm}
+    made = Direction(direction.site, vector, "sae_refined", direction.span, {**metrics, **known}, train.digests() | direction.fitted_on)
+    return Refined(made, features, part[features] / direction.vector.norm().double())

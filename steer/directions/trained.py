@@ -1,0 +1,249 @@
+"""Trained directions: a vector that is learned through the frozen model, so that adding it makes the positive answers likelier.
+
+One trainer for all of them; an objective is one file with one registered loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steer.directions.contrast import ContrastSet
+from steer.directions.direction import Direction, Directions
+from steer.directions.extract import provenance_of, read_moments
+from steer.directions.heldout import heldout_metrics
+from steer.directions.sweep import check_pairs
+from steer.errors import ConfigError, NonFiniteError
+from steer.intervene import Add, Intervention, Plan
+from steer.intervene.operator import Operator
+from steer.model.anatomy import Anatomy
+from steer.model.capture import capture
+from steer.model.likelihood import response_logprobs, response_sums
+from steer.model.site import Site
+from steer.model.tokens import Row, collate
+from steer.model.watcher import response_tokens
+from steer.registry import Registry
+
+SIDES = ("positive", "negative")
+Run = tuple[str, int]  # side of the pairs, and sign of the strength that they are run with
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the answers of a batch of pairs, in nat.
+
+    Attributes:
+        steered: [pairs] summed over the answer's tokens, for every run of the objective; carries the gradient.
+        base: [pairs] the same without the vector, by side.
+        tokens: [pairs] number of answer tokens, by side.
+    """
+
+    steered: dict[Run, Tensor]
+    base: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a vector is trained for.
+
+    Attributes:
+        loss: gives one number.
+        runs: the (side, sign) that it looks at; -1 stands for steering the other way.
+        operator: made of the [width] vector that it starts with; it has a learnable tensor `vector`.
+        detects: the vector has length 1 and acts by what it detects, so its largest detection becomes the length of the direction.
+    """
+
+    loss: Callable[[Scores], Tensor]
+    runs: tuple[Run, ...]
+    operator: Callable[[Tensor], Operator]
+    detects: bool = False
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.loss.__doc__
+
+
+OBJECTIVES: Registry[Any] = Registry("objective")
+
+
+def objective(
+    name: str, *, runs: tuple[Run, ...], operator: Callable[[Tensor], Operator] = Add, detects: bool = False
+) -> Callable[[Callable[[Scores], Tensor]], Objective]:
+    """Registers a loss as the objective of that name."""
+
+    def add(loss: Callable[[Scores], Tensor]) -> Objective:
+        return OBJECTIVES.register(name)(Objective(loss, runs, operator, detects))
+
+    return add
+
+
+def train_direction(
+    model: nn.Module,
+    contrast: ContrastSet,
+    site: str | Site,
+    *,
+    name: str,
+    method: str,
+    span: str | int = "response",
+    scope: str = "response",
+    steps: int = 100,
+    batch_size: int = 4,
+    learning_rate: float = 0.02,
+    holdout: float = 0.25,
+    seed: int = 0,
+    progress: bool = True,
+) -> Directions:
+    """Learns a direction at one site; nothing of the model changes.
+
+    Args:
+        model: a causal language model, raw or wrapped.
+        contrast: pairs of answers; a share `holdout` of them is kept out of the training and used for the metrics.
+        site: where the vector is added.
+        name: what the direction stands for.
+        method: a key of `OBJECTIVES`.
+        span: which tokens are averaged for the metrics, see `extract`.
+        scope: on which tokens the vector is added in training; use the same when steering with it.
+        steps, batch_size: optimiser steps, and pairs in each.
+        learning_rate: of AdamW, falling linearly to 0, in units of the root mean square of the activation (of the vector, where that has
+            length 1), so that it means the same at every site.
+
+    Returns:
+        One direction, which at strength 1 is the vector as it was trained. `loss_first` and `loss_last` in its metrics are means over
+        the first and the last tenth of the steps.
+
+    Raises:
+        ContrastError: no pairs, or too few. ConfigError, SiteError. NonFiniteError: the training diverged.
+    """
+    aim: Objective = OBJECTIVES.get(method)
+    check_pairs(contrast, f"'{method}' compares the two answers of a pair")
+    if steps < 1 or batch_size < 1 or learning_rate <= 0:
+        found = f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}"
+        wanted = "steps >= 1, batch_size >= 1, learning_rate > 0"
+        raise ConfigError("this training does nothing", expected=wanted, found=found, remedy="raise what is too small")
+    anatomy = Anatomy.find(model)
+    (place,) = anatomy.sites(str(site))
+    train, held = contrast.split(holdout, seed)
+    moments = read_moments(model, train, [place], span, set(), progress)[place]
+    width = len(moments.gap)
+    size = moments.activation_norm / width**0.5
+    generator = torch.Generator().manual_seed(seed)
+    operator = aim.operator(0.01 * size * torch.randn(width, generator=generator)).train()
+    signs = sorted({sign for _, sign in aim.runs}, reverse=True)
+    plan = Plan(Intervention(operator, place, scope=scope, strength=signs))
+    rate = learning_rate * (width**-0.5 if aim.detects else size)
+    losses = _optimise(model, aim, plan, signs, train, steps, batch_size, rate, generator, progress)
+    vector = operator.parameters["vector"].detach()[0].float().cpu()
+    if aim.detects:
+        vector = vector / vector.norm()
+        largest = _Largest(vector)
+        capture(model, train.rows()[0], {place: largest}, span=span, progress="largest detection" if progress else None)
+        vector = vector * largest.value
+    tenth = max(steps // 10, 1)
+    metrics = {
+        **heldout_metrics(model, held, {place: vector[None]}, span, progress)[place][0],
+        "gap": float(moments.gap @ vector.double()) / float(vector.norm()),
+        "n_train": float(len(train)),
+        "activation_norm": moments.activation_norm,
+        "loss_first": sum(losses[:tenth]) / tenth,
+        "loss_last": sum(losses[-tenth:]) / tenth,
+    }
+    made = Direction(place, vector, method, span, metrics, train.digests())
+    settings = {"scope": scope, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    provenance = provenance_of(anatomy, contrast, train, holdout, seed)
+    return Directions([made], name, {**provenance, "method": method, **settings})
+
+
+class _Largest:
+    """Accumulator: the largest projection of any token on a vector of length 1."""
+
+    def __init__(self, unit: Tensor) -> None:
+        self.unit, self.value = unit, 0.0
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        self.value = max(self.value, float((h.float() @ self.unit.to(h.device))[weight > 0].max()))
+
+
+def _optimise(
+    model: nn.Module,
+    aim: Objective,
+    plan: Plan,
+    signs: list[int],
+    train: ContrastSet,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: bool,
+) -> list[float]:
+    rows = {"positive": train.positive, "negative": train.negative}
+    tokens = {side: torch.tensor([row.response for row in rows[side]]) for side in SIDES}
+    base = {side: response_logprobs(model, rows[side], pad=0) * tokens[side] for side in SIDES}
+    optimizer = torch.optim.AdamW(plan.parameters(), lr=learning_rate, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    order: list[int] = []
+    losses: list[float] = []
+    with (
+        frozen(model),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+        plan.attached(model, stack=True),
+        tqdm(total=steps, desc=f"training {aim.loss.__name__}", disable=not progress, leave=False) as bar,
+    ):
+        for step in range(steps):
+            if len(order) < batch_size:
+                order += torch.randperm(len(train.positive), generator=generator).tolist()
+            chosen, order = order[:batch_size], order[batch_size:]
+            plan.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
+            sums = _answer_sums(model, [rows[side][i] for side, _ in aim.runs for i in chosen])
+            scores = Scores(
+                dict(zip(aim.runs, sums.unflatten(0, (len(aim.runs), -1)), strict=True)),
+                {side: base[side][chosen].to(sums) for side in SIDES},
+                {side: tokens[side][chosen].to(sums) for side in SIDES},
+            )
+            loss = aim.loss(scores)
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(
+                    "the training of the vector diverged",
+                    expected="a finite loss",
+                    found=f"{float(loss.detach())} at step {step}",
+                    remedy="lower the learning rate, or run the model in float32",
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+            losses.append(float(loss.detach()))
+            bar.update()
+    return losses
+
+
+def _answer_sums(model: nn.Module, rows: list[Row]) -> Tensor:
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(rows, pad=0).items()}
+    labels = batch.pop("labels")
+    with response_tokens(model, labels != -100):
+        return response_sums(model(**batch, use_cache=False).logits, labels)[0]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the model's own parameters, both restored on every exit path."""
+    modes = {module: module.training for module in model.modules()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
