@@ -1,0 +1,198 @@
+"""Extractors equal a direct fit on the collected texts, and ask for no more than they read."""
+
+import builtins
+import sys
+
+import numpy
+import pytest
+import torch
+from concept_erasure import LeaceFitter
+from directions.direction_helpers import moments_of
+from sklearn.covariance import oas
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+from steer.directions import EXTRACTORS, ContrastSet, Erasure, extract, fit_erasure
+from steer.directions.ccs import consistency
+from steer.directions.heldout import auc
+from steer.directions.leace import erasure
+from steer.directions.moments import NEEDS, ContrastMoments
+from steer.errors import ConfigError, ContrastError
+from steer.intervene import Erase, Intervention, Plan
+from steer.model.tokens import Row
+
+N, WIDTH = 60, 8
+SIDE = torch.arange(N) % 2 == 0
+
+
+def texts(gap: float = 2.0, offset: float = 50.0, seed: int = 0) -> torch.Tensor:
+    """[N, WIDTH] with correlated dimensions, far from zero; every second text is positive and `gap` further along the first one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator) + offset
+    x[SIDE, 0] += gap
+    return x
+
+
+def run(method: str, x: torch.Tensor, paired: bool = True) -> torch.Tensor:
+    one = EXTRACTORS.get(method)
+    return one.direction(moments_of(x, SIDE, paired, one.needs)).double()
+
+
+def aligned(a: torch.Tensor, b: torch.Tensor) -> float:
+    return abs(float(torch.cosine_similarity(a.double(), b.double(), dim=0)))
+
+
+def test_lda_equals_a_direct_fit():
+    x = texts()
+    own = torch.where(SIDE[:, None], x[SIDE].double().mean(0), x[~SIDE].double().mean(0))
+    within, _ = oas((x - own).numpy(), assume_centered=True)
+    gap = x[SIDE].double().mean(0) - x[~SIDE].double().mean(0)
+    assert aligned(run("lda", x), torch.from_numpy(numpy.linalg.solve(within, gap.numpy()))) > 1 - 1e-6
+
+
+def test_lda_is_shrunk_where_there_are_fewer_texts_than_dimensions():
+    generator = torch.Generator().manual_seed(0)
+    few, fresh = (torch.randn(24, 100, generator=generator) for _ in range(2))
+    side = torch.arange(24) % 2 == 0
+    for x in (few, fresh):
+        x[side, :4] += 1.5
+    one = EXTRACTORS.get("lda")
+    found = one.direction(moments_of(few, side, False, one.needs)).float()
+    assert torch.isfinite(found).all() and auc((fresh @ found)[side].double(), (fresh @ found)[~side].double()) > 0.85
+
+
+def test_classes_that_do_not_vary_differ_by_their_means():
+    x = torch.where(SIDE[:, None], torch.linspace(49, 51, WIDTH), 50.0)
+    assert aligned(run("lda", x), x[0] - x[1]) > 1 - 1e-4
+
+
+def test_leace_equals_a_direct_fit():
+    x = texts()
+    eraser = LeaceFitter.fit(x.double(), SIDE.double()).eraser
+    found = erasure(moments_of(x, SIDE, True, ("scatter",)))
+    assert aligned(run("leace", x), eraser.proj_right[0]) > 1 - 1e-6
+    assert torch.allclose(found(x), eraser(x.double()).float(), atol=1e-3)
+
+
+def test_nothing_linear_is_left_after_erasure():
+    x = texts()
+    found = erasure(moments_of(x, SIDE, False, ("scatter",)))
+    erased = found(x).double()
+    assert (erased[SIDE].mean(0) - erased[~SIDE].mean(0)).norm() < 1e-4 * (x[SIDE].mean(0) - x[~SIDE].mean(0)).norm()
+    probe = LogisticRegression(C=1e4, max_iter=2000)
+    assert probe.fit(x - 50, SIDE).score(x - 50, SIDE) > 0.8
+    assert probe.fit(erased - 50, SIDE).score(erased - 50, SIDE) <= 0.6
+    assert found.left.shape == found.right.shape == (1, WIDTH) and found.mean.shape == (WIDTH,)
+
+
+def test_the_operator_erases_what_was_fitted(tiny):
+    """`erase` takes the tensors as they are, and its change at strength 1 is the eraser's."""
+    model = tiny("llama")
+    rows = [Row(tuple(torch.randint(7, 96, (6,), generator=torch.Generator().manual_seed(i)).tolist()), 2) for i in range(16)]
+    contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), paired=False)
+    (site, fitted), *_ = fit_erasure(model, contrast, ["layers.1.output"], span="last", progress=False).items()
+    assert isinstance(fitted, Erasure)
+    ids = torch.tensor([rows[0].ids])
+    with torch.no_grad():
+        before = model(ids, output_hidden_states=True).hidden_states[2]
+        with Plan(Intervention(Erase(fitted.left, fitted.right, fitted.mean), site)).attached(model):
+            after = model(ids, output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(after, fitted(before), atol=1e-4) and not torch.allclose(after, before, atol=1e-3)
+
+
+def test_a_concept_that_is_not_there_cannot_be_erased():
+    x = texts()
+    x[SIDE] = x[~SIDE]
+    with pytest.raises(ContrastError, match="nothing to erase"):
+        erasure(moments_of(x, SIDE, True, ("scatter",)))
+
+
+def test_logistic_equals_a_direct_fit():
+    x = texts()
+    centred = (x - x.mean(0)).double()
+    fitted = LogisticRegression(max_iter=1000).fit(centred / centred.square().mean().sqrt(), SIDE)
+    assert aligned(run("logistic", x), torch.from_numpy(fitted.coef_[0])) > 1 - 1e-6
+
+
+def test_centred_pca_equals_sklearn_with_or_without_pairs():
+    x = texts()
+    wanted = torch.from_numpy(PCA(1).fit(x.double().numpy()).components_[0])
+    assert min(aligned(run("pca_centred", x, paired), wanted) for paired in (True, False)) > 1 - 1e-6
+    assert aligned(run("pca", x, False), wanted) > 1 - 1e-6 > aligned(run("pca", x, True), wanted)
+
+
+def test_pair_differences_are_not_centred():
+    """What all pairs have in common survives, which centring the differences would remove."""
+    x = texts(gap=0.0)
+    x[SIDE] = x[~SIDE]
+    x[SIDE, 2] += 5  # the same in all pairs
+    x[SIDE, 3] += torch.randn(N // 2, generator=torch.Generator().manual_seed(0))
+    assert abs(run("pca", x)[2]) > 0.9
+
+
+def test_ccs_splits_pairs_without_their_labels():
+    """The same probe whichever side is called positive: labels have no part in it but the sign, which the caller sets."""
+    x = texts(gap=12.0, offset=0.0)
+    swapped = x.view(-1, 2, WIDTH).flip(1).reshape(N, WIDTH)
+    a, b = run("ccs", x), run("ccs", swapped)
+    for found in (a, b):
+        along = x.double() @ found
+        assert max(auc(along[SIDE], along[~SIDE]), auc(along[~SIDE], along[SIDE])) > 0.95
+    assert aligned(a, b) > 0.9
+    p, q = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.0, 0.5]])
+    assert consistency(p, q).tolist() == pytest.approx([0.0, 0.25])
+
+
+def test_other_names_find_the_same_method():
+    assert EXTRACTORS.get("caa") is EXTRACTORS.get("mean_difference") and EXTRACTORS.get("mass_mean") is EXTRACTORS.get("lda")
+    assert "caa" not in list(EXTRACTORS) and "caa" not in dict(EXTRACTORS.table())
+    with pytest.raises(ConfigError, match="registered twice"):
+        EXTRACTORS.register("caa")(None)
+    with pytest.raises(ConfigError, match="did you mean 'mass_mean'"):
+        EXTRACTORS.get("massmean")
+
+
+@pytest.mark.parametrize("method", sorted(EXTRACTORS))
+def test_no_more_is_kept_than_a_method_reads(method):
+    """With only what it says it needs, every method works; with less, the moments say what is missing."""
+    one, x = EXTRACTORS.get(method), texts()
+    kept = moments_of(x, SIDE, True, one.needs)
+    assert set(one.needs) <= set(NEEDS) and one.direction(kept).shape == (WIDTH,)
+    assert (kept.all.second is not None, kept.differences.second is not None, kept.texts is not None) == tuple(
+        need in one.needs for need in NEEDS
+    )
+    if one.needs:
+        with pytest.raises(ConfigError, match=f"'{one.needs[0]}' was not kept"):
+            one.direction(moments_of(x, SIDE, True, ()))
+
+
+def test_covariances_from_sums_equal_numpys():
+    x = texts(offset=1e3)
+    moments = ContrastMoments(SIDE, True, ("scatter", "texts"))
+    for rows in torch.arange(N).view(-1, 2).flip(0).split(7):  # pairs stay together, in any order
+        moments.update(x[rows.flatten(), None], torch.ones(rows.numel(), 1), rows.flatten())
+    wanted = numpy.cov(x.double().numpy().T, bias=True) * N
+    numpy.testing.assert_allclose(moments.total.numpy(), wanted, rtol=1e-6, atol=1e-6)
+    within = sum(numpy.cov(x[one].double().numpy().T, bias=True) * int(one.sum()) for one in (SIDE, ~SIDE))
+    numpy.testing.assert_allclose(moments.within.numpy(), within, rtol=1e-6, atol=1e-6)
+    assert torch.equal(moments.collected(), x) and moments.n == N
+
+
+@pytest.mark.parametrize(("method", "package"), [("logistic", "sklearn"), ("leace", "concept_erasure")])
+def test_a_missing_package_is_named_before_a_pass(method, package, tiny, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+        return real(name, *arguments, **options)
+
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(builtins, "__import__", without)
+    model = tiny("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
+    contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), paired=True)
+    with pytest.raises(ConfigError, match=rf"needs '{package}'[\s\S]*pip install 'torchsteer\[directions\]'"):
+        extract(model, contrast, ["layers.1.output"], name="x", method=method, progress=False)

@@ -1,0 +1,114 @@
+"""Trained directions: they make the positive answers likelier on texts they have not seen, and leave the model as it was."""
+
+import pytest
+import torch
+from directions.direction_helpers import SITE, controlled, pairs
+from hand import hook_count
+
+from steer.directions import OBJECTIVES, ContrastSet, Directions, train_direction
+from steer.directions.reps import AddOrNull
+from steer.directions.sweep import pair_gaps
+from steer.directions.trained import Objective, Scores
+from steer.errors import ConfigError, ContrastError, NonFiniteError
+from steer.intervene import Add
+from steer.intervene.operator import Pick
+
+QUICK = {"name": "t", "steps": 30, "batch_size": 4, "learning_rate": 0.05, "progress": False}
+
+
+@pytest.mark.parametrize("method", sorted(OBJECTIVES))
+def test_a_trained_vector_moves_texts_it_has_not_seen(method):
+    model, _ = controlled()
+    contrast, fresh = pairs(12), pairs(6, seed=5)
+    found = train_direction(model, contrast, SITE, method=method, **QUICK)
+    direction = found[SITE]
+    assert direction.metrics["loss_last"] < direction.metrics["loss_first"]
+    gaps = pair_gaps(model, direction, fresh, torch.tensor([0.0, 1.0])[:, None] * direction.vector)
+    assert ((gaps[1] - gaps[0]) > 0.02).all()
+    assert {"auc", "dprime", "sd", "gap", "n_train", "n_heldout", "activation_norm"} < set(direction.metrics)
+    assert direction.relative_dose() > 0 and found.provenance["method"] == method == direction.method
+    assert direction.fitted_on == contrast.split(0.25, 0)[0].digests()
+
+
+def test_the_same_seed_gives_the_same_vector_and_the_model_is_left_as_it_was(tmp_path):
+    model, _ = controlled()
+    model.train()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with torch.no_grad():  # where many a measurement is made
+        a, b = (train_direction(model, pairs(8), SITE, method="bipo", **{**QUICK, "steps": 3}) for _ in range(2))
+    assert torch.equal(a[SITE].vector, b[SITE].vector) and torch.equal(random, torch.get_rng_state())
+    other = train_direction(model, pairs(8), SITE, method="bipo", **{**QUICK, "steps": 3, "seed": 1})
+    assert not torch.equal(a[SITE].vector, other[SITE].vector)
+    assert model.training and not frozen.requires_grad and sum(not one.requires_grad for one in model.parameters()) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(one.grad is None for one in model.parameters()) and hook_count(model) == 0
+    loaded = Directions.load(a.save(tmp_path / "trained"))
+    assert torch.equal(loaded[SITE].vector, a[SITE].vector) and loaded[SITE].fitted_on == a[SITE].fitted_on
+
+
+def test_held_out_texts_have_no_part_in_the_training():
+    """Other held-out pairs leave the vector to the bit."""
+    model, _ = controlled()
+    contrast = pairs(8)
+    _, held = contrast.split(0.25, 0)
+    fresh = pairs(8, seed=9)
+    sides = []
+    for side in ("positive", "negative"):
+        where = [getattr(contrast, side).index(row) for row in getattr(held, side)]
+        sides.append(tuple(getattr(fresh if i in where else contrast, side)[i] for i in range(8)))
+    a, b = (train_direction(model, c, SITE, method="reps", **{**QUICK, "steps": 3}) for c in (contrast, ContrastSet(*sides, True)))
+    assert torch.equal(a[SITE].vector, b[SITE].vector) and a.provenance["data_sha256"] != b.provenance["data_sha256"]
+
+
+def scores() -> Scores:
+    steered = {("positive", 1): -4.0, ("negative", 1): -9.0, ("positive", -1): -8.0, ("negative", -1): -5.0}
+    base = {"positive": -6.0, "negative": -3.0}
+    return Scores(
+        {run: torch.tensor([value]) for run, value in steered.items()},
+        {side: torch.tensor([value]) for side, value in base.items()},
+        {"positive": torch.tensor([2.0]), "negative": torch.tensor([4.0])},
+    )
+
+
+def test_losses_are_those_of_the_papers():
+    def cost(x: float) -> float:
+        return float(-torch.nn.functional.logsigmoid(torch.tensor(x)))
+
+    # BiPO: beta 0.1; gains over the unsteered model (2, -6) added and (-2, -2) taken away
+    assert float(OBJECTIVES.get("bipo").loss(scores())) == pytest.approx((cost(0.1 * 8) + cost(-0.1 * 0)) / 2)
+    # RePS: the positive answer is 3 nat behind and so counts 3 times; the negative one is ahead and counts once; both per token
+    assert float(OBJECTIVES.get("reps").loss(scores())) == pytest.approx(cost(3 * -2 - -9 / 4) + cost(-5 / 4 - -4))
+    assert float(OBJECTIVES.get("reft_r1").loss(scores())) == pytest.approx(2.0)
+
+
+def test_suppression_takes_away_what_is_there_and_no_more():
+    v, h = torch.tensor([3.0, 4.0]), torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
+    operator = AddOrNull(v)
+    pick = Pick(operator, None)
+    added = operator.delta(h, torch.ones(1, 1, 1), pick)
+    assert torch.equal(added.expand_as(h), v.expand_as(h))
+    nulled = h + operator.delta(h, -torch.ones(1, 1, 1), pick)
+    assert torch.allclose(nulled[0, 0] @ v, torch.tensor(0.0), atol=1e-6) and torch.equal(nulled[0, 1], h[0, 1])
+
+
+def test_bad_input_is_named(monkeypatch):
+    model, _ = controlled()
+    whole = pairs(8)
+    for contrast, options, error, message in [
+        (whole, {"method": "bpio"}, ConfigError, "did you mean 'bipo'"),
+        (ContrastSet(whole.positive, whole.negative, False), {"method": "bipo"}, ContrastError, "two sets of unrelated texts"),
+        (pairs(3), {"method": "bipo"}, ContrastError, "too few texts"),
+        (whole, {"method": "bipo", "steps": 0}, ConfigError, "steps=0"),
+    ]:
+        with pytest.raises(error, match=message):
+            train_direction(model, contrast, SITE, **{**QUICK, **options})
+
+    def poisoned(scores: Scores) -> torch.Tensor:
+        return scores.steered["positive", 1].sum() * float("nan")
+
+    monkeypatch.setitem(OBJECTIVES._entries, "poisoned", Objective(poisoned, (("positive", 1),), Add))
+    with pytest.raises(NonFiniteError, match=r"diverged[\s\S]*nan at step 0"):
+        train_direction(model, whole, SITE, method="poisoned", **QUICK)
+    assert hook_count(model) == 0 and all(one.requires_grad for one in model.parameters())
