@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from steer.errors import HookDidNotRunError
 from steer.intervene import Ablate, Add, Intervention, Linear, Plan
-from steer.model.hooks import arm, disarm
+from steer.model.hooks import arm, chat_roles, disarm
 
 
 class Backend:
@@ -21,6 +21,9 @@ class Backend:
     def __call__(self, graph, _):
         self.graphs += 1
         return graph
+
+    def __deepcopy__(self, memo):
+        return self  # generate copies its configuration, and the copy would be the one that counts
 
 
 @pytest.fixture
@@ -96,6 +99,24 @@ def test_rows_and_their_strengths_trace_nothing_again(tiny, backend):
             plan.set_strength(strength)
             seen.append(agree(compiled, model, {"input_ids": ids()}))
         assert backend.graphs == 1 and not torch.allclose(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_window_that_moves_traces_nothing_again(train, tiny, backend):
+    model = tiny("llama").train(train)
+    model.config.use_cache = False
+    windows = ["response[:2]!tokens[7]~2", "prompt[1:]|positions[-1]&role[user]", "positions[3:]"]
+    plan = Plan([Intervention(Add(vector(seed=i)), f"layers.{i}.output", window) for i, window in enumerate(windows)])
+    batch = padded("left")
+    with plan.attached(model), torch.set_grad_enabled(train), chat_roles(model, batch["input_ids"] % 4):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        seen = []
+        for window in ((0, 2), (1, 3), (None, 5), (-3, None), (-2, -1), (2, None)):
+            plan.set_window(*window)
+            seen.append(compiled(**batch).logits.detach())
+            assert torch.allclose(seen[-1], model(**batch).logits, atol=1e-5)
+        assert backend.graphs == 1
+        assert not any(torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, seen[1:], strict=False))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -292,6 +313,24 @@ def test_compiled_decoding_with_a_static_cache(scope, armed, tiny, backend):
         assert torch.equal(second, generate(model, None)) and backend.graphs == graphs
     assert torch.equal(generate(model, backend), plain)
     assert not torch.equal(first, plain) or not torch.equal(second, plain)
+
+
+def test_a_window_that_moves_traces_no_compiled_decode_again(tiny, backend):
+    model = tiny("llama")
+    plan = Plan(
+        [Intervention(Add(4 * vector(seed=i)), "layers.1.output", scope) for i, scope in enumerate(("generated[:2]~3", "response[2:]"))]
+    )
+    said, traced = [], []
+    with plan.attached(model):
+        for window in ((0, 2), (None, 3), (1, 2), (4, None)):
+            plan.set_window(*window)
+            said.append(generate(model, backend))
+            traced.append(backend.graphs)
+            assert torch.equal(said[-1], generate(model, None))
+        assert set(traced) == {traced[0]} != {0} and len({str(one) for one in said}) > 1
+        plan.set_window(0, 3, "add@layers.1.output")  # these two go their own ways from the start: they never shared a window
+        generate(model, backend)
+        assert backend.graphs == traced[0]
 
 
 # ---- the switch itself
