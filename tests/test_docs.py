@@ -30,6 +30,7 @@ from steer.experiment.results import to_json
 from steer.files import load_artifact
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS
+from steer.registry import REGISTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -69,6 +70,8 @@ def deep() -> LlamaForCausalLM:
 def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
+    for registry in REGISTRIES.values():  # a page may register a method of its own
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
     def train_one_step() -> None:
         ids = torch.tensor([[9, 8, 7, 6]])

@@ -1,5 +1,8 @@
 """What every operator owes: its formula, no bit changed by strength or mask 0, gradients, row slots, dtypes, files, typed errors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, HEADS
@@ -49,6 +52,20 @@ def test_formula(name):
             part = applied(case.make(), h.to(dtype), strength, share.to(dtype))
             assert (part - (h + share * (wanted - h))).abs().max() <= tolerance * wanted.abs().max()
     assert (case.wanted(h) - h).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_affine_operators_say_so(name):
+    """An affine map takes the middle of two activations to the middle of what it makes of them."""
+    operator, a, b = CASES[name].make(), 3 * states(4, 20, 32, seed=1), 3 * states(4, 20, 32, seed=2)
+    middle = (applied(operator, a, 0.7) + applied(operator, b, 0.7)) / 2
+    assert operator.is_affine() is bool((applied(operator, (a + b) / 2, 0.7) - middle).abs().max() < 1e-4)
+
+
+def test_every_operator_is_in_the_docs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(rows) == sorted({case.make().name for case in CASES.values()})
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
