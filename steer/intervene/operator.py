@@ -30,7 +30,9 @@ class Driven:
     learnable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
-        self.tensors, self.width = tensors, width
+        with torch.inference_mode(False):  # what inference mode made cannot have a part in training later
+            self.tensors = {name: one.clone() if one.is_inference() else one for name, one in tensors.items()}
+        self.width = width
         for name, tensor in tensors.items():
             check_finite(tensor, f"{name} of '{type(self).name}'")
 

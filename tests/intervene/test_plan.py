@@ -17,7 +17,7 @@ from steer.errors import (
     WrongKindError,
     WrongModelError,
 )
-from steer.intervene import Ablate, Add, Intervention, Linear, Plan, WarmupDecay
+from steer.intervene import Ablate, Add, Intervention, Linear, Plan, ProbeGate, WarmupDecay
 from steer.model.anatomy import Anatomy
 from steer.model.context import ROLES
 
@@ -127,6 +127,22 @@ def test_a_plan_may_move_to_another_model_and_touches_only_its_own(tiny):
         assert not torch.allclose(logits(gpt2), plain, atol=1e-3)
         logits(llama)
         assert plan.fired() == {"add@layers.1.output": 14}
+
+
+def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
+    """A method that was tried out in generation is often the one to train with."""
+    model = tiny("llama")
+    with torch.inference_mode():
+        gate = ProbeGate(vector(seed=3), sharpness=1.0)
+        add = Intervention(Add(vector()), "layers.1.output", "response[:2]~4", gate=gate)
+        plan = Plan([add, Intervention(Ablate(vector(seed=2)), "layers.1.output", "positions[1:]")])
+        with plan.attached(model):
+            model(ids(), use_cache=True)
+    plan.set_strength(0.5)
+    plan.set_window(0, 3)
+    with plan.attached(model):
+        model(ids(), labels=ids()).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and all(plan.fired().values())
 
 
 # ---- what does not fit
