@@ -184,7 +184,8 @@ def _optimise(
 ) -> list[float]:
     rows = {"positive": train.positive, "negative": train.negative}
     tokens = {side: torch.tensor([row.response for row in rows[side]]) for side in SIDES}
-    base = {side: response_logprobs(model, rows[side], pad=0) * tokens[side] for side in SIDES}
+    with torch.compiler.set_stance("force_eager"):  # a shape of its own for nearly every batch, here and below
+        base = {side: response_logprobs(model, rows[side], pad=0) * tokens[side] for side in SIDES}
     optimizer = torch.optim.AdamW(plan.parameters(), lr=learning_rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order: list[int] = []
