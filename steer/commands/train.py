@@ -53,7 +53,8 @@ class Run:
         self.arms = read_arms(OmegaConf.to_container(self.experiment.arms))
         Scope.parse(self.experiment.scope)  # what is misspelt is said now, not minutes later
         self.module(nn.Identity())
-        EXTRACTORS.get(self.experiment.trait.method)
+        method = self.experiment.trait.method
+        EXTRACTORS.get(method).check(method, paired=True)
         self.say("model", f"loading {config.model.name}")
         self.model, self.tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
         self.pad = pad_id(self.tokenizer)
