@@ -28,8 +28,5 @@ class Add(Operator):
     def is_affine(self) -> bool:
         return True
 
-    def is_affine(self) -> bool:
-        return True
-
     def describe(self) -> str:
         return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

@@ -53,9 +53,6 @@ class Clamp(LowRank):
         return strength * (x.clamp(low, high) - x)
 
     def is_affine(self) -> bool:
-        return {"low", "high"} <= set(self.tensors) and bool((self.tensors["low"] == self.tensors["high"]).all())
-
-    def is_affine(self) -> bool:
         return "low" in self.tensors and "high" in self.tensors and torch.equal(self.tensors["low"], self.tensors["high"])
 
     def describe(self) -> str:

@@ -39,9 +39,6 @@ class LowRank(Operator):
         """R and W for this batch, [batch or 1, rank, width]."""
         return pick(self.reads), pick(self.writes)
 
-    def is_affine(self) -> bool:
-        return True  # c is, for most
-
     def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
         with without_autocast(h):
             read, write = self.rows(pick)

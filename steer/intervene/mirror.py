@@ -39,8 +39,5 @@ class Mirror(LowRank):
         way = 2.0 * strength * (pick("boundary") - x)
         return torch.where(x < pick("threshold"), way, 0.0)
 
-    def is_affine(self) -> bool:
-        return False
-
     def describe(self) -> str:
         return f"reflect projections below {listed(self.tensors['threshold'])} at {listed(self.tensors['boundary'])}"

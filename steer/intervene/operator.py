@@ -126,10 +126,6 @@ class Operator(Driven):
         Operator.__init__(made, tensors, tensors[cls.parts[0]].shape[-1])
         return made
 
-    def is_affine(self) -> bool:
-        """At a given strength the edited activation is an affine function of the activation, which weights can carry."""
-        return False
-
     def check_site(self, site: Site) -> None:
         """Raises SiteError where it would mean something else than it says."""
 

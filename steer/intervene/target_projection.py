@@ -37,8 +37,5 @@ class TargetProjection(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return torch.where(x < pick("threshold"), strength * (pick("target") - x), 0.0)
 
-    def is_affine(self) -> bool:
-        return False
-
     def describe(self) -> str:
         return f"bring projections below {listed(self.tensors['threshold'])} to {listed(self.tensors['target'])}"
