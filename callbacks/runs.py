@@ -146,12 +146,22 @@ class SteeringRun:
         for i, name in enumerate(self.names):
             one = plan["interventions"][name]
             state |= {f"{name}/base": one["base"], f"{name}/enabled": torch.tensor(one["enabled"]), f"{name}/tokens": tokens[i].clone()}
+            if one["window"] is not None:  # whether it has each end, and where
+                state[f"{name}/window"] = torch.tensor([[end is not None, end or 0] for end in one["window"]])
+            state |= {f"{name}/learned/{key}": tensor for key, tensor in one["learned"].items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, first: bool) -> None:
         """Raises ConfigError when the state belongs to a plan with other interventions."""
-        saved = {key.rsplit("/", 1)[0] for key in state if key != "step"}
-        ones = {name: {"base": state[f"{name}/base"], "enabled": bool(state[f"{name}/enabled"])} for name in saved}
+        ones = {}
+        for name in (key.removesuffix("/base") for key in state if key.endswith("/base")):
+            window, mark = state.get(f"{name}/window"), f"{name}/learned/"
+            ones[name] = {
+                "base": state[f"{name}/base"],
+                "enabled": bool(state[f"{name}/enabled"]),
+                "window": None if window is None else tuple(end if known else None for known, end in window.tolist()),
+                "learned": {key.removeprefix(mark): tensor for key, tensor in state.items() if key.startswith(mark)},
+            }
         self.plan.load_state_dict({"step": int(state["step"]), "interventions": ones})
         self._earlier = torch.tensor([int(state[f"{name}/tokens"]) if first else 0 for name in self.names]) - self._fired()
         self.loaded = True
