@@ -20,7 +20,7 @@ Mask = Tensor | bool  # [batch, tokens] bool; True = every token, False = none, 
 PHASES = ("train", "validate", "generate")
 ROLES = ("policy", "reference")
 CHAT_ROLES = ("system", "user", "assistant", "tool")
-MEMORY = "_steer_memory"  # attribute of a KV cache
+MEMORY, PASSES = "_steer_memory", "_steer_passes"  # attributes of a KV cache
 # the arguments of a forward pass that tell tokens apart
 SEEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "labels", "logits_to_keep")
 
@@ -35,6 +35,7 @@ class ForwardContext:
             `model.training`: GRPO generates in training mode and DPO runs its reference in it.
         role: `reference` when a PEFT model runs with its adapters switched off outside generation, else `policy`.
         decoding: one token per row on top of a cache.
+        unclear: the passes so far could be those of assisted decoding, whose candidates cannot be told from a prompt.
         attention: [batch, tokens] bool, False on padding; True when nothing is padded.
         labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
         position_ids: [batch or 1, tokens] as given, or None.
@@ -56,6 +57,7 @@ class ForwardContext:
     phase: str
     role: str = "policy"
     decoding: bool = False
+    unclear: bool = False
     attention: Mask = True
     labelled: Tensor | None = None
     position_ids: Tensor | None = None
@@ -121,9 +123,19 @@ class ForwardContext:
         """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
         return None if self.position_ids is None else self.real & (self.position_ids == 0)
 
+    def _check_told(self) -> None:
+        if self.unclear:
+            raise ContextError(
+                "given and decoded tokens cannot be told apart in this generation",
+                expected="a prompt in one pass (or two, the first from a copied cache), then one token per pass",
+                found="many passes of several tokens, or a cache that lost some, as in assisted decoding or a prompt in chunks",
+                remedy="generate without assistant_model, prompt_lookup_num_tokens and prefill_chunk_size, or use scope='all'",
+            )
+
     @property
     def generated(self) -> Mask:
         """[batch, 1] or a constant: tokens that were decoded rather than given. Only meaningful in the phase `generate`."""
+        self._check_told()
         if not self.decoding or not isinstance(self.past, Tensor):
             return self.decoding
         return (self.past > 0).view(1, 1).expand(self.batch, 1)
@@ -131,6 +143,7 @@ class ForwardContext:
     @property
     def last(self) -> Mask:
         """[batch, tokens]: True on the last real token of each row and of each packed segment."""
+        self._check_told()
         if self.decoding:
             return self.attention
         real = self.real
@@ -218,6 +231,15 @@ def memory_of(cache: Any) -> dict[str, Tensor]:
     return memory
 
 
+def _is_unclear(cache: Any, past: int, tokens: int) -> bool:
+    """True when the passes over a cache, noted on it, are not those of a prompt (in two parts at most) and of tokens decoded one by one."""
+    seen, parts = getattr(cache, PASSES, (0, 0))
+    parts = 0 if tokens == 1 else 1 if past == 0 else parts + 1
+    if cache is not None:
+        setattr(cache, PASSES, (past + tokens, parts))
+    return past < seen or parts > 2
+
+
 def build(
     given: dict[str, Any], announced: Tensor | None, reference: bool, *, turns: Tensor | None = None, decoder: bool = True
 ) -> ForwardContext:
@@ -243,6 +265,7 @@ def build(
     past = cache.get_seq_length() if cache is not None else 0
     if isinstance(past, Tensor):
         past = past.clone()  # static caches count up in place while the pass runs
+    unclear = generating and isinstance(past, int) and not torch.compiler.is_compiling() and _is_unclear(cache, past, tokens)
     attention_mask, ids = given.get("attention_mask"), given.get("position_ids")
     labelled = None
     if announced is not None:
@@ -258,6 +281,7 @@ def build(
         phase=phase,
         role=role,
         decoding=decoding,
+        unclear=unclear,
         attention=padding(attention_mask, tokens, past),
         labelled=labelled,
         position_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
