@@ -238,10 +238,11 @@ CASES: dict[str, list[tuple[Callable[[Bench], object], type[errors.SteerError], 
     "empty contrast set": [
         (lambda b: ContrastSet.from_pairs(b.tokenizer, []), errors.ContrastError, ("0 positive, 0 negative",)),
         (lambda b: ContrastSet.from_sets(b.tokenizer, ["cat"], []), errors.ContrastError, ("1 positive, 0 negative",)),
+        (lambda b: ContrastSet.from_pairs(b.tokenizer, PAIRS[:1] * 8), errors.ContrastError, ("positive text 1", "texts 0 and 1")),
         (lambda b: b.extract(contrast=ContrastSet.from_pairs(b.tokenizer, PAIRS[:1])), errors.ContrastError, ("hold some out",)),
         (lambda b: steer.capture(b.model, [], {}), errors.ContrastError, ("no texts",)),
         (
-            lambda b: b.extract(contrast=ContrastSet((Row((9, 8), 2),) * 4, (Row((7, 6), 2),) * 4, True)),
+            lambda b: b.extract(contrast=ContrastSet(*(tuple(Row((side, i), 2) for i in range(4)) for side in (9, 7)), paired=True)),
             errors.ContrastError,
             ("response",),
         ),

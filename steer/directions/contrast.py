@@ -54,6 +54,16 @@ class ContrastSet:
                 found=f"positive text {same}, which is a negative one too",
                 remedy="remove it from one side",
             )
+        for side, rows in (("positive", self.positive), ("negative", self.negative)):
+            first: dict[Row, int] = {}
+            for i, row in enumerate(rows):
+                if first.setdefault(row, i) != i:  # a copy among the held-out texts would be judged by what it was learned from
+                    raise ContrastError(
+                        f"{side} text {i} repeats another one",
+                        expected="every text once: held-out texts say something only when the direction was not made from them",
+                        found=f"{side} texts {first[row]} and {i} are the same",
+                        remedy=f"remove text {i}" + (" and its partner" if self.paired else ""),
+                    )
 
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:

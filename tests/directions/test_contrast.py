@@ -64,6 +64,16 @@ def test_empty_and_unmatched_sets_are_refused(positive, negative, paired, messag
         numbered(positive, negative, paired)
 
 
+@pytest.mark.parametrize(("side", "paired"), [("positive", True), ("negative", True), ("negative", False)])
+def test_a_repeated_text_is_refused(side, paired):
+    """Copies on both sides of a split would make any separation look perfect."""
+    whole = numbered(4, 4, paired)
+    sides = {"positive": whole.positive, "negative": whole.negative}
+    sides[side] = (*sides[side][:3], sides[side][1])
+    with pytest.raises(ContrastError, match=f"{side} text 3 repeats(.|\n)*texts 1 and 3(.|\n)*remove text 3"):
+        ContrastSet(**sides, paired=paired)
+
+
 def test_a_text_on_both_sides_is_refused():
     with pytest.raises(ContrastError, match="on both sides"):
         ContrastSet((Row((1, 2), 1), Row((3, 4), 1)), (Row((3, 4), 1),), False)
