@@ -134,6 +134,7 @@ def test_a_plan_that_comes_after_the_prompt_says_so(static, tiny):
     talk = Talk(model, static)
     with plan_on("generated[:2]").attached(model), pytest.raises(ContextError, match="prompt of this generation was not seen"):
         talk.say(9)
+    talk = Talk(model, static)
     with plan_on("generated").attached(model) as plan:  # needs to know nothing of the prompt
         talk.say(9)
     assert plan.fired() == {NAME: 3}
@@ -175,7 +176,7 @@ def test_beams_of_batched_rows_with_slots_equal_single_runs(scope, cache, tiny):
     assert not torch.equal(together, model.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_a_prompt_that_generate_feeds_in_chunks(chunk, tiny):
     model = tiny("llama")
     with plan_on("generated[:2]|prompt[2:]").attached(model) as plan:
