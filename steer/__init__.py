@@ -51,6 +51,8 @@ _EXPORTS: dict[str, str] = {
     "Directions": "steer.directions",
     "calibrate": "steer.directions",
     "extract": "steer.directions",
+    "plan_from_text": "steer.directions.text",
+    "plan_to_text": "steer.directions.text",
     "extract_all": "steer.directions",
     "fit_erasure": "steer.directions",
     "sae_refined": "steer.directions",

@@ -62,6 +62,10 @@ class WrongModelError(SteerError, ValueError):
     """A plan, direction or store that was made for another model."""
 
 
+class DeployError(SteerError, ValueError):
+    """A plan that weights, an adapter or a file of another program cannot carry exactly, or a bake that cannot be undone any more."""
+
+
 class FileError(SteerError):
     """Base of everything that can be wrong with a file."""
 
