@@ -23,8 +23,8 @@ class Arm:
     Attributes:
         name, label: short name and a phrase for the report.
         when: `never`, during `train`ing only, or at `inference` only (then the weights are those of the arm `uses`).
-        direction: `trait`, a `random` one of the same length at the same site, or `none`.
-        strength: factor of the vector; 1 is one class gap.
+        direction: `trait`, a `random` one whose vector is as long, at the same site, or `none`.
+        strength: factor of the vector; 1 is one class gap, below 0 is against the direction.
 
     Raises:
         ConfigError: an unknown word, or keys that contradict each other.

@@ -105,34 +105,46 @@ def _arm(
 def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Did the trait direction do more than a random one of the same length? Only the paired tests are allowed to say so.
 
-    The trait direction counts as specific when the arm trained with it ends with a lower behaviour gap than the plain arm and than the arm
-    trained with the random direction, both after the correction for all comparisons.
+    Compared are the first arm trained with the trait direction that has a partner, the first arm trained with a random direction at the same
+    |strength| (site and scope are those of the experiment), and the first plain arm. The direction counts as specific when its arm ends with
+    a lower behaviour gap than both, after the correction for all comparisons. That is about one random vector: another might do more.
     """
-    names = {(arm.when, arm.direction): arm.name for arm in arms}
-    plain, trait, random = (names.get(key) for key in (("never", "none"), ("train", "trait"), ("train", "random")))
-    if plain is None or trait is None or random is None:
-        return {"specific": None, "statement": "Not tested: that takes a plain, a trait and a random arm."}
+    plain = next((arm for arm in arms if arm.when == "never"), None)
+    trained = {kind: [arm for arm in arms if (arm.when, arm.direction) == ("train", kind)] for kind in ("trait", "random")}
+    pairs = [(one, other) for one in trained["trait"] for other in trained["random"] if math.isclose(abs(one.strength), abs(other.strength))]
+    if plain is None or not pairs:
+        there = [f"{kind} at {', '.join(f'{arm.strength:g}' for arm in found)}" for kind, found in trained.items() if found]
+        there += ["plain"] if plain else []
+        statement = (
+            "Not tested: that takes a plain arm, and a trait and a random arm that are steered in training with strengths of the same size; "
+            f"trained here: {'; '.join(there) or 'none of them'}."
+        )
+        return {"specific": None, "statement": statement}
+    trait, random = pairs[0]
     found = {frozenset((one.a, one.b)): one for one in comparisons if one.metric == "behaviour_gap"}
 
-    def drop(other: str) -> tuple[float, Comparison]:
-        one = found[frozenset((trait, other))]
-        return (one.difference if one.a == trait else -one.difference), one
+    def change(other: Arm) -> tuple[float, Comparison]:
+        one = found[frozenset((trait.name, other.name))]
+        return (one.difference if one.a == trait.name else -one.difference), one
 
-    (of_plain, against_plain), (of_random, against_random) = drop(plain), drop(random)
+    (of_plain, against_plain), (of_random, against_random) = change(plain), change(random)
     specific = all(value < 0 and test.shown for value, test in ((of_plain, against_plain), (of_random, against_random)))
+    way = f"{'against' if trait.strength < 0 else 'along'} the trait direction during training (strength {trait.strength:g})"
+    other = f"one random direction of the same length (strength {random.strength:g})"
     if specific:
         statement = (
-            f"Steering along the trait direction during training left the trait lower than plain training by {-of_plain:.2f} nat/token, "
-            f"and lower than a random direction of the same length by {-of_random:.2f}: the effect is specific to the direction."
+            f"Steering {way} left the trait lower than plain training by {-of_plain:.2f} nat/token, and lower than {other} by "
+            f"{-of_random:.2f}: the effect is specific to the direction, as far as one random direction and one seed can show."
         )
     else:
         statement = (
-            f"Not shown to be specific: against plain training the trait direction changed the gap by {of_plain:+.2f} nat/token, against "
-            f"a random direction of the same length by {of_random:+.2f}; not both are below zero after the correction."
+            f"Not shown to be specific: steering {way} changed the gap by {of_plain:+.2f} nat/token against plain training, and by "
+            f"{of_random:+.2f} against {other}; not both are below zero after the correction."
         )
     return {
         "specific": specific,
         "statement": statement,
+        "arms": {"trait": trait.name, "plain": plain.name, "random": random.name},
         "trait_minus_plain": of_plain,
         "trait_minus_random": of_random,
         "tests": [against_plain.verdict, against_random.verdict],

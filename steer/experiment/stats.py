@@ -67,10 +67,11 @@ class Comparison:
         unit = f" {self.unit}" if self.unit else ""
         if self.shown:
             sign = -1 if self.difference < 0 else 1
-            low, high = sorted(sign * bound for bound in self.ci)
+            size, low, high = written(abs(self.difference), *sorted(sign * bound for bound in self.ci))
             word = "lower" if sign < 0 else "higher"
-            return f"{self.metric}: {self.a} is {word} than {self.b} by {abs(self.difference):.2f}{unit} [{low:.2f}, {high:.2f}], {tail}"
-        measured = f"{self.difference:+.2f}{unit} [{self.ci[0]:+.2f}, {self.ci[1]:+.2f}], {tail}"
+            return f"{self.metric}: {self.a} is {word} than {self.b} by {size}{unit} [{low}, {high}], {tail}"
+        size, low, high = written(self.difference, *self.ci, signed=True)
+        measured = f"{size}{unit} [{low}, {high}], {tail}"
         if self.family * 2.0 ** (1 - self.n) > 1 - LEVEL:
             return f"{self.metric}: {self.n} pairs are too few to show a difference between {self.a} and {self.b} ({measured})"
         return f"{self.metric}: no difference shown between {self.a} and {self.b} ({measured})"
@@ -79,6 +80,13 @@ class Comparison:
         """JSON form, as it stands in metrics.json."""
         keys = ("metric", "a", "b", "difference", "p", "p_adjusted", "n", "unit", "verdict")
         return {"ci": list(self.ci), **{key: getattr(self, key) for key in keys}}
+
+
+def written(*values: float, signed: bool = False) -> list[str]:
+    """Numbers that stand beside each other: two decimals, or three where two would hide on which side of zero one lies; no signed zero."""
+    digits = 3 if any(x and not round(x, 2) for x in values) else 2
+    texts = [f"{x:{'+' if signed else ''}.{digits}f}" for x in values]
+    return [text if float(text) else text.lstrip("+-") for text in texts]
 
 
 def interval(values: Values, *, what: str = "values", seed: int = 0) -> Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from families import FAMILIES
 from steer.drift import DriftTracker
 from steer.errors import NonFiniteError
 from steer.experiment import results
+from steer.experiment.arms import Arm
 from steer.report import summary_table, write_report
 
 
@@ -99,7 +101,33 @@ def test_the_order_of_the_arms_changes_no_sign() -> None:
 @pytest.mark.parametrize("missing", ["plain", "steered", "noise"])
 def test_without_one_of_the_arms_nothing_is_claimed(missing: str) -> None:
     found = collect(*(entry for entry in ALL if missing not in (entry[0].name, entry[0].uses)))["specificity"]
-    assert found == {"specific": None, "statement": "Not tested: that takes a plain, a trait and a random arm."}
+    assert found.keys() == {"specific", "statement"} and found["specific"] is None and found["statement"].startswith("Not tested")
+    there = found["statement"].partition("trained here: ")[2]
+    assert [word in there for word in ("trait at 2", "random at 2", "plain")] == [missing != one for one in ("steered", "noise", "plain")]
+
+
+def test_a_random_arm_of_another_strength_is_no_control() -> None:
+    """Its push is weaker, so that it does less says nothing about the direction."""
+    weak = replace(RANDOM, strength=0.5)
+    found = collect((PLAIN, 2.0), (TRAIT, 0.5), (weak, 1.9))["specificity"]
+    assert found["specific"] is None and "trait at 2" in found["statement"] and "random at 0.5" in found["statement"]
+
+
+def test_the_arms_that_are_compared_are_those_of_equal_strength_and_are_named() -> None:
+    weak_trait, weak = Arm("weak", "weak", "train", "trait", 0.5), Arm("whisper", "whisper", "train", "random", 0.1)
+    opposite = replace(RANDOM, strength=-2.0)
+    arms = ((PLAIN, 2.0), (weak_trait, 1.5), (weak, 0.1), (TRAIT, 0.5), (opposite, 1.9), (replace(PLAIN, name="last"), 0.0))
+    found = collect(*arms)["specificity"]
+    assert found["arms"] == {"trait": "steered", "plain": "plain", "random": "noise"} and found["specific"] is True
+    assert found["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and found["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
+    assert "(strength 2)" in found["statement"] and "(strength -2)" in found["statement"]
+
+
+@pytest.mark.parametrize(("strength", "word"), [(2.0, "along"), (-2.0, "against")])
+@pytest.mark.parametrize("gap", [0.5, 2.0])
+def test_a_negative_strength_is_against_the_trait(strength: float, word: str, gap: float) -> None:
+    statement = collect((PLAIN, 2.0), (replace(TRAIT, strength=strength), gap), (RANDOM, 1.9))["specificity"]["statement"]
+    assert f"teering {word} the trait direction" in statement and "one random direction" in statement
 
 
 def test_one_arm_alone_has_no_comparison() -> None:
