@@ -23,7 +23,8 @@ class Add(Operator):
         super().__init__({"vector": vector}, vector.shape[-1])
 
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return (strength * pick("vector").unsqueeze(1)).to(h.dtype)
+        vector = pick("vector")  # which broadcasts as it is where all rows share one: a view less at every site of every decoded token
+        return (strength * (vector if vector.shape[0] == 1 else vector.unsqueeze(1))).to(h.dtype)
 
     def is_affine(self) -> bool:
         return True
