@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from steer.callbacks.batches import ResponseHint
 from steer.callbacks.ranks import Ranks
+from steer.checks import of_type, whole_number
 from steer.drift.tracker import DriftTracker
 from steer.errors import ConfigError, HookDidNotRunError
 from steer.intervene import Plan
@@ -22,6 +23,7 @@ from steer.model.context import PHASES
 
 def every(steps: int) -> int:
     """Checks an interval of optimiser steps."""
+    whole_number(steps, "every_n_steps")
     if steps < 1:
         remedy = "pass every_n_steps=1 to measure after every step, a larger number to measure less often"
         raise ConfigError("every_n_steps is too small", expected=">= 1", found=steps, remedy=remedy)
@@ -37,6 +39,7 @@ class SteeringRun:
     """
 
     def __init__(self, plan: Plan, schedule: Any, phases: Sequence[str]) -> None:
+        of_type(plan, Plan, "the plan of a callback", "pass Plan([...]), not an intervention")
         self.plan = plan
         self.schedule = None if schedule is None else schedules.from_dict(schedule)
         self.phases = (phases,) if isinstance(phases, str) else tuple(phases)
@@ -175,6 +178,7 @@ class DriftRun:
     """
 
     def __init__(self, tracker: DriftTracker, every_n_steps: int) -> None:
+        of_type(tracker, DriftTracker, "the tracker of a callback", "pass DriftTracker({name: direction}, ...)")
         self.tracker, self.every = tracker, every(every_n_steps)
         self.hint, self.ranks = ResponseHint(), Ranks()
         self.attached = False

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from steer.checks import of_type
 from steer.errors import ContrastError
 from steer.model.tokens import Row, encode
 
@@ -68,6 +69,19 @@ class ContrastSet:
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
         """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt)."""
+        of_type(pairs, (list, tuple), "the pairs of a contrast set", "pass a list of {'prompt': ..., 'positive': ..., 'negative': ...}")
+        for i, pair in enumerate(pairs):
+            of_type(pair, Mapping, f"pair {i} of a contrast set", "pass {'prompt': ..., 'positive': ..., 'negative': ...}")
+            wrong = {
+                key: pair.get(key) for key in ("prompt", "positive", "negative") if not isinstance(pair.get(key), str) or not pair[key]
+            }
+            if wrong:
+                raise ContrastError(
+                    f"pair {i} of a contrast set lacks a part",
+                    expected="text under each of prompt, positive and negative",
+                    found=wrong,
+                    remedy="complete the pair, or leave it out",
+                )
         positive = tuple(encode(tokenizer, pair["prompt"], pair["positive"]) for pair in pairs)
         negative = tuple(encode(tokenizer, pair["prompt"], pair["negative"]) for pair in pairs)
         return cls(positive, negative, paired=True)

@@ -61,11 +61,22 @@ class Direction:
 
     def relative_dose(self, strength: float = 1.0) -> float:
         """|strength * v| / mean |h| at the site: how large the edit is beside what it edits."""
-        return abs(strength) * float(self.vector.norm()) / self.metrics["activation_norm"]
+        return abs(strength) * float(self.vector.norm()) / self.metric("activation_norm")
 
     def strength_of(self, dose: float) -> float:
         """The strength that gives a relative dose, with its sign."""
-        return dose * self.metrics["activation_norm"] / float(self.vector.norm())
+        return dose * self.metric("activation_norm") / float(self.vector.norm())
+
+    def metric(self, name: str) -> float:
+        """One of the metrics. Raises ConfigError when it was not measured, as for vectors from elsewhere."""
+        if name not in self.metrics:
+            raise ConfigError(
+                f"'{name}' of the direction at '{self.site}' was not measured",
+                expected="a direction that steer.extract made",
+                found=f"one by '{self.method}' with {', '.join(self.metrics) or 'no metrics'}",
+                remedy="choose site and strength yourself, or extract the direction here",
+            )
+        return self.metrics[name]
 
     def check_unseen(self, rows: Iterable[Row], what: str) -> None:
         """Raises ContrastError when a text that is to judge the direction had a part in making it."""
@@ -92,6 +103,12 @@ class Directions(Mapping[Site, Direction]):
         self.entries = {entry.site: entry for entry in entries}
         self.name, self.provenance = name, provenance
 
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, Site | str) and Site.parse(site) in self.entries
+
+    def get(self, site: Site | str, default: Any = None) -> Any:  # type: ignore[override]
+        return self.entries.get(Site.parse(site), default)
+
     def __getitem__(self, site: Site | str) -> Direction:
         try:
             return self.entries[Site.parse(site)]
@@ -110,8 +127,8 @@ class Directions(Mapping[Site, Direction]):
         return len(self.entries)
 
     def best(self) -> Direction:
-        """Highest held-out AUC; among equals the clearest separation in standard deviations."""
-        return max(self.entries.values(), key=lambda entry: (entry.metrics["auc"], entry.metrics["dprime"]))
+        """Highest held-out AUC; among equals the clearest separation in standard deviations. Raises ConfigError without them."""
+        return max(self.entries.values(), key=lambda entry: (entry.metric("auc"), entry.metric("dprime")))
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest and safetensors, atomically."""

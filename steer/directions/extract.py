@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import of_type
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.extractor import EXTRACTORS
 from steer.directions.heldout import heldout_metrics
 from steer.directions.moments import ContrastMoments
-from steer.errors import ContrastError
+from steer.errors import ConfigError, ContrastError
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.site import Site
@@ -63,6 +64,10 @@ def extract_all(
     progress: bool = True,
 ) -> dict[str, Directions]:
     """`extract` for several methods from the same pass."""
+    of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs) or from_sets")
+    of_type(sites, (list, tuple), "the sites", "pass a list such as ['layers.*.output']")
+    if not sites:
+        raise ConfigError("no sites to read", expected="at least one", found="none", remedy="e.g. sites=['layers.*.output']")
     extractors = {method: EXTRACTORS.get(method) for method in methods}
     for method, one in extractors.items():
         one.check(method, contrast.paired)

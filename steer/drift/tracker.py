@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
 from steer.drift.metrics import benjamini_hochberg
 from steer.drift.probe import PooledStates, probe_records
@@ -72,6 +73,9 @@ class DriftTracker:
         seed: int = 0,
         span: str | int = "prompt_last",
     ) -> None:
+        of_type(directions, Mapping, "the directions of a tracker", "pass {name: direction}")
+        for text in probe:
+            of_type(text, Row, "a probe prompt", "tokenise it: steer.model.tokens.encode(tokenizer, prompt)")
         self.directions = {name: listed(given) for name, given in directions.items()}
         self.watches = watches(self.directions, controls, seed)
         self.probe, self.span, self.seed, self.store = list(probe), span, seed, store

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.errors import ConfigError, WidthError
 from steer.intervene.gate import Leaf
 from steer.intervene.intervention import Intervention
+from steer.model.anatomy import HookPoint
 from steer.model.context import ForwardContext, in_backward
+from steer.model.site import Site
 
 
 class SiteAct:
@@ -102,3 +105,27 @@ class Count:
 
     def read(self) -> dict[str, int]:
         return {one.name: int(count) for group, counts, _ in self.groups for one, count in zip(group, counts, strict=True)}
+
+
+def check_gates(interventions: list[Intervention], readers: list[tuple[Leaf, Site, str]], points: list[HookPoint]) -> None:
+    """Raises WidthError or ConfigError for a gate that does not fit its site, or that would decide too late."""
+    here = dict(zip((one.name for one in interventions), points, strict=False))
+    there = {name: point for (_, _, name), point in zip(readers, points[len(interventions) :], strict=True)}
+    for leaf, site, name in readers:
+        if there[name].width not in (None, leaf.width):
+            raise WidthError(
+                f"gate '{leaf.name}' does not fit site '{site}'",
+                expected=f"width {there[name].width}",
+                found=f"width {leaf.width}",
+                remedy="give the gate a vector that was made for this site",
+            )
+    for one in interventions:
+        for name in one.decisions:
+            read, steered = there[name].site, here[one.name].site
+            if read.module is None and steered.module is None and read.order > steered.order:
+                raise ConfigError(
+                    f"the gate of '{one.name}' would decide after the edit it is for",
+                    expected=f"a site at or before {steered}",
+                    found=str(read),
+                    remedy="let the gate read an earlier site, or steer a later one",
+                )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steer.errors import ConfigError, ContextError, WidthError
+from steer.checks import of_type, tensor_of
+from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
 from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
@@ -56,7 +59,10 @@ class Intervention:
         gate: gates.Gate | None = None,
         preserve_norm: bool = False,
     ) -> None:
+        of_type(operator, Operator, "the operator of an intervention", "pass an operator such as Add(vector)")
         # a scope of its own, so that no other plan moves its window
+        of_type(scope, (str, Scope), "the scope of an intervention", "write it as text, e.g. 'response'")
+        of_type(enabled, bool, "`enabled` of an intervention", "pass True or False")
         self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(str(scope)), enabled
         operator.check_site(self.site)
         self.roles = _subset(roles, ROLES, "role")
@@ -71,6 +77,20 @@ class Intervention:
         self.tokens_named, self._plan = str(self.scope), 0
         self.decisions: list[str] = []
         self.set_phases(_subset(phases, PHASES, "phase"))
+
+    def copy(self, memo: dict[int, Any]) -> Intervention:
+        """One like it with strengths, switch, scope and row slots of its own; tensors that are being learned stay the same parameters.
+
+        Args:
+            memo: as of `copy.deepcopy`, one for all that are copied together: a gate that they share stays one.
+        """
+        memo |= {id(parameter): parameter for parameter in self.parameters.values()}
+        with torch.inference_mode(False):  # training may follow
+            made = copy.copy(self)
+            made.operator, made.gate = copy.copy(self.operator), copy.deepcopy(self.gate, memo)
+            made.scope = Scope.parse(str(self.scope))
+            made.base, made.effective = self.base.clone(), self.effective.clone()
+        return made
 
     def set_phases(self, phases: Sequence[str]) -> None:
         """Changes when it acts, which the hooks of a plan take up at its next attach; no phase at all means never."""
@@ -140,7 +160,8 @@ class Intervention:
                 here[name].copy_(tensor)
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
-        base = torch.as_tensor(strength, dtype=torch.float32).detach().clone().reshape(-1)
+        given = tensor_of(strength, f"strength of '{self.name}'", "pass a number, or one per row slot")
+        base = given.detach().to(torch.float32, copy=True).reshape(-1)
         check_finite(base, f"strength of '{self.name}'")
         slots = self.operator.slots
         if base.numel() == 0 or base.numel() not in (1, slots) and slots > 1:
@@ -152,6 +173,13 @@ class Intervention:
     def refresh(self, step: int) -> None:
         """Writes strength x schedule x switch into the buffer that the hook reads; in place, so compiled code sees it."""
         factor = self.schedule(step) if self.enabled else 0.0
+        if not math.isfinite(factor):
+            raise NonFiniteError(
+                f"the schedule of '{self.name}' is not finite",
+                expected="a finite factor at every step",
+                found=f"{factor} at step {step}",
+                remedy="correct the numbers of the schedule",
+            )
         self.effective.copy_(self.base * factor)
 
     def move(self, device: torch.device) -> None:
@@ -342,6 +370,7 @@ def width_error(intervention: Intervention, found: int) -> WidthError:
 
 
 def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    of_type(chosen, (str, list, tuple, set), f"the {what}s of an intervention", f"pass names such as ('{known[0]}',)")
     chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     if not chosen or not set(chosen) <= set(known):
         remedy = f"name the {what}s in which it acts, e.g. {what}s=('{known[0]}',)"

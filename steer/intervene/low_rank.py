@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from steer.checks import tensor_of
 from steer.errors import ConfigError, WidthError
 from steer.intervene.operator import Operator, Pick, check_finite, slotted
 
@@ -115,6 +116,7 @@ def orthonormal(rows: Tensor, what: str) -> Tensor:
     Raises:
         ConfigError: rows that are zero or linearly dependent.
     """
+    rows = tensor_of(rows, what, "pass a vector or a matrix of rows")
     given = slotted(rows[None] if rows.dim() == 1 else rows, 3, what).double()
     q, r = torch.linalg.qr(given.mT)
     diagonal = r.diagonal(dim1=-2, dim2=-1)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from steer.checks import tensor_of
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.site import Site
 from steer.registry import Registry
@@ -177,6 +178,7 @@ def same_slots(what: str, **tensors: Tensor) -> int:
 
 def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
     """fp32 copy of a tensor with `ndim` dimensions, a slot dimension put in front where it is missing."""
+    tensor = tensor_of(tensor, what, "pass the vector itself, e.g. Add(direction.vector)")
     if tensor.dim() == ndim - 1:
         tensor = tensor[None]
     if tensor.dim() != ndim or 0 in tensor.shape:

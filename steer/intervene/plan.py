@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from steer import files
-from steer.errors import AttachError, ConfigError, DamagedFileError, WidthError, WrongModelError
-from steer.intervene.act import Count, SiteAct
+from steer.checks import of_type, tensor_of, whole_number
+from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
+from steer.intervene.act import Count, SiteAct, check_gates
 from steer.intervene.gate import Leaf
 from steer.intervene.intervention import Intervention, width_error
 from steer.model import hooks
@@ -25,12 +26,17 @@ class Plan:
     """Interventions, in the order in which those on one site are applied.
 
     Args:
-        interventions: at least one; names must differ (repeated default names are numbered).
+        interventions: at least one; the plan works on copies, whose names are numbered where they repeat.
         fingerprint: `Anatomy.fingerprint()` of the model the vectors were made on; checked on attach when given.
     """
 
     def __init__(self, interventions: Sequence[Intervention] | Intervention, *, fingerprint: dict[str, Any] | None = None) -> None:
-        self.interventions = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        given = [interventions] if isinstance(interventions, Intervention) else interventions
+        of_type(given, (list, tuple), "the interventions of a plan", "pass an Intervention, or a list of them")
+        for one in given:
+            of_type(one, Intervention, "an intervention of a plan", "wrap operators: Intervention(Add(vector), 'layers.12.output')")
+        memo: dict[int, Any] = {}
+        self.interventions = [one.copy(memo) for one in given]  # the same one may be in several plans, or twice in this one
         if not self.interventions:
             remedy = "pass an Intervention, or a list of them"
             raise ConfigError("a plan without interventions steers nothing", expected="at least one", found="none", remedy=remedy)
@@ -87,7 +93,7 @@ class Plan:
         readers = self._readers(number)
         anatomy, points = resolve(model, [*(one.site for one in self.interventions), *(site for _, site, _ in readers)])
         self._check_model(anatomy, points[: len(self.interventions)])
-        _check_gates(self.interventions, readers, points)
+        check_gates(self.interventions, readers, points)
         first = next(model.parameters(), torch.empty(0))
         self._count = count = Count(self.interventions, first)
         acts: dict[Any, tuple[HookPoint, SiteAct]] = {}
@@ -185,6 +191,7 @@ class Plan:
 
     def step(self, step: int) -> None:
         """Sets every strength to what its schedule says at this optimiser step."""
+        whole_number(step, "the optimiser step of a plan")
         self.current_step = step
         for intervention in self.interventions:
             intervention.refresh(step)
@@ -243,7 +250,22 @@ class Plan:
         Args:
             rows: [batch] integers; beams and returned sequences follow the row of their prompt.
         """
-        rows = torch.as_tensor(rows, dtype=torch.long).reshape(-1)
+        given = tensor_of(rows, "the row slots of a batch", "pass the slot of every row, counted from 0")
+        if given.numel() and (given.is_floating_point() or given.is_complex()):
+            raise ConfigError(
+                "row slots are no whole numbers",
+                expected="the slot of every row, counted from 0",
+                found=rows,
+                remedy="e.g. set_rows([0, 1, 1])",
+            )
+        if all(one.slots == 1 for one in self.interventions):
+            raise ConfigError(
+                "this plan has no row slots",
+                expected="an intervention with several vectors or strengths",
+                found="one vector and one strength in each",
+                remedy="make it with strength=[...] or with vectors of shape [slots, width]",
+            )
+        rows = given.to(torch.long).reshape(-1)
         for intervention in self.interventions:
             if intervention.slots == 1:
                 continue
@@ -370,27 +392,3 @@ class Plan:
                 remedy="restore it from a backup, or make the plan and save it again",
             ) from error
         return cls(ones, fingerprint=manifest.get("fingerprint"))
-
-
-def _check_gates(interventions: list[Intervention], readers: list[tuple[Leaf, Site, str]], points: list[HookPoint]) -> None:
-    """Raises WidthError or ConfigError for a gate that does not fit its site, or that would decide too late."""
-    here = dict(zip((one.name for one in interventions), points, strict=False))
-    there = {name: point for (_, _, name), point in zip(readers, points[len(interventions) :], strict=True)}
-    for leaf, site, name in readers:
-        if there[name].width not in (None, leaf.width):
-            raise WidthError(
-                f"gate '{leaf.name}' does not fit site '{site}'",
-                expected=f"width {there[name].width}",
-                found=f"width {leaf.width}",
-                remedy="give the gate a vector that was made for this site",
-            )
-    for one in interventions:
-        for name in one.decisions:
-            read, steered = there[name].site, here[one.name].site
-            if read.module is None and steered.module is None and read.order > steered.order:
-                raise ConfigError(
-                    f"the gate of '{one.name}' would decide after the edit it is for",
-                    expected=f"a site at or before {steered}",
-                    found=str(read),
-                    remedy="let the gate read an earlier site, or steer a later one",
-                )

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from steer.checks import whole_number
 from steer.errors import ConfigError
 from steer.registry import Registry
 
@@ -20,6 +21,7 @@ SCHEDULES: Registry[type[Any]] = Registry("schedule")
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
+        whole_number(value, f"schedule argument '{name}'")
         if value < 1:
             remedy = f"give {name} as optimiser steps, 1 or more"
             raise ConfigError(f"schedule argument '{name}' is too small", expected=">= 1", found=value, remedy=remedy)
@@ -111,6 +113,13 @@ def from_dict(spec: Any) -> Any:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not hasattr(spec, "keys"):
+        if not callable(spec):
+            raise ConfigError(
+                "a schedule is of the wrong type",
+                expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
+                found=repr(spec),
+                remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
+            )
         return spec
     arguments = dict(spec)
     cls = SCHEDULES.get(arguments.pop("name", ""))

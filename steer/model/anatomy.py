@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import of_type
 from steer.errors import AnatomyError, SiteError
 from steer.model.families import FAMILIES, Family
 from steer.model.site import LAYER_PARTS, Site, expand
@@ -321,6 +322,7 @@ def module_point(model: nn.Module, site: Site) -> HookPoint:
 
 def resolve(model: nn.Module, sites: list[Site]) -> tuple[Anatomy | None, list[HookPoint]]:
     """Hook points of sites; a model that is no decoder is fine as long as all of them are `module:` sites."""
+    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
     if all(site.module is not None for site in sites):
         try:
             anatomy: Anatomy | None = Anatomy.find(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import of_type
 from steer.errors import ContextError, HookDidNotRunError
 from steer.model import context
 from steer.model.anatomy import Anatomy
@@ -295,6 +296,7 @@ WATCHERS: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDiction
 
 def watcher_of(model: nn.Module) -> Watcher | None:
     """The live watcher of a model, reached from any wrapper around it."""
+    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
     return next((WATCHERS[module] for module in model.modules() if module in WATCHERS), None)
 
 
