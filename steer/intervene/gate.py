@@ -3,13 +3,16 @@
 This is conditional steering (CAST: Lee et al. 2024, arXiv 2409.05907). A gate reads one site and gives every token or every row a number
 from 0 to 1, with which the edit is multiplied. Gates combine with `&`, `|` and `~`. A new kind is a file with one registered subclass of
 `Leaf`.
+
+What a gate says of a token is a pair: how far it is open, and how far closed. Both are 0 where there was nothing to decide by, so that the
+negation of a gate that had no prompt to look at does not open.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -44,8 +47,16 @@ class Gate:
         raise NotImplementedError
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        """[batch, tokens or 1, 1] fp32 from 0 to 1, out of what the leaves decided in this pass, under these names from left to right."""
+        """[batch, tokens or 1, 2] fp32 from 0 to 1, how far open and how far closed.
+
+        Args:
+            decisions: names under which the leaves left their decisions in this pass, from left to right.
+        """
         raise NotImplementedError
+
+    def opened(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
+        """[batch, tokens or 1, 1]: how far open."""
+        return self.value(ctx, decisions)[..., :1]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form without the tensors."""
@@ -75,8 +86,8 @@ class And(Combined):
     word = "and"
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        a, b = self.parts
-        return a.value(ctx, decisions) * b.value(ctx, decisions)
+        a, b = [part.value(ctx, decisions) for part in self.parts]
+        return _both(a, b)
 
 
 class Or(Combined):
@@ -84,14 +95,14 @@ class Or(Combined):
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
         a, b = [part.value(ctx, decisions) for part in self.parts]
-        return a + b - a * b
+        return _both(a.flip(-1), b.flip(-1)).flip(-1)
 
 
 class Not(Combined):
     word = "not"
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        return 1 - self.parts[0].value(ctx, decisions)
+        return self.parts[0].value(ctx, decisions).flip(-1)
 
     def __str__(self) -> str:
         return f"not {self.parts[0]}"
@@ -108,8 +119,10 @@ class Leaf(Gate, Driven):
         per: `token` decides for each token; `row` once for each row (or packed segment) of each pass; `generation` likewise, but what was
             decided on the prompt holds for all tokens decoded from its cache.
         over: for `row` and `generation`: the tokens that are looked at.
-        pool: how their margins become one, `mean` or `max`. A row without such tokens stays closed.
-        sharpness: None compares; a number k makes sigmoid(k * margin), which lets gradients through.
+        pool: how their margins become one, `mean` or `max`. Without such tokens there is no decision and nothing is steered: `row` over the
+            prompt therefore leaves decoded tokens alone, which come in passes of their own.
+        sharpness: None compares; a number k makes sigmoid(k * margin), which lets gradients through. Compiled code sees it change when it
+            is written to in `tensors`, as it sees thresholds.
 
     Raises:
         ConfigError, SiteError, NonFiniteError.
@@ -124,22 +137,34 @@ class Leaf(Gate, Driven):
         per: str = "token",
         over: Scope | str = "prompt",
         pool: str = "mean",
-        sharpness: float | None = None,
+        sharpness: float | Tensor | None = None,
     ) -> None:
+        if sharpness is not None:
+            tensors = {**tensors, "sharpness": torch.as_tensor(sharpness, dtype=torch.float32).detach().clone().reshape(1)}
+            if not tensors["sharpness"] > 0:
+                raise ConfigError(
+                    f"sharpness of gate '{self.name}'",
+                    expected="a positive number, or None for a comparison",
+                    found=sharpness,
+                    remedy="e.g. 10.0",
+                )
         Driven.__init__(self, tensors, width)
+        for name, tensor in tensors.items():
+            if tensor.shape[0] != 1:
+                raise ConfigError(
+                    f"gate '{self.name}' has several entries of '{name}'",
+                    expected="one for all rows",
+                    found=list(tensor.shape),
+                    remedy="combine one gate for each of them with | or &",
+                )
         self.site = None if site is None else Site.parse(site)
-        self.per, self.over, self.pool, self.sharpness = (
-            _one_of(per, PER, "per"),
-            Scope.parse(over),
-            _one_of(pool, POOLS, "pool"),
-            sharpness,
-        )
-        if sharpness is not None and not sharpness > 0:
+        self.per, self.over, self.pool = _one_of(per, PER, "per"), Scope.parse(str(over)), _one_of(pool, POOLS, "pool")
+        if self.over.half_life is not None:
             raise ConfigError(
-                f"sharpness of gate '{self.name}'",
-                expected="a positive number, or None for a comparison",
-                found=sharpness,
-                remedy="e.g. 10.0",
+                f"gate '{self.name}' cannot look at tokens that fade",
+                expected="a scope without '~'",
+                found=str(self.over),
+                remedy="put the half-life into the scope of the intervention",
             )
         self.number = next(_NUMBERS)
 
@@ -150,12 +175,27 @@ class Leaf(Gate, Driven):
     def leaves(self) -> Iterator[Leaf]:
         yield self
 
+    @property
+    def is_soft(self) -> bool:
+        return "sharpness" in self.tensors
+
+    def train(self) -> Self:
+        """Makes the learnable tensors parameters. Raises ConfigError for a comparison, which has no gradient."""
+        if not self.is_soft:
+            raise ConfigError(
+                f"gate '{self.name}' compares, which cannot be learned",
+                expected="a soft gate",
+                found="sharpness=None",
+                remedy="make it with sharpness=..., e.g. 10.0",
+            )
+        return super().train()
+
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.over.to(device)
 
     def read(self, h: Tensor, ctx: ForwardContext, decision: str) -> None:
-        """Decides, and leaves the decision in the pass under its name: [batch, tokens or 1, 1]."""
+        """Decides, and leaves the decision in the pass under its name: [batch, tokens or 1, 2]."""
         if next(iter(self.tensors.values()), h).device != h.device:
             self.to(h.device)
         if self.per == "generation" and ctx.phase == "generate":
@@ -163,10 +203,20 @@ class Leaf(Gate, Driven):
             opened = ctx.remember(f"{decision} number {self.number}", lambda: self._of_rows(h, ctx)[:, -1:])
         else:
             opened = self._switch(self.margin(h, ctx)) if self.per == "token" else self._of_rows(h, ctx)
-        ctx.opened[decision] = opened.unsqueeze(-1)
+        ctx.opened[decision] = opened
+        if self.is_soft and ctx.phase == "train":
+            (ctx.blind.discard if torch.is_grad_enabled() else ctx.blind.add)(decision)
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        found = ctx.opened.get(next(decisions))
+        decision = next(decisions)
+        found = ctx.opened.get(decision)
+        if decision in ctx.blind and torch.is_grad_enabled():
+            raise ContextError(
+                f"soft gate '{self.name}' decided where no gradients are recorded",
+                expected="a decision that gradients go through",
+                found="a site inside a block under reentrant gradient checkpointing, and a steered site outside of it",
+                remedy="use gradient_checkpointing_enable({'use_reentrant': False}), or read the output of a block",
+            )
         if found is None:
             raise ContextError(
                 f"gate '{self.name}' did not decide before the activation that it is for was reached",
@@ -177,25 +227,29 @@ class Leaf(Gate, Driven):
         return found
 
     def _switch(self, margin: Tensor) -> Tensor:
-        return (margin > 0).float() if self.sharpness is None else torch.sigmoid(self.sharpness * margin)
+        opened = torch.sigmoid(self.tensors["sharpness"] * margin) if self.is_soft else (margin > 0).float()
+        return torch.stack((opened, 1 - opened), -1)
 
     def _of_rows(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        """[batch, 1], or [batch, tokens] where a row may hold several texts."""
+        """[batch, 1, 2], or [batch, tokens, 2] where a row may hold several texts."""
         margin, looked = self.margin(h, ctx), self._looked_at(ctx)
+        if looked.shape != margin.shape:
+            looked = ctx.kept_of(looked, margin.shape[1])
         starts = None if ctx.phase == "generate" else ctx.starts
         if starts is None:
             count = looked.sum(1, keepdim=True)
             pooled = torch.where(looked, margin, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
             if self.pool == "max":
                 pooled = margin.masked_fill(~looked, -torch.inf).amax(1, keepdim=True)
-            return torch.where(count > 0, self._switch(pooled), 0.0)
+            return torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
         text = starts.long().cumsum(1)
         slots = torch.zeros(margin.shape[0], margin.shape[1] + 1, device=h.device)
         count = slots.scatter_add(1, text, looked.float())
         pooled = slots.scatter_add(1, text, torch.where(looked, margin, 0.0)) / count.clamp_min(1)
         if self.pool == "max":
             pooled = slots.scatter_reduce(1, text, margin.masked_fill(~looked, -torch.inf), "amax", include_self=False)
-        return torch.where(count > 0, self._switch(pooled), 0.0).gather(1, text)
+        decided = torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
+        return decided.gather(1, text.unsqueeze(-1).expand(-1, -1, 2))
 
     def _looked_at(self, ctx: ForwardContext) -> Tensor:
         mask: Mask = self.over.mask(ctx)
@@ -203,7 +257,7 @@ class Leaf(Gate, Driven):
 
     def options(self) -> dict[str, Any]:
         site = None if self.site is None else str(self.site)
-        return {"site": site, "per": self.per, "over": str(self.over), "pool": self.pool, "sharpness": self.sharpness}
+        return {"site": site, "per": self.per, "over": str(self.over), "pool": self.pool}
 
     def to_dict(self) -> dict[str, Any]:
         return {"gate": self.name, "options": self.options()}
@@ -220,6 +274,11 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
     combined = {kind.word: kind for kind in (And, Or, Not)}
     [(word, parts)] = spec.items()
     return combined[word](*(from_dict(part, tensors) for part in parts))
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """Open as far as both are, closed as far as either is."""
+    return torch.stack((a[..., 0] * b[..., 0], 1 - (1 - a[..., 1]) * (1 - b[..., 1])), -1)
 
 
 def _one_of(value: str, known: tuple[str, ...], what: str) -> str:

@@ -232,9 +232,9 @@ class Intervention:
         weight = self._column(mask, h, ctx)
         if self.gate is None:
             return weight
-        opened = self.gate.value(ctx, iter(self.decisions)).to(h.dtype)
+        opened = self.gate.opened(ctx, iter(self.decisions)).to(h.dtype)
         if opened.shape[1] not in (1, h.shape[1]):  # the unembedding may get the last tokens only
-            opened = opened[:, ctx.kept] if isinstance(ctx.kept, Tensor) else opened[:, -h.shape[1] :]
+            opened = ctx.kept_of(opened, h.shape[1])
         return opened if weight is None else weight * opened
 
     def _column(self, mask: Mask, h: Tensor, ctx: ForwardContext) -> Tensor | None:
@@ -247,8 +247,7 @@ class Intervention:
             return None
         mask = _faded(mask, fade).squeeze(-1)
         if mask.shape != h.shape[:-1] and self.site.part == "logits" and h.dim() == 3:
-            # the unembedding may get the last tokens only
-            mask = mask[:, ctx.kept] if isinstance(ctx.kept, Tensor) else mask[:, -h.shape[1] :]
+            mask = ctx.kept_of(mask, h.shape[1])  # the unembedding may get the last tokens only
         if mask.shape != h.shape[:-1]:
             raise ContextError(
                 f"'{self.site}' does not hold one activation per token",
@@ -267,7 +266,7 @@ class Intervention:
         if self.slots > 1:
             mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
         if self.gate is not None:
-            mask = both(mask, (self.gate.value(ctx, iter(self.decisions)) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
+            mask = both(mask, (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
         return mask
 
     def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:
@@ -306,7 +305,7 @@ class Intervention:
             "enabled": self.enabled,
             "gate": None if self.gate is None else self.gate.to_dict(),
             "preserve_norm": self.preserve_norm,
-            "learned": sorted(self.operator.parameters),
+            "learned": sorted(self.parameters),
         }
 
     def files(self) -> dict[str, Tensor]:

@@ -42,11 +42,12 @@ class Driven:
         if not self.learnable:
             raise ConfigError(
                 f"'{self.name}' has nothing to learn",
-                expected="one of " + ", ".join(sorted(name for name in OPERATORS if OPERATORS.get(name).learnable)),
+                expected="an operator or a gate with learnable tensors, such as add, loreft, scale or a soft probe",
                 found=self.name,
                 remedy="train one of those, or extract the vectors of this one",
             )
-        self.tensors = {name: nn.Parameter(one) if name in self.learnable else one for name, one in self.tensors.items()}
+        learned = {name for name in self.learnable if not isinstance(self.tensors.get(name), nn.Parameter)}  # one may be in an optimiser
+        self.tensors = {name: nn.Parameter(one) if name in learned else one for name, one in self.tensors.items()}
         return self
 
     @property

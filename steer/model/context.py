@@ -47,7 +47,7 @@ class ForwardContext:
             where what was announced fits the pass.
         memory: what was worked out on the prompt and holds for the whole generation. It lives on the KV cache and is copied with it, so it
             is mixed up with another batch, call or model no more than the cache itself.
-        opened: what gates decided in this pass.
+        opened: what gates decided in this pass; `blind` names soft decisions that were made where no gradients are recorded.
         masks: the tokens that each user of this context acts on, worked out once per pass under a name of its own;
             `columns` holds some of them as [batch, tokens, 1] numbers, ready to multiply with.
     """
@@ -69,6 +69,7 @@ class ForwardContext:
     turns: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     opened: dict[str, Tensor] = field(default_factory=dict)
+    blind: set[str] = field(default_factory=set)
     masks: dict[str, Mask] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
 
@@ -117,6 +118,10 @@ class ForwardContext:
     def prompt_length(self) -> Tensor:
         """[batch or 1, 1]: number of prompt tokens of each text of a generation."""
         return self.remember("prompt", lambda: (self.positions * self.real).amax(1, keepdim=True) + 1)
+
+    def kept_of(self, per_token: Tensor, count: int) -> Tensor:
+        """[batch, count, ...]: of what there is for each token that for the tokens which the unembedding gets."""
+        return per_token[:, self.kept] if isinstance(self.kept, Tensor) else per_token[:, -count:]
 
     @property
     def starts(self) -> Tensor | None:
