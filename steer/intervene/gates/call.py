@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
 from steer.intervene.gate import GATES, Leaf
+from steer.intervene.scope import Scope
 from steer.model.context import ForwardContext
 
 
@@ -31,14 +33,20 @@ class CallGate(Leaf):
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         said = self.function(h, ctx)
-        if said.shape != h.shape[:-1]:
+        if not isinstance(said, Tensor) or said.shape != h.shape[:-1]:
             raise ContextError(
                 "the function of gate 'call' does not decide for each token",
                 expected=f"a tensor of shape {list(h.shape[:-1])}",
-                found=list(said.shape),
+                found=list(said.shape) if isinstance(said, Tensor) else type(said).__name__,
                 remedy="return one number per token; the gate's `per` and `pool` make rows of them",
             )
         return said.float() * 2 - 1 if said.dtype is torch.bool else said.float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A plan copies its gates; the function, which may be the method of a model, stays the one that was given."""
+        made = memo[id(self)] = copy.copy(self)
+        made.tensors, made.over = dict(self.tensors), Scope.parse(str(self.over))
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.errors import ConfigError
 from steer.intervene.gate import GATES, Leaf
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
@@ -16,16 +17,29 @@ from steer.model.context import ForwardContext
 class CosineGate(Leaf):
     """Opens where cos(h, c) exceeds a threshold; `~CosineGate(...)` where it does not.
 
+    CAST compares h with its projection onto c, whose cosine is |cos(h, c)|: `CosineGate(c, t) | CosineGate(-c, t)`.
+
     Args:
         vector: [width] c.
         threshold: from -1 to 1.
         options: site, per, over, pool, sharpness, see `Leaf`.
+
+    Raises:
+        ConfigError: a zero vector, which has no direction.
     """
 
     name = "cosine"
+    learnable = ("vector", "threshold")
 
     def __init__(self, vector: Tensor, threshold: float | Tensor = 0.0, **options: Any) -> None:
         vector = slotted(vector, 2, "condition vector")
+        if not vector.any():
+            raise ConfigError(
+                "condition vector is zero",
+                expected="a vector with a direction",
+                found="zeros",
+                remedy="take the vector of a site at which the conditions differ",
+            )
         threshold = torch.as_tensor(threshold, dtype=torch.float32).detach().clone().reshape(1)
         super().__init__({"vector": vector, "threshold": threshold}, vector.shape[-1], **options)
 

@@ -25,6 +25,7 @@ class FeatureGate(Leaf):
     """
 
     name = "feature"
+    learnable = ("encoder", "bias")
 
     def __init__(
         self, encoder: Tensor, bias: float | Tensor = 0.0, threshold: float | Tensor = 0.0, center: Tensor | None = None, **options: Any
