@@ -47,7 +47,7 @@ class Gate:
         raise NotImplementedError
 
     def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        """[batch, tokens or 1, 2] fp32 from 0 to 1, how far open and how far closed.
+        """[batch, tokens or 1, 2] from 0 to 1, how far open and how far closed.
 
         Args:
             decisions: names under which the leaves left their decisions in this pass, from left to right.
@@ -169,7 +169,7 @@ class Leaf(Gate, Driven):
         self.number = next(_NUMBERS)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        """How far each token is beyond the threshold, [batch, tokens] fp32; open above 0. h: [batch, tokens, width]."""
+        """How far each token is beyond the threshold, [batch, tokens] fp32 or fp64; open above 0. h: [batch, tokens, width]."""
         raise NotImplementedError
 
     def leaves(self) -> Iterator[Leaf]:
@@ -227,7 +227,7 @@ class Leaf(Gate, Driven):
         return found
 
     def _switch(self, margin: Tensor) -> Tensor:
-        opened = torch.sigmoid(self.tensors["sharpness"] * margin) if self.is_soft else (margin > 0).float()
+        opened = torch.sigmoid(self.tensors["sharpness"] * margin) if self.is_soft else (margin > 0).to(margin.dtype)
         return torch.stack((opened, 1 - opened), -1)
 
     def _of_rows(self, h: Tensor, ctx: ForwardContext) -> Tensor:
@@ -243,8 +243,8 @@ class Leaf(Gate, Driven):
                 pooled = margin.masked_fill(~looked, -torch.inf).amax(1, keepdim=True)
             return torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
         text = starts.long().cumsum(1)
-        slots = torch.zeros(margin.shape[0], margin.shape[1] + 1, device=h.device)
-        count = slots.scatter_add(1, text, looked.float())
+        slots = margin.new_zeros(margin.shape[0], margin.shape[1] + 1)
+        count = slots.scatter_add(1, text, looked.to(margin.dtype))
         pooled = slots.scatter_add(1, text, torch.where(looked, margin, 0.0)) / count.clamp_min(1)
         if self.pool == "max":
             pooled = slots.scatter_reduce(1, text, margin.masked_fill(~looked, -torch.inf), "amax", include_self=False)

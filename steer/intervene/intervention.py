@@ -14,7 +14,7 @@ from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
-from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
+from steer.intervene.operator import OPERATORS, Driven, Operator, Pick, check_finite
 from steer.intervene.scope import Scope, both
 from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
@@ -211,10 +211,23 @@ class Intervention:
         strength = self.effective if rows is None or self.effective.shape[0] == 1 else self.effective[rows]
         strength = strength.view(-1, 1, 1)
         whole = h if h.dim() == 3 else h.reshape(h.shape[0], -1, h.shape[-1])
-        new = self.operator.apply(whole, strength, self._weight(mask, h, ctx), Pick(self.operator, rows))
+        weight, pick = self._weight(mask, h, ctx), Pick(self.operator, rows)
         if self.preserve_norm:
-            new = rescaled(new, whole)
+            new = self._with_norm(whole, strength, weight, pick)
+        else:
+            new = self.operator.apply(whole, strength, weight, pick)
         return new if h.dim() == 3 else new.reshape(h.shape)
+
+    def _with_norm(self, h: Tensor, strength: Tensor, weight: Tensor | None, pick: Pick) -> Tensor:
+        """The edit in fp32 at least, scaled back to the norm before it, and only then in the dtype of h: hidden norms, and edits on the way
+        to their scale, go beyond what fp16 holds. Where nothing is edited every bit stays."""
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        weight = None if weight is None else weight.to(wide.dtype)
+        new = self.operator.apply(wide, strength, weight, pick)
+        before, after = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (wide, new))
+        new = new * (before / torch.where(after > 0, after, 1.0))
+        still = (strength if weight is None else strength * weight) == 0
+        return torch.where(still, h, new.to(h.dtype))
 
     def prepare(self, ctx: ForwardContext, dtype: torch.dtype) -> None:
         """Works the tokens out when a pass opens: static caches count on while it runs, and sites need them ready."""
@@ -308,20 +321,25 @@ class Intervention:
             "learned": sorted(self.parameters),
         }
 
+    @property
+    def driven(self) -> dict[str, Driven]:
+        """What holds its tensors, by the prefix of their names in a file: none for the operator, for the n-th leaf of its gate `gate<n>.`"""
+        leaves = self.gate.leaves() if self.gate is not None else ()
+        return {"": self.operator, **{f"gate{number}.": leaf for number, leaf in enumerate(leaves)}}
+
     def files(self) -> dict[str, Tensor]:
-        """Its tensors by name, for a file: the operator's, and those of the n-th leaf of its gate as `gate<n>.<name>`."""
-        tensors = dict(self.operator.tensors)
-        for number, leaf in enumerate(self.gate.leaves() if self.gate is not None else ()):
-            tensors |= {f"gate{number}.{name}": tensor for name, tensor in leaf.tensors.items()}
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        """Its tensors by name, for a file."""
+        return {prefix + name: tensor.detach().cpu() for prefix, one in self.driven.items() for name, tensor in one.tensors.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is being learned, by the names of `files`."""
-        learned: dict[str, nn.Parameter] = dict(self.operator.parameters)
-        for number, leaf in enumerate(self.gate.leaves() if self.gate is not None else ()):
-            learned |= {f"gate{number}.{name}": tensor for name, tensor in leaf.parameters.items()}
-        return learned
+        return {prefix + name: tensor for prefix, one in self.driven.items() for name, tensor in one.parameters.items()}
+
+    def tie(self, name: str, parameter: nn.Parameter) -> None:
+        """Puts the parameter of another intervention in the place of its own, so that one is learned for both."""
+        prefix, dot, last = name.rpartition(".")
+        self.driven[prefix + dot].tensors[last] = parameter
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
@@ -337,18 +355,11 @@ class Intervention:
             gate = gates.from_dict(spec["gate"], iter([parts[part] for part in ordered]))
         rest = {key: spec[key] for key in ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled", "preserve_norm")}
         one = cls(operator, gate=gate, **rest)
-        if any("." not in name for name in spec["learned"]):
-            operator.train()
-        for number, leaf in enumerate(gate.leaves() if gate is not None else ()):
-            if any(name.startswith(f"gate{number}.") for name in spec["learned"]):
-                leaf.train()
+        learned = {name.rpartition(".")[0] for name in spec["learned"]}
+        for prefix, part in one.driven.items():
+            if prefix.removesuffix(".") in learned:
+                part.train()
         return one
-
-
-def rescaled(new: Tensor, old: Tensor) -> Tensor:
-    """`new` with the norms of `old` along the last dimension, worked out in fp32: hidden norms go beyond what fp16 holds."""
-    before, after = (torch.linalg.vector_norm(one, dim=-1, keepdim=True, dtype=torch.float32) for one in (old, new))
-    return (new.float() * torch.where(after > 0, before / after, 1.0)).to(new.dtype)
 
 
 def _faded(mask: Mask, fade: Tensor | None) -> Tensor:

@@ -370,8 +370,15 @@ class Plan:
     def save(self, path: str | Path) -> Path:
         """Writes manifest.json and tensors.safetensors (one file when the path ends in .safetensors), atomically."""
         tensors = {f"{i}.{key}": tensor for i, one in enumerate(self.interventions) for key, tensor in one.files().items()}
-        manifest = {"fingerprint": self.fingerprint, "interventions": [one.to_dict() for one in self.interventions]}
+        ones = [one.to_dict() for one in self.interventions]
+        manifest = {"fingerprint": self.fingerprint, "interventions": ones, "shared": self._shared()}
         return files.save_artifact(path, "plan", tensors, manifest)
+
+    def _shared(self) -> dict[str, str]:
+        """Parameters that stand in several places, by the name in the file of each later place: the name of the first."""
+        first: dict[int, str] = {}
+        places = [(f"{i}.{name}", tensor) for i, one in enumerate(self.interventions) for name, tensor in one.parameters.items()]
+        return {name: there for name, tensor in places if (there := first.setdefault(id(tensor), name)) != name}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -384,6 +391,10 @@ class Plan:
                 )
                 for i, spec in enumerate(manifest["interventions"])
             ]
+            places = {f"{i}.{name}": (one, name) for i, one in enumerate(ones) for name in one.parameters}
+            for later, first in manifest["shared"].items():
+                (one, name), (other, there) = places[later], places[first]
+                one.tie(name, other.parameters[there])
         except (KeyError, TypeError) as error:
             raise DamagedFileError(
                 f"plan '{path}' lacks a part",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steer.errors import ConfigError
 from steer.intervene.gate import GATES, Leaf
+from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
@@ -44,4 +45,4 @@ class CosineGate(Leaf):
         super().__init__({"vector": vector, "threshold": threshold}, vector.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        return torch.nn.functional.cosine_similarity(h.float(), self.tensors["vector"], dim=-1) - self.tensors["threshold"]
+        return torch.nn.functional.cosine_similarity(widened(h), self.tensors["vector"], dim=-1) - self.tensors["threshold"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.intervene.gate import GATES, Leaf
+from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
@@ -37,4 +38,4 @@ class FeatureGate(Leaf):
         super().__init__({"encoder": encoder, "bias": bias, "threshold": threshold}, encoder.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        return (h.float() * self.tensors["encoder"]).sum(-1) + self.tensors["bias"] - self.tensors["threshold"]
+        return (widened(h) * self.tensors["encoder"]).sum(-1) + self.tensors["bias"] - self.tensors["threshold"]

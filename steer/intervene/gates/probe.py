@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.intervene.gate import GATES, Leaf
+from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
@@ -31,4 +32,4 @@ class ProbeGate(Leaf):
         super().__init__({"vector": vector, "bias": bias}, vector.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        return (h.float() * self.tensors["vector"]).sum(-1) + self.tensors["bias"]
+        return (widened(h) * self.tensors["vector"]).sum(-1) + self.tensors["bias"]
