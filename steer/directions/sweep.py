@@ -46,7 +46,8 @@ def sweep(
         for chosen in batches(rows, max(max_tokens // slots, 1)):
             batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], pad=0).items()}
             labels = batch.pop("labels")
-            plan.set_rows(torch.arange(slots).repeat_interleave(len(chosen)))
+            if slots > 1:
+                plan.set_rows(torch.arange(slots).repeat_interleave(len(chosen)))
             with response_tokens(model, labels.repeat(slots, 1) != -100):
                 logits = model(**{name: tensor.repeat(slots, 1) for name, tensor in batch.items()}, use_cache=False).logits
             if not bool(torch.isfinite(logits).all()):

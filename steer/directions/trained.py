@@ -201,7 +201,8 @@ def _optimise(
             if len(order) < batch_size:
                 order += torch.randperm(len(train.positive), generator=generator).tolist()
             chosen, order = order[:batch_size], order[batch_size:]
-            plan.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
+            if len(signs) > 1:
+                plan.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
             sums = _answer_sums(model, [rows[side][i] for side, _ in aim.runs for i in chosen])
             scores = Scores(
                 dict(zip(aim.runs, sums.unflatten(0, (len(aim.runs), -1)), strict=True)),
