@@ -1,4 +1,4 @@
-"""Choosing and training a direction works on a model as it is in use: adapters on it, compiled, in any dtype, with another plan attached."""
+"""Choosing and training a direction works on a model in use: with adapters, compiled, in half precision, with another plan attached."""
 
 from collections.abc import Callable
 
