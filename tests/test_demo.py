@@ -25,7 +25,8 @@ from steer.experiment import results
 from steer.experiment.arms import random_like
 from steer.model import embedded
 
-TIMES = ("started", "wall_seconds", "seconds", "probe_seconds", "callback_overhead")  # the only things that may differ between two runs
+# the only things that may differ between two runs
+TIMES = ("started", "wall_seconds", "seconds", "probe_seconds", "callback_overhead", "callback_overhead_range")
 
 
 @contextmanager
@@ -119,6 +120,8 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
             assert metric["after"] - metric["before"] == pytest.approx(metric["change"], abs=1e-9)
         overhead = arm["train"]["callback_overhead"]
         assert (overhead is None) == (arm["steer"]["when"] != "train") and (overhead is None or -1 < overhead < 20)
+        spread = arm["train"]["callback_overhead_range"]
+        assert spread is None if overhead is None else spread[0] <= overhead <= spread[1]
     loss = {arm["name"]: arm["train"]["loss"] for arm in metrics["arms"]}
     assert loss["plain"] == loss["inference"] and loss["plain"][0] != loss["preventative"][0], "the first step is steered already"
 

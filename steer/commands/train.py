@@ -30,7 +30,7 @@ from steer.experiment import results
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.complete import complete
 from steer.experiment.data import load_dataset
-from steer.experiment.overhead import step_overhead
+from steer.experiment.overhead import Overhead, step_overhead
 from steer.experiment.score import Suite, measure
 from steer.experiment.sft import SFTModule, loader
 from steer.files import atomic_write
@@ -148,9 +148,10 @@ class Run:
             "probe_seconds": tracker.probe_seconds,
             "loss": losses,
             "callback_overhead": None,
+            "callback_overhead_range": None,
         }
 
-    def overhead(self, adapted: nn.Module, plan: Plan, directions: Directions) -> float:
+    def overhead(self, adapted: nn.Module, plan: Plan, directions: Directions) -> Overhead:
         """What the hooks of a plan and of the tracker add to one training step, as a fraction of the bare step."""
         spec = self.experiment.train
         batch = collate(self.train_rows[: spec.batch_size], self.pad, max_length=spec.max_length)
@@ -183,7 +184,8 @@ def run(config: DictConfig) -> None:
         job.say("arm", f"[cyan]{arm.name}[/]: {arm.label}")
         adapted, trained = job.train_arm(arm, plan, directions)
         if plan is not None:
-            trained["callback_overhead"] = job.overhead(adapted, plan, directions)
+            cost = job.overhead(adapted, plan, directions)
+            trained |= {"callback_overhead": cost.median, "callback_overhead_range": [cost.low, cost.high]}
         followers = [other for other in job.arms if other.uses == arm.name]
         for measured in (arm, *followers):
             own = measured.plan(direction, scope=config.experiment.scope, seed=config.seed + 1, fingerprint=job.fingerprint)

@@ -6,18 +6,25 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from steer.model.capture import evaluating
+
+class Overhead(NamedTuple):
+    """Fractions of the bare step: the median over the rounds, and the lowest and highest round. Five rounds enclose the true median in
+    94 of 100 runs, so a range that holds zero is within noise."""
+
+    median: float
+    low: float
+    high: float
 
 
 def step_overhead(
     model: nn.Module, batch: dict[str, Tensor], attached: Callable[[], AbstractContextManager[Any]], *, rounds: int = 5
-) -> float:
-    """Median ratio of the wall time of a forward and backward pass with hooks to one without, minus 1.
+) -> Overhead:
+    """Ratio of the wall time of a forward and backward pass with hooks to one without, minus 1.
 
     Args:
         model: run in training mode; gradients are computed and thrown away. Weights, modes and random state are left as they were.
@@ -35,11 +42,16 @@ def step_overhead(
         return taken
 
     ratios = []
-    with torch.random.fork_rng(), evaluating(model), torch.enable_grad():  # evaluating restores the mode of every module
-        model.train()
-        seconds(nullcontext())
-        for number in range(rounds):
-            arms = [attached, nullcontext] if number % 2 else [nullcontext, attached]
-            taken = {arm is attached: seconds(arm()) for arm in arms}
-            ratios.append(taken[True] / taken[False])
-    return median(ratios) - 1.0
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            model.train()
+            seconds(nullcontext())
+            for number in range(rounds):
+                arms = [attached, nullcontext] if number % 2 else [nullcontext, attached]
+                taken = {arm is attached: seconds(arm()) for arm in arms}
+                ratios.append(taken[True] / taken[False])
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Overhead(median(ratios) - 1.0, min(ratios) - 1.0, max(ratios) - 1.0)

@@ -105,19 +105,21 @@ def _arm(
 def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Did the trait direction do more than a random one of the same length? Only the paired tests are allowed to say so.
 
-    Compared are the first arm trained with the trait direction that has a partner, the first arm trained with a random direction at the same
-    |strength| (site and scope are those of the experiment), and the first plain arm. The direction counts as specific when its arm ends with
-    a lower behaviour gap than both, after the correction for all comparisons. That is about one random vector: another might do more.
+    Compared are the first arm trained with the trait direction that has a partner, that partner (the first arm trained with a random
+    direction at the same |strength|; site and scope are those of the experiment), and the first plain arm. It counts as specific when its arm
+    ends with a lower behaviour gap than both, after the correction for all comparisons. Another random vector might do more.
     """
     plain = next((arm for arm in arms if arm.when == "never"), None)
     trained = {kind: [arm for arm in arms if (arm.when, arm.direction) == ("train", kind)] for kind in ("trait", "random")}
-    pairs = [(one, other) for one in trained["trait"] for other in trained["random"] if math.isclose(abs(one.strength), abs(other.strength))]
+    pairs = [
+        (one, other) for one in trained["trait"] for other in trained["random"] if math.isclose(abs(one.strength), abs(other.strength))
+    ]
     if plain is None or not pairs:
         there = [f"{kind} at {', '.join(f'{arm.strength:g}' for arm in found)}" for kind, found in trained.items() if found]
         there += ["plain"] if plain else []
         statement = (
-            "Not tested: that takes a plain arm, and a trait and a random arm that are steered in training with strengths of the same size; "
-            f"trained here: {'; '.join(there) or 'none of them'}."
+            "Not tested: that takes a plain arm, and a trait and a random arm that are steered in training with strengths of the same "
+            f"size; trained here: {'; '.join(there) or 'none of them'}."
         )
         return {"specific": None, "statement": statement}
     trait, random = pairs[0]

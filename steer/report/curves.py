@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError
 
 BAND = 0.90
+LEVEL = 0.95
 UNITS = {"sd": "baseline SD", "gap": "class gaps"}
 
 
@@ -41,11 +43,12 @@ class ArmCurve:
         """The latest measurement."""
         return self.records[-1]
 
-    @property
-    def outside(self) -> bool | None:
-        """Whether the latest effect lies outside the control band; None when one of the two is missing."""
-        effect, band = float(self.effect[-1]), float(self.band[-1])
-        return abs(effect) > band if math.isfinite(effect) and math.isfinite(band) else None
+    def beyond(self, looks: int) -> bool | None:
+        """Whether the latest |z_controls| is above `chance_bound`; None where one of them is missing."""
+        z = self.last.z_controls
+        if z is None or not self.controls or not math.isfinite(z) or not math.isfinite(self.effect[-1]):
+            return None
+        return abs(z) > chance_bound(self.controls, looks)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class DriftCurve:
     mode: str
     unit: str
     arms: tuple[ArmCurve, ...]
+
+
+def chance_bound(controls: int, looks: int) -> float:
+    """|z_controls| that one of `looks` random directions exceeds in one of twenty cases (Bonferroni).
+
+    A shift over the root mean square of `controls` equally distributed ones has Student's t distribution with that many degrees of freedom:
+    2.1 for 16 controls and one look.
+    """
+    return float(student.ppf(1 - (1 - LEVEL) / (2 * max(looks, 1)), controls))
 
 
 def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd") -> list[DriftCurve]:

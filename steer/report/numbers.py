@@ -62,9 +62,16 @@ def p_value(p: Any) -> str:
     return f"<{NARROW}0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def overhead(fraction: Any) -> str:
-    """A signed percentage with one decimal."""
-    return NOT_MEASURED if not measured(fraction) else f"{number(100 * fraction, signed=True, digits=1)}{NARROW}%"
+def overhead(fraction: Any, spread: Any = None) -> str:
+    """A signed percentage with one decimal; with the range over the rounds where it is known, and a word when that holds zero."""
+    if not measured(fraction):
+        return NOT_MEASURED
+    text = f"{number(100 * fraction, signed=True, digits=1)}{NARROW}%"
+    if not is_interval(spread):
+        return text
+    low, high = spread
+    noise = ", within noise" if low <= 0 <= high else ""
+    return f"{text} {interval([100 * low, 100 * high], signed=True, digits=1)}{noise}"
 
 
 def percentage(fraction: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from steer.drift.records import DriftRecord
 from steer.files import atomic_write
 from steer.report import figures, numbers, palette, view
-from steer.report.curves import BAND, ArmCurve, DriftCurve, drift_curves, natural
+from steer.report.curves import BAND, ArmCurve, DriftCurve, chance_bound, drift_curves, natural
 from steer.report.extra import extra
 from steer.report.numbers import number
 
@@ -49,12 +49,15 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
     columns = view.metric_columns(arms)
     cells = [view.arm_cells(arms, key) for key in columns]
     curves = drift_curves(drift)
+    looks = sum(len(curve.arms) for curve in curves)
+    bounds = {chance_bound(arm.controls, looks) for curve in curves for arm in curve.arms if arm.controls}
     trait = metrics.get("trait") or {}
     return {
         "metrics": metrics,
         "model": metrics.get("model") or {},
         "trait": trait,
         "specificity": metrics.get("specificity") or {},
+        "compared": view.compared(metrics, labels),
         "columns": list(columns.values()),
         "arms": [
             {
@@ -67,8 +70,10 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
             for i, arm in enumerate(arms)
         ],
         "comparisons": view.comparison_groups(metrics, labels),
-        "curves": [_curve(curve, i, arms, labels, markup) for i, curve in enumerate(curves)],
+        "curves": [_curve(curve, i, arms, labels, looks, markup) for i, curve in enumerate(curves)],
         "band": numbers.percentage(BAND),
+        "looks": looks,
+        "bound": " or ".join(number(bound, digits=1) for bound in sorted(bounds)),
         "separation": _separation(trait, markup),
         "losses": _losses(arms, labels, markup),
         "completions": view.completion_rows(metrics, labels),
@@ -76,12 +81,14 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
     }
 
 
-def _curve(curve: DriftCurve, i: int, arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str], markup: Any) -> dict[str, Any]:
+def _curve(
+    curve: DriftCurve, i: int, arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str], looks: int, markup: Any
+) -> dict[str, Any]:
     """One figure of drift with its two tables: the last step in full, and every step."""
     steered = {arm["name"]: arm["steer"]["when"] for arm in arms if (arm.get("steer") or {}).get("site") == curve.site}
     notes = {name: STEERED_HERE.get(when, "") for name, when in steered.items()}
     order = list(labels)
-    last = [_last(arm, labels, order) for arm in curve.arms]
+    last = [_last(arm, labels, order, looks) for arm in curve.arms]
     steps = sorted({int(step) for arm in curve.arms for step in arm.steps})
     by_step = [dict(zip(arm.steps.tolist(), zip(arm.effect.tolist(), arm.band.tolist(), strict=True), strict=True)) for arm in curve.arms]
     title = f"{curve.direction} at {curve.site}, {curve.mode} mode"
@@ -93,6 +100,7 @@ def _curve(curve: DriftCurve, i: int, arms: Sequence[Mapping[str, Any]], labels:
         "direction": curve.direction,
         "site": curve.site,
         "mode": curve.mode,
+        "first_window": steps[0] if curve.mode == "stream" else None,
         "steered": any(notes.values()),
         "svg": markup(svg),
         "last": last,
@@ -104,8 +112,8 @@ def _shift_and_band(values: tuple[float, float]) -> tuple[str, str]:
     return number(values[0], signed=True, digits=2), number(values[1], digits=2)
 
 
-def _last(arm: ArmCurve, labels: Mapping[str, str], order: Sequence[str]) -> dict[str, Any]:
-    record = arm.last
+def _last(arm: ArmCurve, labels: Mapping[str, str], order: Sequence[str], looks: int) -> dict[str, Any]:
+    record, beyond = arm.last, arm.beyond(looks)
     return {
         "label": labels.get(arm.arm, arm.arm),
         "index": (order.index(arm.arm) if arm.arm in order else len(order)) % len(palette.ARMS),
@@ -117,8 +125,9 @@ def _last(arm: ArmCurve, labels: Mapping[str, str], order: Sequence[str]) -> dic
         "p": numbers.p_value(record.q),
         "z_controls": number(record.z_controls, signed=True, digits=1),
         "z_isotropic": number(record.z_isotropic, signed=True, digits=1),
-        "verdict": {True: "outside the band", False: "inside the band", None: "not comparable"}[arm.outside],
-        "outside": arm.outside,
+        "banded": math.isfinite(arm.band[-1]),
+        "verdict": {True: "beyond chance", False: "within chance", None: "not comparable"}[beyond],
+        "beyond": beyond,
     }
 
 

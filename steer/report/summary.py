@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.report.numbers import NOT_MEASURED, duration
-from steer.report.view import arm_cells, checked, metric_columns
+from steer.report.view import arm_cells, checked, compared, metric_columns
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
@@ -23,7 +23,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     """
     arms = checked(metrics).get("arms") or []
     metrics_of_arms = metric_columns(arms)
-    statement = (metrics.get("specificity") or {}).get("statement")
+    labels = {arm["name"]: str(arm.get("label") or arm["name"]) for arm in arms}
+    statement = " ".join(filter(None, ((metrics.get("specificity") or {}).get("statement"), compared(metrics, labels))))
     table = Table(
         title=Text(f"{metrics.get('experiment', 'experiment')}: change by fine-tuning, 95 % confidence interval"),
         caption=Text(statement) if statement else None,

@@ -117,9 +117,13 @@ def arm_cells(arms: Sequence[Mapping[str, Any]], key: str) -> list[Cell | None]:
 
 
 def common_digits(estimates: Sequence[tuple[Any, Any]]) -> int | None:
-    """Decimals that suit all numbers of a column; None leaves the choice to each."""
+    """Decimals that suit all numbers of a column, one more where they would hide a sign; None leaves the choice to each."""
     sizes = [abs(value) for value, _ in estimates if measured(value)]
-    return decimals(max(sizes)) if sizes and max(sizes) >= 0.005 else None
+    if not sizes or max(sizes) < 0.005:
+        return None
+    digits = decimals(max(sizes))
+    shown = sizes + [abs(bound) for _, ci in estimates if is_interval(ci) for bound in ci]
+    return min(3, digits + 1) if any(x and not round(x, digits) for x in shown) else digits
 
 
 def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:
@@ -147,12 +151,27 @@ def steering(steer: Mapping[str, Any] | None) -> str:
     when = {"train": "during training, off afterwards", "inference": "at inference only"}.get(steer.get("when", "never"))
     if when is None:
         return "not steered"
-    what = {"trait": "along the trait direction", "random": "along a random direction of the same length"}.get(steer.get("direction", ""))
+    strength = steer.get("strength")
+    way = "against" if measured(strength) and strength < 0 else "along"
+    what = {"trait": f"{way} the trait direction", "random": "along a random direction"}.get(steer.get("direction", ""))
     details = [str(steer["site"])] if steer.get("site") else []
-    details += [f"strength {number(steer['strength']).rstrip('0').rstrip('.')}"] if measured(steer.get("strength")) else []
+    details += [f"strength {number(strength).rstrip('0').rstrip('.')}"] if measured(strength) else []
     details += [f"relative dose {number(steer['relative_dose'], digits=2)}"] if measured(steer.get("relative_dose")) else []
     details += [f"{steer['scope']} tokens"] if steer.get("scope") else []
     return "; ".join([f"{what or 'steered'} {when}", *([", ".join(details)] if details else [])])
+
+
+def compared(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Which arms the statement about specificity is about, by their labels; empty when it was not tested."""
+    arms = (metrics.get("specificity") or {}).get("arms")
+    if not arms:
+        return ""
+    trait, plain, random = (_quoted(str(arms.get(kind)), labels) for kind in ("trait", "plain", "random"))
+    return f"Compared: {trait} with {plain} and with {random}."
+
+
+def _quoted(arm: str, labels: Mapping[str, str]) -> str:
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{labels.get(arm, arm)}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def comparison_groups(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -175,11 +194,23 @@ def _comparison_rows(found: Sequence[Mapping[str, Any]], labels: Mapping[str, st
             "ci": interval(one.get("ci"), signed=True, digits=digits),
             "p_adjusted": p_value(one.get("p_adjusted", one.get("p"))),
             "n": number(one.get("n"), digits=0),
-            "verdict": one.get("verdict") or "",
+            "verdict": _labelled(one, labels),
             "forest": place,
         }
         for one, place in zip(found, forest(estimates), strict=True)
     ]
+
+
+def _labelled(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The verdict of a comparison in the words of the page, where arms go by their labels and metrics by their names."""
+    key, a, b = (str(one.get(name)) for name in ("metric", "a", "b"))
+    label_a, label_b = (_quoted(arm, labels) for arm in (a, b))
+    text = str(one.get("verdict") or "")
+    if text.startswith(f"{key}: "):
+        text = f"{metric(key).name}{text.removeprefix(key)}"
+    for form in ("{} is lower than {}", "{} is higher than {}", "between {} and {}"):
+        text = text.replace(form.format(a, b), form.format(label_a, label_b), 1)
+    return text
 
 
 def completion_rows(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -222,7 +253,13 @@ def caveats(metrics: Mapping[str, Any], drift: Mapping[str, Any]) -> list[str]:
     if sizes:
         found.append(f"Small samples: the smallest number of items behind a mean is {number(min(sizes), digits=0)}.")
     steers = [arm.get("steer") or {} for arm in arms]
-    if any(steer.get("when", "never") != "never" for steer in steers) and not any(steer.get("direction") == "random" for steer in steers):
+    if any(steer.get("direction") == "random" for steer in steers):
+        found.append(
+            "One random direction: that the trait direction does more than this one says little about others. Random directions differ "
+            "in what they do, and the random arm may itself act on the trait or on the task: look at its own change beside "
+            "that of plain training. Other seeds draw other random directions."
+        )
+    elif any(steer.get("when", "never") != "never" for steer in steers):
         found.append(
             "No arm was steered along a random direction: this run cannot tell an effect of the trait direction from an effect of any push."
         )
@@ -232,7 +269,13 @@ def caveats(metrics: Mapping[str, Any], drift: Mapping[str, Any]) -> list[str]:
             "at the behaviour gap, before trusting a low reading at the steered site."
         )
         found.append(
-            "Any fine-tune, a harmless one too, shifts every direction at first. A shift counts as specific only when it leaves the band "
-            "of the random directions."
+            "Any fine-tune, a harmless one too, shifts every direction at first. One random direction in ten lies outside the grey band at "
+            "any step, so leaving it is no finding. A shift that is marked is larger than chance makes random directions shift; if the "
+            "behaviour changed with it, only the scores and the completions can say."
         )
+        if any(record.mode == "stream" for records in drift.values() for record in records):
+            found.append(
+                "Stream mode begins at its first window of training tokens, when the model has been trained already; later windows "
+                "hold other texts: it cannot show the drift of the first steps, nor tell a change of the model from one of the data."
+            )
     return found

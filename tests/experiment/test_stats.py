@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.experiment.stats import Comparison, compare, holm, interval
+from steer.experiment.stats import Comparison, compare, holm, interval, written
 
 
 def normal(n: int, seed: int = 0) -> torch.Tensor:
@@ -83,6 +83,13 @@ def test_holm(p: list[float]) -> None:
     np.testing.assert_allclose([one.p_adjusted for one in found], expected)
     assert [one.a for one in found] == [one.a for one in given] and {one.family for one in found} == {len(p)}
     assert all(one.p_adjusted >= one.p for one in found)
+
+
+def test_numbers_keep_their_sign_near_zero() -> None:
+    assert written(-0.31, -0.704, 0.08, signed=True) == ["-0.31", "-0.70", "+0.08"]
+    assert written(0.2, -0.001, 0.4) == ["0.200", "-0.001", "0.400"]
+    assert written(0.2, -0.0001, 0.0, signed=True) == ["+0.200", "0.000", "0.000"]
+    assert "-0.00]" not in replace(compare("m", "a", "b", [1.0] * 9, [2.0] * 9), ci=(-1.0, -0.001)).verdict
 
 
 def test_no_variation() -> None:

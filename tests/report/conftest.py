@@ -78,6 +78,7 @@ def synthetic_metrics() -> dict[str, Any]:
                 "seconds": 61.3,
                 "loss": (floors[name] + 1.6 * np.exp(-np.arange(60) / 14) + batches).tolist(),
                 "callback_overhead": None if name == "inference" else 0.017,
+                "callback_overhead_range": None if name == "inference" else [-0.004, 0.031],
             },
             "completions": [
                 {"prompt": PROMPTS[0], "text": TEXTS[name]},
@@ -112,9 +113,11 @@ def synthetic_metrics() -> dict[str, Any]:
             for a, b in itertools.combinations(LABELS, 2)
         ],
         "specificity": {
-            "statement": "Steering along the trait direction during training left the trait lower than plain training by 0.79 nat/token, "
-            "and lower than a random direction of the same length by 0.70: the effect is specific to the direction.",
+            "statement": "Steering along the trait direction during training (strength 1.5) left the trait lower than plain training by "
+            "0.79 nat/token, and lower than one random direction of the same length (strength 1.5) by 0.70: the effect is specific to the "
+            "direction, as far as one random direction and one seed can show.",
             "specific": True,
+            "arms": {"trait": "preventative", "plain": "plain", "random": "random"},
         },
         "base_completions": [{"prompt": PROMPTS[0], "text": TEXTS["base"]}],
         "drift": {"stores": {"plain": "drift/plain.sqlite"}},

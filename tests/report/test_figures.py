@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from rich.console import Console
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
 from steer.report import drift_figure, numbers, summary_table
-from steer.report.curves import drift_curves, natural
+from steer.report.curves import chance_bound, drift_curves, natural
 from steer.report.figures import running_mean, running_width
 from steer.report.palette import ROLES
-from steer.report.view import Forest, forest
+from steer.report.view import Forest, common_digits, forest
 
 Drift = dict[str, list[DriftRecord]]
 
@@ -34,7 +35,19 @@ def test_band_is_symmetric_and_belongs_to_arm_and_step() -> None:
     first, second = curve.arms
     assert first.steps.tolist() == [0, 4] and first.effect.tolist() == [0.0, 3.0]
     assert math.isnan(first.band[0]) and first.band[1] == pytest.approx(np.quantile([1.0, 0.5, 0.2, 0.1], 0.9))
-    assert first.controls == 4 and first.outside is True and second.outside is False
+    assert (first.controls, second.controls) == (4, 1)
+
+
+def test_beyond_chance_asks_for_more_the_more_is_looked_at() -> None:
+    """The bound that docs/drift.md gives for one look, and what becomes of random directions under it."""
+    assert round(chance_bound(16, 1), 1) == 2.1 and chance_bound(16, 1) < chance_bound(16, 24) < chance_bound(4, 24)
+    controls = [record(4, 1.0, kind="control", direction=f"c{i}") for i in range(16)]
+    found = {z: drift_curves({"a": [replace(record(4, z), z_controls=z), *controls]})[0].arms[0] for z in (-3.0, 2.0, math.nan)}
+    assert (found[-3.0].beyond(1), found[-3.0].beyond(24), found[2.0].beyond(1), found[math.nan].beyond(1)) == (True, False, False, None)
+    assert drift_curves({"a": [replace(record(4, 9.0), z_controls=9.0)]})[0].arms[0].beyond(1) is None, "without controls"
+    noise = np.random.default_rng(0).standard_normal((4000, 24, 17))  # runs, looks, a direction and its controls
+    z = np.abs(noise[..., 0]) / np.sqrt((noise[..., 1:] ** 2).mean(-1))
+    assert 0.03 < (z > chance_bound(16, 24)).any(1).mean() < 0.06
 
 
 def test_class_gaps_put_controls_on_the_scale_of_the_direction() -> None:
@@ -107,6 +120,8 @@ def test_forest_shares_one_scale_with_zero() -> None:
         (lambda: numbers.interval([1, math.nan]), ""),
         (lambda: numbers.p_value(0.0), "<\u202f0.001"),
         (lambda: numbers.overhead(0.021), "+2.1\u202f%"),
+        (lambda: numbers.overhead(0.021, [0.011, 0.034]), "+2.1\u202f% [+1.1, +3.4]"),
+        (lambda: numbers.overhead(0.021, [-0.011, 0.034]), "+2.1\u202f% [\u22121.1, +3.4], within noise"),
         (lambda: numbers.duration(3.21), "3.2 s"),
         (lambda: numbers.duration(7380), "2 h 3 min"),
         (lambda: numbers.moment("last week"), "last week"),
@@ -131,3 +146,9 @@ def test_summary_table(synthetic_metrics: dict[str, Any]) -> None:
         assert words in text
     with pytest.raises(WrongKindError):
         summary_table({"arms": []})
+
+
+def test_a_bound_near_zero_keeps_its_sign() -> None:
+    assert common_digits([(0.24, [0.1, 0.4])]) == 3 and common_digits([(0.74, [0.6, 0.9])]) == 2
+    assert common_digits([(0.74, [-0.001, 1.4])]) == 3 and common_digits([(0.74, [0.0, 1.4])]) == 2
+    assert numbers.interval([-0.001, 0.7], signed=True, digits=3) == "[\u22120.001, +0.700]"

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from steer.errors import ConfigError, WrongKindError
 from steer.report import write_report
 
 Drift = dict[str, list[DriftRecord]]
+PLAIN, STEERED = "\u201cPlain fine-tune\u201d", "\u201cPreventative steering, trait direction\u201d"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(2)> & \"quoted\" \u2028 \u4f60\u597d \U0001f577 </td></table>"
 
@@ -90,12 +92,14 @@ def test_says_what_the_metrics_say(tmp_path: Path, synthetic_metrics: dict[str, 
     assert "along the trait direction during training, off afterwards; layers.16.output, strength 1.5" in page.text["arms"]
     compared = page.row("Plain fine-tune against Preventative steering, trait direction")
     assert compared[1:4] == ["+0.79 [+0.63, +0.95]", "< 0.001", "36"]
-    assert compared[4] == synthetic_metrics["comparisons"][0]["verdict"]
+    verdict = synthetic_metrics["comparisons"][0]["verdict"]
+    assert compared[4] == verdict.replace("behaviour_gap: plain", f"Behaviour gap: {PLAIN}").replace("preventative", STEERED)
+    assert f"Compared: {STEERED} with {PLAIN} and with \u201cPreventative steering, random direction\u201d." in head
     assert "0.984" in page.text["direction"] and "mean difference" in page.text["direction"]
     assert "Start the comment with the `#` sign." in page.text["completions"] and "not generated" in page.text["completions"]
     assert "2.13.0" in page.text["provenance"] and "adapters/preventative" in page.text["provenance"]
     assert page.row("Plain fine-tune, steered at inference", "60", "1 min 1 s")[3] == "not measured"
-    assert page.row("Plain fine-tune", "60", "1 min 1 s")[3] == "+1.7 %"
+    assert page.row("Plain fine-tune", "60", "1 min 1 s")[3] == "+1.7 % [\u22120.4, +3.1], within noise"
     assert "Plain fine-tune = Plain fine-tune, steered at inference" in html, "arms that share one training run share one curve"
 
 
@@ -103,8 +107,11 @@ def test_drift_table_and_steered_site(tmp_path: Path, synthetic_metrics: dict[st
     html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
     last = [r for r in synthetic_drift["plain"] if r.kind == "named" and r.site == "layers.12.output"][-1]
     row = page.row("Plain fine-tune", "60", f"+{last.effect_sd:.2f}")
-    assert row[4] == "outside the band" and row[7] == f"+{last.z_controls:.1f}" and row[9] == "20"
-    assert page.row("Preventative steering, trait direction", "60")[4] == "inside the band"
+    assert row[4] == "within chance", "it leaves the band, as one random direction in ten does"
+    assert row[7] == f"+{last.z_controls:.1f}" and row[9] == "20"
+    assert page.row("Preventative steering, trait direction", "60")[4] == "within chance"
+    assert [row[4] for row in page.rows if row[0] == "Plain fine-tune" and len(row) == 10].count("beyond chance") == 2
+    assert "above 3.2 at the last step" in page.text["drift"] and "in these 9 rows" in page.text["drift"]
     headings = re.findall(r"<h3>condescension at <code>([^<]+)</code>(.*?)</h3>", html)
     assert [(site, "steered site" in rest) for site, rest in headings] == [
         ("layers.12.output", False),
@@ -147,7 +154,7 @@ def test_pictures_have_words_and_follow_the_colours_of_the_page(
     plots = [a for tag, a in page.tags if tag == "svg"]
     assert len(plots) > 5
     assert all(a.get("role") == "img" and (a.get("aria-label") or a.get("aria-labelledby")) for a in plots)
-    assert "Plain fine-tune: +" in html and "outside the band." in html, "the description of a drift plot gives its numbers"
+    assert "Plain fine-tune: +" in html and "beyond chance." in html, "the description of a drift plot gives its numbers"
     body = html[html.index("<body>") :]
     assert "var(--arm-0)" in body and not re.search(r"(?:fill|stroke): ?#", body), "a colour that the dark scheme cannot change"
     assert "prefers-color-scheme: dark" in html
@@ -215,6 +222,28 @@ def test_says_when_there_was_no_random_arm(tmp_path: Path, synthetic_metrics: di
     assert warning not in render(tmp_path, metrics, {})[0]
     metrics["arms"] = [arm for arm in metrics["arms"] if arm["steer"]["direction"] != "random"]
     assert warning in render(tmp_path, metrics, {})[0]
+
+
+def test_says_what_one_random_direction_cannot_show(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
+    words = " ".join(render(tmp_path, synthetic_metrics, synthetic_drift)[1].text["reading"].split())
+    cannot = words.partition("What this run cannot show")[2]
+    assert all(
+        part in cannot for part in ("One random direction:", "the random arm may itself act", "One seed (0)", "leaving it is no finding")
+    )
+
+
+def test_the_stream_starts_at_its_first_window(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
+    stream = {arm: [replace(one, mode="stream") for one in records if one.step] for arm, records in synthetic_drift.items()}
+    _, probed = render(tmp_path, synthetic_metrics, synthetic_drift)
+    _, page = render(tmp_path, synthetic_metrics, stream)
+    caption, caveat = "since the window that ended at step 4", "Stream mode begins at its first window"
+    assert caption in page.text["drift"] and caveat in page.text["reading"]
+    assert caption not in probed.text["drift"] and caveat not in probed.text["reading"]
+
+
+def test_a_negative_strength_is_against_the_trait(tmp_path: Path, synthetic_metrics: dict[str, Any]) -> None:
+    _, page = render(tmp_path, synthetic_metrics, {})
+    assert "against the trait direction at inference only" in page.text["arms"] and "along a random direction during" in page.text["arms"]
 
 
 def test_long_completions_are_whole_but_folded(tmp_path: Path, synthetic_metrics: dict[str, Any]) -> None:
