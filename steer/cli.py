@@ -21,8 +21,13 @@ COMMANDS = {
         "show completions of an experiment's arms side by side",
         "steer generate run=outputs/tone/<date> 'prompts=[How do I boil an egg?]'",
     ),
+    "say": (
+        "show answers of the plain model and of one steered by a text side by side",
+        """steer say 'steer="0.4 warm@response"' directions.warm=<folder> 'prompts=[How do I boil an egg?]'""",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
+NAMED = {"say": ("directions.", "gates.")}  # sections whose keys are names of the user's own
 USAGE = "\n".join(
     [
         f"steer {__version__}: model editing and steering inside training and generation",
@@ -91,7 +96,8 @@ def _run(command: str, overrides: list[str]) -> None:
             )
 
     before = sys.argv
-    sys.argv = [f"steer {command}", *overrides]
+    own = NAMED.get(command, ())
+    sys.argv = [f"steer {command}", *(f"++{one}" if one.startswith(own) else one for one in overrides)]  # Hydra's sign for a new key
     try:
         hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:

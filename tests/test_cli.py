@@ -6,19 +6,29 @@ import errno
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hand import vector
 from omegaconf import OmegaConf
+from tiny_experiment import write_model
+from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import generate, info, train
+from steer.commands import generate, info, say, train
 from steer.commands.config import dtype_named
+from steer.directions import Direction, Directions
+from steer.directions.text import plan_from_text
 from steer.errors import ConfigError, NonFiniteError
+from steer.experiment.complete import complete
+from steer.model.anatomy import Anatomy
+from steer.model.load import load
+from steer.model.site import Site
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -72,17 +82,20 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
     for key in {
         "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: tone"),
         "generate": ("run: ???", "prompts: null"),
+        "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m"),
     }.get(command, ()):
         assert key in out
 
 
 def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "run", jobs.append)
+    monkeypatch.setattr(say, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
-        words = [word.strip("'") for word in re.findall(r"'[^']+'|\S+", example.replace("<date>", "2031-04-05"))]
+        words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
         assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
     assert jobs[0].seed == 1
     assert jobs[1].run == "outputs/tone/2031-04-05" and list(jobs[1].prompts) == ["How do I boil an egg?"]
+    assert jobs[2].steer == "0.4 warm@response" and jobs[2].directions == {"warm": "2031-04-05"}
 
 
 # ---- info
@@ -105,7 +118,7 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
     ("arguments", "names"),
     [
         (("trian",), ("unknown command 'trian'", "did you mean 'train'?")),
-        (("frobnicate",), ("unknown command 'frobnicate'", "train, generate, info")),
+        (("frobnicate",), ("unknown command 'frobnicate'", "train, generate, say, info")),
         (("train", "experiment.train.stpes=3"), ("no key 'experiment.train.stpes'", "did you mean 'experiment.train.steps'?")),
         (("train", "stpes=3"), ("no key 'stpes'", "did you mean 'experiment.train.steps'?")),
         (("train", "sede=3"), ("no key 'sede'", "did you mean 'seed'?")),
@@ -116,6 +129,14 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
         (("generate", "rnu=x"), ("no key 'rnu'", "did you mean 'run'?")),
         (("generate",), ("needs the key 'run'",)),
         (("generate", "run=no/such/run"), ("'no/such/run' is no finished run", "metrics.json", "no such folder")),
+        (("say",), ("needs the key 'prompts'",)),
+        (("say", "prompts=hello"), ("needs the key 'steer'",)),
+        (("say", "prompts=[]", "steer=warm"), ("has nothing to answer",)),
+        (("say", "prompts=hello", "ster=warm"), ("no key 'ster'", "did you mean 'steer'?")),
+        (("say", "prompts=hello", "steer=0.4 warm@response"), ("no direction is called 'warm', at character 5", "no direction was given")),
+        (("say", "prompts=hello", "steer=0.4 warm@prompt[-4:]"), ("cannot read 'steer=0.4 warm@prompt[-4:]'", "quote a value")),
+        (("say", "prompts=hello", "steer=warm", "directions.warm=no/such"), ("no file or folder no/such",)),
+        (("say", "prompts=hello", "steer=warm", "directions=warm"), ("'directions' cannot be 'warm'", "a section of keys")),
         (("train", "experiment.train.steps=abc"), ("'experiment.train.steps' cannot be 'abc'", "a whole number")),
         (("train", "experiment.train.steps=1.5"), ("'experiment.train.steps' cannot be 1.5", "a whole number")),
         (("train", "experiment.train.learning_rate=high"), ("'experiment.train.learning_rate' cannot be 'high'", "a number")),
@@ -241,3 +262,75 @@ def test_an_unknown_dtype(name: Any) -> None:
     with pytest.raises(ConfigError, match=f"unknown dtype '{name}'"):
         dtype_named(name)
     assert dtype_named("bfloat16") is torch.bfloat16
+
+
+# ---- steer say
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> Path:
+    """A folder with a model, and directions at two of its sites, one of which separates better."""
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model"))
+    entries = [
+        Direction(Site.parse(f"layers.{layer}.output"), 8 * vector(seed=layer), "mean_difference", "last", {"auc": auc, "dprime": 1.0})
+        for layer, auc in ((0, 0.9), (1, 0.7))
+    ]
+    Directions(entries, "warm", {"model": Anatomy.find(model).fingerprint()}).save(tmp_path / "warm")
+    return tmp_path
+
+
+def answers(out: str) -> dict[str, list[str]]:
+    """The cells of the tables, who -> what was said, words joined."""
+    found: dict[str, list[str]] = {}
+    for who, text in re.findall(r"^│ (\w*) +│ (.*?) +│$", out, re.M):
+        found.setdefault(who, []).append(text)
+    return found
+
+
+# as in a shell; within its quotes the text has double quotes of its own, unless it holds nothing but words, numbers, spaces, @ - + . : ?
+LOUD = "gates.loud.gate=probe gates.loud.direction=warm gates.loud.bias=-1e6 gates.loud.per=row"
+LINES = [
+    ("""'steer="4 warm@generated - 2 warm:layers.1.output@generated[:3]"'""", "4 warm:{}@generated - 2 warm:layers.1.output@generated[:3]"),
+    ("""'steer="-4 warm @ prompt[-2:] | last ! tokens[5, 7] ~ 32 ^"'""", "-4 warm:{}@prompt[-2:]|last!tokens[5,7]~32 ^"),
+    ("""'steer="4 warm@role[user]&prompt[0:3]"'""", "4 warm:{}@role[user]&prompt[0:3]"),
+    (f"'steer=4 warm?loud - ablate warm?loud' {LOUD}", "4 warm:{}@all ?loud - 1 ablate warm:{}@all ?loud"),
+    ("steer=-warm:layers.1.output@response", "-1 warm:layers.1.output@response"),
+]
+
+
+@pytest.mark.parametrize(("line", "canonical"), LINES)
+def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical: str) -> None:
+    rest = f"model.name={talker / 'model'} directions.warm={talker / 'warm'} 'prompts=[where is the cat, who]' max_new_tokens=6"
+    before = sorted(talker.rglob("*"))
+    canonical = canonical.replace("{}", "layers.0.output")
+    status, out, err = steer("say", *shlex.split(f"{line} {rest}"))
+    assert (status, err) == (0, "") and sorted(talker.rglob("*")) == before
+    assert out.splitlines()[0] == canonical and "where is the cat" in out
+    said = answers(out)
+    model, tokenizer = load(talker / "model")
+    prompts = ["where is the cat", "who"]
+    plain = complete(model, tokenizer, prompts, max_new_tokens=6)
+    assert said["plain"] == plain
+    fired = {name: int(count) for name, count in re.findall(r"(\S+) acted on (\d+) tokens", out)}
+    if "?loud" in canonical:
+        assert said["steered"] == plain and fired == {"warm": 0, "warm#2": 0}
+    elif "role" in canonical:
+        assert fired == {"warm": 3 + 2}  # <user> where is, <user> who
+    else:
+        plan = plan_from_text(canonical, {"warm": Directions.load(talker / "warm")})
+        with plan.attached(model):
+            assert said["steered"] == complete(model, tokenizer, prompts, max_new_tokens=6)
+        assert fired == plan.fired() and all(fired.values())
+
+
+def test_a_plan_in_a_file_of_ones_own(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In YAML no text needs the second pair of quotes."""
+    received: list[Any] = []
+    monkeypatch.setattr(say, "run", received.append)
+    (tmp_path / "conf" / "plan").mkdir(parents=True)
+    (tmp_path / "conf" / "plan" / "mine.yaml").write_text(
+        "# @package _global_\nsteer: -0.4 warm@prompt[-4:]|last ! tokens[5] ~ 32 ?harm ^\ndirections: {warm: a/folder}\nmax_new_tokens: 9\n"
+    )
+    assert steer("say", "--config-dir", "conf", "+plan=mine", "prompts=hello")[0] == 0
+    assert received[0].steer == "-0.4 warm@prompt[-4:]|last ! tokens[5] ~ 32 ?harm ^"
+    assert received[0].directions == {"warm": "a/folder"} and received[0].max_new_tokens == 9

@@ -44,8 +44,11 @@ def check_kinds(config: Any, command: str) -> None:
     Raises:
         ConfigError: names the key.
     """
-    groups = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra")}
-    _check(config, _composed(command, [f"{group}={choice}" for group, choice in groups.items() if choice]), command, "")
+    job = HydraConfig.get()
+    groups = {group: choice for group, choice in job.runtime.choices.items() if choice and not group.startswith("hydra")}
+    added = {override.split("=")[0] for override in job.overrides.task}  # +group=choice, for a group that the command does not have
+    chosen = [f"{'+' if f'+{group}' in added else ''}{group}={choice}" for group, choice in groups.items()]
+    _check(config, _composed(command, chosen), command, "")
 
 
 def _check(config: Any, defaults: Any, command: str, prefix: str) -> None:

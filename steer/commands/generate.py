@@ -105,13 +105,16 @@ def listed(value: Any) -> list[str] | None:
     return [str(value)]
 
 
-def run(config: DictConfig) -> None:
-    prompts, folder = listed(config.prompts), Path(config.run)
-    said = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
-    asked = prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"]
-    console = Console()
-    for number, prompt in enumerate(asked):
+def side_by_side(console: Console, prompts: list[str], said: dict[str, list[str]]) -> None:
+    """One table for each prompt, one row for each who answers."""
+    for number, prompt in enumerate(prompts):
         table = Table("arm", "completion", title=Text(prompt), title_justify="left", show_lines=True)
         for name, texts in said.items():
             table.add_row(name, Text(texts[number]))  # square brackets are no markup here
         console.print(table)
+
+
+def run(config: DictConfig) -> None:
+    prompts, folder = listed(config.prompts), Path(config.run)
+    said = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
+    side_by_side(Console(), prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"], said)

@@ -169,7 +169,7 @@ def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> In
         operator = OPERATORS.get(term.operator)
     reader.known("direction", term.name, names, term.at["name"])
     with reader.located(term.at.get("site", term.at["name"])):
-        direction, site = _at(names[term.name], None if term.site is None else Site.parse(term.site))
+        direction, site = direction_at(names[term.name], None if term.site is None else Site.parse(term.site))
     with reader.located(term.at.get("scope", 0)):
         scope = Scope.parse(term.scope)
     if term.gate is not None:
@@ -182,7 +182,7 @@ def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> In
         return Intervention(edit, site, scope, term.strength, gate=gate, preserve_norm=term.preserve_norm, name=term.name)
 
 
-def _at(given: Direction | Directions, site: Site | None) -> tuple[Direction, Site]:
+def direction_at(given: Direction | Directions, site: Site | None) -> tuple[Direction, Site]:
     """The direction that is meant, and where it acts."""
     if isinstance(given, Directions):
         given = given[site or next(iter(given))] if site or len(given) == 1 else given.best()
@@ -261,7 +261,7 @@ def _name_of(one: Intervention, names: Names) -> str:
         given = names[name]
         if isinstance(given, Directions) and one.site not in given.entries:
             continue
-        direction, _ = _at(given, one.site)
+        direction, _ = direction_at(given, one.site)
         if len(direction.vector) == one.operator.width and _same_operator(one.operator, direction):
             return name
     raise ConfigError(

@@ -1,0 +1,47 @@
+"""`steer say`: what a model says as it is, and steered by a text, side by side."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from steer.commands.config import dtype_named
+from steer.commands.generate import listed, side_by_side
+from steer.errors import ConfigError
+from steer.experiment.complete import complete
+from steer.experiment.steering import plan_from_config
+from steer.intervene import Plan
+from steer.model.hooks import chat_roles
+from steer.model.load import load
+from steer.model.tokens import encode_chat
+
+
+def run(config: DictConfig) -> None:
+    prompts = listed(config.prompts)
+    if prompts is None:
+        raise ConfigError("'steer say' has nothing to answer", expected="prompts", found="none", remedy="e.g. 'prompts=[Who are you?]'")
+    sections: Any = OmegaConf.to_container(config, resolve=True)
+    plan, text = plan_from_config(str(config.steer), sections["directions"] or {}, sections["gates"] or {})
+    model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
+    said = {"plain": complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)}
+    with plan.attached(model), _turns(model, tokenizer, prompts, plan):
+        said["steered"] = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+    console = Console()
+    console.print(Text(text))
+    console.print(Text(", ".join(f"{name} acted on {count} tokens" for name, count in plan.fired().items())))
+    side_by_side(console, prompts, said)
+
+
+def _turns(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan) -> AbstractContextManager[None]:
+    """Announces whose turn each token is, where the plan asks; the prompts are padded on the left."""
+    if not any(selector.kind == "role" for one in plan.interventions for selector in one.scope.selectors):
+        return nullcontext()
+    rows = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1] for prompt in prompts]
+    width = max(map(len, rows))
+    return chat_roles(model, torch.tensor([(0,) * (width - len(row)) + row for row in rows]))
