@@ -6,6 +6,7 @@ from steer.directions.direction import Direction, Directions
 from steer.directions.dose import DoseCurve, calibrate
 from steer.directions.extract import extract, extract_all
 from steer.directions.extractor import EXTRACTORS
+from steer.directions.foreign import IMPORTERS, import_directions, import_plan
 from steer.directions.leace import Erasure, fit_erasure
 from steer.directions.sae import Dictionary, sae_refined
 from steer.directions.screening import Screen, screen
@@ -14,6 +15,7 @@ from steer.directions.trained import OBJECTIVES, train_direction
 
 __all__ = [
     "EXTRACTORS",
+    "IMPORTERS",
     "OBJECTIVES",
     "ContrastSet",
     "Dictionary",
@@ -27,6 +29,8 @@ __all__ = [
     "extract",
     "extract_all",
     "fit_erasure",
+    "import_directions",
+    "import_plan",
     "sae_refined",
     "screen",
     "select",

@@ -1,0 +1,33 @@
+"""`hidden_states` of transformers: entry L is what goes into block L, and the last one comes after the final norm."""
+
+from __future__ import annotations
+
+from steer.directions.foreign.importer import Source
+from steer.errors import ConfigError, DamagedFileError
+from steer.model.site import Site
+
+
+def after_block(source: Source, layer: int) -> Site:
+    """The site of `hidden_states[layer + 1]`: the output of that block, or the final norm after the last.
+
+    Raises:
+        ConfigError: the caller gave neither the number of blocks nor a site.
+        DamagedFileError: a layer beyond the last.
+    """
+    if source.site is not None:
+        return source.place(layer, source.site)
+    if source.n_layers is None:
+        raise ConfigError(
+            f"'{source.path.name}' does not say which layer is the last",
+            expected="n_layers=, the number of blocks: vectors of the last one were read after the final norm",
+            found="neither n_layers nor site",
+            remedy="pass n_layers=model.config.num_hidden_layers",
+        )
+    if not 0 <= layer < source.n_layers:
+        raise DamagedFileError(
+            f"'{source.path.name}' holds a layer that the model does not have",
+            expected=f"0 to {source.n_layers - 1}",
+            found=layer,
+            remedy="check n_layers; the file may be for another model",
+        )
+    return Site("final_norm") if layer == source.n_layers - 1 else Site("output", layer)
