@@ -323,6 +323,20 @@ def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical
         assert fired == plan.fired() and all(fired.values())
 
 
+def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr(say, "run", received.append)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "scopes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    lines = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+    for words in lines:
+        assert words[:2] == ["steer", "say"] and steer(*words[1:])[0] == 0
+    assert [one.steer for one in received] == [words[2].removeprefix("steer=").strip('"') for words in lines]
+    assert len(received) == 4 and list(received[1].prompts) == ["Who are you?", "What is an egg?"]
+    assert received[2].directions == {"refuse": "my/refuse", "harm": "my/harm"}
+    assert received[2].gates == {"harm": {"gate": "cosine", "direction": "harm", "threshold": 0.1}}
+
+
 def test_a_plan_in_a_file_of_ones_own(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In YAML no text needs the second pair of quotes."""
     received: list[Any] = []
