@@ -175,10 +175,14 @@ def test_ablation_of_the_stream_folds_only_where_nothing_is_left_to_remove(tiny)
 def test_a_clamp_of_a_silent_stream_adds_its_value(tiny):
     model = tiny("llama")
     silent = [Intervention(Ablate(ROWS), site) for site in WRITERS]
-    plan = Plan([*silent, Intervention(Clamp(ROWS[0], 1.5), "layers.1.output")])
+    clamp = Intervention(Clamp(ROWS[0], 1.5), "layers.2.input")
+    beside = Add(vector() - (vector() @ ROWS[0]) / (ROWS[0] @ ROWS[0]) * ROWS[0])
+    plan = Plan([*silent, clamp, Intervention(beside, "layers.1.output")])  # the output comes before the input of the next
     wanted = steered(model, plan)
     with bake(plan, model):
         assert_close(logits(model), wanted)
+    with pytest.raises(DeployError, match="layers.2.input"):
+        bake(Plan([*silent, clamp, Intervention(Add(ROWS[0]), "layers.1.output")]), model)
 
 
 # ---- other operators and sites

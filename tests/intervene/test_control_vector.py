@@ -93,19 +93,32 @@ def test_what_a_control_vector_cannot_carry(one, named, tmp_path):
 def test_generation_is_all_that_llama_cpp_does(tmp_path):
     one = Intervention(Add(SIX), "layers.2.output", phases=("generate",))
     assert steer.to_gguf(plan(one), tmp_path / "v.gguf", model_hint="llama").is_file()
+    with pytest.raises(DeployError, match="1 to 2"):
+        steer.to_gguf(plan(Intervention(Add(SIX), "layers.3.output"), model_type="llama", n_layers=3), tmp_path / "w.gguf")
     with pytest.raises(ConfigError, match="model_hint"):
         steer.to_gguf(plan(one), tmp_path / "w.gguf")
 
 
-def test_other_and_broken_gguf_files(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_tensor("direction.1", np.ones(4, dtype=np.float32))
+def written(path: Path, architecture: str, name: str, data: np.ndarray) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_other_and_broken_gguf_files(tmp_path):
+    ones = np.ones(4, dtype=np.float32)
     with pytest.raises(WrongKindError, match="'llama'"):
-        steer.import_directions(tmp_path / "model.gguf")
+        steer.import_directions(written(tmp_path / "model.gguf", "llama", "direction.1", ones))
+    with pytest.raises(DamagedFileError, match="I8"):
+        steer.import_directions(written(tmp_path / "whole.gguf", "controlvector", "direction.1", ones.astype(np.int8)))
+    with pytest.raises(DamagedFileError, match="direction.<n>"):
+        steer.import_directions(written(tmp_path / "named.gguf", "controlvector", "vector", ones))
+    zero = written(tmp_path / "zero.gguf", "controlvector", "direction.0", ones)  # repeng writes it, llama.cpp refuses it
+    assert list(map(str, steer.import_directions(zero))) == ["layers.0.output"]
     whole = steer.to_gguf(plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "v.gguf", model_hint="llama").read_bytes()
     (tmp_path / "half.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DamagedFileError):

@@ -45,7 +45,9 @@ class Gguf(Importer):
         found: dict[int, Tensor] = {}
         for tensor in reader.tensors:
             if match := _NAME.fullmatch(tensor.name):
-                found[int(match[1])] = torch.from_numpy(tensor.data.copy()).float().flatten()
+                if tensor.data.dtype.kind != "f":
+                    raise incomplete(source, f"{tensor.name} in floating point", tensor.tensor_type.name)
+                found[int(match[1])] = torch.from_numpy(tensor.data.copy()).flatten()
         if not found:
             raise incomplete(source, "tensors direction.<n>", [tensor.name for tensor in reader.tensors] or "no tensors")
         vectors = {source.place(layer, "layers.{layer}.output"): vector for layer, vector in sorted(found.items())}

@@ -38,7 +38,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
 
     Args:
         plan: not attached.
-        model: the transformers model that the adapter is for, without adapters; its weights are read, not changed.
+        model: the transformers model that the adapter is for, without adapters. Its weights are changed to try the adapter, and put back to the bit.
         path: a folder; files of an adapter that is there are replaced.
 
     Raises:
@@ -76,7 +76,6 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         for made in folds:
             trial.apply(made)
         check.compare(carrier)
-    path.mkdir(parents=True, exist_ok=True)
     atomic_write(path / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
     atomic_write(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path

@@ -68,6 +68,8 @@ def _layer(one: Intervention, edit: Affine, n_layers: int | None) -> int:
             raise cannot_carry(one, _CARRIER, expected, f"'{site}' of a model of unknown depth", "count the layer from 0")
         layer += n_layers
     layer -= site.part == "input"  # the same tensor as the output of the block before
+    if n_layers is not None and layer >= n_layers:
+        raise cannot_carry(one, _CARRIER, f"a block from 1 to {n_layers - 1}", f"'{site}'", "steer an earlier block")
     if layer < 1:
         expected = "the output of block 1 or a later one: llama.cpp has no control vector for block 0"
         raise cannot_carry(one, _CARRIER, expected, f"'{site}'", "steer a later block")

@@ -73,19 +73,21 @@ class Fold:
             row; in fp32, or fp64 for weights in fp64.
         """
         weight = self.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        wide, out = weight.to(dtype), weight.shape[-2]
-        old = wide.new_zeros(out) if self.bias is None else self.bias.data.to(dtype)
-        a, b = wide.new_empty(*wide.shape[:-2], 0, wide.shape[-1]), wide.new_empty(out, 0)
-        new = old
+        dtype, out = torch.promote_types(weight.dtype, torch.float32), weight.shape[-2]
+        a = weight.new_empty(*weight.shape[:-2], 0, weight.shape[-1], dtype=dtype)
+        b = weight.new_empty(out, 0, dtype=dtype)
+        old = new = b.new_zeros(out) if self.bias is None else self.bias.data.to(dtype)
+        wide = a if self.keeps_weight else weight.to(dtype)
         if self.before is not None:
             right, left, shift = (part.to(wide) for part in (self.before.right, self.before.left, self.before.shift))
             a, b, new = right, wide @ left.mT, new + wide @ shift
         if self.after is not None:
             right, left, shift = (part.to(wide) for part in (self.after.right, self.after.left, self.after.shift))
-            b = b + left.mT @ (right @ b)
-            a, b = torch.cat([a, right @ wide], dim=-2), torch.cat([b, left.mT], dim=-1)
-            new = new + (right @ new) @ left + shift
+            if self.after.rank:
+                b = b + left.mT @ (right @ b)
+                a, b = torch.cat([a, right @ wide], dim=-2), torch.cat([b, left.mT], dim=-1)
+                new = new + (right @ new) @ left
+            new = new + shift
         return a, b, new - old
 
 
@@ -109,7 +111,8 @@ def fold(anatomy: Anatomy, edits: list[tuple[Intervention, Affine]], carrier: st
     """
     folding = _Folding(anatomy, carrier)
     placed = [(folding.canonical(one), one, edit) for one, edit in edits]
-    for site, one, edit in sorted(placed, key=lambda entry: entry[0].order):  # stable: on one site in the order of the plan
+    # on one tensor first what is done at the output of a block, then at the input of the next; at one site in the order of the plan
+    for site, one, edit in sorted(placed, key=lambda entry: (entry[0].order, entry[0].part == "output" and entry[1].site.part == "input")):
         folding.place(site, one, edit)
     return list(folding.folds.values())
 
@@ -147,9 +150,9 @@ class _Folding:
     def _embed(self, one: Intervention, edit: Affine) -> None:
         """Tokens and learned positions add up, so both are projected, and one of them gets the constant."""
         tables = self._embeddings()
-        if any(type(table.weight) is not nn.Parameter or table.weight.shape[-1] != self.anatomy.width for table in tables):
+        if not all(isinstance(one, nn.Embedding) and _is_dense(one.weight) and one.embedding_dim == self.anatomy.width for one in tables):
             found = ", ".join(type(table).__name__ for table in tables)
-            raise self._refuse(one, f"embeddings of width {self.anatomy.width}", found, "steer layers.0.output")
+            raise self._refuse(one, f"dense embeddings of width {self.anatomy.width}", found, "steer layers.0.output")
         *others, last = tables
         for table in others if edit.rank else ():
             _add(self._fold(table, "table"), Affine(edit.right, edit.left, torch.zeros_like(edit.shift)))
