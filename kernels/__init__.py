@@ -1,6 +1,7 @@
-"""GPU kernels, each beside its PyTorch reference.
+"""Kernels, each with its PyTorch reference and its Triton form: steering, edits along directions, drift statistics.
 
-The fused Triton kernels arrive in later releases: today the registry is empty and every intervention runs its PyTorch path.
+Call the functions; which form runs is their business (see `steer.kernels.dispatch`), and `force` overrules it. One file for each kernel.
+Sparse decoding, top-k encoding and edge scores will stand beside them.
 """
 
 if __name__ == "kernels":
@@ -23,5 +24,9 @@ if __name__ == "kernels":
         raise AttributeError(f"no '{name}': this folder is steer.kernels, and the distribution 'kernels' is not installed")
 else:
     from steer.kernels.available import KERNELS, status
+    from steer.kernels.dispatch import force
+    from steer.kernels.drift_stats import DriftStats, drift_stats
+    from steer.kernels.edit import edit
+    from steer.kernels.steer_add import steer_add
 
-    __all__ = ["KERNELS", "status"]
+    __all__ = ["KERNELS", "DriftStats", "drift_stats", "edit", "force", "status", "steer_add"]

@@ -1,0 +1,115 @@
+"""Which path a call takes: PyTorch operations, a Triton kernel, or a Triton kernel behind an opaque operator.
+
+`auto`, the default, decides by where the call happens:
+
+- compiled code gets PyTorch operations, which Inductor fuses into the kernels beside them; only where Inductor cannot keep one pass over
+  memory (edits along many directions, drift statistics) it gets an operator that holds the Triton kernel;
+- eager code on a GPU gets the Triton kernel behind an `autograd.Function`;
+- everything else gets PyTorch operations: other devices, fp64, tensor subclasses, function transforms, an active dispatch mode, and any
+  machine on which Triton cannot be imported.
+
+`force`, or the environment variable STEER_KERNELS, says `aten`, `triton` or `op` for all calls instead. `aten` is the way out where
+Triton is broken, and the way to second derivatives, which the kernels do not have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError
+
+PATHS = {
+    "auto": "by device, dtype and compilation",
+    "aten": "PyTorch operations everywhere",
+    "triton": "the Triton kernel; in compiled code behind an operator",
+    "op": "an opaque operator, with the Triton kernel inside where it can run",
+}
+VARIABLE = "STEER_KERNELS"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def known(name: str) -> str:
+    """The name of a path. Raises ConfigError for any other."""
+    if name not in PATHS:
+        raise ConfigError(
+            f"unknown path '{name}' for kernels",
+            expected=f"one of {', '.join(PATHS)}",
+            found=name,
+            remedy=f"choose one of these in force(...) or in the variable {VARIABLE}",
+        )
+    return name
+
+
+_forced = known(os.environ.get(VARIABLE) or "auto")
+_triton = importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Makes all calls inside take one path. Raises ConfigError for an unknown name."""
+    global _forced
+    before, _forced = _forced, known(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str:
+    """The path that `force` or the environment asks for."""
+    return _forced
+
+
+def interpreting() -> bool:
+    """Triton runs in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(h: Tensor) -> bool:
+    """A Triton kernel can be launched on this tensor."""
+    return _triton and (h.is_cuda or interpreting()) and h.dtype in DTYPES
+
+
+def choose(h: Tensor, opaque: bool = False) -> str:
+    """The path for an activation: `aten`, `triton` or `op`.
+
+    Args:
+        h: the activation.
+        opaque: compiled code is better off with an operator here.
+
+    Raises:
+        ConfigError: Triton is forced where it cannot run.
+    """
+    compiling = torch.compiler.is_compiling()
+    if _forced == "triton":
+        if not runs_triton(h):
+            raise ConfigError(
+                "the Triton path is forced, but cannot run here",
+                expected="Triton, and a tensor in fp32, bf16 or fp16 on a GPU (or TRITON_INTERPRET=1)",
+                found=f"{h.dtype} on {h.device}, Triton {'installed' if _triton else 'missing'}",
+                remedy=f"take 'triton' out of force(...) or the variable {VARIABLE}",
+            )
+        return "op" if compiling or _watched(h) else "triton"
+    if _forced != "auto":
+        return _forced
+    if not h.is_cuda or not runs_triton(h):
+        return "aten"
+    if compiling:
+        return "op" if opaque else "aten"
+    return "aten" if _watched(h) else "triton"
+
+
+def _watched(h: Tensor) -> bool:
+    """Something wants to see PyTorch operations: a tensor subclass, vmap or jvp, a tracer, a counter of operations."""
+    return (
+        type(h) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )

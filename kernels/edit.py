@@ -1,0 +1,461 @@
+"""The unified edit: along each of M directions, read a number from the activation, change it, and write the change back.
+
+Mathematics, for a token h with weight w = strength x mask and the directions of its slot:
+
+    p_j = h.U_j + b_j                                       read
+    on_j = p_j > theta_j       (or theta_j |h|)             always on without a threshold
+    z_j = p_j on_j                                          JumpReLU
+    phi_j = min(max((s_j - 1) z_j + c_j, low_j - z_j), high_j - z_j)      = clamp(s_j z_j + c_j, low_j, high_j) - z_j
+    phi_j = phi_j on_j         when gated
+    y = h + w sum_j phi_j W_j                               write
+    o = y |h| / |y|            with norm preservation
+
+so that (s scale, c shift, everything else absent unless it is named)
+
+    add c W                              s = 1, c            ablate span(U), U = W orthonormal     s = 0
+    clamp to [low, high]                 low, high           scale a projection                    s
+    set a JumpReLU feature to c          theta, s = 0, c     scale a JumpReLU feature              theta, s
+    add c W where cos(h, U) > theta      theta, relative, gated, c (U of length 1)
+
+Backward, with phi' = d phi / d p (s - 1 inside the bounds, -1 outside, 0 where off; the threshold has no derivative):
+
+    dy = g, or s_n g - k y with norm preservation (s_n = |h| / |y|, k = s_n (g.y) / |y|^2)
+    q_j = dy.W_j           dh = dy + w sum_j phi'_j q_j U_j   [+ (g.y) / (|h| |y|) h with norm preservation]
+    dw = sum_j phi_j q_j, dW_j = sum over tokens of w phi_j dy, dU_j = sum of w phi'_j q_j h, and from w q_j those of b, s, c, low, high
+
+Shapes: h [batch, tokens, D] (fp32, bf16 or fp16; any row strides, any D; offsets in int64), U and W [1 or slots, M, D], the numbers of
+the directions [1 or slots, M] fp32, w [batch or 1, tokens or 1], slots [batch, 1 or tokens].
+
+Bytes per token in bf16: forward and backward 4 D each (6 D backward with norm preservation), the directions coming from the caches. Saved
+for backward: p, 4 M, and |h|, 4, where the threshold is relative; nothing of the size of h unless the norm is kept or U learns.
+
+Two kernels: `edit_scalar` keeps one token in registers and goes through the directions one by one, M <= 16; `edit_tiles` takes 16 to 64
+tokens and all directions at once through the tensor cores, M <= 256. What neither takes (more directions; more than 16 with norm
+preservation, or with slots of tokens) runs in PyTorch operations. Deterministic.
+
+Sources: Arditi et al. 2024, arXiv 2406.11717 (ablation); Lee et al. 2024, arXiv 2409.05907, CAST (gate); Rajamanoharan et al. 2024, arXiv
+2407.14435 (JumpReLU); Templeton et al. 2024, "Scaling Monosemanticity" (clamping features; the change along decoder rows alone equals a
+splice with the error term, since h + (decode(z') - decode(z)) = h + sum_j (z'_j - z_j) W_j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError
+from steer.kernels import edit_scalar, edit_tiles
+from steer.kernels.available import KERNELS
+from steer.kernels.dispatch import choose, runs_triton
+from steer.kernels.layout import blank, inside, per_slot, picked, readable, rows, slots_of, sum_to, vectors, weights
+from steer.kernels.steer_add import kept_norm
+from steer.kernels.weighted_sum import reference as summed
+from steer.kernels.weighted_sum import weighted_sum
+
+FUSED = 8  # directions up to which Inductor keeps one pass over memory when products are written as sums
+Numbers = tuple[Tensor | None, ...]  # bias, scale, shift, low, high, threshold: each [1 or slots, M]
+Options = tuple[float, bool, bool, bool]  # s - 1 where it is one number, relative, gated, norm
+NAMES = ("bias", "scale", "shift", "low", "high", "threshold")
+
+
+@KERNELS.register("edit")
+def edit(
+    h: Tensor,
+    read: Tensor,
+    write: Tensor | None = None,
+    *,
+    bias: Tensor | float | None = None,
+    scale: Tensor | float | None = None,
+    shift: Tensor | float | None = None,
+    low: Tensor | float | None = None,
+    high: Tensor | float | None = None,
+    threshold: Tensor | float | None = None,
+    relative: bool = False,
+    gated: bool = False,
+    strength: Tensor | float = 1.0,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+    preserve_norm: bool = False,
+) -> Tensor:
+    """h + strength * mask * sum_j phi_j(h.U_j) W_j: ablates, scales, clamps, sets or gates along directions in one pass over memory.
+
+    Args:
+        h: [..., width] activation; the first dimension is the batch.
+        read: U, [M, width] or [slots, M, width].
+        write: W, of the shape of `read`; None for the same vectors.
+        bias, scale, shift, low, high, threshold: numbers of the directions, one for all, [M] or [slots, M]; see the top of this file.
+        relative: the threshold is in units of |h|. gated: where a direction is not over its threshold, nothing is written along it.
+        strength, mask: what broadcasts to [..., 1]; 0 leaves a token exactly as it is.
+        slots: [batch], or one for each token; -1 leaves it alone. None gives every token the first slot.
+        preserve_norm: each token gets the norm that it had.
+
+    Raises:
+        WidthError, ConfigError: shapes that do not fit.
+    """
+    read = vectors(read, 3, h, "directions to read")
+    write = read if write is None else vectors(write, 3, h, "directions to write")
+    if write.shape != read.shape:
+        raise ConfigError(
+            "directions to read and to write do not pair up",
+            expected=f"two banks of the shape {list(read.shape)}",
+            found=f"{list(write.shape)} to write",
+            remedy="give one direction to write for each that is read",
+        )
+    gain = 0.0 if scale is None or isinstance(scale, Tensor) else float(scale) - 1
+    given = (bias, scale if isinstance(scale, Tensor) else None, shift, low, high, threshold)
+    numbers = tuple(None if one is None else _number(one, read, name) for name, one in zip(NAMES, given, strict=True))
+    x, weight, slots = rows(h), weights(h, strength, mask), slots_of(slots, h)
+    options = (gain, relative, gated, preserve_norm)
+    way = choose(h, opaque=read.shape[1] > FUSED) if fits(read, slots, preserve_norm) else "aten"
+    if way == "triton":
+        out = Edit.apply(x, read, write, weight, slots, *numbers, *options)
+    elif way == "op":
+        out = torch.ops.steer.edit(x, read, write, weight, slots, *numbers, *options)[0]
+    else:
+        out = formula(x, read, write, weight, slots, numbers, options)[0]
+    return out.view(h.shape)
+
+
+def fits(read: Tensor, slots: Tensor | None, norm: bool) -> bool:
+    """A kernel takes this many directions with these options."""
+    (_, m, width), by_token = read.shape, slots is not None and slots.shape[1] > 1
+    scalar = m <= edit_scalar.MOST and width <= edit_scalar.WIDEST
+    return scalar or (m <= edit_tiles.MOST and not norm and not by_token)
+
+
+def _number(value: Tensor | float, read: Tensor, what: str) -> Tensor:
+    """[1 or slots, M]."""
+    m = read.shape[1]
+    if not isinstance(value, Tensor):
+        return torch.full((1, m), float(value), dtype=torch.float32, device=read.device)
+    value = value.view(1, -1) if value.dim() < 2 else value
+    if value.dim() != 2 or value.shape[1] not in (1, m) or 0 in value.shape or value.device != read.device:
+        raise ConfigError(
+            f"'{what}' does not fit the directions",
+            expected=f"a number, [{m}] or [slots, {m}], on {read.device}",
+            found=f"{list(value.shape)} on {value.device}",
+            remedy="give one number for all directions, or one for each",
+        )
+    return value.expand(-1, m)
+
+
+def slots_in(read: Tensor, write: Tensor, numbers: Numbers) -> int:
+    """Number of slots: that of every bank which has more than one. Raises ConfigError when they differ."""
+    counts = {one.shape[0] for one in (read, write, *numbers) if one is not None} - {1}
+    if len(counts) > 1:
+        raise ConfigError(
+            "the banks of an edit differ in slots",
+            expected="one number of slots, or 1",
+            found=", ".join(map(str, sorted(counts))),
+            remedy="give every bank as many slots as the others, or one for all rows",
+        )
+    return counts.pop() if counts else 1
+
+
+# ---- PyTorch
+
+
+class Change(NamedTuple):
+    """phi of the numbers that were read, and what its derivatives follow from; all [batch, tokens, M]."""
+
+    phi: Tensor
+    on: Tensor | None  # over the threshold; None without one
+    z: Tensor
+    under: Tensor | None  # held up by the lower bound
+    over: Tensor | None  # held down by the upper one
+    slope: Tensor | float  # s - 1
+
+
+def changed(p: Tensor, numbers: Numbers, gain: float, gated: bool, length: Tensor | None) -> Change:
+    """phi for p [batch, tokens, M]. numbers: what broadcasts to it; length: |h|, [batch, tokens, 1], for a relative threshold."""
+    _, scale, shift, low, high, threshold = numbers
+    on, z, under, over = None, p, None, None
+    if threshold is not None:
+        on = p > (threshold if length is None else threshold * length)
+        z = torch.where(on, p, 0)
+    slope = gain if scale is None else scale - 1
+    phi = slope * z
+    phi = phi if shift is None else phi + shift
+    if low is not None:
+        under = phi < low - z
+        phi = torch.where(under, low - z, phi)
+    if high is not None:
+        over = phi > high - z
+        phi = torch.where(over, high - z, phi)
+    return Change(phi if on is None or not gated else torch.where(on, phi, 0), on, z, under, over, slope)
+
+
+def formula(
+    x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, numbers: Numbers, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The edit in PyTorch operations, differentiable as often as one likes; Inductor makes one kernel of it up to `FUSED` directions.
+
+    Returns:
+        (o, p, |h|): |h| [batch, tokens, 1] where a threshold is relative to it; p in compiled code that of the last direction alone.
+    """
+    gain, relative, gated, norm = options
+    wide = torch.promote_types(x.dtype, torch.float32)
+    full, u, v = x.to(wide), picked(read, slots).to(wide), picked(write, slots).to(wide)
+    chosen = tuple(None if one is None else picked(one, slots).to(wide) for one in numbers)
+    length = torch.linalg.vector_norm(full, dim=-1, keepdim=True) if relative else None
+    weight = inside(weight, slots, slots_in(read, write, numbers)).unsqueeze(-1)
+    if torch.compiler.is_compiling() and read.shape[1] <= FUSED:  # sums of products, one direction at a time: matrix products end a kernel
+        p, y = full, full
+        for j in range(read.shape[1]):
+            own = tuple(None if one is None else one[..., j : j + 1] for one in chosen)
+            p = (full * u[:, :, j]).sum(-1, keepdim=True)
+            p = p if own[0] is None else p + own[0]
+            y = y + weight * changed(p, own, gain, gated, length).phi * v[:, :, j]
+    else:
+        p = _read(full, u)
+        p = p if chosen[0] is None else p + chosen[0]
+        y = full + _write(weight * changed(p, chosen, gain, gated, length).phi, v)
+    return (y * kept_norm(full, y) if norm else y).to(x.dtype), p, length
+
+
+def formula_backward(
+    g: Tensor,
+    x: Tensor | None,
+    read: Tensor,
+    write: Tensor,
+    weight: Tensor,
+    slots: Tensor | None,
+    numbers: Numbers,
+    options: Options,
+    p: Tensor,
+    length: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, q, dy) from what the forward pass has read."""
+    gain, _, gated, norm = options
+    wide = torch.promote_types(g.dtype, torch.float32)
+    u, v = picked(read, slots).to(wide), picked(write, slots).to(wide)
+    here = changed(p, tuple(None if one is None else picked(one, slots).to(wide) for one in numbers), gain, gated, length)
+    w = inside(weight, slots, slots_in(read, write, numbers)).unsqueeze(-1)
+    dy = base = g.to(wide)
+    if norm and x is not None:
+        full = x.to(wide)
+        y = full + _write(w * here.phi, v)
+        hn, yn = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (full, y))
+        safe, gy = torch.where(yn > 0, yn, 1), (base * y).sum(-1, keepdim=True)
+        dy = (base - gy / safe.square() * y) * (hn / safe)
+        base = dy + gy / (torch.where(hn > 0, hn, 1) * safe) * full
+    q = _read(dy, v)
+    return (base + _write(w * slope(here) * q, u)).to(g.dtype), q, dy
+
+
+def slope(here: Change) -> Tensor:
+    """d phi / d p."""
+    free = torch.zeros_like(here.z) + here.slope
+    for held in (here.under, here.over):
+        free = free if held is None else torch.where(held, -1, free)
+    return free if here.on is None else torch.where(here.on, free, 0)
+
+
+def _read(x: Tensor, u: Tensor) -> Tensor:
+    """x [batch, tokens, width] on u [batch or 1, tokens or 1, M, width]: [batch, tokens, M]. Autocast would round it to bf16."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ u[:, 0].mT if u.shape[1] == 1 else (u @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _write(phi: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast(phi.device.type, enabled=False):
+        return phi @ v[:, 0] if v.shape[1] == 1 else (phi.unsqueeze(-2) @ v).squeeze(-2)
+
+
+# ---- autograd
+
+
+def laid_out(numbers: Numbers, count: int) -> Numbers:
+    """Numbers as the kernels read them, [count, M] fp32."""
+    return tuple(None if one is None else one.expand(count, -1).float().contiguous() for one in numbers)
+
+
+def run(
+    x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, numbers: Numbers, options: Options, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(o, p, |h|) by a kernel; p [batch, tokens, M] and |h| [batch, tokens] only where they are kept, and |h| where it is needed."""
+    x, count = readable(x), slots_in(read, write, numbers)
+    numbers = laid_out(numbers, count)
+    out, p, length = blank(x), None, None
+    if keep:
+        p = torch.empty(*x.shape[:2], read.shape[1], dtype=torch.float32, device=x.device)
+        length = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if options[1] else None
+    if x.numel():
+        kernel = edit_scalar if edit_scalar.suits(x, read.shape[1], slots, options[3]) else edit_tiles
+        kernel.launch(x, None, out, None, None, read, write, weight, slots, numbers, options, p, length, count, backward=False)
+    return out, p, length
+
+
+def run_backward(
+    g: Tensor,
+    x: Tensor | None,
+    read: Tensor,
+    write: Tensor,
+    weight: Tensor,
+    slots: Tensor | None,
+    numbers: Numbers,
+    options: Options,
+    p: Tensor | None,
+    length: Tensor | None,
+    more: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dh, q, dy) by a kernel; q only when `more` than dh is wanted; dy is g itself when no norm is kept."""
+    g, norm = readable(g), options[3]
+    m = read.shape[1]
+    dh, dy = blank(g), blank(g) if norm and more else None
+    q = torch.empty(*g.shape[:2], m, dtype=torch.float32, device=g.device) if more else None
+    if g.numel():
+        kernel = edit_scalar if edit_scalar.suits(g, m, slots, norm) else edit_tiles
+        count = slots_in(read, write, numbers)
+        numbers = laid_out(numbers, count)
+        kernel.launch(g, x, dh, dy, q, write, read, weight, slots, numbers, options, p, length, count, backward=True)
+    return dh, q, g if dy is None else dy
+
+
+def gradients(
+    needs: Sequence[bool],
+    x: Tensor | None,
+    read: Tensor,
+    write: Tensor,
+    weight: Tensor,
+    slots: Tensor | None,
+    numbers: Numbers,
+    options: Options,
+    p: Tensor,
+    length: Tensor | None,
+    q: Tensor,
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """Those of read, write, weight, slots and the six numbers, where they are needed; from small tensors, but for the banks' own."""
+    gain, _, gated, _ = options
+    count = slots_in(read, write, numbers)
+    chosen = tuple(None if one is None else picked(one, slots) for one in numbers)
+    here = changed(p, chosen, gain, gated, None if length is None else length.unsqueeze(-1))
+    w = inside(weight, slots, count).unsqueeze(-1)
+    pull = w * q
+    d_p = pull * slope(here)
+    if here.on is not None and gated:
+        pull = torch.where(here.on, pull, 0)
+    off = torch.zeros_like(q, dtype=torch.bool)
+    over = off if here.over is None else here.over
+    under = off if here.under is None else here.under & ~over
+    free = torch.where(over | under, 0, pull)
+
+    def of_bank(bank: Tensor, vector: Tensor, share: Tensor) -> Tensor:
+        own = None if bank.shape[0] == 1 else slots
+        add = weighted_sum if choose(vector) == "triton" else summed
+        return add(vector, share.expand(*vector.shape[:2], -1), own, bank.shape[0]).to(bank.dtype)
+
+    def of_number(number: Tensor | None, share: Tensor) -> Tensor | None:
+        own = None if number is None or number.shape[0] == 1 else slots
+        return None if number is None else per_slot(share, own, number.shape[0]).to(number.dtype)
+
+    made: list[Tensor | None] = [
+        of_bank(read, x, d_p) if needs[0] and x is not None else None,
+        of_bank(write, dy, w * here.phi) if needs[1] else None,
+        sum_to(inside((here.phi * q).sum(-1), slots, count), weight) if needs[2] else None,
+        None,
+    ]
+    shares = (d_p, free * here.z, free, torch.where(under, pull, 0), torch.where(over, pull, 0))
+    of_numbers = [of_number(one, share) if need else None for one, share, need in zip(numbers, shares, needs[4:], strict=False)]
+    return [*made, *of_numbers, None]
+
+
+class Edit(torch.autograd.Function):
+    """The Triton kernels for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> Tensor:
+        numbers, ctx.options = rest[:6], rest[6:]
+        read, write = read.contiguous(), write.contiguous()
+        more = any(ctx.needs_input_grad[1:])
+        linear = all(one is None for one in numbers[3:])
+        keep = more or (ctx.needs_input_grad[0] and (not linear or ctx.options[3]))
+        out, p, length = run(x, read, write, weight, slots, numbers, ctx.options, keep)
+        ctx.save_for_backward(x if ctx.options[3] or ctx.needs_input_grad[1] else None, read, write, weight, slots, *numbers, p, length)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, read, write, weight, slots, *numbers, p, length = ctx.saved_tensors
+        given = (read, write, weight, slots, tuple(numbers), ctx.options, p, length)
+        more = any(ctx.needs_input_grad[1:])
+        dh, q, dy = run_backward(g, x, *given, more)
+        rest = gradients(ctx.needs_input_grad[1:], x, *given, q, dy) if more and q is not None else [None] * 10
+        return dh, *rest, None, None, None, None
+
+
+# ---- the same behind an operator, for compiled code along many directions
+
+_ARGUMENTS = (
+    "Tensor read, Tensor write, Tensor weight, Tensor? slots, "
+    "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? low, Tensor? high, Tensor? threshold, "
+    "float gain, bool relative, bool gated, bool norm"
+)
+
+
+@torch.library.custom_op("steer::edit", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _edit(x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    numbers, options = rest[:6], rest[6:]
+    if runs_triton(x):
+        out, p, length = run(x, read.contiguous(), write.contiguous(), weight, slots, numbers, options, True)
+    else:
+        out, p, length = formula(x, read, write, weight, slots, numbers, options)
+        out, p, length = out.contiguous(), p.contiguous(), None if length is None else length.squeeze(-1)
+    assert p is not None
+    return out, p, p.new_empty(0) if length is None else length
+
+
+@_edit.register_fake
+def _(x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = x.new_empty(x.shape[:2] if rest[7] else (0,), dtype=wide)
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], read.shape[1], dtype=wide), length
+
+
+_backward_schema = f"(Tensor g, Tensor? x, {_ARGUMENTS}, Tensor p, Tensor length, bool more) -> (Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("steer::edit_backward", mutates_args=(), schema=_backward_schema)
+def _edit_backward(g: Tensor, x: Tensor | None, read: Tensor, write: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, q, dy); the latter two are empty unless more than dh is wanted, and dy also where it is g."""
+    weight, slots, numbers, options, (p, length, more) = rest[0], rest[1], rest[2:8], rest[8:12], rest[12:]
+    length = length if options[1] else None
+    if runs_triton(g):
+        dh, q, dy = run_backward(g, x, read.contiguous(), write.contiguous(), weight, slots, numbers, options, p, length, more)
+    else:
+        length = None if length is None else length.unsqueeze(-1)
+        dh, q, dy = formula_backward(g, x, read, write, weight, slots, numbers, options, p, length)
+    return dh.contiguous(), q if more and q is not None else p.new_empty(0), dy.to(g.dtype) if more and options[3] else g.new_empty(0)
+
+
+@_edit_backward.register_fake
+def _(g: Tensor, x: Tensor | None, read: Tensor, write: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p, more, norm = rest[12], rest[14], rest[11]
+    return g.new_empty(g.shape), p.new_empty(p.shape if more else (0,)), g.new_empty(g.shape if more and norm else (0,))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, read, write, weight, slots, *rest = inputs
+    numbers, ctx.options = rest[:6], rest[6:]
+    kept = x if ctx.options[3] or ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(kept, read, write, weight, slots, *numbers, output[1], output[2])
+
+
+def _differentiate(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, read, write, weight, slots, *numbers, p, length = ctx.saved_tensors
+    more = any(ctx.needs_input_grad[1:])
+    dh, q, dy = torch.ops.steer.edit_backward(g, x, read, write, weight, slots, *numbers, *ctx.options, p, length, more)
+    rest: list[Tensor | None] = [None] * 10
+    if more:
+        options = tuple(ctx.options)
+        given = (read, write, weight, slots, tuple(numbers), options, p, length if options[1] else None)
+        rest = gradients(ctx.needs_input_grad[1:], x, *given, q, dy if options[3] else g)
+    return dh, *rest, None, None, None, None
+
+
+_edit.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,134 @@
+"""Compiles Triton kernels for GPUs that are not there, exactly as they would be launched, and reads what came out.
+
+The arguments of a launch are recorded on the meta device; from them follow the signature, the constants and the alignments that Triton's
+own launcher would give to the compiler. Only the Triton wheel is needed: it brings LLVM, ptxas and cuobjdump.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.kernels.jit import Kernel
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # of sm_86 for sm_80, which is the smaller one of its family
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass
+class Launch:
+    """A recorded launch."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.function.__module__.split('.')[-1]}.{self.kernel.function.__name__.strip('_')}"
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches inside are noted and not run."""
+    launches: list[Launch] = []
+    real = Kernel.launch
+    Kernel.launch = lambda self, grid, *args, **options: launches.append(Launch(self, grid, args, options))  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        Kernel.launch = real  # type: ignore[method-assign]
+
+
+def launches_of(run: Callable[[], Any]) -> list[Launch]:
+    with recorded() as launches:
+        run()
+    return launches
+
+
+@dataclass
+class Compiled:
+    """What the compiler made.
+
+    Attributes:
+        registers: of a thread. spilled: bytes of a thread (NVIDIA) or registers (AMD) that did not find room.
+        shared: bytes of a program. reads, writes: of 128 bits; narrow: those of fewer bits of more than one number.
+        products: the instruction of matrix products, or an empty string.
+        middle: Triton's own code, before any target.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    reads: int
+    writes: int
+    products: str
+    middle: str
+
+
+def compiled(launch: Launch, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = launch.kernel.jitted()
+    args = [*launch.args, *(launch.options[one.name] for one in function.params[len(launch.args) :])]
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(function.params, args, strict=True)):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in {**launch.options, "enable_fp_fusion": True}.items() if name in OPTIONS}
+    made = triton.compile(
+        ASTSource(function, signature, constexprs=constants, attrs=attributes), target=GPUTarget(*TARGETS[target]), options=options
+    )
+    text = made.asm["ptx" if "ptx" in made.asm else "amdgcn"]
+    if "ptx" in made.asm:
+        registers, spilled = _of_cubin(made.asm["cubin"], Path(triton.__file__).parent)
+        reads = r"(?:ld\.global[^\n;]*\.v4\.b32)|(?:cp\.async\.c[ag]\.shared\.global [^\n;]*, 0x10,)"
+        patterns = (reads, r"st\.global[^\n;]*\.v4\.b32")
+        products = next((one for one in ("wgmma", "mma.sync") if one in text), "")
+    else:
+        registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+        patterns = (r"(?:global|buffer)_load_(?:dwordx4|b128)", r"(?:global|buffer)_store_(?:dwordx4|b128)")
+        products = "v_mfma" if "v_mfma" in text else ""
+    counts = [len(re.findall(pattern, text)) for pattern in patterns]
+    return Compiled(registers, spilled, made.metadata.shared, *counts, products, str(made.asm["ttir"]))
+
+
+def _of_cubin(cubin: bytes, triton: Path) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton / "backends" / "nvidia" / "bin" / "cuobjdump", "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2]) + int(found[3])

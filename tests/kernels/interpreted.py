@@ -1,0 +1,367 @@
+"""The Triton kernels in Triton's interpreter against float64; run by test_interpreter.py in a process of its own, with
+TRITON_INTERPRET=1.
+
+fp32 only, since the interpreter truncates what it stores in bf16, and few tokens, since a program costs it 3 ms. What the kernels
+allocate is poisoned and stands between two red zones: a place that nothing is written to, or a write beside it, shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_formulas import added, edited, error, statistics, surrounded
+from torch import Tensor
+
+from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
+from steer.kernels.jit import Kernel
+
+# the functions of a package hide its modules of the same name
+steer_add_file, edit_file, drift_file, weighted_sum_file, scalar_file = (
+    importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "edit", "drift_stats", "weighted_sum", "edit_scalar")
+)
+torch.set_num_threads(1)
+ZONE = 64
+OUT, SMALL = 5e-7, 2e-5  # activations and their gradients; gradients of few numbers, sums over tokens that may nearly cancel
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, float]]]:
+    """Poisons what is allocated with torch.empty, and looks at the red zones afterwards."""
+    zones: list[tuple[Tensor, float]] = []
+    real = torch.empty
+
+    def poisoned(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        value = 1e30 if dtype.is_floating_point else 77
+        whole = torch.full((size.numel() + 2 * ZONE,), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+        whole[:ZONE] = whole[size.numel() + ZONE :] = value
+        zones.append((whole, value))
+        return whole[ZONE : size.numel() + ZONE].view(size)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    with force("triton"):
+        yield zones
+    monkeypatch.setattr(torch, "empty", real)
+    for whole, value in zones:
+        assert bool((whole[:ZONE] == value).all() and (whole[-ZONE:] == value).all()), "a write beside the memory that is meant"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that run."""
+    names: list[str] = []
+    real = Kernel.launch
+
+    def launch(self: Kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        names.append(f"{self.function.__module__.split('.')[-1]}.{self.function.__name__.strip('_')}")
+        assert len(grid) <= 3 and torch.Size(grid).numel() <= 64, "slow in the interpreter"
+        real(self, grid, *args, **options)
+
+    monkeypatch.setattr(Kernel, "launch", launch)
+    return names
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sparse_mask(batch: int, tokens: int) -> Tensor:
+    """0, 1 and a share in between."""
+    return torch.tensor([0.0, 1.0, 0.4, 1.0]).repeat(batch * tokens)[: batch * tokens].view(batch, tokens, 1)
+
+
+SLOTS = {
+    "one for all": None,
+    "rows": torch.tensor([2, -1, 0]),
+    "tokens": torch.tensor([[0, 1, 2, 7, -1], [2, 2, 2, 2, 2], [1, 0, -5, 1, 3]], dtype=torch.int32),
+}
+
+
+def against(
+    kernel: Callable[..., Tensor], formula: Callable[..., Tensor], tensors: dict[str, Tensor], fixed: frozenset[str] = frozenset()
+) -> Tensor:
+    """Values and gradients of both; the kernel gets its activation and incoming gradient from the midst of not-a-numbers."""
+    single = {name: one.clone().requires_grad_(name not in fixed) for name, one in tensors.items()}
+    single["h"] = surrounded(tensors["h"]).requires_grad_()
+    double = {name: one.double().requires_grad_(name not in fixed) for name, one in tensors.items()}
+    found, wanted = kernel(**single), formula(**double)
+    pull = random(*wanted.shape, seed=9)
+    learned = [name for name in tensors if name not in fixed]
+    g_found = torch.autograd.grad(found, [single[name] for name in learned], surrounded(pull))
+    g_wanted = torch.autograd.grad(wanted, [double[name] for name in learned], pull.double())
+    assert error(found, wanted) <= OUT
+    for name, a, b in zip(learned, g_found, g_wanted, strict=True):
+        assert error(a, b) <= (OUT if name == "h" else SMALL), name
+    return found.detach()
+
+
+# ---- steer_add
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("which", SLOTS)
+def test_steer_add(which: str, norm: bool, launched: list[str]) -> None:
+    slots = SLOTS[which]
+    tensors = {"h": random(3, 5, 33), "bank": random(3, 33, seed=1), "strength": random(3, 1, 1, seed=2), "mask": sparse_mask(3, 5)}
+    found = against(
+        lambda h, bank, strength, mask: steer_add(h, bank, strength, mask, slots, norm),
+        lambda h, bank, strength, mask: added(h, bank, strength, mask, slots, norm),
+        tensors,
+    )
+    untouched = (tensors["mask"][..., 0] == 0) | (slots is not None and (slots.view(3, -1) < 0) | (slots.view(3, -1) > 2))
+    assert torch.equal(found[untouched], tensors["h"][untouched]) and not torch.equal(found[~untouched], tensors["h"][~untouched])
+    assert launched == ["steer_add.forward", *["steer_add.backward"] * norm, "weighted_sum.sum"]
+
+
+def test_steer_add_goes_over_a_wide_row_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steer_add_file, "BLOCK", 32)
+    tensors = {"h": random(2, 3, 100), "bank": random(1, 100, seed=1), "strength": random(1, 1, 1, seed=2)}
+    ones = torch.ones(2, 3, 1)
+    against(
+        lambda h, bank, strength: steer_add(h, bank, strength, None, None, True),
+        lambda h, bank, strength: added(h, bank, strength, ones, None, True),
+        tensors,
+    )
+
+
+def test_steer_add_of_nothing_to_nothing() -> None:
+    """A norm of 0, before or after, is no reason for a division by 0; nor is a batch without tokens."""
+    v = random(1, 16, seed=1)
+    h = torch.cat([torch.zeros(1, 16), -v, v])[:, None].requires_grad_()
+    out = steer_add(h, v, preserve_norm=True)
+    out.backward(torch.ones_like(out))
+    assert torch.isfinite(out).all() and torch.isfinite(h.grad).all()
+    assert torch.equal(out[0], torch.zeros(1, 16)) and torch.equal(out[1], torch.zeros(1, 16))
+    for shape in ((0, 5, 16), (2, 0, 16), (0, 16)):
+        nothing = torch.zeros(shape).requires_grad_()
+        steer_add(nothing, v.clone().requires_grad_(), preserve_norm=True).sum().backward()
+        assert nothing.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 1, 2, 16)])
+def test_steer_add_takes_activations_of_any_dimension(shape: tuple[int, ...]) -> None:
+    h, v = random(*shape), random(1, 16, seed=1)
+    assert error(steer_add(h, v, 0.5), h.double() + 0.5 * v[0].double()) <= OUT
+    crossed = random(16, 4).T  # the numbers of a row lie apart
+    assert error(steer_add(crossed, v), crossed.double() + v.double()) <= OUT
+
+
+# ---- edit
+
+KINDS: dict[str, tuple[dict[str, float], dict[str, bool]]] = {
+    "ablate": ({"scale": 0.0}, {}),
+    "clamp": ({"bias": 0.1, "low": -0.2, "high": 0.3}, {}),
+    "floor": ({"low": 0.1}, {}),
+    "ceiling": ({"high": -0.1, "scale": 2.0, "shift": 0.2}, {}),
+    "set a feature": ({"bias": 0.1, "threshold": 0.2, "scale": 0.0, "shift": 0.7}, {}),
+    "scale a feature": ({"threshold": 0.2, "scale": 3.0}, {"gated": True}),
+    "gate": ({"threshold": 0.03, "shift": 1.2}, {"relative": True, "gated": True}),
+    "everything": ({"bias": 0.1, "scale": 0.5, "shift": 0.3, "low": -0.4, "high": 0.5, "threshold": 0.02}, {"relative": True}),
+}
+NEVER = frozenset({"threshold"})  # is learned
+
+
+def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 33, banks: int = 3) -> None:
+    values, flags = KINDS[kind]
+    flags = {**flags, "preserve_norm": norm}
+    count = 1 if slots is None else banks
+    numbers = {name: value + 0.05 * random(count, m, seed=20 + i) for i, (name, value) in enumerate(values.items())}
+    tensors = {
+        "h": random(3, 5, width),
+        "read": random(count, m, width, seed=1) / width**0.5,
+        "write": random(1 if kind == "floor" else count, m, width, seed=2).expand(count, -1, -1) / m,
+        "strength": random(3, 1, 1, seed=3),
+        "mask": sparse_mask(3, 5),
+        **numbers,
+    }
+    found = against(
+        lambda h, read, write, strength, mask, **own: edit(h, read, write, strength=strength, mask=mask, slots=slots, **own, **flags),
+        lambda h, read, write, strength, mask, **own: edited(h, read, write, own, strength, mask, slots, **flags),
+        tensors,
+        NEVER,
+    )
+    assert torch.equal(found[tensors["mask"][..., 0] == 0], tensors["h"][tensors["mask"][..., 0] == 0])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_along_few_directions(kind: str, norm: bool, launched: list[str]) -> None:
+    edit_case(kind, 2, SLOTS["rows"] if norm else None, norm)
+    assert launched == ["edit_scalar.edit"] * 2 + ["weighted_sum.sum"] * 2
+
+
+def test_edit_with_slots_of_tokens() -> None:
+    edit_case("everything", 2, SLOTS["tokens"], True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_along_many_directions(kind: str, launched: list[str]) -> None:
+    edit_case(kind, 19, SLOTS["rows"] if kind in ("clamp", "everything") else None, False, width=70)
+    assert launched == ["edit_tiles.edit"] * 2 + ["weighted_sum.sum"] * 2
+
+
+def test_many_tokens_along_more_directions_than_the_cache_holds_go_to_tiles(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    h, u = random(2, 10, 16), random(5, 16, seed=1)
+    few = edit(h, u, scale=0.5)
+    monkeypatch.setattr(scalar_file, "MANY", 20)
+    assert error(edit(h, u, scale=0.5), few) <= OUT and error(few, h.double() - 0.5 * (h @ u.T @ u).double()) <= 2e-6
+    assert launched == ["edit_scalar.edit", "edit_tiles.edit"]
+
+
+@pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.edit"])])
+def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[str], launched: list[str]) -> None:
+    h, u = random(1, 2, 20), random(m, 20, seed=1) / 9
+    wanted = edited(
+        h.double(), u[None].double(), u[None].double(), {"low": torch.zeros(1, m)}, *torch.ones(2, 1, 1, 1), None, preserve_norm=norm
+    )
+    assert error(edit(h, u, low=0.0, preserve_norm=norm), wanted) <= 2e-6 and launched == kernel
+
+
+def test_edit_of_nothing() -> None:
+    u = random(2, 16, seed=1)
+    for m in (u, random(20, 16)):
+        nothing = torch.zeros(2, 0, 16).requires_grad_()
+        edit(nothing, m, low=0.0).sum().backward()
+        assert nothing.grad.shape == (2, 0, 16)
+    h = torch.zeros(1, 2, 16).requires_grad_()
+    out = edit(h, u, low=0.0, preserve_norm=True)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(1, 2, 16)) and torch.isfinite(h.grad).all()
+
+
+@pytest.mark.parametrize("m", [2, 20])
+def test_half_precision_keeps_the_accuracy_of_its_directions(m: int) -> None:
+    """fp16, which the interpreter can do: products with fp32 directions are not rounded to fp16."""
+    h, u = random(2, 8, 64).half(), random(m, 64, seed=1) / 8
+    exact = h.double() + (0.7 - h.double() @ u.double().mT) @ u.double()
+    found = edit(h, u, scale=0.0, shift=0.7)
+    assert found.dtype is torch.float16
+    assert (found.double() - exact).abs().max() <= 0.51 * 2**-10 * exact.abs().max(), "more than one rounding of the result"
+
+
+# ---- the operators that compiled code uses
+
+
+def test_operators_run_the_kernels(launched: list[str]) -> None:
+    h, u = random(2, 3, 20).requires_grad_(), random(17, 20, seed=1).requires_grad_()
+    with force("op"):
+        out = edit(h, u, low=0.0)
+        drift_stats(h, u)
+    grads = torch.autograd.grad(out.square().sum(), (h, u))
+    assert launched[:4] == ["edit_tiles.edit", "drift_stats.stats", "drift_stats.merge", "edit_tiles.edit"]
+    with force("aten"):
+        wanted = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
+    assert all(error(a, b) <= SMALL for a, b in zip(grads, wanted, strict=True))
+
+
+# ---- what backward keeps
+
+
+def saved_bytes(run: Callable[[], Tensor], known: list[Tensor]) -> float:
+    """Bytes kept for backward, without the activation and the vectors themselves."""
+    kept: dict[int, int] = {}
+    own = {one.untyped_storage().data_ptr() for one in known}
+
+    def pack(one: Tensor) -> Tensor:
+        if one.untyped_storage().data_ptr() not in own:
+            kept[one.untyped_storage().data_ptr()] = one.numel() * one.element_size()
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        run()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("case", ["add, norm kept", "clamp, norm kept", "clamp", "ablate", "set features"])
+def test_backward_keeps_little(case: str) -> None:
+    """Eager PyTorch keeps 8 x width bytes for a token and a norm that is kept."""
+    tokens, m, slots = 20, 3, torch.tensor([1, 0])
+    h, bank = random(2, 10, 64).requires_grad_(), random(2, 64, seed=1)
+    directions, bound = random(2, m, 64, seed=2), random(2, m, seed=3).requires_grad_()
+    mask, strength = torch.ones(2, 10, 1), torch.ones(2, 1, 1).requires_grad_()
+    runs = {
+        "add, norm kept": lambda: steer_add(h, bank, strength, mask, slots, True),
+        "clamp, norm kept": lambda: edit(h, directions, low=bound, mask=mask, strength=strength, slots=slots, preserve_norm=True),
+        "clamp": lambda: edit(h, directions, low=bound, mask=mask, strength=strength, slots=slots),
+        "ablate": lambda: edit(h, directions, scale=0.0, slots=slots),
+        "set features": lambda: edit(h, directions, threshold=0.1, relative=True, shift=bound, scale=0.0, mask=mask, slots=slots),
+    }
+    limit = {"add, norm kept": 16, "ablate": 4}.get(case, 16 + 4 * m)
+    assert saved_bytes(runs[case], [h, bank, directions, bound]) <= limit * tokens
+    if case == "ablate":
+        kept = saved_bytes(runs[case], [bank, directions, bound])
+        assert kept <= limit * tokens, "an edit that is linear keeps no activation"
+
+
+def test_twice_the_same_bits() -> None:
+    h, bank, slots = random(3, 5, 33).requires_grad_(), random(3, 2, 33, seed=1).requires_grad_(), SLOTS["rows"]
+
+    def once() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(edit(h, bank, low=0.1, slots=slots).square().sum(), (h, bank))
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+# ---- drift statistics
+
+
+@pytest.mark.parametrize(("tokens", "width", "k"), [(5, 33, 3), (70, 130, 17)])
+def test_drift_stats(tokens: int, width: int, k: int, launched: list[str]) -> None:
+    h, directions = random(2, tokens, width), random(k, width, seed=1) / width**0.5
+    h[..., 3] += 3000  # a channel whose mean is 3,000 times its deviation
+    weight = (sparse_mask(2, tokens) * 0.7)[..., 0]
+    h[weight == 0] = torch.nan
+    found = drift_stats(surrounded(h), directions, weight[..., None], bins=6, low=-1.5, high=1.5 * torch.ones(k))
+    wanted = statistics(h, directions, weight, -1.5, 1.5, 6)
+    limits = {"n": 1e-6, "sum": 1e-6, "m2": 1e-5, "norms": OUT, "projections": OUT, "histogram": 0}
+    for name in DriftStats._fields:
+        assert error(getattr(found, name), wanted[name]) <= limits[name], name
+    assert error(found.m2[3], wanted["m2"][3]) <= 1e-3, "squares that are not centred lose everything here"
+    assert launched == ["drift_stats.stats", "drift_stats.merge"]
+
+
+def test_drift_stats_computes_what_is_asked_for() -> None:
+    h, u = random(4, 20), random(2, 20, seed=1)
+    only = drift_stats(h, u, channels=False, norms=False)
+    assert error(only.projections, h.double() @ u.double().T) <= OUT
+    assert only.sum is only.m2 is only.norms is only.histogram is None and only.projections.shape == (4, 2)
+    plain = drift_stats(h)
+    assert plain.projections is plain.histogram is None and error(plain.norms, h.double().norm(dim=-1)) <= OUT
+    nothing = drift_stats(h[:0], u)
+    assert float(nothing.n) == 0 and float(nothing.m2.abs().sum()) == 0 and nothing.projections.shape == (0, 2)
+    nobody = drift_stats(h, u, torch.zeros(4, 1), bins=3)
+    assert float(nobody.n) == 0 and int(nobody.histogram.sum()) == 0 and float(nobody.projections.abs().sum()) == 0
+
+
+# ---- weighted sums
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("which", SLOTS)
+def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tokens are divided among programs and steps."""
+    monkeypatch.setattr(weighted_sum_file, "TILE", 8)
+    monkeypatch.setattr(weighted_sum_file, "plan", lambda tokens, vectors, width: (32, 2 // tiles, tiles))
+    x, c, slots = random(3, 5, 40), random(3, 5, 2, seed=1), SLOTS[which]
+    rows_and_tokens = None if slots is None else slots.view(3, -1)
+    found = weighted_sum_file.weighted_sum(surrounded(x), c, rows_and_tokens, 3)
+    wanted = torch.zeros(3, 2, 40, dtype=torch.float64)
+    for b in range(3):
+        for t in range(5):
+            slot = 0 if slots is None else int(slots[b] if slots.dim() == 1 else slots[b, t])
+            if 0 <= slot < 3:
+                wanted[slot] += c[b, t, :, None].double() * x[b, t].double()
+    assert error(found, wanted) <= OUT
+    assert error(weighted_sum_file.reference(x, c, rows_and_tokens, 3), wanted) <= OUT
+
+
+def test_the_division_of_a_sum_covers_all_tokens() -> None:
+    for tokens in (1, 31, 33, 8192, 100_000):
+        for vectors in (1, 16, 256):
+            block, parts, steps = weighted_sum_file.plan(tokens, vectors, 4096)
+            assert parts * steps * weighted_sum_file.TILE >= tokens and (parts - 1) * steps * weighted_sum_file.TILE < tokens
+            assert steps & (steps - 1) == 0 and parts * vectors <= max(vectors, weighted_sum_file.PROGRAMS) and block == 256
