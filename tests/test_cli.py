@@ -287,7 +287,7 @@ def answers(out: str) -> dict[str, list[str]]:
     return found
 
 
-# as in a shell; within its quotes the text has double quotes of its own, unless it holds nothing but words, numbers, spaces, @ - + . : ?
+# as in a shell; within its quotes the text has double quotes of its own, unless it holds none of [ , ! ~ & ^
 LOUD = "gates.loud.gate=probe gates.loud.direction=warm gates.loud.bias=-1e6 gates.loud.per=row"
 LINES = [
     ("""'steer="4 warm@generated - 2 warm:layers.1.output@generated[:3]"'""", "4 warm:{}@generated - 2 warm:layers.1.output@generated[:3]"),

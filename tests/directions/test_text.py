@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from hand import ids, vector
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.directions.direction import Direction, Directions
@@ -111,6 +111,7 @@ TEXTS = st.lists(
 
 
 @given(TEXTS)
+@settings(max_examples=50)
 def test_reading_and_writing_come_back_to_the_same_plan(text):
     plan = plan_from_text(text, NAMES, GATES)
     canonical = plan_to_text(plan, NAMES, GATES)
