@@ -28,18 +28,18 @@ def test_a_real_direction_reads_steers_and_is_erased(smollm2):
     data = load_dataset("tone")
     short = sorted(data["contrast"], key=lambda pair: sum(map(len, pair.values())))[:12]
     contrast = ContrastSet.from_pairs(tokenizer, short)
-    made_of, choosing = contrast.split(0.17, seed=0)
+    made_of, choosing = contrast.split(0.25, seed=0)
     found = extract_all(model, made_of, [SITE], name="tone", methods=["caa", "lda", "logistic"], holdout=0.3, progress=False)
     assert all(directions[SITE].metrics["auc"] >= 0.8 for directions in found.values())
-    direction = found["lda"][SITE]
+    direction = found["caa"][SITE]
     neutral = [Row(plain(tokenizer, row["text"]).ids[:12], 1) for row in data["neutral_text"][:2]]
-    curve = calibrate(model, direction, choosing, neutral, doses=(0.6,), progress=False)
+    curve = calibrate(model, direction, choosing, neutral, doses=(0.3,), progress=False)
     (strong,) = curve.points
     assert strong.kl > curve.max_kl and strong.perplexity_ratio > 1 and not curve.working  # far too strong
     noise = torch.randn(576, generator=torch.Generator().manual_seed(0))
     noise *= strong.strength * direction.vector.norm() / noise.norm()
     random = float(pair_gaps(model, direction, choosing, noise[None]).mean()) - curve.gap
-    assert strong.effect > abs(random) + 0.1
+    assert strong.effect > max(random, 0) + 0.1
 
     few = ContrastSet(made_of.positive[:6], made_of.negative[:6], paired=True)
     eraser = fit_erasure(model, few, [SITE], progress=False)[Site.parse(SITE)]
