@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
+    _check_name(name)
     if name == embedded.NAME:
         model, tokenizer = _from_transformers(str(embedded.converted_folder()), name, dtype)
     elif path.suffix == ".gguf":
@@ -57,6 +59,18 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
     # An adapter saved from this model records where its base came from: by the name asked for, not by a path of this machine's cache.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
     return model.to(device).eval(), tokenizer
+
+
+def _check_name(name: str) -> None:
+    """Raises ModelNotFoundError for no name, and for a misspelt one of the embedded model, before the hub is asked for that."""
+    if not name.strip():
+        raise ModelNotFoundError(
+            "no model is named", expected=_EXPECTED, found=repr(name), remedy=f"give a name, such as '{embedded.NAME}'"
+        )
+    if name == embedded.NAME or "/" in name or Path(name).expanduser().exists():
+        return
+    if difflib.get_close_matches(name.lower(), [embedded.NAME], cutoff=0.8):
+        raise ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=name, remedy=f"did you mean '{embedded.NAME}'?")
 
 
 def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:

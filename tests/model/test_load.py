@@ -421,3 +421,16 @@ def test_the_package_in_the_wheel_is_never_imported():
     except ModelNotFoundError as error:
         pytest.skip(str(error))
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135M", "SmolLM2-135m", "smollm-135m", "smollm2_135m"])
+def test_a_misspelt_name_of_the_embedded_model_is_not_looked_up(monkeypatch, name):
+    monkeypatch.setattr("steer.model.load._from_transformers", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelNotFoundError, match="did you mean 'smollm2-135m'"):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_no_name(name):
+    with pytest.raises(ModelNotFoundError, match="no model is named"):
+        load(name)
