@@ -19,6 +19,7 @@ from make_tables import ROOT, between, markdown
 from steer.commands.generate import read_run
 from steer.experiment.results import drift_records
 from steer.report import drift_figure
+from steer.report.curves import natural
 from steer.report.numbers import duration, number
 from steer.report.view import arm_cells, metric_columns
 
@@ -101,11 +102,12 @@ def main() -> None:
     if any({**one["config"], "seed": 0} != {**metrics["config"], "seed": 0} for one in runs):
         raise SystemExit("these runs differ in more than their seed")
     trait = metrics["trait"]
-    tracked = metrics["config"]["experiment"]["drift"]["sites"]
+    drift = drift_records(options.run[0], metrics)
+    tracked = sorted({record.site for records in drift.values() for record in records}, key=natural)
     site = options.site or next((site for site in reversed(tracked) if site != trait["site"]), tracked[-1])
     labels = {arm["name"]: arm["label"] for arm in metrics["arms"]}
     steered = {arm["name"]: NOTES.get(arm["steer"]["when"], "") for arm in metrics["arms"] if arm["steer"].get("site") == site}
-    drift_figure(drift_records(options.run[0], metrics), PICTURE, direction=trait["name"], site=site, labels=labels, notes=steered)
+    drift_figure(drift, PICTURE, direction=trait["name"], site=site, labels=labels, notes=steered)
     demo = quoted(runs)
     QUOTED.write_text(json.dumps(demo, indent=1) + "\n", encoding="utf-8")
     README.write_text(between(README.read_text(encoding="utf-8"), "demo", section(demo)), encoding="utf-8")

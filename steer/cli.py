@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from steer import __version__
@@ -42,7 +43,7 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; errors of the user's making are printed without a traceback, exit status 2."""
+    """Runs a command; errors of the user's making are printed without a traceback, exit status 2, and 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -60,19 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 def _run(command: str, overrides: list[str]) -> None:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from steer.commands.config import check_kinds, config_error
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, not as printed text
-    run = importlib.import_module(f"steer.commands.{command}").run
+    module = importlib.import_module(f"steer.commands.{command}")
+    run, left_by = module.run, getattr(module, "left_by", None)
     failed: list[SteerError] = []
+    others: list[OSError] = []
 
     @wraps(run)
     def task(config: Any) -> None:
@@ -83,8 +90,11 @@ def _run(command: str, overrides: list[str]) -> None:
             failed.append(error)  # through Hydra it would come with a line of noise
         except OmegaConfBaseException as error:
             failed.append(config_error(command, error))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*([left_by(Path(HydraConfig.get().runtime.output_dir))] if left_by else [])) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                others.append(error)
                 raise
             failed.append(
                 StorageFullError(
@@ -102,6 +112,15 @@ def _run(command: str, overrides: list[str]) -> None:
         hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise config_error(command, error) from error
+    except OSError as error:  # where it was not the command, it was Hydra, which makes the folder for it
+        if error in others:
+            raise
+        raise ConfigError(
+            "the output folder cannot be made",
+            expected="hydra.run.dir (with -m hydra.sweep.dir) at a place where folders can be made",
+            found=str(error),
+            remedy="choose another place, or leave the key out",
+        ) from error
     except SystemExit as done:  # --help and the like
         if done.code:
             raise

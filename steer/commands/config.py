@@ -74,8 +74,13 @@ def config_error(command: str, error: Exception) -> ConfigError:
     """Turns a complaint of Hydra or OmegaConf into one that names the nearest key."""
     said = str(error).splitlines()[0]
     if isinstance(error, OverrideParseException):
-        remedy = "quote a value with special characters twice: 'key=\"a value\"'"
+        key, given, _ = str(error.override).partition("=")
+        remedy = f"quote a value with special characters twice: '{key}=\"a value\"'" if given else f"add '=' and a value: {key}=..."
         return ConfigError(f"cannot read '{error.override}'", expected="key=value", found=error.message.splitlines()[0], remedy=remedy)
+    if said.startswith("Ambiguous value for argument"):  # commas outside of brackets and quotes; Hydra knows them as a sweep
+        key = said.partition("'")[2].partition("=")[0]
+        remedy = f"quote a text with commas twice: '{key}=\"a, b\"', write a list in brackets: '{key}=[a,b]', or sweep over them with -m"
+        return ConfigError(f"'{key}' has several values", expected="one value", found=said.partition(" argument ")[2], remedy=remedy)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, wrong = str(error.missing_cfg_file).rpartition("/")
         remedy = did_you_mean(wrong, error.options) or _listed(command)

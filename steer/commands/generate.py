@@ -16,7 +16,7 @@ from rich.text import Text
 from steer.commands.config import dtype_named
 from steer.errors import ConfigError, DamagedFileError, WrongKindError
 from steer.experiment.arms import read_arms
-from steer.experiment.complete import complete
+from steer.experiment.complete import check_completions, complete
 from steer.experiment.results import SCHEMA
 from steer.files import contents
 from steer.intervene import Plan
@@ -59,8 +59,9 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
         names: arms, None for all.
 
     Raises:
-        ConfigError: no such run or arm. DamagedFileError: an adapter or a plan of the run is missing or damaged.
+        ConfigError: no such run or arm, or no room for an answer. DamagedFileError: an adapter or a plan of the run is missing or damaged.
     """
+    check_completions(["?"] if prompts is None else prompts, max_new_tokens)
     config = read_run(folder)["config"]
     arms = read_arms(config["experiment"]["arms"])
     if unknown := set(names or ()) - {arm.name for arm in arms}:

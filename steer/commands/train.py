@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -20,28 +22,34 @@ from peft import LoraConfig, get_peft_model
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.pytorch_utils import Conv1D
 
 from steer.callbacks import DriftCallback, SteeringCallback
-from steer.commands.config import dtype_named
+from steer.commands.config import did_you_mean, dtype_named
 from steer.commands.info import versions
 from steer.directions import EXTRACTORS, ContrastSet, Direction, Directions, extract
 from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError, SiteError
 from steer.experiment import results
 from steer.experiment.arms import Arm, read_arms
-from steer.experiment.complete import complete
+from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import load_dataset
 from steer.experiment.overhead import Overhead, step_overhead
 from steer.experiment.score import Suite, measure
-from steer.experiment.sft import SFTModule, loader
-from steer.files import atomic_write
+from steer.experiment.sft import SFTModule, check_batch, loader
+from steer.files import atomic_write, contents
 from steer.intervene import Plan, Scope
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
+from steer.model.site import Site
 from steer.model.tokens import collate, encode, pad_id, plain
 from steer.report import summary_table, write_report
 
 # Said by libraries about one another; a reader of our output can do nothing about them.
 NOISE = ("`isinstance\\(treespec", "`is_gradient_checkpointing` is deprecated", "The 'train_dataloader' does not have many workers")
+COMPLETIONS = "experiment.completions."
+WRITTEN = ("metrics.json", "report.html", "directions", "plans", "adapters", "drift", "logs")
 
 
 class Run:
@@ -53,13 +61,18 @@ class Run:
         self.arms = read_arms(OmegaConf.to_container(self.experiment.arms))
         Scope.parse(self.experiment.scope)  # what is misspelt is said now, not minutes later
         self.module(nn.Identity())
+        check_completions(listed(self.experiment.completions.prompts), self.experiment.completions.max_new_tokens, of=COMPLETIONS)
+        data = load_dataset(self.experiment.data)
+        check_batch(len(data["train"]), self.experiment.train.batch_size)
         method = self.experiment.trait.method
         EXTRACTORS.get(method).check(method, paired=True)
         self.say("model", f"loading {config.model.name}")
         self.model, self.tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
         self.pad = pad_id(self.tokenizer)
-        self.fingerprint = Anatomy.find(self.model).fingerprint()
-        data = load_dataset(self.experiment.data)
+        anatomy = Anatomy.find(self.model)
+        self.fingerprint = anatomy.fingerprint()
+        self.tracked = tracked_sites(anatomy, self.experiment)
+        self.lora = lora(anatomy, config.peft)
         self.train_rows = [encode(self.tokenizer, row["prompt"], row["answer"]) for row in data["train"]]
         self.suite = Suite(
             styled=[encode(self.tokenizer, row["prompt"], row["trait"]) for row in data["heldout"]],
@@ -68,11 +81,17 @@ class Run:
         )
         self.contrast = ContrastSet.from_pairs(self.tokenizer, data["contrast"])
         self.probe = [encode(self.tokenizer, row["prompt"]) for row in data["probe"]]
-        self.prompts = list(self.experiment.completions.prompts)
+        self.prompts = listed(self.experiment.completions.prompts)
+        self.batches()
 
     def module(self, model: nn.Module) -> SFTModule:
         spec = self.experiment.train
         return SFTModule(model, learning_rate=spec.learning_rate, warmup_steps=spec.warmup_steps, steps=spec.steps, schedule=spec.schedule)
+
+    def batches(self) -> DataLoader[Any]:
+        """The same batches for every arm."""
+        spec = self.experiment.train
+        return loader(self.train_rows, batch_size=spec.batch_size, pad=self.pad, seed=self.config.seed, max_length=spec.max_length)
 
     def say(self, step: str, text: str) -> None:
         self.console.print(f"[bold]{step:>10}[/]  {text}")
@@ -97,26 +116,15 @@ class Run:
 
     def tracker(self, directions: Directions, store: Path | None) -> DriftTracker:
         drift = self.experiment.drift
-        watched = {directions.name: [directions[site] for site in drift.sites]}
+        watched = {directions.name: [directions[site] for site in self.tracked]}
         return DriftTracker(watched, probe=self.probe, controls=drift.controls, stream=drift.stream, store=store, seed=self.config.seed)
 
     def train_arm(self, arm: Arm, plan: Plan | None, directions: Directions) -> tuple[nn.Module, dict[str, Any]]:
         """Trains one arm from the base weights; returns the adapted model and what there is to say about the training."""
         spec = self.experiment.train
         pl.seed_everything(self.config.seed, verbose=False)
-        peft = self.config.peft
-        adapted = get_peft_model(
-            self.model,
-            LoraConfig(
-                r=peft.r,
-                lora_alpha=peft.alpha,
-                lora_dropout=peft.dropout,
-                target_modules=list(peft.targets),
-                layers_to_transform=None if peft.layers is None else list(peft.layers),
-                task_type="CAUSAL_LM",
-            ),
-        )
-        batches = loader(self.train_rows, batch_size=spec.batch_size, pad=self.pad, seed=self.config.seed, max_length=spec.max_length)
+        adapted = get_peft_model(self.model, copy.deepcopy(self.lora))  # PEFT writes into the one it is given
+        batches = self.batches()
         module = self.module(adapted)
         tracker = self.tracker(directions, self.out / "drift" / f"{arm.name}.sqlite")
         callbacks: list[pl.Callback] = [DriftCallback(tracker, every_n_steps=self.experiment.drift.every_n_steps)]
@@ -138,7 +146,13 @@ class Run:
             callbacks=callbacks,
         )
         started = time.perf_counter()
-        trainer.fit(module, batches)
+        try:
+            trainer.fit(module, batches)
+        except SystemExit:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key
+            if trainer.interrupted:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from None
+            raise
         seconds = time.perf_counter() - started
         adapted.save_pretrained(self.out / "adapters" / arm.name, save_embedding_layers=False)  # or PEFT asks the hub about the base
         losses = [float(loss) for loss in module.losses]
@@ -164,14 +178,108 @@ class Run:
         return step_overhead(adapted, batch, attached)
 
 
+def listed(value: Any) -> list[str]:
+    """A list of texts out of the configuration; null is an empty one."""
+    return [str(one) for one in value or ()]
+
+
+def tracked_sites(anatomy: Anatomy, experiment: DictConfig) -> list[Site]:
+    """Sites of experiment.drift.sites, which may be patterns.
+
+    Raises:
+        ConfigError: none. SiteError: one that cannot be read or is not in this model, or at which no direction will be read; the site where
+            the arms are steered is checked too.
+    """
+    trait = experiment.trait
+    read = anatomy.sites(*listed(trait.sites))
+    if not (asked := listed(experiment.drift.sites)):  # of the anatomy, no site means all
+        remedy = "set experiment.drift.sites=[layers.*.output], or to some of them"
+        raise ConfigError("nothing is tracked", expected="a site or more in experiment.drift.sites", found="none", remedy=remedy)
+    tracked, used = anatomy.sites(*asked), anatomy.sites(trait.site) if trait.site else []
+    for key, sites in (("experiment.drift.sites", tracked), ("experiment.trait.site", used)):
+        if missing := [str(site) for site in sites if site not in read]:
+            raise SiteError(
+                f"no direction is read at {', '.join(missing)}, which {key} names",
+                expected=f"sites out of experiment.trait.sites, {', '.join(listed(trait.sites)) or 'which is empty'}",
+                found=", ".join(missing),
+                remedy=f"add it to experiment.trait.sites, or correct {key}",
+            )
+    return tracked
+
+
+def lora(anatomy: Anatomy, peft: DictConfig) -> LoraConfig:
+    """The adapters of every arm. Raises ConfigError when a target names no module of the model, a layer is none of its, or a number is out
+    of range: PEFT looks at that when the first arm begins, and lets a target pass that fits nothing while another one fits."""
+    targets, layers = listed(peft.targets), None if peft.layers is None else list(peft.layers)
+    linear = {name.rpartition(".")[2] for name, module in anatomy.model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    names = [name for name, _ in anatomy.model.named_modules()]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unknown or not targets:
+        remedy = "set peft.targets to some of these"
+        if near := did_you_mean(unknown[0], linear) if unknown else None:
+            remedy = near
+        raise ConfigError(
+            "peft.targets names no module", expected=f"some of {', '.join(sorted(linear))}", found=unknown or "none", remedy=remedy
+        )
+    if layers is not None and (not layers or not all(0 <= layer < anatomy.n_layers for layer in layers)):
+        raise ConfigError(
+            "peft.layers names no layer",
+            expected=f"indices from 0 to {anatomy.n_layers - 1}, or null for all",
+            found=layers,
+            remedy="correct peft.layers",
+        )
+    if peft.r is None or peft.r < 1 or peft.alpha is None or peft.dropout is None or not 0 <= peft.dropout < 1:
+        found = f"r={peft.r}, alpha={peft.alpha}, dropout={peft.dropout}"
+        raise ConfigError("such adapters cannot be made", expected="r >= 1, 0 <= dropout < 1", found=found, remedy="set these keys of peft")
+    return LoraConfig(
+        r=peft.r,
+        lora_alpha=peft.alpha,
+        lora_dropout=peft.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises ConfigError for one that not every generator of random numbers takes."""
+    if seed is None or not 0 <= seed < 2**32:
+        raise ConfigError("this cannot be a seed", expected=f"a whole number from 0 to {2**32 - 1}", found=seed, remedy="set seed=0")
+
+
+def check_unused(out: Path) -> None:
+    """Raises ConfigError when a folder holds a run, finished or begun, which this one would mix with its own or overwrite."""
+    if there := [name for name in WRITTEN if (out / name).exists()]:
+        raise ConfigError(
+            f"'{out}' holds a run already",
+            expected="a folder without one",
+            found=", ".join(there),
+            remedy="leave hydra.run.dir out, which makes a new folder for each run, or name another; a run cannot be resumed",
+        )
+
+
+def left_by(out: Path) -> str:
+    """What an interrupted run leaves, in a line."""
+    there = [f"{name}/{part.name}" for name in ("adapters", "drift") for part in sorted(out.glob(f"{name}/*")) if part.suffix != ".lock"]
+    return (
+        f"interrupted: '{out}' keeps what was written ({', '.join(there) or contents(out)}) and has no report; "
+        "a run cannot be resumed, start it again in a new folder"
+    )
+
+
 def run(config: DictConfig) -> None:
     """Runs every arm and writes metrics.json, report.html, the plans, the adapters and the drift records."""
     started, clock = datetime.now(UTC), time.perf_counter()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    out = Path(HydraConfig.get().runtime.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    hydra = HydraConfig.get()
+    out = Path(hydra.runtime.output_dir)
+    check_unused(out)  # before anything is written into it, hence Hydra's own copy of the configuration is switched off
+    check_seed(config.seed)
+    (out / "config").mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "config" / "config.yaml", OmegaConf.to_yaml(config))
+    atomic_write(out / "config" / "overrides.yaml", OmegaConf.to_yaml(hydra.overrides.task))
     job = Run(config, out)
     directions, direction = job.extract()
     job.say("baseline", "scoring the model as it is")

@@ -105,9 +105,9 @@ def _arm(
 def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Did the trait direction do more than a random one of the same length? Only the paired tests are allowed to say so.
 
-    Compared are the first arm trained with the trait direction that has a partner, that partner (the first arm trained with a random
-    direction at the same |strength|; site and scope are those of the experiment), and the first plain arm. It counts as specific when its arm
-    ends with a lower behaviour gap than both, after the correction for all comparisons. Another random vector might do more.
+    Compared are the first arm trained with the trait direction that has a partner, that partner (the first arm trained with a
+    random direction at the same |strength|; site and scope are those of the experiment), and the first plain arm. It counts as specific
+    when its arm ends with a lower behaviour gap than both, after the correction for all comparisons. Another random vector might do more.
     """
     plain = next((arm for arm in arms if arm.when == "never"), None)
     trained = {kind: [arm for arm in arms if (arm.when, arm.direction) == ("train", kind)] for kind in ("trait", "random")}

@@ -24,12 +24,12 @@ class SFTModule(pl.LightningModule):
         learning_rate, warmup_steps, steps, schedule: see `transformers.get_scheduler`.
 
     Raises:
-        ConfigError: no steps, a learning rate that is not positive, or a schedule that does not exist.
+        ConfigError: no steps (null counts as none), a learning rate that is not positive, or a schedule that does not exist.
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
         super().__init__()
-        if steps < 1 or warmup_steps < 0 or learning_rate <= 0:
+        if None in (steps, warmup_steps, learning_rate) or steps < 1 or warmup_steps < 0 or learning_rate <= 0:
             found = f"steps={steps}, warmup_steps={warmup_steps}, learning_rate={learning_rate}"
             remedy = "set these keys of experiment.train"
             wanted = "steps >= 1, warmup_steps >= 0, learning_rate > 0"
@@ -54,15 +54,20 @@ class SFTModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def check_batch(rows: int, batch_size: int | None) -> None:
+    """Raises ConfigError when so many rows do not fill a batch."""
+    if batch_size is None or not 1 <= batch_size <= rows:
+        remedy = "lower experiment.train.batch_size or add training rows"
+        raise ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {rows}", found=batch_size, remedy=remedy)
+
+
 def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
     """Batches in an order that depends on the seed alone, so that every arm sees the same ones.
 
     Raises:
         ConfigError: fewer rows than a batch, or a row without any response token within `max_length`.
     """
-    if not 1 <= batch_size <= len(rows):
-        remedy = "lower experiment.train.batch_size or add training rows"
-        raise ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {len(rows)}", found=batch_size, remedy=remedy)
+    check_batch(len(rows), batch_size)
     if (longest := max(row.prompt for row in rows)) >= max_length:
         remedy = "raise experiment.train.max_length or shorten the prompts"
         raise ConfigError("a prompt leaves no room for its answer", expected=f"max_length > {longest}", found=max_length, remedy=remedy)
