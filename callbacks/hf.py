@@ -65,7 +65,7 @@ class TrainerRun(TrainerCallback):
             self._resumed = Path(found) if found else None
             self._pending, self._inside = {}, True
             try:
-                with replaced(trainer, "compute_loss", self._told(trainer.compute_loss)):
+                with self.within(trainer):
                     return train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._inside = False
@@ -73,6 +73,12 @@ class TrainerRun(TrainerCallback):
 
         trainer.train = followed
         return self
+
+    @contextmanager
+    def within(self, trainer: Trainer) -> Iterator[None]:
+        """What is replaced in a trainer while it trains."""
+        with replaced(trainer, "compute_loss", self._told(trainer.compute_loss)):
+            yield
 
     def _told(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(compute_loss)
@@ -119,8 +125,8 @@ class TrainerRun(TrainerCallback):
         self._run.end()  # auto_find_batch_size begins again after running out of memory
         ranks = Ranks()
         self.begin(model, ranks)
-        if self._resumed is not None and (file := self.file(self._resumed)).exists():
-            self._run.load_state_dict(load_artifact(file, self.kind)[1], first=ranks.first)
+        if self._resumed is not None and (saved := self.load(self._resumed)) is not None:
+            self._run.load_state_dict(saved, first=ranks.first)
         self.start(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,6 +145,11 @@ class TrainerRun(TrainerCallback):
     def report(self, values: dict[str, float]) -> None:
         """Puts metrics into the next log entry."""
         self._pending |= values
+
+    def load(self, folder: Path) -> dict[str, Tensor] | None:
+        """This state in a checkpoint, None when it holds none."""
+        file = self.file(folder)
+        return load_artifact(file, self.kind)[1] if file.exists() else None
 
     def file(self, folder: Path) -> Path:
         """Where a checkpoint holds this state; two callbacks of a kind have different names."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Trainer
 
-from steer.callbacks.hf import TrainerRun
+from steer.callbacks.hf import TrainerRun, replaced
 from steer.callbacks.ranks import Ranks
 from steer.callbacks.runs import SteeringRun, every
+from steer.errors import ConfigError
 from steer.intervene import Plan
 
 
@@ -24,14 +29,26 @@ class HFSteeringCallback(TrainerRun):
     `phases=("train",)` neither are evaluations, the completions that GRPO samples, nor the passes without gradients in which GRPO takes
     the old log-probabilities (with several iterations or steps per generation; name `validate` to steer those, and evaluations, too).
 
+    What the plan learns follows the trainer's optimiser as in `SteeringCallback`. Its gradients are clipped with `max_grad_norm`, unless
+    its parameters are in an optimiser that the trainer was given: the trainer clips those of its model only. With
+    `load_best_model_at_end` they end as they were in the best checkpoint, too.
+
     Metrics `steer/<intervention>/strength` and `/tokens` join the trainer's own log entries.
     """
 
     kind = "steering_state"
     _run: SteeringRun
 
-    def __init__(self, plan: Plan, *, schedule: Any = None, phases: Sequence[str] = ("train",), every_n_steps: int = 10) -> None:
-        super().__init__(SteeringRun(plan, schedule, phases))
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        schedule: Any = None,
+        phases: Sequence[str] = ("train",),
+        every_n_steps: int = 10,
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(SteeringRun(plan, schedule, phases, learning_rate))
         self.plan, self.every_n_steps = plan, every(every_n_steps)
 
     def begin(self, model: nn.Module, ranks: Ranks) -> None:
@@ -39,7 +56,31 @@ class HFSteeringCallback(TrainerRun):
         self._run.begin(model, ranks, stack=any(one._run.attached for one in others))
 
     def start(self, step: int) -> None:
-        self._run.start(step)
+        trainer = self._trainer
+        if self.plan.parameters() and trainer.is_deepspeed_enabled:
+            raise ConfigError(
+                "DeepSpeed steps by itself, so that a plan cannot learn beside it",
+                expected="an optimiser that the trainer steps",
+                found="a DeepSpeed engine",
+                remedy="train the plan with DDP or FSDP",
+            )
+        self._run.start(step, trainer.model, [getattr(trainer.optimizer, "optimizer", trainer.optimizer)])  # unwrapped
+
+    @contextmanager
+    def within(self, trainer: Trainer) -> Iterator[None]:
+        with super().within(trainer), replaced(trainer, "training_step", self._averaged(trainer.training_step)):
+            yield
+
+    def _averaged(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        """No event lies between the backward pass and the clipping of gradients."""
+
+        @wraps(training_step)
+        def averaged(*args: Any, **kwargs: Any) -> Any:
+            loss = training_step(*args, **kwargs)
+            self._run.learning.average()
+            return loss
+
+        return averaged
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._run.batch(None)  # compute_loss tells of the batch
@@ -47,11 +88,21 @@ class HFSteeringCallback(TrainerRun):
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._run.ran()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.learning.check_reached()
+        self._run.learning.step(scaler=self._trainer.accelerator.scaler, clip=args.max_grad_norm or 0.0)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.learning.zero_grad()  # the trainer's is the model's
         self._run.ran()
         if state.global_step % self.every_n_steps == 0:
             self.report(self._run.metrics())
         self.plan.step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and (saved := self.load(Path(best))) is not None:
+            self._run.load_learned(saved)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._run.state_dict()

@@ -38,7 +38,23 @@ class Ranks:
         """Sum over the group, a new tensor where there is more than one rank. Every rank of the group must call it."""
         if not self.many:
             return tensor
-        reachable = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.group) == "nccl" else tensor.device
-        total = tensor.detach().to(reachable, copy=True)
+        total = self._reachable(tensor)
         dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the group, likewise."""
+        return self.sum(tensor) / dist.get_world_size(self.group) if self.many else tensor
+
+    def share(self, tensor: Tensor) -> None:
+        """Gives every rank of the group the first one's values, in place. Every rank must call it."""
+        if not self.many:
+            return
+        values = self._reachable(tensor)
+        dist.broadcast(values, src=dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group)
+        tensor.copy_(values)
+
+    def _reachable(self, tensor: Tensor) -> Tensor:
+        """A copy where the backend can read it."""
+        nccl = dist.get_backend(self.group) == "nccl"
+        return tensor.detach().to(torch.device("cuda", torch.cuda.current_device()) if nccl else tensor.device, copy=True)

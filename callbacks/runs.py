@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steer.callbacks.batches import ResponseHint
+from steer.callbacks.learning import Learning
 from steer.callbacks.ranks import Ranks
 from steer.checks import of_type, whole_number
 from steer.drift.tracker import DriftTracker
@@ -36,9 +38,10 @@ class SteeringRun:
     Args:
         schedule: takes the place of every intervention's own.
         phases: the interventions act in those of their own phases that are named here.
+        learning_rate: of the plan's parameters, see `Learning`.
     """
 
-    def __init__(self, plan: Plan, schedule: Any, phases: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, schedule: Any, phases: Sequence[str], learning_rate: float | None) -> None:
         of_type(plan, Plan, "the plan of a callback", "pass Plan([...]), not an intervention")
         self.plan = plan
         self.schedule = None if schedule is None else schedules.from_dict(schedule)
@@ -51,6 +54,7 @@ class SteeringRun:
         self.names = [one.name for one in plan.interventions]
         self.name = ",".join(self.names)  # what tells this plan from another one in the same run
         self.hint, self.ranks = ResponseHint(), Ranks()
+        self.learning = Learning(plan, learning_rate)
         self.attached = self.loaded = False
         self._own: list[tuple[Any, Any]] = []
         self._earlier = torch.zeros(len(self.names), dtype=torch.long)  # tokens steered before the attach, of this rank
@@ -100,8 +104,13 @@ class SteeringRun:
             one.set_phases(phases)
         self.plan.step(self.plan.current_step)
 
-    def start(self, step: int) -> None:
-        """Training starts, or goes on, after `step` optimiser steps."""
+    def start(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Training starts, or goes on, after `step` optimiser steps. All ranks call it together.
+
+        Raises:
+            ConfigError: the plan has parameters that nothing would train.
+        """
+        self.learning.start(model, optimizers, self.ranks)
         if step > 0 and not self.loaded:
             warnings.warn("the checkpoint holds no state of this plan: its strengths are those it was made with", stacklevel=2)
         if not self.loaded:
@@ -152,22 +161,33 @@ class SteeringRun:
             if one["window"] is not None:  # whether it has each end, and where
                 state[f"{name}/window"] = torch.tensor([[end is not None, end or 0] for end in one["window"]])
             state |= {f"{name}/learned/{key}": tensor for key, tensor in one["learned"].items()}
-        return state
+        return state | self.learning.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, first: bool) -> None:
         """Raises ConfigError when the state belongs to a plan with other interventions."""
         ones = {}
         for name in (key.removesuffix("/base") for key in state if key.endswith("/base")):
-            window, mark = state.get(f"{name}/window"), f"{name}/learned/"
+            window = state.get(f"{name}/window")
             ones[name] = {
                 "base": state[f"{name}/base"],
                 "enabled": bool(state[f"{name}/enabled"]),
                 "window": None if window is None else tuple(end if known else None for known, end in window.tolist()),
-                "learned": {key.removeprefix(mark): tensor for key, tensor in state.items() if key.startswith(mark)},
+                "learned": _learned(state, name),
             }
         self.plan.load_state_dict({"step": int(state["step"]), "interventions": ones})
+        self.learning.load_state_dict(state)
         self._earlier = torch.tensor([int(state[f"{name}/tokens"]) if first else 0 for name in self.names]) - self._fired()
         self.loaded = True
+
+    def load_learned(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what was learned from a state, and nothing else of it."""
+        for one in self.plan.interventions:
+            one.load_learned(_learned(state, one.name))
+
+
+def _learned(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    mark = f"{name}/learned/"
+    return {key.removeprefix(mark): tensor for key, tensor in state.items() if key.startswith(mark)}
 
 
 class DriftRun:

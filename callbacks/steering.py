@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steer.callbacks import lightning
 from steer.callbacks.runs import SteeringRun, every
+from steer.errors import ConfigError
 from steer.intervene import Plan
 
 
@@ -32,17 +33,29 @@ class SteeringCallback(pl.Callback):
             alone in every phase.
         every_n_steps: optimiser steps between two log entries.
         submodule: dotted path of the steered model inside the LightningModule, for one that holds several (a policy and its reference).
+        learning_rate: of what the plan learns (`operator.train()`). Its parameters get an optimiser of the module's class and settings,
+            without weight decay (AdamW where the module has none), which steps when the module's does, at a rate that rises and falls with
+            the module's. Gradients are averaged over the ranks and clipped by a norm of their own with the trainer's limit; the state is in
+            the checkpoint. None when `configure_optimizers` puts `plan.parameters()` into an optimiser itself.
 
     Raises:
-        ConfigError: a phase or schedule that does not exist; a plan that acts in none of the phases.
+        ConfigError: a phase or schedule that does not exist; a plan that acts in none of the phases; when training starts, a plan with
+            parameters and no learning rate, and after a step, parameters that no gradient reached.
         HookDidNotRunError: after the first training batch, when no pass of it went through the model.
     """
 
     def __init__(
-        self, plan: Plan, *, schedule: Any = None, phases: Sequence[str] = ("train",), every_n_steps: int = 10, submodule: str = ""
+        self,
+        plan: Plan,
+        *,
+        schedule: Any = None,
+        phases: Sequence[str] = ("train",),
+        every_n_steps: int = 10,
+        submodule: str = "",
+        learning_rate: float | None = None,
     ) -> None:
         self.plan, self.every_n_steps, self.submodule = plan, every(every_n_steps), submodule
-        self._run = SteeringRun(plan, schedule, phases)
+        self._run = SteeringRun(plan, schedule, phases, learning_rate)
         self._step = 0
         self._device: torch.device | None = None
 
@@ -83,10 +96,27 @@ class SteeringCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        self._run.start(self._step)
+        if self.plan.parameters() and trainer.strategy.handles_gradient_accumulation:
+            raise ConfigError(
+                f"{type(trainer.strategy).__name__} steps by itself, so that a plan cannot learn beside it",
+                expected="a strategy whose optimiser steps are Lightning's",
+                found=type(trainer.strategy).__name__,
+                remedy="train the plan with DDPStrategy or ModelParallelStrategy",
+            )
+        self._run.start(self._step, pl_module, trainer.optimizers)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._run.batch(batch)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run.learning.average()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        learning = self._run.learning
+        if pl_module.automatic_optimization:  # otherwise a loss may leave the steered model out
+            learning.check_reached()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        learning.step(scaler=scaler, clip=trainer.gradient_clip_val or 0.0, by_value=trainer.gradient_clip_algorithm == "value")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._run.ran()

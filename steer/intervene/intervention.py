@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer import kernels
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import gate as gates
@@ -212,10 +213,10 @@ class Intervention:
         strength = strength.view(-1, 1, 1)
         whole = h if h.dim() == 3 else h.reshape(h.shape[0], -1, h.shape[-1])
         weight, pick = self._weight(mask, h, ctx), Pick(self.operator, rows)
-        if self.preserve_norm:
-            new = self._with_norm(whole, strength, weight, pick)
-        else:
-            new = self.operator.apply(whole, strength, weight, pick)
+        new = self.operator.fused(whole, strength, weight, pick, self.preserve_norm) if kernels.wanted(whole) else None
+        if new is None:
+            edit = self._with_norm if self.preserve_norm else self.operator.apply
+            new = edit(whole, strength, weight, pick)
         return new if h.dim() == 3 else new.reshape(h.shape)
 
     def _with_norm(self, h: Tensor, strength: Tensor, weight: Tensor | None, pick: Pick) -> Tensor:
@@ -323,7 +324,7 @@ class Intervention:
 
     @property
     def driven(self) -> dict[str, Driven]:
-        """What holds its tensors, by the prefix of their names in a file: none for the operator, for the n-th leaf of its gate `gate<n>.`"""
+        """Who holds its tensors, by the prefix of their names in a file: none for the operator, for the n-th leaf of its gate `gate<n>.`"""
         leaves = self.gate.leaves() if self.gate is not None else ()
         return {"": self.operator, **{f"gate{number}.": leaf for number, leaf in enumerate(leaves)}}
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainingArguments
 
 from steer.callbacks import DriftCallback, HFDriftCallback, HFSteeringCallback, SteeringCallback
-from steer.intervene import Linear
+from steer.intervene import Linear, Plan
 
 torch.set_num_threads(1)
 
@@ -55,6 +55,15 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()}
 
 
+def learning_plan() -> Plan:
+    """A plan whose vector is learned, and begins elsewhere on every rank but the first, whose values are those that count."""
+    plan = make_plan()
+    plan.interventions[0].operator.train()
+    if int(os.environ.get("RANK", 0)):
+        plan.parameters()[0].data += 1.0
+    return plan
+
+
 def gathered(value: Any) -> list[Any]:
     """What every rank has."""
     if not dist.is_initialized():
@@ -67,8 +76,9 @@ def gathered(value: Any) -> list[Any]:
 def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None = None, **options: Any) -> dict[str, Any]:
     """One run of Lightning, single or distributed; what it did."""
     resume = options.pop("resume", None)
-    plan, tracker = make_plan(), make_tracker(store)
-    steering, drift = SteeringCallback(plan, schedule=Linear(8), every_n_steps=1), DriftCallback(tracker, every_n_steps=3)
+    plan, tracker = learning_plan(), make_tracker(store)
+    steering = SteeringCallback(plan, schedule=Linear(8), every_n_steps=1, learning_rate=5.0)
+    drift = DriftCallback(tracker, every_n_steps=3)
     seen: dict[str, Any] = {"strengths": []}
 
     class Spy(pl.Callback):
@@ -88,7 +98,8 @@ def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None
     trainer = make_trainer(*callbacks, use_distributed_sampler=False, **options)
     trainer.fit(module, batches, ckpt_path=resume)
     return {
-        "weights": weights(module.model),
+        "weights": weights(module.model) | {"vector": plan.parameters()[0].detach().clone()},
+        "vectors": gathered(plan.parameters()[0].detach().clone()),
         "metrics": gathered({name: float(value) for name, value in trainer.callback_metrics.items()}),
         "states": gathered({**steering.state_dict(), **drift.state_dict()}),
         "local tokens": gathered(sum(plan.fired().values())),
@@ -98,7 +109,7 @@ def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None
 
 def hugging_face(out: Path, store: Path, *, batch_size: int, epochs: int = 1, resume: bool = False) -> dict[str, Any]:
     """One run of transformers' Trainer, single or distributed."""
-    plan, tracker = make_plan(), make_tracker(store)
+    plan, tracker = learning_plan(), make_tracker(store)
     trainer = Trainer(
         model=FAMILIES["llama"](),
         args=TrainingArguments(
@@ -119,11 +130,12 @@ def hugging_face(out: Path, store: Path, *, batch_size: int, epochs: int = 1, re
         ),
         train_dataset=examples(),  # type: ignore[arg-type]
     )
-    steering = HFSteeringCallback(plan, schedule=Linear(8), every_n_steps=1).attach(trainer)
+    steering = HFSteeringCallback(plan, schedule=Linear(8), every_n_steps=1, learning_rate=5.0).attach(trainer)
     drift = HFDriftCallback(tracker, every_n_steps=3).attach(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return {
-        "weights": weights(trainer.model),
+        "weights": weights(trainer.model) | {"vector": plan.parameters()[0].detach().clone()},
+        "vectors": gathered(plan.parameters()[0].detach().clone()),
         "metrics": gathered(trainer.state.log_history[-2]),
         "states": gathered({**steering.state_dict(), **drift.state_dict()}),
         "local tokens": gathered(sum(plan.fired().values())),

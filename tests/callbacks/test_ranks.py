@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT
+from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT, vector
 from filelock import FileLock
 
 from steer.drift import DriftRecord, DriftStore
@@ -94,6 +94,12 @@ def test_two_ranks_train_as_one(ranks: Results, single: Results, name: str, alon
     ours, theirs = ranks[name]["weights"], single[alone]["weights"]
     assert ours.keys() == theirs.keys()
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PAIRS])
+def test_what_a_plan_learns_is_the_same_on_all_ranks(ranks: Results, name: str) -> None:
+    first, second = ranks[name]["vectors"]
+    assert torch.equal(first, second) and (first[0] - vector()).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("name", "alone"), PAIRS)

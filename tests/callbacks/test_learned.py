@@ -1,0 +1,517 @@
+"""Plans that learn: in a loop of one's own, and in both trainers, where their parameters lie outside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from callback_helpers import SITE, Module, OwnLoss, examples, loader, make_plan, make_trainer, same_weights, vector
+from families import FAMILIES, WIDTH
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from steer.callbacks import HFSteeringCallback, SteeringCallback
+from steer.callbacks.learning import Learning
+from steer.callbacks.ranks import Ranks
+from steer.errors import ConfigError
+from steer.intervene import Ablate, Add, Intervention, Linear, LoReFT, Plan, ProbeGate
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning", "ignore::UserWarning:torch", "ignore::DeprecationWarning"
+)
+NAME = f"add@{SITE}"
+
+
+def learner(site: str = SITE, **options: Any) -> Plan:
+    """A vector that is learned, from zero on."""
+    return Plan(Intervention(Add(torch.zeros(WIDTH)).train(), site, **{"scope": "response", **options}))
+
+
+def only(plan: Plan) -> Tensor:
+    (parameter,) = plan.parameters()
+    return parameter.detach().clone()
+
+
+class Frozen(Module):
+    """Only what is outside the model can learn."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__(model)
+        self.model.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class Stepped(Module):
+    """SGD with momentum and a warm-up, like most runs: the rate changes at every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+# ---- a loop of one's own
+
+
+def test_a_vector_learns_in_a_plain_loop_and_is_what_the_gradient_says() -> None:
+    model, plan, batch = FAMILIES["llama"]().requires_grad_(False), learner(), next(iter(loader(16, 16)))
+    optimizer = torch.optim.SGD(plan.parameters(), lr=0.5)
+    losses = []
+    with plan.attached(model):
+        for _ in range(8):
+            loss = model(**batch, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02 and losses == sorted(losses, reverse=True)
+    # the gradient of a vector is that of the activation, summed over the tokens it is added to
+    v = torch.zeros(WIDTH, requires_grad=True)
+    mask = (batch["labels"] != -100).unsqueeze(-1)
+    handle = model.model.layers[1].register_forward_hook(lambda _, __, out: out + mask * v)
+    model(**batch, use_cache=False).loss.backward()
+    handle.remove()
+    fresh = learner()
+    with fresh.attached(model):
+        model(**batch, use_cache=False).loss.backward()
+    assert torch.allclose(fresh.parameters()[0].grad[0], v.grad, atol=1e-7) and v.grad.abs().max() > 1e-4
+
+
+def test_loreft_and_a_soft_gate_learn_together() -> None:
+    model, batch = FAMILIES["llama"]().requires_grad_(False), next(iter(loader(16, 16)))
+    gate = ProbeGate(vector(), 0.0, sharpness=1.0).train()
+    plan = Plan(Intervention(LoReFT.initial(WIDTH, 2).train(), SITE, "response", gate=gate))
+    assert len(plan.parameters()) == 5
+    before = [one.detach().clone() for one in plan.parameters()]
+    optimizer, losses = torch.optim.Adam(plan.parameters(), lr=0.05), []
+    with plan.attached(model):
+        for _ in range(6):
+            loss = model(**batch, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    assert not any(torch.equal(a, b) for a, b in zip(before, plan.parameters(), strict=True))
+
+
+# ---- Lightning
+
+
+def test_a_frozen_model_and_a_plan_that_learns() -> None:
+    plan, module = learner(), Frozen()
+    before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    make_trainer(SteeringCallback(plan, learning_rate=0.05), max_epochs=2).fit(module, loader())
+    assert sum(module.losses[8:]) < sum(module.losses[:8]) - 0.1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.model.state_dict().items())
+    assert all(one.grad is None for one in module.parameters())
+
+
+def reference_run(module: Module, plan: Plan, batches: list[Any], rate: float, factors: list[float], **sgd: Any) -> Tensor:
+    """The same by hand: the model's optimiser and one for the vector, side by side."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    mine = torch.optim.SGD(plan.parameters(), lr=rate, momentum=0.9)
+    with plan.attached(module.model):
+        for batch, factor in zip(batches, factors, strict=True):
+            optimizer.zero_grad()
+            mine.zero_grad()
+            module.loss(batch).backward()
+            optimizer.param_groups[0]["lr"], mine.param_groups[0]["lr"] = 0.05 * factor, rate * factor
+            if sgd:
+                nn.utils.clip_grad_norm_(module.parameters(), sgd["clip"])
+                nn.utils.clip_grad_norm_(plan.parameters(), sgd["clip"])
+            optimizer.step()
+            mine.step()
+    return only(plan)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_it_learns_as_a_second_optimiser_beside_the_modules_own_would(clip: float | None) -> None:
+    plan, module = learner(), Stepped()
+    make_trainer(SteeringCallback(plan, learning_rate=0.2), gradient_clip_val=clip).fit(module, loader())
+    factors = [min(1.0, (step + 1) / 4) for step in range(8)]
+    by_hand, other = Stepped(), learner()
+    wanted = reference_run(by_hand, other, list(loader()), 0.2, factors, **({} if clip is None else {"clip": clip}))
+    assert torch.allclose(only(plan), wanted, atol=1e-6) and wanted.norm() > 0.001
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), by_hand.parameters(), strict=True))
+
+
+def test_accumulated_gradients_make_one_step() -> None:
+    plan, module = learner(), Stepped()
+    make_trainer(SteeringCallback(plan, learning_rate=0.2), accumulate_grad_batches=2, max_steps=1).fit(module, loader())
+    other = learner()
+    model = Module()
+    with other.attached(model.model):
+        for batch in list(loader())[:2]:
+            (model.loss(batch) / 2).backward()
+    assert torch.allclose(only(plan), -0.2 * 0.25 * other.parameters()[0].grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "ReduceLROnPlateau", "StepLR"])
+def test_the_rate_follows_any_scheduler(scheduler: str) -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            made = {
+                "OneCycleLR": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+                "ReduceLROnPlateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9),
+                "StepLR": lambda: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+            }[scheduler]()
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step", "monitor": "loss"}}
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            loss = super().training_step(batch, index)
+            self.log("loss", loss)
+            return loss
+
+    callback, seen = SteeringCallback(learner(), learning_rate=2.0), []
+
+    class Rates(pl.Callback):
+        def on_before_zero_grad(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    mine = []
+
+    class Mine(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            mine.append(callback._run.learning.optimizer.param_groups[0]["lr"])
+
+    make_trainer(callback, Rates(), Mine()).fit(Scheduled(), loader())
+    assert mine == pytest.approx([20.0 * rate for rate in seen]) and len(set(seen)) > 2
+
+
+def test_a_module_may_put_the_parameters_into_its_own_optimiser() -> None:
+    plan = learner()
+
+    class Own(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam([{"params": self.parameters()}, {"params": plan.parameters(), "lr": 0.05}], lr=1e-2)
+
+    module = Own()
+    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    other, beside = learner(), Module()
+    make_trainer(SteeringCallback(other, learning_rate=0.05)).fit(beside, loader())
+    assert torch.equal(only(plan), only(other)) and same_weights(module, beside) and only(plan).norm() > 0.01
+
+
+def test_parameters_that_are_the_modules_own_are_left_to_it() -> None:
+    """What DDP needs when nothing else of the module learns."""
+    plan = learner()
+
+    class Holding(Frozen):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learned = nn.ParameterList(plan.parameters())
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=0.05, weight_decay=0.0)
+
+    make_trainer(SteeringCallback(plan)).fit(Holding(), loader())
+    other = learner()
+    make_trainer(SteeringCallback(other, learning_rate=0.05)).fit(Frozen(), loader())
+    assert torch.equal(only(plan), only(other)) and only(plan).norm() > 0.01
+
+
+class Lean(Frozen):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        return self.loss(batch)
+
+
+def test_compiled_training_learns_the_same_and_compiles_once() -> None:
+    found, graphs = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        plan, module = learner(), Lean()
+        if compiled:
+            torch._dynamo.reset()
+            module.model.compile(backend=backend, fullgraph=True)
+        make_trainer(SteeringCallback(plan, learning_rate=0.05), max_steps=3).fit(module, loader())
+        found.append(only(plan))
+    torch._dynamo.reset()
+    assert torch.allclose(*found, atol=1e-6) and found[0].norm() > 0.01 and len(graphs) == 1
+
+
+def test_fp16_gradients_are_unscaled_and_a_step_with_infinite_ones_is_left_out() -> None:
+    plan, scaler = learner(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (parameter,) = plan.parameters()
+    learning = Learning(plan, 0.5)
+    with pytest.warns(UserWarning, match="no forward pass"), plan.attached(FAMILIES["llama"]()):
+        learning.start(nn.Linear(1, 1), [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)], Ranks())
+        for gradient in (2.0, float("inf")):
+            scaler.scale(gradient * parameter.sum()).backward()
+            learning.average()
+            learning.step(scaler=scaler, clip=0.0)
+            scaler.update()
+    assert torch.equal(parameter, torch.full_like(parameter, -1.0)) and scaler.get_scale() == 512.0
+
+
+def test_two_plans_and_strengths_that_change() -> None:
+    plans = [learner(schedule=Linear(8)), learner("layers.0.output", scope="all")]
+    module = Module()
+    make_trainer(*(SteeringCallback(plan, learning_rate=0.05) for plan in plans)).fit(module, loader())
+    assert all(only(plan).norm() > 0.01 for plan in plans)
+
+
+class Dies(Stepped):
+    at = 6
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        if self.global_step == self.at:
+            raise MemoryError("killed")
+        return super().training_step(batch, index)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "frozen"])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, kind: str) -> None:
+    class DiesFrozen(Dies, Frozen):
+        def configure_optimizers(self) -> None:
+            return None
+
+    def run(module: Module, **options: Any) -> tuple[Plan, SteeringCallback]:
+        gate = ProbeGate(vector(9), 0.1, sharpness=2.0).train()
+        plan = Plan(Intervention(Add(0.1 * vector()).train(), SITE, "response", schedule=Linear(20), gate=gate))
+        callback = SteeringCallback(plan, learning_rate=0.1)
+        save = pl.callbacks.ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+        make_trainer(callback, save, max_epochs=2, accumulate_grad_batches=2).fit(module, loader(), **options)
+        return plan, callback
+
+    whole, resumed, dying = (Stepped(), Stepped(), Dies()) if kind == "sgd" else (Frozen(), Frozen(), DiesFrozen())
+    with pytest.raises(MemoryError):
+        run(dying)
+    second, again = run(resumed, ckpt_path=tmp_path / "last.ckpt")
+    first, callback = run(whole)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert same_weights(whole, resumed) and not torch.equal(first.parameters()[0][0], 0.1 * vector())
+    ours, theirs = again.state_dict(), callback.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert any(key.startswith("learning/2/") for key in ours)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+    path = first.save(tmp_path / "plan.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(Plan.load(path).parameters(), first.parameters(), strict=True))
+
+
+def test_windows_survive_a_resume(tmp_path: Path) -> None:
+    plan = make_plan(scope="response[:2]")
+    trainer = make_trainer(SteeringCallback(plan), max_steps=1)
+    plan.set_window(1, None)
+    trainer.fit(Module(), loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = make_plan(scope="response[:2]")
+    make_trainer(SteeringCallback(again), max_steps=2).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert again.interventions[0].window == (1, None)
+
+
+# ---- Hugging Face
+
+
+def hf(
+    out: Path, plan: Plan | None, rate: float | None = 0.2, cls: type[Trainer] = Trainer, frozen: bool = False, **options: Any
+) -> Trainer:
+    arguments = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "optim_args": None,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        "weight_decay": 0.1,
+    }
+    given = options.pop("optimizers", (None, None))
+    callbacks = options.pop("callbacks", None)
+    model = FAMILIES["llama"]().requires_grad_(not frozen)
+    trainer = cls(
+        model=model,
+        args=TrainingArguments(**{**arguments, **options}),
+        train_dataset=examples(),  # type: ignore[arg-type]
+        eval_dataset=examples(4),  # type: ignore[arg-type]
+        optimizers=given,
+        callbacks=callbacks,
+    )
+    if plan is not None:
+        HFSteeringCallback(plan, learning_rate=rate).attach(trainer)
+    return trainer
+
+
+def hf_losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_hf_frozen_model_and_a_plan_that_learns(tmp_path: Path) -> None:
+    plan = learner()
+    trainer = hf(tmp_path, plan, 0.05, frozen=True, num_train_epochs=2, optim="adamw_torch", warmup_steps=0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    losses = hf_losses(trainer)
+    assert sum(losses[8:]) < sum(losses[:8]) - 0.1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert "training_step" not in vars(trainer) and "compute_loss" not in vars(trainer)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_hf_learns_as_a_second_optimiser_beside_the_trainers_own_would(tmp_path: Path, clip: float) -> None:
+    plan, other, batches = learner(), learner(), []
+
+    class Noting(Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            batches.append({key: inputs[key].clone() for key in ("input_ids", "labels")})
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = hf(tmp_path, plan, cls=Noting, max_grad_norm=clip, weight_decay=0.0)
+    trainer.train()
+    model = FAMILIES["llama"]()
+    groups = [torch.optim.SGD(model.parameters(), lr=0.05), torch.optim.SGD(other.parameters(), lr=0.2)]
+    with other.attached(model):
+        for step, batch in enumerate(batches):
+            for optimizer, rate in zip(groups, (0.05, 0.2), strict=True):
+                optimizer.zero_grad()
+                optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 4)
+            model(**batch, use_cache=False).loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+                nn.utils.clip_grad_norm_(other.parameters(), clip)
+            for optimizer in groups:
+                optimizer.step()
+    assert torch.allclose(only(plan), only(other), atol=1e-6) and only(plan).norm() > 0.001
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True))
+
+
+def test_hf_parameters_in_an_optimiser_that_the_trainer_was_given(tmp_path: Path) -> None:
+    plan = learner()
+    optimizer = torch.optim.SGD(plan.parameters(), lr=0.2)
+    trainer = hf(tmp_path, None, frozen=True, optimizers=(optimizer, None))
+    HFSteeringCallback(plan).attach(trainer)
+    trainer.train()
+    other = learner()
+    beside = hf(tmp_path, other, frozen=True)
+    beside.train()
+    assert torch.allclose(only(plan), only(other), atol=1e-7) and only(plan).norm() > 0.001
+
+
+class Killed(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            raise MemoryError("killed")
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_hf_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, frozen: bool) -> None:
+    def run(name: str, cls: type[Trainer] = Trainer, resume: bool = False) -> tuple[Plan, Trainer]:
+        plan = learner(schedule=Linear(10))
+        options = {
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "num_train_epochs": 2,
+            "gradient_accumulation_steps": 2,
+            "optim": "adamw_torch",
+        }
+        trainer = hf(tmp_path / name, plan, cls=cls, frozen=frozen, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return plan, trainer
+
+    with pytest.raises(MemoryError):
+        run("killed", Killed)
+    resumed, second = run("killed", resume=True)
+    whole, first = run("whole")
+    assert torch.equal(only(resumed), only(whole)) and only(whole).norm() > 0.01
+    assert same_weights(first.model, second.model)
+
+
+def test_hf_ends_with_the_vector_of_the_best_model(tmp_path: Path) -> None:
+    plan, seen = learner(), {}
+
+    class Note(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen[state.global_step] = only(plan)
+
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = hf(tmp_path, plan, callbacks=[Note()], **options, **best)
+    trainer.train()
+    step = trainer.state.best_global_step
+    assert step < 8 and torch.equal(only(plan), seen[step]) and not torch.equal(seen[step], seen[8])
+
+
+# ---- nothing is left untrained without a word
+
+
+def test_parameters_that_nothing_would_train_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing would train"):
+        make_trainer(SteeringCallback(learner())).fit(Module(), loader())
+    with pytest.raises(ConfigError, match="nothing would train"):
+        hf(tmp_path, learner(), None).train()
+    kept = learner()
+    kept.parameters()[0].requires_grad_(False)
+    make_trainer(SteeringCallback(kept), max_steps=1).fit(Module(), loader())
+    assert not only(kept).any()
+
+
+def test_a_rate_for_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has nothing to train"):
+        make_trainer(SteeringCallback(make_plan(), learning_rate=0.1)).fit(Module(), loader())
+    with pytest.raises(ConfigError, match="has nothing to train"):
+        hf(tmp_path, make_plan(), 0.1).train()
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="learning_rate"):
+            SteeringCallback(learner(), learning_rate=rate)
+
+
+def test_a_plan_that_learns_must_act_in_training() -> None:
+    plan = Plan([learner().interventions[0], Intervention(Add(torch.ones(WIDTH)).train(), "layers.0.output", phases=("validate",))])
+    with pytest.raises(ConfigError, match="does not act in training"):
+        make_trainer(SteeringCallback(plan, learning_rate=0.1, phases=("train", "validate"))).fit(Module(), loader())
+
+
+def test_a_loss_that_the_vector_has_no_part_in_is_noticed(tmp_path: Path) -> None:
+    class Detached(OwnLoss):
+        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().loss(batch).detach() + sum(one.sum() for one in self.parameters())
+
+    with pytest.raises(ConfigError, match="got no gradient"):
+        make_trainer(SteeringCallback(learner(), learning_rate=0.1)).fit(Detached(), loader())
+
+    class Cut(Trainer):
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, *args, **kwargs).detach() + sum(one.sum() for one in model.parameters())
+
+    with pytest.raises(ConfigError, match="got no gradient"):
+        hf(tmp_path, learner(), cls=Cut).train()
+
+
+def test_an_optimiser_without_a_twin_is_named() -> None:
+    class Odd(torch.optim.SGD):
+        def __init__(self, parameters: Any, *, secret: int) -> None:
+            super().__init__(parameters, lr=0.1)
+
+    class WithOdd(Module):
+        def configure_optimizers(self) -> Any:
+            return Odd(self.parameters(), secret=1)
+
+    with pytest.raises(ConfigError, match="no second Odd"):
+        make_trainer(SteeringCallback(learner(), learning_rate=0.1)).fit(WithOdd(), loader())
+
+
+def test_a_state_of_a_plan_that_learned_something_else() -> None:
+    callback = SteeringCallback(learner())
+    with pytest.raises(ConfigError, match="do not fit"):
+        callback.load_state_dict(SteeringCallback(make_plan()).state_dict())
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        Ablate(vector()).train()
