@@ -51,7 +51,8 @@ class Ranks:
         if not self.many:
             return
         values = self._reachable(tensor)
-        dist.broadcast(values, src=dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group)
+        group: Any = self.group or dist.group.WORLD
+        dist.broadcast(values, src=dist.get_global_rank(group, 0), group=self.group)
         tensor.copy_(values)
 
     def _reachable(self, tensor: Tensor) -> Tensor:

@@ -357,9 +357,9 @@ class Intervention:
         rest = {key: spec[key] for key in ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled", "preserve_norm")}
         one = cls(operator, gate=gate, **rest)
         learned = {name.rpartition(".")[0] for name in spec["learned"]}
-        for prefix, part in one.driven.items():
+        for prefix, holder in one.driven.items():
             if prefix.removesuffix(".") in learned:
-                part.train()
+                holder.train()
         return one
 
 
