@@ -123,7 +123,7 @@ def calibrate(
         max_kl, max_perplexity_ratio, share: see `DoseCurve`.
 
     Raises:
-        ContrastError: no pairs, no neutral text, or texts that the direction was made from.
+        ContrastError: fewer than two pairs, no neutral text, or texts that the direction was made from.
         ConfigError: no doses, or one that is not above 0.
     """
     if not doses or min(doses) <= 0:
@@ -132,6 +132,10 @@ def calibrate(
             expected="relative doses such as 0.1 or 0.5; 0 is measured in any case",
             found=list(doses),
             remedy="leave out the others; to steer the other way, swap the two sides of the contrast",
+        )
+    if len(contrast.positive) < 2:
+        raise ContrastError(
+            "one pair has no standard error", expected="two pairs or more", found=len(contrast.positive), remedy="give more pairs"
         )
     doses = sorted(doses)
     strengths = [direction.strength_of(dose) for dose in (0.0, *doses)]

@@ -128,7 +128,7 @@ def train_direction(
         wanted = "steps >= 1, batch_size >= 1, learning_rate > 0"
         raise ConfigError("this training does nothing", expected=wanted, found=found, remedy="raise what is too small")
     anatomy = Anatomy.find(model)
-    (place,) = anatomy.sites(str(site))
+    place = Site.parse(site)
     train, held = contrast.split(holdout, seed)
     moments = read_moments(model, train, [place], span, set(), progress)[place]
     width = len(moments.gap)

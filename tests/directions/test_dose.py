@@ -135,6 +135,7 @@ def test_bad_input_is_named():
         (pairs(), {"doses": (0.1, -0.5)}, ConfigError, "swap the two sides"),
         (unpaired, {}, ContrastError, "two sets of unrelated texts"),
         (prompts, {}, ContrastError, "texts without answers"),
+        (pairs(1), {}, ContrastError, "one pair has no standard error"),
     ]:
         with pytest.raises(error, match=message):
             calibrate(model, direction, contrast, running_text(), progress=False, **options)

@@ -9,7 +9,7 @@ from steer.directions import OBJECTIVES, ContrastSet, Directions, train_directio
 from steer.directions.reps import AddOrNull
 from steer.directions.sweep import pair_gaps
 from steer.directions.trained import Objective, Scores
-from steer.errors import ConfigError, ContrastError, NonFiniteError
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.intervene import Add
 from steer.intervene.operator import Pick
 
@@ -104,6 +104,9 @@ def test_bad_input_is_named(monkeypatch):
     ]:
         with pytest.raises(error, match=message):
             train_direction(model, contrast, SITE, **{**QUICK, **options})
+
+    with pytest.raises(SiteError, match=r"unknown site 'layers.\*.output'"):
+        train_direction(model, whole, "layers.*.output", method="bipo", **QUICK)
 
     def poisoned(scores: Scores) -> torch.Tensor:
         return scores.steered["positive", 1].sum() * float("nan")
