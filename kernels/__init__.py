@@ -24,9 +24,9 @@ if __name__ == "kernels":
         raise AttributeError(f"no '{name}': this folder is steer.kernels, and the distribution 'kernels' is not installed")
 else:
     from steer.kernels.available import KERNELS, status
-    from steer.kernels.dispatch import force
+    from steer.kernels.dispatch import force, wanted
     from steer.kernels.drift_stats import DriftStats, drift_stats
     from steer.kernels.edit import edit
     from steer.kernels.steer_add import steer_add
 
-    __all__ = ["KERNELS", "DriftStats", "drift_stats", "edit", "force", "status", "steer_add"]
+    __all__ = ["KERNELS", "DriftStats", "drift_stats", "edit", "force", "status", "steer_add", "wanted"]

@@ -76,6 +76,12 @@ def runs_triton(h: Tensor) -> bool:
     return _triton and (h.is_cuda or interpreting()) and h.dtype in DTYPES
 
 
+def wanted(h: Tensor) -> bool:
+    """A kernel takes edits of this activation, or a compiler, for which the functions of this room are written: what it cannot fuse they
+    leave out. Elsewhere an operator's own few operations cost less of the host's time."""
+    return torch.compiler.is_compiling() or choose(h) != "aten"
+
+
 def choose(h: Tensor, opaque: bool = False) -> str:
     """The path for an activation: `aten`, `triton` or `op`.
 

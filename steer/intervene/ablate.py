@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, orthonormal
@@ -29,6 +31,9 @@ class Ablate(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return -strength * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": 0.0}
 
     def is_affine(self) -> bool:
         return True

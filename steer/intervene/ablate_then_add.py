@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,6 +34,12 @@ class AblateThenAdd(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * pick("step") - strength.abs().clamp(max=1.0) * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        if strength.shape[0] > 1:  # of rows, and these numbers are of slots
+            return None
+        share, steps = 1.0 - strength.abs().clamp(max=1.0).view(1, 1), strength.view(1, 1) * bank("step").flatten(1)
+        return {"scale": share, "shift": steps, "strength": 1.0}
 
     def is_affine(self) -> bool:
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steer.intervene.ablate_then_add import AblateThenAdd
@@ -39,6 +41,10 @@ class Ace(AblateThenAdd):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return super().change(x - pick("origin"), strength, pick)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        found = super().edit(strength, bank)
+        return None if found is None else {**found, "bias": -bank("origin").flatten(1)}
 
     def describe(self) -> str:
         return f"set what h has along r to {listed(self.tensors['origin'])}, that of the reference, plus {listed(self.tensors['step'])}"

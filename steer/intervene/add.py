@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from steer import kernels
 from steer.intervene.operator import OPERATORS, Operator, Pick, slotted
 
 
@@ -25,6 +26,12 @@ class Add(Operator):
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         vector = pick("vector")  # which broadcasts as it is where all rows share one: a view less at every site of every decoded token
         return (strength * (vector if vector.shape[0] == 1 else vector.unsqueeze(1))).to(h.dtype)
+
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+        slots = pick.rows if self.slots > 1 else None
+        if slots is None and not preserve_norm:  # two passes over memory as it is
+            return None
+        return kernels.steer_add(h, self.tensors["vector"], strength, mask, slots, preserve_norm)
 
     def is_affine(self) -> bool:
         return True

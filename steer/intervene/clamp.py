@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,9 @@ class Clamp(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         low, high = (pick(name) if name in self.tensors else None for name in ("low", "high"))
         return strength * (x.clamp(low, high) - x)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {name: bank(name).flatten(1) for name in ("low", "high") if name in self.tensors}
 
     def is_affine(self) -> bool:
         return "low" in self.tensors and "high" in self.tensors and torch.equal(self.tensors["low"], self.tensors["high"])

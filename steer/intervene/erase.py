@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -46,6 +48,9 @@ class Erase(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (pick("origin") - x)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": 0.0, "bias": -bank("origin").flatten(1)}
 
     def is_affine(self) -> bool:
         return True

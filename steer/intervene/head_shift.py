@@ -63,5 +63,9 @@ class HeadShift(Add):
             vector = torch.cat([one if head in self.heads else one.detach() for head, one in enumerate(blocks)], dim=-1)
         return (strength * vector.unsqueeze(1)).to(h.dtype)
 
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+        learned = isinstance(self.tensors["vector"], nn.Parameter)  # of which a kernel would change the other heads too
+        return None if learned else super().fused(h, strength, mask, pick, preserve_norm)
+
     def describe(self) -> str:
         return f"shift heads {', '.join(map(str, self.heads))} of {self.n_heads}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class LoReFT(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (x + pick("bias"))
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": 2.0, "bias": bank("bias").flatten(1)}
 
     def is_affine(self) -> bool:
         return True

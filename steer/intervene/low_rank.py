@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from steer import kernels
 from steer.checks import tensor_of
 from steer.errors import ConfigError, WidthError
 from steer.intervene.operator import Operator, Pick, check_finite, slotted
@@ -47,6 +48,25 @@ class LowRank(Operator):
             change = self.change(coordinates(wide, read), strength, pick)
             new = moved(wide, change if mask is None else change * mask, write)
         return new if wide is h else new.to(h.dtype)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        """The same as `change` in the terms of `steer.kernels.edit`: what the numbers of its directions are, and what else differs from
+        reading R, writing W and the strength. None where it cannot be said in them.
+
+        Args:
+            strength: as in `change`. bank: gives a named tensor for all row slots.
+        """
+        return None
+
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+        bank = Pick(self, None)
+        found = self.edit(strength, bank)
+        if found is None:
+            return None
+        read, write = self.rows(bank)
+        slots = pick.rows if self.slots > 1 else None
+        task: dict[str, Any] = {"read": read, "write": write, "strength": strength, **found}
+        return kernels.edit(h, mask=mask, slots=slots, preserve_norm=preserve_norm, **task)
 
 
 def without_autocast(h: Tensor) -> AbstractContextManager[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,15 @@ class Mirror(LowRank):
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         way = 2.0 * strength * (pick("boundary") - x)
         return torch.where(x < pick("threshold"), way, 0.0)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {
+            "read": -bank("direction"),  # so that being below a threshold is being above its negative
+            "threshold": -bank("threshold").flatten(1),
+            "gated": True,
+            "scale": 3.0,
+            "shift": 2.0 * bank("boundary").flatten(1),
+        }
 
     def describe(self) -> str:
         return f"reflect projections below {listed(self.tensors['threshold'])} at {listed(self.tensors['boundary'])}"

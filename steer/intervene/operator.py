@@ -114,6 +114,13 @@ class Operator(Driven):
         change = self.delta(h, strength, pick)
         return h + change if mask is None else torch.addcmul(h, mask, change)
 
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+        """The same edit by a kernel of `steer.kernels`, which can also keep the norm of each token; None where there is no such kernel.
+
+        Asked where `steer.kernels.wanted` says so: in eager code on a GPU, and in compiled code.
+        """
+        return None
+
     def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.settings}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from steer.errors import ConfigError
@@ -52,6 +54,9 @@ class ReftR1(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * pick("level")
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"shift": bank("level").flatten(1)} if "level" in self.tensors else None
 
     def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
         _, w = self.rows(pick)

@@ -5,6 +5,8 @@ Gaintseva et al. 2026 (MidSteer, arXiv 2605.05220) study which affine maps switc
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, listed, same_width, unit
@@ -36,6 +38,9 @@ class Replace(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": 2.0}
 
     def is_affine(self) -> bool:
         return True

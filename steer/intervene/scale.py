@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, listed, numbers, unit
@@ -31,6 +33,9 @@ class Scale(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return strength * (pick("factor") - 1.0) * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": bank("factor").flatten(1)}
 
     def is_affine(self) -> bool:
         return True

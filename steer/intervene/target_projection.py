@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,15 @@ class TargetProjection(LowRank):
 
     def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
         return torch.where(x < pick("threshold"), strength * (pick("target") - x), 0.0)
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {
+            "read": -bank("direction"),  # so that being below a threshold is being above its negative
+            "threshold": -bank("threshold").flatten(1),
+            "gated": True,
+            "scale": 2.0,
+            "shift": bank("target").flatten(1),
+        }
 
     def describe(self) -> str:
         return f"bring projections below {listed(self.tensors['threshold'])} to {listed(self.tensors['target'])}"
