@@ -13,6 +13,7 @@ from steer.drift.probe import records
 from steer.drift.records import DriftRecord
 from steer.drift.watch import Watch
 from steer.errors import ContextError
+from steer.kernels import drift_stats
 from steer.model.context import ForwardContext, in_backward
 
 
@@ -32,7 +33,7 @@ class StreamReader:
         self.window = ProjectionMoments(len(watch.names))
         self.baseline: ProjectionMoments | None = None
         with torch.inference_mode(False):
-            self.units = watch.units.float().mT.contiguous()
+            self.units = watch.units.float()
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> None:
         if ctx.phase != "train" or ctx.role != "policy" or in_backward():
@@ -47,9 +48,10 @@ class StreamReader:
         mask = (ctx.labelled if ctx.attention is True else ctx.labelled & ctx.attention).to(h.device)
         if self.units.device != h.device:  # Lightning moves the model after the attach
             self.move(h.device)
-        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-            projections = h.detach().reshape(-1, h.shape[-1]).float() @ self.units
-            self.window.update(projections, mask.expand(h.shape[:2]).reshape(-1))
+        mask = mask.expand(h.shape[:2])
+        found = drift_stats(h, self.units, mask.unsqueeze(-1), channels=False, norms=False)
+        assert found.projections is not None
+        self.window.update(found.projections.flatten(0, 1), mask.reshape(-1))
 
     def move(self, device: torch.device) -> None:
         """Puts everything that the hook touches on a device."""

@@ -19,6 +19,7 @@ from steer.drift import DriftTracker
 from steer.drift.records import DriftRecord
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
+from steer.kernels import force
 from steer.model.hooks import response_tokens
 
 Tiny = Callable[[str], Any]
@@ -43,12 +44,14 @@ def named(records: list[DriftRecord]) -> DriftRecord:
     return next(one for one in records if one.kind == "named" and one.mode == "stream")
 
 
-def test_the_numbers_are_those_of_the_labelled_tokens(tiny: Tiny) -> None:
+@pytest.mark.parametrize("path", ["auto", "op"])
+def test_the_numbers_are_those_of_the_labelled_tokens(tiny: Tiny, path: str) -> None:
+    """Also those of the kernel that reads an activation on a GPU."""
     model, tracker = tiny("llama"), stream()
     first, later = [batch(0), batch(1)], [batch(2)]
     expected = [torch.cat([states(model, one) for one in ones]) @ direction().unit.double() for ones in (first, later)]
     found = []
-    with tracker.attached(model):
+    with force(path), tracker.attached(model):
         assert tracker.measure(0) == []
         for step, ones in ((2, first), (3, later)):
             for one in ones:
