@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from steer.kernels.dispatch import forced
 from steer.registry import Registry
 
 KERNELS: Registry[Callable[..., Any]] = Registry("kernel")
@@ -16,13 +19,12 @@ def status() -> dict[str, Any]:
     """What could run here.
 
     Returns:
-        `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `kernels`: sorted names.
+        `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `path`: the one that is
+        forced, or `auto`; `kernels`: sorted names.
     """
-    import torch  # here, not above: asking for the names alone must stay cheap
-
     try:
         triton, reason = importlib.metadata.version("triton"), None
     except importlib.metadata.PackageNotFoundError:
         triton, reason = None, "not installed" if sys.platform == "linux" else f"no triton for {sys.platform}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"triton": triton, "reason": reason, "device": device, "kernels": sorted(KERNELS)}
+    return {"triton": triton, "reason": reason, "device": device, "path": forced(), "kernels": sorted(KERNELS)}

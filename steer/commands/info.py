@@ -40,11 +40,12 @@ def environment() -> dict[str, str]:
     """Versions, and what computations run on."""
     kernel = kernels.status()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    reason = kernel["reason"] or ("no GPU" if kernel["device"] is None else "none in this version")
+    reason = kernel["reason"] or ("no GPU" if kernel["device"] is None else None)
+    way = "Triton" if reason is None else f"PyTorch only, {reason}"
     return {
         **versions(),
         "devices": ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus]),
-        "kernels": ", ".join(kernel["kernels"]) or f"PyTorch only ({reason})",
+        "kernels": f"{', '.join(kernel['kernels'])} ({way if kernel['path'] == 'auto' else kernel['path'] + ' forced'})",
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from steer import kernels
+from steer.commands.info import environment
 from steer.errors import ConfigError, WidthError
 from steer.kernels import dispatch, drift_stats, edit, force, steer_add
 from steer.kernels.dispatch import choose
@@ -132,6 +133,14 @@ def test_nothing_needs_triton() -> None:
 
 def test_status_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.status()["kernels"] == ["drift_stats", "edit", "steer_add"]
+    assert kernels.status()["path"] == "auto"
+    with force("aten"):
+        assert kernels.status()["path"] == "aten" and "(aten forced)" in environment()["kernels"]
+    assert "drift_stats, edit, steer_add (PyTorch only, " in environment()["kernels"]
+    monkeypatch.setattr(kernels.available.importlib.metadata, "version", lambda name: "3.9")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    assert "drift_stats, edit, steer_add (Triton)" in environment()["kernels"]
     lines = dict(kernels.KERNELS.table())
     assert all(lines[name] for name in lines)
 
