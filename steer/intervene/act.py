@@ -20,7 +20,7 @@ class SiteAct:
 
     Attributes:
         number: of the plan among those stacked on the model.
-        counts: some intervention is at a module that a pass may leave out.
+        counts: what some intervention does is counted in its calls.
     """
 
     def __init__(self, count: Count, number: int) -> None:
@@ -40,7 +40,8 @@ class SiteAct:
 
 class Count:
     """Counts steered tokens. Sites of a decoder are reached in every pass (the watcher proves it), so they are counted once per pass and
-    key; any other module may be left out of a pass, so its calls are counted where they happen."""
+    key. Any other module may be left out of a pass, and a gate at the unembedding decides when the decoder is left: those are counted where
+    they happen."""
 
     def __init__(self, interventions: list[Intervention], like: Tensor) -> None:
         self.dtype, self.reached = like.dtype, False
@@ -88,7 +89,7 @@ class Count:
     def __call__(self, ctx: ForwardContext) -> None:
         self.passes.add_(1)
         for group, counts, active in self.groups:
-            if group[0].site.module is None:
+            if not group[0].counts_calls:
                 self._add(group[0], counts, active, ctx)
 
     def call(self, interventions: list[Intervention], ctx: ForwardContext) -> None:

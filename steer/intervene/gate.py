@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from steer.checks import tensor_of
 from steer.errors import ConfigError, ContextError
 from steer.intervene.operator import Driven
 from steer.intervene.scope import Scope
@@ -140,7 +141,7 @@ class Leaf(Gate, Driven):
         sharpness: float | Tensor | None = None,
     ) -> None:
         if sharpness is not None:
-            tensors = {**tensors, "sharpness": torch.as_tensor(sharpness, dtype=torch.float32).detach().clone().reshape(1)}
+            tensors = {**tensors, "sharpness": one_number(sharpness, f"sharpness of gate '{self.name}'")}
             if not tensors["sharpness"] > 0:
                 raise ConfigError(
                     f"sharpness of gate '{self.name}'",
@@ -274,6 +275,14 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
     combined = {kind.word: kind for kind in (And, Or, Not)}
     [(word, parts)] = spec.items()
     return combined[word](*(from_dict(part, tensors) for part in parts))
+
+
+def one_number(value: float | Tensor, what: str) -> Tensor:
+    """[1] fp32. Raises ConfigError for anything but one number."""
+    given = tensor_of(value, what, "pass a number")
+    if given.numel() != 1:
+        raise ConfigError(f"{what} is not one number", expected="one number for all rows", found=list(given.shape), remedy="pass a number")
+    return given.detach().to(torch.float32, copy=True).reshape(1)
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:

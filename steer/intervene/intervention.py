@@ -280,8 +280,16 @@ class Intervention:
         if self.slots > 1:
             mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
         if self.gate is not None:
-            mask = both(mask, (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1).expand(ctx.batch, ctx.tokens))
+            opened = (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1)
+            if opened.shape[1] not in (1, ctx.tokens) and isinstance(mask, Tensor):  # the unembedding may get the last tokens only
+                mask = ctx.kept_of(mask, opened.shape[1])
+            mask = both(mask, opened.expand(ctx.batch, ctx.tokens if opened.shape[1] == 1 else -1))
         return mask
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether it acts is not known by the end of the decoder's pass."""
+        return self.site.module is not None or self.gate is not None and self.site.part == "logits"
 
     def rows_of(self, ctx: ForwardContext, batch: int) -> Tensor:
         """Slot of each row of this pass, [batch]; beams and returned sequences follow their prompt's row."""

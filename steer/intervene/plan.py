@@ -107,7 +107,7 @@ class Plan:
             intervention.set_plan(number)
             act = act_at(point)
             act.interventions.append(intervention)
-            act.counts |= intervention.site.module is not None
+            act.counts |= intervention.counts_calls
             self._paths[intervention.name] = point.path
         for (leaf, _, name), point in zip(readers, points[len(self.interventions) :], strict=True):
             with torch.inference_mode(False):

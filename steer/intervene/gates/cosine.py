@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.intervene.gate import GATES, Leaf
+from steer.intervene.gate import GATES, Leaf, one_number
 from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
@@ -41,8 +41,7 @@ class CosineGate(Leaf):
                 found="zeros",
                 remedy="take the vector of a site at which the conditions differ",
             )
-        threshold = torch.as_tensor(threshold, dtype=torch.float32).detach().clone().reshape(1)
-        super().__init__({"vector": vector, "threshold": threshold}, vector.shape[-1], **options)
+        super().__init__({"vector": vector, "threshold": one_number(threshold, "threshold of a cosine")}, vector.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         return torch.nn.functional.cosine_similarity(widened(h), self.tensors["vector"], dim=-1) - self.tensors["threshold"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from steer.intervene.gate import GATES, Leaf
+from steer.intervene.gate import GATES, Leaf, one_number
 from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
@@ -32,7 +31,7 @@ class FeatureGate(Leaf):
         self, encoder: Tensor, bias: float | Tensor = 0.0, threshold: float | Tensor = 0.0, center: Tensor | None = None, **options: Any
     ) -> None:
         encoder = slotted(encoder, 2, "encoder row")
-        bias, threshold = (torch.as_tensor(one, dtype=torch.float32).detach().clone().reshape(1) for one in (bias, threshold))
+        bias, threshold = one_number(bias, "bias of a feature"), one_number(threshold, "threshold of a feature")
         if center is not None:  # folded into the bias
             bias = bias - (slotted(center, 2, "decoder bias") * encoder).sum(-1)
         super().__init__({"encoder": encoder, "bias": bias, "threshold": threshold}, encoder.shape[-1], **options)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from steer.intervene.gate import GATES, Leaf
+from steer.intervene.gate import GATES, Leaf, one_number
 from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
@@ -28,8 +27,7 @@ class ProbeGate(Leaf):
 
     def __init__(self, vector: Tensor, bias: float | Tensor = 0.0, **options: Any) -> None:
         vector = slotted(vector, 2, "probe")
-        bias = torch.as_tensor(bias, dtype=torch.float32).detach().clone().reshape(1)
-        super().__init__({"vector": vector, "bias": bias}, vector.shape[-1], **options)
+        super().__init__({"vector": vector, "bias": one_number(bias, "bias of a probe")}, vector.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         return (widened(h) * self.tensors["vector"]).sum(-1) + self.tensors["bias"]
