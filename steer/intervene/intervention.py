@@ -280,7 +280,8 @@ class Intervention:
         if self.slots > 1:
             mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
         if self.gate is not None:
-            opened = (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1)
+            with torch.no_grad():
+                opened = (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1)
             if opened.shape[1] not in (1, ctx.tokens) and isinstance(mask, Tensor):  # the unembedding may get the last tokens only
                 mask = ctx.kept_of(mask, opened.shape[1])
             mask = both(mask, opened.expand(ctx.batch, ctx.tokens if opened.shape[1] == 1 else -1))

@@ -1,0 +1,284 @@
+"""Soft gates in the graph: gradients, gradient checkpointing, compiled code; and gates on wrapped models."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from hand import edited, ids, packed, padded, vector
+from torch._dynamo.utils import counters
+from transformers.generation.configuration_utils import CompileConfig
+
+from steer.errors import ContextError
+from steer.intervene import Add, CosineGate, FeatureGate, Intervention, Plan, ProbeGate
+from steer.intervene.gate import Gate
+from steer.model.context import build
+from steer.model.hooks import disarm
+
+SITE, READ = "layers.1.output", "layers.0.output"
+V, W = vector(seed=1), vector(seed=2)
+
+
+def leaves() -> dict[str, Gate]:
+    return {
+        "probe": ProbeGate(W, 0.2, sharpness=0.7),
+        "cosine": CosineGate(W, 0.1, sharpness=5.0),
+        "feature": FeatureGate(W, 0.2, 0.1, center=V, sharpness=0.7),
+        "rows": ProbeGate(W, 0.2, sharpness=0.7, per="row"),
+        "the largest of a row": CosineGate(W, 0.1, sharpness=5.0, per="generation", pool="max", over="all"),
+        "both": ProbeGate(W, 0.2, sharpness=0.7) & ~CosineGate(V, 0.1, sharpness=5.0, per="row"),
+        "either": ProbeGate(W, 0.2, sharpness=0.7) | FeatureGate(V, sharpness=0.3),
+    }
+
+
+def gated(gate: Gate, **options) -> Plan:
+    return Plan(Intervention(Add(V).train(), SITE, gate=gate, **options))
+
+
+def learned(gate: Gate) -> Gate:
+    for leaf in gate.leaves():
+        leaf.train()
+    return gate
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("name", leaves())
+@pytest.mark.parametrize("batch", [padded("left"), packed((3, 4), prompt=2)], ids=["padded", "packed"])
+def test_gradients_against_finite_differences(name, batch):
+    gate = leaves()[name]
+    parts = list(gate.leaves())
+    names = [(leaf, key) for leaf in parts for key in leaf.learnable if key in leaf.tensors]
+    values = [leaf.tensors[key].double().requires_grad_() for leaf, key in names]
+    h = torch.randn(*batch["input_ids"].shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def value(h, *values):
+        for (leaf, key), tensor in zip(names, values, strict=True):
+            leaf.tensors[key] = tensor
+        ctx = build(batch, None, False)
+        for number, leaf in enumerate(parts):
+            leaf.read(h, ctx, str(number))
+        return gate.value(ctx, map(str, range(len(parts))))
+
+    assert torch.autograd.gradcheck(value, (h, *values))
+
+
+def test_gradients_of_a_plan_are_those_of_the_formula(tiny):
+    batch, found = padded("right"), []
+    for by_hand in (True, False):
+        model = tiny("llama")
+        gate = learned(ProbeGate(W, 0.3, sharpness=0.8))
+        plan = gated(gate)
+        v, w, b = plan.parameters()
+        if by_hand:
+
+            def edit(h, v=v, w=w, b=b):
+                return h + torch.sigmoid(0.8 * ((h * w).sum(-1, keepdim=True) + b)) * v
+
+            with edited(model.model.layers[1], edit):
+                model(**batch).loss.backward()
+        else:
+            with plan.attached(model):
+                model(**batch).loss.backward()
+        found.append([v.grad, w.grad, b.grad, *(parameter.grad for parameter in model.parameters())])
+    # what stands on padding is steered by hand, too, but no loss depends on it
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert all(one.abs().max() > 1e-5 for one in found[0])
+
+
+def run(model, plan, batch) -> list[torch.Tensor]:
+    """All gradients of one training pass, and what fired."""
+    model.zero_grad()
+    for parameter in plan.parameters():
+        parameter.grad = None
+    with plan.attached(model):
+        model(**batch, use_cache=False).loss.backward()
+        fired = torch.tensor(list(plan.fired().values()))
+    return [*(one.grad for one in plan.parameters()), *(one.grad for one in model.parameters()), fired]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["probe", "rows", "either"])
+def test_gradient_checkpointing_changes_no_gradient(name, reentrant, tiny):
+    model, batch = tiny("llama").train(), padded("left")
+    plan = gated(learned(leaves()[name]))
+    plain = run(model, plan, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, run(model, plan, batch), strict=True))
+    assert all(one.abs().max() > 0 for one in plain)
+
+
+INSIDE = {  # where it reads and what it steers, both at or inside checkpointed blocks
+    "one block": ("layers.1.attn.output", "layers.1.mlp.output"),
+    "to a block": ("layers.0.mlp.output", "layers.1.output"),
+    "block to block": ("layers.0.mlp.output", "layers.2.attn.output"),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_sites_inside_checkpointed_blocks(where, tiny):
+    """A reentrant block runs without gradients first: a decision that leaves it would have none, and none would be missed."""
+    read, steered = INSIDE[where]
+    model, batch = tiny("llama").train(), padded("left")
+    plan = Plan(Intervention(Add(V).train(), steered, gate=learned(ProbeGate(W, 0.2, sharpness=0.7, site=read))))
+    plain = run(model, plan, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, run(model, plan, batch), strict=True))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if where == "one block":
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, run(model, plan, batch), strict=True))
+    else:
+        with pytest.raises(ContextError, match="no gradients are recorded"):
+            run(model, plan, batch)
+        hard = Plan(Intervention(Add(V), steered, gate=ProbeGate(W, 0.2, site=read)))
+        run_hard = run(model, hard, batch)  # a comparison has no gradient to lose
+        assert int(run_hard[-1]) > 0
+
+
+# ---- compiled
+
+
+class Backend:
+    """Runs the traced graph as it is, and counts how often something was traced."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        return graph
+
+    def __deepcopy__(self, memo):  # generate copies its configuration
+        return self
+
+
+@pytest.fixture
+def backend():
+    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
+    torch._dynamo.reset()
+    counters.clear()
+    disarm()
+    yield Backend()
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    torch._dynamo.reset()
+    disarm()
+
+
+def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
+    """Threshold, sharpness, probe and strength are buffers; hard and soft gates, per token and per row, in one plan."""
+    model, batch = tiny("llama"), padded("left")
+    hard = ProbeGate(W, 0.1, site=READ)
+    row, soft = CosineGate(V, 0.05, per="row", sharpness=4.0), ProbeGate(W, -0.3, sharpness=0.5, per="generation", over="all")
+    last = Intervention(Add(W), "layers.2.output", gate=row | soft, preserve_norm=True)
+    plan = Plan([Intervention(Add(V), SITE, gate=hard & ~row), last])
+    first, second = plan.interventions
+    probe, cosine = first.gate.leaves()
+    shared, other = second.gate.leaves()
+    assert shared is cosine
+    seen, fired = [], []
+    with plan.attached(model), torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for change in (
+            lambda: None,
+            lambda: probe.tensors["bias"].fill_(1.5),
+            lambda: cosine.tensors["threshold"].fill_(-0.2),
+            lambda: other.tensors["sharpness"].fill_(20.0),
+            lambda: probe.tensors["vector"].copy_(-W[None]),
+            lambda: plan.set_strength(0.5),
+        ):
+            change()
+            before = plan.fired()
+            found = compiled(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+            between = plan.fired()
+            wanted = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+            assert torch.allclose(found, wanted, atol=1e-5)
+            after = plan.fired()
+            assert all(after[name] - between[name] == between[name] - before[name] for name in after)
+            seen.append(found)
+            fired.append(after)
+    assert backend.graphs == 1
+    assert [float((a - b).abs().max()) > 1e-4 for a, b in zip(seen, seen[1:], strict=False)] == [True] * 5
+
+
+def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(tiny, backend):
+    found = []
+    for compiled in (False, True):
+        model = tiny("llama").train()
+        plan = gated(learned(ProbeGate(W, 0.2, sharpness=0.7, site=READ) & CosineGate(V, 0.0, sharpness=2.0, per="row")))
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        gradients = []
+        with plan.attached(model):
+            for bias in (0.2, -0.4):
+                list(plan.interventions[0].gate.leaves())[0].tensors["bias"].data.fill_(bias)
+                call(**padded("right"), use_cache=False).loss.backward()
+                gradients += [one.grad.clone() for one in (*plan.parameters(), *model.parameters())]
+        found.append(gradients)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_decoding_with_a_static_cache(tiny, backend):
+    """What the prompt decided is read from the cache inside the graph."""
+    model, batch = tiny("llama"), padded("left", (7, 4, 6, 5))
+
+    def generate(compiled: bool) -> torch.Tensor:
+        config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+        config._compile_all_devices = compiled
+        return model.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            compile_config=config if compiled else None,
+            disable_compile=not compiled,
+            cache_implementation="static",
+        )
+
+    plain = generate(False)
+    plan = Plan(Intervention(Add(8 * V), SITE, gate=ProbeGate(W, 0.0, site=READ, per="generation")))
+    tensors = next(plan.interventions[0].gate.leaves()).tensors
+    changed, graphs = [], []
+    with plan.attached(model):
+        for bias in (-1e9, 1e9, 0.0, 1.0, -1.0):
+            tensors["bias"].fill_(bias)
+            eager, compiled = generate(False), generate(True)
+            assert torch.equal(eager, compiled)
+            changed.append(int((compiled != plain).any(1).sum()))
+            graphs.append(backend.graphs)
+        assert set(graphs) == {graphs[0]} and graphs[0] > 0
+    assert changed[:2] == [0, 4] and any(0 < one < 4 for one in changed[2:])
+
+
+# ---- wrapped
+
+
+def test_gates_on_a_peft_model(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    batch, gate = padded("left"), ProbeGate(W, 0.1, site=READ, per="row") & ProbeGate(V, 0.1)
+    with torch.no_grad(), gated(gate).attached(plain := tiny("llama")) as plan:
+        wanted, fired = plain(**batch).logits, plan.fired()
+    wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
+    with gated(copy.deepcopy(gate)).attached(wrapped) as plan:
+        out = wrapped(**batch)
+        assert torch.allclose(out.logits, wanted, atol=1e-5) and plan.fired() == fired and 0 < fired["add@layers.1.output"] < 17
+        out.loss.backward()
+        assert plan.parameters()[0].grad.abs().max() > 0
+        with torch.no_grad(), wrapped.disable_adapter():  # the reference of DPO and GRPO
+            wrapped(**batch, use_cache=False)
+        assert plan.fired() == fired
+
+
+def test_values_between_open_and_closed_steer_by_that_share(tiny):
+    model, x = tiny("llama"), ids()
+    for bias in (-2.0, 0.0, 1.0):
+        plan = gated(ProbeGate(torch.zeros(32), bias, sharpness=1.5))
+        with torch.no_grad():
+            with plan.attached(model):
+                found = model(x).logits
+            with edited(model.model.layers[1], lambda h, b=bias: h + torch.sigmoid(torch.tensor(1.5 * b)) * V):
+                assert torch.allclose(found, model(x).logits, atol=1e-5)
+        assert plan.fired() == {"add@layers.1.output": 14 * (bias > 0)}
