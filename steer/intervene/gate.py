@@ -118,7 +118,8 @@ class Leaf(Gate, Driven):
         site: where it reads, at or before the intervention's own site; None for that site. It sees the activation as it arrives there,
             before the plan edits it.
         per: `token` decides for each token; `row` once for each row (or packed segment) of each pass; `generation` likewise, but what was
-            decided on the prompt holds for all tokens decoded from its cache.
+            decided on the prompt holds for all tokens decoded from its cache. A prompt that continues a copied cache is decided by its own
+            pass.
         over: for `row` and `generation`: the tokens that are looked at.
         pool: how their margins become one, `mean` or `max`. Without such tokens there is no decision and nothing is steered: `row` over the
             prompt therefore leaves decoded tokens alone, which come in passes of their own.

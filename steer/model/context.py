@@ -89,8 +89,9 @@ class ForwardContext:
             fresh: works it out from this pass.
 
         Raises:
-            ContextError: the prompt went through the model before anything was attached to it.
+            ContextError: the prompt went through the model before anything was attached to it, or cannot be told from what follows.
         """
+        self._check_told()
         held = self.memory.get(name)
         if not self.decoding:
             held = self.memory[name] = fresh()

@@ -7,7 +7,7 @@ import torch
 from hand import vector
 
 from steer.errors import ContextError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Add, Intervention, Plan, ProbeGate
 
 IDS = torch.tensor([[5, 9, 11, 4, 8, 30, 22, 7, 19]])
 WITH_CANDIDATES = {"lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {}, "chunks": {"prefill_chunk_size": 2}}
@@ -29,6 +29,15 @@ def test_what_cannot_be_told_apart_is_refused(scope, how, tiny):
     model = tiny("llama").eval()
     with pytest.raises(ContextError, match="cannot be told apart"):
         generate(model, scope, **options_of(how, model))
+
+
+@pytest.mark.parametrize("how", WITH_CANDIDATES)
+def test_a_gate_does_not_take_candidates_for_a_prompt(how, tiny):
+    model = tiny("llama").eval()
+    gate = ProbeGate(vector(seed=2), per="generation", over="all")
+    with Plan(Intervention(Add(vector()), "layers.1.output", gate=gate)).attached(model):
+        with pytest.raises(ContextError, match="cannot be told apart"):
+            model.generate(IDS, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **options_of(how, model))
 
 
 @pytest.mark.parametrize("how", WITH_CANDIDATES)
