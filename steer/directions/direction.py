@@ -106,7 +106,7 @@ class Directions(Mapping[Site, Direction]):
     def __contains__(self, site: object) -> bool:
         return isinstance(site, Site | str) and Site.parse(site) in self.entries
 
-    def get(self, site: Site | str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, site: Site | str, default: Any = None) -> Any:
         return self.entries.get(Site.parse(site), default)
 
     def __getitem__(self, site: Site | str) -> Direction:
