@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steer.callbacks.ranks import Ranks
+from steer.checks import of_type
 from steer.errors import ConfigError
 from steer.intervene import Plan
 
@@ -30,6 +31,8 @@ class Learning:
     """
 
     def __init__(self, plan: Plan, rate: float | None) -> None:
+        if rate is not None:
+            of_type(rate, (int, float), "learning_rate of a plan", "pass e.g. 1e-2")
         if rate is not None and not 0 < rate < float("inf"):
             remedy = "pass e.g. learning_rate=1e-2; to keep learned tensors as they are, call requires_grad_(False) on plan.parameters()"
             raise ConfigError("learning_rate of a plan", expected="a positive number, or None", found=rate, remedy=remedy)

@@ -469,7 +469,7 @@ def test_a_rate_for_nothing_is_an_error(tmp_path: Path) -> None:
         make_trainer(SteeringCallback(make_plan(), learning_rate=0.1)).fit(Module(), loader())
     with pytest.raises(ConfigError, match="has nothing to train"):
         hf(tmp_path, make_plan(), 0.1).train()
-    for rate in (0.0, -1.0, float("nan"), float("inf")):
+    for rate in (0.0, -1.0, float("nan"), float("inf"), "0.1"):
         with pytest.raises(ConfigError, match="learning_rate"):
             SteeringCallback(learner(), learning_rate=rate)
 
