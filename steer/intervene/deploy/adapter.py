@@ -38,7 +38,8 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
 
     Args:
         plan: not attached.
-        model: the transformers model that the adapter is for, without adapters. Its weights are changed to try the adapter, and put back to the bit.
+        model: the transformers model that the adapter is for, without adapters. Its weights are changed to try the adapter, and put back
+            to the bit.
         path: a folder; files of an adapter that is there are replaced.
 
     Raises:
