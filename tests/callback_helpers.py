@@ -43,6 +43,16 @@ def make_plan(site: str = SITE, **options: Any) -> Plan:
     return Plan(Intervention(Add(vector()), site, **{"scope": "response", **options}))
 
 
+def learner(site: str = SITE, **options: Any) -> Plan:
+    """A vector that is learned, from zero on."""
+    return Plan(Intervention(Add(torch.zeros(WIDTH)).train(), site, **{"scope": "response", **options}))
+
+
+def only(plan: Plan) -> Tensor:
+    (parameter,) = plan.parameters()
+    return parameter.detach().clone()
+
+
 def make_tracker(store: Path | None = None, **options: Any) -> DriftTracker:
     return DriftTracker({"trait": direction(SITE)}, **{"probe": prompts(6), "controls": 4, "store": store, **options})
 
