@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import result_tables
+
 from steer.commands.info import methods
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS, MODEL_PARTS
@@ -45,6 +47,9 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "methods"): methods_table,
     ("docs/concepts.md", "sites"): sites_table,
     ("docs/concepts.md", "scopes"): scopes_table,
+    ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
+    ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
+    ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),
 }
 
 

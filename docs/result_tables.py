@@ -1,0 +1,64 @@
+"""Tables of docs/results/steering.md, made from the figures that benchmarks/effects.py measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results" / "steering.json"
+Markdown = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+
+
+def read() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def command(_: Markdown) -> str:
+    found = read()
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers"))
+    return f"```\n{found['command']}\n```\n\nMeasured on {found['date']}, {versions}, seed {found['seed']}, on a CPU in float32."
+
+
+def effects(markdown: Markdown) -> str:
+    head = ("concept", "site", "AUC", "dose", "before", "effect", "random", "over random", "wrong way", "KL", "perplexity")
+    return markdown(head, [_effect(row) for row in read()["rows"] if row["concept"] != "successor"])
+
+
+def _effect(row: dict[str, Any]) -> list[str]:
+    chosen = row["chosen"]
+    if chosen is None:
+        tried = [(point, curve["site"]) for curve in row["curves"] for point in curve["points"]]
+        point, site = max(tried, key=lambda one: one[0]["effect"])
+        most = f"none works within the budget; most: {point['effect']:+.2f} on the pairs for choosing, at dose {point['dose']:g}"
+        cost = [f"{point['kl']:.2f}", f"x{point['perplexity_ratio']:.2f}"]
+        return [row["concept"], site, "", most, "", "", "", "", f"{point['wrong_way']:.0%}", *cost]
+    return [
+        row["concept"],
+        chosen["site"],
+        f"{chosen['auc']:.2f}",
+        f"{chosen['dose']:g}",
+        f"{row['before']['mean']:+.2f}",
+        _interval(row["effect"]),
+        f"{min(row['random']):+.3f} to {max(row['random']):+.3f}",
+        _interval(row["over_random"]),
+        f"{row['wrong_way']:.0%}",
+        f"{row['kl']:.3f} ({min(row['random_kl']):.3f} to {max(row['random_kl']):.3f})",
+        f"x{row['perplexity_ratio']:.3f}",
+    ]
+
+
+def _interval(one: dict[str, float]) -> str:
+    return f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+
+
+def successor(markdown: Markdown) -> str:
+    row = next(row for row in read()["rows"] if row["concept"] == "successor")
+    settings = list(next(iter(row["kinds"].values()))["successor_of_the_other"])
+    head = ("kind", "items", "edits", "right unedited", *(f"{name.replace(' x', ' ×')}" for name in settings if name != "unedited"))
+    rows = []
+    for kind, found in row["kinds"].items():
+        shares = [f"{found['successor_of_the_other'][name]:.0%}" for name in settings if name != "unedited"]
+        rows.append((kind, str(found["items"]), str(found["edits"]), f"{found['successor_unedited']:.0%}", *shares))
+    return markdown(head, rows)
