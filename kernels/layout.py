@@ -52,7 +52,8 @@ def slots_of(slots: Tensor | None, h: Tensor) -> Tensor | None:
     if slots is None:
         return None
     x = rows(h)
-    if slots.is_floating_point() or tuple(slots.shape) not in {(x.shape[0],), tuple(h.shape[:-1])}:
+    by_row = slots.dim() == 1 and slots.shape[0] == x.shape[0]
+    if slots.is_floating_point() or not (by_row or slots.shape == h.shape[:-1]):
         raise ConfigError(
             "slots do not fit the activation",
             expected=f"whole numbers, [{x.shape[0]}] for rows or {list(h.shape[:-1])} for tokens",

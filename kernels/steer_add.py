@@ -110,7 +110,7 @@ def _forward(
             y = x + w * tl.load(bank + d, mask=d < used, other=0.0).to(tl.float32)
             hh += tl.sum(x * x, 0)
             yy += tl.sum(y * y, 0)
-        ratio = tl.sqrt(hh) / tl.where(yy > 0, tl.sqrt(yy), 1.0)
+        ratio = tl.where(w != 0, tl.sqrt(hh) / tl.where(yy > 0, tl.sqrt(yy), 1.0), 1.0)  # what is left alone may be infinite
     for start in tl.static_range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         x = tl.load(h + d, mask=d < D, other=0.0).to(tl.float32)

@@ -142,6 +142,19 @@ def test_steer_add_of_nothing_to_nothing() -> None:
         assert nothing.grad.shape == shape
 
 
+def test_tokens_of_weight_0_are_not_looked_at() -> None:
+    """They and their vectors may hold anything, and are left as they are."""
+    h, mask, slots = random(2, 3, 20), torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1), torch.tensor([[0, 1, 0], [0, 0, 2]])
+    h[:, 1, ::2] = torch.inf
+    bank = torch.stack([random(20, seed=1), torch.full((20,), torch.nan), torch.full((20,), torch.nan)])[:2]
+    for norm in (False, True):
+        out = steer_add(h, bank, 1.0, mask, slots, norm)
+        assert torch.equal(out[:, 1], h[:, 1]) and torch.equal(out[1, 2], h[1, 2]) and torch.isfinite(out[0, ::2]).all()
+        for m in (2, 20) if not norm else (2,):
+            out = edit(h, random(m, 20, seed=2), scale=0.5, mask=mask, preserve_norm=norm)
+            assert torch.equal(out[:, 1], h[:, 1]) and torch.isfinite(out[:, ::2]).all()
+
+
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 1, 2, 16)])
 def test_steer_add_takes_activations_of_any_dimension(shape: tuple[int, ...]) -> None:
     h, v = random(*shape), random(1, 16, seed=1)
@@ -276,7 +289,7 @@ def saved_bytes(run: Callable[[], Tensor], known: list[Tensor]) -> float:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("case", ["add, norm kept", "clamp, norm kept", "clamp", "ablate", "set features"])
+@pytest.mark.parametrize("case", ["add", "add, norm kept", "clamp, norm kept", "clamp", "ablate", "set features"])
 def test_backward_keeps_little(case: str) -> None:
     """Eager PyTorch keeps 8 x width bytes for a token and a norm that is kept."""
     tokens, m, slots = 20, 3, torch.tensor([1, 0])
@@ -284,17 +297,23 @@ def test_backward_keeps_little(case: str) -> None:
     directions, bound = random(2, m, 64, seed=2), random(2, m, seed=3).requires_grad_()
     mask, strength = torch.ones(2, 10, 1), torch.ones(2, 1, 1).requires_grad_()
     runs = {
+        "add": lambda: steer_add(h, bank, strength, mask, slots),
         "add, norm kept": lambda: steer_add(h, bank, strength, mask, slots, True),
         "clamp, norm kept": lambda: edit(h, directions, low=bound, mask=mask, strength=strength, slots=slots, preserve_norm=True),
         "clamp": lambda: edit(h, directions, low=bound, mask=mask, strength=strength, slots=slots),
         "ablate": lambda: edit(h, directions, scale=0.0, slots=slots),
         "set features": lambda: edit(h, directions, threshold=0.1, relative=True, shift=bound, scale=0.0, mask=mask, slots=slots),
     }
-    limit = {"add, norm kept": 16, "ablate": 4}.get(case, 16 + 4 * m)
+    limit = {"add": 16, "add, norm kept": 16, "ablate": 4}.get(case, 16 + 4 * m)
     assert saved_bytes(runs[case], [h, bank, directions, bound]) <= limit * tokens
-    if case == "ablate":
-        kept = saved_bytes(runs[case], [bank, directions, bound])
-        assert kept <= limit * tokens, "an edit that is linear keeps no activation"
+    linear = {
+        "ablate": runs["ablate"],
+        "clamp": runs["clamp"],
+        "add": lambda: steer_add(h, bank.clone().requires_grad_(), 1.0, mask, slots),
+    }
+    if case in linear:
+        kept = saved_bytes(linear[case], [bank, directions, bound])
+        assert kept <= limit * tokens + 2 * 64 * 4, "an edit whose norm is not kept keeps no activation"
 
 
 def test_twice_the_same_bits() -> None:

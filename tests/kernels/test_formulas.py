@@ -90,15 +90,15 @@ def test_the_ways_to_name_an_edit() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """Computed in fp32, whatever autocast says; norms of 1e4 do not overflow."""
-    h, u = (1e3 * random(2, 3, 64)).to(dtype), random(2, 64, seed=1, dtype=torch.float32) / 8
+    h, u = (1e3 * random(2, 9, 64)).to(dtype), random(2, 64, seed=1, dtype=torch.float32) / 8
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            cut, kept, stats = edit(h, u, scale=0.0), steer_add(h, u[0], 100.0, preserve_norm=True), drift_stats(h, u)
+            cut, kept, stats = edit(h, u, scale=0.0), steer_add(h, u[0], 1e4, preserve_norm=True), drift_stats(h, u)
         for found, wanted in (
             (cut, h.double() - h.double() @ u.double().mT @ u.double()),
-            (kept, added(h.double(), u.double(), torch.full((1, 1, 1), 100.0), torch.ones(2, 3, 1), None, True)),
+            (kept, added(h.double(), u.double(), torch.full((1, 1, 1), 1e4), torch.ones(2, 9, 1), None, True)),
         ):
-            assert found.dtype is dtype and (found.double() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+            assert found.dtype is dtype and (found != wanted.to(dtype)).float().mean() <= 0.02
         assert error(stats.projections, h.double() @ u.double().mT) <= 1e-6 and error(stats.sum, h.double().sum((0, 1))) <= 1e-6
 
 
@@ -119,6 +119,15 @@ def test_drift_stats() -> None:
     assert not drift_stats(random(2, 3, 4).requires_grad_()).norms.requires_grad
     many = drift_stats(h, random(80, 10, dtype=torch.float32), weight[..., None], channels=False)
     assert many.projections.shape == (3, 4, 80) and many.sum is None
+
+
+def test_norms_of_0() -> None:
+    """Before or after, they are no reason for a division by 0."""
+    v = random(1, 8, seed=1)
+    h = torch.cat([torch.zeros(1, 8, dtype=torch.float64), -v, v])[:, None].requires_grad_()
+    for out in (steer_add(h, v, preserve_norm=True), edit(h, v / v.norm(), scale=0.0, preserve_norm=True)):
+        (slope,) = torch.autograd.grad(out.sum(), h)
+        assert torch.isfinite(out).all() and torch.isfinite(slope).all() and not out[0].any()
 
 
 # ---- the same by hand, behind an operator
@@ -176,6 +185,23 @@ def test_compiled_code_gets_one_graph_and_the_same_numbers() -> None:
         with force(path):
             found = gradients(torch.compile(edits, backend="aot_eager", fullgraph=True))
         assert all(error(a, b) <= 1e-5 for a, b in zip(found, wanted, strict=True))
+    torch._dynamo.reset()
+
+
+def test_new_shapes_are_traced_as_any_shape() -> None:
+    """Once for a new number of tokens, once for a new batch, and not again."""
+    bank, graphs = random(12, 16, dtype=torch.float32) / 4, []
+
+    def edits(h: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        h = steer_add(h, bank[:2], torch.ones(1, 1, 1), mask, slots, True)
+        return edit(edit(h, bank[:3], low=0.1, mask=mask, preserve_norm=True), bank, threshold=0.1, scale=0.0, mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(edits, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True)
+    for batch, tokens in ((2, 4), (2, 7), (2, 9), (3, 5), (4, 6)):
+        given = random(batch, tokens, 16, dtype=torch.float32), torch.ones(batch, tokens, 1), torch.arange(batch) % 2
+        assert error(compiled(*given), edits(*given)) <= 1e-5
+    assert len(graphs) == 3
     torch._dynamo.reset()
 
 
