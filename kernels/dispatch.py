@@ -31,6 +31,7 @@ PATHS = {
     "op": "an opaque operator, with the Triton kernel inside where it can run",
 }
 VARIABLE = "STEER_KERNELS"
+SMALL = 1 << 20  # numbers: one pass takes half a microsecond, and starting a kernel from Python fifty
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,9 +78,14 @@ def runs_triton(h: Tensor) -> bool:
 
 
 def wanted(h: Tensor) -> bool:
-    """A kernel takes edits of this activation, or a compiler, for which the functions of this room are written: what it cannot fuse they
-    leave out. Elsewhere an operator's own few operations cost less of the host's time."""
-    return torch.compiler.is_compiling() or choose(h) != "aten"
+    """A kernel takes edits of this activation and pays, or a compiler does, for which the functions of this room are written: what it
+    cannot fuse they leave out. Elsewhere an operator's own few operations cost less of the host's time: on a CPU, and for the few tokens
+    of a decoding step, unless they are captured in a CUDA graph, where only kernels count."""
+    if torch.compiler.is_compiling() or _forced in ("triton", "op"):
+        return True
+    if choose(h) == "aten":
+        return False
+    return h.numel() >= SMALL or torch.cuda.is_current_stream_capturing()
 
 
 def choose(h: Tensor, opaque: bool = False) -> str:

@@ -147,12 +147,21 @@ def test_tokens_of_weight_0_are_not_looked_at() -> None:
     h, mask, slots = random(2, 3, 20), torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1), torch.tensor([[0, 1, 0], [0, 0, 2]])
     h[:, 1, ::2] = torch.inf
     bank = torch.stack([random(20, seed=1), torch.full((20,), torch.nan), torch.full((20,), torch.nan)])[:2]
+    pull = random(2, 3, 20, seed=3)
+
+    def check(run: Callable[[Tensor], Tensor]) -> None:
+        own = h.clone().requires_grad_()
+        out = run(own)
+        (slope,) = torch.autograd.grad(out, own, pull)
+        assert torch.equal(out[:, 1], h[:, 1]) and torch.isfinite(out[:, ::2]).all() and not torch.equal(out[0, 0], h[0, 0])
+        assert torch.equal(slope[:, 1], pull[:, 1]) and torch.isfinite(slope).all()
+
     for norm in (False, True):
-        out = steer_add(h, bank, 1.0, mask, slots, norm)
-        assert torch.equal(out[:, 1], h[:, 1]) and torch.equal(out[1, 2], h[1, 2]) and torch.isfinite(out[0, ::2]).all()
-        for m in (2, 20) if not norm else (2,):
-            out = edit(h, random(m, 20, seed=2), scale=0.5, mask=mask, preserve_norm=norm)
-            assert torch.equal(out[:, 1], h[:, 1]) and torch.isfinite(out[:, ::2]).all()
+        check(lambda own, norm=norm: steer_add(own, bank, 1.0, mask, slots, norm))
+        check(lambda own, norm=norm: edit(own, random(2, 20, seed=2), scale=0.5, mask=mask, preserve_norm=norm))
+        check(lambda own, norm=norm: edit(own, random(2, 20, seed=2), low=0.5, mask=mask, preserve_norm=norm))
+    check(lambda own: edit(own, random(20, 20, seed=2), scale=0.5, mask=mask))
+    check(lambda own: edit(own, random(20, 20, seed=2), high=0.1, mask=mask))
 
 
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 1, 2, 16)])

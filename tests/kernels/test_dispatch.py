@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from steer import kernels
 from steer.commands.info import environment
 from steer.errors import ConfigError, WidthError
-from steer.kernels import dispatch, drift_stats, edit, force, steer_add
+from steer.kernels import dispatch, drift_stats, edit, force, steer_add, wanted
 from steer.kernels.dispatch import choose
 
 H, U = torch.randn(2, 3, 8), torch.randn(2, 8)
@@ -37,7 +37,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_off_a_gpu_everything_is_pytorch() -> None:
-    assert choose(H) == choose(H, opaque=True) == "aten"
+    assert choose(H) == choose(H, opaque=True) == "aten" and not wanted(torch.empty(1, 256, 4096))
 
 
 def test_on_a_gpu(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +47,21 @@ def test_on_a_gpu(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choose(H), choose(H, opaque=True)) == ("aten", "op")
     monkeypatch.setattr(dispatch, "_triton", False)
     assert choose(H, opaque=True) == "aten"
+
+
+def test_operators_ask_for_kernels_where_they_pay(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = torch.empty(1, 255, 4096, dtype=torch.bfloat16), torch.empty(1, 256, 4096, dtype=torch.bfloat16)
+    assert wanted(many) and not wanted(few) and not wanted(many.double())
+    with force("aten"):
+        assert not wanted(many)
+    for name in ("op", "triton"):
+        with force(name):
+            assert wanted(few)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert wanted(few)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert wanted(few)
 
 
 def test_what_wants_to_see_operations_gets_them(on_a_gpu: None) -> None:
