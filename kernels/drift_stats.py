@@ -152,7 +152,7 @@ def reference(
         lengths = torch.linalg.vector_norm(full, dim=-1)
     if u is not None:
         with torch.autocast(x.device.type, enabled=False):
-            read = full @ u.to(wide).mT
+            read = full @ u.to(wide).mT.contiguous()
     if start is not None and step is not None:
         at = ((read - start) * step).clamp(0, bins - 1)
         seen = live & (read == read)
