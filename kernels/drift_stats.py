@@ -152,6 +152,7 @@ def reference(
         lengths = torch.linalg.vector_norm(full, dim=-1)
     if u is not None:
         with torch.autocast(x.device.type, enabled=False):
+            # the product with a transposed matrix is not the same to the bit for each place in memory, and a resumed run must be
             read = full @ u.to(wide).mT.contiguous()
     if start is not None and step is not None:
         at = ((read - start) * step).clamp(0, bins - 1)

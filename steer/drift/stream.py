@@ -33,7 +33,7 @@ class StreamReader:
         self.window = ProjectionMoments(len(watch.names))
         self.baseline: ProjectionMoments | None = None
         with torch.inference_mode(False):
-            self.units = watch.units.float()
+            self.units = watch.units.float().mT.contiguous().mT  # as the product wants it
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> None:
         if ctx.phase != "train" or ctx.role != "policy" or in_backward():
