@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from gpu_clock import Sizes, copy_bandwidth
-from gpu_kernels import check, features, kernels, peers
+from gpu_kernels import check, features, kernels, peers, small
 from gpu_model import decoder_costs
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         "correctness": check(sizes),
         "kernels": [],
         "features": [],
+        "small": [],
         "peers": [],
         "model": [],
     }
@@ -142,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         found["copy TB/s"] = copy_bandwidth(sizes)
         found["kernels"] = kernels(sizes, found["copy TB/s"])
         found["features"] = features(sizes)
+        found["small"] = small(sizes)
         found["peers"] = peers(sizes)
     if chosen.only != "kernels":
         found["model"] = decoder_costs(sizes)
@@ -149,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "copy TB/s" in found:
         table(f"one activation {list(sizes.shape)} in bf16; a copy moves {found['copy TB/s']:.2f} TB/s", found["kernels"])
     table(f"clamping features of {sizes.features:,}", found["features"])
+    table("few tokens, eager", found["small"])
     table("peers, same inputs", found["peers"])
     table("decoder", found["model"])
     table("goals", found["goals"])

@@ -13,6 +13,8 @@ import torch
 from gpu_clock import Sizes, milliseconds
 from torch import Tensor
 
+from steer.intervene import Ablate, Add, Intervention
+from steer.intervene.operator import Pick
 from steer.kernels import drift_stats, edit, edit_scalar, force, steer_add
 
 Run = Callable[[Tensor], Tensor]
@@ -217,6 +219,27 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
     with torch.no_grad():
         rows.append({"path": "whole dictionary", "features": sizes.features, "ms": milliseconds(dictionary, sizes)})
         rows[-1]["against 1"] = rows[-1]["ms"] / one
+    return rows
+
+
+def small(sizes: Sizes) -> list[dict[str, Any]]:
+    """Operators by their own operations and by a kernel on few tokens, where the host is what takes time; see `steer.kernels.wanted`."""
+    rows, v, strength = [], sizes.random(sizes.width, seed=1), torch.ones(1, 1, 1, device=sizes.device)
+    for tokens in (1, 16, 64, 256, 1024):
+        h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)
+        for operator, norm in ((Ablate(v), False), (Add(v), True)):
+            operator.to(h.device)
+            one, pick = Intervention(operator, "layers.0.output", preserve_norm=norm), Pick(operator, None)
+            own = one._with_norm if norm else operator.apply
+            with torch.no_grad():
+                row = {"operator": f"{operator.name}{', norm kept' * norm}", "tokens": tokens, "numbers": h.numel()}
+                row["operations us"] = 1e3 * milliseconds(lambda h=h, own=own, pick=pick: own(h, strength, None, pick), sizes)  # type: ignore[misc]
+                fused = operator.fused
+                row["kernel us"] = 1e3 * milliseconds(
+                    lambda h=h, fused=fused, pick=pick, norm=norm: fused(h, strength, None, pick, norm),  # type: ignore[misc]
+                    sizes,
+                )
+            rows.append(row)
     return rows
 
 

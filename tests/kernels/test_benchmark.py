@@ -24,6 +24,7 @@ def test_a_dry_run_fills_every_table(tmp_path: Path) -> None:
     assert len(found["correctness"]) > 40 and all(row["right"] for row in found["correctness"])
     assert all(row["us"] > 0 and row["eager us"] > 0 for row in found["kernels"]) and len(found["kernels"]) > 20
     assert {row["features"] for row in found["features"]} >= {1, 16, 64, 256} and found["features"][-1]["path"] == "whole dictionary"
+    assert all(row["operations us"] > 0 and row["kernel us"] > 0 for row in found["small"])
     works = {row["work"] for row in found["model"]}
     assert works == {"prefill", "decode", "decode, CUDA graph", "decode 256 rows, CUDA graph", "training step"}
     assert not [row for row in found["model"] if "failed" in row]
