@@ -1,0 +1,38 @@
+"""repeng: `ControlVector.train` and `ControlModel`.
+
+It has no mean difference. `pca_center` is its method nearest to one; what it gives has length 1.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from repeng import ControlModel, ControlVector, DatasetEntry
+
+DISTRIBUTIONS = ("repeng",)
+
+
+class Arm:
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def extract(self, pairs, layers, batch):
+        entries = [DatasetEntry(positive=positive, negative=negative) for positive, negative in pairs]
+        made = ControlVector.train(self.model, self.tokenizer, entries, hidden_layers=layers, batch_size=batch, method="pca_center")
+        return {layer: torch.from_numpy(direction) for layer, direction in made.directions.items()}
+
+    @contextmanager
+    def steered(self, vectors):
+        self.controlled = ControlModel(self.model, list(vectors))
+        self.controlled.set_control(ControlVector("llama", {layer: v.numpy() for layer, v in vectors.items()}))
+        try:
+            yield
+        finally:
+            self.controlled.unwrap()
+
+    def forward(self, ids):
+        return self.controlled(input_ids=ids, use_cache=True).logits
+
+    def generate(self, ids, new):
+        return self.controlled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
