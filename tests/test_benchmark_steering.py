@@ -50,7 +50,8 @@ def test_the_arms_compute_the_same(steering, tmp_path):
                 measured = worker.measure(arm, work, job, vectors, keep)
                 assert measured["cpu"] > 0 and measured["peak_mb"] > 100
     found = {
-        name: {column: steering.compare(tmp_path, name, column, work["work"]) for column, work in WORK.items()} for name in ("plain", "steer")
+        name: {column: steering.compare(tmp_path, name, column, work["work"]) for column, work in WORK.items()}
+        for name in ("plain", "steer")
     }
     assert found["steer"]["extract all"] > 1 - 1e-5 and found["steer"]["prefill"] == 0
     assert found["plain"]["extract middle"] > 1 - 1e-5 and found["plain"]["prefill"] > 0.1
