@@ -92,6 +92,11 @@ def _other_seeds(seeds: list[dict[str, Any]]) -> str:
     )
 
 
+def repeated(config: dict[str, Any]) -> dict[str, Any]:
+    """What runs must have in common to be told as one experiment: all that changes a number, but the seed."""
+    return {**config, "seed": None, "trainer": {**config["trainer"], "progress": None}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="output folder of steer train; further ones with other seeds")
@@ -99,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [read_run(folder) for folder in options.run]
     metrics = runs[0]
-    if any({**one["config"], "seed": 0} != {**metrics["config"], "seed": 0} for one in runs):
+    if any(repeated(one["config"]) != repeated(metrics["config"]) for one in runs):
         raise SystemExit("these runs differ in more than their seed")
     trait = metrics["trait"]
     drift = drift_records(options.run[0], metrics)

@@ -145,20 +145,36 @@ class Intervention:
         self.scope.to(self.effective.device)
         self.set_phases(self.phases)
 
+    def state(self) -> dict[str, Any]:
+        """What changes while it runs: strengths, switch, window, and tensors that are being learned."""
+        learned = {name: tensor.detach().cpu().clone() for name, tensor in self.parameters.items()}
+        return {"base": self.base.clone(), "enabled": self.enabled, "window": self.window, "learned": learned}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when a state is that of another intervention."""
+        here, there = (
+            {"strengths": len(one["base"]), "window": one["window"] is not None, "learned": _shapes(one["learned"])}
+            for one in (self.state(), state)
+        )
+        self._check_alike(here, there)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over a state that fits, but for the window, which several may share."""
+        self.base, self.enabled = state["base"].clone().cpu(), bool(state["enabled"])
+        self.load_learned(state["learned"])
+
     def load_learned(self, tensors: dict[str, Tensor]) -> None:
         """Puts saved values into the parameters. Raises ConfigError when they are those of another intervention."""
         here = self.parameters
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != (expected := {name: list(tensor.shape) for name, tensor in here.items()}):
-            raise ConfigError(
-                f"the learned tensors of '{self.name}' do not fit",
-                expected=expected or "none",
-                found=shapes or "none",
-                remedy="load it into the plan that it was saved from, or one made in the same way",
-            )
+        self._check_alike(_shapes(here), _shapes(tensors))
         with torch.no_grad():
             for name, tensor in tensors.items():
                 here[name].copy_(tensor)
+
+    def _check_alike(self, here: dict[str, Any], there: dict[str, Any]) -> None:
+        if here != there:
+            remedy = "load it into the plan that it was saved from, or one made in the same way"
+            raise ConfigError(f"the state of '{self.name}' does not fit", expected=here or "none", found=there or "none", remedy=remedy)
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         given = tensor_of(strength, f"strength of '{self.name}'", "pass a number, or one per row slot")
@@ -396,3 +412,7 @@ def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[s
         remedy = f"name the {what}s in which it acts, e.g. {what}s=('{known[0]}',)"
         raise ConfigError(f"unknown or missing {what}", expected=f"some of {', '.join(known)}", found=chosen or "none", remedy=remedy)
     return chosen
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -336,16 +336,7 @@ class Plan:
 
     def state_dict(self) -> dict[str, Any]:
         """What changes while a plan runs: step, strengths, switches, windows, and tensors that are being learned. `save` has it all."""
-        ones = {
-            one.name: {
-                "base": one.base.clone(),
-                "enabled": one.enabled,
-                "window": one.window,
-                "learned": {name: tensor.detach().cpu().clone() for name, tensor in one.parameters.items()},
-            }
-            for one in self.interventions
-        }
-        return {"step": self.current_step, "interventions": ones}
+        return {"step": self.current_step, "interventions": {one.name: one.state() for one in self.interventions}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError when the state belongs to a plan with other interventions."""
@@ -357,13 +348,14 @@ class Plan:
                 found=", ".join(state["interventions"]) or "no interventions",
                 remedy="load it into the plan that it was saved from, or one made in the same way",
             )
-        for one in self.interventions:
-            saved = state["interventions"][one.name]
-            one.base, one.enabled = saved["base"].clone().cpu(), bool(saved["enabled"])
-            one.load_learned(saved["learned"])
-        windows = {one: state["interventions"][one.name]["window"] for one in self.interventions if one.window is not None}
+        saved = {one: state["interventions"][one.name] for one in self.interventions}
+        for one, own in saved.items():
+            one.check_state(own)
+        windows = {one: own["window"] for one, own in saved.items() if own["window"] is not None}
         for one, window in windows.items():
             one.check_window(*window)
+        for one, own in saved.items():
+            one.load_state(own)
         self._move(windows)
         self.step(int(state["step"]))
 

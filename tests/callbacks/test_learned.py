@@ -349,7 +349,7 @@ def test_an_optimiser_without_a_twin_is_named() -> None:
 
 def test_a_state_of_a_plan_that_learned_something_else() -> None:
     callback = SteeringCallback(learner())
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match="does not fit"):
         callback.load_state_dict(SteeringCallback(make_plan()).state_dict())
     with pytest.raises(ConfigError, match="nothing to learn"):
         Ablate(vector()).train()

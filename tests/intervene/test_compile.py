@@ -173,6 +173,42 @@ def test_through_the_compiled_wrapper(tiny, backend):
 # ---- orders of events
 
 
+@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize("sequence", ["base", "attach", "strength", "detach", "attach again", "second layer", "second instance"])
+def test_an_ab_comparison_in_any_order(sequence, armed, tiny, backend):
+    """The seven orders in which a hook that dynamo does not look at steers nothing, without a word: each is what the eager model does."""
+    if armed:
+        arm()
+    model, batch = tiny("llama"), {"input_ids": ids()}
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    plain = agree(compiled, model, batch)
+    if sequence == "base":
+        assert torch.equal(agree(compiled, model, batch), plain)
+        return
+    if sequence == "second instance":
+        model = tiny("llama")
+        with steered().attached(model):
+            assert not torch.allclose(agree(torch.compile(model, backend=backend, fullgraph=True), model, batch), plain, atol=1e-3)
+        return
+    plan = steered()
+    plan.attach(model)
+    first = agree(compiled, model, batch)
+    assert not torch.allclose(first, plain, atol=1e-3)
+    if sequence == "strength":
+        plan.set_strength(0.5)
+        assert not torch.allclose(agree(compiled, model, batch), first, atol=1e-3)
+    elif sequence == "second layer":
+        with Plan(Intervention(Add(vector(seed=5)), "layers.2.output")).attached(model, stack=True):
+            assert not torch.allclose(agree(compiled, model, batch), first, atol=1e-3)
+    plan.detach()
+    if sequence in ("detach", "attach again"):
+        assert torch.equal(agree(compiled, model, batch), plain)
+    if sequence == "attach again":
+        plan.attach(model)
+        assert torch.equal(agree(compiled, model, batch), first)
+        plan.detach()
+
+
 @pytest.mark.parametrize(("how", "armed"), [("wrapper", False), ("wrapper", True), ("in place", False), ("call", False)])
 def test_attach_after_a_compiled_run_without_hooks(how, armed, tiny, backend, monkeypatch):
     resets = []

@@ -408,3 +408,18 @@ def test_a_resumed_plan_goes_on_where_it_was():
     assert resumed.interventions[0].base.item() == 3.0  # no shared tensors
     with pytest.raises(ConfigError, match="another plan"):
         resumed.load_state_dict(Plan(Intervention(Add(vector()), "embed")).state_dict())
+
+
+@pytest.mark.parametrize(("scope", "strength"), [("generated[:8]", 2.0), ("all", [2.0, 3.0])])
+def test_a_state_that_does_not_fit_changes_nothing(scope, strength):
+    """Not even the interventions before the one that it does not fit."""
+
+    def made(scope, strength) -> Plan:
+        second = Intervention(Add(vector()), "layers.0.output", scope, strength=strength, name="b")
+        return Plan([Intervention(Add(vector()), "embed", name="a"), second])
+
+    plan, other = made("all", 2.0), made(scope, strength)
+    other.set_strength(7.0, "a")
+    with pytest.raises(ConfigError, match=r"the state of 'b' does not fit"):
+        plan.load_state_dict(other.state_dict())
+    assert [one.base.tolist() for one in plan.interventions] == [[1.0], [2.0]]
