@@ -5,8 +5,9 @@
 
 For each concept the pairs are split in three. On the first part directions are extracted at every layer; the layers with the highest
 held-out AUC in each third of the model's middle go on. On the second a dose is calibrated at each of them under a side-effect budget, and
-the layer and dose with the largest effect within it is taken. On the third, and on neutral text of its own, the choice is compared with
-random directions of the same length at the same place. Writes docs/results/steering.json, from which the page is made.
+the layer and dose with the largest effect within it is taken; where no dose works within it, the one with the largest effect at all. On the
+third, and on neutral text of its own, the choice is compared with random directions of the same length at the same place. Writes
+docs/results/steering.json, from which the page is made.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import steer
 from steer.commands.info import versions
-from steer.directions.dose import calibrate, side_effects
+from steer.directions.dose import DoseCurve, DosePoint, calibrate, side_effects
 from steer.directions.sweep import pair_gaps
 from steer.errors import ConfigError
 from steer.experiment.stats import interval
@@ -77,17 +78,13 @@ def concept_row(
     directions = steer.extract(model, parts["extract"], ["layers.*.output"], name=name, method=method, seed=seed)
     candidates = spread(list(directions.values()))
     curves = [calibrate(model, one, parts["calibrate"], neutral["calibrate"], doses=DOSES) for one in candidates]
-    working = [(curve.chosen.effect, i) for i, curve in enumerate(curves) if curve.working]
     row: dict[str, Any] = {
         "concept": name,
         "pairs": {part: len(one.positive) for part, one in parts.items()},
         "auc": [{"site": str(one.site), "auc": one.metrics["auc"], "dprime": one.metrics["dprime"]} for one in directions.values()],
         "curves": [curve.to_dict() for curve in curves],
     }
-    if not working:
-        return row | {"chosen": None, "seconds": time.perf_counter() - started}
-    best = max(working)[1]
-    direction, point = candidates[best], curves[best].chosen
+    direction, point, within = choice(candidates, curves)
     generator = torch.Generator().manual_seed(seed)
     controls = torch.randn(RANDOM, len(direction.vector), generator=generator)
     controls *= direction.vector.norm() / controls.norm(dim=-1, keepdim=True)
@@ -96,7 +93,13 @@ def concept_row(
     kl, loss = side_effects(model, direction, neutral["test"], vectors, "test: neutral text")
     gained = gaps[1:] - gaps[0]
     return row | {
-        "chosen": {"site": str(direction.site), "dose": point.dose, "strength": point.strength, "auc": direction.metrics["auc"]},
+        "chosen": {
+            "site": str(direction.site),
+            "dose": point.dose,
+            "strength": point.strength,
+            "auc": direction.metrics["auc"],
+            "within_budget": within,
+        },
         "before": described(gaps[0]),
         "effect": described(gained[0]),
         "wrong_way": float((gained[0] < 0).double().mean()),
@@ -107,6 +110,16 @@ def concept_row(
         "perplexity_ratio": float((loss[1] - loss[0]).exp()),
         "seconds": time.perf_counter() - started,
     }
+
+
+def choice(candidates: list[steer.Direction], curves: list[DoseCurve]) -> tuple[steer.Direction, DosePoint, bool]:
+    """Where and how much: of the doses that work within the budget the one with the largest effect. Where none does, of all of them."""
+    working = [(curve.chosen.effect, i) for i, curve in enumerate(curves) if curve.working]
+    if working:
+        best = max(working)[1]
+        return candidates[best], curves[best].chosen, True
+    _, best, point = max(((point.effect, i, point) for i, curve in enumerate(curves) for point in curve.points), key=lambda one: one[:2])
+    return candidates[best], point, False
 
 
 def spread(directions: list[steer.Direction]) -> list[steer.Direction]:

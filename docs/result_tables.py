@@ -28,17 +28,11 @@ def effects(markdown: Markdown) -> str:
 
 def _effect(row: dict[str, Any]) -> list[str]:
     chosen = row["chosen"]
-    if chosen is None:
-        tried = [(point, curve["site"]) for curve in row["curves"] for point in curve["points"]]
-        point, site = max(tried, key=lambda one: one[0]["effect"])
-        most = f"none works within the budget; most: {point['effect']:+.2f} on the pairs for choosing, at dose {point['dose']:g}"
-        cost = [f"{point['kl']:.2f}", f"x{point['perplexity_ratio']:.2f}"]
-        return [row["concept"], site, "", most, "", "", "", "", f"{point['wrong_way']:.0%}", *cost]
     return [
         row["concept"],
         chosen["site"],
         f"{chosen['auc']:.2f}",
-        f"{chosen['dose']:g}",
+        f"{chosen['dose']:g}" if chosen["within_budget"] else f"{chosen['dose']:g}, over budget",
         f"{row['before']['mean']:+.2f}",
         _interval(row["effect"]),
         f"{min(row['random']):+.3f} to {max(row['random']):+.3f}",
