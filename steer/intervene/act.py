@@ -85,6 +85,31 @@ class Count:
         for group, _, _ in self.groups:
             if ctx.tokens:
                 group[0].prepare(ctx, self.dtype)
+                if ctx.tokens == 1 and len(group) > 1:
+                    self._add_up(group, ctx)
+
+    def _add_up(self, group: list[Intervention], ctx: ForwardContext) -> None:
+        """Works out what a decoded token gets added at every site of a group, in a few operations for all of them.
+
+        Between two sites the weights of a block go through the caches, so that every further operation at a site costs several times what
+        it does here: 30 steered layers of a 135M model on a CPU cost half of what they do when each makes its own change. Only without
+        gradients, since the sums share one history; and compiled code has its own ways.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or group[0].tokens(ctx) is False:
+            return
+        alike: dict[tuple[int, torch.device], list[Intervention]] = {}
+        for one in group:
+            if one.adds_alike:
+                alike.setdefault((one.operator.width, one.effective.device), []).append(one)
+        column = ctx.columns.get(group[0].key)
+        for ones in alike.values():
+            vectors = torch.stack([one.operator.tensors["vector"] for one in ones])  # [interventions, 1, width]
+            strengths = torch.stack([one.effective for one in ones]).unsqueeze(-1)
+            sums = (strengths * vectors).unsqueeze(1)
+            if column is not None and column.device != sums.device:
+                continue  # the model lies on several devices
+            sums = sums.expand(-1, ctx.batch, -1, -1) if column is None else sums * column
+            ctx.sums.update(zip(ones, sums.to(self.dtype).unbind(), strict=True))
 
     def __call__(self, ctx: ForwardContext) -> None:
         self.passes.add_(1)

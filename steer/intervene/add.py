@@ -18,6 +18,7 @@ class Add(Operator):
 
     name = "add"
     parts = learnable = ("vector",)
+    additive = True
 
     def __init__(self, vector: Tensor) -> None:
         vector = slotted(vector, 2, "steering vector")

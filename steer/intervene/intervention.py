@@ -217,6 +217,9 @@ class Intervention:
 
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """Edited activation, or `h` itself when no token of this pass is meant. h: [batch, tokens, width]."""
+        known = ctx.sums.get(self)
+        if known is not None and known.shape == h.shape and known.dtype is h.dtype and known.device == h.device:
+            return h + known
         mask = self.tokens(ctx)
         if mask is False:
             return h
@@ -302,6 +305,11 @@ class Intervention:
                 mask = ctx.kept_of(mask, opened.shape[1])
             mask = both(mask, opened.expand(ctx.batch, ctx.tokens if opened.shape[1] == 1 else -1))
         return mask
+
+    @property
+    def adds_alike(self) -> bool:
+        """What it adds to a token depends on nothing but the token's share in its scope."""
+        return self.operator.additive and self.slots == 1 and self.gate is None and not self.preserve_norm
 
     @property
     def counts_calls(self) -> bool:

@@ -80,6 +80,7 @@ class Operator(Driven):
     Attributes:
         parts: names of the tensors it cannot do without, of which the first is as wide as its site.
         settings: names of its other attributes that a file has to hold, JSON-able.
+        additive: its change is strength * `vector`, whatever the activation.
         slots: number of row slots, 1 when every row is treated alike.
 
     Raises:
@@ -88,6 +89,7 @@ class Operator(Driven):
 
     parts: ClassVar[tuple[str, ...]]
     settings: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = False
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         super().__init__(tensors, width)

@@ -50,6 +50,7 @@ class ForwardContext:
         opened: what gates decided in this pass; `blind` names soft decisions that were made where no gradients are recorded.
         masks: the tokens that each user of this context acts on, worked out once per pass under a name of its own;
             `columns` holds some of them as [batch, tokens, 1] numbers, ready to multiply with.
+        sums: [batch, 1, width] of what is added to the only token of a pass, by intervention, where that was worked out in advance.
     """
 
     batch: int
@@ -72,6 +73,7 @@ class ForwardContext:
     blind: set[str] = field(default_factory=set)
     masks: dict[str, Mask] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:

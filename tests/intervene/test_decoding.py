@@ -1,0 +1,107 @@
+"""A decoded token: what many additions add to it is worked out together when its pass opens, and is what each would have added itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hand import ids, padded, vector
+from torch import Tensor
+from transformers import DynamicCache
+
+from steer.intervene import Ablate, Add, HeadShift, Intervention, Plan
+from steer.model.hooks import watcher_of
+
+LATER = "generated"
+
+
+def plan() -> Plan:
+    heads = torch.stack([vector(8, seed=7), vector(8, seed=8)])
+    return Plan(
+        [
+            Intervention(Add(vector(seed=0)), "layers.0.output", LATER, strength=0.5),
+            Intervention(Add(vector(seed=1)), "layers.1.output", LATER, strength=2.0),
+            Intervention(Add(vector(seed=2)), "layers.1.output", LATER),
+            Intervention(Ablate(vector(seed=3)), "layers.1.output", LATER),
+            Intervention(HeadShift(heads, [0, 3], 4), "layers.2.attn.z", LATER),
+            Intervention(Add(vector(seed=4)), "layers.2.output", LATER, preserve_norm=True),
+            Intervention(Add(vector(seed=5)), "layers.0.input", "generated~2"),
+            Intervention(Add(vector(seed=6)), "layers.2.input", "generated~2"),
+        ]
+    )
+
+
+def step(model, cache: DynamicCache, batch: dict[str, Tensor], token: int, grad: bool) -> Tensor:
+    """Logits of one more token after a left-padded prompt."""
+    rows = batch["input_ids"].shape[0]
+    with torch.set_grad_enabled(grad):
+        if not cache.get_seq_length():
+            model(batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache, use_cache=True)
+        seen = cache.get_seq_length() + 1 - batch["input_ids"].shape[1]
+        mask = torch.cat([batch["attention_mask"], torch.ones(rows, seen, dtype=torch.long)], 1)
+        return model(torch.full((rows, 1), token), attention_mask=mask, past_key_values=cache, use_cache=True).logits.detach()
+
+
+def talk(model, steered: Plan, batch: dict[str, Tensor], grad: bool, between: Callable[[], Any] = lambda: None) -> tuple[list[Tensor], int]:
+    """Logits of three tokens, and for how many interventions a sum was known at the last. With gradients each works for itself."""
+    cache, logits = DynamicCache(config=model.config), []
+    with steered.attached(model):
+        for token in (5, 6, 7):
+            logits.append(step(model, cache, batch, token, grad))
+            between()
+        return logits, len(watcher_of(model).current.sums)
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": ids(1, 4), "attention_mask": torch.ones(1, 4, dtype=torch.long)}, padded("left")])
+def test_sums_are_what_each_would_have_added(batch, tiny):
+    model = tiny("llama").eval()
+    together, known = talk(model, plan(), batch, False)
+    alone, none = talk(model, plan(), batch, True)
+    assert known == 6 and none == 0  # not the ablation, not the edit that keeps norms; nothing where gradients are recorded
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    plain = step(model, DynamicCache(config=model.config), batch, 5, False)
+    assert (together[0] - plain).abs().max() > 0.1
+
+
+def test_nothing_is_remembered_from_one_token_to_the_next(tiny):
+    """Strengths, switches and vectors that change between two tokens hold from the next one on, however they were changed."""
+    model, batch = tiny("llama").eval(), padded("left")
+    found = []
+    for grad in (False, True):
+        steered = plan()
+
+        def change(steered: Plan = steered) -> None:
+            first, second, third = steered.interventions[:3]
+            steered.set_strength(first.base * -2, first.name)
+            steered.enable(not second.enabled, second.name)
+            third.operator.tensors["vector"].data.mul_(-1)  # which leaves no trace in the tensor's version
+
+        found.append(talk(model, steered, batch, grad, change)[0])
+    unchanged, _ = talk(model, plan(), batch, False)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0][0], unchanged[0])
+    assert all((one - other).abs().max() > 1e-2 for one, other in zip(found[0][1:], unchanged[1:], strict=True))
+
+
+def test_stacked_plans_with_the_same_names_add_their_own(tiny):
+    model, batch = tiny("llama").eval(), padded("left")
+    plans = [Plan([Intervention(Add(k * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)]) for k in (1, 3)]
+    merged = Plan([Intervention(Add(4 * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)])
+    with plans[0].attached(model), plans[1].attached(model, stack=True):
+        found = step(model, DynamicCache(config=model.config), batch, 5, False)
+        assert len(watcher_of(model).current.sums) == 4
+    with merged.attached(model):
+        torch.testing.assert_close(step(model, DynamicCache(config=model.config), batch, 5, False), found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_as_a_single_intervention_does(dtype, tiny):
+    model, batch = tiny("llama").to(dtype).eval(), padded("left")
+    both = Plan([Intervention(Add(vector(seed=n)), f"layers.{n}.output", strength=0.3) for n in (0, 1)])
+    together, known = talk(model, both, batch, False)
+    alone, none = talk(model, both, batch, True)
+    assert (known, none) == (2, 0) and all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
