@@ -59,6 +59,14 @@ class Gate:
         """[batch, tokens or 1, 1]: how far open."""
         return self.value(ctx, decisions)[..., :1]
 
+    def __bool__(self) -> bool:
+        raise ConfigError(
+            "gates do not combine by and, or, not",
+            expected="& for and, | for or, ~ for not",
+            found="Python's own words, which would drop one of the gates",
+            remedy="e.g. (first & ~second)",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form without the tensors."""
         raise NotImplementedError
@@ -192,10 +200,6 @@ class Leaf(Gate, Driven):
             )
         return super().train()
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        self.over.to(device)
-
     def read(self, h: Tensor, ctx: ForwardContext, decision: str) -> None:
         """Decides, and leaves the decision in the pass under its name: [batch, tokens or 1, 2]."""
         if next(iter(self.tensors.values()), h).device != h.device:
@@ -237,6 +241,7 @@ class Leaf(Gate, Driven):
         margin, looked = self.margin(h, ctx), self._looked_at(ctx)
         if looked.shape != margin.shape:
             looked = ctx.kept_of(looked, margin.shape[1])
+        looked = looked.to(margin.device)  # a model may lie on several
         starts = None if ctx.phase == "generate" else ctx.starts
         if starts is None:
             count = looked.sum(1, keepdim=True)
@@ -244,7 +249,7 @@ class Leaf(Gate, Driven):
             if self.pool == "max":
                 pooled = margin.masked_fill(~looked, -torch.inf).amax(1, keepdim=True)
             return torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
-        text = starts.long().cumsum(1)
+        text = starts.to(margin.device).long().cumsum(1)
         slots = margin.new_zeros(margin.shape[0], margin.shape[1] + 1)
         count = slots.scatter_add(1, text, looked.to(margin.dtype))
         pooled = slots.scatter_add(1, text, torch.where(looked, margin, 0.0)) / count.clamp_min(1)
@@ -288,6 +293,7 @@ def one_number(value: float | Tensor, what: str) -> Tensor:
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
     """Open as far as both are, closed as far as either is."""
+    b = b.to(a.device)
     return torch.stack((a[..., 0] * b[..., 0], 1 - (1 - a[..., 1]) * (1 - b[..., 1])), -1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
 from steer.intervene.operator import OPERATORS, Driven, Operator, Pick, check_finite
-from steer.intervene.scope import Scope, both
+from steer.intervene.scope import Scope, Window, both
 from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
 
@@ -63,7 +63,11 @@ class Intervention:
         of_type(operator, Operator, "the operator of an intervention", "pass an operator such as Add(vector)")
         # a scope of its own, so that no other plan moves its window
         of_type(scope, (str, Scope), "the scope of an intervention", "write it as text, e.g. 'response'")
-        of_type(enabled, bool, "`enabled` of an intervention", "pass True or False")
+        of_type(name, str, "the name of an intervention", "pass text, or leave it out")
+        for flag, given in (("enabled", enabled), ("preserve_norm", preserve_norm)):
+            of_type(given, bool, f"`{flag}` of an intervention", "pass True or False")
+        if gate is not None:
+            of_type(gate, gates.Gate, "the gate of an intervention", "pass a gate such as ProbeGate(vector), or leave it out")
         self.operator, self.site, self.scope, self.enabled = operator, Site.parse(site), Scope.parse(str(scope)), enabled
         operator.check_site(self.site)
         self.roles = _subset(roles, ROLES, "role")
@@ -80,15 +84,16 @@ class Intervention:
         self.set_phases(_subset(phases, PHASES, "phase"))
 
     def copy(self, memo: dict[int, Any]) -> Intervention:
-        """One like it with strengths, switch, scope and row slots of its own; tensors that are being learned stay the same parameters.
+        """One like it with tensors, strengths, switch, scope and row slots of its own; what is being learned stays the same parameters.
 
         Args:
-            memo: as of `copy.deepcopy`, one for all that are copied together: a gate that they share stays one.
+            memo: as of `copy.deepcopy`, one for all that are copied together: a gate or a tensor that they share stays one.
         """
         memo |= {id(parameter): parameter for parameter in self.parameters.values()}
         with torch.inference_mode(False):  # training may follow
             made = copy.copy(self)
-            made.operator, made.gate = copy.copy(self.operator), copy.deepcopy(self.gate, memo)
+            made.operator, made.gate = self.operator.copy(memo), copy.deepcopy(self.gate, memo)
+            made.rows = None if self.rows is None else self.rows.clone()
             made.scope = Scope.parse(str(self.scope))
             made.base, made.effective = self.base.clone(), self.effective.clone()
         return made
@@ -112,6 +117,7 @@ class Intervention:
                 found=repr(wrong[0]),
                 remedy="e.g. plan.set_window(0, 32)",
             )
+        Window.check(start, stop)
         slices = self.scope.slices
         if len(slices) != 1:
             raise ConfigError(
@@ -203,7 +209,6 @@ class Intervention:
         """Puts every tensor on a device; outside inference mode, since training may follow a validation run."""
         with torch.inference_mode(False):
             self.operator.to(device)
-            self.scope.to(device)
             self.effective = self.effective.to(device)
             self.rows = None if self.rows is None else self.rows.to(device)
 
@@ -212,6 +217,13 @@ class Intervention:
         found = ctx.masks.get(self.key)
         if found is None:
             acts = ctx.phase in self.phases and ctx.role in self.roles
+            if acts and ctx.outside is not None and ctx.outside not in self.phases:
+                raise ContextError(
+                    f"'{self.name}' acts in {', '.join(self.phases)}, and the prompt of this generation ran in the phase {ctx.outside}",
+                    expected="a generation, from its prompt on",
+                    found="a cache that the model made of its own accord, in a call that did not ask for one",
+                    remedy="pass use_cache=True, or a cache, in the call that runs the prompt",
+                )
             found = ctx.masks[self.key] = self.scope.mask(ctx) if acts else False
         return found
 
@@ -265,7 +277,7 @@ class Intervention:
         weight = self._column(mask, h, ctx)
         if self.gate is None:
             return weight
-        opened = self.gate.opened(ctx, iter(self.decisions)).to(h.dtype)
+        opened = self.gate.opened(ctx, iter(self.decisions)).to(h.device, h.dtype)
         if opened.shape[1] not in (1, h.shape[1]):  # the unembedding may get the last tokens only
             opened = ctx.kept_of(opened, h.shape[1])
         return opened if weight is None else weight * opened
@@ -274,7 +286,7 @@ class Intervention:
         """The mask on the tokens that this site sees, faded by the decay, [batch, tokens, 1] in the dtype of h; None for 1 everywhere."""
         column = ctx.columns.get(self.key)
         if column is not None and column.dtype is h.dtype and column.shape[:-1] == h.shape[:-1]:
-            return column
+            return column.to(h.device)  # a model may lie on several
         fade = self._fade(ctx)
         if fade is None and mask is True:
             return None
@@ -288,7 +300,7 @@ class Intervention:
                 found=list(h.shape[:-1]),
                 remedy="choose a site of the residual stream, attention or MLP",
             )
-        return mask.unsqueeze(-1).to(h.dtype)
+        return mask.unsqueeze(-1).to(h.device, h.dtype)
 
     def acting(self, ctx: ForwardContext) -> Mask:
         """The tokens on which it acts in this pass, [batch, tokens] bool or a constant: those of the scope, whose row has a strength
@@ -297,10 +309,11 @@ class Intervention:
         if mask is False or not ctx.tokens:
             return mask
         if self.slots > 1:
-            mask = both(mask, (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)][:, None].expand(-1, ctx.tokens))
+            live = (self.effective != 0).expand(self.slots)[self.rows_of(ctx, ctx.batch)].to(ctx.device)
+            mask = both(mask, live[:, None].expand(-1, ctx.tokens))
         if self.gate is not None:
             with torch.no_grad():
-                opened = (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1)
+                opened = (self.gate.opened(ctx, iter(self.decisions)) > 0.5).squeeze(-1).to(ctx.device)
             if opened.shape[1] not in (1, ctx.tokens) and isinstance(mask, Tensor):  # the unembedding may get the last tokens only
                 mask = ctx.kept_of(mask, opened.shape[1])
             mask = both(mask, opened.expand(ctx.batch, ctx.tokens if opened.shape[1] == 1 else -1))
@@ -353,6 +366,7 @@ class Intervention:
             "gate": None if self.gate is None else self.gate.to_dict(),
             "preserve_norm": self.preserve_norm,
             "learned": sorted(self.parameters),
+            "frozen": sorted(name for name, one in self.parameters.items() if not one.requires_grad),
         }
 
     @property
@@ -393,6 +407,8 @@ class Intervention:
         for prefix, holder in one.driven.items():
             if prefix.removesuffix(".") in learned:
                 holder.train()
+        for name in spec.get("frozen", ()):  # older files do not say
+            one.parameters[name].requires_grad_(False)
         return one
 
 
@@ -422,5 +438,5 @@ def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[s
     return chosen
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}

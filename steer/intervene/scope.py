@@ -74,8 +74,21 @@ class Window:
                 remedy=f"write e.g. '{what.split('[')[0]}[0:8]'",
             )
 
+    @staticmethod
+    def check(start: int | None, stop: int | None) -> None:
+        """Raises ConfigError for a slice that holds nothing."""
+        first = start or 0
+        if stop is not None and (first < 0) == (stop < 0) and first >= stop:
+            raise ConfigError(
+                "a window is empty",
+                expected="a start before the stop",
+                found=f"[{start}:{stop}]",
+                remedy="change the bounds; to switch an intervention off, call plan.enable(False)",
+            )
+
     def set(self, start: int | None, stop: int | None) -> None:
         """Changes a slice in place."""
+        self.check(start, stop)
         self.start, self.stop = start, stop
         self.counts_from_end = min(start or 0, stop or 0) < 0  # compiled code is bound to this, not to the bounds
         with torch.inference_mode(False):
@@ -254,6 +267,7 @@ class Scope:
 
     def __init__(self, include: list[list[Selector]], exclude: list[list[Selector]], half_life: Tensor | None = None) -> None:
         self.include, self.exclude, self.half_life = include, exclude, half_life
+        self.device = torch.device("cpu")
 
     @classmethod
     def parse(cls, text: str | Scope) -> Scope:
@@ -301,6 +315,8 @@ class Scope:
 
     def mask(self, ctx: ForwardContext) -> Mask:
         """[batch, tokens] bool, or True / False when no tensor is needed to tell. Raises ContextError when the pass does not say."""
+        if ctx.device is not None and ctx.device != self.device:  # that of the token ids, not of the site
+            self.to(ctx.device)
         if ctx.tokens == 0:
             if str(self) == "all":
                 return ctx.attention
@@ -346,6 +362,7 @@ class Scope:
 
     def to(self, device: torch.device) -> None:
         """Moves what it compares with."""
+        self.device = device
         for selector in self.selectors:
             selector.to(device)
         self.half_life = None if self.half_life is None else self.half_life.to(device)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from steer.errors import ContextError
+from steer.model.cache import OUTSIDE, memory_of, note_pass
 
 Mask = Tensor | bool  # [batch, tokens] bool; True = every token, False = none, known without looking at a tensor
 
 PHASES = ("train", "validate", "generate")
 ROLES = ("policy", "reference")
 CHAT_ROLES = ("system", "user", "assistant", "tool")
-MEMORY, PASSES = "_steer_memory", "_steer_passes"  # attributes of a KV cache
 # the arguments of a forward pass that tell tokens apart
 SEEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "labels", "logits_to_keep")
 
@@ -40,7 +40,9 @@ class ForwardContext:
         labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
         position_ids: [batch or 1, tokens] as given, or None.
         past: tokens in the cache before this pass; a tensor for static caches.
-        padded_past: [batch, cache + tokens] the attention mask over all of them, or None.
+        virtual: how many more the cache holds that are no tokens of any text (prefix tuning).
+        padded_past: [batch, cache + tokens or more] the attention mask over all of them, or None.
+        outside: the phase in which the prompt of this cache ran, when it was not `generate`.
         kept: the positions that the unembedding sees: all (0), the last so many, or these.
         ids: [batch, tokens] token ids; None when embeddings were given.
         turns: index into `CHAT_ROLES` of the turn that each token belongs to, as announced by `chat_roles`; else None. [batch, tokens]
@@ -63,7 +65,9 @@ class ForwardContext:
     labelled: Tensor | None = None
     position_ids: Tensor | None = None
     past: Tensor | int = 0
+    virtual: int = 0
     padded_past: Tensor | None = None
+    outside: str | None = None
     kept: Tensor | int = 0
     device: torch.device | None = None
     ids: Tensor | None = None
@@ -78,11 +82,13 @@ class ForwardContext:
     @property
     def positions(self) -> Tensor:
         """[batch or 1, tokens]: index of each token in its own text: 0 at the first real token, starting over in every packed segment."""
-        if self.position_ids is not None:
-            return self.position_ids
-        if self.padded_past is not None:
-            return (self.padded_past.cumsum(1) - 1)[:, -self.tokens :]
-        return (torch.arange(self.tokens, device=self.device) + self.past)[None]
+        ids = self.position_ids
+        if ids is not None and self.virtual:
+            ids = ids - self.virtual
+        if self.padded_past is None:
+            return (torch.arange(self.tokens, device=self.device) + self.past)[None] if ids is None else ids
+        real = columns_of(self.padded_past.cumsum(1), self.tokens, self.past + self.virtual) - 1 - self.virtual
+        return real if ids is None else torch.minimum(real, ids)  # which start over in packed rows, and may count padding
 
     def remember(self, name: str, fresh: Callable[[], Tensor]) -> Tensor:
         """A tensor with one entry per row that the prompt decides and every later pass of the generation uses.
@@ -100,7 +106,7 @@ class ForwardContext:
         elif isinstance(self.past, Tensor):  # the first token of a one-token prompt looks like a decoded one
             new = fresh()
             if held is not None:
-                held = torch.where(self.past > 0, held, new)
+                held = torch.where(self.past.to(held.device) > 0, held, new)
             elif torch.compiler.is_compiling():
                 torch._assert_async(self.past == 0, "the prompt of this cache was not seen: attach before the prompt is run")
                 held = new
@@ -129,15 +135,16 @@ class ForwardContext:
     @property
     def starts(self) -> Tensor | None:
         """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
-        return None if self.position_ids is None else self.real & (self.position_ids == 0)
+        return None if self.position_ids is None else self.real & (self.position_ids == self.virtual)
 
     def _check_told(self) -> None:
         if self.unclear:
             raise ContextError(
                 "given and decoded tokens cannot be told apart in this generation",
                 expected="a prompt in one pass (or two, the first from a copied cache), then one token per pass",
-                found="many passes of several tokens, or a cache that lost some, as in assisted decoding or a prompt in chunks",
-                remedy="generate without assistant_model, prompt_lookup_num_tokens and prefill_chunk_size, or use scope='all'",
+                found="passes of several tokens after each other, or a cache that lost some, as in assisted decoding or a prompt in chunks",
+                remedy="generate without assistant_model, prompt_lookup_num_tokens and prefill_chunk_size, give a prefix as a deep copy of "
+                "its cache, or use scope='all'",
             )
 
     @property
@@ -158,7 +165,7 @@ class ForwardContext:
         follows = torch.zeros_like(real)
         follows[:, :-1] = real[:, 1:]
         if self.position_ids is not None:
-            follows[:, :-1] &= self.position_ids[:, 1:] != 0
+            follows[:, :-1] &= self.position_ids[:, 1:] != self.virtual
         return real & ~follows
 
     @property
@@ -214,6 +221,16 @@ def turns_of(announced: Tensor, batch: int, tokens: int, past: Tensor | int) -> 
     return announced[:, past:] if isinstance(past, int) and announced.shape[1] == past + tokens else announced
 
 
+def columns_of(over_all: Tensor, tokens: int, past: Tensor | int) -> Tensor:
+    """The columns of this pass, [batch, tokens], of what there is for cache and pass, or for the whole length of a static cache."""
+    width = over_all.shape[1]
+    if isinstance(past, int):
+        return over_all[:, past : past + tokens] if width > past + tokens else over_all[:, -tokens:]
+    if width == tokens:
+        return over_all
+    return over_all[:, (torch.arange(tokens, device=over_all.device) + past.to(over_all.device)).clamp_max(width - 1)]
+
+
 def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     """Real tokens of this pass, from a 2-D mask over cache and pass, or from the diagonal of a 4-D mask (static caches get one)."""
     if isinstance(attention_mask, dict):  # one mask per kind of layer; a sliding one may have dropped its oldest columns
@@ -221,7 +238,7 @@ def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     if not isinstance(attention_mask, Tensor):
         return True
     if attention_mask.dim() == 2:
-        return attention_mask[:, -tokens:].bool()
+        return columns_of(attention_mask, tokens, past).bool()
     if tokens == 1:
         return True
     rows = torch.arange(tokens, device=attention_mask.device)
@@ -229,27 +246,14 @@ def padding(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     return diagonal if diagonal.dtype is torch.bool else diagonal == 0
 
 
-def memory_of(cache: Any) -> dict[str, Tensor]:
-    """The memory that lives on a KV cache; made where there is none."""
-    memory = getattr(cache, MEMORY, None)
-    if memory is None:
-        memory = {}
-        if cache is not None:
-            setattr(cache, MEMORY, memory)
-    return memory
-
-
-def _is_unclear(cache: Any, past: int, tokens: int) -> bool:
-    """True when the passes over a cache, noted on it, are not those of a prompt (in two parts at most) and of tokens decoded one by one."""
-    seen, parts = getattr(cache, PASSES, (0, 0))
-    parts = 0 if tokens == 1 else 1 if past == 0 else parts + 1
-    if cache is not None:
-        setattr(cache, PASSES, (past + tokens, parts))
-    return past < seen or parts > 2
-
-
 def build(
-    given: dict[str, Any], announced: Tensor | None, reference: bool, *, turns: Tensor | None = None, decoder: bool = True
+    given: dict[str, Any],
+    announced: Tensor | None,
+    reference: bool,
+    *,
+    turns: Tensor | None = None,
+    decoder: bool = True,
+    virtual: int = 0,
 ) -> ForwardContext:
     """Makes the context of one pass.
 
@@ -259,9 +263,12 @@ def build(
         reference: PEFT adapters are switched off.
         turns: chat roles from `chat_roles`.
         decoder: False for a module beside the decoder, which has no tokens.
+        virtual: entries of a cache that are no tokens, see `ForwardContext`.
     """
     cache, labels = given.get("past_key_values"), given.get("labels")
-    cached = cache is not None or given.get("use_cache") is True
+    virtual = virtual if cache is not None else 0
+    past = cache.get_seq_length() - virtual if cache is not None else 0
+    cached = cache is not None and not (virtual and past == 0) or given.get("use_cache") is True
     generating = cached and labels is None and announced is None
     phase = "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
     role = "reference" if reference and not generating else "policy"
@@ -270,10 +277,9 @@ def build(
         return ForwardContext(0, 0, phase, role)
     batch, tokens = tensor.shape[:2]
     announced, turns = (None if one is None else one.to(tensor.device) for one in (announced, turns))
-    past = cache.get_seq_length() if cache is not None else 0
     if isinstance(past, Tensor):
         past = past.clone()  # static caches count up in place while the pass runs
-    unclear = generating and isinstance(past, int) and not torch.compiler.is_compiling() and _is_unclear(cache, past, tokens)
+    unclear = generating and not torch.compiler.is_compiling() and note_pass(cache, past, tokens)
     attention_mask, ids = given.get("attention_mask"), given.get("position_ids")
     labelled = None
     if announced is not None:
@@ -290,10 +296,12 @@ def build(
         role=role,
         decoding=decoding,
         unclear=unclear,
-        attention=padding(attention_mask, tokens, past),
+        attention=padding(attention_mask, tokens, past + virtual),
         labelled=labelled,
         position_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
         past=past,
+        virtual=virtual,
+        outside=getattr(cache, OUTSIDE, None),
         padded_past=attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None,
         kept=given.get("logits_to_keep", 0),
         device=tensor.device,

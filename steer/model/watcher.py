@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.errors import ContextError, HookDidNotRunError
+from steer.model import cache as notes
 from steer.model import context
-from steer.model.anatomy import Anatomy
+from steer.model.anatomy import Anatomy, check_model
 from steer.model.context import SEEN, ForwardContext
 
 if TYPE_CHECKING:
@@ -112,6 +114,8 @@ class _Leave(NotCopied):
         self.watcher, self.height = watcher, height
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.watcher.is_foreign():
+            return
         if self.height == 0:
             self.watcher.close(output)
         self.watcher.leave(self.height, output)
@@ -125,9 +129,11 @@ class Watcher:
         current: context of the pass that runs or ran last.
         inside: the root's forward is running.
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
+        thread: in which the running pass began.
         outermost: height above the root of the module that the running pass began with; `height` that of the one entered last.
         replays: compiled code with gradient checkpointing, where taps inside a block cannot note that they ran.
         around: context of the running pass for modules beside the decoder, made when one asks.
+        adapter: a layer of PEFT's, which knows what is switched on; `prefixed`, the PEFT model that tunes a prefix.
         announced: response mask from `response_tokens`; `turns`, chat roles from `chat_roles`.
     """
 
@@ -145,6 +151,8 @@ class Watcher:
         self.on_open: list[Callable[[ForwardContext], None]] = []
         self.on_close: list[Callable[[ForwardContext], None]] = []
         self.adapter: Any = None
+        self.prefixed: Any = None
+        self.thread = 0
         self.block: nn.Module | None = None
         self.replays = False
         self._removals: dict[nn.Module, list[Callable[[], None]]] = {}
@@ -159,6 +167,9 @@ class Watcher:
                 leave = register(module, _Leave(self, height), before=False, always=True)
                 self._removals[module] = [enter, leave]
         self.block = anatomy.blocks[0] if anatomy is not None else None
+        for module in chain:
+            if str(getattr(getattr(module, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
+                self.prefixed = module
         if self.adapter is None:
             # A property on PEFT's layers; transformers' own models have a method of that name.
             self.adapter = next((m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)), None)
@@ -170,8 +181,20 @@ class Watcher:
 
     # ---- the course of a pass
 
+    def is_foreign(self) -> bool:
+        """Another thread is in a pass."""
+        return self.outermost != IDLE and not torch.compiler.is_compiling() and self.thread not in (0, threading.get_ident())
+
     def begin(self, height: int) -> None:
-        """The outermost module of a pass is entered."""
+        """The outermost module of a pass is entered. Raises ContextError while another thread is in one."""
+        if self.is_foreign():
+            raise ContextError(
+                "two threads call a steered model at a time",
+                expected="one forward pass after the other",
+                found=f"a pass in thread {threading.get_ident()} while one runs in thread {self.thread}",
+                remedy="put a lock around the calls, or give each thread a copy of the model and a plan of its own",
+            )
+        self.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         self.outermost, self.given, self.around, self.inside = height, {}, None, False
 
     def open(self) -> None:
@@ -180,7 +203,9 @@ class Watcher:
         if not self.replays:
             for tap in self.taps:
                 tap.ran = False
-        self.current = ctx = context.build(self.given, self.announced, self._is_reference(), turns=self.turns, decoder=self.is_decoder)
+        self.current = ctx = context.build(
+            self.given, self.announced, self._is_reference(), turns=self.turns, decoder=self.is_decoder, virtual=self._virtual()
+        )
         self.inside = True
         if not context.in_backward():
             self.differentiated = None
@@ -199,10 +224,21 @@ class Watcher:
                 self._mark(output, ctx)
             if context.in_backward():
                 return  # a recompute of the whole model: it was counted when it ran first
-        if ctx.memory and self.given.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
-            setattr(cache, context.MEMORY, ctx.memory)  # the decoder made its cache itself
+        if self.given.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
+            self._note(cache, ctx)
         for act in self.on_close:
             act(ctx)
+
+    def _note(self, cache: Any, ctx: ForwardContext) -> None:
+        """The decoder made its cache itself: what it could not be told before."""
+        if ctx.memory:
+            notes.keep(cache, ctx.memory)
+        if torch.compiler.is_compiling():
+            return
+        if ctx.phase != "generate":
+            setattr(cache, notes.OUTSIDE, ctx.phase)
+        else:
+            notes.note_pass(cache, 0, ctx.tokens)
 
     def leave(self, height: int, output: Any) -> None:
         """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
@@ -274,6 +310,12 @@ class Watcher:
             return False
         return getattr(block, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in block._modules
 
+    def _virtual(self) -> int:
+        """Entries of a cache that prefix tuning puts before every text; none while the adapter is off."""
+        if self.prefixed is None or "forward" in vars(self.prefixed):
+            return 0
+        return int(self.prefixed.active_peft_config.num_virtual_tokens)
+
     def _is_reference(self) -> bool:
         """True when PEFT's adapters are off, or TRL's copy of the initial adapter is on."""
         adapter = self.adapter
@@ -296,7 +338,7 @@ WATCHERS: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDiction
 
 def watcher_of(model: nn.Module) -> Watcher | None:
     """The live watcher of a model, reached from any wrapper around it."""
-    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
+    check_model(model)
     return next((WATCHERS[module] for module in model.modules() if module in WATCHERS), None)
 
 

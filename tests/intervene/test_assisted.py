@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from hand import vector
+from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan, ProbeGate
@@ -59,3 +60,30 @@ def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
                 IDS, past_key_values=copy.deepcopy(cache), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
             )
             assert torch.equal(said, whole)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("scope", ["last", "prompt[-2:]", "positions[-1]", "generated[:2]"])
+def test_a_second_part_of_a_prompt_is_refused(scope, cache, tiny):
+    """Its first part looked like a whole prompt, whose end it is not. Static caches are no exception."""
+    options = {"cache_implementation": cache, "disable_compile": True, "prefill_chunk_size": 5}
+    with pytest.raises(ContextError, match="cannot be told apart"):
+        generate(tiny("llama").eval(), scope, **options)
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_prompts_after_each_other_on_one_cache(implementation, tiny):
+    """A second turn follows decoded tokens, and an emptied cache starts anew: neither is a second part."""
+    model = tiny("llama").eval()
+    plan = Plan(Intervention(Add(vector()), "layers.1.output", scope="prompt[-2:]"))
+    cache = StaticCache(config=model.config, max_cache_len=32) if implementation == "static" else DynamicCache(config=model.config)
+    with torch.no_grad(), plan.attached(model):
+        for part in (IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]):
+            model(part, past_key_values=cache)
+        assert list(plan.fired().values()) == [4]
+        if implementation == "static":
+            cache.reset()
+            model(IDS, past_key_values=cache)
+            cache.reset()
+            model(IDS, past_key_values=cache)
+            assert list(plan.fired().values()) == [8]

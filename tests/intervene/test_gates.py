@@ -248,3 +248,10 @@ def test_a_kind_of_ones_own():
 
     gate = Norm({"length": torch.tensor([3.0])}, 2)
     assert decided(gate, H).tolist() == [[1, 0], [0, 0]] and str(gate) == "norm per token"
+
+
+@pytest.mark.parametrize("combine", [lambda a, b: a and b, lambda a, b: a or b, lambda a, b: not a])
+def test_pythons_own_words_would_drop_a_gate(combine):
+    a, b = ProbeGate(torch.ones(4)), ProbeGate(-torch.ones(4))
+    with pytest.raises(ConfigError, match=r"do not combine by and, or, not[\s\S]*& for and"):
+        combine(a, b)

@@ -104,7 +104,8 @@ class Wanted:
 
 def windows(least: int) -> st.SearchStrategy[Window]:
     ends = st.none() | st.integers(least, 6)
-    slices = st.tuples(ends, ends).map(lambda ends: Window(":".join("" if end is None else str(end) for end in ends), slice(*ends)))
+    pairs = st.tuples(ends, ends).filter(lambda ends: any(range(size)[slice(*ends)] for size in range(13)))  # others are refused
+    slices = pairs.map(lambda ends: Window(":".join("" if end is None else str(end) for end in ends), slice(*ends)))
     lists = st.lists(st.integers(least, 6), min_size=1, max_size=3)
     return slices | lists.map(lambda entries: Window(",".join(map(str, entries)), entries))
 
@@ -257,14 +258,15 @@ def test_generation(texts, wanted, side, static, steps, beams):
 
 
 @given(TEXTS, scopes(selectors(0, last=False, roles=False)), st.booleans(), st.integers(2, 3))
-def test_a_prompt_in_chunks(texts, wanted, static, chunk):
-    """Only what counts from an end differs from the prompt in one pass, as long as no chunk is a single token."""
+def test_a_prompt_in_copied_parts(texts, wanted, static, chunk):
+    """Only what counts from an end differs from the prompt in one pass, as long as no part is a single token."""
     one = Generation(texts, "left", static)
     width = len(one.rows[0])
     sizes = [chunk] * (width // chunk) + [width % chunk] * (width % chunk > 0)
     if len(sizes) > 1 and sizes[-1] == 1:
         sizes[-2:] = [chunk + 1]
     for size in sizes:
+        one.cache = copy.deepcopy(one.cache)
         ctx, rows = one.context(size)
         agrees(wanted, rows, ctx, True)
     for _ in range(2):
@@ -374,6 +376,10 @@ def test_every_kind_is_in_the_table_and_in_the_tests():
         ("prompt [3:]", "unknown scope"),
         ("positions[...]", r"'positions\[...\]' has no window[\s\S]*expected: a slice such as \[:32\][\s\S]*positions\[0:8\]"),
         ("prompt[]", "has no window"),
+        ("generated[5:2]", r"a window is empty[\s\S]*found: \[5:2\]"),
+        ("positions[0:0]", "a window is empty"),
+        ("prompt[:0]", "a window is empty"),
+        ("prompt[-2:-4]", "a window is empty"),
         ("prompt[a]", "has no window"),
         ("prompt[1.5]", "has no window"),
         ("prompt[1 2]", "has no window"),
@@ -509,6 +515,13 @@ def test_windows_made_in_inference_mode_can_be_moved_in_training():
         plan = plan_of("prompt[:8]~3")
     plan.set_window(1, 2)
     assert plan.interventions[0].scope.slices[0].bounds.tolist() == [1, 2]
+
+
+def test_a_window_is_not_moved_to_where_it_holds_nothing():
+    plan = plan_of("generated[:8]", "prompt[2:4]")
+    with pytest.raises(ConfigError, match="a window is empty"):
+        plan.set_window(4, 4)
+    assert windows_of(plan) == ["generated[:8]", "prompt[2:4]"]
 
 
 def test_windows_are_kept():

@@ -176,14 +176,6 @@ def test_beams_of_batched_rows_with_slots_equal_single_runs(scope, cache, tiny):
     assert not torch.equal(together, model.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_a_prompt_that_generate_feeds_in_chunks(chunk, tiny):
-    model = tiny("llama")
-    with plan_on("generated[:2]|prompt[2:]").attached(model) as plan:
-        model.generate(ids(2, 8), max_new_tokens=5, do_sample=False, prefill_chunk_size=chunk)
-        assert plan.fired() == {NAME: 2 * (2 + 6)}
-
-
 # ---- training
 
 
@@ -230,6 +222,17 @@ def test_announced_windows_of_a_completion(tiny):
     with plan_on("response[-2:]").attached(model) as plan, response_tokens(model, mask):
         model(ids(2, 6), use_cache=False)
     assert plan.fired() == {NAME: 4}
+
+
+@pytest.mark.parametrize("scope", ["all", "response"])
+def test_a_generation_has_no_announced_completion(scope, tiny):
+    """What is decoded is longer than any mask that was announced for it."""
+    model = tiny("llama")
+    for width, decoding in ((6, True), (3, True), (9, False)):
+        seen = 1 if decoding else 6
+        with plan_on(scope).attached(model), response_tokens(model, torch.ones(2, width)):
+            with pytest.raises(ContextError, match=rf"announced response mask[\s\S]*\[2, {seen}\][\s\S]*found: \[2, {width}\]"):
+                model.generate(ids(2, 6), max_new_tokens=3, do_sample=False, pad_token_id=0)
 
 
 # ---- windows that move while a plan is attached
