@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,3 +48,9 @@ def whole_number(value: Any, what: str, *, least: int = 0) -> None:
             found=repr(value),
             remedy=f"pass an integer such as {max(least, 1)}",
         )
+
+
+def finite_number(value: Any, what: str) -> None:
+    """Raises ConfigError unless a value is one finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{what} is no finite number", expected="a finite number", found=repr(value), remedy="pass a number such as 1.0")

@@ -29,6 +29,7 @@ from steer.callbacks import DriftCallback, SteeringCallback
 from steer.commands.config import did_you_mean, dtype_named
 from steer.commands.info import versions
 from steer.directions import EXTRACTORS, ContrastSet, Direction, Directions, extract
+from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
 from steer.errors import ConfigError, SiteError
 from steer.experiment import results
@@ -39,7 +40,7 @@ from steer.experiment.overhead import Overhead, step_overhead
 from steer.experiment.score import Suite, measure
 from steer.experiment.sft import SFTModule, check_batch, loader
 from steer.files import atomic_write, contents
-from steer.intervene import Plan, Scope
+from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
 from steer.model.site import Site
@@ -59,7 +60,7 @@ class Run:
         self.config, self.out, self.experiment = config, out, config.experiment
         self.console = Console()
         self.arms = read_arms(OmegaConf.to_container(self.experiment.arms))
-        Scope.parse(self.experiment.scope)  # what is misspelt is said now, not minutes later
+        check_scope(self.experiment.scope)  # what is misspelt is said now, not minutes later
         self.module(nn.Identity())
         check_completions(listed(self.experiment.completions.prompts), self.experiment.completions.max_new_tokens, of=COMPLETIONS)
         data = load_dataset(self.experiment.data)

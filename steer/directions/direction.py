@@ -25,8 +25,9 @@ class Direction:
         vector: [width] fp32, scaled so that adding it once moves a text by the gap between the two class means along it.
             One that was trained has the length it was trained to have instead.
         method, span: how and where it was read.
-        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction; |vector| unless it was trained), `sd`
-            (within-class standard deviation along it, held-out), `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+        metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction; |vector| unless it was trained), `mean`
+            (projection on the direction, mean over the texts of both classes), `sd` (within-class standard deviation along it, held-out),
+            `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
         fitted_on: digests of the texts that had a part in it, which may not judge it.
     """
 

@@ -124,7 +124,7 @@ def calibrate(
 
     Raises:
         ContrastError: fewer than two pairs, no neutral text, or texts that the direction was made from.
-        ConfigError: no doses, or one that is not above 0.
+        ConfigError: no doses, or one that is not above 0; a scope of decoded tokens.
     """
     if not doses or min(doses) <= 0:
         raise ConfigError(

@@ -86,7 +86,7 @@ def extract_all(
         entries = []
         for site in chosen:
             vector = vectors[site][k].float().cpu()
-            known = {"gap": float(vector.norm()), "n_train": float(len(train)), "activation_norm": moments[site].activation_norm}
+            known = {**moments[site].along(vector), "n_train": float(len(train))}
             entries.append(Direction(site, vector, method, span, {**metrics[site][k], **known}, train.digests()))
         made[method] = Directions(entries, name, {**provenance, "method": method})
     return made

@@ -108,6 +108,11 @@ class ContrastMoments:
         """Mean |h| over the span's tokens."""
         return self.norm / self.tokens
 
+    def along(self, vector: Tensor) -> dict[str, float]:
+        """`gap`, `mean` and `activation_norm` of a direction, see `Direction`. vector: [width]."""
+        unit = vector.double() / vector.double().norm()
+        return {"gap": float(self.gap @ unit), "mean": float(self.mean @ unit), "activation_norm": self.activation_norm}
+
     @property
     def total(self) -> Tensor:
         """[width, width], sum of (h - mean)(h - mean)^T over all texts."""

@@ -132,6 +132,6 @@ def sae_refined(
         )
     vector = scaled(amplitude[features] @ dictionary.w_dec[features].double().cpu(), moments, direction.site).float()
     metrics = heldout_metrics(model, held, {direction.site: vector[None]}, direction.span, progress)[direction.site][0]
-    known = {"gap": float(vector.norm()), "n_train": float(len(train)), "activation_norm": moments.activation_norm}
+    known = {**moments.along(vector), "n_train": float(len(train))}
     made = Direction(direction.site, vector, "sae_refined", direction.span, {**metrics, **known}, train.digests() | direction.fitted_on)
     return Refined(made, features, part[features] / direction.vector.norm().double())

@@ -55,6 +55,7 @@ def screen(
 
     Raises:
         ContrastError: no pairs, or texts that the direction was made from.
+        ConfigError: a scope of decoded tokens.
     """
     doses = (-dose, -dose / 2, 0.0, dose / 2, dose)
     vectors = torch.tensor([direction.strength_of(one) for one in doses])[:, None] * direction.vector

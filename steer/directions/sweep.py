@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction
-from steer.errors import ContrastError, NonFiniteError
+from steer.errors import ConfigError, ContrastError, NonFiniteError
 from steer.intervene import Add, Intervention, Plan
+from steer.intervene.scope import Scope
 from steer.model.capture import batches, evaluating
 from steer.model.likelihood import response_sums
 from steer.model.site import Site
@@ -62,8 +63,25 @@ def sweep(
 
 
 def sweep_plan(site: Site, vectors: Tensor, scope: str) -> Plan:
-    """A plan that adds a vector of its own to each row slot. vectors: [slots, width]; a zero leaves its rows as they are."""
+    """A plan that adds a vector of its own to each row slot. Raises ConfigError, see `check_scope`.
+
+    Args:
+        vectors: [slots, width]; a zero leaves its rows as they are.
+    """
+    check_scope(scope)
     return Plan(Intervention(Add(vectors), site, scope=scope))
+
+
+def check_scope(scope: str) -> None:
+    """Raises ConfigError for a scope with decoded tokens, of which there are none where whole texts are read: it would measure nothing, or
+    another edit than generation sees."""
+    if any(one.kind == "generated" for one in Scope.parse(scope).selectors):
+        raise ConfigError(
+            f"scope '{scope}' means decoded tokens, and nothing is decoded here: whole texts are read",
+            expected="a scope of the tokens of a text",
+            found=str(scope),
+            remedy="use 'response', which means the answer here and the decoded tokens in generation",
+        )
 
 
 def pair_gaps(

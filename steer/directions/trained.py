@@ -18,7 +18,7 @@ from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.extract import provenance_of, read_moments
 from steer.directions.heldout import heldout_metrics
-from steer.directions.sweep import check_pairs
+from steer.directions.sweep import check_pairs, check_scope
 from steer.errors import ConfigError, NonFiniteError
 from steer.intervene import Add, Intervention, Plan
 from steer.intervene.operator import Operator
@@ -123,6 +123,7 @@ def train_direction(
     """
     aim: Objective = OBJECTIVES.get(method)
     check_pairs(contrast, f"'{method}' compares the two answers of a pair")
+    check_scope(scope)
     if steps < 1 or batch_size < 1 or learning_rate <= 0:
         found = f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}"
         wanted = "steps >= 1, batch_size >= 1, learning_rate > 0"
@@ -144,13 +145,19 @@ def train_direction(
         vector = vector / vector.norm()
         largest = _Largest(vector)
         capture(model, train.rows()[0], {place: largest}, span=span, progress="largest detection" if progress else None)
+        if largest.value == 0:
+            raise ConfigError(
+                f"'{method}' learned a vector at '{place}' that detects nothing",
+                expected=f"a token of the {len(train)} training texts, in the span '{span}', that it finds the concept in",
+                found="no positive projection on the vector",
+                remedy="train for more steps or at a higher learning rate, or use another seed or span",
+            )
         vector = vector * largest.value
     tenth = max(steps // 10, 1)
     metrics = {
         **heldout_metrics(model, held, {place: vector[None]}, span, progress)[place][0],
-        "gap": float(moments.gap @ vector.double()) / float(vector.norm()),
+        **moments.along(vector),
         "n_train": float(len(train)),
-        "activation_norm": moments.activation_norm,
         "loss_first": sum(losses[:tenth]) / tenth,
         "loss_last": sum(losses[-tenth:]) / tenth,
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, listed, numbers, unit
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, Pick, same_slots
 
 
 @OPERATORS.register("clamp")
@@ -18,7 +18,8 @@ class Clamp(LowRank):
 
     Args:
         direction: [width] or [slots, width]; only its direction counts.
-        value: where the projection is put, a number or one per row slot; its mean over neutral texts is mean ablation along u.
+        value: where the projection is put, a number or one per row slot. Its mean is mean ablation along u: for a `Direction` that was
+            extracted, `Clamp(direction.vector, direction.metric("mean"))`.
         low, high: instead of `value`, the ends of the range; None for an open end.
 
     Raises:
@@ -45,6 +46,7 @@ class Clamp(LowRank):
             )
         ends = {"low": value, "high": value} if "value" in given else given
         tensors = {name: numbers(end, f"{name} of 'clamp'") for name, end in ends.items() if end is not None}
+        same_slots(self.name, direction=u, **tensors)
         if len(tensors) == 2 and not bool((tensors["low"] <= tensors["high"]).all()):
             found = f"{listed(tensors['low'])} to {listed(tensors['high'])}"
             raise ConfigError("the range of 'clamp' is empty", expected="low <= high", found=found, remedy="exchange the two")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steer.checks import tensor_of
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, same_width
 from steer.intervene.operator import OPERATORS, Pick, same_slots, slotted
@@ -32,6 +33,7 @@ class Erase(LowRank):
     reads, writes = "right", "left"
 
     def __init__(self, left: Tensor, right: Tensor, mean: Tensor) -> None:
+        left, right = (tensor_of(one, what, "pass what fit_erasure gives") for one, what in ((left, "left"), (right, "right")))
         left, right = (slotted(one[None] if one.dim() == 1 else one, 3, what) for one, what in ((left, "left"), (right, "right")))
         mean = slotted(mean, 2, "mean")
         same_width(self.name, left=left, right=right, mean=mean)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from steer.checks import whole_number
 from steer.errors import ConfigError, SiteError
 from steer.intervene.add import Add
 from steer.intervene.operator import OPERATORS, Pick, slotted
+from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
 
@@ -26,7 +28,7 @@ class HeadShift(Add):
         n_heads: number of query heads of the model.
 
     Raises:
-        ConfigError: a head that does not exist or is named twice, or another number of heads than directions.
+        ConfigError: a head that does not exist or is named twice, another number of heads than directions, or than the model has.
         SiteError: an intervention with it at another site.
     """
 
@@ -35,6 +37,7 @@ class HeadShift(Add):
 
     def __init__(self, directions: Tensor, heads: Sequence[int], n_heads: int) -> None:
         rows = slotted(directions, 3, "directions of heads")
+        whole_number(n_heads, "number of heads", least=1)
         if len(set(heads)) != rows.shape[1] or len(heads) != rows.shape[1] or not all(0 <= head < n_heads for head in heads):
             raise ConfigError(
                 "heads and directions do not fit",
@@ -54,6 +57,15 @@ class HeadShift(Add):
                 expected="the input of an output projection, where heads lie side by side",
                 found=str(site),
                 remedy=f"use 'layers.{site.layer or 0}.attn.z'",
+            )
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        if self.n_heads != anatomy.n_heads:
+            raise ConfigError(
+                "'head_shift' was made for another number of heads",
+                expected=f"{anatomy.n_heads} heads of {anatomy.head_dim} channels, as this model has",
+                found=f"{self.n_heads} heads of {self.width // self.n_heads}",
+                remedy="give n_heads the number of query heads of the model, and directions as wide as one head",
             )
 
     def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:

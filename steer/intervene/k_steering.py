@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from steer.checks import finite_number, tensor_of, whole_number
 from steer.errors import ConfigError, WidthError
 from steer.intervene.low_rank import widened, without_autocast
 from steer.intervene.operator import OPERATORS, Operator, Pick, same_slots, slotted
@@ -48,13 +49,19 @@ class KSteering(Operator):
         steps: int = 1,
         decay: float = 1.0,
     ) -> None:
-        if len(weights) < 2 or len(biases) != len(weights) - 1 or steps < 1:
+        whole_number(steps, "steps of 'k_steering'", least=1)
+        finite_number(decay, "decay of 'k_steering'")
+        if len(weights) < 2 or len(biases) != len(weights) - 1:
             raise ConfigError(
-                "'k_steering' needs a probe with a hidden layer, and a step",
-                expected="two weights or more, one bias fewer, and steps >= 1",
-                found=f"{len(weights)} weights, {len(biases)} biases, {steps} steps",
+                "'k_steering' needs a probe with a hidden layer",
+                expected="two weights or more, and one bias fewer",
+                found=f"{len(weights)} weights, {len(biases)} biases",
                 remedy="leave out the bias of the logits; the gradient of a linear probe is the same everywhere, so add that",
             )
+        weights, biases = (
+            [tensor_of(one, f"a {what} of the probe", "pass the tensors of nn.Linear") for one in given]
+            for what, given in (("weight", weights), ("bias", biases))
+        )
         sizes = [weights[0].shape[-1], *(len(bias) for bias in biases), len(weights[-1])]
         tensors: dict[str, Tensor] = {}
         for i, weight in enumerate(weights):

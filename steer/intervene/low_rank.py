@@ -101,7 +101,7 @@ def moved(h: Tensor, change: Tensor, rows: Tensor) -> Tensor:
 
 def numbers(value: float | Tensor, what: str) -> Tensor:
     """[slots, 1, 1] fp32, to go with coordinates, from a number or from one per row slot."""
-    given = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    given = tensor_of(value, what, "pass a number, or one per row slot").detach().to(torch.float32, copy=True)
     if given.dim() > 1 or given.numel() == 0:
         raise ConfigError(
             f"{what} has the wrong shape",

@@ -5,6 +5,7 @@ A new one is a file with one registered subclass of `Operator`; plan files, the 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from steer.checks import tensor_of
 from steer.errors import ConfigError, NonFiniteError
+from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.registry import Registry
 
@@ -36,6 +38,19 @@ class Driven:
         self.width = width
         for name, tensor in tensors.items():
             check_finite(tensor, f"{name} of '{type(self).name}'")
+
+    def copy(self, memo: dict[int, Any]) -> Self:
+        """One like it with tensors of its own; parameters stay those that an optimiser knows.
+
+        Args:
+            memo: as of `copy.deepcopy`, which refuses tensors with a gradient history.
+        """
+        for tensor in self.tensors.values():
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+        made = copy.copy(self)
+        made.tensors = {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
+        return made
 
     def train(self) -> Self:
         """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
@@ -139,6 +154,9 @@ class Operator(Driven):
 
     def check_site(self, site: Site) -> None:
         """Raises SiteError where it would mean something else than it says."""
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises ConfigError on a decoder for which it was not made; asked at each attach, at sites that are named by their layer."""
 
     def is_affine(self) -> bool:
         """The edit is an affine function of the activation at every strength, so that weights can carry it (`steer.bake`)."""

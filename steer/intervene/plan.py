@@ -171,6 +171,8 @@ class Plan:
         for intervention, point in zip(self.interventions, points, strict=True):
             if point.width is not None and point.width != intervention.operator.width:
                 raise width_error(intervention, point.width)
+            if anatomy is not None and point.site.module is None:
+                intervention.operator.check_model(anatomy)
         if self.fingerprint is None or anatomy is None:
             return
         found = anatomy.fingerprint()
@@ -248,7 +250,8 @@ class Plan:
         """Says which slot each row of the next batches uses.
 
         Args:
-            rows: [batch] integers; beams and returned sequences follow the row of their prompt.
+            rows: [batch] integers; beams and returned sequences follow the row of their prompt. So a generation over twice as many rows
+                counts as two sequences for each: nothing tells it from a batch of other prompts, for which rows have to be set again.
         """
         given = tensor_of(rows, "the row slots of a batch", "pass the slot of every row, counted from 0")
         if given.numel() and (given.is_floating_point() or given.is_complex()):

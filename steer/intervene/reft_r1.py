@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from steer.errors import ConfigError
+from steer.checks import whole_number
 from steer.intervene.low_rank import LowRank, coordinates, listed, moved, numbers, orthonormalised, unit, widened, without_autocast
 from steer.intervene.operator import OPERATORS, Pick
 
@@ -34,8 +35,7 @@ class ReftR1(LowRank):
     reads = writes = "vector"
 
     def __init__(self, vector: Tensor, k: int = 1, level: float | Tensor | None = None) -> None:
-        if k < 1:
-            raise ConfigError("'reft_r1' looks at no token", expected="k of at least 1", found=k, remedy="e.g. k=8")
+        whole_number(k, "number of tokens that 'reft_r1' looks at", least=1)
         w, _ = unit(vector, "vector of 'reft_r1'")
         self.k = k
         super().__init__({"vector": w[:, 0]} | ({} if level is None else {"level": numbers(level, "level")}), w.shape[-1])
@@ -68,12 +68,13 @@ class ReftR1(LowRank):
 
     def _level(self, h: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
         """Of each row, [batch, 1, 1]."""
-        found = self.detect(h, pick).unsqueeze(-1)
         k = min(self.k, h.shape[1])
         if mask is None:
-            return found.topk(k, dim=1).values.mean(1, keepdim=True)
-        acted = (mask != 0).expand_as(found)
-        return (found * acted).topk(k, dim=1).values.sum(1, keepdim=True) / acted.sum(1, keepdim=True).clamp(1, k)
+            return self.detect(h, pick).unsqueeze(-1).topk(k, dim=1).values.mean(1, keepdim=True)
+        acted = (mask != 0).expand(*h.shape[:-1], 1)
+        # before the product, so that neither the level nor the gradient of w sees what padding may hold
+        found = self.detect(torch.where(acted, h, 0.0), pick).unsqueeze(-1)
+        return found.topk(k, dim=1).values.sum(1, keepdim=True) / acted.sum(1, keepdim=True).clamp(1, k)
 
     def describe(self) -> str:
         if "level" in self.tensors:

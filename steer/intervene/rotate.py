@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, listed, numbers, orthonormal
 from steer.intervene.operator import OPERATORS, Pick
@@ -40,6 +41,8 @@ class Rotate(LowRank):
     reads = writes = "plane"
 
     def __init__(self, plane: Tensor, angle: float | Tensor, towards: bool = False) -> None:
+        of_type(towards, bool, "`towards` of 'rotate'", "pass True or False")
+        plane = tensor_of(plane, "the plane of 'rotate'", "stack two vectors")
         if plane.dim() < 2 or plane.shape[-2] != 2:
             raise ConfigError(
                 "'rotate' needs a plane", expected="[2, width], or [slots, 2, width]", found=list(plane.shape), remedy="stack two vectors"

@@ -14,6 +14,7 @@ from steer.directions import EXTRACTORS, ContrastSet, extract, extract_all
 from steer.directions.heldout import Projections, auc
 from steer.directions.moments import ContrastMoments, Moments
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
+from steer.intervene import Clamp, Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture, pool
 from steer.model.site import Site
@@ -76,6 +77,18 @@ def test_the_length_is_the_class_gap(tiny):
     assert torch.allclose(pca.vector.norm(), gap @ pca.unit, atol=1e-5) and pca.metrics["gap"] == pytest.approx(float(pca.vector.norm()))
     assert pca.metrics["activation_norm"] == pytest.approx(float(torch.cat(read).norm(dim=-1).mean()), rel=1e-5)
     assert pca.relative_dose(-2.0) == pytest.approx(2 * float(pca.vector.norm()) / pca.metrics["activation_norm"])
+    assert pca.metrics["mean"] == pytest.approx(float((torch.cat(read) @ pca.unit).mean()), rel=1e-4)
+
+
+def test_a_projection_is_clamped_to_its_mean(tiny):
+    model = tiny("llama")
+    contrast, _ = planted(model)
+    direction = extract(model, contrast, [SITE], name="planted", progress=False)[SITE]
+    plan = Plan(Intervention(Clamp(direction.vector, direction.metric("mean")), SITE))
+    with torch.no_grad(), plan.attached(model), recorded(model, [SITE]) as seen:
+        model(torch.tensor([contrast.positive[0].ids]))
+    reached = seen[SITE] @ direction.unit
+    assert torch.allclose(reached, torch.full_like(reached, direction.metrics["mean"]), atol=1e-4)
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from directions.direction_helpers import controlled, pairs
+from directions.direction_helpers import controlled, pairs, running_text
 
-from steer.directions import ContrastSet, extract, screen
+from steer.directions import ContrastSet, calibrate, extract, screen
+from steer.directions.dose import side_effects
 from steer.directions.screening import wilson
 from steer.directions.sweep import pair_gaps
-from steer.errors import ContrastError
+from steer.errors import ConfigError, ContrastError
 
 
 def test_pairs_that_move_the_wrong_way_are_counted():
@@ -43,3 +44,16 @@ def test_texts_that_made_the_direction_may_not_screen_it():
 
 def test_the_interval_of_a_share():
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["generated", "prompt|generated[:4]", "all!generated"])
+def test_decoded_tokens_are_not_measured_where_none_are(scope):
+    """Left out or taken in, they would be other tokens in the measurement than in use."""
+    model, direction = controlled()
+    for measure in (
+        lambda: screen(model, direction, pairs(4), scope=scope, progress=False),
+        lambda: calibrate(model, direction, pairs(4), running_text(), scope=scope, progress=False),
+        lambda: side_effects(model, direction, running_text(), direction.vector[None], scope=scope),
+    ):
+        with pytest.raises(ConfigError, match="means decoded tokens"):
+            measure()

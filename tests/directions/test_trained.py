@@ -10,7 +10,7 @@ from steer.directions.reps import AddOrNull
 from steer.directions.sweep import pair_gaps
 from steer.directions.trained import Objective, Scores
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
-from steer.intervene import Add
+from steer.intervene import Add, ReftR1
 from steer.intervene.operator import Pick
 
 QUICK = {"name": "t", "steps": 30, "batch_size": 4, "learning_rate": 0.05, "progress": False}
@@ -25,7 +25,7 @@ def test_a_trained_vector_moves_texts_it_has_not_seen(method):
     assert direction.metrics["loss_last"] < direction.metrics["loss_first"]
     gaps = pair_gaps(model, direction, fresh, torch.tensor([0.0, 1.0])[:, None] * direction.vector)
     assert ((gaps[1] - gaps[0]) > 0.02).all()
-    assert {"auc", "dprime", "sd", "gap", "n_train", "n_heldout", "activation_norm"} < set(direction.metrics)
+    assert {"auc", "dprime", "sd", "gap", "n_train", "n_heldout", "activation_norm", "mean"} < set(direction.metrics)
     assert direction.relative_dose() > 0 and found.provenance["method"] == method == direction.method
     assert direction.fitted_on == contrast.split(0.25, 0)[0].digests()
 
@@ -111,7 +111,20 @@ def test_bad_input_is_named(monkeypatch):
     def poisoned(scores: Scores) -> torch.Tensor:
         return scores.steered["positive", 1].sum() * float("nan")
 
+    with pytest.raises(ConfigError, match=r"scope 'generated\[:4\]' means decoded tokens[\s\S]*'response'"):
+        train_direction(model, whole, SITE, method="bipo", scope="generated[:4]", **QUICK)
+
     monkeypatch.setitem(OBJECTIVES._entries, "poisoned", Objective(poisoned, (("positive", 1),), Add))
     with pytest.raises(NonFiniteError, match=r"diverged[\s\S]*nan at step 0"):
         train_direction(model, whole, SITE, method="poisoned", **QUICK)
     assert hook_count(model) == 0 and all(one.requires_grad for one in model.parameters())
+
+
+def test_a_vector_that_detects_nothing_is_not_made_a_direction(monkeypatch):
+    """Every token reaches far along v, and the vector that is trained begins at -v."""
+    model, planted = controlled()
+    model.get_input_embeddings().weight.data.add_(20 * planted.vector)
+    opposed = Objective(OBJECTIVES.get("reft_r1").loss, (("positive", 1),), lambda _: ReftR1(-planted.vector), detects=True)
+    monkeypatch.setitem(OBJECTIVES._entries, "opposed", opposed)
+    with pytest.raises(ConfigError, match=r"detects nothing[\s\S]*of the 12 training texts"):
+        train_direction(model, pairs(8), SITE, method="opposed", **{**QUICK, "steps": 1})

@@ -188,6 +188,15 @@ def test_heads_are_shifted_where_there_are_heads(site):
         Intervention(HeadShift(states(1, 8), [0], 4), site)
 
 
+@pytest.mark.parametrize(("width", "heads"), [(4, 8), (16, 2)])
+def test_the_heads_are_those_of_the_model(width, heads, tiny):
+    """Of 4 heads of 8 channels, a shift of 8 heads would move half of one."""
+    plan = Plan(Intervention(HeadShift(states(1, width), [0], heads), "layers.1.attn.z"))
+    with pytest.raises(ConfigError, match=rf"4 heads of 8 channels[\s\S]*{heads} heads of {width}"):
+        plan.attach(tiny("llama"))
+    assert not plan.is_attached
+
+
 # ---- probes and detection
 
 
@@ -222,6 +231,21 @@ def test_reft_r1_looks_at_the_tokens_it_acts_on():
     assert torch.equal(applied(operator, h, 1.0, torch.zeros(2, 6, 1)), h)  # no token, no level
     one = applied(ReftR1(w, k=50), h)  # more than there are
     assert torch.allclose(one, h + found.mean(1)[:, None, None] * w / w.norm(), atol=1e-5)
+
+
+def test_reft_r1_does_not_see_what_padding_holds():
+    """A NaN on a token that is left out reaches neither the other tokens nor what is learned."""
+    h = states(2, 4, 32)
+    mask = torch.tensor([[0.0, 1, 1, 1], [1, 1, 1, 1]]).unsqueeze(-1)
+    operator = ReftR1(vector(), k=2).train()
+    wanted = applied(operator, h, 1.0, mask)
+    wanted[mask.expand_as(h) != 0].sum().backward()
+    gradient = operator.parameters["vector"].grad.clone()
+    h[0, 0], operator.parameters["vector"].grad = float("nan"), None
+    found = applied(operator, h, 1.0, mask)
+    found[mask.expand_as(h) != 0].sum().backward()
+    assert torch.isnan(found[0, 0]).all() and torch.equal(found[0, 1:], wanted[0, 1:]) and torch.equal(found[1], wanted[1])
+    assert gradient.any() and torch.equal(operator.parameters["vector"].grad, gradient)
 
 
 def test_reft_r1_does_not_see_padding(tiny):
@@ -302,10 +326,10 @@ MISTAKES = {
     ),
     "no label": (lambda: KSteering([torch.ones(5, 8), torch.ones(3, 5)], [torch.ones(5)], []), ConfigError, "no labels"),
     "an unknown label": (lambda: KSteering([torch.ones(5, 8), torch.ones(3, 5)], [torch.ones(5)], [3]), ConfigError, "0 to 2"),
-    "no step": (lambda: KSteering([torch.ones(5, 8), torch.ones(3, 5)], [torch.ones(5)], [0], steps=0), ConfigError, "a step"),
+    "no step": (lambda: KSteering([torch.ones(5, 8), torch.ones(3, 5)], [torch.ones(5)], [0], steps=0), ConfigError, "1 or more"),
     "ranks that differ": (lambda: LoReFT(torch.eye(2, 8), torch.ones(2, 8), torch.zeros(3)), ConfigError, "ranks"),
     "widths that differ": (lambda: LoReFT(torch.eye(2, 8), torch.ones(2, 9), torch.zeros(2)), WidthError, "9 in weight"),
-    "detection of no token": (lambda: ReftR1(ONE, k=0), ConfigError, "at least 1"),
+    "detection of no token": (lambda: ReftR1(ONE, k=0), ConfigError, "1 or more"),
     "a target of another width": (lambda: Replace(ONE, torch.ones(9)), WidthError, "9 in target"),
     "a plane of one vector": (lambda: Rotate(torch.ones(1, 8), 1.0), ConfigError, "needs a plane"),
     "a plane of two equal vectors": (lambda: Rotate(torch.ones(2, 8), 1.0), ConfigError, "linearly dependent"),

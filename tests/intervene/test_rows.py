@@ -78,6 +78,37 @@ def test_one_vector_with_a_strength_per_row(tiny):
     assert torch.equal(steered[1], plain[1]) and not torch.allclose(steered[0], plain[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("task", ["forward", "generate"])
+def test_each_row_has_a_plan_of_its_own(task, tiny):
+    """Other operators, sites and scopes for other rows: a strength of 0 switches an intervention off for a row."""
+    model, batch = tiny("llama"), padded("left")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    edits = [
+        {"operator": Add(4 * vector()), "site": "layers.1.output", "scope": "response"},
+        {"operator": Ablate(vector(seed=2)), "site": "layers.0.attn.output", "scope": "prompt[-2:]"},
+    ]
+    plan = Plan([Intervention(**edits[0], strength=[1.0, 0.0, 0.0]), Intervention(**edits[1], strength=[0.0, 1.0, 0.0])])
+    plan.set_rows([1, 0, 2])  # the ablation, the addition, and nothing
+
+    def run():
+        if task == "forward":
+            return list(model(**batch).logits)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        return list(torch.stack(model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True).logits, 1))
+
+    with torch.no_grad():
+        plain = run()
+        with plan.attached(model):
+            together = run()
+        for row, slot in ((0, 1), (1, 0), (2, None)):
+            alone = plain
+            if slot is not None:
+                with Plan(Intervention(**edits[slot])).attached(model):
+                    alone = run()
+                assert not torch.allclose(alone[row], plain[row], atol=1e-3)
+            assert torch.allclose(together[row], alone[row], atol=1e-5)
+
+
 def test_gradients_of_a_slotted_batch(tiny):
     """The gradient of a batch is the sum over its rows, each steered as on its own."""
     batch = padded("right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -44,8 +43,8 @@ class CallGate(Leaf):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A plan copies its gates; the function, which may be the method of a model, stays the one that was given."""
-        made = memo[id(self)] = copy.copy(self)
-        made.tensors, made.over = dict(self.tensors), Scope.parse(str(self.over))
+        made = memo[id(self)] = self.copy(memo)
+        made.over = Scope.parse(str(self.over))
         return made
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,15 +18,17 @@ from steer.model.context import ForwardContext
 class CosineGate(Leaf):
     """Opens where cos(h, c) exceeds a threshold; `~CosineGate(...)` where it does not.
 
-    CAST compares h with its projection onto c, whose cosine is |cos(h, c)|: `CosineGate(c, t) | CosineGate(-c, t)`.
+    Not CAST's own number, so its thresholds do not carry over: CAST takes the mean activation of the prompt, or that of its last token, and
+    the cosine between it and the tanh of its projection onto c. Here each token has its cosine, and `pool` makes one of them. What is alike
+    is that a projection does not tell h from -h, for which there is `CosineGate(c, t) | CosineGate(-c, t)`.
 
     Args:
         vector: [width] c.
-        threshold: from -1 to 1.
+        threshold: from -1 to 1; with a sharpness, any number.
         options: site, per, over, pool, sharpness, see `Leaf`.
 
     Raises:
-        ConfigError: a zero vector, which has no direction.
+        ConfigError: a zero vector, which has no direction; a threshold that no cosine reaches.
     """
 
     name = "cosine"
@@ -42,6 +44,13 @@ class CosineGate(Leaf):
                 remedy="take the vector of a site at which the conditions differ",
             )
         super().__init__({"vector": vector, "threshold": one_number(threshold, "threshold of a cosine")}, vector.shape[-1], **options)
+        if not self.is_soft and self.tensors["threshold"].abs() > 1:  # a soft one may be learned beyond, and still opens a little
+            raise ConfigError(
+                "threshold of a cosine is out of reach",
+                expected="a number from -1 to 1",
+                found=float(self.tensors["threshold"]),
+                remedy="cosines of real activations are small: try 0.1, or use ProbeGate for a projection",
+            )
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         return torch.nn.functional.cosine_similarity(widened(h), self.tensors["vector"], dim=-1) - self.tensors["threshold"]
