@@ -17,7 +17,7 @@ def of_type(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -
         return
     kinds = kind if isinstance(kind, tuple) else (kind,)
     raise ConfigError(
-        f"{what} is of the wrong type",
+        f"wrong type for {what}",
         expected=" or ".join(one.__name__ for one in kinds),
         found=f"{type(value).__name__} {str(value)[:60]!r}",
         remedy=remedy,
@@ -32,7 +32,7 @@ def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{what} is no tensor",
+            f"no tensor can be made of {what}",
             expected="a tensor, an array, or a list of numbers",
             found=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy=remedy,
@@ -43,14 +43,22 @@ def whole_number(value: Any, what: str, *, least: int = 0) -> None:
     """Raises ConfigError unless a value is an integer that is large enough."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(
-            f"{what} is no whole number, or too small",
+            f"wrong value for {what}",
             expected=f"an integer, {least} or more",
             found=repr(value),
             remedy=f"pass an integer such as {max(least, 1)}",
         )
 
 
-def finite_number(value: Any, what: str) -> None:
-    """Raises ConfigError unless a value is one finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{what} is no finite number", expected="a finite number", found=repr(value), remedy="pass a number such as 1.0")
+def finite_number(value: Any, what: str, *, above: float = -math.inf) -> None:
+    """Raises ConfigError unless a value is one finite number, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+        expected = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
+        raise ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy="pass a number such as 1.0")
+
+
+def number_within(value: Any, what: str, least: float, most: float = math.inf) -> None:
+    """Raises ConfigError unless a value is a number from `least` to `most`, both included; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        expected = f"a number from {least:g} to {most:g}" if most < math.inf else f"a number of {least:g} or more"
+        raise ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy="pass a number such as 0.1")

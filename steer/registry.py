@@ -45,8 +45,8 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """Raises ConfigError with the known names and the nearest one."""
-        name = self._aliases.get(name, name)
-        if name not in self._entries:
+        name = self._aliases.get(name, name) if isinstance(name, str) else name
+        if not isinstance(name, str) or name not in self._entries:
             near = difflib.get_close_matches(str(name), [*self._entries, *self._aliases], n=1)
             raise ConfigError(
                 f"unknown {self.kind} '{name}'",

@@ -82,7 +82,7 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
     for key in {
         "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: tone"),
         "generate": ("run: ???", "prompts: null"),
-        "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m"),
+        "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
         assert key in out
 

@@ -9,7 +9,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 import steer
 from steer.callbacks import DriftCallback, SteeringCallback
-from steer.errors import SteerError
+from steer.checks import of_type, tensor_of, whole_number
+from steer.errors import ConfigError, SteerError
 from steer.intervene import (
     Ablate,
     Add,
@@ -26,6 +27,7 @@ from steer.intervene import (
     ReftR1,
     Rotate,
 )
+from steer.model.tokens import Row, encode, encode_chat, plain
 
 V = torch.ones(32)
 PROBE = [torch.ones(5, 32), torch.ones(3, 5)], [torch.zeros(5)]
@@ -33,6 +35,41 @@ PROBE = [torch.ones(5, 32), torch.ones(3, 5)], [torch.zeros(5)]
 
 def one(**options):
     return Intervention(Add(V), "layers.1.output", **options)
+
+
+MODEL, TOKENIZER, NAN = FAMILIES["llama"](), tiny_tokenizer(), float("nan")
+WARM = steer.Direction("layers.1.output", V, "m", "response", {"activation_norm": 1.0})
+WARMS = steer.Directions([WARM], "warm", {})
+NOUNS = ("cat", "dog", "sun", "moon", "fire", "water")
+PAIRS = [{"prompt": f"where is the {noun}", "positive": "good", "negative": "bad"} for noun in NOUNS]
+CONTRAST = steer.ContrastSet.from_pairs(TOKENIZER, PAIRS)
+NEUTRAL = [plain(TOKENIZER, "the sun and the moon"), plain(TOKENIZER, "a cat sat on the mat")]
+UNKNOWN = steer.ContrastSet(*(tuple(Row((3, 500 + i, side), 1) for i in range(6)) for side in (4, 5)), True)
+
+
+def extract(contrast=CONTRAST, **options):
+    return steer.extract(MODEL, contrast, ["layers.1.output"], name="t", progress=False, **options)
+
+
+def calibrate(of=WARM, neutral=(), **options):
+    return steer.calibrate(MODEL, of, CONTRAST, neutral or NEUTRAL, progress=False, **options)
+
+
+def select(candidates=(WARM,), tokens=(5,), showing=(), **options):
+    return steer.select(MODEL, candidates, showing=showing or prompts(2), lacking=prompts(2), tokens=tokens, progress=False, **options)
+
+
+def screen(of=WARM, **options):
+    return steer.screen(MODEL, of, CONTRAST, progress=False, **options)
+
+
+def train(**options):
+    return steer.train_direction(MODEL, CONTRAST, "layers.1.output", name="t", method="bipo", progress=False, **options)
+
+
+def announce(announcement, given):
+    with announcement(MODEL, given):
+        pass
 
 
 WRONG = {
@@ -78,6 +115,86 @@ WRONG = {
     "callback of None": lambda: SteeringCallback(None),
     "callback of a plan": lambda: DriftCallback(Plan(one())),
     "interval as text": lambda: SteeringCallback(Plan(one()), every_n_steps="5"),
+    "method as list": lambda: extract(method=["caa"]),
+    "no methods": lambda: steer.extract_all(MODEL, CONTRAST, ["embed"], name="t", methods=[]),
+    "methods as text": lambda: steer.extract_all(MODEL, CONTRAST, ["embed"], name="t", methods="caa"),
+    "holdout as text": lambda: extract(holdout="a"),
+    "holdout NaN": lambda: extract(holdout=NAN),
+    "seed as text": lambda: extract(seed="a"),
+    "extract from no model": lambda: steer.extract(None, CONTRAST, ["embed"], name="t"),
+    "tokens outside the vocabulary": lambda: extract(UNKNOWN),
+    "pairs outside the vocabulary": lambda: steer.screen(MODEL, WARM, UNKNOWN),
+    "capture text": lambda: steer.capture(MODEL, ["hello"], {}),
+    "calibrate at one number": lambda: calibrate(doses=0.1),
+    "calibrate at text": lambda: calibrate(doses="0.1"),
+    "calibrate at NaN": lambda: calibrate(doses=[NAN]),
+    "calibrate Directions": lambda: calibrate(WARMS),
+    "calibrate a vector": lambda: calibrate(V),
+    "calibrate pairs": lambda: steer.calibrate(MODEL, WARM, PAIRS, NEUTRAL),
+    "neutral text": lambda: calibrate(neutral=["hello"]),
+    "neutral text of one token": lambda: calibrate(neutral=[Row((5,), 0)]),
+    "budget as text": lambda: calibrate(max_kl="a"),
+    "budget below 0": lambda: calibrate(max_kl=-1),
+    "budget of perplexity NaN": lambda: calibrate(max_perplexity_ratio=NAN),
+    "share above 1": lambda: calibrate(share=2.0),
+    "screen at 0": lambda: screen(dose=0),
+    "screen at text": lambda: screen(dose="a"),
+    "screen at a list": lambda: screen(dose=[0.1]),
+    "screen Directions": lambda: screen(WARMS),
+    "select among Directions": lambda: select(WARMS),
+    "select one": lambda: select(WARM),
+    "select vectors": lambda: select([V]),
+    "opening token as number": lambda: select(tokens=5),
+    "opening token as text": lambda: select(tokens=["yes"]),
+    "half an opening token": lambda: select(tokens=[5.9]),
+    "opening token below 0": lambda: select(tokens=[-95]),
+    "opening token outside the vocabulary": lambda: select(tokens=[96]),
+    "every token opens": lambda: select(tokens=list(range(96))),
+    "prompts as text": lambda: select(showing=["hi"]),
+    "last layers as text": lambda: select(last="a"),
+    "KL NaN": lambda: select(max_kl=NAN),
+    "learning rate NaN": lambda: train(learning_rate=NAN),
+    "learning rate as text": lambda: train(learning_rate="a"),
+    "steps as text": lambda: train(steps="a"),
+    "batch of half a pair": lambda: train(batch_size=0.5),
+    "train on pairs of text": lambda: steer.train_direction(MODEL, PAIRS, "embed", name="t", method="bipo"),
+    "row of text": lambda: Row("abc", 1),
+    "row with a token below 0": lambda: Row((1, -2), 1),
+    "row with half a token": lambda: Row((1, 2.5), 1),
+    "prompt longer than its row": lambda: Row((1, 2), 5),
+    "prompt below 0": lambda: Row((1, 2), -1),
+    "contrast of text": lambda: steer.ContrastSet(("a",), ("b",), True),
+    "paired as text": lambda: steer.ContrastSet(CONTRAST.positive, CONTRAST.negative, "no"),
+    "sets without a tokenizer": lambda: steer.ContrastSet.from_sets(None, ["a"], ["b"]),
+    "sets as text": lambda: steer.ContrastSet.from_sets(TOKENIZER, "cat", "dog"),
+    "pairs with the model": lambda: steer.ContrastSet.from_pairs(MODEL, PAIRS),
+    "encode None": lambda: encode(TOKENIZER, None),
+    "encode an answer of numbers": lambda: encode(TOKENIZER, "cat", 5),
+    "plain None": lambda: plain(TOKENIZER, None),
+    "conversation as text": lambda: encode_chat(TOKENIZER, "hi"),
+    "turn without content": lambda: encode_chat(TOKENIZER, [{"role": "user"}]),
+    "turn of text": lambda: encode_chat(TOKENIZER, ["hi"]),
+    "mask as text": lambda: announce(steer.response_tokens, "response"),
+    "mask NaN": lambda: announce(steer.response_tokens, torch.full((2, 6), NAN)),
+    "roles as text": lambda: announce(steer.chat_roles, [["user", "user"]]),
+    "roles that are not known": lambda: announce(steer.chat_roles, torch.full((2, 6), 9)),
+    "roles below 0": lambda: announce(steer.chat_roles, torch.full((2, 6), -1)),
+    "roles None": lambda: announce(steer.chat_roles, None),
+    "plan text None": lambda: steer.plan_from_text(None, {"warm": WARM}),
+    "named directions as list": lambda: steer.plan_from_text("warm", [WARM]),
+    "named vector": lambda: steer.plan_from_text("warm", {"warm": V}),
+    "named text": lambda: steer.plan_from_text("warm", {"warm": "x"}),
+    "named gate as text": lambda: steer.plan_from_text("warm ?h", {"warm": WARM}, {"h": "x"}),
+    "direction of text": lambda: steer.Direction("embed", "x", "m", "all"),
+    "direction at a number": lambda: steer.Direction(3, V, "m", "all"),
+    "directions of numbers": lambda: steer.Directions([3], "t", {}),
+    "directions of one": lambda: steer.Directions(WARM, "t", {}),
+    "two directions at a site": lambda: steer.Directions([WARM, direction("layers.1.output", seed=1)], "t", {}),
+    "load None": lambda: steer.load(None),
+    "load a number": lambda: steer.load(3),
+    "device that is not there": lambda: steer.load("no/model", device="cuda:77"),
+    "device of no kind": lambda: steer.load("no/model", device="gpu"),
+    "import None": lambda: steer.import_directions(None),
 }
 
 
@@ -86,6 +203,25 @@ def test_the_call_names_it(case):
     with pytest.raises(SteerError) as caught:
         WRONG[case]()
     assert caught.value.remedy and caught.value.found and caught.value.expected
+
+
+@pytest.mark.parametrize("call", [lambda: calibrate(WARMS), lambda: screen(WARMS), lambda: select([WARMS])])
+def test_directions_where_one_is_wanted(call):
+    with pytest.raises(ConfigError, match=r"directions\.best\(\)"):
+        call()
+
+
+@pytest.mark.parametrize("what", ["the sites", "the row slots of a batch", "the dose"])
+def test_messages_read_well_for_one_and_for_many(what):
+    for check in (lambda: of_type(None, str, what, "x"), lambda: tensor_of(None, what, "x"), lambda: whole_number(None, what)):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert caught.value.what.endswith(f" {what}") and " is " not in caught.value.what
+
+
+def test_lists_and_sites_as_text_make_a_direction():
+    made = steer.Direction("layers.1.output", [1, 2], "m", "all")
+    assert made.site == steer.Site.parse("layers.1.output") and torch.equal(made.vector, torch.tensor([1.0, 2.0]))
 
 
 def test_arrays_and_lists_are_vectors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 
 import torch
 
-from steer.checks import of_type
+from steer.checks import number_within, of_type
 from steer.errors import ContrastError
-from steer.model.tokens import Row, encode
+from steer.model.tokens import Row, check_rows, encode
 
 
 def text_digest(row: Row) -> str:
@@ -33,6 +34,9 @@ class ContrastSet:
     paired: bool
 
     def __post_init__(self) -> None:
+        check_rows(self.positive, "the positive texts of a contrast set")
+        check_rows(self.negative, "the negative texts of a contrast set")
+        of_type(self.paired, bool, "`paired` of a contrast set", "pass True or False")
         if not self.positive or not self.negative:
             raise ContrastError(
                 "contrast set is empty on one side",
@@ -89,22 +93,30 @@ class ContrastSet:
     @classmethod
     def from_sets(cls, tokenizer: Any, positive: Sequence[str], negative: Sequence[str]) -> ContrastSet:
         """Two unrelated sets of prompts; read them with a span other than `response`."""
+        for side, texts in (("positive", positive), ("negative", negative)):
+            of_type(texts, (list, tuple), f"the {side} texts of a contrast set", "pass a list of texts")
         sides = [tuple(encode(tokenizer, text) for text in texts) for texts in (positive, negative)]
         return cls(sides[0], sides[1], paired=False)
 
     def split(self, holdout: float, seed: int) -> tuple[ContrastSet, ContrastSet]:
         """Training and held-out part; pairs stay together. Raises ContrastError when either would have fewer than two texts a side."""
+        number_within(holdout, "the held-out share of the texts", 0, 1)
+        of_type(seed, int, "the seed", "pass a whole number such as 0")
 
         def parts(n: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
             order = torch.randperm(n, generator=generator).tolist()
             held = round(n * holdout)
             if held < 2 or n - held < 2:
-                change = f"{'raise' if held < 2 else 'lower'} holdout, which is {holdout}"
+                remedy = f"{'raise' if held < 2 else 'lower'} holdout, which is {holdout}"
+                if 0 < holdout < 1:
+                    lower = max(4, int(1.5 / min(holdout, 1 - holdout)))
+                    enough = next(k for k in itertools.count(lower) if 2 <= round(k * holdout) <= k - 2)
+                    remedy = f"give at least {enough} texts a side" + (f", or {remedy}" if n >= 4 else f": holdout is {holdout}")
                 raise ContrastError(
                     "too few texts to hold some out",
                     expected="at least 2 in either part",
                     found=f"{n - held} of {n} to learn from, {held} held out",
-                    remedy="give at least 4 texts a side" if n < 4 else f"{change}, or give more texts",
+                    remedy=remedy,
                 )
             return sorted(order[held:]), sorted(order[:held])
 

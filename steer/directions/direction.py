@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from steer import files
+from steer.checks import of_type, tensor_of
 from steer.directions.contrast import text_digest
 from steer.errors import ConfigError, ContrastError, DamagedFileError, SiteError, WidthError
 from steer.intervene.operator import check_finite
@@ -39,6 +40,9 @@ class Direction:
     fitted_on: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "site", Site.parse(self.site))
+        vector = tensor_of(self.vector, f"the vector of a direction at '{self.site}'", "pass [width] numbers")
+        object.__setattr__(self, "vector", vector if vector.is_floating_point() else vector.float())
         if self.vector.dim() != 1:
             raise WidthError(
                 f"direction at '{self.site}' is not a vector",
@@ -91,6 +95,11 @@ class Direction:
             )
 
 
+def check_direction(value: Any) -> None:
+    """Raises ConfigError unless this is one direction."""
+    of_type(value, Direction, "the direction", "pass one Direction; of the Directions that steer.extract returns, `directions.best()`")
+
+
 class Directions(Mapping[Site, Direction]):
     """One concept read at several sites, with its provenance.
 
@@ -101,7 +110,17 @@ class Directions(Mapping[Site, Direction]):
     """
 
     def __init__(self, entries: list[Direction], name: str, provenance: dict[str, Any]) -> None:
-        self.entries = {entry.site: entry for entry in entries}
+        of_type(entries, (list, tuple), "the entries of directions", "pass a list of Direction, one for each site")
+        self.entries: dict[Site, Direction] = {}
+        for entry in entries:
+            check_direction(entry)
+            if self.entries.setdefault(entry.site, entry) is not entry:
+                raise ConfigError(
+                    f"'{name}' has two directions at '{entry.site}'",
+                    expected="one direction per site",
+                    found=f"one by '{self.entries[entry.site].method}' and one by '{entry.method}'",
+                    remedy="leave one out, or make Directions of each",
+                )
         self.name, self.provenance = name, provenance
 
     def __contains__(self, site: object) -> bool:

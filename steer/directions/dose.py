@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import finite_number, number_within, of_type
 from steer.directions.contrast import ContrastSet
-from steer.directions.direction import Direction
+from steer.directions.direction import Direction, check_direction
 from steer.directions.sweep import pair_gaps, sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError
-from steer.model.tokens import Row
+from steer.model.tokens import Row, check_rows
 
 DOSES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
@@ -124,8 +125,13 @@ def calibrate(
 
     Raises:
         ContrastError: fewer than two pairs, no neutral text, or texts that the direction was made from.
-        ConfigError: no doses, or one that is not above 0; a scope of decoded tokens.
+        ConfigError: no doses, or one that is not above 0; a budget or share that is no number; a scope of decoded tokens.
     """
+    check_direction(direction)
+    of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs)")
+    of_type(doses, (list, tuple), "the doses", "pass a list such as [0.1, 0.5]")
+    for dose in doses:
+        finite_number(dose, "a dose")
     if not doses or min(doses) <= 0:
         raise ConfigError(
             "doses must be above 0",
@@ -133,6 +139,10 @@ def calibrate(
             found=list(doses),
             remedy="leave out the others; to steer the other way, swap the two sides of the contrast",
         )
+    _check_neutral(direction, neutral)
+    number_within(max_kl, "max_kl", 0)
+    number_within(max_perplexity_ratio, "max_perplexity_ratio", 0)
+    number_within(share, "the share of the largest effect", 0, 1)
     if len(contrast.positive) < 2:
         raise ContrastError(
             "one pair has no standard error", expected="two pairs or more", found=len(contrast.positive), remedy="give more pairs"
@@ -182,12 +192,9 @@ def side_effects(
         Next-token KL divergence from the first, and loss, both [slots] fp64, mean over the response tokens of all texts, in nat.
 
     Raises:
-        ContrastError: no texts, or some that the direction was made from.
+        ContrastError: no texts, some without a token to predict, or some that the direction was made from.
     """
-    direction.check_unseen(neutral, "the neutral texts")
-    if not neutral:
-        remedy = "give running text made with steer.model.tokens.plain"
-        raise ContrastError("no neutral text", expected="at least one", found="none", remedy=remedy)
+    _check_neutral(direction, neutral)
     sums = torch.zeros(2, len(vectors), dtype=torch.float64)
     tokens = 0
 
@@ -205,6 +212,22 @@ def side_effects(
     sweep(model, sweep_plan(direction.site, vectors, scope), neutral, len(vectors), read, progress=progress)
     kl, loss = sums / tokens
     return kl, loss
+
+
+def _check_neutral(direction: Direction, neutral: Sequence[Row]) -> None:
+    check_rows(neutral, "the neutral texts")
+    direction.check_unseen(neutral, "the neutral texts")
+    remedy = "give running text made with steer.model.tokens.plain"
+    if not neutral:
+        raise ContrastError("no neutral text", expected="at least one", found="none", remedy=remedy)
+    for i, row in enumerate(neutral):
+        if len(row.ids) < 2 or row.response == 0:
+            raise ContrastError(
+                f"neutral text {i} has no token to predict",
+                expected="two tokens or more, of which some are the response",
+                found=f"{len(row.ids)} tokens, {row.response} of them response",
+                remedy=remedy,
+            )
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:

@@ -68,11 +68,14 @@ def extract_all(
     of_type(sites, (list, tuple), "the sites", "pass a list such as ['layers.*.output']")
     if not sites:
         raise ConfigError("no sites to read", expected="at least one", found="none", remedy="e.g. sites=['layers.*.output']")
+    of_type(methods, (list, tuple), "the methods", f"pass a list of some of {', '.join(EXTRACTORS)}")
+    if not methods:
+        raise ConfigError("no methods to read with", expected="at least one", found="none", remedy="e.g. methods=['mean_difference']")
     extractors = {method: EXTRACTORS.get(method) for method in methods}
     for method, one in extractors.items():
         one.check(method, contrast.paired)
     anatomy = Anatomy.find(model)
-    chosen = anatomy.sites(*map(str, sites))
+    chosen = list(dict.fromkeys(anatomy.sites(*map(str, sites))))
     train, held = contrast.split(holdout, seed)
     needs = {need for one in extractors.values() for need in one.needs}
     moments = read_moments(model, train, chosen, span, needs, progress)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer.checks import finite_number
 from steer.directions.contrast import ContrastSet
-from steer.directions.direction import Direction
+from steer.directions.direction import Direction, check_direction
 from steer.directions.sweep import pair_gaps
 
 
@@ -55,8 +56,10 @@ def screen(
 
     Raises:
         ContrastError: no pairs, or texts that the direction was made from.
-        ConfigError: a scope of decoded tokens.
+        ConfigError: a dose that is not above 0; a scope of decoded tokens.
     """
+    check_direction(direction)
+    finite_number(dose, "the dose of a screen", above=0)
     doses = (-dose, -dose / 2, 0.0, dose / 2, dose)
     vectors = torch.tensor([direction.strength_of(one) for one in doses])[:, None] * direction.vector
     gaps = pair_gaps(model, direction, contrast, vectors, "screening" if progress else None, scope=scope)

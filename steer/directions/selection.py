@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.directions.direction import Direction
+from steer.checks import number_within, of_type, whole_number
+from steer.directions.direction import Direction, check_direction
 from steer.directions.dose import divergence
 from steer.directions.sweep import sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError, WidthError
 from steer.intervene import Ablate, Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
-from steer.model.tokens import Row
+from steer.model.tokens import Row, check_rows
 
 SLOTS = 12  # candidates measured in one batch, beside the unsteered model
 
@@ -99,21 +100,25 @@ def select(
         candidates: directions of the residual stream, of any sites and spans (token positions).
         showing: prompts on which the model behaves so; lacking: prompts on which it does not; both apart from those that made the
             candidates. See `steer.model.tokens.encode`.
-        tokens: ids of the tokens that open the behaviour.
+        tokens: ids of the tokens that open the behaviour, each counted once.
         neutral: prompts on which ablation should change nothing; `lacking` when not given.
         max_kl: the most that ablation may change them.
         last: the share of the layers, from the end, whose candidates are rejected: there it is the token itself that is steered.
 
     Raises:
-        ConfigError: no candidates or no tokens. ContrastError: prompts that a candidate was made from, or none.
+        ConfigError: no candidates, no tokens, or such as the model does not have; a limit out of its range.
+        ContrastError: prompts that a candidate was made from, or none.
         WidthError: a candidate that is no direction of the residual stream.
     """
     neutral = lacking if neutral is None else neutral
     anatomy = Anatomy.find(model)
     _check(anatomy, candidates, tokens, {"showing": showing, "lacking": lacking, "neutral": neutral})
+    number_within(max_kl, "max_kl", 0)
+    number_within(last, "the share of the layers that is too late", 0, 1)
+    opening = sorted(set(tokens))
 
     def log_odds(logprobs: Tensor) -> Tensor:
-        p = logprobs[:, list(tokens)].double().logsumexp(-1).clamp(max=-1e-9)
+        p = logprobs[:, opening].double().logsumexp(-1).clamp(max=-1e-9)
         return p - torch.log(-torch.expm1(p))
 
     bypass, induce, kl = torch.zeros(3, len(candidates), dtype=torch.float64)
@@ -184,6 +189,12 @@ def _mean_score(
 
 
 def _check(anatomy: Anatomy, candidates: Sequence[Direction], tokens: Sequence[int], prompts: dict[str, Sequence[Row]]) -> None:
+    of_type(candidates, (list, tuple), "the candidates", "pass a list of Direction; of Directions, list(directions.values())")
+    of_type(tokens, (list, tuple), "the tokens that open the behaviour", "pass a list of token ids")
+    for one in candidates:
+        check_direction(one)
+    for what, rows in prompts.items():
+        check_rows(rows, f"the prompts in `{what}`")
     if not candidates or not tokens:
         raise ConfigError(
             "nothing to select" if not candidates else "no token opens the behaviour",
@@ -191,6 +202,7 @@ def _check(anatomy: Anatomy, candidates: Sequence[Direction], tokens: Sequence[i
             found=f"{len(candidates)} candidates, {len(tokens)} tokens",
             remedy="extract directions at several sites, and look up the first tokens of answers that show the behaviour",
         )
+    _check_tokens(tokens, anatomy.point("logits").width or anatomy.config.vocab_size)
     for one in candidates:
         if len(one.vector) != anatomy.width:
             raise WidthError(
@@ -204,4 +216,17 @@ def _check(anatomy: Anatomy, candidates: Sequence[Direction], tokens: Sequence[i
     if empty := [what for what, rows in prompts.items() if not rows]:
         raise ContrastError(
             f"no prompts in `{empty[0]}`", expected="at least one", found="none", remedy="give prompts made with steer.model.tokens.encode"
+        )
+
+
+def _check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+    for token in tokens:
+        whole_number(token, "a token that opens the behaviour")
+    beyond = sorted({token for token in tokens if token >= vocabulary})
+    if beyond or len(set(tokens)) == vocabulary:
+        raise ConfigError(
+            "tokens that the model does not have" if beyond else "every token opens the behaviour, and none is left to tell it from",
+            expected=f"some of the ids 0 to {vocabulary - 1}",
+            found=beyond or f"all {vocabulary}",
+            remedy="look up the first tokens of answers that show the behaviour, with the tokenizer of this model",
         )

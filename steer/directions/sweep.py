@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from steer.checks import of_type
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction
 from steer.errors import ConfigError, ContrastError, NonFiniteError
 from steer.intervene import Add, Intervention, Plan
 from steer.intervene.scope import Scope
-from steer.model.capture import batches, evaluating
+from steer.model.anatomy import resolve
+from steer.model.capture import batches, check_vocabulary, evaluating
 from steer.model.likelihood import response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
@@ -35,8 +37,9 @@ def sweep(
         progress: label of the progress bar, None for none.
 
     Raises:
-        NonFiniteError: the edited model gives NaN or infinity.
+        NonFiniteError: the edited model gives NaN or infinity. ConfigError: tokens outside the vocabulary.
     """
+    check_vocabulary(resolve(model, [])[0], rows)
     device = next(model.parameters()).device
     with (
         evaluating(model),
@@ -115,6 +118,7 @@ def pair_gaps(
 
 def check_pairs(contrast: ContrastSet, what: str) -> None:
     """Raises ContrastError when the texts are not pairs of answers."""
+    of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs)")
     if not contrast.paired or any(row.response == 0 for row in (*contrast.positive, *contrast.negative)):
         raise ContrastError(
             what,

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from steer.checks import of_type
 from steer.directions.direction import Direction, Directions
 from steer.errors import ConfigError, SteerError, WrongModelError
 from steer.intervene import OPERATORS, Constant, Gate, Intervention, Operator, Plan, Scope
@@ -155,7 +156,13 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
         ConfigError: what cannot be read, and where; or a name that is not known, and the nearest one.
         WrongModelError: directions of different models.
     """
-    reader, gates = _Reader(text), gates or {}
+    of_type(text, str, "a plan as text", "write e.g. '0.4 warm@response'")
+    gates = {} if gates is None else gates
+    for what, given, kinds in (("direction", names, (Direction, Directions)), ("gate", gates, Gate)):
+        of_type(given, Mapping, f"the named {what}s", f"pass {{name: {what}}}")
+        for name, one in given.items():
+            of_type(one, kinds, f"'{name}' among the named {what}s", f"pass a steer.{what.title()}")
+    reader = _Reader(text)
     terms = reader.terms()
     ones = [_intervention(reader, term, names, gates) for term in terms]
     return Plan(ones, fingerprint=_fingerprint({term.name: names[term.name] for term in terms}))

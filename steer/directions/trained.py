@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from steer.checks import finite_number, whole_number
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.extract import provenance_of, read_moments
@@ -124,10 +125,9 @@ def train_direction(
     aim: Objective = OBJECTIVES.get(method)
     check_pairs(contrast, f"'{method}' compares the two answers of a pair")
     check_scope(scope)
-    if steps < 1 or batch_size < 1 or learning_rate <= 0:
-        found = f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}"
-        wanted = "steps >= 1, batch_size >= 1, learning_rate > 0"
-        raise ConfigError("this training does nothing", expected=wanted, found=found, remedy="raise what is too small")
+    whole_number(steps, "the number of training steps", least=1)
+    whole_number(batch_size, "the number of pairs in a step", least=1)
+    finite_number(learning_rate, "the learning rate", above=0)
     anatomy = Anatomy.find(model)
     place = Site.parse(site)
     train, held = contrast.split(holdout, seed)

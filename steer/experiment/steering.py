@@ -45,7 +45,10 @@ def _gate(name: str, spec: Mapping[str, Any], names: Mapping[str, Directions]) -
             remedy=example,
         )
     options = dict(spec)
-    kind: Any = GATES.get(options.pop("gate"))
+    if (wanted := options.pop("gate")) not in (kinds := [one for one in GATES if one != "call"]):  # which takes a function
+        remedy = did_you_mean(str(wanted), kinds) or "choose one of these; a gate of your own is made in Python"
+        raise ConfigError(f"gate '{name}': unknown gate '{wanted}'", expected=f"one of {', '.join(kinds)}", found=wanted, remedy=remedy)
+    kind: Any = GATES.get(wanted)
     if (called := options.pop("direction")) not in names:
         expected = f"one of {', '.join(names)}" if names else "a direction, but none was given"
         remedy = did_you_mean(str(called), names) or f"give its file with directions.{called}=<path>"

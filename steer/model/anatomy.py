@@ -65,6 +65,11 @@ def in_width(module: nn.Module) -> int | None:
     return None
 
 
+def check_model(model: Any) -> None:
+    """Raises ConfigError unless this is a model."""
+    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
+
+
 def _fits(module: nn.Module, family: Family) -> bool:
     layers = getattr(module, family.layers, None)
     if not isinstance(layers, nn.ModuleList) or not len(layers) or child(module, family.embed) is None:
@@ -136,6 +141,7 @@ class Anatomy:
     @classmethod
     def find(cls, model: nn.Module) -> Anatomy:
         """Raises AnatomyError, listing every stack of modules it saw, when there is not exactly one decoder."""
+        check_model(model)
         return cls(model, *_find_decoder(model))
 
     @property
@@ -322,7 +328,7 @@ def module_point(model: nn.Module, site: Site) -> HookPoint:
 
 def resolve(model: nn.Module, sites: list[Site]) -> tuple[Anatomy | None, list[HookPoint]]:
     """Hook points of sites; a model that is no decoder is fine as long as all of them are `module:` sites."""
-    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
+    check_model(model)
     if all(site.module is not None for site in sites):
         try:
             anatomy: Anatomy | None = Anatomy.find(model)

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.model import hooks
-from steer.model.anatomy import resolve
+from steer.model.anatomy import Anatomy, resolve
 from steer.model.context import ForwardContext
 from steer.model.site import Site, did_you_mean
-from steer.model.tokens import Row, collate
+from steer.model.tokens import Row, check_rows, collate
 from steer.model.watcher import response_tokens
 
 
@@ -96,6 +96,18 @@ def batches(rows: Sequence[Row], max_tokens: int, group: int = 1) -> Iterator[li
         batch.extend(units[unit])
     if batch:
         yield batch
+
+
+def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
+    """Raises ConfigError for a token that the model has no embedding of, which on a GPU would end the whole process."""
+    size = getattr(anatomy.embedding, "num_embeddings", None) if anatomy is not None else None
+    if size is not None and (largest := max((max(row.ids, default=0) for row in rows), default=0)) >= size:
+        raise ConfigError(
+            "a text has tokens that the model does not know",
+            expected=f"token ids from 0 to {size - 1}",
+            found=largest,
+            remedy="tokenise with the tokenizer of this model; after adding tokens to it, model.resize_token_embeddings(len(tokenizer))",
+        )
 
 
 def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
@@ -179,13 +191,15 @@ def capture(
         progress: label of the progress bar, None for none.
 
     Raises:
-        SiteError, ContrastError (no texts, empty span), NonFiniteError.
+        SiteError, ContrastError (no texts, empty span), NonFiniteError. ConfigError: no rows, or tokens outside the vocabulary.
     """
+    check_rows(rows, "the texts")
     if not rows:
         remedy = "give rows made with steer.model.tokens.encode"
         raise ContrastError("no texts to read activations from", expected="at least one", found="none", remedy=remedy)
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
+    check_vocabulary(anatomy, rows)
     reader = _Reader(accumulators, stop=not _is_sharded(model))
     device = next(model.parameters()).device
     _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from steer.errors import DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.checks import of_type
+from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
 from steer.files import contents
 from steer.model import embedded
 from steer.model.gguf import read_gguf
@@ -38,7 +39,10 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
         UnsafeFileError: the weights are there only as a pickle.
         DamagedFileError: a file is truncated or altered.
         TokenizerError: the folder holds a model but no tokenizer.
+        ConfigError: no name or path, or a device that is not there.
     """
+    of_type(name_or_path, (str, Path), "the model", f"give a name or a path, such as '{embedded.NAME}'")
+    _check_device(device)
     name = str(name_or_path)
     path = Path(name).expanduser()
     _check_name(name)
@@ -71,6 +75,16 @@ def _check_name(name: str) -> None:
         return
     if difflib.get_close_matches(name.lower(), [embedded.NAME], cutoff=0.8):
         raise ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=name, remedy=f"did you mean '{embedded.NAME}'?")
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Before the model is read, which can take minutes."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # a torch that was built without CUDA fails by an assertion
+        found = f"torch {torch.__version__} with {torch.cuda.device_count()} CUDA devices: {_brief(error)}"
+        remedy = "pass one that this machine has, e.g. device='cpu'"
+        raise ConfigError(f"no device {device!r}", expected="a device of torch", found=found, remedy=remedy) from error
 
 
 def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steer.errors import TokenizerError
+from steer.checks import of_type, whole_number
+from steer.errors import ConfigError, TokenizerError
 from steer.model.context import CHAT_ROLES
 
 
@@ -20,10 +21,43 @@ class Row:
     ids: tuple[int, ...]
     prompt: int
 
+    def __post_init__(self) -> None:
+        of_type(self.ids, tuple, "the tokens of a row", "pass a tuple of token ids, or make the row with steer.model.tokens.encode")
+        for token in self.ids:
+            if type(token) is not int or token < 0:
+                whole_number(token, "a token id of a row")
+        whole_number(self.prompt, "the number of prompt tokens of a row")
+        if self.prompt > len(self.ids):
+            raise ConfigError(
+                "a row has fewer tokens than its prompt",
+                expected=f"0 to {len(self.ids)} prompt tokens",
+                found=self.prompt,
+                remedy="`ids` holds prompt and response; `prompt` says how many of them are the prompt",
+            )
+
     @property
     def response(self) -> int:
         """Number of response tokens."""
         return len(self.ids) - self.prompt
+
+
+def check_rows(rows: Any, what: str) -> None:
+    """Raises ConfigError unless these are rows."""
+    remedy = "tokenise them with steer.model.tokens.encode, or plain for running text"
+    of_type(rows, (list, tuple), what, f"pass a list of rows; {remedy}")
+    for row in rows:
+        of_type(row, Row, f"one of {what}", remedy)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ConfigError unless this can tokenise."""
+    if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
+        raise ConfigError(
+            "wrong type for the tokenizer",
+            expected="a tokenizer of transformers",
+            found=type(tokenizer).__name__,
+            remedy="pass the second of what steer.load returns, which is (model, tokenizer)",
+        )
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -46,8 +80,11 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
         answer: the assistant's message; the end-of-turn (or end-of-text) token is appended and belongs to the response.
 
     Raises:
-        TokenizerError: text that gives no tokens.
+        TokenizerError: text that gives no tokens. ConfigError: no tokenizer, or no text.
     """
+    check_tokenizer(tokenizer)
+    of_type(prompt, str, "the prompt", "pass the user's message as text")
+    of_type(answer, (str, type(None)), "the answer", "pass the assistant's message as text, or leave it out")
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
         head = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -85,7 +122,15 @@ def encode_chat(
 
     Raises:
         TokenizerError: no chat template, a role that is not known, or a template that rewrites earlier turns.
+        ConfigError: no tokenizer, or no turns.
     """
+    check_tokenizer(tokenizer)
+    example = "pass [{'role': 'user', 'content': 'Who are you?'}]"
+    of_type(messages, (list, tuple), "the turns of a conversation", example)
+    for message in messages:
+        of_type(message, Mapping, "a turn of a conversation", example)
+        if not {"role", "content"} <= message.keys():
+            raise ConfigError("a turn of a conversation lacks a part", expected="role and content", found=message, remedy=example)
     if not getattr(tokenizer, "chat_template", None):
         raise TokenizerError(
             f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template",
@@ -139,6 +184,8 @@ def _preamble(tokenizer: Any, first: Mapping[str, str]) -> int:
 
 def plain(tokenizer: Any, text: str) -> Row:
     """Tokenises running text; all of it but the first token counts as response (the first is predicted from nothing)."""
+    check_tokenizer(tokenizer)
+    of_type(text, str, "running text", "pass one text; for several, call it for each")
     ids = tokenizer(text).input_ids
     if len(ids) < 2:
         raise TokenizerError(

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steer.checks import of_type
 from steer.errors import ContextError, HookDidNotRunError
+from steer.model import announced, context
 from steer.model import cache as notes
-from steer.model import context
 from steer.model.anatomy import Anatomy, check_model
 from steer.model.context import SEEN, ForwardContext
 
@@ -141,8 +140,7 @@ class Watcher:
         self.root, self.is_decoder = root, is_decoder
         self.given: dict[str, Any] = {}
         self.height = self.outermost = IDLE
-        self.announced: Tensor | None = None
-        self.turns: Tensor | None = None
+        self.announced, self.turns = announced.latest(root, "announced"), announced.latest(root, "turns")
         self.current: ForwardContext | None = None
         self.inside = False
         self.differentiated: ForwardContext | None = None
@@ -347,19 +345,17 @@ def response_tokens(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     """Says which tokens are the response, where the forward pass is not given labels (DPO, GRPO, a loss of one's own).
 
     Args:
-        model: the model, or any wrapper around it; nothing happens when nothing is attached to it.
+        model: the model, or any wrapper around it; what is attached to it inside the block is told too.
         mask: [batch, tokens] bool or 0/1, or [batch, completion tokens] belonging to the right end; labels with -100 are accepted too.
+
+    Raises:
+        ConfigError: no mask. NonFiniteError: NaN or infinity in it.
     """
-    watcher = watcher_of(model)
-    if watcher is None or mask is None:
+    if mask is None:
         yield
         return
-    before = watcher.announced
-    watcher.announced = mask != -100 if not mask.dtype.is_floating_point and bool((mask < 0).any()) else mask.bool()
-    try:
+    with _announced(model, "announced", announced.mask_of(mask)):
         yield
-    finally:
-        watcher.announced = before
 
 
 @contextmanager
@@ -367,15 +363,27 @@ def chat_roles(model: nn.Module, roles: Tensor) -> Iterator[None]:
     """Says whose turn each token belongs to, for scopes such as `role[user]`. Decoded tokens are the assistant's without saying so.
 
     Args:
-        model: the model, or any wrapper around it; nothing happens when nothing is attached to it.
+        model: the model, or any wrapper around it; what is attached to it inside the block is told too.
         roles: [batch, tokens] indices into `CHAT_ROLES`, as `steer.model.tokens.encode_chat` gives them.
+
+    Raises:
+        ConfigError: no indices of roles.
     """
-    watcher = watcher_of(model)
-    if watcher is None:
+    with _announced(model, "turns", announced.roles_of(roles)):
         yield
-        return
-    before, watcher.turns = watcher.turns, roles
+
+
+@contextmanager
+def _announced(model: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    def tell() -> None:
+        if (watcher := watcher_of(model)) is not None:
+            setattr(watcher, name, announced.latest(watcher.root, name))
+
+    entry = announced.Announcement(model, name, value)
+    announced.IN_FORCE.append(entry)
     try:
+        tell()
         yield
     finally:
-        watcher.turns = before
+        announced.IN_FORCE.remove(entry)
+        tell()

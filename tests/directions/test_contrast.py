@@ -1,5 +1,7 @@
 """Contrast sets: pairs stay together, the held-out part is disjoint, and what cannot be read is refused."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,20 @@ def test_a_split_is_a_partition_and_keeps_pairs(positive, negative, paired, hold
         for part in (train, held):
             assert [row.ids[0] for row in part.positive] == [row.ids[0] for row in part.negative]
     assert whole.split(holdout, seed)[1] == held
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+def test_too_few_texts_says_how_many_suffice(holdout):
+    for texts in (1, 2, 4, 5):
+        try:
+            numbered(texts, texts, True).split(holdout, 0)
+        except ContrastError as error:
+            enough = int(re.search(r"at least (\d+) texts a side", error.remedy)[1])
+            numbered(enough, enough, True).split(holdout, 0)
+            with pytest.raises(ContrastError):
+                numbered(enough - 1, enough - 1, True).split(holdout, 0)
+    with pytest.raises(ContrastError, match="give at least 6 texts a side, or raise holdout, which is 0.25"):
+        numbered(5, 5, True).split(0.25, 0)
 
 
 def test_pairs_and_sets_are_tokenised():

@@ -54,6 +54,21 @@ def svec(path: Path, layers: range = range(1, LAYERS), **extra: Any) -> Path:
     return path
 
 
+def blocks(folder: Path, activations: Any) -> Path:
+    """Attributes of a SteeringVector."""
+    return saved(folder / "blocks.pt", {"layer_activations": activations, "layer_type": "decoder_block"})
+
+
+def refused(folder: Path, **metadata: Any) -> Path:
+    saved(folder / "direction.pt", layer(1))
+    (folder / "direction_metadata.json").write_text(json.dumps({"layer": 1, "pos": -1, **metadata}))
+    return folder
+
+
+def control_vector(path: Path, n: int) -> Path:
+    return steer.to_gguf(Plan(Intervention(Add(layer(1)), f"layers.{n}.output")), path, model_hint="llama")
+
+
 def saved(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
@@ -147,6 +162,19 @@ def test_zero_rows_are_left_out_and_said(tmp_path):
     assert next(iter(read.values())).span == "prompt_last"
     with pytest.raises(DamagedFileError, match="no vector"):
         steer.import_directions(saved(tmp_path / "zero.pt", torch.zeros(3, WIDTH)), "persona")
+
+
+@pytest.mark.parametrize("options", [{"n_layers": 3.5}, {"n_layers": "3"}, {"n_layers": 0}, {"n_layers": True}])
+def test_the_number_of_layers_is_a_whole_number(options, tmp_path):
+    with pytest.raises(ConfigError, match="n_layers"):
+        steer.import_directions(svec(tmp_path / "v.svec"), **options)
+
+
+@pytest.mark.parametrize("site", ["layers.{}.output", "layers.{number}.output", "layers.{layer.output", "layers.1.output", 3])
+def test_a_site_for_several_layers_has_their_place_in_it(site, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        steer.import_directions(blocks(tmp_path, {1: layer(1), 2: layer(2)}), site=site)
+    assert "{layer}" in caught.value.remedy
 
 
 def test_steering_vectors_keys_are_blocks(tmp_path):
@@ -355,6 +383,20 @@ def test_every_format_is_told_by_its_content_and_by_no_other(tmp_path):
             lambda folder: saved(folder / "v.pt", {"layer_activations": {1: layer(float("inf"))}, "layer_type": "decoder_block"}),
             NonFiniteError,
         ),
+        (lambda folder: svec(folder / "v.svec", directions={"x": [1.0]}), DamagedFileError),
+        (lambda folder: svec(folder / "v.svec", directions=None), DamagedFileError),
+        (lambda folder: svec(folder / "v.svec", explained_variances={"1": "much"}), DamagedFileError),
+        (lambda folder: svec(folder / "v.svec", directions={"1": [1.0], "2": [1.0, 2.0]}), WidthError),
+        (lambda folder: blocks(folder, {"a": layer(1)}), DamagedFileError),
+        (lambda folder: blocks(folder, {-1: layer(1)}), DamagedFileError),
+        (lambda folder: blocks(folder, {LAYERS: layer(1)}), DamagedFileError),
+        (lambda folder: blocks(folder, {1: [1.0, 2.0]}), DamagedFileError),
+        (lambda folder: blocks(folder, {1: layer(1), 2: torch.ones(WIDTH + 1)}), WidthError),
+        (lambda folder: blocks(folder, [layer(1)]), DamagedFileError),
+        (lambda folder: saved(folder / "v" / f"layer_{LAYERS}.pt", layer(1)).parent, DamagedFileError),
+        (lambda folder: refused(folder / "v", layer="a"), DamagedFileError),
+        (lambda folder: refused(folder / "v", pos=None), DamagedFileError),
+        (lambda folder: control_vector(folder / "v.gguf", LAYERS), DamagedFileError),
     ],
 )
 def test_files_that_hold_no_vectors(make: Callable[[Path], Path], error: type[SteerError], tmp_path):

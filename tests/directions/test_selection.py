@@ -89,6 +89,15 @@ def test_the_one_that_carries_the_behaviour_is_chosen():
         _ = strict.chosen
 
 
+def test_a_repeated_token_counts_once():
+    model, candidates = bench()
+    once, twice = (
+        select(model, candidates[:1], showing=prompts(1), lacking=prompts(2), tokens=tokens, progress=False)
+        for tokens in (TOKENS, [*TOKENS, *TOKENS])
+    )
+    assert once.candidates == twice.candidates and once.showing == twice.showing
+
+
 def test_neutral_prompts_of_their_own():
     model, candidates = bench()
     a, b = (

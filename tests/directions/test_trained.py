@@ -100,7 +100,7 @@ def test_bad_input_is_named(monkeypatch):
         (whole, {"method": "bpio"}, ConfigError, "did you mean 'bipo'"),
         (ContrastSet(whole.positive, whole.negative, False), {"method": "bipo"}, ContrastError, "two sets of unrelated texts"),
         (pairs(3), {"method": "bipo"}, ContrastError, "too few texts"),
-        (whole, {"method": "bipo", "steps": 0}, ConfigError, "steps=0"),
+        (whole, {"method": "bipo", "steps": 0}, ConfigError, "number of training steps"),
     ]:
         with pytest.raises(error, match=message):
             train_direction(model, contrast, SITE, **{**QUICK, **options})

@@ -52,7 +52,7 @@ COSINE = {"gate": "cosine", "direction": "warm"}
         ({**COSINE, "threshold": "high"}, "loud|threshold"),
         ({**COSINE, "site": "layers.2.output"}, "was not read at 'layers.2.output'"),
         ({**COSINE, "per": "day"}, "unknown 'per' of a gate"),
-        ({**COSINE, "gate": "call"}, "gate 'loud' cannot be made"),
+        ({**COSINE, "gate": "call"}, r"unknown gate 'call'[\s\S]*expected: one of cosine, feature, probe\n"),
     ],
 )
 def test_gates_that_cannot_be_made(warm: dict[str, str], gate: Any, says: str) -> None:

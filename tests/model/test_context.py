@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, StaticCache
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.model import context
-from steer.model.hooks import response_tokens, watcher_of
+from steer.model.hooks import chat_roles, response_tokens, watcher_of
 
 
 class Trace:
@@ -210,6 +210,21 @@ def test_announced_masks_nest_and_end_with_their_block(tiny):
             raise RuntimeError("stop")
         assert watcher_of(model).announced is None
     assert [sum(map(sum, rows)) for rows in trace.tokens] == [0, 14]
+
+
+@pytest.mark.parametrize("scope", ["response", "role[assistant]"])
+def test_what_is_attached_inside_the_block_is_told_too(scope, tiny):
+    model, mask = tiny("llama"), torch.tensor([[0, 0, 1, 1, 1, 1, 1]] * 2)
+    with response_tokens(model, mask), chat_roles(model, 2 * mask):
+        for _ in range(2):  # the second time with another watcher
+            with Trace(model, scope) as trace:
+                model(ids(), use_cache=False)
+                with response_tokens(model, 1 - mask), chat_roles(model, 2 - 2 * mask):
+                    model(ids(), use_cache=False)
+                model(ids(), use_cache=False)
+            assert trace.tokens == [part.tolist() for part in (mask, 1 - mask, mask)]
+    with Trace(model, scope), pytest.raises(ContextError):  # only inside the block
+        model(ids(), use_cache=False)
 
 
 def adapted(model, **options):

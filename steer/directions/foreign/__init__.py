@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from steer.checks import of_type, whole_number
 from steer.directions.direction import Directions
 from steer.directions.foreign import (  # noqa: F401  (importing registers them)
     cast,
@@ -17,7 +18,7 @@ from steer.directions.foreign import (  # noqa: F401  (importing registers them)
     steering_vectors,
 )
 from steer.directions.foreign.importer import IMPORTERS, Source, choose
-from steer.errors import WrongKindError
+from steer.errors import ConfigError, WrongKindError
 from steer.intervene.plan import Plan
 from steer.intervene.scope import Scope
 
@@ -29,7 +30,7 @@ def import_directions(path: str | Path, format: str | None = None, *, n_layers: 
         path: a file or a folder.
         format: a name of `IMPORTERS`; by content when None.
         n_layers: number of blocks of the model (`model.config.num_hidden_layers`), for formats that count `hidden_states`, of which the
-            last comes after the final norm.
+            last comes after the final norm; a file of any format that has other layers is refused.
         site: a site with `{layer}` in place of the layer, e.g. `layers.{layer}.output`, where the file does not say or is to be
             overruled.
 
@@ -38,10 +39,12 @@ def import_directions(path: str | Path, format: str | None = None, *, n_layers: 
 
     Raises:
         FileError: nothing there. WrongKindError: of no known format, with a list of what was looked for, or a plan.
-        ConfigError: the file does not say which tensor is meant, and neither did the caller.
+        ConfigError: the file does not say which tensor is meant, and neither did the caller; a site without `{layer}` for several layers.
         UnsafeFileError: a pickle of more than tensors. DamagedFileError, NonFiniteError, WidthError: a broken file.
     """
-    read = _read(Source(Path(path), n_layers, site), format, "directions", "steer.import_plan")
+    if n_layers is not None:
+        whole_number(n_layers, "n_layers", least=1)
+    read = _read(_source(path, site, n_layers), format, "directions", "steer.import_plan")
     assert isinstance(read, Directions)
     return read
 
@@ -59,9 +62,24 @@ def import_plan(path: str | Path, format: str | None = None, *, scope: str | Sco
     Raises:
         As `import_directions`, and WrongKindError for a file of vectors, or for an intervention that no operator here is equal to.
     """
-    read = _read(Source(Path(path), None, site, str(scope)), format, "plan", "steer.import_directions")
+    read = _read(_source(path, site, None, str(scope)), format, "plan", "steer.import_directions")
     assert isinstance(read, Plan)
     return read
+
+
+def _source(path: str | Path, site: str | None, n_layers: int | None, scope: str | None = None) -> Source:
+    of_type(path, (str, Path), "the file to import", "pass its path")
+    of_type(site, (str, type(None)), "`site`", "pass text such as 'layers.{layer}.output'")
+    try:
+        (site or "").format(layer=0)
+    except (IndexError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the site '{site}'",
+            expected="a site with {layer} in place of the layer",
+            found=f"{type(error).__name__}: {error}",
+            remedy="e.g. site='layers.{layer}.output'",
+        ) from error
+    return Source(Path(path), n_layers, site, scope)
 
 
 def _read(source: Source, format: str | None, wanted: str, other: str) -> Directions | Plan:

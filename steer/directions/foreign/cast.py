@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from steer.directions.direction import Directions
-from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered
+from steer.directions.foreign.importer import IMPORTERS, Importer, Source, by_layer, gathered, incomplete
 from steer.directions.foreign.states import after_block
 
 
@@ -27,8 +26,9 @@ class Cast(Importer):
 
     @staticmethod
     def read(source: Source) -> Directions:
-        content: dict[str, Any] = source.content
-        layers = {int(layer): vector for layer, vector in content["directions"].items()}
-        vectors = {after_block(source, layer): vector for layer, vector in sorted(layers.items())}
-        variances = {str(layer): float(share) for layer, share in content["explained_variances"].items()}
-        return gathered(source, vectors, method="cast pca", model_type=content["model_type"], explained_variances=variances)
+        vectors = {after_block(source, layer): vector for layer, vector in by_layer(source, "directions").items()}
+        try:
+            variances = {str(layer): float(share) for layer, share in by_layer(source, "explained_variances").items()}
+        except (TypeError, ValueError) as error:
+            raise incomplete(source, "a number for each layer in explained_variances", str(error)) from error
+        return gathered(source, vectors, method="cast pca", model_type=source.content["model_type"], explained_variances=variances)

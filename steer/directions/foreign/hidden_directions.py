@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.directions.direction import Directions
-from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered
+from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered, whole_of
 from steer.directions.foreign.persona import matrix_of
 from steer.directions.foreign.states import after_block
 from steer.errors import WidthError
@@ -35,7 +35,7 @@ class HiddenDirections(Importer):
     def read(source: Source) -> Directions:
         if isinstance(source.content, Mapping):
             baked: Mapping[str, Any] = source.content
-            site = source.place(int(baked["layer"]), "layers.{layer}.mlp.output")
+            site = source.place(whole_of(source, baked["layer"], "layer"), "layers.{layer}.mlp.output")
             return gathered(source, {site: baked["bias"]}, method="baked bias", base_model=str(baked["base_model"]))
         rows = matrix_of(source)
         source.n_layers = len(rows) if source.n_layers is None else source.n_layers

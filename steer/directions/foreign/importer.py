@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.directions.direction import Direction, Directions
-from steer.errors import ConfigError, DamagedFileError, FileError, UnsafeFileError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, FileError, UnsafeFileError, WidthError, WrongKindError
 from steer.files import contents
 from steer.intervene.plan import Plan
 from steer.model.site import Site
@@ -33,12 +34,14 @@ class Source:
         n_layers: number of blocks of the model, when the caller said so.
         site: pattern with `{layer}` that overrules the format's own conversion, or None.
         scope: on which tokens the interventions of a plan act, or None.
+        placed: layer of each site that was given out.
     """
 
     path: Path
     n_layers: int | None = None
     site: str | None = None
     scope: str | None = None
+    placed: dict[Site, int] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> bytes:
@@ -65,8 +68,31 @@ class Source:
         return all((self.path / name).is_file() for name in names)
 
     def place(self, layer: int, site: str) -> Site:
-        """The site of a layer, by the format's own conversion or by that of the caller."""
-        return Site.parse(site.format(layer=layer) if self.site is None else self.site.format(layer=layer))
+        """The site of a layer, by the format's own conversion or by that of the caller.
+
+        Raises:
+            DamagedFileError: no layer of the model. ConfigError: two layers at one site.
+        """
+        self.check_layer(layer)
+        place = Site.parse((site if self.site is None else self.site).format(layer=layer))
+        if self.placed.setdefault(place, layer) != layer:
+            raise ConfigError(
+                f"'{self.path.name}' has vectors of several layers, and site= one place for all",
+                expected="a site with {layer} in place of the layer",
+                found=f"'{self.site}' for the layers {self.placed[place]} and {layer}",
+                remedy="e.g. site='layers.{layer}.output'",
+            )
+        return place
+
+    def check_layer(self, layer: int) -> None:
+        """Raises DamagedFileError for a layer that the model does not have, as far as the caller said how many there are."""
+        if layer < 0 or (self.n_layers is not None and layer >= self.n_layers):
+            raise DamagedFileError(
+                f"'{self.path.name}' holds a layer that the model does not have",
+                expected="0 or more" if self.n_layers is None else f"0 to {self.n_layers - 1}",
+                found=layer,
+                remedy="check n_layers; the file may be for another model",
+            )
 
     def asked_site(self, why: str, suggestion: str) -> str:
         """The caller's conversion. Raises ConfigError, saying why it is needed, when there is none."""
@@ -110,6 +136,8 @@ def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: st
         method, span: as far as the file says.
         notes: what else it says, JSON-able.
     """
+    if source.is_torch and (other := next((vector for vector in vectors.values() if not isinstance(vector, Tensor)), None)) is not None:
+        raise incomplete(source, "a tensor for each layer", type(other).__name__)
     try:
         tensors = {site: torch.as_tensor(vector).detach().float() for site, vector in vectors.items()}
     except (TypeError, ValueError, RuntimeError) as error:
@@ -123,8 +151,32 @@ def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: st
             remedy="look at what wrote it",
         )
     entries = [Direction(site, vector, method, span) for site, vector in kept.items()]
+    if len({len(entry.vector) for entry in entries}) > 1:
+        raise WidthError(
+            f"'{source.path.name}' has vectors of different widths",
+            expected="one width, that of the model",
+            found=", ".join(f"{entry.site}: {len(entry.vector)}" for entry in entries),
+            remedy="get it again from where it came",
+        )
     left_out = [str(site) for site in tensors if site not in kept]
     return Directions(entries, source.path.stem, {"imported": {"file": source.path.name, "left_out": left_out, **notes}})
+
+
+def whole_of(source: Source, value: Any, what: str) -> int:
+    """A whole number of a file, which may be written as text. Raises DamagedFileError."""
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError) as error:
+        raise incomplete(source, f"a whole number as {what}", repr(value)[:60]) from error
+
+
+def by_layer(source: Source, part: str) -> dict[int, Any]:
+    """What a part of the content has for each layer, in their order. Raises DamagedFileError."""
+    given = source.content[part]
+    if not isinstance(given, Mapping):
+        raise incomplete(source, f"{part} by layer", type(given).__name__)
+    known = {whole_of(source, layer, f"layer in {part}"): value for layer, value in given.items()}
+    return {layer: known[layer] for layer in sorted(known)}
 
 
 def read_torch(path: Path) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from steer.directions.direction import Directions
-from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_json
+from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_json, whole_of
 from steer.errors import ConfigError, DamagedFileError, WrongKindError
 from steer.files import read_safetensors
 from steer.model.site import Site
@@ -88,4 +88,4 @@ def _site(source: Source, manifest: dict[str, Any]) -> Site:
         pattern = f"module:layers.{{layer}}.{norm}:input"
     if pattern is None or layer is None:
         pattern = source.asked_site(f"component {component!r} of architecture {architecture!r}", "layers.{layer}.output")
-    return source.place(0 if layer is None else int(layer), pattern)
+    return source.place(0 if layer is None else whole_of(source, layer, "layer"), pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steer.directions.foreign.importer import Source
-from steer.errors import ConfigError, DamagedFileError
+from steer.errors import ConfigError
 from steer.model.site import Site
 
 
@@ -23,11 +23,5 @@ def after_block(source: Source, layer: int) -> Site:
             found="neither n_layers nor site",
             remedy="pass n_layers=model.config.num_hidden_layers",
         )
-    if not 0 <= layer < source.n_layers:
-        raise DamagedFileError(
-            f"'{source.path.name}' holds a layer that the model does not have",
-            expected=f"0 to {source.n_layers - 1}",
-            found=layer,
-            remedy="check n_layers; the file may be for another model",
-        )
+    source.check_layer(layer)
     return Site("final_norm") if layer == source.n_layers - 1 else Site("output", layer)

@@ -6,10 +6,9 @@ The package has no file format; users pickle the object, which is refused here. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from steer.directions.direction import Directions
-from steer.directions.foreign.importer import IMPORTERS, Importer, Source, gathered
+from steer.directions.foreign.importer import IMPORTERS, Importer, Source, by_layer, gathered
 
 _OTHERS = "'layers.{layer}.attn.output' or 'layers.{layer}.mlp.output' in a family without norms after attention and MLP"
 
@@ -31,11 +30,10 @@ class SteeringVectors(Importer):
 
     @staticmethod
     def read(source: Source) -> Directions:
-        content: Mapping[str, Any] = source.content
-        kind = content["layer_type"]
+        kind = source.content["layer_type"]
         pattern = "layers.{layer}.output"
         if kind != "decoder_block":
             why = f"layer_type '{kind}', which in some families is the tensor before a norm; elsewhere {_OTHERS}"
             pattern = source.asked_site(why, "module:layers.{layer}.self_attn:output")
-        vectors = {source.place(int(layer), pattern): vector for layer, vector in content["layer_activations"].items()}
+        vectors = {source.place(layer, pattern): vector for layer, vector in by_layer(source, "layer_activations").items()}
         return gathered(source, vectors, method="steering-vectors", layer_type=kind)
