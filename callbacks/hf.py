@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from steer.callbacks.ranks import Ranks
 from steer.callbacks.runs import DriftRun, SteeringRun
+from steer.checks import of_type
 from steer.errors import AttachError, ConfigError
 from steer.files import load_artifact, save_artifact
 
@@ -44,7 +45,9 @@ class TrainerRun(TrainerCallback):
 
         Raises:
             AttachError: it belongs to a trainer already.
+            ConfigError: what it is to join is no `transformers.Trainer`.
         """
+        of_type(trainer, Trainer, "the trainer of a callback", "pass the Trainer itself: trainer = Trainer(...); callback.attach(trainer)")
         if self._trainer is not None:
             raise AttachError(
                 "this callback is attached to a trainer already",
@@ -73,6 +76,16 @@ class TrainerRun(TrainerCallback):
 
         trainer.train = followed
         return self
+
+    @property
+    def state_key(self) -> str:
+        """Which Lightning asks of its callbacks, and transformers never does."""
+        raise ConfigError(
+            f"{type(self).__name__} follows a transformers.Trainer, not one of Lightning's",
+            expected="a call of attach(trainer) with a transformers.Trainer",
+            found="a Lightning Trainer",
+            remedy=f"give Lightning's Trainer a {type(self).__name__.removeprefix('HF')}",
+        )
 
     @contextmanager
     def within(self, trainer: Trainer) -> Iterator[None]:

@@ -188,11 +188,30 @@ class Learning:
             if key.count("/") == 3:
                 _, i, name, kind = key.split("/")
                 found.setdefault(int(i), {})[name] = tensor if kind == "tensor" else tensor.item()
+        self._check_fits(found, self.optimizer.param_groups[0]["params"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": found})
+
+    def _check_fits(self, state: dict[int, dict[str, Any]], parameters: list[nn.Parameter]) -> None:
+        """Raises ConfigError for a state with which an optimiser, which takes any, would crash at its first step or go on to NaN."""
+        shapes = {i: list(one.shape) for i, one in enumerate(parameters)}
+        for i, entries in state.items():
+            for name, value in entries.items():
+                if i not in shapes or isinstance(value, Tensor) and _misshapen(list(value.shape), shapes[i]):
+                    raise ConfigError(
+                        f"the saved optimiser state '{name}' of parameter {i + 1} does not fit the plan",
+                        expected=f"one for shape {shapes[i]}" if i in shapes else f"{len(shapes)} parameters",
+                        found=list(value.shape) if isinstance(value, Tensor) else value,
+                        remedy="resume with the plan that was trained, or one made in the same way, with the same tensors frozen",
+                    )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Keeps what the next start takes up."""
         self.loaded = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX)}
+
+
+def _misshapen(state: list[int], parameter: list[int]) -> bool:
+    """Factored optimisers keep fewer dimensions than the parameter has, or single entries in place of some."""
+    return len(state) == len(parameter) and any(a not in (1, b) for a, b in zip(state, parameter, strict=True))
 
 
 def _like(optimizer: Optimizer | None, parameters: list[nn.Parameter], rate: float) -> Optimizer:

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from steer.callbacks.ranks import Ranks
+from steer.checks import of_type
+from steer.errors import ConfigError
+from steer.model.site import did_you_mean
 
 
 def complete(module: pl.LightningModule) -> bool:
@@ -19,8 +22,18 @@ def complete(module: pl.LightningModule) -> bool:
 
 
 def target(module: pl.LightningModule, submodule: str) -> nn.Module:
-    """The model to hook."""
-    return module.get_submodule(submodule) if submodule else module
+    """The model to hook. Raises ConfigError when there is no such submodule."""
+    of_type(submodule, str, "the submodule of a callback", "pass its dotted path inside the LightningModule")
+    try:
+        return module.get_submodule(submodule)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_modules() if name]
+        raise ConfigError(
+            f"no submodule of {type(module).__name__} is called '{submodule}'",
+            expected=f"the dotted path of the model, such as {', '.join(names[:3])}" if names else "a LightningModule that holds a model",
+            found=f"{len(names)} submodules, and not this one",
+            remedy=did_you_mean(submodule, names) or "pass its path inside the LightningModule, or leave submodule out",
+        ) from error
 
 
 def device_of(module: pl.LightningModule) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
             found=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy=remedy,
         ) from error
+
+
+def integer(value: Any) -> Any:
+    """An integer of numpy or torch as one of Python's. Anything else, a bool too, is returned as it is, for the check that follows."""
+    if isinstance(value, bool) or isinstance(value, Tensor) and value.dtype is torch.bool:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def whole_number(value: Any, what: str, *, least: int = 0) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from steer import __version__
+from steer.checks import of_type
 from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, StorageFullError, UnsafeFileError, WrongKindError
 
 SCHEMA = 1
@@ -49,7 +50,7 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
         WrongKindError: `path` holds something that is not an artifact and would be lost.
         StorageFullError: no room; the old artifact is untouched.
     """
-    path = Path(path)
+    path = place_of(path)
     taken = [key for key in _RESERVED if key in manifest]
     if taken:
         expected = f"keys other than {', '.join(_RESERVED)}"
@@ -81,7 +82,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         NonFiniteError: a tensor with NaN or infinity, by its name.
         FileError: there is nothing at `path`, or it cannot be read.
     """
-    path = Path(path)
+    path = place_of(path)
     place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
     if not place.exists():
         raise FileError(f"no file or folder {path}", expected=f"a '{kind}' saved by steer", found="nothing there", remedy="check the path")
@@ -117,7 +118,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of any safetensors file; a pickle is recognised by its first bytes and refused."""
-    path = Path(path)
+    path = place_of(path)
     with path.open("rb") as file:
         head = file.read(8)
     # eight bytes give the length of a safetensors header; a pickle or a zip read as one gives a length beyond the file
@@ -145,7 +146,7 @@ def atomic_write(path: str | Path, content: bytes | str) -> Path:
     Raises:
         StorageFullError: no room; the old content is untouched.
     """
-    path = Path(path)
+    path = place_of(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = _temporary(path)
     with storage_errors(path, len(data)):
@@ -157,6 +158,12 @@ def atomic_write(path: str | Path, content: bytes | str) -> Path:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     return path
+
+
+def place_of(path: str | Path) -> Path:
+    """A path as it was given, `~` being the user's home. Raises ConfigError for what is no path."""
+    of_type(path, (str, os.PathLike), "the path of a file", "pass the path as text, e.g. 'my_plan'")
+    return Path(os.path.expanduser(path))
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:

@@ -286,6 +286,29 @@ def test_full_disk_keeps_the_old_and_removes_the_temporary(tmp_path, name, code,
 
 
 @FORMS
+def test_a_path_in_the_home_folder(tmp_path, name, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = files.save_artifact(f"~/{name}", "direction", TENSORS, MANIFEST)
+    assert path == tmp_path / "home" / name and os.listdir(tmp_path) == ["home"]
+    assert_holds(f"~/{name}", TENSORS, MANIFEST)
+    assert_holds(Path("~") / name, TENSORS, MANIFEST)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"a"])
+def test_what_is_no_path(path):
+    for call in (
+        lambda: files.save_artifact(path, "direction", TENSORS, MANIFEST),
+        lambda: files.load_artifact(path, "direction"),
+        lambda: files.read_safetensors(path),
+        lambda: files.atomic_write(path, "text"),
+    ):
+        with pytest.raises(ConfigError, match="wrong type"):
+            call()
+
+
+@FORMS
 def test_a_really_full_file_system(tmp_path, name):
     disk = tmp_path / "disk"
     disk.mkdir()

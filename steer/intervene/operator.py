@@ -67,8 +67,10 @@ class Driven:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The tensors that are being learned, by name."""
-        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
+        """The tensors that are being learned, by name, in the order of `learnable`: the state of an optimiser knows them by place, and
+        a file returns them in another order than the constructor."""
+        names = (*self.learnable, *sorted(self.tensors))
+        return {name: one for name in names if isinstance(one := self.tensors.get(name), nn.Parameter)}
 
     def to(self, device: torch.device) -> None:
         """Moves every tensor; parameters stay the objects that the optimiser knows."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer import files
-from steer.checks import of_type, tensor_of, whole_number
+from steer.checks import integer, of_type, tensor_of, whole_number
 from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
 from steer.intervene.act import Count, SiteAct, check_gates
 from steer.intervene.gate import Leaf
@@ -35,6 +35,8 @@ class Plan:
         of_type(given, (list, tuple), "the interventions of a plan", "pass an Intervention, or a list of them")
         for one in given:
             of_type(one, Intervention, "an intervention of a plan", "wrap operators: Intervention(Add(vector), 'layers.12.output')")
+        if fingerprint is not None:
+            of_type(fingerprint, dict, "the fingerprint of a plan", "pass Anatomy.find(model).fingerprint()")
         memo: dict[int, Any] = {}
         self.interventions = [one.copy(memo) for one in given]  # the same one may be in several plans, or twice in this one
         if not self.interventions:
@@ -55,6 +57,10 @@ class Plan:
         for intervention in self.interventions:
             intervention.share(scopes.setdefault(str(intervention.scope), intervention.scope))
         self.step(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no model, since the hooks are the original's."""
+        return vars(self) | {"_attached": None, "_count": None, "_paths": {}}
 
     # ---- attaching
 
@@ -132,12 +138,8 @@ class Plan:
     def detach(self) -> None:
         """Takes the hooks off. `fired()` stays readable. Raises AttachError when the plan is not attached."""
         if self._attached is None:
-            raise AttachError(
-                "this plan is not attached",
-                expected="a plan that is on a model",
-                found="one that is on none",
-                remedy="call plan.attach(model) first",
-            )
+            wanted, remedy = "a plan that is on a model", "call plan.attach(model) first"
+            raise AttachError("this plan is not attached", expected=wanted, found="one that is on none", remedy=remedy)
         detach, self._attached = self._attached, None
         detach()
 
@@ -192,7 +194,8 @@ class Plan:
     # ---- driving
 
     def step(self, step: int) -> None:
-        """Sets every strength to what its schedule says at this optimiser step."""
+        """Sets every strength to what its schedule says at this optimiser step, counted from 0. A callback calls it after each step."""
+        step = integer(step)
         whole_number(step, "the optimiser step of a plan")
         self.current_step = step
         for intervention in self.interventions:
@@ -202,6 +205,7 @@ class Plan:
 
     def enable(self, on: bool = True, name: str | None = None) -> None:
         """Switches the plan, or one intervention, on or off without touching a hook."""
+        of_type(on, bool, "the switch of a plan", "pass True or False; the name of an intervention comes second")
         for intervention in self._named(name):
             intervention.enabled = on
         self.step(self.current_step)
@@ -232,7 +236,7 @@ class Plan:
         Raises:
             ConfigError: a scope without a slice, or with several; a negative bound where the end is not known.
         """
-        chosen = self._named(name)
+        chosen, start, stop = self._named(name), integer(start), integer(stop)
         for one in chosen:
             one.check_window(start, stop)
         self._move({one: (start, stop) for one in chosen})
@@ -288,12 +292,8 @@ class Plan:
     def _named(self, name: str | None) -> list[Intervention]:
         chosen = [intervention for intervention in self.interventions if name in (None, intervention.name)]
         if not chosen:
-            raise ConfigError(
-                f"no intervention is called '{name}'",
-                expected=f"one of {', '.join(one.name for one in self.interventions)}",
-                found=name,
-                remedy="choose one of these, or leave the name out to mean all of them",
-            )
+            known, remedy = [one.name for one in self.interventions], "choose one of these, or leave the name out to mean all of them"
+            raise ConfigError(f"no intervention is called '{name}'", expected=f"one of {', '.join(known)}", found=name, remedy=remedy)
         return chosen
 
     def parameters(self) -> list[nn.Parameter]:
@@ -305,12 +305,8 @@ class Plan:
     def fired(self) -> dict[str, int]:
         """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
         if self._count is None:
-            raise AttachError(
-                "this plan was never attached",
-                expected="a plan that is or was on a model",
-                found="no attach so far",
-                remedy="call plan.attach(model) first",
-            )
+            wanted, remedy = "a plan that is or was on a model", "call plan.attach(model) first"
+            raise AttachError("this plan was never attached", expected=wanted, found="no attach so far", remedy=remedy)
         return self._count.read()
 
     @property
@@ -366,7 +362,7 @@ class Plan:
         """Writes manifest.json and tensors.safetensors (one file when the path ends in .safetensors), atomically."""
         tensors = {f"{i}.{key}": tensor for i, one in enumerate(self.interventions) for key, tensor in one.files().items()}
         ones = [one.to_dict() for one in self.interventions]
-        manifest = {"fingerprint": self.fingerprint, "interventions": ones, "shared": self._shared()}
+        manifest = {"fingerprint": self.fingerprint, "step": self.current_step, "interventions": ones, "shared": self._shared()}
         return files.save_artifact(path, "plan", tensors, manifest)
 
     def _shared(self) -> dict[str, str]:
@@ -397,4 +393,6 @@ class Plan:
                 found=repr(error),
                 remedy="restore it from a backup, or make the plan and save it again",
             ) from error
-        return cls(ones, fingerprint=manifest.get("fingerprint"))
+        plan = cls(ones, fingerprint=manifest.get("fingerprint"))
+        plan.step(manifest.get("step", 0))  # older files do not say
+        return plan

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from steer.checks import whole_number
+from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError
 from steer.registry import Registry
 
@@ -27,12 +27,20 @@ def _positive(**values: int) -> None:
             raise ConfigError(f"schedule argument '{name}' is too small", expected=">= 1", found=value, remedy=remedy)
 
 
+def _finite(**values: float) -> None:
+    for name, value in values.items():
+        finite_number(value, f"schedule argument '{name}'")
+
+
 @SCHEDULES.register("constant")
 @dataclass(frozen=True)
 class Constant:
     """The same factor at every step."""
 
     value: float = 1.0
+
+    def __post_init__(self) -> None:
+        _finite(value=self.value)
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -49,6 +57,7 @@ class Linear:
 
     def __post_init__(self) -> None:
         _positive(steps=self.steps)
+        _finite(start=self.start, end=self.end)
 
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
@@ -65,6 +74,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _positive(steps=self.steps)
+        _finite(start=self.start, end=self.end)
 
     def __call__(self, step: int) -> float:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
@@ -80,7 +90,7 @@ class WarmupDecay:
     total: int
 
     def __post_init__(self) -> None:
-        _positive(warmup=self.warmup, decay=self.decay)
+        _positive(warmup=self.warmup, decay=self.decay, total=self.total)
         if self.warmup + self.decay > self.total:
             raise ConfigError(
                 "warm-up and decay overlap",

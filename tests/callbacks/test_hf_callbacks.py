@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT, examples, make_plan, make_tracker, n_hooks, same_weights
 from families import FAMILIES
@@ -175,6 +176,14 @@ def test_a_callback_that_does_not_know_its_trainer_says_so(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, callbacks=[HFSteeringCallback(make_plan())])
     with pytest.raises(AttachError, match="does not know its trainer"):
         trainer.train()
+
+
+def test_a_trainer_that_is_not_of_transformers() -> None:
+    for callback, twin in ((HFSteeringCallback(make_plan()), "SteeringCallback"), (HFDriftCallback(make_tracker()), "DriftCallback")):
+        with pytest.raises(ConfigError, match=r"wrong type[\s\S]*Trainer[\s\S]*NoneType"):
+            callback.attach(None)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"give Lightning's Trainer a {twin}"):
+            pl.Trainer(callbacks=[callback], logger=False)  # type: ignore[list-item]
 
 
 def test_attach_accepts_a_callback_that_is_in_the_list_already(tmp_path: Path) -> None:

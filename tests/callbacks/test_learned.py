@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,62 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, k
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
     path = first.save(tmp_path / "plan.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(Plan.load(path).parameters(), first.parameters(), strict=True))
+
+
+def loreft() -> Plan:
+    return Plan(Intervention(LoReFT.initial(WIDTH, 2).train(), SITE, "response"))
+
+
+def test_a_run_resumes_with_a_plan_that_was_loaded(tmp_path: Path) -> None:
+    """The state of the optimiser is kept by place: with the moments of other tensors Adam would raise, crash or go to NaN."""
+    whole = loreft()
+    half, resumed = copy.deepcopy(whole), Plan.load(whole.save(tmp_path / "made"))
+    make_trainer(SteeringCallback(whole, learning_rate=0.05), max_epochs=2).fit(Module(), loader())
+    trainer = make_trainer(SteeringCallback(half, learning_rate=0.05))
+    trainer.fit(Module(), loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    make_trainer(SteeringCallback(resumed, learning_rate=0.05), max_epochs=2).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+    ours, theirs = whole.interventions[0].parameters, resumed.interventions[0].parameters
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"), [([2, 0, 1], "'exp_avg' of parameter 1 does not fit"), ([0, 1, 2, 0], "parameter 4 does not fit")]
+)
+def test_an_optimiser_state_in_another_order_is_refused(tmp_path: Path, order: list[int], message: str) -> None:
+    """As files of plans that were loaded by an earlier version hold it."""
+    trainer = make_trainer(SteeringCallback(loreft(), learning_rate=0.05), max_steps=2)
+    trainer.fit(Module(), loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    ((key, state),) = saved["callbacks"].items()
+    places = {name: one for name, one in state.items() if name.startswith("learning/") and name.count("/") == 3}
+    kept = {name: one for name, one in state.items() if name not in places}
+    for new, old in enumerate(order):
+        mark = f"learning/{old}/"
+        kept |= {f"learning/{new}/{name.removeprefix(mark)}": one for name, one in places.items() if name.startswith(mark)}
+    saved["callbacks"][key] = kept
+    torch.save(saved, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(SteeringCallback(loreft(), learning_rate=0.05), max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_the_state_of_a_factored_optimiser_fits(tmp_path: Path) -> None:
+    """Adafactor keeps one number for a row, and one for a column."""
+
+    class Factored(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+    found, made = [], loreft().save(tmp_path / "made")
+    for parts in ([2], [1, 2]):
+        plan, resume = Plan.load(made), None
+        for epochs in parts:
+            trainer = make_trainer(SteeringCallback(plan, learning_rate=0.05), max_epochs=epochs)
+            trainer.fit(Factored(), loader(), ckpt_path=resume)
+            trainer.save_checkpoint(resume := tmp_path / "x.ckpt")
+        found.append(plan.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_windows_survive_a_resume(tmp_path: Path) -> None:

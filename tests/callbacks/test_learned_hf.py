@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from callback_helpers import examples, learner, make_plan, only, same_weights
-from families import FAMILIES
+from callback_helpers import SITE, examples, learner, make_plan, only, same_weights
+from families import FAMILIES, WIDTH
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steer.callbacks import HFSteeringCallback
 from steer.errors import ConfigError
-from steer.intervene import Linear, Plan
+from steer.intervene import Intervention, Linear, LoReFT, Plan
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning", "ignore::UserWarning:torch", "ignore::DeprecationWarning"
@@ -141,6 +142,18 @@ def test_hf_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path
     whole, first = run("whole")
     assert torch.equal(only(resumed), only(whole)) and only(whole).norm() > 0.01
     assert same_weights(first.model, second.model)
+
+
+def test_hf_resumes_with_a_plan_that_was_loaded(tmp_path: Path) -> None:
+    whole = Plan(Intervention(LoReFT.initial(WIDTH, 2).train(), SITE, "response"))
+    half, resumed = copy.deepcopy(whole), Plan.load(whole.save(tmp_path / "made"))
+    options = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
+    hf(tmp_path / "whole", whole, **options).train()
+    with pytest.raises(MemoryError):
+        hf(tmp_path / "killed", half, cls=Killed, **options).train()
+    hf(tmp_path / "killed", resumed, **options).train(resume_from_checkpoint=True)
+    ours, theirs = whole.interventions[0].parameters, resumed.interventions[0].parameters
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_hf_ends_with_the_vector_of_the_best_model(tmp_path: Path) -> None:

@@ -312,6 +312,14 @@ def test_a_policy_and_its_reference_in_one_module() -> None:
     assert module.seen == bare.losses[0] and module.losses[0] != bare.losses[0]
 
 
+@pytest.mark.parametrize(("submodule", "message"), [("modl", "did you mean 'model'"), ("model.x.y", "no submodule"), (3, "wrong type")])
+def test_a_submodule_that_is_not_there(submodule: Any, message: str) -> None:
+    module = Module()
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(SteeringCallback(make_plan(), submodule=submodule)).fit(module, loader())
+    assert n_hooks(module) == 0
+
+
 def test_a_model_that_is_made_in_configure_model() -> None:
     class Late(Module):
         def __init__(self) -> None:

@@ -368,6 +368,7 @@ def test_the_manifest_can_be_read_by_a_person(tmp_path, tiny):
         "gate": None,
         "preserve_norm": False,
         "learned": [],
+        "frozen": [],
     }
 
 

@@ -53,6 +53,24 @@ def test_the_table_above_is_the_registry():
     assert from_dict(None) == Constant() and from_dict("constant") == Constant()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Constant([1, 2]),
+        lambda: Constant("1"),
+        lambda: Constant(float("inf")),
+        lambda: Linear(steps=3, start="a"),
+        lambda: Linear(3, end=None),
+        lambda: Cosine(3, end=[0.0]),
+        lambda: WarmupDecay(1, 1, "10"),
+        lambda: from_dict({"name": "constant", "value": "1"}),
+    ],
+)
+def test_numbers_are_checked_where_a_schedule_is_made(call):
+    with pytest.raises(ConfigError, match="schedule argument"):
+        call()
+
+
 def test_typos_are_named():
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         from_dict("cosin")
