@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from hand import edited, ids, vector
 
 import steer
-from steer.errors import ConfigError, DamagedFileError, DeployError, SiteError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, DeployError, SiteError, StorageFullError, WrongKindError
 from steer.intervene import Ablate, AblateThenAdd, Add, Clamp, Intervention, Plan
 
 SIX = torch.full((32,), 6.0)
@@ -97,6 +99,22 @@ def test_generation_is_all_that_llama_cpp_does(tmp_path):
         steer.to_gguf(plan(Intervention(Add(SIX), "layers.3.output"), model_type="llama", n_layers=3), tmp_path / "w.gguf")
     with pytest.raises(ConfigError, match="model_hint"):
         steer.to_gguf(plan(one), tmp_path / "w.gguf")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    made, path = plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "new" / "v.gguf"
+    before = steer.to_gguf(made, path, model_hint="llama").read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+        with pytest.raises(StorageFullError, match="v.gguf"):
+            steer.to_gguf(made, path, model_hint="llama")
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["v.gguf"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # the system's temporary folder is not needed
+    assert steer.to_gguf(made, tmp_path / "w.gguf", model_hint="llama").read_bytes() == before
 
 
 def written(path: Path, architecture: str, name: str, data: np.ndarray) -> Path:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.files import atomic_write
+from steer.files import atomic_write, storage_errors
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.intervention import Intervention
@@ -39,7 +39,7 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
     Raises:
         DeployError: anything but constants at the outputs of blocks 1 to the last.
         ConfigError: no model hint; the package `gguf` is missing.
-        StorageFullError: no room.
+        StorageFullError: no room; a file that was there is untouched.
     """
     hint = model_hint or (plan.fingerprint or {}).get("model_type")
     if hint is None:
@@ -53,7 +53,7 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
     for one, edit in constant_edits(plan, _CARRIER, phases=("generate",)):
         layer = _layer(one, edit, (plan.fingerprint or {}).get("n_layers"))
         layers[layer] = layers.get(layer, torch.zeros_like(edit.shift)) + edit.shift
-    return atomic_write(path, _gguf(str(hint), layers))
+    return _write(Path(path), str(hint), layers)
 
 
 def _layer(one: Intervention, edit: Affine, n_layers: int | None) -> int:
@@ -85,21 +85,23 @@ def gguf_package(what: str) -> Any:
         raise ConfigError(what, expected="the package gguf", found="not installed", remedy=install) from error
 
 
-def _gguf(hint: str, layers: dict[int, Tensor]) -> bytes:
+def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
     gguf = gguf_package("cannot write a control vector")
-    # the writer wants a path of its own
-    handle, name = tempfile.mkstemp(suffix=".gguf")
-    os.close(handle)
-    try:
-        writer = gguf.GGUFWriter(name, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
-        for layer, vector in sorted(layers.items()):
-            writer.add_tensor(f"direction.{layer}", vector.float().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return Path(name).read_bytes()
-    finally:
-        os.unlink(name)
+    with storage_errors(path, sum(vector.numel() * 4 for vector in layers.values())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the writer wants a path of its own; beside the file, so that no other disk has to have room
+        handle, name = tempfile.mkstemp(suffix=".gguf", prefix=".", dir=path.parent)
+        os.close(handle)
+        try:
+            writer = gguf.GGUFWriter(name, ARCHITECTURE)
+            writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
+            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
+            for layer, vector in sorted(layers.items()):
+                writer.add_tensor(f"direction.{layer}", vector.float().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            return atomic_write(path, Path(name).read_bytes())
+        finally:
+            os.unlink(name)
