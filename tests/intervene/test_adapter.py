@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import steer
-from steer.errors import DeployError, WidthError
+from steer.errors import DeployError, FileError, StorageFullError, WidthError
 from steer.intervene import Ablate, Add, Clamp, Intervention, Plan, Scale
+from steer.intervene.deploy import adapter
 
 ROWS = torch.stack([vector(seed=2), vector(seed=3)])
 WRITERS = ["embed", *(f"layers.{n}.{part}" for n in range(3) for part in ("attn.output", "mlp.output"))]
@@ -179,6 +182,69 @@ def test_names_are_those_of_the_model_inside_wrappers(tiny, tmp_path):
     wanted = steered(model, plan)
     steer.to_adapter(plan, torch.compile(model, backend="eager"), tmp_path)
     assert_close(logits(loaded(model, tmp_path)), wanted)
+
+
+@pytest.mark.parametrize("fails", range(6))
+def test_an_adapter_that_cannot_be_written_leaves_the_old_one(fails, tiny, tmp_path, monkeypatch):
+    """Two files in their temporary names, the two old ones moved away, the two new ones moved in: whichever step fails."""
+    model = tiny("llama")
+    steer.to_adapter(plans()["ablate in one map"], model, tmp_path)
+    (tmp_path / "README.md").write_text("kept")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real, calls = os.replace, iter(range(99))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(StorageFullError):
+            steer.to_adapter(plans()["add to attention"], model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    steer.to_adapter(plans()["add to attention"], model, tmp_path)
+    after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert after.keys() == before.keys() and {name for name in after if after[name] == before[name]} == {"README.md"}
+
+
+def test_a_new_adapter_that_cannot_be_written_leaves_nothing(tiny, tmp_path, monkeypatch):
+    real, calls = os.replace, iter(range(99))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == 3:  # the configuration, moved in last
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StorageFullError):
+        steer.to_adapter(plans()["add to attention"], tiny("llama"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("killed_at", range(2, 6))
+def test_a_killed_write_is_never_a_mixture_and_the_next_call_mends_it(killed_at, tiny, tmp_path, monkeypatch):
+    model = tiny("llama")
+    steer.to_adapter(plans()["ablate in one map"], model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real, calls = os.replace, iter(range(99))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) >= killed_at:  # a process that is gone puts nothing back
+            raise OSError(errno.EIO, "killed")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(FileError):
+            steer.to_adapter(plans()["add to attention"], model, tmp_path)
+    assert killed_at == 2 or not (tmp_path / "adapter_config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(StorageFullError):
+            steer.to_adapter(plans()["add to attention"], model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.real

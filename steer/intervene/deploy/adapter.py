@@ -7,6 +7,7 @@ is done to its rows. Nothing is trained, and nothing of the model changes.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import DeployError
-from steer.files import atomic_write
-from steer.intervene.deploy.bake import Baked
+from steer.files import atomic_write, storage_errors, sync_folder
+from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.deploy.fold import Fold, check_sites, fold, is_conv1d, transformers_model
@@ -40,13 +41,13 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         plan: not attached.
         model: the transformers model that the adapter is for, without adapters. Its weights are changed to try the adapter, and put back
             to the bit.
-        path: a folder; files of an adapter that is there are replaced.
+        path: a folder; an adapter that is there is replaced when the new one is complete, and other files stay.
 
     Raises:
         DeployError: a plan, model or site for which it would not be exact.
         AttachError: something is attached to the model.
         SiteError, WidthError, WrongModelError: the plan does not fit the model.
-        StorageFullError: no room.
+        StorageFullError: no room; an adapter that was there is untouched.
     """
     anatomy, carrier, path = Anatomy.find(model), "an adapter", Path(path)
     base = transformers_model(anatomy)
@@ -63,7 +64,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         if "reference" in one.roles:
             raise cannot_carry(one, carrier, "roles=('policy',)", "the role reference, which is the adapter switched off", "leave it out")
     base_anatomy = Anatomy.find(base)  # names as in the model that the adapter is loaded on
-    check = Check(base_anatomy, [one for one, _ in edits], plan.fingerprint)
+    check = Check(base_anatomy, [one for one, _ in edits], plan.fingerprint, carrier)
     folds = fold(base_anatomy, edits, carrier)
     if mixed := [made.path for made in folds if made.kind == "experts"]:
         raise DeployError(
@@ -72,14 +73,52 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
             found=mixed[0],
             remedy="use steer.bake, or leave the MLP of these blocks out of the plan",
         )
+    check.prove(folds)
     with Baked() as trial:
         config, tensors = _adapter(folds, base_anatomy)
         for made in folds:
             trial.apply(made)
-        check.compare(carrier)
-    atomic_write(path / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
-    atomic_write(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return path
+        check.compare()
+    return _replace(path, safetensors.torch.save(tensors, {"format": "pt"}), json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _replace(folder: Path, weights: bytes, config: str) -> Path:
+    """Writes an adapter, or leaves the one that is there.
+
+    Weights of one adapter beside the configuration of another load without an error. So the configuration goes first and comes last: where
+    the process is killed in between, there is none, PEFT refuses the folder, and the next call puts back what was there.
+    """
+    made: dict[str, bytes | str] = {WEIGHTS: weights, CONFIG: config}
+    new, old = ({name: folder / f".{name}.{age}" for name in made} for age in ("new", "old"))
+    with storage_errors(folder, len(weights) + len(config)):
+        if not (folder / CONFIG).exists():
+            _put_back(folder, old)
+        try:
+            for name, content in made.items():
+                atomic_write(new[name], content)
+            try:
+                for name in (CONFIG, WEIGHTS):
+                    if (folder / name).exists():
+                        os.replace(folder / name, old[name])
+                for name in (WEIGHTS, CONFIG):
+                    os.replace(new[name], folder / name)
+            except BaseException:
+                for name in made:
+                    if not new[name].exists():
+                        (folder / name).unlink(missing_ok=True)
+                _put_back(folder, old)
+                raise
+            sync_folder(folder)
+        finally:
+            for path in (*new.values(), *old.values()):
+                path.unlink(missing_ok=True)
+    return folder
+
+
+def _put_back(folder: Path, old: dict[str, Path]) -> None:
+    for name in (WEIGHTS, CONFIG):
+        if old[name].exists():
+            os.replace(old[name], folder / name)
 
 
 def _adapter(folds: list[Fold], anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,18 +1,16 @@
 """Baking: a plan becomes part of the weights. A constant goes into a bias, an ablation turns W into W - Q Q^T W.
 
-Rounding aside (`steer.intervene.deploy.check.TOLERANCE`) the model then does without hooks what it did with the plan, for every token that
-is not padding, while dropout is off. That is tried on random tokens before the model is handed out. In half precision the two round
+Rounding aside the model then does without hooks what it did with the plan, for every token that is not padding, while dropout is off. That
+is proved on random tokens, in float32, before a weight changes (`steer.intervene.deploy.check`). In half precision the two round
 differently, but neither is nearer to the exact result than the other.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steer.errors import DeployError
+from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
 from steer.intervene.deploy.constant import AT_RUN_TIME, cannot_carry, constant_edits
 from steer.intervene.deploy.fold import Fold, check_sites, fold
@@ -49,7 +47,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
     anatomy, carrier = Anatomy.find(model), "a bake"
     edits = constant_edits(plan, carrier)
     check_sites(edits, carrier)
-    check = Check(anatomy, [one for one, _ in edits], plan.fingerprint)
+    check = Check(anatomy, [one for one, _ in edits], plan.fingerprint, carrier)
     if any(hasattr(module, "base_layer") for module in model.modules()):
         for one, _ in edits:
             if "reference" not in one.roles:
@@ -58,104 +56,19 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
     folds = fold(anatomy, edits, carrier)
     for made in folds:
         _check_untied(model, made)
+    check.prove(folds)
     baked = Baked()
     try:
         for made in folds:
             baked.apply(made)
         if savable:
             make_savable(anatomy, baked)
-        baked.error = check.compare(carrier)
+        baked.error = check.compare()
+        baked.seal()
     except BaseException:
         baked.undo()
         raise
     return baked
-
-
-class Baked:
-    """A plan in the weights.
-
-    Attributes:
-        changed: names of the parameters that it changed or made.
-        error: relative difference of the final hidden states from those of the plan, when it was tried.
-    """
-
-    def __init__(self) -> None:
-        self.error = 0.0
-        self._weights: list[tuple[str, nn.Parameter, Tensor, int]] = []
-        self._biases: list[tuple[str, nn.Module]] = []
-        self._settings: list[tuple[object, str, object]] = []
-
-    @property
-    def changed(self) -> list[str]:
-        return [name for name, *_ in self._weights] + [name for name, _ in self._biases]
-
-    @property
-    def new_biases(self) -> list[str]:
-        """Paths of the maps that had no bias before."""
-        return [name.removesuffix(".bias") for name, _ in self._biases]
-
-    @torch.no_grad()
-    def apply(self, made: Fold) -> None:
-        """Puts one fold into its map."""
-        a, b, shift = made.change()
-        if not made.keeps_weight:
-            new = made.weight.to(a) + b @ a
-            if made.kind == "table":
-                new += shift[:, None]
-            name = "down_proj" if made.kind == "experts" else "weight"
-            self._write(f"{made.path}.{name}", made.parameter, new.mT if made.transposed else new)
-        if made.kind == "linear" and bool((shift != 0).any()):
-            if made.bias is None:
-                self.add_bias(made.path, made.module, shift)
-            else:
-                self._write(f"{made.path}.bias", made.bias, made.bias.to(shift) + shift)
-
-    def add_bias(self, path: str, module: nn.Module, value: Tensor | float) -> None:
-        """Gives a map without a bias one that is not trained. value: [out], or a number for all of it."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        out = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
-        bias = torch.empty(out, dtype=weight.dtype, device=weight.device)
-        bias.copy_(torch.as_tensor(value))
-        module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
-        self._biases.append((f"{path}.bias", module))
-
-    def set(self, config: object, name: str, value: object) -> None:
-        """Changes a setting of the model."""
-        self._settings.append((config, name, getattr(config, name)))
-        setattr(config, name, value)
-
-    def _write(self, name: str, parameter: nn.Parameter, new: Tensor) -> None:
-        old = parameter.detach().clone()
-        parameter.copy_(new)
-        self._weights.append((name, parameter, old, parameter._version))
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Puts every weight back to the bit; doing it again does nothing.
-
-        Raises:
-            DeployError: a weight was changed since, and would lose that; nothing is undone.
-        """
-        if moved := [name for name, parameter, _, version in self._weights if parameter._version != version]:
-            raise DeployError(
-                "weights were changed after the bake",
-                expected="the weights that the bake wrote",
-                found=f"{len(moved)} others, e.g. {moved[0]}",
-                remedy="undo before training or loading weights; what was learned since would be lost",
-            )
-        for _, parameter, old, _ in self._weights:
-            parameter.copy_(old)
-        for _, module in self._biases:
-            module.register_parameter("bias", None)
-        for config, name, value in reversed(self._settings):
-            setattr(config, name, value)
-        self._weights, self._biases, self._settings = [], [], []
-
-    def __enter__(self) -> Baked:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.undo()
 
 
 def _check_untied(model: nn.Module, made: Fold) -> None:
