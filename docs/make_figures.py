@@ -94,7 +94,7 @@ def _other_seeds(seeds: list[dict[str, Any]]) -> str:
 
 def repeated(config: dict[str, Any]) -> dict[str, Any]:
     """What runs must have in common to be told as one experiment: all that changes a number, but the seed."""
-    return {**config, "seed": None, "trainer": {**config["trainer"], "progress": None}}
+    return {**config, "seed": None, "trainer": {**config.get("trainer", {}), "progress": None}}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import result_tables
+import speed_tables
 
 from steer.commands.info import methods
 from steer.intervene.scope import KINDS
@@ -50,6 +51,9 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
     ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
     ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),
+    ("docs/results/speed.md", "setting"): lambda: speed_tables.setting(markdown),
+    ("docs/results/speed.md", "against_steer"): lambda: speed_tables.against_steer(markdown),
+    ("docs/results/speed.md", "against_plain"): lambda: speed_tables.against_plain(markdown),
 }
 
 

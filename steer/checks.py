@@ -30,11 +30,14 @@ def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
     try:
         if isinstance(value, str | bytes):
             raise TypeError("text")
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
+        if tensor.is_complex() or tensor.is_meta or tensor.layout is not torch.strided:
+            raise TypeError("no plain numbers")
+        return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no tensor can be made of {what}",
-            expected="a tensor, an array, or a list of numbers",
+            expected="a tensor, an array, or a list of real numbers, dense and in memory",
             found=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy=remedy,
         ) from error

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from steer.checks import tensor_of
+from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError
 from steer.intervene.operator import Driven
 from steer.intervene.scope import Scope
@@ -35,10 +35,10 @@ class Gate:
     """A leaf, or a combination of gates."""
 
     def __and__(self, other: Gate) -> Gate:
-        return And(self, other)
+        return And(self, _gate(other))
 
     def __or__(self, other: Gate) -> Gate:
-        return Or(self, other)
+        return Or(self, _gate(other))
 
     def __invert__(self) -> Gate:
         return Not(self)
@@ -281,6 +281,11 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
     combined = {kind.word: kind for kind in (And, Or, Not)}
     [(word, parts)] = spec.items()
     return combined[word](*(from_dict(part, tensors) for part in parts))
+
+
+def _gate(given: Any) -> Gate:
+    of_type(given, Gate, "a part of a combined gate", "combine gates with gates, e.g. first & ~second")
+    return given  # type: ignore[no-any-return]
 
 
 def one_number(value: float | Tensor, what: str) -> Tensor:

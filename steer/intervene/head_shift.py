@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from steer.checks import whole_number
+from steer.checks import integer, of_type, whole_number
 from steer.errors import ConfigError, SiteError
 from steer.intervene.add import Add
 from steer.intervene.operator import OPERATORS, Pick, slotted
@@ -38,16 +38,19 @@ class HeadShift(Add):
     def __init__(self, directions: Tensor, heads: Sequence[int], n_heads: int) -> None:
         rows = slotted(directions, 3, "directions of heads")
         whole_number(n_heads, "number of heads", least=1)
+        of_type(heads, (list, tuple), "the heads of 'head_shift'", "list their numbers, e.g. [0, 3]")
+        for head in (heads := [integer(one) for one in heads]):
+            whole_number(head, "a head of 'head_shift'")
         if len(set(heads)) != rows.shape[1] or len(heads) != rows.shape[1] or not all(0 <= head < n_heads for head in heads):
             raise ConfigError(
                 "heads and directions do not fit",
                 expected=f"{rows.shape[1]} different heads from 0 to {n_heads - 1}",
-                found=list(heads),
+                found=heads,
                 remedy="name the head of each direction once",
             )
         vector = rows.new_zeros(rows.shape[0], n_heads, rows.shape[2])
-        vector[:, list(heads)] = rows
-        self.heads, self.n_heads = list(heads), n_heads
+        vector[:, heads] = rows
+        self.heads, self.n_heads = heads, n_heads
         super().__init__(vector.flatten(1))
 
     def check_site(self, site: Site) -> None:

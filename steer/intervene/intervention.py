@@ -205,6 +205,19 @@ class Intervention:
             )
         self.effective.copy_(self.base * factor)
 
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Raises NonFiniteError when what it adds is beyond what activations of this type hold."""
+        if not self.operator.additive or not dtype.is_floating_point:
+            return
+        largest = float(self.base.abs().max() * self.operator.tensors["vector"].detach().abs().max())
+        if largest > torch.finfo(dtype).max:
+            raise NonFiniteError(
+                f"'{self.name}' adds more than {dtype} holds",
+                expected=f"at most {torch.finfo(dtype).max:g} for each channel",
+                found=f"{largest:g}",
+                remedy="lower the strength or the vector, or run the model in bfloat16 or float32",
+            )
+
     def move(self, device: torch.device) -> None:
         """Puts every tensor on a device; outside inference mode, since training may follow a validation run."""
         with torch.inference_mode(False):

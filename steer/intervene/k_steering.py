@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steer.checks import finite_number, tensor_of, whole_number
+from steer.checks import finite_number, of_type, tensor_of, whole_number
 from steer.errors import ConfigError, WidthError
 from steer.intervene.low_rank import widened, without_autocast
 from steer.intervene.operator import OPERATORS, Operator, Pick, same_slots, slotted
@@ -51,6 +51,8 @@ class KSteering(Operator):
     ) -> None:
         whole_number(steps, "steps of 'k_steering'", least=1)
         finite_number(decay, "decay of 'k_steering'")
+        for what, given in (("weights", weights), ("biases", biases)):
+            of_type(given, Collection, f"the {what} of 'k_steering'", "pass a list with the tensors of each nn.Linear")
         if len(weights) < 2 or len(biases) != len(weights) - 1:
             raise ConfigError(
                 "'k_steering' needs a probe with a hidden layer",

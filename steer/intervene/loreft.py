@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from steer.checks import whole_number
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, orthonormal, orthonormalised, same_width
 from steer.intervene.operator import OPERATORS, Pick, slotted
@@ -48,6 +49,8 @@ class LoReFT(LowRank):
     @classmethod
     def initial(cls, width: int, rank: int = 4, seed: int = 0) -> Self:
         """One to be trained: a random subspace, and W = R, b = 0, with which it changes nothing yet."""
+        whole_number(width, "width of 'loreft'", least=1)
+        whole_number(rank, "rank of 'loreft'", least=1)
         rows = orthonormal(torch.randn(rank, width, generator=torch.Generator().manual_seed(seed)), "rows of the rotation")
         return cls(rows, rows[0], torch.zeros(rank))
 

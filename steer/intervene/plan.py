@@ -109,7 +109,9 @@ class Plan:
             return acts.setdefault(key, (point, SiteAct(count, number)))[1]
 
         for intervention, point in zip(self.interventions, points, strict=False):
-            intervention.move(next(point.module.parameters(), first).device)
+            like = next(point.module.parameters(), first)
+            intervention.check_range(like.dtype)
+            intervention.move(like.device)
             intervention.set_plan(number)
             act = act_at(point)
             act.interventions.append(intervention)

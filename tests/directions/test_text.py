@@ -40,7 +40,7 @@ def described(plan: Plan) -> list[object]:
     found: list[object] = [plan.fingerprint]
     for one in plan.interventions:
         settings = {name: getattr(one, name) for name in ("name", "site", "scope", "enabled", "phases", "roles", "preserve_norm")}
-        numbers = one.gate and (str(one.gate), [leaf.number for leaf in one.gate.leaves()])
+        numbers = None if one.gate is None else (str(one.gate), [leaf.number for leaf in one.gate.leaves()])
         tensors = {name: tensor.tolist() for name, tensor in one.operator.tensors.items()}
         found.append((settings, one.base.tolist(), one.operator.name, one.operator.options(), tensors, numbers))
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import DeployError
-from steer.files import atomic_write, storage_errors, sync_folder
+from steer.files import atomic_write, place_of, storage_errors, sync_folder
 from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
@@ -49,7 +49,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         SiteError, WidthError, WrongModelError: the plan does not fit the model.
         StorageFullError: no room; an adapter that was there is untouched.
     """
-    anatomy, carrier, path = Anatomy.find(model), "an adapter", Path(path)
+    anatomy, carrier, path = Anatomy.find(model), "an adapter", place_of(path)
     base = transformers_model(anatomy)
     if base is None or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DeployError(

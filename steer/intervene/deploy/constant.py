@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from steer.checks import of_type
 from steer.errors import DeployError
 from steer.intervene.affine import Affine, affine_form
 from steer.intervene.intervention import Intervention
@@ -25,6 +26,7 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
         DeployError: an intervention that depends on the token, the row, the phase or the step, or is not an affine function of the
             activation; or a plan that does nothing.
     """
+    of_type(plan, Plan, "the plan", "pass a steer.Plan first")
     edits = []
     for one in plan.interventions:
         steady = isinstance(one.schedule, Constant)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError
-from steer.files import atomic_write, storage_errors
+from steer.checks import of_type
+from steer.errors import ConfigError, WidthError
+from steer.files import atomic_write, place_of, storage_errors
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.intervention import Intervention
@@ -41,7 +42,9 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
         ConfigError: no model hint; the package `gguf` is missing.
         StorageFullError: no room; a file that was there is untouched.
     """
-    hint = model_hint or (plan.fingerprint or {}).get("model_type")
+    edits = constant_edits(plan, _CARRIER, phases=("generate",))
+    known = plan.fingerprint or {}
+    hint = model_hint or known.get("model_type")
     if hint is None:
         raise ConfigError(
             "a control vector names the architecture of its model",
@@ -49,11 +52,20 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
             found="neither",
             remedy="pass model_hint=model.config.model_type",
         )
+    of_type(hint, str, "`model_hint`", "pass the architecture as text, e.g. model.config.model_type")
+    width = known.get("width", edits[0][0].operator.width)
     layers: dict[int, Tensor] = {}
-    for one, edit in constant_edits(plan, _CARRIER, phases=("generate",)):
-        layer = _layer(one, edit, (plan.fingerprint or {}).get("n_layers"))
+    for one, edit in edits:
+        layer = _layer(one, edit, known.get("n_layers"))
+        if one.operator.width != width:
+            raise WidthError(
+                f"'{one.name}' does not fit the model of a control vector",
+                expected=f"{width} numbers at every layer",
+                found=one.operator.width,
+                remedy="export a plan for one model",
+            )
         layers[layer] = layers.get(layer, torch.zeros_like(edit.shift)) + edit.shift
-    return _write(Path(path), str(hint), layers)
+    return _write(place_of(path), hint, layers)
 
 
 def _layer(one: Intervention, edit: Affine, n_layers: int | None) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from steer.errors import ConfigError, DeployError
-from steer.files import atomic_write
+from steer.files import atomic_write, place_of
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.deploy.fold import transformers_model
@@ -40,7 +40,7 @@ def to_lm_eval(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         DeployError: anything else in the plan.
         ConfigError: another ending. SiteError: the plan does not fit the model. StorageFullError: no room.
     """
-    path = Path(path)
+    path = place_of(path)
     if path.suffix != ".pt":
         raise ConfigError("lm-eval reads this form from '.pt' files", expected="*.pt", found=path.name, remedy="change the ending")
     anatomy = Anatomy.find(model)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.intervene.gate import GATES, Leaf, one_number
-from steer.intervene.low_rank import widened
+from steer.intervene.low_rank import same_width, widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
@@ -33,7 +33,9 @@ class FeatureGate(Leaf):
         encoder = slotted(encoder, 2, "encoder row")
         bias, threshold = one_number(bias, "bias of a feature"), one_number(threshold, "threshold of a feature")
         if center is not None:  # folded into the bias
-            bias = bias - (slotted(center, 2, "decoder bias") * encoder).sum(-1)
+            center = slotted(center, 2, "decoder bias")
+            same_width("feature", encoder=encoder, center=center)
+            bias = bias - (center * encoder).sum(-1)
         super().__init__({"encoder": encoder, "bias": bias, "threshold": threshold}, encoder.shape[-1], **options)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
