@@ -285,7 +285,7 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
 
 def _gate(given: Any) -> Gate:
     of_type(given, Gate, "a part of a combined gate", "combine gates with gates, e.g. first & ~second")
-    return given  # type: ignore[no-any-return]
+    return given
 
 
 def one_number(value: float | Tensor, what: str) -> Tensor:

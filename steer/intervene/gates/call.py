@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from steer.checks import of_type
 from steer.errors import ConfigError, ContextError
 from steer.intervene.gate import GATES, Leaf
 from steer.intervene.scope import Scope
@@ -28,7 +27,13 @@ class CallGate(Leaf):
     name = "call"
 
     def __init__(self, function: Callable[[Tensor, ForwardContext], Tensor], width: int, **options: Any) -> None:
-        of_type(function, Callable, "the function of gate 'call'", "pass a function of the activation and the forward context")
+        if not callable(function):
+            raise ConfigError(
+                "gate 'call' has no function",
+                expected="a function of the activation and the forward context",
+                found=repr(function),
+                remedy="e.g. CallGate(lambda h, ctx: h[..., 0], width)",
+            )
         super().__init__({}, width, **options)
         self.function = function
 
