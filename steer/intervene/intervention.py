@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer import kernels
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
-from steer.intervene.operator import OPERATORS, Driven, Operator, Pick, check_finite
+from steer.intervene.kept import Kept
+from steer.intervene.operator import OPERATORS, Operator, Pick, check_finite
 from steer.intervene.scope import Scope, Window, both
 from steer.model.context import PHASES, ROLES, ForwardContext, Mask
 from steer.model.site import Site
 
 
-class Intervention:
+class Intervention(Kept):
     """One edit of one activation tensor.
 
     Args:
@@ -134,12 +135,6 @@ class Intervention:
                 remedy="count from the first generated token",
             )
 
-    @property
-    def window(self) -> tuple[int | None, int | None] | None:
-        """Bounds of the slice in its scope, None when it does not have just one."""
-        slices = self.scope.slices
-        return (slices[0].start, slices[0].stop) if len(slices) == 1 else None
-
     def share(self, scope: Scope) -> None:
         """Uses the scope of another intervention of its plan that names the same tokens: one window moves for both."""
         self.scope, self.tokens_named = scope, str(scope)
@@ -150,37 +145,6 @@ class Intervention:
         self.scope, self.tokens_named = Scope.parse(str(self.scope)), f"{self.scope} of {self.name}"
         self.scope.to(self.effective.device)
         self.set_phases(self.phases)
-
-    def state(self) -> dict[str, Any]:
-        """What changes while it runs: strengths, switch, window, and tensors that are being learned."""
-        learned = {name: tensor.detach().cpu().clone() for name, tensor in self.parameters.items()}
-        return {"base": self.base.clone(), "enabled": self.enabled, "window": self.window, "learned": learned}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError when a state is that of another intervention."""
-        here, there = (
-            {"strengths": len(one["base"]), "window": one["window"] is not None, "learned": _shapes(one["learned"])}
-            for one in (self.state(), state)
-        )
-        self._check_alike(here, there)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over a state that fits, but for the window, which several may share."""
-        self.base, self.enabled = state["base"].clone().cpu(), bool(state["enabled"])
-        self.load_learned(state["learned"])
-
-    def load_learned(self, tensors: dict[str, Tensor]) -> None:
-        """Puts saved values into the parameters. Raises ConfigError when they are those of another intervention."""
-        here = self.parameters
-        self._check_alike(_shapes(here), _shapes(tensors))
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                here[name].copy_(tensor)
-
-    def _check_alike(self, here: dict[str, Any], there: dict[str, Any]) -> None:
-        if here != there:
-            remedy = "load it into the plan that it was saved from, or one made in the same way"
-            raise ConfigError(f"the state of '{self.name}' does not fit", expected=here or "none", found=there or "none", remedy=remedy)
 
     def _strengths(self, strength: float | Sequence[float] | Tensor) -> Tensor:
         given = tensor_of(strength, f"strength of '{self.name}'", "pass a number, or one per row slot")
@@ -363,45 +327,6 @@ class Intervention:
             remedy="call plan.set_rows for this batch",
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form without the tensors."""
-        return {
-            "name": self.name,
-            "operator": self.operator.name,
-            "options": self.operator.options(),
-            "site": str(self.site),
-            "scope": str(self.scope),
-            "strength": self.base.tolist(),
-            "phases": list(self.phases),
-            "roles": list(self.roles),
-            "schedule": schedules.to_dict(self.schedule),
-            "enabled": self.enabled,
-            "gate": None if self.gate is None else self.gate.to_dict(),
-            "preserve_norm": self.preserve_norm,
-            "learned": sorted(self.parameters),
-            "frozen": sorted(name for name, one in self.parameters.items() if not one.requires_grad),
-        }
-
-    @property
-    def driven(self) -> dict[str, Driven]:
-        """Who holds its tensors, by the prefix of their names in a file: none for the operator, for the n-th leaf of its gate `gate<n>.`"""
-        leaves = self.gate.leaves() if self.gate is not None else ()
-        return {"": self.operator, **{f"gate{number}.": leaf for number, leaf in enumerate(leaves)}}
-
-    def files(self) -> dict[str, Tensor]:
-        """Its tensors by name, for a file."""
-        return {prefix + name: tensor.detach().cpu() for prefix, one in self.driven.items() for name, tensor in one.tensors.items()}
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is being learned, by the names of `files`."""
-        return {prefix + name: tensor for prefix, one in self.driven.items() for name, tensor in one.parameters.items()}
-
-    def tie(self, name: str, parameter: nn.Parameter) -> None:
-        """Puts the parameter of another intervention in the place of its own, so that one is learned for both."""
-        prefix, dot, last = name.rpartition(".")
-        self.driven[prefix + dot].tensors[last] = parameter
-
     @classmethod
     def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
         """Inverse of `to_dict` and `files`."""
@@ -449,7 +374,3 @@ def _subset(chosen: Sequence[str], known: tuple[str, ...], what: str) -> tuple[s
         remedy = f"name the {what}s in which it acts, e.g. {what}s=('{known[0]}',)"
         raise ConfigError(f"unknown or missing {what}", expected=f"some of {', '.join(known)}", found=chosen or "none", remedy=remedy)
     return chosen
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
