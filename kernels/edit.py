@@ -177,7 +177,7 @@ def run_backward(
     more: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dh, q, dy) by a kernel; q only when `more` than dh is wanted; dy is g itself when no norm is kept."""
-    g, norm = readable(g), options[3]
+    g, x, norm = readable(g), None if x is None else readable(x), options[3]
     m = read.shape[1]
     dh, dy = blank(g), blank(g) if norm and more else None
     q = torch.empty(*g.shape[:2], m, dtype=torch.float32, device=g.device) if more else None

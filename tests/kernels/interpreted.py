@@ -365,6 +365,13 @@ def test_drift_stats_computes_what_is_asked_for() -> None:
     assert float(nobody.n) == 0 and int(nobody.histogram.sum()) == 0 and float(nobody.projections.abs().sum()) == 0
 
 
+def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift_file, "TILE", 1)
+    h, weight = random(2, 65, 20) + 30 * random(20, seed=1), sparse_mask(2, 65)
+    found, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
+    assert error(found.n, wanted["n"]) <= 1e-6 and error(found.sum, wanted["sum"]) <= 1e-6 and error(found.m2, wanted["m2"]) <= 1e-5
+
+
 # ---- weighted sums
 
 
@@ -385,6 +392,47 @@ def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -
                 wanted[slot] += c[b, t, :, None].double() * x[b, t].double()
     assert error(found, wanted) <= OUT
     assert error(weighted_sum_file.reference(x, c, rows_and_tokens, 3), wanted) <= OUT
+
+
+def test_a_weighted_sum_of_nothing() -> None:
+    found = weighted_sum_file.weighted_sum(random(2, 0, 8), random(2, 0, 3), None, 2)
+    assert found.shape == (2, 3, 8) and not bool(found.any())
+
+
+# ---- all of them
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_activations_whose_columns_lie_apart(norm: bool) -> None:
+    """As a transposed matrix has them; with the gradients, and the weights of sums."""
+    h, pull, u = random(2, 33, 5).mT, random(2, 33, 5, seed=1).mT, random(2, 33, seed=2).requires_grad_()
+    assert h.stride(-1) == pull.stride(-1) == 5
+    for run in (
+        lambda h: steer_add(h, u, 0.5, slots=torch.tensor([1, 0]), preserve_norm=norm),
+        lambda h: edit(h, u, low=0.1, preserve_norm=norm),
+    ):
+        found, wanted = (
+            (made, *torch.autograd.grad(made, (given, u), one))
+            for given, one in ((h.detach().requires_grad_(), pull), (h.contiguous().requires_grad_(), pull.contiguous()))
+            for made in (run(given),)
+        )
+        assert all(error(a, b) <= OUT for a, b in zip(found, wanted, strict=True))
+    for a, b in zip(drift_stats(h, u, bins=3), drift_stats(h.contiguous(), u, bins=3), strict=True):
+        assert torch.equal(a, b)
+    c = random(2, 3, 5, seed=3).mT
+    assert torch.equal(*(weighted_sum_file.weighted_sum(x, y, None, 1) for x, y in ((h, c), (h.contiguous(), c.contiguous()))))
+
+
+@pytest.mark.parametrize("which", ["rows", "tokens"])
+def test_tokens_that_are_left_alone_hand_their_gradient_on_as_it_is(which: str) -> None:
+    slots, h, pull = SLOTS[which], random(3, 5, 33).requires_grad_(), random(3, 5, 33, seed=1)
+    alone = ((slots < 0) | (slots > 2)).view(3, -1).expand(3, 5)
+    for run in (
+        lambda: steer_add(h, random(3, 33, seed=2), 2.0, slots=slots, preserve_norm=True),
+        lambda: edit(h, random(3, 1, 33, seed=2), low=0.5, slots=slots, preserve_norm=True),
+    ):
+        [found] = torch.autograd.grad(run(), h, pull)
+        assert torch.equal(found[alone], pull[alone]) and not torch.equal(found[~alone], pull[~alone])
 
 
 def test_the_division_of_a_sum_covers_all_tokens() -> None:
