@@ -10,6 +10,7 @@ when the section does not follow from docs/demo.json, or when that was measured 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,12 @@ def _other_seeds(seeds: list[dict[str, Any]]) -> str:
 
 def repeated(config: dict[str, Any]) -> dict[str, Any]:
     """What runs must have in common to be told as one experiment: all that changes a number, but the seed."""
-    return {**config, "seed": None, "trainer": {**config.get("trainer", {}), "progress": None}}
+    plain = copy.deepcopy(config)
+    plain["seed"] = plain.get("trainer", {})["progress"] = None
+    for arm in plain.get("experiment", {}).get("arms", {}).values():
+        if arm is not None:
+            arm["label"] = None
+    return plain
 
 
 def main() -> None:
