@@ -78,9 +78,8 @@ def drift_stats(
     Raises:
         WidthError, ConfigError: shapes that do not fit, or a histogram without directions or with an empty range.
     """
-    h = h.detach()
     if directions is not None:
-        directions = vectors(directions.detach(), 2, h, "directions to project on")
+        directions = vectors(directions, 2, h, "directions to project on")
     start, step = _range(directions, bins, low, high) if bins else (None, None)
     x, weight = rows(h), weights(h, 1.0, mask)
     few = directions is None or len(directions) <= MOST
