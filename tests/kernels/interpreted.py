@@ -278,6 +278,9 @@ def test_operators_run_the_kernels(launched: list[str]) -> None:
     with force("aten"):
         wanted = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
     assert all(error(a, b) <= SMALL for a, b in zip(grads, wanted, strict=True))
+    with force("op"):  # of the activation alone, along a bank whose columns lie apart
+        [only] = torch.autograd.grad(edit(h, u.detach().mT.contiguous().mT, low=0.0).square().sum(), h)
+    assert torch.equal(only, grads[0])
 
 
 # ---- what backward keeps
@@ -405,18 +408,18 @@ def test_a_weighted_sum_of_nothing() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_activations_whose_columns_lie_apart(norm: bool) -> None:
     """As a transposed matrix has them; with the gradients, and the weights of sums."""
-    h, pull, u = random(2, 33, 5).mT, random(2, 33, 5, seed=1).mT, random(2, 33, seed=2).requires_grad_()
-    assert h.stride(-1) == pull.stride(-1) == 5
+    h, pull, u = random(2, 33, 5).mT, random(2, 33, 5, seed=1).mT, random(33, 2, seed=2).mT
+    assert h.stride(-1) == pull.stride(-1) == 5 and u.stride(-1) == 2
     for run in (
-        lambda h: steer_add(h, u, 0.5, slots=torch.tensor([1, 0]), preserve_norm=norm),
-        lambda h: edit(h, u, low=0.1, preserve_norm=norm),
+        lambda h, u: steer_add(h, u, 0.5, slots=torch.tensor([1, 0]), preserve_norm=norm),
+        lambda h, u: edit(h, u, low=0.1, preserve_norm=norm),
     ):
-        found, wanted = (
-            (made, *torch.autograd.grad(made, (given, u), one))
-            for given, one in ((h.detach().requires_grad_(), pull), (h.contiguous().requires_grad_(), pull.contiguous()))
-            for made in (run(given),)
-        )
-        assert all(error(a, b) <= OUT for a, b in zip(found, wanted, strict=True))
+        made = []
+        for lie in (torch.Tensor.detach, torch.Tensor.contiguous):
+            given = [lie(one).requires_grad_() for one in (h, u)]
+            out = run(*given)
+            made.append((out, *torch.autograd.grad(out, given, lie(pull))))
+        assert all(error(a, b) <= OUT for a, b in zip(*made, strict=True))
     for a, b in zip(drift_stats(h, u, bins=3), drift_stats(h.contiguous(), u, bins=3), strict=True):
         assert torch.equal(a, b)
     c = random(2, 3, 5, seed=3).mT
