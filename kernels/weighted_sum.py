@@ -81,8 +81,6 @@ def plan(tokens: int, vectors: int, width: int) -> tuple[int, int, int]:
 def weighted_sum(x: Tensor, c: Tensor, slots: Tensor | None, count: int) -> Tensor:
     """Sums of x weighted by c over the tokens of each slot, [count, M, D] fp32, on a GPU; see the top of this file."""
     (batch, tokens, width), m = x.shape, c.shape[-1]
-    if x.numel() == 0:
-        return torch.zeros(count, m, width, dtype=torch.float32, device=x.device)
     if slots is None and count > 1:  # all tokens have the first slot
         return torch.cat([weighted_sum(x, c, None, 1), torch.zeros(count - 1, m, width, dtype=torch.float32, device=x.device)])
     x, c = readable(x), readable(c.float())

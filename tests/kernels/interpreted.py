@@ -77,7 +77,7 @@ def sparse_mask(batch: int, tokens: int) -> Tensor:
 SLOTS = {
     "one for all": None,
     "rows": torch.tensor([2, -1, 0]),
-    "tokens": torch.tensor([[0, 1, 2, 7, -1], [2, 2, 2, 2, 2], [1, 0, -5, 1, 3]], dtype=torch.int32),
+    "tokens": torch.tensor([[0, 1, 2, 7, -1], [2, 2, 2, 2, 2], [1, 0, -(1 << 30), 1, 3]], dtype=torch.int32),
 }
 
 
@@ -263,6 +263,10 @@ def test_half_precision_keeps_the_accuracy_of_its_directions(m: int) -> None:
     found = edit(h, u, scale=0.0, shift=0.7)
     assert found.dtype is torch.float16
     assert (found.double() - exact).abs().max() <= 0.51 * 2**-10 * exact.abs().max(), "more than one rounding of the result"
+    q = torch.linalg.qr(random(64, m, seed=2)).Q.mT.contiguous()
+    h = (random(2, 8, m, seed=3) @ q * 8).half()  # of which nothing is left, so that the result is rounded finely
+    exact = h.double() - h.double() @ q.double().mT @ q.double()
+    assert (edit(h, q, scale=0.0).double() - exact).abs().max() <= 2**-18 * h.abs().max()
 
 
 # ---- the operators that compiled code uses
