@@ -76,7 +76,7 @@ def sparse_mask(batch: int, tokens: int) -> Tensor:
 
 SLOTS = {
     "one for all": None,
-    "rows": torch.tensor([2, -1, 0]),
+    "rows": torch.tensor([2, -(1 << 40), 0]),
     "tokens": torch.tensor([[0, 1, 2, 7, -1], [2, 2, 2, 2, 2], [1, 0, -(1 << 30), 1, 3]], dtype=torch.int32),
 }
 
