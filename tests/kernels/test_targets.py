@@ -102,8 +102,11 @@ def check(launch: Launch, made: Compiled, target: str) -> None:
     if launch.name in ("steer_add.forward", "steer_add.backward", "edit_scalar.edit"):
         assert made.registers <= 128, "fewer than two programs of 8 warps would find room on a multiprocessor"
     constants = set(re.findall(r"(%\w+) = arith\.constant", made.middle))
+    wide = {name for name, value in re.findall(r"(%\w+) = arith\.constant (\d+) : i32", made.middle) if int(value) >= 1024}
     for left, right, kind in re.findall(r"arith\.muli (%\w+), (%\w+) : (\S+)", made.middle):
         assert "i64" in kind or {left, right} & constants, ("a product of two sizes in 32 bits", launch.name, left, right)
+        counted = {left, right} & set(re.findall(r"(%\w+) = tt\.get_program_id", made.middle))
+        assert "i64" in kind or not counted or not wide & {left, right}, ("a token times a width in 32 bits", launch.name, left, right)
 
 
 def test_a_launch_says_what_triton_needs_to_know() -> None:
