@@ -243,6 +243,18 @@ def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[s
     assert error(edit(h, u, low=0.0, preserve_norm=norm), wanted) <= 2e-6 and launched == kernel
 
 
+@pytest.mark.parametrize("m", [2, 20])
+def test_slots_with_vectors_of_their_own_and_numbers_in_common(m: int) -> None:
+    h, pull, u, low = random(3, 5, 33), random(3, 5, 33, seed=1), random(3, m, 33, seed=2), random(m, seed=3)
+    made = []
+    for path in ("triton", "aten"):
+        with force(path):
+            given = h.clone().requires_grad_()
+            out = edit(given, u, low=low, slots=torch.tensor([2, 1, 0]))
+            made.append((out, *torch.autograd.grad(out, given, pull)))
+    assert all(error(a, b) <= OUT for a, b in zip(*made, strict=True))
+
+
 def test_edit_of_nothing() -> None:
     u = random(2, 16, seed=1)
     for m in (u, random(20, 16)):
