@@ -1,4 +1,5 @@
-"""The kernels on a GPU: right, fast, and what steering and monitoring cost a decoder of 8B shape. One call, below 8 minutes on a H200.
+"""The kernels on a GPU: right, fast, and what steering and monitoring cost a decoder of 8B shape. One call, meant to stay
+below 8 minutes on a H200.
 
     python benchmarks/gpu.py [--out results.json] [--only kernels|model] [--dry]
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from steer.callbacks.ranks import Ranks
 from steer.checks import of_type
-from steer.errors import ConfigError
-from steer.model.site import did_you_mean
+from steer.errors import ConfigError, did_you_mean
 
 
 def complete(module: pl.LightningModule) -> bool:

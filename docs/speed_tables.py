@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-OWN = ("plain", "plain again", "hook", "steer")
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from steering import PEERS, cell, ratio  # noqa: E402
+
 Markdown = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 
 
 def read() -> dict[str, Any]:
-    return json.loads(max(RESULTS.glob("*_cpu_steering.json")).read_text(encoding="utf-8"))
+    return json.loads(max((BENCHMARKS / "results").glob("*_cpu_steering.json")).read_text(encoding="utf-8"))
 
 
 def setting(_: Markdown) -> str:
@@ -33,7 +35,7 @@ def against_plain(markdown: Markdown) -> str:
     return markdown(
         ("", *names),
         [
-            (arm, *(cell(row[name], found["hook" if "extract" in name else "plain"][name]) for name in names))
+            (arm, *(cell(ratio(row[name], found["hook" if "extract" in name else "plain"][name])) for name in names))
             for arm, row in found.items()
             if arm != "plain"
         ],
@@ -51,22 +53,10 @@ def against_steer(markdown: Markdown) -> str:
             (
                 arm,
                 read_in["arms"][arm].get(arm, ""),
-                *(cell(found["steer"][name], row[name]) for name in names),
+                *(cell(ratio(found["steer"][name], row[name])) for name in names),
                 f"{memory['steer'][1] / memory[arm][1]:.2f}",
             )
             for arm, row in found.items()
-            if arm not in OWN
+            if arm in PEERS
         ],
     )
-
-
-def cell(ours: Any, theirs: Any) -> str:
-    """Median of the ratios of CPU time in the rounds that both measured, smallest and largest; the kind of error where one failed."""
-    for one in (theirs, ours):
-        if isinstance(one, str):
-            return f"fails: {one.split(':')[0]}"
-    base = {one["round"]: one["cpu"] for one in theirs}
-    ratios = [one["cpu"] / base[one["round"]] for one in ours if one["round"] in base]
-    if len(ratios) == 1:
-        return f"{ratios[0]:.3f} (once)"
-    return f"{statistics.median(ratios):.3f} [{min(ratios):.2f}, {max(ratios):.2f}]"

@@ -31,7 +31,7 @@ PATHS = {
     "op": "an opaque operator, with the Triton kernel inside where it can run",
 }
 VARIABLE = "STEER_KERNELS"
-SMALL = 1 << 20  # numbers: one pass takes half a microsecond, and starting a kernel from Python fifty
+SMALL = 1 << 20  # numbers: an estimate: a pass takes half a microsecond, starting a kernel from Python tens of them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -142,24 +142,40 @@ def _number(value: Tensor | float, read: Tensor, what: str) -> Tensor:
 # ---- autograd
 
 
-def laid_out(numbers: Numbers, count: int) -> Numbers:
-    """Numbers as the kernels read them, [count, M] fp32."""
-    return tuple(None if one is None else one.expand(count, -1).float().contiguous() for one in numbers)
+def launch(
+    x: Tensor,
+    h: Tensor | None,
+    out: Tensor,
+    dy: Tensor | None,
+    q: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    slots: Tensor | None,
+    numbers: Numbers,
+    options: Options,
+    p: Tensor | None,
+    length: Tensor | None,
+    backward: bool,
+) -> None:
+    """Runs the kernel that suits, see `edit_scalar.launch`; it gets the numbers of the directions as [count, M] fp32."""
+    count = slots_in(first, second, numbers)
+    if x.numel():
+        kernel = edit_scalar if edit_scalar.suits(x, first.shape[1], slots, options[3]) else edit_tiles
+        numbers = tuple(None if one is None else one.expand(count, -1).float().contiguous() for one in numbers)
+        kernel.launch(x, h, out, dy, q, first, second, weight, slots, numbers, options, p, length, count, backward=backward)
 
 
 def run(
     x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, numbers: Numbers, options: Options, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(o, p, |h|) by a kernel; p [batch, tokens, M] and |h| [batch, tokens] only where they are kept, and |h| where it is needed."""
-    x, count = readable(x), slots_in(read, write, numbers)
-    numbers = laid_out(numbers, count)
+    x = readable(x)
     out, p, length = blank(x), None, None
     if keep:
         p = torch.empty(*x.shape[:2], read.shape[1], dtype=torch.float32, device=x.device)
         length = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if options[1] else None
-    if x.numel():
-        kernel = edit_scalar if edit_scalar.suits(x, read.shape[1], slots, options[3]) else edit_tiles
-        kernel.launch(x, None, out, None, None, read, write, weight, slots, numbers, options, p, length, count, backward=False)
+    launch(x, None, out, None, None, read, write, weight, slots, numbers, options, p, length, backward=False)
     return out, p, length
 
 
@@ -177,15 +193,10 @@ def run_backward(
     more: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dh, q, dy) by a kernel; q only when `more` than dh is wanted; dy is g itself when no norm is kept."""
-    g, x, norm = readable(g), None if x is None else readable(x), options[3]
-    m = read.shape[1]
-    dh, dy = blank(g), blank(g) if norm and more else None
-    q = torch.empty(*g.shape[:2], m, dtype=torch.float32, device=g.device) if more else None
-    if g.numel():
-        kernel = edit_scalar if edit_scalar.suits(g, m, slots, norm) else edit_tiles
-        count = slots_in(read, write, numbers)
-        numbers = laid_out(numbers, count)
-        kernel.launch(g, x, dh, dy, q, write, read, weight, slots, numbers, options, p, length, count, backward=True)
+    g, x = readable(g), None if x is None else readable(x)
+    dh, dy = blank(g), blank(g) if options[3] and more else None
+    q = torch.empty(*g.shape[:2], read.shape[1], dtype=torch.float32, device=g.device) if more else None
+    launch(g, x, dh, dy, q, write, read, weight, slots, numbers, options, p, length, backward=True)
     return dh, q, g if dy is None else dy
 
 

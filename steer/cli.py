@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steer import __version__
-from steer.errors import ConfigError, SteerError, StorageFullError
+from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
 COMMANDS = {
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = arguments[0]
         if command not in COMMANDS:
-            near = difflib.get_close_matches(command, COMMANDS, n=1)
-            remedy = f"did you mean '{near[0]}'?" if near else "'steer --help' says what each of them does"
+            remedy = did_you_mean(command, COMMANDS) or "'steer --help' says what each of them does"
             raise ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), found=command, remedy=remedy)
         _run(command, arguments[1:])
     except SteerError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,12 @@ class SteerError(Exception):
         """Python's own way to copy and pickle an exception calls its class with the message alone."""
         make = partial(type(self), self.what, expected=self.expected, found=self.found, remedy=self.remedy)
         return make, (), vars(self) | ({"errno": self.errno} if isinstance(self, OSError) else {})
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
+    """The remedy for a misspelt name; None when nothing is near it."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else None
 
 
 class SiteError(SteerError, ValueError):

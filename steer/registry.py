@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from steer.errors import ConfigError
+from steer.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -47,12 +46,12 @@ class Registry(Generic[T]):
         """Raises ConfigError with the known names and the nearest one."""
         name = self._aliases.get(name, name) if isinstance(name, str) else name
         if not isinstance(name, str) or name not in self._entries:
-            near = difflib.get_close_matches(str(name), [*self._entries, *self._aliases], n=1)
+            near = did_you_mean(str(name), [*self._entries, *self._aliases])
             raise ConfigError(
                 f"unknown {self.kind} '{name}'",
                 expected=f"one of {', '.join(sorted(self._entries))}",
                 found=name,
-                remedy=f"did you mean '{near[0]}'?" if near else "choose one of these, or import the file that registers it",
+                remedy=near or "choose one of these, or import the file that registers it",
             )
         return self._entries[name]
 

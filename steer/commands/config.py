@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,16 +14,11 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from steer.errors import ConfigError
+from steer.errors import ConfigError, did_you_mean
 
 UNCHECKED = ("trainer",)  # goes to Lightning as it is, which takes several kinds of value and checks them itself
 TEXT, WHOLE, NUMBER, SWITCH, LIST, SECTION = "text", "a whole number", "a number", "true or false", "a list", "a section of keys"
 ALSO = {TEXT: (WHOLE, NUMBER, SWITCH), NUMBER: (WHOLE,)}  # kinds that will do where another one is the default
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"did you mean '{near[0]}'?" if near else None
 
 
 def dtype_named(name: str) -> torch.dtype:

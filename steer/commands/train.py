@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from steer.callbacks import DriftCallback, SteeringCallback
-from steer.commands.config import did_you_mean, dtype_named
+from steer.commands.config import dtype_named
 from steer.commands.info import versions
 from steer.directions import EXTRACTORS, ContrastSet, Direction, Directions, extract
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
-from steer.errors import ConfigError, SiteError
+from steer.errors import ConfigError, SiteError, did_you_mean
 from steer.experiment import results
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.complete import check_completions, complete

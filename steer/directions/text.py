@@ -27,11 +27,11 @@ import torch
 
 from steer.checks import of_type
 from steer.directions.direction import Direction, Directions
-from steer.errors import ConfigError, SteerError, WrongModelError
+from steer.errors import ConfigError, SteerError, WrongModelError, did_you_mean
 from steer.intervene import OPERATORS, Constant, Gate, Intervention, Operator, Plan, Scope
 from steer.intervene.scope import decimal
 from steer.model.context import PHASES
-from steer.model.site import Site, did_you_mean
+from steer.model.site import Site
 
 Names = Mapping[str, Direction | Directions]
 Gates = Mapping[str, Gate]

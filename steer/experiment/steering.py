@@ -8,10 +8,10 @@ from typing import Any
 
 from steer.directions.direction import Directions
 from steer.directions.text import direction_at, plan_from_text, plan_to_text
-from steer.errors import ConfigError, SteerError
+from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.intervene import GATES, Gate, Plan
 from steer.intervene.gate import Leaf
-from steer.model.site import Site, did_you_mean
+from steer.model.site import Site
 
 
 def plan_from_config(text: str, directions: Mapping[str, str], gates: Mapping[str, Mapping[str, Any]]) -> tuple[Plan, str]:

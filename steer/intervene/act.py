@@ -92,8 +92,8 @@ class Count:
         """Works out what a decoded token gets added at every site of a group, in a few operations for all of them.
 
         Between two sites the weights of a block go through the caches, so that every further operation at a site costs several times what
-        it does here: 30 steered layers of a 135M model on a CPU cost half of what they do when each makes its own change. Only without
-        gradients, since the sums share one history; and compiled code has its own ways.
+        it does here: 30 steered layers of a 135M model on a CPU cost 0.6 % of decoding instead of 2.7 % (median of 9 rounds that spread by
+        4 %). Only without gradients, since the sums share one history; and compiled code has its own ways.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or group[0].tokens(ctx) is False:
             return

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from steer.checks import of_type, tensor_of
-from steer.errors import ConfigError, ContextError
+from steer.errors import ConfigError, ContextError, did_you_mean
 from steer.intervene.operator import Driven
 from steer.intervene.scope import Scope
 from steer.model.context import ForwardContext, Mask
-from steer.model.site import Site, did_you_mean
+from steer.model.site import Site
 from steer.registry import Registry
 
 GATES: Registry[type[Leaf]] = Registry("gate")

@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError, ContextError
+from steer.errors import ConfigError, ContextError, did_you_mean
 from steer.model.context import CHAT_ROLES, ForwardContext, Mask, index_within
-from steer.model.site import did_you_mean
 
 KINDS = {
     "all": "every token",

@@ -60,7 +60,8 @@ def note_pass(cache: Any, past: Tensor | int, tokens: int) -> bool:
         the prompt.
     """
     seen, follows, noted_on = getattr(cache, PASSES, (0, False, id(cache)))
-    follows &= noted_on == id(cache) and tokens > 1 and bool(past > 0)  # a static cache is read only where a prompt follows a prompt
+    # the length of a static cache is read, which waits for the device, only where a prompt follows a prompt
+    follows = follows and noted_on == id(cache) and tokens > 1 and bool(past > 0)
     if cache is not None:
         setattr(cache, PASSES, (past + tokens if isinstance(past, int) else 0, tokens > 1, id(cache)))
     return follows or isinstance(past, int) and past < seen

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, did_you_mean
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.context import ForwardContext
-from steer.model.site import Site, did_you_mean
+from steer.model.site import Site
 from steer.model.tokens import Row, check_rows, collate
 from steer.model.watcher import response_tokens
 

@@ -6,12 +6,10 @@ transformers is `layers.{L}.input`, hence `layers.{L-1}.output`; its last entry 
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from steer.errors import SiteError
+from steer.errors import SiteError, did_you_mean
 
 # part -> what the tensor is; every tensor is [batch, tokens, width]
 LAYER_PARTS = {
@@ -39,11 +37,6 @@ _ORDER = ("input", "attn.q", "attn.k", "attn.v", "attn.z", "attn.output", "mlp.i
 _LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
 _PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
 _MODULE = re.compile(r"module:(.+):(input|output)")
-
-
-def did_you_mean(text: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(text, list(known), n=1)
-    return f"did you mean '{near[0]}'?" if near else None
 
 
 @dataclass(frozen=True)

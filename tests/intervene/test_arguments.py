@@ -2,6 +2,7 @@
 the model makes, prefixes, models on several devices. Each is steered as the plain case is."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, CallGate, Intervention, Plan
+from steer.model.cache import note_pass
 from steer.model.hooks import response_tokens
 
 SITE = "layers.1.output"
@@ -128,6 +130,15 @@ def test_nothing_keeps_a_cache_alive(tiny):
         keys = weakref.ref(model(ids(2, 4), use_cache=True).past_key_values.layers[0].keys)
         model(ids(1, 1), use_cache=True)
     assert keys() is None
+
+
+def test_the_length_of_a_static_cache_is_read_only_where_a_prompt_follows_a_prompt():
+    """Reading it waits for the device. On the meta device it cannot be read at all."""
+    cache, length = SimpleNamespace(), torch.zeros((), device="meta")
+    for tokens in (4, 1, 1, 4):
+        assert note_pass(cache, length, tokens) is False
+    with pytest.raises(RuntimeError, match="meta"):
+        note_pass(cache, length, 4)
 
 
 # ---- prefix tuning

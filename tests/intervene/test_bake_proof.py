@@ -142,8 +142,10 @@ def test_compiled_blocks_are_not_traced_again(tiny):
     torch._dynamo.reset()
     for block in model.model.layers:
         block.compile(backend="eager", fullgraph=True)
+    before = held(model)
     with torch.compiler.set_stance("fail_on_recompile"):
         bake(plan, model, savable=False).undo()
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("where", ["inside", "at the end"])

@@ -10,16 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers.generation.configuration_utils import CompileConfig
 
 from steer.intervene import Ablate, Add, CosineGate, Intervention, LoReFT, Plan
-from steer.model.hooks import disarm
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    disarm()
-    yield
-    torch._dynamo.reset()
-    disarm()
+pytestmark = pytest.mark.usefixtures("new_process")
 
 
 def learner() -> Plan:

@@ -12,32 +12,6 @@ from steer.intervene import Ablate, Add, Intervention, Linear, Plan
 from steer.model.hooks import arm, chat_roles, disarm
 
 
-class Backend:
-    """Runs the traced graph as it is, and counts how often something was traced."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, _):
-        self.graphs += 1
-        return graph
-
-    def __deepcopy__(self, memo):
-        return self  # generate copies its configuration, and the copy would be the one that counts
-
-
-@pytest.fixture
-def backend():
-    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
-    torch._dynamo.reset()
-    counters.clear()
-    disarm()
-    yield Backend()
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    torch._dynamo.reset()
-    disarm()
-
-
 def steered(scope: str = "all", **options) -> Plan:
     return Plan(
         [

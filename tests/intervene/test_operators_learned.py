@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from steer.intervene import Ablate, HeadShift, Intervention, LoReFT, Plan, ReftR1
 from steer.intervene.low_rank import orthonormalised
 from steer.intervene.operator import Operator, Pick
-from steer.model.hooks import disarm
 
 LEARNED = [name for name, case in CASES.items() if case.make().learnable]
 THREE = (0, 1, 2)
@@ -104,19 +103,7 @@ def test_heads_that_were_not_chosen_are_not_learned(tiny):
 # ---- compiled
 
 
-@pytest.fixture
-def fresh():
-    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
-    torch._dynamo.reset()
-    counters.clear()
-    disarm()
-    yield
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    torch._dynamo.reset()
-    disarm()
-
-
-def test_a_whole_graph_that_is_not_traced_again(tiny, fresh):
+def test_a_whole_graph_that_is_not_traced_again(tiny, unbroken):
     """All operators in one plan, each row of the batch with its own tensors, over changes of strength, tensors and row slots."""
     model, batch = tiny("llama"), padded("left")
     options = {"scope": "response", "strength": [0.1, 0.2, 0.1]}

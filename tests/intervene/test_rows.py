@@ -161,6 +161,8 @@ def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
         plan.set_rows([1, 2])
         plan.set_strength(1.0)
         model(ids(), labels=ids()).loss.backward()
+        [one] = plan.interventions
+        assert one.rows.tolist() == [1, 2] and set(one.effective.tolist()) == {1.0} and not one.rows.is_inference()
 
 
 def test_interventions_without_slots_are_left_alone_by_set_rows(tiny):

@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch._dynamo
 from hand import edited, ids, packed, padded, vector
-from torch._dynamo.utils import counters
 from transformers.generation.configuration_utils import CompileConfig
 
 from steer.errors import ContextError
 from steer.intervene import Add, CosineGate, FeatureGate, Intervention, Plan, ProbeGate
 from steer.intervene.gate import Gate
 from steer.model.context import build
-from steer.model.hooks import disarm
 
 SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)
@@ -137,32 +135,6 @@ def test_sites_inside_checkpointed_blocks(where, tiny):
 
 
 # ---- compiled
-
-
-class Backend:
-    """Runs the traced graph as it is, and counts how often something was traced."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, _):
-        self.graphs += 1
-        return graph
-
-    def __deepcopy__(self, memo):  # generate copies its configuration
-        return self
-
-
-@pytest.fixture
-def backend():
-    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
-    torch._dynamo.reset()
-    counters.clear()
-    disarm()
-    yield Backend()
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    torch._dynamo.reset()
-    disarm()
 
 
 def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
