@@ -1,6 +1,7 @@
 """Interventions on a language model's internals, and monitors that read the same places while it is post-trained.
 
-Importing `steer` costs nothing: a public name loads its module on first use.
+Importing `steer` costs nothing: a public name loads its module on first use. Operators, gates and schedules are public by the name of
+their class as soon as they are registered, e.g. `steer.Add`.
 """
 
 from __future__ import annotations
@@ -20,32 +21,9 @@ _EXPORTS: dict[str, str] = {
     "chat_roles": "steer.model.hooks",
     "response_tokens": "steer.model.hooks",
     "capture": "steer.model.capture",
-    "Ablate": "steer.intervene",
-    "AblateThenAdd": "steer.intervene",
-    "Ace": "steer.intervene",
-    "Add": "steer.intervene",
-    "Clamp": "steer.intervene",
-    "Erase": "steer.intervene",
-    "HeadShift": "steer.intervene",
-    "KSteering": "steer.intervene",
-    "LoReFT": "steer.intervene",
-    "Mirror": "steer.intervene",
-    "ReftR1": "steer.intervene",
-    "Replace": "steer.intervene",
-    "Rotate": "steer.intervene",
-    "Scale": "steer.intervene",
-    "TargetProjection": "steer.intervene",
     "Intervention": "steer.intervene",
     "Plan": "steer.intervene",
-    "CallGate": "steer.intervene",
-    "CosineGate": "steer.intervene",
-    "FeatureGate": "steer.intervene",
-    "ProbeGate": "steer.intervene",
     "Scope": "steer.intervene",
-    "Constant": "steer.intervene",
-    "Linear": "steer.intervene",
-    "Cosine": "steer.intervene",
-    "WarmupDecay": "steer.intervene",
     "ContrastSet": "steer.directions",
     "bake": "steer.intervene.deploy",
     "to_adapter": "steer.intervene.deploy",
@@ -75,12 +53,16 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _EXPORTS and not name[:1].isupper():  # only a class can be one of the registered methods
         raise AttributeError(f"module 'steer' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    try:
+        value = getattr(importlib.import_module(_EXPORTS.get(name, "steer.intervene")), name)
+    except AttributeError as error:
+        raise AttributeError(f"module 'steer' has no attribute '{name}'") from error
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    methods = dir(importlib.import_module("steer.intervene"))
+    return sorted({*globals(), *_EXPORTS, *(name for name in methods if name[:1].isupper() and not name.isupper())})

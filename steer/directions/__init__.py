@@ -1,13 +1,13 @@
 """Directions: reading a concept off activations, and choosing where and how strongly to steer with it."""
 
-from steer.directions import bipo, ccs, lda, logistic, mean_difference, pca, reft_r1, reps  # noqa: F401  (importing registers them)
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.dose import DoseCurve, calibrate
+from steer.directions.erasure import Erasure, fit_erasure
 from steer.directions.extract import extract, extract_all
 from steer.directions.extractor import EXTRACTORS
-from steer.directions.foreign import IMPORTERS, import_directions, import_plan
-from steer.directions.leace import Erasure, fit_erasure
+from steer.directions.foreign import import_directions, import_plan
+from steer.directions.importer import IMPORTERS
 from steer.directions.sae import Dictionary, sae_refined
 from steer.directions.screening import Screen, screen
 from steer.directions.selection import Selection, select

@@ -47,7 +47,7 @@ class Extractor:
             extra(self.package)
 
 
-EXTRACTORS: Registry[Any] = Registry("extractor")
+EXTRACTORS: Registry[Any] = Registry("extractor", "steer.directions.extractors", "steer.extractors")
 
 
 def extractor(

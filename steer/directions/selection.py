@@ -19,7 +19,8 @@ from steer.directions.direction import Direction, check_direction
 from steer.directions.dose import divergence
 from steer.directions.sweep import sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError, WidthError
-from steer.intervene import Ablate, Intervention, Plan
+from steer.intervene import Intervention, Plan
+from steer.intervene.operators.ablate import Ablate
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.model.tokens import Row, check_rows

@@ -12,7 +12,8 @@ from steer.checks import of_type
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction
 from steer.errors import ConfigError, ContrastError, NonFiniteError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Intervention, Plan
+from steer.intervene.operators.add import Add
 from steer.intervene.scope import Scope
 from steer.model.anatomy import resolve
 from steer.model.capture import batches, check_vocabulary, evaluating

@@ -28,7 +28,8 @@ import torch
 from steer.checks import of_type
 from steer.directions.direction import Direction, Directions
 from steer.errors import ConfigError, SteerError, WrongModelError, did_you_mean
-from steer.intervene import OPERATORS, Constant, Gate, Intervention, Operator, Plan, Scope
+from steer.intervene import OPERATORS, Gate, Intervention, Operator, Plan, Scope
+from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
 from steer.model.context import PHASES
 from steer.model.site import Site

@@ -21,8 +21,9 @@ from steer.directions.extract import provenance_of, read_moments
 from steer.directions.heldout import heldout_metrics
 from steer.directions.sweep import check_pairs, check_scope
 from steer.errors import ConfigError, NonFiniteError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Intervention, Plan
 from steer.intervene.operator import Operator
+from steer.intervene.operators.add import Add
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.likelihood import response_logprobs, response_sums
@@ -71,7 +72,7 @@ class Objective:
         return self.loss.__doc__
 
 
-OBJECTIVES: Registry[Any] = Registry("objective")
+OBJECTIVES: Registry[Any] = Registry("objective", "steer.directions.objectives", "steer.objectives")
 
 
 def objective(

@@ -10,7 +10,8 @@ import torch
 
 from steer.directions.direction import Direction
 from steer.errors import ConfigError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Intervention, Plan
+from steer.intervene.operators.add import Add
 
 WHEN = ("never", "train", "inference")
 DIRECTIONS = ("none", "trait", "random")

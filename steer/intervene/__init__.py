@@ -1,58 +1,31 @@
-"""Interventions: operators, scopes, gates, schedules and the plan that applies them."""
+"""Interventions: operators, scopes, gates, schedules and the plan that applies them.
 
-from steer.intervene.ablate import Ablate
-from steer.intervene.ablate_then_add import AblateThenAdd
-from steer.intervene.ace import Ace
-from steer.intervene.add import Add
-from steer.intervene.clamp import Clamp
-from steer.intervene.erase import Erase
+Every registered operator, gate and schedule can be imported from here by the name of its class, those of other packages too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
 from steer.intervene.gate import GATES, Gate
-from steer.intervene.gates import CallGate, CosineGate, FeatureGate, ProbeGate
-from steer.intervene.head_shift import HeadShift
 from steer.intervene.intervention import Intervention
-from steer.intervene.k_steering import KSteering
-from steer.intervene.loreft import LoReFT
-from steer.intervene.mirror import Mirror
 from steer.intervene.operator import OPERATORS, Operator
 from steer.intervene.plan import Plan
-from steer.intervene.reft_r1 import ReftR1
-from steer.intervene.replace import Replace
-from steer.intervene.rotate import Rotate
-from steer.intervene.scale import Scale
-from steer.intervene.schedule import SCHEDULES, Constant, Cosine, Linear, WarmupDecay
+from steer.intervene.schedule import SCHEDULES, Schedule
 from steer.intervene.scope import Scope
-from steer.intervene.target_projection import TargetProjection
 
-__all__ = [
-    "GATES",
-    "OPERATORS",
-    "SCHEDULES",
-    "Ablate",
-    "AblateThenAdd",
-    "Ace",
-    "Add",
-    "CallGate",
-    "Clamp",
-    "Constant",
-    "Cosine",
-    "CosineGate",
-    "Erase",
-    "FeatureGate",
-    "Gate",
-    "HeadShift",
-    "Intervention",
-    "KSteering",
-    "Linear",
-    "LoReFT",
-    "Mirror",
-    "Operator",
-    "Plan",
-    "ProbeGate",
-    "ReftR1",
-    "Replace",
-    "Rotate",
-    "Scale",
-    "Scope",
-    "TargetProjection",
-    "WarmupDecay",
-]
+METHODS = (OPERATORS, GATES, SCHEDULES)
+
+__all__ = ["GATES", "METHODS", "OPERATORS", "SCHEDULES", "Gate", "Intervention", "Operator", "Plan", "Schedule", "Scope"]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for registry in METHODS:
+            if (method := registry.classes().get(name)) is not None:
+                return method
+    raise AttributeError(f"module 'steer.intervene' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for registry in METHODS for name in registry.classes())})

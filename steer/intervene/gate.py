@@ -25,7 +25,7 @@ from steer.model.context import ForwardContext, Mask
 from steer.model.site import Site
 from steer.registry import Registry
 
-GATES: Registry[type[Leaf]] = Registry("gate")
+GATES: Registry[type[Leaf]] = Registry("gate", "steer.intervene.gates", "steer.gates")
 PER = ("token", "row", "generation")
 POOLS = ("mean", "max")
 _NUMBERS = itertools.count()  # tells the gates of a process apart

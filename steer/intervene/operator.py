@@ -17,7 +17,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.registry import Registry
 
-OPERATORS: Registry[type[Operator]] = Registry("operator")
+OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators")
 
 
 class Driven:

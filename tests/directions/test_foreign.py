@@ -19,7 +19,7 @@ from hand import edited, ids
 from torch import Tensor
 
 import steer
-from steer.directions.foreign import IMPORTERS
+from steer.directions.importer import IMPORTERS
 from steer.errors import (
     ConfigError,
     DamagedFileError,

@@ -13,9 +13,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from steer.directions import EXTRACTORS, ContrastSet, Erasure, extract, fit_erasure
-from steer.directions.ccs import consistency
+from steer.directions.erasure import erasure
+from steer.directions.extractors.ccs import consistency
 from steer.directions.heldout import auc
-from steer.directions.leace import erasure
 from steer.directions.moments import NEEDS, ContrastMoments
 from steer.errors import ConfigError, ContrastError
 from steer.intervene import Erase, Intervention, Plan

@@ -6,7 +6,7 @@ from directions.direction_helpers import SITE, controlled, pairs
 from hand import hook_count
 
 from steer.directions import OBJECTIVES, ContrastSet, Directions, train_direction
-from steer.directions.reps import AddOrNull
+from steer.directions.objectives.reps import AddOrNull
 from steer.directions.sweep import pair_gaps
 from steer.directions.trained import Objective, Scores
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError

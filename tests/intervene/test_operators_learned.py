@@ -134,7 +134,7 @@ def changed(operators: Iterable[Operator]) -> None:
                 tensor.copy_(tensor * 0.9 + 0.01)
 
 
-def test_gradients_of_a_compiled_graph(fresh):
+def test_gradients_of_a_compiled_graph(unbroken):
     """Of all operators one after the other with a soft mask, those that can being learned."""
     operators = [case.make() for case in CASES.values()]
     learned = [parameter for one in operators if one.learnable for parameter in one.train().parameters.values()]

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import ConfigError
-from steer.intervene.schedule import SCHEDULES, Constant, Cosine, Linear, WarmupDecay, from_dict, to_dict
+from steer.intervene import Constant, Cosine, Linear, WarmupDecay
+from steer.intervene.schedule import SCHEDULES, from_dict, to_dict
 
 STEPS = st.integers(0, 500)
 COUNTS = st.integers(1, 200)

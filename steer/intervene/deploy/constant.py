@@ -9,7 +9,7 @@ from steer.errors import DeployError
 from steer.intervene.affine import Affine, affine_form
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
-from steer.intervene.schedule import Constant
+from steer.intervene.schedules.constant import Constant
 from steer.model.context import PHASES
 
 AT_RUN_TIME = "keep it at run time: `with plan.attached(model):`"

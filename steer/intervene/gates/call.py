@@ -24,8 +24,6 @@ class CallGate(Leaf):
         options: site, per, over, pool, sharpness, see `Leaf`.
     """
 
-    name = "call"
-
     def __init__(self, function: Callable[[Tensor, ForwardContext], Tensor], width: int, **options: Any) -> None:
         if not callable(function):
             raise ConfigError(

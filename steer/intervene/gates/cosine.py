@@ -31,7 +31,6 @@ class CosineGate(Leaf):
         ConfigError: a zero vector, which has no direction; a threshold that no cosine reaches.
     """
 
-    name = "cosine"
     learnable = ("vector", "threshold")
 
     def __init__(self, vector: Tensor, threshold: float | Tensor = 0.0, **options: Any) -> None:

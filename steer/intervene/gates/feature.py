@@ -24,7 +24,6 @@ class FeatureGate(Leaf):
         options: site, per, over, pool, sharpness, see `Leaf`.
     """
 
-    name = "feature"
     learnable = ("encoder", "bias")
 
     def __init__(

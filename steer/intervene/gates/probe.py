@@ -22,7 +22,6 @@ class ProbeGate(Leaf):
         options: site, per, over, pool, sharpness, see `Leaf`.
     """
 
-    name = "probe"
     learnable = ("vector", "bias")
 
     def __init__(self, vector: Tensor, bias: float | Tensor = 0.0, **options: Any) -> None:

@@ -1,0 +1,262 @@
+"""Importers: what each one has to say, and the source that they look at."""
+
+from __future__ import annotations
+
+import json
+import operator
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from steer.directions.direction import Direction, Directions
+from steer.errors import ConfigError, DamagedFileError, FileError, UnsafeFileError, WidthError, WrongKindError
+from steer.files import contents
+from steer.intervene.plan import Plan
+from steer.model.site import Site
+from steer.registry import Registry
+
+IMPORTERS: Registry[type[Importer]] = Registry("import format", "steer.directions.importers", "steer.importers")
+
+
+@dataclass(eq=False)
+class Source:
+    """A file or folder of another program, read at most once.
+
+    Attributes:
+        path: of it.
+        n_layers: number of blocks of the model, when the caller said so.
+        site: pattern with `{layer}` that overrules the format's own conversion, or None.
+        scope: on which tokens the interventions of a plan act, or None.
+        placed: layer of each site that was given out.
+    """
+
+    path: Path
+    n_layers: int | None = None
+    site: str | None = None
+    scope: str | None = None
+    placed: dict[Site, int] = field(default_factory=dict)
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first bytes of a file; nothing for a folder."""
+        if not self.path.is_file():
+            return b""
+        with self.path.open("rb") as file:
+            return file.read(8)
+
+    @cached_property
+    def is_torch(self) -> bool:
+        """Looks like a file of torch.save, as a zip or as the pickle that it was before."""
+        return self.head[:4] == b"PK\x03\x04" or self.head[:1] == b"\x80"
+
+    @cached_property
+    def content(self) -> Any:
+        """What a file of torch.save or JSON holds; None for anything else."""
+        if self.is_torch:
+            return read_torch(self.path)
+        return read_json(self.path) if self.head.lstrip()[:1] == b"{" else None
+
+    def has(self, *names: str) -> bool:
+        """It is a folder with these files."""
+        return all((self.path / name).is_file() for name in names)
+
+    def place(self, layer: int, site: str) -> Site:
+        """The site of a layer, by the format's own conversion or by that of the caller.
+
+        Raises:
+            DamagedFileError: no layer of the model. ConfigError: two layers at one site.
+        """
+        self.check_layer(layer)
+        place = Site.parse((site if self.site is None else self.site).format(layer=layer))
+        if self.placed.setdefault(place, layer) != layer:
+            raise ConfigError(
+                f"'{self.path.name}' has vectors of several layers, and site= one place for all",
+                expected="a site with {layer} in place of the layer",
+                found=f"'{self.site}' for the layers {self.placed[place]} and {layer}",
+                remedy="e.g. site='layers.{layer}.output'",
+            )
+        return place
+
+    def check_layer(self, layer: int) -> None:
+        """Raises DamagedFileError for a layer that the model does not have, as far as the caller said how many there are."""
+        if layer < 0 or (self.n_layers is not None and layer >= self.n_layers):
+            raise DamagedFileError(
+                f"'{self.path.name}' holds a layer that the model does not have",
+                expected="0 or more" if self.n_layers is None else f"0 to {self.n_layers - 1}",
+                found=layer,
+                remedy="check n_layers; the file may be for another model",
+            )
+
+    def asked_site(self, why: str, suggestion: str) -> str:
+        """The caller's conversion. Raises ConfigError, saying why it is needed, when there is none."""
+        if self.site is None:
+            raise ConfigError(
+                f"'{self.path.name}' does not say at which tensor its vectors belong",
+                expected="site=, a site with {layer} in place of the layer",
+                found=why,
+                remedy=f"e.g. site='{suggestion}'",
+            )
+        return self.site
+
+
+class Importer:
+    """One format. A subclass is one file with one registration, and its docstring's first line says what it reads and where it puts it.
+
+    Attributes:
+        looks_for: what it recognises, for the error that lists all of them.
+        makes: `directions` or `plan`.
+    """
+
+    looks_for: ClassVar[str]
+    makes: ClassVar[str] = "directions"
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        """By content. May read the source, but must not raise for one of another format."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read(source: Source) -> Directions | Plan:
+        """Raises the errors of `import_directions`."""
+        raise NotImplementedError
+
+
+def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: str, span: str | int = "unknown", **notes: Any) -> Directions:
+    """Directions out of imported vectors.
+
+    Args:
+        vectors: [width] each, of any number type. Zero vectors, with which some programs fill the layers they did not read, are left out.
+        method, span: as far as the file says.
+        notes: what else it says, JSON-able.
+    """
+    if source.is_torch and (other := next((vector for vector in vectors.values() if not isinstance(vector, Tensor)), None)) is not None:
+        raise incomplete(source, "a tensor for each layer", type(other).__name__)
+    try:
+        tensors = {site: torch.as_tensor(vector).detach().float() for site, vector in vectors.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise incomplete(source, "a vector of numbers for each layer", str(error)) from error
+    kept = {site: vector for site, vector in tensors.items() if bool((vector != 0).any())}
+    if not kept:
+        raise DamagedFileError(
+            f"'{source.path}' holds no vector",
+            expected="at least one that is not zero",
+            found=f"{len(tensors)} zero vectors",
+            remedy="look at what wrote it",
+        )
+    entries = [Direction(site, vector, method, span) for site, vector in kept.items()]
+    if len({len(entry.vector) for entry in entries}) > 1:
+        raise WidthError(
+            f"'{source.path.name}' has vectors of different widths",
+            expected="one width, that of the model",
+            found=", ".join(f"{entry.site}: {len(entry.vector)}" for entry in entries),
+            remedy="get it again from where it came",
+        )
+    left_out = [str(site) for site in tensors if site not in kept]
+    return Directions(entries, source.path.stem, {"imported": {"file": source.path.name, "left_out": left_out, **notes}})
+
+
+def whole_of(source: Source, value: Any, what: str) -> int:
+    """A whole number of a file, which may be written as text. Raises DamagedFileError."""
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError) as error:
+        raise incomplete(source, f"a whole number as {what}", repr(value)[:60]) from error
+
+
+def by_layer(source: Source, part: str) -> dict[int, Any]:
+    """What a part of the content has for each layer, in their order. Raises DamagedFileError."""
+    given = source.content[part]
+    if not isinstance(given, Mapping):
+        raise incomplete(source, f"{part} by layer", type(given).__name__)
+    known = {whole_of(source, layer, f"layer in {part}"): value for layer, value in given.items()}
+    return {layer: known[layer] for layer in sorted(known)}
+
+
+def read_torch(path: Path) -> Any:
+    """What a file of torch.save holds, plain containers and tensors only.
+
+    Raises:
+        UnsafeFileError: it holds objects of other classes, which could run any code when they are unpickled.
+        DamagedFileError: truncated.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UnsafeFileError(
+            f"{path} is a pickle of more than tensors, which can run any code when it is opened",
+            expected="tensors, numbers, text, lists and dictionaries",
+            found=f"an object of {named[1]}" if named else str(error).split("\n")[0],
+            remedy="where you trust it, load it and save its attributes: torch.save(vars(loaded), path)",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        wanted, found = "a whole file of torch.save", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing'}"
+        raise DamagedFileError(f"cannot read {path}", expected=wanted, found=found, remedy="get it again from where it came") from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises DamagedFileError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"cannot read {path}", expected="JSON", found=str(error), remedy="get it again from where it came"
+        ) from error
+
+
+def incomplete(source: Source, expected: str, found: object) -> DamagedFileError:
+    return DamagedFileError(f"'{source.path}' lacks a part", expected=expected, found=found, remedy="get it again from where it came")
+
+
+def choose(source: Source, format: str | None) -> type[Importer]:
+    """The importer by name, or the one that recognises the content.
+
+    Raises:
+        FileError: nothing there. ConfigError: an unknown name, or content that fits several. WrongKindError: content that fits none.
+    """
+    if not source.path.exists():
+        raise FileError(f"no file or folder {source.path}", expected="a vector file", found="nothing there", remedy="check the path")
+    if format is not None:
+        chosen = IMPORTERS.get(format)
+        if not chosen.recognises(Source(source.path)):
+            raise WrongKindError(
+                f"'{source.path}' is not of the format '{format}'",
+                expected=chosen.looks_for,
+                found=_looks(source),
+                remedy="leave format= out to have it told by its content",
+            )
+        return chosen
+    fitting = [name for name in sorted(IMPORTERS) if IMPORTERS.get(name).recognises(source)]
+    if len(fitting) == 1:
+        return IMPORTERS.get(fitting[0])
+    if fitting:
+        raise ConfigError(
+            f"'{source.path}' could be of several formats",
+            expected="content that only one of them has",
+            found=", ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in fitting),
+            remedy=f"pass format='{fitting[0]}' or another of these, or n_layers= to tell them apart",
+        )
+    looked = "; ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in sorted(IMPORTERS))
+    raise WrongKindError(
+        f"'{source.path}' is of no format that can be imported",
+        expected=looked,
+        found=_looks(source),
+        remedy="pass format= if it is one of these, or make a steer.Direction of its vector; steer's own files load with Directions.load",
+    )
+
+
+def _looks(source: Source) -> str:
+    if source.path.is_dir():
+        return f"a folder with {contents(source.path)}"
+    if isinstance(source.content, Tensor):
+        return f"a torch file with a tensor {list(source.content.shape)}"
+    if isinstance(source.content, Mapping):
+        return f"a {'torch' if source.is_torch else 'JSON'} file with {', '.join(map(str, list(source.content)[:8])) or 'nothing'}"
+    return f"a file that begins with {source.head!r}"

@@ -1,0 +1,55 @@
+"""The folders of EasyEdit (`steer/`): one `layer_<n>.pt` for each layer."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from steer.directions.direction import Directions
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_torch
+from steer.errors import ConfigError, WidthError
+
+_FILE = re.compile(r"layer_(\d+)(_.+)?\.pt")
+
+
+@IMPORTERS.register("easyedit")
+class EasyEdit(Importer):
+    """EasyEdit folder of `layer_<L>.pt` (or one such file): L -> `layers.L.output`, which its block wrapper reads and steers."""
+
+    looks_for = "files layer_<n>.pt"
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        folder = source.path.is_dir() and any(_FILE.fullmatch(one.name) for one in source.path.iterdir())
+        return folder or source.is_torch and _FILE.fullmatch(source.path.name) is not None
+
+    @staticmethod
+    def read(source: Source) -> Directions:
+        here = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
+        files = [(int(match[1]), one) for one in here if (match := _FILE.fullmatch(one.name))]
+        if not files:
+            raise incomplete(source, "files layer_<n>.pt", "none")
+        layers = [layer for layer, _ in files]
+        if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
+            raise ConfigError(
+                f"'{source.path}' has several vectors for one layer",
+                expected="one file for each layer",
+                found=", ".join(one.name for layer, one in files if layer == twice[0]),
+                remedy="import the file that you mean",
+            )
+        vectors = {}
+        for layer, file in sorted(files):
+            vector = read_torch(file)
+            if not isinstance(vector, Tensor):
+                found = f"a {type(vector).__name__} in {file.name}: the weights of another intervention method"
+                raise incomplete(source, "a vector", found)
+            if vector.ndim != 1:
+                raise WidthError(
+                    f"'{file.name}' holds several concepts",
+                    expected="the shape [width]",
+                    found=list(vector.shape),
+                    remedy="save the one you mean: torch.save(torch.load(path)[concept], path)",
+                )
+            vectors[source.place(layer, "layers.{layer}.output")] = vector
+        return gathered(source, vectors, method="easyedit")

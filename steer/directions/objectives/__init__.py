@@ -1,0 +1,1 @@
+"""Objectives of trained directions, one a file. See `steer.directions.trained`."""

@@ -1,0 +1,1 @@
+"""Operators, one a file: what an intervention does to an activation. See `steer.intervene.operator`."""

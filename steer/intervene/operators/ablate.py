@@ -1,0 +1,41 @@
+"""Directional ablation: h - strength * (h Q) Q^T (Arditi et al. 2024, arXiv 2406.11717, for rank one)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from steer.intervene.low_rank import LowRank, orthonormal
+from steer.intervene.operator import OPERATORS, Pick
+
+
+@OPERATORS.register("ablate")
+class Ablate(LowRank):
+    """h - strength * (h Q) Q^T: removes the part of h in the span of the given directions; strength 1 removes all of it.
+
+    Args:
+        directions: [width], [rank, width] or [slots, rank, width]; made orthonormal here.
+
+    Raises:
+        ConfigError: directions that are zero or linearly dependent.
+    """
+
+    parts = ("directions",)
+    reads = writes = "directions"
+
+    def __init__(self, directions: Tensor) -> None:
+        rows = orthonormal(directions, "directions to ablate")
+        super().__init__({"directions": rows}, rows.shape[-1])
+
+    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        return -strength * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": 0.0}
+
+    def is_affine(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

@@ -1,0 +1,40 @@
+"""Activation addition: h + strength * v (Turner et al. 2023, arXiv 2308.10248; Rimsky et al. 2023, arXiv 2312.06681)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from steer import kernels
+from steer.intervene.operator import OPERATORS, Operator, Pick, slotted
+
+
+@OPERATORS.register("add")
+class Add(Operator):
+    """h + strength * v: adds a steering vector.
+
+    Args:
+        vector: [width], or [slots, width] when rows of one batch carry different vectors.
+    """
+
+    parts = learnable = ("vector",)
+    additive = True
+
+    def __init__(self, vector: Tensor) -> None:
+        vector = slotted(vector, 2, "steering vector")
+        super().__init__({"vector": vector}, vector.shape[-1])
+
+    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        vector = pick("vector")  # which broadcasts as it is where all rows share one: a view less at every site of every decoded token
+        return (strength * (vector if vector.shape[0] == 1 else vector.unsqueeze(1))).to(h.dtype)
+
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+        slots = pick.rows if self.slots > 1 else None
+        if slots is None and not preserve_norm:  # two passes over memory as it is
+            return None
+        return kernels.steer_add(h, self.tensors["vector"], strength, mask, slots, preserve_norm)
+
+    def is_affine(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"add v, |v| = {', '.join(f'{norm:.4g}' for norm in self.tensors['vector'].norm(dim=-1).tolist())}"

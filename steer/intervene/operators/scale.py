@@ -1,0 +1,43 @@
+"""Scaling along a direction; the factor can be learned, as in activation scaling (Stoehr et al. 2024, arXiv 2410.04962)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from steer.intervene.low_rank import LowRank, listed, numbers, unit
+from steer.intervene.operator import OPERATORS, Pick
+
+
+@OPERATORS.register("scale")
+class Scale(LowRank):
+    """h + strength * (factor - 1) (h·u) u: multiplies what h has along a direction; 0 ablates it, -1 reflects it, 2 doubles it.
+
+    Args:
+        direction: [width] or [slots, width]; only its direction counts.
+        factor: a number or one per row slot; it can be learned.
+
+    Raises:
+        ConfigError: a direction of length 0.
+    """
+
+    parts = ("direction", "factor")
+    learnable = ("factor",)
+    reads = writes = "direction"
+
+    def __init__(self, direction: Tensor, factor: float | Tensor) -> None:
+        u, _ = unit(direction, "direction of 'scale'")
+        super().__init__({"direction": u, "factor": numbers(factor, "factor")}, u.shape[-1])
+
+    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+        return strength * (pick("factor") - 1.0) * x
+
+    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+        return {"scale": bank("factor").flatten(1)}
+
+    def is_affine(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"multiply the projection by {listed(self.tensors['factor'])}"
