@@ -1,4 +1,4 @@
-"""A new method of any kind is one new file, or one entry point of another package: found by plan files, the command line and `steer info`."""
+"""A new method of any kind is one new file, or one entry point of another package: found by plan files and the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from steer.errors import ConfigError
 from steer.registry import REGISTRIES, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"steer": "steer", "callbacks": "steer/callbacks", "kernels": "steer/kernels", "conf": "steer/conf"}  # folder -> place when installed
+# folder -> place when installed
+ROOMS = {"steer": "steer", "callbacks": "steer/callbacks", "kernels": "steer/kernels", "conf": "steer/conf"}
 
 # kind -> (the folder of the kind, a file that adds `new_<kind>` to it)
 FILES = {
