@@ -201,7 +201,7 @@ def test_attach_accepts_a_callback_that_is_in_the_list_already(tmp_path: Path) -
 def test_several_devices_in_one_process_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     callback = HFSteeringCallback(make_plan()).attach(trainer)
-    callback._inside = True  # as within trainer.train
+    callback._in_train = True  # as within trainer.train
     with pytest.raises(ConfigError, match="DataParallel"):
         callback.on_train_begin(SimpleNamespace(n_gpu=2), trainer.state, trainer.control, model=trainer.model)
 

@@ -14,10 +14,10 @@ from families import FAMILIES, WIDTH
 from torch import Tensor, nn
 
 from steer.callbacks import SteeringCallback
-from steer.callbacks.learning import Learning
-from steer.callbacks.ranks import Ranks
 from steer.errors import ConfigError
 from steer.intervene import Ablate, Add, Intervention, Linear, LoReFT, Plan, ProbeGate
+from steer.training.learning import Learning
+from steer.training.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning", "ignore::UserWarning:torch", "ignore::DeprecationWarning"
@@ -169,7 +169,7 @@ def test_the_rate_follows_any_scheduler(scheduler: str) -> None:
 
     class Mine(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            mine.append(callback._run.learning.optimizer.param_groups[0]["lr"])
+            mine.append(callback._run.learning.plan_optimizer.optimizer.param_groups[0]["lr"])
 
     make_trainer(callback, Rates(), Mine()).fit(Scheduled(), loader())
     assert mine == pytest.approx([20.0 * rate for rate in seen]) and len(set(seen)) > 2
@@ -238,7 +238,7 @@ def test_fp16_gradients_are_unscaled_and_a_step_with_infinite_ones_is_left_out()
         learning.start(nn.Linear(1, 1), [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)], Ranks())
         for gradient in (2.0, float("inf")):
             scaler.scale(gradient * parameter.sum()).backward()
-            learning.average()
+            learning.average_gradients()
             learning.step(scaler=scaler, clip=0.0)
             scaler.update()
     assert torch.equal(parameter, torch.full_like(parameter, -1.0)) and scaler.get_scale() == 512.0

@@ -1,4 +1,4 @@
-"""Which tokens of the batch in hand are the response, for forward passes that are not told."""
+"""Response mask of the training batch, for forward passes that are not told which tokens are the response."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from steer.model.hooks import Watcher, watcher_of
 
 
 def response_mask(batch: Any) -> Tensor | None:
-    """[rows, tokens] bool, read off `labels` (-100 elsewhere), a completion mask (TRL; without a tool's tokens) or assistant masks.
+    """Response mask of a batch: `labels` other than -100, TRL's `completion_mask` without a tool's tokens, or `assistant_masks`.
 
-    None when the batch is no mapping, or has none of them.
+    Returns:
+        [rows, tokens] bool; None when the batch is no mapping, or has none of these.
     """
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.dtype.is_floating_point:
-        return labels != -100
+        return labels != -100  # [rows, tokens]
     for name in ("completion_mask", "assistant_masks"):
         mask = batch.get(name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             tool = batch.get("tool_mask")
-            return mask.bool() if tool is None or name != "completion_mask" else (mask * tool).bool()
+            return mask.bool() if tool is None or name != "completion_mask" else (mask * tool).bool()  # [rows, tokens]
     return None
 
 
-class ResponseHint:
-    """Fills in the response tokens of passes that carry no labels: a loss of one's own, DPO, GRPO.
+class BatchResponseMask:
+    """Response mask of the batch that is being run, filled into passes that carry no labels: a loss of one's own, DPO, GRPO.
 
-    Weaker than labels and than `steer.response_tokens`: it is left out where it does not fit, because a step may run other rows than its
-    batch (a generation, two halves of a pair). A scope that needs it then says so with a ContextError.
+    Labels and `steer.response_tokens` take precedence. The mask is left out where it does not fit, because a step may run other rows than
+    its batch (a generation, two halves of a pair). A scope that needs it then raises ContextError.
+
+    Attributes:
+        mask: [rows, tokens] bool, None between batches and for batches that have none.
     """
 
     def __init__(self) -> None:
@@ -48,20 +52,26 @@ class ResponseHint:
             self._watcher.on_open.insert(0, self)  # before those who read the context
 
     def remove(self) -> None:
+        """Leaves the watcher."""
         self.mask = None
         if self._watcher is not None:
             self._watcher.on_open.remove(self)
             self._watcher = None
 
-    def show(self, batch: Any) -> None:
-        """The batch that the next passes belong to; None when it is done."""
+    def read(self, batch: Any) -> None:
+        """Takes the mask of the batch that the next passes belong to."""
         self.mask = response_mask(batch)
 
+    def clear(self) -> None:
+        """Forgets the mask: the next passes belong to no batch."""
+        self.mask = None
+
     def __call__(self, ctx: ForwardContext) -> None:
+        """Fills the mask into a pass that opens."""
         mask = self.mask
         if mask is None or ctx.labelled is not None or ctx.phase == "generate":
             return
-        missing = ctx.tokens - mask.shape[1]
+        n_missing = ctx.tokens - mask.shape[1]
         # GRPO's mask covers the completion only, which stands at the right end
-        if mask.shape[0] == ctx.batch and missing >= 0:
-            ctx.labelled = torch.nn.functional.pad(mask, (missing, 0)) if missing else mask
+        if mask.shape[0] == ctx.batch and n_missing >= 0:
+            ctx.labelled = torch.nn.functional.pad(mask, (n_missing, 0)) if n_missing else mask  # [batch, tokens]
