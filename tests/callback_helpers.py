@@ -100,7 +100,7 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(one, pl.callbacks.ModelCheckpoint) for one in callbacks),
+            "enable_checkpointing": any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
             "num_sanity_val_steps": 0,
             "callbacks": list(callbacks),
             **options,

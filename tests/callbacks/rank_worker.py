@@ -68,9 +68,9 @@ def gathered(value: Any) -> list[Any]:
     """What every rank has."""
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def test_an_exception_takes_the_hooks_off(tmp_path: Path, where: str) -> None:
 
 def test_a_model_that_never_runs_is_noticed(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    other = copy.deepcopy(trainer.model)
-    trainer.compute_loss = lambda model, inputs, **_: other(**inputs).loss
+    copied = copy.deepcopy(trainer.model)
+    trainer.compute_loss = lambda model, inputs, **_: copied(**inputs).loss
     HFSteeringCallback(make_plan()).attach(trainer)
     with pytest.raises(HookDidNotRunError, match="first training batch"):
         trainer.train()
@@ -237,12 +237,12 @@ def test_metrics_join_the_trainers_own_entries(tmp_path: Path) -> None:
     trainer.add_callback(Logger())
     HFSteeringCallback(make_plan(), schedule=Linear(8), every_n_steps=2).attach(trainer)
     trainer.train()
-    found = {entry["step"]: entry for entry in trainer.state.log_history if f"steer/{NAME}/strength" in entry}
-    assert {step: (entry[f"steer/{NAME}/strength"], entry[f"steer/{NAME}/tokens"]) for step, entry in found.items()} == {
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if f"steer/{NAME}/strength" in entry}
+    assert {step: (entry[f"steer/{NAME}/strength"], entry[f"steer/{NAME}/tokens"]) for step, entry in entries.items()} == {
         2: (1 / 8, STEP),
         4: (3 / 8, 3 * STEP),
     }
-    assert all("loss" in entry for entry in found.values())
+    assert all("loss" in entry for entry in entries.values())
     assert sum(f"steer/{NAME}/strength" in logs for logs in heard) == 2
 
 
@@ -254,11 +254,13 @@ def test_drift_is_measured_every_n_steps_and_logged_when_it_is(tmp_path: Path) -
     tracker.store = tmp_path / "d.sqlite"
     HFDriftCallback(tracker, every_n_steps=3).attach(trainer)
     trainer.train()
-    found = records(tmp_path / "d.sqlite")
-    assert sorted({one.step for one in found if one.mode == "probe"}) == [0, 3, 6, 8]
-    assert {one.step: one.n for one in found if one.mode == "stream"} == {3: 6 * STEP, 6: 6 * STEP, 8: 4 * STEP}
+    stored = records(tmp_path / "d.sqlite")
+    assert sorted({record.step for record in stored if record.mode == "probe"}) == [0, 3, 6, 8]
+    assert {record.step: record.n for record in stored if record.mode == "stream"} == {3: 6 * STEP, 6: 6 * STEP, 8: 4 * STEP}
     logged = {entry["step"]: entry[f"{TRAIT}/effect_sd"] for entry in trainer.state.log_history if f"{TRAIT}/effect_sd" in entry}
-    assert logged == {one.step: one.effect_sd for one in found if one.kind == "named" and one.mode == "probe" and one.step}
+    assert logged == {
+        record.step: record.effect_sd for record in stored if record.kind == "named" and record.mode == "probe" and record.step
+    }
     assert n_hooks(trainer.model) == 0
 
 
@@ -290,7 +292,9 @@ def test_the_best_model_and_early_stopping_by_drift(tmp_path: Path) -> None:
         entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in trainer.state.log_history if f"eval_{TRAIT}/effect_sd" in entry
     }
     effects = {
-        one.step: one.effect_sd for one in records(tmp_path / "d.sqlite") if one.kind == "named" and one.mode == "probe" and one.step
+        record.step: record.effect_sd
+        for record in records(tmp_path / "d.sqlite")
+        if record.kind == "named" and record.mode == "probe" and record.step
     }
     assert evaluated == effects
     assert trainer.state.best_metric == min(effects.values())
@@ -306,20 +310,20 @@ def test_an_evaluation_after_a_resume_and_before_the_next_measurement(tmp_path: 
     second = make_trainer(tmp_path, max_steps=4, **options)
     HFDriftCallback(make_tracker(), every_n_steps=2).attach(second)
     second.train(resume_from_checkpoint=True)
-    found = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
-    assert found[3] == found[2] != found[4]
+    drifts = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
+    assert drifts[3] == drifts[2] != drifts[4]
 
 
 def test_last_measurement_is_of_the_last_weights_not_of_the_best(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
     best = {"load_best_model_at_end": True, "metric_for_best_model": f"{TRAIT}/effect_sd", "greater_is_better": False}
-    found = []
+    runs = []
     for extra in ({}, best):
         trainer, tracker = make_trainer(tmp_path / str(len(extra)), **options, **extra), make_tracker()
         HFDriftCallback(tracker, every_n_steps=2).attach(trainer)
         trainer.train()
-        found.append([astuple(one) for one in tracker.latest])
-    assert found[0] == found[1] and found[0][0][0] == 3
+        runs.append([astuple(record) for record in tracker.latest])
+    assert runs[0] == runs[1] and runs[0][0][0] == 3
 
 
 def test_after_a_steering_callback_the_stream_is_read_as_steered(tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_after_a_steering_callback_the_stream_is_read_as_steered(tmp_path: Path)
         HFSteeringCallback(make_plan(strength=strength)).attach(trainer)
         HFDriftCallback(tracker).attach(trainer)
         trainer.train()
-        means[strength] = {one.mode: one.mean for one in tracker.latest if one.kind == "named"}
+        means[strength] = {record.mode: record.mean for record in tracker.latest if record.kind == "named"}
     assert means[2.0]["stream"] != pytest.approx(means[0.0]["stream"], abs=0.05)
 
 
@@ -363,15 +367,17 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, b
     for later in (tmp_path / "killed").glob("checkpoint-6"):  # the kill came before this one was whole
         later.rename(tmp_path / "lost")
     resumed, tail, again = run("killed", resume=str(folder) if by_name else True)
-    whole, spy, steering = run("whole")
+    uninterrupted, spy, steering = run("whole")
 
     assert tail.seen == [entry for entry in spy.seen if entry[0] >= 4]
-    assert same_weights(resumed.model, whole.model)
-    for ours, theirs in zip(resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
+    assert same_weights(resumed.model, uninterrupted.model)
+    for ours, theirs in zip(resumed.optimizer.state.values(), uninterrupted.optimizer.state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = again.state_dict(), steering.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [astuple(one) for one in records(tmp_path / "killed.sqlite")] == [astuple(one) for one in records(tmp_path / "whole.sqlite")]
+    assert [astuple(record) for record in records(tmp_path / "killed.sqlite")] == [
+        astuple(record) for record in records(tmp_path / "whole.sqlite")
+    ]
 
 
 def test_a_damaged_state_is_not_trained_on(tmp_path: Path) -> None:

@@ -146,9 +146,9 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
 def test_a_schedule_and_phases_are_lent_not_given() -> None:
     plan = make_plan(schedule=Linear(100))
     make_trainer(SteeringCallback(plan, schedule="constant")).fit(Module(), loader())
-    one = plan.interventions[0]
-    assert one.schedule == Linear(100) and one.phases == ("train", "validate", "generate")
-    assert plan.current_step == 8 and float(one.effective[0]) == pytest.approx(0.08)
+    intervention = plan.interventions[0]
+    assert intervention.schedule == Linear(100) and intervention.phases == ("train", "validate", "generate")
+    assert plan.current_step == 8 and float(intervention.effective[0]) == pytest.approx(0.08)
 
 
 def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
@@ -227,11 +227,11 @@ def test_training_after_validation_in_inference_mode() -> None:
 
 
 def test_response_scope_when_the_module_computes_its_own_loss() -> None:
-    plan, module, given = make_plan(), OwnLoss(), Module()
+    plan, module, with_labels = make_plan(), OwnLoss(), Module()
     make_trainer(SteeringCallback(plan)).fit(module, loader())
-    make_trainer(SteeringCallback(make_plan())).fit(given, loader())
+    make_trainer(SteeringCallback(make_plan())).fit(with_labels, loader())
     assert plan.fired() == {NAME: RESPONSE}
-    assert module.losses == pytest.approx(given.losses, rel=1e-5)
+    assert module.losses == pytest.approx(with_labels.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks"])
@@ -271,8 +271,8 @@ def test_two_callbacks_both_act_and_keep_their_states(tmp_path: Path) -> None:
     trainer = make_trainer(SteeringCallback(first), SteeringCallback(second))
     trainer.fit(both, loader())
     together = Module()
-    ones = [Intervention(Add(vector()), SITE, scope="response"), Intervention(Add(vector()), "layers.0.output", scope="all")]
-    make_trainer(SteeringCallback(Plan(ones))).fit(together, loader())
+    interventions = [Intervention(Add(vector()), SITE, scope="response"), Intervention(Add(vector()), "layers.0.output", scope="all")]
+    make_trainer(SteeringCallback(Plan(interventions))).fit(together, loader())
     assert both.losses == together.losses
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
@@ -337,7 +337,7 @@ def test_a_model_that_is_made_in_configure_model() -> None:
 
 def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -> None:
     """There is no second device here, so the callbacks are made to believe that they saw the model on another one."""
-    found = []
+    runs = []
     for moved in (False, True):
         steering, tracker = SteeringCallback(make_plan()), make_tracker()
         drift, hooks = DriftCallback(tracker), []
@@ -353,8 +353,8 @@ def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -
         module = Module()
         make_trainer(steering, drift, Move()).fit(module, loader())
         assert n_hooks(module) == 0
-        found.append((module.losses, hooks, steering.plan.fired(), [one.mean for one in tracker.latest]))
-    assert found[0] == found[1]
+        runs.append((module.losses, hooks, steering.plan.fired(), [record.mean for record in tracker.latest]))
+    assert runs[0] == runs[1]
 
 
 def test_fit_twice_counts_anew() -> None:
@@ -386,8 +386,8 @@ def test_an_exception_takes_the_hooks_off(where: str, error: type[BaseException]
 
 def test_a_model_that_never_runs_is_noticed() -> None:
     module = Module()
-    object.__setattr__(module, "other", copy.deepcopy(module.model))
-    module.loss = lambda batch: module.other(**batch, use_cache=False).loss  # type: ignore[method-assign]
+    object.__setattr__(module, "bypass", copy.deepcopy(module.model))
+    module.loss = lambda batch: module.bypass(**batch, use_cache=False).loss  # type: ignore[method-assign]
     with pytest.raises(HookDidNotRunError, match="first training batch"):
         make_trainer(SteeringCallback(make_plan())).fit(module, loader())
     assert n_hooks(module) == 0
@@ -451,12 +451,12 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -
 
     with pytest.raises(MemoryError):
         run(Dies(), make_plan())
-    resumed, whole = Module(), Module()
+    resumed, uninterrupted = Module(), Module()
     again, tail, second = run(resumed, make_plan(), ckpt_path=tmp_path / "last.ckpt")
-    callback, spy, trainer = run(whole, make_plan())
+    callback, spy, trainer = run(uninterrupted, make_plan())
 
     assert tail.seen == spy.seen[8:]
-    assert same_weights(resumed, whole)
+    assert same_weights(resumed, uninterrupted)
     for ours, theirs in zip(second.optimizers[0].state.values(), trainer.optimizers[0].state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = again.state_dict(), callback.state_dict()
@@ -525,8 +525,8 @@ class Losses(pl.Callback):
         self.seen.append(float(outputs["loss"]))
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["lightning module", "model inside"])
-def test_compiled_training_is_steered_and_compiles_once(whole: bool) -> None:
+@pytest.mark.parametrize("module_is_compiled", [True, False], ids=["lightning module", "model inside"])
+def test_compiled_training_is_steered_and_compiles_once(module_is_compiled: bool) -> None:
     eager, losses, module, plan, graphs = Losses(), Losses(), Lean(), make_plan(), []
     make_trainer(SteeringCallback(make_plan(), schedule=Linear(8)), eager).fit(Lean(), loader())
 
@@ -535,9 +535,9 @@ def test_compiled_training_is_steered_and_compiles_once(whole: bool) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    if not whole:
+    if not module_is_compiled:
         module.model.compile(backend=backend)
-    compiled = torch.compile(module, backend=backend) if whole else module
+    compiled = torch.compile(module, backend=backend) if module_is_compiled else module
     make_trainer(SteeringCallback(plan, schedule=Linear(8)), losses).fit(compiled, loader())
     torch._dynamo.reset()
     assert losses.seen == pytest.approx(eager.seen, rel=1e-5)
