@@ -51,6 +51,11 @@ class HFSteeringCallback(TrainerRun):
         super().__init__(SteeringRun(plan, schedule=schedule, phases=phases, every_n_steps=every_n_steps, learning_rate=learning_rate))
         self.plan = plan
 
+    @property
+    def attachment(self) -> Plan | None:
+        """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
+        return self._run.attachment
+
     def begin(self, model: nn.Module, ranks: Ranks) -> None:
         callbacks = self._trainer.callback_handler.callbacks
         stack = any(callback._run.is_attached for callback in callbacks if isinstance(callback, HFSteeringCallback))

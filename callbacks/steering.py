@@ -66,6 +66,11 @@ class SteeringCallback(LightningRun):
         self.plan = plan
 
     @property
+    def attachment(self) -> Plan | None:
+        """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
+        return self._run.attachment
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(plan=self._run.name)
 

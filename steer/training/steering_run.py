@@ -45,6 +45,9 @@ class SteeringRun:
         every_n_steps: optimiser steps between two log entries.
         learning_rate: of the plan's parameters, see `Learning`.
 
+    Attributes:
+        attachment: the plan on the model, None before the first attach; its counts stay readable after the last detach.
+
     Raises:
         ConfigError: no plan, or a phase, schedule, interval or rate that does not exist.
     """
@@ -63,6 +66,7 @@ class SteeringRun:
         self.names = [intervention.name for intervention in plan.interventions]
         self.response_mask = BatchResponseMask()
         self.ranks = Ranks()
+        self.attachment: Plan | None = None
         self.is_attached = False
         self._own_settings: list[tuple[Any, Any]] = []  # schedule and phases of each intervention, given back at the end
         self._state_loaded = False  # since the last start
@@ -85,7 +89,7 @@ class SteeringRun:
         self._narrow()
         try:
             self.plan.step(self.plan.current_step)
-            self.plan.attach(model, stack=stack)
+            self.attachment = self.plan.attach(model, stack=stack)
         except BaseException:
             self._give_back()
             raise
