@@ -120,9 +120,8 @@ class TrainerRun(TrainerCallback):
             raise _no_trainer(self, is_attached=self._trainer is not None)
         if args.n_gpu > 1:
             raise _data_parallel(args.n_gpu)
-        self._run.detach()  # auto_find_batch_size begins again after running out of memory
         ranks = Ranks()
-        self.begin(model, ranks)
+        self.begin(model, ranks)  # anew, when auto_find_batch_size begins again after running out of memory
         if self._resumed_from is not None and (saved := self.load(self._resumed_from)) is not None:
             self._run.load_state_dict(saved, is_first_rank=ranks.is_first)
         self.start(state.global_step)

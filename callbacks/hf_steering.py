@@ -25,9 +25,9 @@ class HFSteeringCallback(TrainerRun):
         HFSteeringCallback(plan).attach(trainer)
         trainer.train()
 
-    The twin of `SteeringCallback`: same arguments, same rules. The reference pass of DPO and GRPO is never steered. With
-    `phases=("train",)` neither are evaluations, the completions that GRPO samples, nor the passes without gradients in which GRPO takes
-    the old log-probabilities (with several iterations or steps per generation; name `validate` to steer those, and evaluations, too).
+    The twin of `SteeringCallback`: same arguments, same rules. The reference pass of DPO and GRPO is never steered.
+    `phases=("train",)` leaves alone evaluations, the completions that GRPO samples, and the passes without gradients in which GRPO takes
+    the old log-probabilities (with several iterations or steps per generation); name `validate` to steer those passes and evaluations.
 
     What the plan learns follows the trainer's optimiser as in `SteeringCallback`. Its gradients are clipped with `max_grad_norm`, unless
     its parameters are in an optimiser that the trainer was given: the trainer clips those of its model only. With
@@ -58,7 +58,8 @@ class HFSteeringCallback(TrainerRun):
 
     def begin(self, model: nn.Module, ranks: Ranks) -> None:
         callbacks = self._trainer.callback_handler.callbacks
-        stack = any(callback._run.is_attached for callback in callbacks if isinstance(callback, HFSteeringCallback))
+        steering = [callback for callback in callbacks if isinstance(callback, HFSteeringCallback) and callback is not self]
+        stack = any(callback._run.is_attached for callback in steering)
         self._run.attach(model, ranks, stack=stack)
 
     def start(self, step: int) -> None:

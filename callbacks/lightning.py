@@ -58,7 +58,6 @@ class LightningRun(pl.Callback):
         device = device_of(module)
         if not self.is_wanted(trainer) or self._run.is_attached and device == self._device:
             return
-        self._run.detach()
         self.begin(trainer, find_submodule(module, self.submodule), ranks_of(trainer))
         self._device = device
 

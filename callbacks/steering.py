@@ -78,7 +78,8 @@ class SteeringCallback(LightningRun):
 
     def begin(self, trainer: pl.Trainer, model: nn.Module, ranks: Ranks) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        stack = any(callback._run.is_attached for callback in callbacks if isinstance(callback, SteeringCallback))
+        steering = [callback for callback in callbacks if isinstance(callback, SteeringCallback) and callback is not self]
+        stack = any(callback._run.is_attached for callback in steering)
         self._run.attach(model, ranks, stack=stack)
 
     def is_wanted(self, trainer: pl.Trainer) -> bool:

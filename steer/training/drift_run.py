@@ -56,7 +56,8 @@ class DriftRun:
         return f"{'+'.join(modes)}:{','.join(watched)}"
 
     def attach(self, model: nn.Module, ranks: Ranks) -> None:
-        """Attaches the tracker; raises as `DriftTracker.attach`."""
+        """Attaches the tracker, anew when it is attached already; raises as `DriftTracker.attach`."""
+        self.detach()
         self.tracker.attach(model, reduce=ranks.sum, main=ranks.writes_files)
         self.response_mask.install(model)
         self.ranks = ranks

@@ -41,6 +41,7 @@ class Learning:
         self.plan = plan
         self.learning_rate = learning_rate
         self.plan_optimizer: PlanOptimizer | None = None
+        self._attachment: Plan | None = None
         self._saved: Mapping[str, Tensor] = {}  # of a checkpoint, until the next start
         self._ranks = Ranks()
         self._outside_model: list[nn.Parameter] = []
@@ -48,10 +49,11 @@ class Learning:
         self._tokens_at_start: dict[str, int] = {}
         self._ran_backward = False  # since the last optimiser step
 
-    def start(self, model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+    def start(self, attachment: Plan, model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
         """Starts, or goes on from the state that was loaded before. All ranks call it together.
 
         Args:
+            attachment: the plan on the model.
             model: what the trainer trains; the parameters of the plan that are part of it are left to the trainer's averaging.
             optimizers: the trainer's.
 
@@ -63,6 +65,7 @@ class Learning:
         unclaimed = [parameter for parameter in parameters if id(parameter) not in in_optimizers]
         self._check(parameters, unclaimed)
         in_model = _ids(model.parameters())
+        self._attachment = attachment
         self._ranks = ranks
         self._outside_model = [parameter for parameter in parameters if id(parameter) not in in_model]
         for parameter in self._outside_model:
@@ -74,7 +77,7 @@ class Learning:
             self.plan_optimizer = PlanOptimizer(unclaimed, self.learning_rate, optimizers)
             self.plan_optimizer.load_state_dict(self._saved)
         self._saved = {}
-        self._tokens_at_start = self.plan.fired()
+        self._tokens_at_start = attachment.fired()
         self._ran_backward = False
         self._without_gradient = [entry for entry in self._named() if entry[2].requires_grad]
 
@@ -112,9 +115,9 @@ class Learning:
     def check_gradients(self) -> None:
         """Raises ConfigError when an intervention acted in a pass that was differentiated, but a parameter of it got no gradient."""
         self._without_gradient = [entry for entry in self._without_gradient if entry[2].grad is None]
-        if not self._without_gradient or not self._ran_backward:
+        if self._attachment is None or not self._without_gradient or not self._ran_backward:
             return
-        fired = self.plan.fired()
+        fired = self._attachment.fired()
         cut_off = [f"{edit}/{name}" for edit, name, _ in self._without_gradient if fired[edit] > self._tokens_at_start[edit]]
         if cut_off:
             raise _no_gradient(cut_off)

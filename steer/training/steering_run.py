@@ -81,11 +81,12 @@ class SteeringRun:
         return ",".join(self.names)
 
     def attach(self, model: nn.Module, ranks: Ranks, *, stack: bool = False) -> None:
-        """Attaches the plan.
+        """Attaches the plan; anew, with the state that it has, when it is attached already and its model was moved.
 
         Raises:
             ConfigError: no intervention acts in any of the phases. Otherwise as `Plan.attach`.
         """
+        self.detach()
         self._narrow()
         try:
             self.plan.step(self.plan.current_step)
@@ -134,7 +135,8 @@ class SteeringRun:
         Raises:
             ConfigError: the plan has parameters that nothing would train.
         """
-        self.learning.start(model, optimizers, self.ranks)
+        assert self.attachment is not None, "attach comes before start"
+        self.learning.start(self.attachment, model, optimizers, self.ranks)
         if step > 0 and not self._state_loaded:
             warnings.warn("the checkpoint holds no state of this plan: its strengths are those it was made with", stacklevel=2)
         if not self._state_loaded:

@@ -61,8 +61,8 @@ def test_fp16_gradients_are_unscaled_and_a_step_with_infinite_ones_is_left_out()
     plan, scaler = learner(), torch.amp.GradScaler("cpu", init_scale=1024.0)
     (parameter,) = plan.parameters()
     learning = Learning(plan, 0.5)
-    with pytest.warns(UserWarning, match="no forward pass"), plan.attached(FAMILIES["llama"]()):
-        learning.start(nn.Linear(1, 1), [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)], Ranks())
+    with pytest.warns(UserWarning, match="no forward pass"), plan.attached(FAMILIES["llama"]()) as attachment:
+        learning.start(attachment, nn.Linear(1, 1), [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)], Ranks())
         for gradient in (2.0, float("inf")):
             scaler.scale(gradient * parameter.sum()).backward()
             learning.average_gradients()
