@@ -108,6 +108,12 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     )
 
 
+def strength_now(steering: Any) -> float:
+    """The strength that is in force in a steering callback's only intervention."""
+    (value,) = (value for name, value in steering._run.metrics().items() if name.endswith("/strength"))
+    return value
+
+
 def n_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 

@@ -26,6 +26,7 @@ from callback_helpers import (
     make_trainer,
     n_hooks,
     same_weights,
+    strength_now,
     vector,
 )
 from families import FAMILIES
@@ -44,11 +45,11 @@ NAME = f"add@{SITE}"
 class Spy(pl.Callback):
     """The strength that was in force in each training batch, and the global step it belonged to."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.seen = plan, []
+    def __init__(self, steering: SteeringCallback) -> None:
+        self.steering, self.seen = steering, []
 
     def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append((trainer.global_step, float(self.plan.interventions[0].effective[0])))
+        self.seen.append((trainer.global_step, strength_now(self.steering)))
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +65,19 @@ def plain() -> Module:
 
 def test_strength_zero_trains_to_the_same_bits(plain: Module) -> None:
     plan, module = make_plan(strength=0.0), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
     assert module.losses == plain.losses
     assert same_weights(module, plain)
-    assert plan.fired() == {NAME: 0}
+    assert steering.attachment.fired() == {NAME: 0}
 
 
 def test_training_is_steered_on_the_response_tokens_only(plain: Module) -> None:
     plan, module = make_plan(), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
     assert module.losses[0] != plain.losses[0]
-    assert plan.fired() == {NAME: RESPONSE}
+    assert steering.attachment.fired() == {NAME: RESPONSE}
     # the first loss is that of the same pass under the plan attached by hand
     model, batch = FAMILIES["llama"](), next(iter(loader()))
     with make_plan().attached(model):
@@ -103,16 +106,18 @@ def test_hooks_are_there_from_setup_to_teardown_and_leave_nothing(plain: Module)
 
 def test_strength_in_step_k_is_schedule_of_k_on_every_micro_batch() -> None:
     plan, schedule = make_plan(), Linear(4)
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan, schedule=schedule), spy, accumulate_grad_batches=2).fit(Module(), loader())
+    steering = SteeringCallback(plan, schedule=schedule)
+    spy = Spy(steering)
+    make_trainer(steering, spy, accumulate_grad_batches=2).fit(Module(), loader())
     assert [step for step, _ in spy.seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert spy.seen == [(step, schedule(step)) for step, _ in spy.seen]
 
 
 def test_accumulation_that_ends_short_at_the_end_of_an_epoch() -> None:
     plan, schedule = make_plan(), Linear(10)
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan, schedule=schedule), spy, accumulate_grad_batches=3, max_epochs=2).fit(Module(), loader(rows=8))
+    steering = SteeringCallback(plan, schedule=schedule)
+    spy = Spy(steering)
+    make_trainer(steering, spy, accumulate_grad_batches=3, max_epochs=2).fit(Module(), loader(rows=8))
     assert [step for step, _ in spy.seen] == [0, 0, 0, 1, 2, 2, 2, 3]
     assert all(strength == pytest.approx(schedule(step)) for step, strength in spy.seen)
 
@@ -128,7 +133,7 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
 
         def training_step(self, batch: dict[str, Tensor], index: int) -> None:
             for optimizer in self.optimizers():
-                self.strengths.append(float(plan.interventions[0].effective[0]))
+                self.strengths.append(strength_now(steering))
                 loss = self.loss(batch)
                 optimizer.zero_grad()
                 self.manual_backward(loss)
@@ -138,8 +143,8 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
             parameters = list(self.parameters())
             return [torch.optim.SGD(parameters[:5], lr=0.01), torch.optim.SGD(parameters[5:], lr=0.01)]
 
-    plan, module = make_plan(), Manual()
-    make_trainer(SteeringCallback(plan, schedule=Linear(16))).fit(module, loader())
+    steering, module = SteeringCallback(make_plan(), schedule=Linear(16)), Manual()
+    make_trainer(steering).fit(module, loader())
     assert module.strengths == [2 * (i // 2) / 16 for i in range(16)]  # constant within a batch
 
 
@@ -153,8 +158,9 @@ def test_a_schedule_and_phases_are_lent_not_given() -> None:
 
 def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
     plan = make_plan(schedule=Linear(8))
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan), spy).fit(Module(), loader())
+    steering = SteeringCallback(plan)
+    spy = Spy(steering)
+    make_trainer(steering, spy).fit(Module(), loader())
     assert spy.seen == [(step, step / 8) for step in range(8)]
 
 
@@ -163,20 +169,22 @@ def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
 
 def test_validation_inside_training_is_not_steered() -> None:
     plan, module = make_plan(strength=50.0), Module()
-    make_trainer(SteeringCallback(plan), limit_train_batches=1).fit(module, loader(), loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering, limit_train_batches=1).fit(module, loader(), loader())
     bare = Module(module.model)
     make_trainer().validate(bare, loader(), verbose=False)
     assert module.val_losses == bare.val_losses
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}
 
 
 def test_validation_is_steered_when_asked_for() -> None:
     plan, module = make_plan(strength=5.0), Module()
-    make_trainer(SteeringCallback(plan, phases=("train", "validate")), limit_train_batches=1).fit(module, loader(), loader())
+    steering = SteeringCallback(plan, phases=("train", "validate"))
+    make_trainer(steering, limit_train_batches=1).fit(module, loader(), loader())
     bare = Module(module.model)
     make_trainer().validate(bare, loader(), verbose=False)
     assert module.val_losses != bare.val_losses
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT) + RESPONSE}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT) + RESPONSE}
 
 
 def test_generation_inside_training_is_not_steered_and_not_confused_with_the_batch() -> None:
@@ -189,10 +197,11 @@ def test_generation_inside_training_is_not_steered_and_not_confused_with_the_bat
             return super().training_step(batch, index)
 
     plan, module = make_plan(strength=50.0), Generating()
-    make_trainer(SteeringCallback(plan), max_steps=1).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering, max_steps=1).fit(module, loader())
     expected = FAMILIES["llama"]().generate(next(iter(loader()))["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(texts[0], expected)
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}
 
 
 def test_the_sanity_check_is_ignored() -> None:
@@ -217,10 +226,11 @@ def test_validate_alone() -> None:
 
 def test_training_after_validation_in_inference_mode() -> None:
     plan, module, trainer = make_plan(), Module(), None
-    trainer = make_trainer(SteeringCallback(plan, phases=("train", "validate"), schedule=Linear(4)))
+    steering = SteeringCallback(plan, phases=("train", "validate"), schedule=Linear(4))
+    trainer = make_trainer(steering)
     trainer.validate(module, loader(), verbose=False)
     trainer.fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
 
 
 # ---- which tokens are the response
@@ -228,9 +238,10 @@ def test_training_after_validation_in_inference_mode() -> None:
 
 def test_response_scope_when_the_module_computes_its_own_loss() -> None:
     plan, module, with_labels = make_plan(), OwnLoss(), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
     make_trainer(SteeringCallback(make_plan())).fit(with_labels, loader())
-    assert plan.fired() == {NAME: RESPONSE}
+    assert steering.attachment.fired() == {NAME: RESPONSE}
     assert module.losses == pytest.approx(with_labels.losses, rel=1e-5)
 
 
@@ -242,8 +253,9 @@ def test_response_scope_from_masks(key: str) -> None:
 
     rows = [{"input_ids": row["input_ids"], key: (row["labels"] != -100).long()} for row in loader().dataset]
     plan = make_plan()
-    make_trainer(SteeringCallback(plan)).fit(Masked(), torch.utils.data.DataLoader(rows, batch_size=2))
-    assert plan.fired() == {NAME: RESPONSE}
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(Masked(), torch.utils.data.DataLoader(rows, batch_size=2))
+    assert steering.attachment.fired() == {NAME: RESPONSE}
 
 
 def test_other_rows_than_the_batch_need_an_announcement() -> None:
@@ -259,8 +271,9 @@ def test_other_rows_than_the_batch_need_an_announcement() -> None:
         make_trainer(SteeringCallback(make_plan())).fit(module, loader())
     assert n_hooks(module) == 0
     plan, module.announce = make_plan(), True
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE // 2}
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
+    assert steering.attachment.fired() == {NAME: RESPONSE // 2}
 
 
 # ---- two callbacks, several models, models made late
@@ -353,7 +366,7 @@ def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -
         module = Module()
         make_trainer(steering, drift, Move()).fit(module, loader())
         assert n_hooks(module) == 0
-        runs.append((module.losses, hooks, steering.plan.fired(), [record.mean for record in tracker.latest]))
+        runs.append((module.losses, hooks, steering.attachment.fired(), [record.mean for record in tracker.latest]))
     assert runs[0] == runs[1]
 
 
@@ -378,9 +391,10 @@ def test_an_exception_takes_the_hooks_off(where: str, error: type[BaseException]
         raise error("stop")
 
     setattr(module, where, fail)
+    steering = SteeringCallback(plan, schedule=Constant())
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-        make_trainer(SteeringCallback(plan, schedule=Constant())).fit(module, loader(), loader())
-    assert n_hooks(module) == 0 and not plan.is_attached
+        make_trainer(steering).fit(module, loader(), loader())
+    assert n_hooks(module) == 0 and not steering.attachment.is_attached
     assert plan.interventions[0].schedule == Linear(3)
 
 
@@ -443,7 +457,8 @@ class Dies(Module):
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     def run(module: Module, plan: Plan, **options: Any) -> tuple[SteeringCallback, Spy, pl.Trainer]:
-        callback, spy = SteeringCallback(plan, schedule=Linear(8)), Spy(plan)
+        callback = SteeringCallback(plan, schedule=Linear(8))
+        spy = Spy(callback)
         save = pl.callbacks.ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
         trainer = make_trainer(callback, spy, save, max_epochs=2, accumulate_grad_batches=2)
         trainer.fit(module, loader(), **options)
@@ -468,8 +483,9 @@ def test_strength_after_a_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> No
     first.fit(Module(), loader())
     first.save_checkpoint(tmp_path / "x.ckpt")
     plan = make_plan()
-    spy = Spy(plan)
-    trainer = make_trainer(SteeringCallback(plan, schedule=Linear(8)), spy, max_steps=5, accumulate_grad_batches=2)
+    steering = SteeringCallback(plan, schedule=Linear(8))
+    spy = Spy(steering)
+    trainer = make_trainer(steering, spy, max_steps=5, accumulate_grad_batches=2)
     trainer.fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert {step for step, _ in spy.seen} == {3, 4}
     assert all(strength == step / 8 for step, strength in spy.seen)
@@ -491,10 +507,10 @@ def test_a_checkpoint_without_state_is_said_so(tmp_path: Path) -> None:
     trainer = make_trainer(max_steps=2)
     trainer.fit(Module(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    plan = make_plan()
-    spy = Spy(plan)
+    steering = SteeringCallback(make_plan(), schedule=Linear(8))
+    spy = Spy(steering)
     with pytest.warns(UserWarning, match="no state of this plan"):
-        make_trainer(SteeringCallback(plan, schedule=Linear(8)), spy, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+        make_trainer(steering, spy, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert spy.seen == [(2, 2 / 8), (3, 3 / 8)]
 
 
@@ -505,9 +521,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     plain_run, module, plan = Module(), Module(), make_plan()
     make_trainer(SteeringCallback(make_plan(), schedule=Linear(4))).fit(plain_run, loader())
     module.model.train().activation_checkpointing_enable({"use_reentrant": False})
-    make_trainer(SteeringCallback(plan, schedule=Linear(4))).fit(module, loader())
+    steering = SteeringCallback(plan, schedule=Linear(4))
+    make_trainer(steering).fit(module, loader())
     assert module.losses == pytest.approx(plain_run.losses, rel=1e-6)
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}
 
 
 class Lean(Module):
@@ -538,17 +555,19 @@ def test_compiled_training_is_steered_and_compiles_once(module_is_compiled: bool
     if not module_is_compiled:
         module.model.compile(backend=backend)
     compiled = torch.compile(module, backend=backend) if module_is_compiled else module
-    make_trainer(SteeringCallback(plan, schedule=Linear(8)), losses).fit(compiled, loader())
+    steering = SteeringCallback(plan, schedule=Linear(8))
+    make_trainer(steering, losses).fit(compiled, loader())
     torch._dynamo.reset()
     assert losses.seen == pytest.approx(eager.seen, rel=1e-5)
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
     assert len(graphs) == 1 and n_hooks(module) == 0
 
 
 def test_bf16_autocast() -> None:
     module, plan = Module(), make_plan()
-    make_trainer(SteeringCallback(plan), precision="bf16-mixed").fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE} and all(torch.isfinite(torch.tensor(module.losses)))
+    steering = SteeringCallback(plan)
+    make_trainer(steering, precision="bf16-mixed").fit(module, loader())
+    assert steering.attachment.fired() == {NAME: RESPONSE} and all(torch.isfinite(torch.tensor(module.losses)))
 
 
 # ---- what is imported
