@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ ROLES = ("policy", "reference")
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What a gate decided in a pass.
 
     Attributes:
@@ -187,7 +187,9 @@ class ForwardContext:
         if of_prompt:
             self._prompt_length()
         mask, past = self.full_mask, self.past
-        if self.scratch.lengths_noted or mask is None or not isinstance(past, int) or not isinstance(self.attention, Tensor) or torch.compiler.is_compiling():
+        if self.scratch.lengths_noted or torch.compiler.is_compiling():
+            return
+        if mask is None or not isinstance(past, int) or not isinstance(self.attention, Tensor):
             return
         self.scratch.positions = self.positions  # worked out before the length that they come from moves on
         length = self.memory.length_before(past)

@@ -106,7 +106,7 @@ def test_an_attach_that_fails_leaves_nothing_behind(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Add(vector()), "layers.9.output")])
     with pytest.raises(SiteError, match="out of range"):
-        attachment = plan.attach(model)
+        plan.attach(model)
     assert hook_count(model) == 0 and not attachment.is_attached
     steered().attach(model).detach()
 
@@ -152,7 +152,7 @@ def test_widths_are_checked_before_anything_is_hooked(tiny):
     model = tiny("llama")
     plan = Plan(Intervention(Add(vector(16)), "layers.1.output", name="mine"))
     with pytest.raises(WidthError, match=r"'mine' does not fit[\s\S]*width 32[\s\S]*width 16"):
-        attachment = plan.attach(model)
+        plan.attach(model)
     with Plan(Intervention(Add(vector(16)), "module:model.layers.1:output")).attached(model), pytest.raises(WidthError, match="width 32"):
         model(ids())
     assert hook_count(model) == 0
@@ -284,7 +284,7 @@ def test_fired_counts_under_inference_mode_and_training_alike(tiny):
     model = tiny("llama")
     plan = steered()
     with torch.inference_mode():
-        attachment = plan.attach(model)
+        plan.attach(model)
         attachment.step(3)
         model(ids())
     model(ids(), labels=ids()).loss.backward()

@@ -145,7 +145,7 @@ def test_training_with_strength_zero_is_that_of_the_bare_model(tiny):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         plan = Plan([intervention(Add(vector()), 0.0), intervention(Add(vector()), 1.0, scope="positions[50]")])
         if steered:
-            attachment = plan.attach(model)
+            plan.attach(model)
         for batch in (padded("right"), packed()):
             model(**batch, use_cache=False).loss.backward()
             optimizer.step()
