@@ -318,9 +318,9 @@ def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical
         assert fired == {"warm": 3 + 2}  # <user> where is, <user> who
     else:
         plan = plan_from_text(canonical, {"warm": Directions.load(talker / "warm")})
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             assert said["steered"] == complete(model, tokenizer, prompts, max_new_tokens=6)
-        assert fired == plan.fired() and all(fired.values())
+        assert fired == attachment.fired() and all(fired.values())
 
 
 def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,9 +266,9 @@ def test_one_intervention_in_two_plans_or_twice_in_one():
     assert [float(plan.interventions[-1].effective) for plan in (first, second, twice)] == [5.0, 1.0, 1.0]
     assert shared.name == "warm" and [each.name for each in twice.interventions] == ["warm", "warm#2"]
     model = FAMILIES["llama"]()
-    with twice.attached(model):
+    with twice.attached(model) as attachment:
         model(torch.arange(6)[None])
-    assert twice.fired() == {"warm": 6, "warm#2": 6}
+    assert attachment.fired() == {"warm": 6, "warm#2": 6}
 
 
 def test_plans_have_tensors_of_their_own():

@@ -17,7 +17,7 @@ from steer.errors import ConfigError
 from steer.experiment.complete import complete
 from steer.experiment.steering import plan_from_config
 from steer.intervene import Plan
-from steer.model.hooks import chat_roles
+from steer.model.annotations import chat_roles
 from steer.model.load import load
 from steer.model.tokens import encode_chat
 

@@ -16,11 +16,11 @@ from steer.intervene import Intervention, Plan
 from steer.intervene.operators.add import Add
 from steer.intervene.scope import Scope
 from steer.model.anatomy import resolve
+from steer.model.annotations import response_tokens
 from steer.model.capture import batches, check_vocabulary, evaluating
 from steer.model.likelihood import response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
-from steer.model.watcher import response_tokens
 
 Read = Callable[[list[int], Tensor, Tensor], None]
 

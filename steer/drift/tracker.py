@@ -131,8 +131,8 @@ class DriftTracker:
         if self.fingerprint is None:
             self.fingerprint = {"class": type(model).__name__} if anatomy is None else anatomy.fingerprint()
         if self.readers:
-            acts: list[tuple[HookPoint, hooks.Act]] = [(point, self.readers[site]) for point, site in zip(points, sites, strict=True)]
-            _, self._remove = hooks.install(model, anatomy, acts)
+            acts: list[tuple[HookPoint, Any]] = [(point, self.readers[site]) for point, site in zip(points, sites, strict=True)]
+            _, _, self._remove = hooks.install(model, anatomy, acts)
         self._model, self._reduce, self._main = _callable(model, anatomy), reduce, main
         return self
 

@@ -10,7 +10,7 @@ from steer.directions.direction import Directions
 from steer.directions.text import direction_at, plan_from_text, plan_to_text
 from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.intervene import GATES, Gate, Plan
-from steer.intervene.gate import Leaf
+from steer.intervene.gate import SiteGate
 from steer.model.site import Site
 
 
@@ -54,7 +54,7 @@ def _gate(name: str, spec: Mapping[str, Any], names: Mapping[str, Directions]) -
         remedy = did_you_mean(str(called), names) or f"give its file with directions.{called}=<path>"
         raise ConfigError(f"gate '{name}': no direction is called '{called}'", expected=expected, found=called, remedy=remedy)
     own = list(inspect.signature(kind).parameters)
-    known = [one for one in (*own[1:], *inspect.signature(Leaf).parameters) if one not in ("options", "tensors", "width")]
+    known = [one for one in (*own[1:], *inspect.signature(SiteGate).parameters) if one not in ("options", "tensors", "width")]
     if unknown := sorted(set(options) - set(known)):
         remedy = did_you_mean(unknown[0], known) or f"leave gates.{name}.{unknown[0]} out"
         raise ConfigError(f"gate '{name}' has no option '{unknown[0]}'", expected=", ".join(known), found=unknown[0], remedy=remedy)

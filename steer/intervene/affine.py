@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank
-from steer.intervene.operator import Operator, Pick
+from steer.intervene.operator import Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,12 @@ def affine_form(operator: Operator, strength: Tensor) -> Affine | None:
     """
     if not operator.is_affine():
         return None
-    pick, scale = Pick(operator, None), strength.double().reshape(1, 1, 1)
+    per_row = operator.tensors
+    scale = strength.double().reshape(1, 1, 1)
     if not isinstance(operator, LowRank):  # one that reads nothing adds a constant
-        return Affine.adding(operator.delta(scale.new_zeros(1, 1, operator.width), scale, pick).flatten().cpu())
-    right, write = (rows[0].double() for rows in operator.rows(pick))
+        return Affine.adding(operator.delta(scale.new_zeros(1, 1, operator.width), scale, per_row).flatten().cpu())
+    right, write = (rows[0].double() for rows in operator.read_and_write(per_row))
     rank = right.shape[0]
     basis = torch.cat([right.new_zeros(1, rank), torch.eye(rank).to(right)])[None]
-    change = operator.change(basis, scale, pick).double().expand(1, rank + 1, -1)[0]
+    change = operator.change(basis, scale, per_row).double().expand(1, rank + 1, -1)[0]
     return Affine(right.cpu(), ((change[1:] - change[0]) @ write).cpu(), (change[0] @ write).cpu())

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, did_you_mean
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, resolve
+from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
 from steer.model.site import Site
 from steer.model.tokens import Row, check_rows, collate
-from steer.model.watcher import response_tokens
 
 
 class Accumulator(Protocol):
@@ -202,7 +202,7 @@ def capture(
     check_vocabulary(anatomy, rows)
     reader = _Reader(accumulators, stop=not _is_sharded(model))
     device = next(model.parameters()).device
-    _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
+    _, _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
     try:
         # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
         with (

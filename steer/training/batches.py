@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.model.context import ForwardContext
-from steer.model.hooks import Watcher, watcher_of
+from steer.model.watcher import Watcher, watcher_of
 
 
 def response_mask(batch: Any) -> Tensor | None:

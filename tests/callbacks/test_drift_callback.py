@@ -31,7 +31,7 @@ from torch import Tensor
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.drift import DriftRecord, DriftStore, DriftTracker
 from steer.errors import ConfigError
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch

@@ -20,7 +20,7 @@ from steer.callbacks import HFDriftCallback, HFSteeringCallback
 from steer.drift import DriftRecord, DriftStore
 from steer.errors import AttachError, ConfigError, DamagedFileError, HookDidNotRunError
 from steer.intervene import Constant, Linear
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
 NAME = f"add@{SITE}"

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.errors import AttachError, ConfigError, ContextError, HookDidNotRunError
 from steer.intervene import Add, Constant, Intervention, Linear, Plan
-from steer.model.hooks import response_tokens, watcher_of
+from steer.model.annotations import response_tokens
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch

@@ -16,7 +16,7 @@ from torch import nn
 
 from steer.callbacks import HFDriftCallback, HFSteeringCallback
 from steer.model.context import ForwardContext
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 pytest.importorskip("trl", reason="trl is an extra: pip install 'torchsteer[dev]'")
 import trl  # noqa: E402

@@ -20,7 +20,7 @@ from steer.drift.records import DriftRecord
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.kernels import force
-from steer.model.hooks import response_tokens
+from steer.model.annotations import response_tokens
 
 Tiny = Callable[[str], Any]
 

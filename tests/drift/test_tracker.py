@@ -19,8 +19,9 @@ from steer.drift import DriftStore, DriftTracker
 from steer.drift.watch import random_units
 from steer.errors import AttachError, ConfigError, NonFiniteError, SiteError, WidthError, WrongModelError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.hooks import arm, watcher_of
+from steer.model.hooks import arm
 from steer.model.site import Site
+from steer.model.watcher import watcher_of
 
 Tiny = Callable[[str], Any]
 

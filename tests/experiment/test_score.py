@@ -65,10 +65,10 @@ def test_an_attached_plan_is_in_the_scores_on_the_response_tokens() -> None:
     model, texts = FAMILIES["llama"](), rows()
     plan = make_plan(strength=1.5, phases=("validate", "generate"))
     plain = response_logprobs(model, texts, pad=0)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         steered = response_logprobs(model, texts, pad=0)
-        assert plan.fired() == {"add@layers.1.output": sum(row.response for row in texts)}
-        plan.set_strength(0.0)
+        assert attachment.fired() == {"add@layers.1.output": sum(row.response for row in texts)}
+        attachment.set_strength(0.0)
         assert torch.equal(response_logprobs(model, texts, pad=0), plain)
     edit = 1.5 * plan.interventions[0].operator.tensors["vector"][0]
     assert steered.tolist() == pytest.approx([edited_by_hand(model, row, edit) for row in texts], rel=1e-4)

@@ -12,8 +12,8 @@ from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, CallGate, Intervention, Plan
+from steer.model.annotations import response_tokens
 from steer.model.cache import note_pass
-from steer.model.hooks import response_tokens
 
 SITE = "layers.1.output"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from steer.intervene import Ablate, Add, HeadShift, Intervention, Plan
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 LATER = "generated"
 

@@ -25,9 +25,9 @@ def test_stacked_plans_may_share_a_gate(tiny):
         # in the second plan the shared gate is not the first one
         other = Intervention(Add(vector(seed=2)), "layers.0.output", gate=opened(False))
         first, second = gated(gate), Plan([other, *gated(gate, -1.0).interventions])
-        with first.attached(model), second.attached(model, stack=True):
+        with first.attached(model) as first_attachment, second.attached(model, stack=True):
             assert torch.allclose(model(ids()).logits, plain, atol=1e-5)
-            assert first.fired() == {"add@layers.1.output": 14}
+            assert first_attachment.fired() == {"add@layers.1.output": 14}
             assert second.fired() == {"add@layers.0.output": 0, "add@layers.1.output": 14}
 
 
@@ -43,9 +43,9 @@ def test_a_cache_does_not_carry_a_decision_to_another_plan(tiny):
         second = gated(opened(False, **per))
         with second.attached(model), pytest.raises(ContextError, match="prompt of this generation was not seen"):
             model(new, past_key_values=cache)
-        with first.attached(model):  # its own decision, it finds again
+        with first.attached(model) as attachment:  # its own decision, it finds again
             model(new, past_key_values=cache)
-            assert first.fired() == {"add@layers.1.output": 2}
+            assert attachment.fired() == {"add@layers.1.output": 2}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,8 +9,8 @@ from hand import ids, padded, vector
 from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import GATES, Ablate, Add, CallGate, CosineGate, FeatureGate, Intervention, Plan, ProbeGate
 from steer.intervene.gate import Gate, Leaf
+from steer.model.annotations import chat_roles
 from steer.model.context import build
-from steer.model.hooks import chat_roles
 
 SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)

@@ -60,13 +60,13 @@ def test_every_row_of_a_batch_decides_for_itself(side, tiny):
         plan, opened = per_generation(model, batch, per=per, over="all")
         given = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"position_ids": positions(batch)}
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(**given).logits
             with edited(model.model.layers[1], lambda h, o=opened: h + o[:, None, None] * V):
                 wanted = model(**given).logits
         real = batch["attention_mask"].bool()
         assert torch.allclose(found[real], wanted[real], atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": int(real[opened].sum())}
+        assert attachment.fired() == {"add@layers.1.output": int(real[opened].sum())}
 
 
 def test_packed_texts_decide_for_themselves(tiny):
@@ -82,11 +82,11 @@ def test_packed_texts_decide_for_themselves(tiny):
         wanted = (pooled > threshold).gather(1, text) & ~prompt
         assert 0 < wanted.sum() < (~prompt).sum()
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(**batch).logits
             with edited(model.model.layers[1], lambda h, w=wanted: h + w.unsqueeze(-1) * V):
                 assert torch.allclose(found, model(**batch).logits, atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": int(wanted.sum())}
+        assert attachment.fired() == {"add@layers.1.output": int(wanted.sum())}
 
 
 MODES = {
@@ -123,12 +123,12 @@ def test_nothing_is_left_of_an_open_gate_in_the_next_call(tiny):
     plain = generate(model, batch)
     for per in ("token", "row", "generation"):
         plan = gated(ProbeGate(torch.zeros(32), 1.0, per=per))
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             assert not torch.equal(generate(model, batch), plain)
-            before = plan.fired()
+            before = attachment.fired()
             plan.interventions[0].gate.tensors["bias"].fill_(-1e9)
             assert torch.equal(generate(model, batch), plain)
-            assert plan.fired() == before
+            assert attachment.fired() == before
 
 
 def step(model, cache, tokens) -> torch.Tensor:
@@ -190,9 +190,9 @@ def test_a_prompt_of_one_token(tiny):
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         plan, opened = per_generation(model, batch)
         for mode in ("dynamic cache", "static cache"):
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = generate(model, batch, **MODES[mode])
-                assert plan.fired() == {"add@layers.1.output": int(opened.sum()) * (tokens.shape[1] + 5)}
+                assert attachment.fired() == {"add@layers.1.output": int(opened.sum()) * (tokens.shape[1] + 5)}
             plain = generate(model, batch, **MODES[mode])
             assert torch.equal(found[~opened], plain[~opened]) and not torch.equal(found[opened], plain[opened])
 

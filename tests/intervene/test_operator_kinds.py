@@ -193,8 +193,8 @@ def test_the_heads_are_those_of_the_model(width, heads, tiny):
     """Of 4 heads of 8 channels, a shift of 8 heads would move half of one."""
     plan = Plan(Intervention(HeadShift(states(1, width), [0], heads), "layers.1.attn.z"))
     with pytest.raises(ConfigError, match=rf"4 heads of 8 channels[\s\S]*{heads} heads of {width}"):
-        plan.attach(tiny("llama"))
-    assert not plan.is_attached
+        attachment = plan.attach(tiny("llama"))
+    assert not attachment.is_attached
 
 
 # ---- probes and detection

@@ -110,14 +110,14 @@ def test_a_whole_graph_that_is_not_traced_again(tiny, unbroken):
     plan = Plan([Intervention(case.make(seeds=THREE), site_of(name), name=name, **options) for name, case in CASES.items()])
     plan.set_rows([0, 1, 2])
     seen = []
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         for change in (
             lambda: None,
-            lambda: plan.set_strength(0.2),
-            lambda: plan.set_strength(-0.3, "rotate"),
+            lambda: attachment.set_strength(0.2),
+            lambda: attachment.set_strength(-0.3, "rotate"),
             lambda: changed(one.operator for one in plan.interventions),
-            lambda: plan.set_rows([2, 2, 0]),
+            lambda: attachment.set_rows([2, 2, 0]),
         ):
             change()
             found, wanted = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits

@@ -37,17 +37,17 @@ def logits(model):
 def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
     model = tiny("llama")
     plan = steered()
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         wanted = logits(model)
         with pytest.raises(AttachError, match="attached already"):
-            plan.attach(model)
+            attachment = plan.attach(model)
         with pytest.raises(AttachError, match=r"another plan[\s\S]*stack=True"):
             steered().attach(model)
         with pytest.raises(AttachError, match="another plan"):
             steered().attach(torch.nn.ModuleList([model]))  # through a wrapper
         assert torch.equal(logits(model), wanted)
     with pytest.raises(AttachError, match="not attached"):
-        plan.detach()
+        attachment.detach()
 
 
 def test_stacked_plans_act_in_the_order_of_their_attach(tiny):
@@ -67,11 +67,11 @@ def test_stacked_plans_may_leave_in_any_order(tiny):
     model = tiny("llama")
     plain = logits(model)
     first, second = steered().attach(model), steered(strength=-1.0)
-    second.attach(model, stack=True)
+    attachment = second.attach(model, stack=True)
     assert torch.allclose(logits(model), plain, atol=1e-5)
     first.detach()
     steered_once = logits(model)
-    second.detach()
+    attachment.detach()
     with edited(model.model.layers[1], lambda h: h - vector()):
         assert torch.allclose(logits(model), steered_once, atol=1e-6)
     assert torch.equal(logits(model), plain) and hook_count(model) == 0
@@ -107,7 +107,7 @@ def test_an_attach_that_fails_leaves_nothing_behind(tiny):
     plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Add(vector()), "layers.9.output")])
     with pytest.raises(SiteError, match="out of range"):
         plan.attach(model)
-    assert hook_count(model) == 0 and not plan.is_attached
+    assert hook_count(model) == 0 and not attachment.is_attached
     steered().attach(model).detach()
 
 
@@ -120,13 +120,13 @@ def test_a_plan_that_nothing_ran_through_says_so(tiny):
 def test_a_plan_may_move_to_another_model_and_touches_only_its_own(tiny):
     plan, llama, gpt2 = steered(), tiny("llama"), tiny("gpt2")
     plain = logits(gpt2)
-    with plan.attached(llama):
+    with plan.attached(llama) as attachment:
         logits(llama)
         assert torch.equal(logits(gpt2), plain)
-    with plan.attached(gpt2):
+    with plan.attached(gpt2) as attachment:
         assert not torch.allclose(logits(gpt2), plain, atol=1e-3)
         logits(llama)
-        assert plan.fired() == {"add@layers.1.output": 14}
+        assert attachment.fired() == {"add@layers.1.output": 14}
 
 
 def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
@@ -136,13 +136,13 @@ def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
         gate = ProbeGate(vector(seed=3), sharpness=1.0)
         add = Intervention(Add(vector()), "layers.1.output", "response[:2]~4", gate=gate)
         plan = Plan([add, Intervention(Ablate(vector(seed=2)), "layers.1.output", "positions[1:]")])
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             model(ids(), use_cache=True)
-    plan.set_strength(0.5)
-    plan.set_window(0, 3)
-    with plan.attached(model):
+    attachment.set_strength(0.5)
+    attachment.set_window(0, 3)
+    with plan.attached(model) as attachment:
         model(ids(), labels=ids()).loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and all(plan.fired().values())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and all(attachment.fired().values())
 
 
 # ---- what does not fit
@@ -162,14 +162,14 @@ def test_a_plan_for_another_model_is_refused(tiny):
     model = tiny("llama")
     plan = Plan(Intervention(Add(vector()), "layers.1.output"), fingerprint=Anatomy.find(model).fingerprint())
     with pytest.raises(WrongModelError, match=r"'model_type': 'llama'[\s\S]*'model_type': 'gpt2'"):
-        plan.attach(tiny("gpt2"))
+        attachment = plan.attach(tiny("gpt2"))
     with torch.no_grad():
         other = tiny("llama")
         other.get_input_embeddings().weight.mul_(1.1)
     with pytest.warns(UserWarning, match="embeddings differ"):
-        plan.attach(other)
-    plan.detach()
-    plan.attach(tiny("llama")).detach()
+        attachment = plan.attach(other)
+    attachment.detach()
+    attachment = plan.attach(tiny("llama")).detach()
 
 
 @pytest.mark.parametrize(
@@ -217,15 +217,15 @@ def test_strength_switch_and_schedule_drive_one_buffer(tiny):
             return logits(model)
 
     wanted = {strength: by_hand(strength) for strength in (0.0, 0.5, 1.0, 2.0, 4.0)}
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         for act, strength in [
             (lambda: None, 0.0),
-            (lambda: plan.step(5), 1.0),
-            (lambda: plan.set_strength(4.0), 2.0),
-            (lambda: plan.enable(False), 0.0),
-            (lambda: plan.step(10), 0.0),
-            (lambda: plan.enable(), 4.0),
-            (lambda: plan.set_strength(0.5, "add@layers.1.output"), 0.5),
+            (lambda: attachment.step(5), 1.0),
+            (lambda: attachment.set_strength(4.0), 2.0),
+            (lambda: attachment.enable(False), 0.0),
+            (lambda: attachment.step(10), 0.0),
+            (lambda: attachment.enable(), 4.0),
+            (lambda: attachment.set_strength(0.5, "add@layers.1.output"), 0.5),
         ]:
             act()
             assert buffer.tolist() == [strength] and plan.interventions[0].effective is buffer
@@ -239,11 +239,11 @@ def test_one_of_two_can_be_driven_alone(tiny):
     plan.set_strength(3.0, "b")
     with edited(model.model.layers[1], lambda h: h + 3 * vector()):
         wanted = logits(model)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         assert torch.allclose(logits(model), wanted, atol=1e-5)
-        assert plan.fired() == {"a": 0, "b": 14}
+        assert attachment.fired() == {"a": 0, "b": 14}
     with pytest.raises(NonFiniteError):
-        plan.set_strength(float("nan"))
+        attachment.set_strength(float("nan"))
     assert plan.interventions[1].effective.item() == 3.0
 
 
@@ -267,17 +267,17 @@ def test_fired_counts_tokens_exactly(tiny):
     batch = padded("left")
     scopes = {"all": 17, "prompt": 6, "response": 11, "last": 3, "positions[0,-1]": 6, "generated": 0}
     plan = Plan([Intervention(Add(vector()), "layers.1.output", scope, name=scope) for scope in scopes])
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         for _ in range(3):
             model(**batch)
-        assert plan.fired() == {scope: 3 * count for scope, count in scopes.items()} and plan.passes == 3
-        plan.set_strength(0.0, "all")
+        assert attachment.fired() == {scope: 3 * count for scope, count in scopes.items()} and attachment.passes == 3
+        attachment.set_strength(0.0, "all")
         model(**batch)
-        assert plan.fired()["all"] == 51 and plan.fired()["prompt"] == 24
-    assert plan.fired()["prompt"] == 24  # readable after the detach
-    plan.attach(model)
-    assert set(plan.fired().values()) == {0}  # counted anew
-    plan.detach()
+        assert attachment.fired()["all"] == 51 and attachment.fired()["prompt"] == 24
+    assert attachment.fired()["prompt"] == 24  # readable after the detach
+    attachment = plan.attach(model)
+    assert set(attachment.fired().values()) == {0}  # counted anew
+    attachment.detach()
 
 
 def test_fired_counts_under_inference_mode_and_training_alike(tiny):
@@ -285,12 +285,12 @@ def test_fired_counts_under_inference_mode_and_training_alike(tiny):
     plan = steered()
     with torch.inference_mode():
         plan.attach(model)
-        plan.step(3)
+        attachment.step(3)
         model(ids())
     model(ids(), labels=ids()).loss.backward()
-    plan.step(4)
-    assert plan.fired() == {"add@layers.1.output": 28}
-    plan.detach()
+    attachment.step(4)
+    assert attachment.fired() == {"add@layers.1.output": 28}
+    attachment.detach()
 
 
 def test_explain_says_what_acts_where_when_and_how(tiny):
@@ -301,9 +301,9 @@ def test_explain_says_what_acts_where_when_and_how(tiny):
         ]
     )
     plan.step(1)
-    plan.attach(tiny("llama"))
+    attachment = plan.attach(tiny("llama"))
     text = plan.explain()
-    plan.detach()
+    attachment.detach()
     for words in (
         "plan of 2 intervention(s), attached, step 1",
         "1. add@layers.1.output: add v, |v| = 16.97 at layers.1.output (model.layers.1), width 32",

@@ -152,20 +152,20 @@ def test_a_copy_of_an_attached_plan_is_on_no_model(how, tiny):
     model = tiny("llama")
     gate = ProbeGate(vector(seed=3), sharpness=1.0).train()
     plan = Plan([Intervention(Add(vector()).train(), SITE, "response[:2]~4", gate=gate), Intervention(Ablate(vector()), "embed")])
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model(ids(), labels=ids())
-        count, fired = hook_count(model), plan.fired()
+        count, fired = hook_count(model), attachment.fired()
         other = copied(plan, how)
         assert not other.is_attached and "not attached" in other.explain()
         other.set_strength(0.0)
-        assert hook_count(model) == count and plan.is_attached and plan.interventions[0].effective.item() == 1.0
+        assert hook_count(model) == count and attachment.is_attached and plan.interventions[0].effective.item() == 1.0
         model(ids(), labels=ids())
-        assert plan.fired() == {name: 2 * number for name, number in fired.items()}
-    assert hook_count(model) == 0 and plan.fired() == {name: 2 * number for name, number in fired.items()}
+        assert attachment.fired() == {name: 2 * number for name, number in fired.items()}
+    assert hook_count(model) == 0 and attachment.fired() == {name: 2 * number for name, number in fired.items()}
     other.set_strength(1.0)
-    with other.attached(model):
+    with other.attached(model) as other_attachment:
         model(ids(), labels=ids()).loss.backward()
-        assert other.fired() == fired
+        assert other_attachment.fired() == fired
     assert all(one.grad is not None for one in other.parameters()) and all(one.grad is None for one in plan.parameters())
 
 
@@ -173,9 +173,9 @@ def test_copies_of_a_plan_that_was_never_attached(tiny):
     model = tiny("llama")
     for how in ("copy", "pickle"):
         other = copied(steered(strength=0.5), how)
-        with other.attached(model):
+        with other.attached(model) as attachment:
             model(ids())
-        assert set(other.fired().values()) == {14}
+        assert set(attachment.fired().values()) == {14}
 
 
 # ---- wrong types

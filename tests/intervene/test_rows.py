@@ -67,14 +67,14 @@ def test_one_vector_with_a_strength_per_row(tiny):
     plan.set_rows([1, 0])
     with torch.no_grad():
         plain = model(ids()).logits
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             steered = model(ids()).logits
-            assert plan.fired() == {"add@layers.1.output": 7}  # the row of strength 0 does not count
-            plan.set_rows([0, 0])
+            assert attachment.fired() == {"add@layers.1.output": 7}  # the row of strength 0 does not count
+            attachment.set_rows([0, 0])
             assert torch.equal(model(ids()).logits, plain)
-            plan.set_strength([1.0, 0.0])
+            attachment.set_strength([1.0, 0.0])
             assert torch.allclose(model(ids()).logits[0], steered[0], atol=1e-6)
-            assert plan.fired() == {"add@layers.1.output": 7 + 14}
+            assert attachment.fired() == {"add@layers.1.output": 7 + 14}
     assert torch.equal(steered[1], plain[1]) and not torch.allclose(steered[0], plain[0], atol=1e-3)
 
 
@@ -133,33 +133,33 @@ def test_gradients_of_a_slotted_batch(tiny):
 def test_rows_must_be_said_and_fit(tiny):
     model = tiny("llama")
     plan = slotted("add")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         with pytest.raises(ContextError, match=r"3 row slots[\s\S]*set_rows"):
             model(ids(3))
-        plan.set_rows([0, 1, 2])
+        attachment.set_rows([0, 1, 2])
         model(ids(3))
         for batch in (2, 6):
             with pytest.raises(ContextError, match=rf"do not fit[\s\S]*{batch} rows[\s\S]*found: 3"):
                 model(ids(batch), use_cache=False)
     for rows in ([0, 3], [-1], []):
         with pytest.raises(ConfigError, match="expected: 0 to 2"):
-            plan.set_rows(rows)
+            attachment.set_rows(rows)
     with pytest.raises(ConfigError, match=r"wrong number of strengths[\s\S]*1 or 3"):
         Intervention(Add(VECTORS), "layers.1.output", strength=[1.0, 2.0])
     with pytest.raises(ConfigError, match="strengths"):
-        plan.set_strength([1.0, 2.0])
+        attachment.set_strength([1.0, 2.0])
 
 
 def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
     model = tiny("llama")
     plan = slotted("add")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         with torch.inference_mode():
-            plan.set_rows([0, 1])
-            plan.set_strength(2.0)
+            attachment.set_rows([0, 1])
+            attachment.set_strength(2.0)
             model(ids())
-        plan.set_rows([1, 2])
-        plan.set_strength(1.0)
+        attachment.set_rows([1, 2])
+        attachment.set_strength(1.0)
         model(ids(), labels=ids()).loss.backward()
         [one] = plan.interventions
         assert one.rows.tolist() == [1, 2] and set(one.effective.tolist()) == {1.0} and not one.rows.is_inference()

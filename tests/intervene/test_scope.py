@@ -15,7 +15,9 @@ from torch import Tensor
 from steer.errors import ConfigError, ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.intervene.scope import KINDS, Scope
-from steer.model.context import CHAT_ROLES, ForwardContext, build
+from steer.intervene.scope_mask import ScopeMask
+from steer.model.context import CHAT_ROLES, ForwardContext, Mask
+from steer.model.context_builder import build_context
 
 # ---- the reference: what is known about a token, and what each part of a scope says about it
 
@@ -152,8 +154,19 @@ GAP = Token(0, None, "none", 0, None, False, 0, "system", real=False)
 TEXTS = st.lists(st.builds(Text, st.integers(1, 4), st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=3)
 
 
+class Tokens(ScopeMask):
+    """The tokens of a scope, whose lengths are noted when the pass opens, as an attachment does it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(Scope.parse(text))
+
+    def mask(self, ctx: ForwardContext) -> Mask:
+        self.note_lengths(ctx)
+        return super().mask(ctx)
+
+
 def agrees(wanted: Wanted, rows: list[list[Token]], ctx: ForwardContext, generating: bool) -> None:
-    scope = Scope.parse(wanted.text)
+    scope = Tokens(wanted.text)
     mask, fade = scope.mask(ctx), scope.fade(ctx)
     mask = torch.full((ctx.batch, ctx.tokens), mask) if isinstance(mask, bool) else mask
     assert mask.tolist() == [[wanted.wants(token, generating) for token in row] for row in rows], wanted.text
@@ -184,9 +197,9 @@ def test_training_batches(texts, wanted, side, with_positions):
     if with_positions:
         given_["position_ids"] = columns(rows, lambda token: token.index)
     response = columns(rows, lambda token: token.part == "response")
-    agrees(wanted, rows, build(given_, response, False, turns=turns_of(rows)), False)
+    agrees(wanted, rows, build_context(given_, response, turns=turns_of(rows)), False)
     given_["labels"] = torch.where(response, 5, -100)
-    agrees(wanted, rows, build(given_, None, False, turns=turns_of(rows)), False)
+    agrees(wanted, rows, build_context(given_, None, turns=turns_of(rows)), False)
 
 
 @given(TEXTS, scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))))
@@ -194,7 +207,7 @@ def test_packed_rows(texts, wanted):
     row = [token for text in texts for token in text.tokens()]
     given_ = {"input_ids": columns([row], lambda token: token.id), "position_ids": columns([row], lambda token: token.index)}
     given_["labels"] = columns([row], lambda token: 5 if token.part == "response" else -100)
-    agrees(wanted, [row], build(given_, None, False, turns=turns_of([row])), False)
+    agrees(wanted, [row], build_context(given_, None, turns=turns_of([row])), False)
 
 
 class Cache:
@@ -241,7 +254,7 @@ class Generation:
         mask = columns([row[:stop] for row in self.rows for _ in range(self.beams)], lambda token: int(token.real))
         if not bool(mask.all()):
             given_["attention_mask"] = mask
-        ctx = build(given_, None, False, turns=turns_of(rows))
+        ctx = build_context(given_, None, turns=turns_of(rows))
         self.cache.length = stop
         return ctx, many
 
@@ -277,7 +290,7 @@ def test_a_prompt_in_copied_parts(texts, wanted, static, chunk):
 
 def test_a_second_turn_on_the_same_cache_begins_a_new_response():
     one = Generation([Text(4, 0, 1), Text(3, 0, 2)], "left", False)
-    scope = Scope.parse("generated[:1]|prompt[5:]")
+    scope = Tokens("generated[:1]|prompt[5:]")
     scope.mask(one.context(4)[0])
     for _ in range(2):
         one.decode()
@@ -296,7 +309,7 @@ def test_the_first_token_of_a_prompt_of_one_on_a_static_cache_is_no_decoded_one(
     for name, first, second in (("generated[:1]", False, True), ("prompt", True, False), ("positions[-1]", True, False)):
         one = Generation([Text(1, 0, 1), Text(1, 0, 2)], "left", True)
         one.cache.get_seq_length = lambda one=one: torch.tensor(one.cache.length)
-        scope = Scope.parse(name)
+        scope = Tokens(name)
         for _ in range(2):  # reused for a second generation
             one.cache.length, one.rows = 0, [row[:1] for row in one.rows]
             assert scope.mask(one.context(1)[0]).tolist() == [[first], [first]]
@@ -312,12 +325,12 @@ def test_a_cache_that_was_filled_before_says_so(name, static):
     one.decode()
     ctx, _ = one.context(1)
     with pytest.raises(ContextError, match=r"prompt of this generation was not seen[\s\S]*cache from before the attach"):
-        Scope.parse(name).mask(ctx)
+        Tokens(name).mask(ctx)
 
 
 def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
     long, short = Generation([Text(5, 0, 1)], "left", False), Generation([Text(2, 0, 1)], "left", False)
-    scope = Scope.parse("generated[:2]")
+    scope = Tokens("generated[:2]")
     for one in (long, short):
         scope.mask(one.context(len(one.rows[0]))[0])
     twin = copy.deepcopy(long)
@@ -331,7 +344,7 @@ def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
 
 def test_a_cache_of_other_rows_is_refused():
     one = Generation([Text(3, 0, 1), Text(2, 0, 2)], "left", False)
-    scope = Scope.parse("generated[:2]")
+    scope = Tokens("generated[:2]")
     scope.mask(one.context(3)[0])
     one.rows = one.rows[:1] * 3
     one.texts = one.texts[:1] * 3
@@ -421,23 +434,23 @@ def test_mistakes_are_named(text, says):
 
 
 def context_of(**extra) -> ForwardContext:
-    return build({"input_ids": torch.ones(1, 3, dtype=torch.long), **extra}, None, False)
+    return build_context({"input_ids": torch.ones(1, 3, dtype=torch.long), **extra}, None)
 
 
 @pytest.mark.parametrize("name", ["prompt", "response", "generated", "prompt[:2]", "response&last", "all!generated"])
 def test_a_pass_that_does_not_tell_prompt_from_response(name):
     with pytest.raises(ContextError, match=rf"scope '{name.translate({91: chr(92) + '[', 93: chr(92) + ']'})}' cannot tell prompt"):
-        Scope.parse(name).mask(context_of())
+        Tokens(name).mask(context_of())
 
 
 def test_a_decay_needs_to_know_where_the_response_begins():
     with pytest.raises(ContextError, match=r"scope 'all~8' cannot tell where the response begins"):
-        Scope.parse("all~8").fade(context_of())
+        Tokens("all~8").fade(context_of())
 
 
 @pytest.mark.parametrize("tokens", [3, 1])
 def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
-    scope = Scope.parse("response[-2:]")
+    scope = Tokens("response[-2:]")
     one = Generation([Text(3, 0, 1)], "left", False)
     ctx, _ = one.context(3)
     if tokens == 1:
@@ -449,17 +462,17 @@ def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
 
 
 def test_token_ids_need_ids():
-    ctx = build({"inputs_embeds": torch.ones(1, 3, 8)}, None, False)
+    ctx = build_context({"inputs_embeds": torch.ones(1, 3, 8)}, None)
     with pytest.raises(ContextError, match=r"'tokens\[5\]' needs token ids[\s\S]*inputs_embeds"):
-        Scope.parse("tokens[5]").mask(ctx)
+        Tokens("tokens[5]").mask(ctx)
 
 
 @pytest.mark.parametrize("turns", [None, torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), torch.zeros(3)])
 @pytest.mark.parametrize("generating", [False, True])
 def test_roles_need_an_announcement_that_fits(turns, generating):
-    ctx = build({"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": generating}, None, False, turns=turns)
+    ctx = build_context({"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": generating}, None, turns=turns)
     with pytest.raises(ContextError, match=rf"cannot tell whose turn[\s\S]*found: {'none' if turns is None else ''}[\s\S]*chat_roles"):
-        Scope.parse("role[user]").mask(ctx)
+        Tokens("role[user]").mask(ctx)
 
 
 def test_roles_may_be_announced_with_those_of_the_cache():
@@ -467,15 +480,15 @@ def test_roles_may_be_announced_with_those_of_the_cache():
     one.context(3)
     given_ = {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": one.cache}
     turns = torch.tensor([[0, 1, 1, 2, 1]])
-    assert Scope.parse("role[user]").mask(build(given_, None, False, turns=turns)).tolist() == [[False, True]]
+    assert Tokens("role[user]").mask(build_context(given_, None, turns=turns)).tolist() == [[False, True]]
 
 
 def test_a_module_beside_a_decoder_has_no_tokens():
     ctx = ForwardContext(0, 0, "train")
-    assert Scope.parse("all").mask(ctx) is True
+    assert Tokens("all").mask(ctx) is True
     for name in ("prompt", "all!last", "all~3"):
         with pytest.raises(ContextError, match=r"needs tokens[\s\S]*scope='all'"):
-            Scope.parse(name).mask(ctx)
+            Tokens(name).mask(ctx)
 
 
 # ---- windows that move

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.hooks import chat_roles, response_tokens
+from steer.model.annotations import chat_roles, response_tokens
 from steer.model.tokens import encode_chat
 
 V = 3 * vector()
@@ -242,15 +242,15 @@ def test_what_moved_is_steered_and_counted(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(V), f"layers.{layer}.output", "generated[:1]", name=str(layer)) for layer in range(3)])
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 2, "1": 2, "2": 2}
-        plan.set_window(0, 3, "1")
+        assert attachment.fired() == {"0": 2, "1": 2, "2": 2}
+        attachment.set_window(0, 3, "1")
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 4, "1": 8, "2": 4}
-        plan.set_window(2, 4)
+        assert attachment.fired() == {"0": 4, "1": 8, "2": 4}
+        attachment.set_window(2, 4)
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 8, "1": 12, "2": 8}
+        assert attachment.fired() == {"0": 8, "1": 12, "2": 8}
 
 
 @pytest.mark.real

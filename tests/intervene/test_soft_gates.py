@@ -90,9 +90,9 @@ def run(model, plan, batch) -> list[torch.Tensor]:
     model.zero_grad()
     for parameter in plan.parameters():
         parameter.grad = None
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model(**batch, use_cache=False).loss.backward()
-        fired = torch.tensor(list(plan.fired().values()))
+        fired = torch.tensor(list(attachment.fired().values()))
     return [*(one.grad for one in plan.parameters()), *(one.grad for one in model.parameters()), fired]
 
 
@@ -149,7 +149,7 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
     shared, other = second.gate.leaves()
     assert shared is cosine
     seen, fired = [], []
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         for change in (
             lambda: None,
@@ -157,15 +157,15 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
             lambda: cosine.tensors["threshold"].fill_(-0.2),
             lambda: other.tensors["sharpness"].fill_(20.0),
             lambda: probe.tensors["vector"].copy_(-W[None]),
-            lambda: plan.set_strength(0.5),
+            lambda: attachment.set_strength(0.5),
         ):
             change()
-            before = plan.fired()
+            before = attachment.fired()
             found = compiled(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
-            between = plan.fired()
+            between = attachment.fired()
             wanted = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
             assert torch.allclose(found, wanted, atol=1e-5)
-            after = plan.fired()
+            after = attachment.fired()
             assert all(after[name] - between[name] == between[name] - before[name] for name in after)
             seen.append(found)
             fired.append(after)
@@ -249,8 +249,8 @@ def test_values_between_open_and_closed_steer_by_that_share(tiny):
     for bias in (-2.0, 0.0, 1.0):
         plan = gated(ProbeGate(torch.zeros(32), bias, sharpness=1.5))
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(x).logits
             with edited(model.model.layers[1], lambda h, b=bias: h + torch.sigmoid(torch.tensor(1.5 * b)) * V):
                 assert torch.allclose(found, model(x).logits, atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": 14 * (bias > 0)}
+        assert attachment.fired() == {"add@layers.1.output": 14 * (bias > 0)}

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, StaticCache
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.model import context
-from steer.model.hooks import chat_roles, response_tokens, watcher_of
+from steer.model.annotations import chat_roles, response_tokens
+from steer.model.watcher import watcher_of
 
 
 class Trace:

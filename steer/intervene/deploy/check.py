@@ -21,8 +21,8 @@ from steer.intervene.deploy.constant import AT_RUN_TIME
 from steer.intervene.deploy.fold import Fold
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
-from steer.model import hooks
 from steer.model.anatomy import Anatomy
+from steer.model.watcher import watcher_of
 
 # How far the final hidden states may be from those of the plan: a share of what the plan changes in them, and beside that what rounding
 # makes of the states in the type that the fold is tried in. SmolLM2-135M with all 30 blocks edited has 2e-6 in float32, whatever the type
@@ -47,12 +47,12 @@ class Check:
     """
 
     def __init__(self, anatomy: Anatomy, interventions: list[Intervention], fingerprint: dict[str, Any] | None, carrier: str) -> None:
-        watcher = hooks.watcher_of(anatomy.model)
+        watcher = watcher_of(anatomy.model)
         if watcher is not None:
             raise AttachError(
                 "something is attached to this model",
                 expected="a model without a plan or a monitor",
-                found=", ".join(str(tap.point.site) for tap in watcher.taps),
+                found=", ".join(str(hook.point.site) for hook in watcher.site_hooks),
                 remedy="detach it first: a plan that is attached and folded would act twice",
             )
         self.anatomy, self.plan, self.carrier = anatomy, Plan(interventions, fingerprint=fingerprint), carrier

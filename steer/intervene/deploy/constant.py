@@ -30,7 +30,7 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
     edits = []
     for one in plan.interventions:
         steady = isinstance(one.schedule, Constant)
-        if not one.enabled or not bool((one.base != 0).any()) or steady and not bool((one.effective != 0).any()):
+        if not one.enabled or not any(one.strength) or steady and not bool(one.strength_at(plan.step).any()):
             continue  # switched off
         missing = [phase for phase in PHASES if phase in phases and phase not in one.phases]
         for wrong, expected, found, remedy in (
@@ -44,7 +44,7 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
         ):
             if wrong:
                 raise cannot_carry(one, carrier, expected, found, remedy)
-        edit = affine_form(one.operator, one.effective)
+        edit = affine_form(one.operator, one.strength_at(plan.step))
         if edit is None:
             expected = "an edit that is an affine function of the activation"
             raise cannot_carry(one, carrier, expected, f"'{one.operator.name}'", "choose another operator")
@@ -54,7 +54,7 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
             f"there is nothing to put into {carrier}",
             expected="an intervention that is switched on, with a strength other than 0",
             found=f"{len(plan.interventions)} that do nothing",
-            remedy="call plan.enable() or plan.set_strength(...) first",
+            remedy="give it a strength, or attachment.as_plan() of one that was switched on",
         )
     return edits
 

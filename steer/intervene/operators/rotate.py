@@ -10,7 +10,7 @@ from torch import Tensor
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, listed, numbers, orthonormal
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("rotate")
@@ -50,8 +50,8 @@ class Rotate(LowRank):
         self.towards = towards
         super().__init__({"plane": rows, "angle": numbers(angle, "angle")}, rows.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        angle, (x, y) = pick("angle"), x.split(1, dim=-1)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        angle, (x, y) = per_row["angle"], x.split(1, dim=-1)
         if self.towards:
             angle = torch.remainder(angle - torch.atan2(y, x) + math.pi, 2 * math.pi) - math.pi
         turn = strength * angle
