@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from steer.callbacks.hf import TrainerRun, replaced
 from steer.errors import ConfigError
-from steer.intervene import Plan
+from steer.intervene import Attachment, Plan
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -52,7 +52,7 @@ class HFSteeringCallback(TrainerRun):
         self.plan = plan
 
     @property
-    def attachment(self) -> Plan | None:
+    def attachment(self) -> Attachment | None:
         """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
         return self._run.attachment
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from steer.callbacks import lightning
 from steer.callbacks.lightning import LightningRun
 from steer.errors import ConfigError
-from steer.intervene import Plan
+from steer.intervene import Attachment, Plan
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -32,7 +32,7 @@ class SteeringCallback(LightningRun):
     computes its own loss needs nothing more; where its passes hold other rows than the batch, wrap them in `steer.response_tokens`.
 
     Args:
-        plan: not attached yet. After `fit` its phases and schedules are as they were, its strengths those of the last step.
+        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`.
         schedule: takes the place of the plan's schedules.
         phases: where it acts, a subset of train, validate, generate. The reference pass of a PEFT model is no policy pass, so it is left
             alone in every phase.
@@ -66,7 +66,7 @@ class SteeringCallback(LightningRun):
         self.plan = plan
 
     @property
-    def attachment(self) -> Plan | None:
+    def attachment(self) -> Attachment | None:
         """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
         return self._run.attachment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,13 +50,13 @@ class BatchResponseMask:
         """Joins the watcher of a model that a plan or a tracker is attached to."""
         self._watcher = watcher_of(model)
         if self._watcher is not None:
-            self._watcher.on_open.insert(0, self)  # before those who read the context
+            self._watcher.amend.append(self)
 
     def remove(self) -> None:
         """Leaves the watcher."""
         self.mask = None
         if self._watcher is not None:
-            self._watcher.on_open.remove(self)
+            self._watcher.amend.remove(self)
             self._watcher = None
 
     def read(self, batch: Any) -> None:
@@ -66,12 +67,14 @@ class BatchResponseMask:
         """Forgets the mask: the next passes belong to no batch."""
         self.mask = None
 
-    def __call__(self, ctx: ForwardContext) -> None:
-        """Fills the mask into a pass that opens."""
+    def __call__(self, ctx: ForwardContext) -> ForwardContext:
+        """The context of a pass that opens, with the mask where it has none and this one fits."""
         mask = self.mask
         if mask is None or ctx.labelled is not None or ctx.phase == "generate":
-            return
+            return ctx
         n_missing = ctx.tokens - mask.shape[1]
+        if mask.shape[0] != ctx.batch or n_missing < 0:
+            return ctx
         # GRPO's mask covers the completion only, which stands at the right end
-        if mask.shape[0] == ctx.batch and n_missing >= 0:
-            ctx.labelled = torch.nn.functional.pad(mask, (n_missing, 0)) if n_missing else mask  # [batch, tokens]
+        labelled = torch.nn.functional.pad(mask, (n_missing, 0)) if n_missing else mask  # [batch, tokens]
+        return dataclasses.replace(ctx, labelled=labelled)

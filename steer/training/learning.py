@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from steer.checks import of_type
 from steer.errors import ConfigError
-from steer.intervene import Plan
+from steer.intervene import Attachment, Plan
 from steer.training.optimizer import PREFIX, PlanOptimizer
 from steer.training.ranks import Ranks
 
@@ -41,7 +41,7 @@ class Learning:
         self.plan = plan
         self.learning_rate = learning_rate
         self.plan_optimizer: PlanOptimizer | None = None
-        self._attachment: Plan | None = None
+        self._attachment: Attachment | None = None
         self._saved: Mapping[str, Tensor] = {}  # of a checkpoint, until the next start
         self._ranks = Ranks()
         self._outside_model: list[nn.Parameter] = []
@@ -49,7 +49,7 @@ class Learning:
         self._tokens_at_start: dict[str, int] = {}
         self._ran_backward = False  # since the last optimiser step
 
-    def start(self, attachment: Plan, model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+    def start(self, attachment: Attachment, model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
         """Starts, or goes on from the state that was loaded before. All ranks call it together.
 
         Args:
@@ -63,7 +63,7 @@ class Learning:
         parameters = [parameter for parameter in self.plan.parameters() if parameter.requires_grad]
         in_optimizers = _ids(parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"])
         unclaimed = [parameter for parameter in parameters if id(parameter) not in in_optimizers]
-        self._check(parameters, unclaimed)
+        self._check(attachment, parameters, unclaimed)
         in_model = _ids(model.parameters())
         self._attachment = attachment
         self._ranks = ranks
@@ -85,16 +85,16 @@ class Learning:
         """Intervention, tensor and parameter, for every parameter of the plan."""
         return [(edit.name, name, parameter) for edit in self.plan.interventions for name, parameter in edit.parameters.items()]
 
-    def _check(self, parameters: list[nn.Parameter], unclaimed: list[nn.Parameter]) -> None:
+    def _check(self, attachment: Attachment, parameters: list[nn.Parameter], unclaimed: list[nn.Parameter]) -> None:
         if unclaimed and self.learning_rate is None:
             ids = _ids(unclaimed)
             raise _untrained(f"{edit}/{name}" for edit, name, parameter in self._named() if id(parameter) in ids)
         if not unclaimed and self.learning_rate is not None:
             raise _nothing_to_train(bool(parameters))
-        for intervention in self.plan.interventions:
-            learns = any(parameter.requires_grad for parameter in intervention.parameters.values())
-            if learns and "train" not in intervention.phases:
-                raise _idle_in_training(intervention.name, intervention.phases)
+        for active in attachment.interventions:
+            learns = any(parameter.requires_grad for parameter in active.description.parameters.values())
+            if learns and "train" not in active.phases:
+                raise _idle_in_training(active.name, active.phases)
 
     def average_gradients(self) -> None:
         """Averages gradients over the ranks, which all call it after every backward pass; averaging twice changes nothing."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steer.checks import of_type
-from steer.errors import ConfigError, HookDidNotRunError
-from steer.intervene import Plan
+from steer.errors import AttachError, ConfigError, HookDidNotRunError
+from steer.intervene import Attachment, Plan, attachment_state
 from steer.intervene import schedule as schedules
 from steer.model.context import PHASES
 from steer.training import state as states
@@ -39,14 +39,14 @@ class SteeringRun:
         run.detach()
 
     Args:
-        plan: not attached yet.
+        plan: what acts. Nothing of it changes but what it learns.
         phases: the interventions act in those of their own phases that are named here.
         schedule: takes the place of every intervention's own.
         every_n_steps: optimiser steps between two log entries.
         learning_rate: of the plan's parameters, see `Learning`.
 
     Attributes:
-        attachment: the plan on the model, None before the first attach; its counts stay readable after the last detach.
+        attachment: the plan on the model, None before the first attach; its state and counts stay readable after the last detach.
 
     Raises:
         ConfigError: no plan, or a phase, schedule, interval or rate that does not exist.
@@ -66,9 +66,8 @@ class SteeringRun:
         self.names = [intervention.name for intervention in plan.interventions]
         self.response_mask = BatchResponseMask()
         self.ranks = Ranks()
-        self.attachment: Plan | None = None
-        self.is_attached = False
-        self._own_settings: list[tuple[Any, Any]] = []  # schedule and phases of each intervention, given back at the end
+        self.attachment: Attachment | None = None
+        self._waiting_state: dict[str, Any] | None = None  # came before the first attach
         self._state_loaded = False  # since the last start
         self._last_step = 0
         self._tokens_before = torch.zeros(len(self.names), dtype=torch.long)  # steered before the attach, of this rank: [interventions]
@@ -80,51 +79,37 @@ class SteeringRun:
         """What tells this plan from another one in the same run."""
         return ",".join(self.names)
 
+    @property
+    def is_attached(self) -> bool:
+        """The hooks are on the model."""
+        return self.attachment is not None and self.attachment.is_attached
+
     def attach(self, model: nn.Module, ranks: Ranks, *, stack: bool = False) -> None:
-        """Attaches the plan; anew, with the state that it has, when it is attached already and its model was moved.
+        """Attaches the plan; anew, with the state that it has, when it was attached before (a trainer may move the model).
 
         Raises:
             ConfigError: no intervention acts in any of the phases. Otherwise as `Plan.attach`.
         """
         self.detach()
-        self._narrow()
-        try:
-            self.plan.step(self.plan.current_step)
-            self.attachment = self.plan.attach(model, stack=stack)
-        except BaseException:
-            self._give_back()
-            raise
+        if not any(set(intervention.phases) & set(self.phases) for intervention in self.plan.interventions):
+            raise _does_nothing(self.plan, self.phases)
+        state = self._waiting_state if self.attachment is None else self.attachment.state_dict()
+        attachment = self.plan.attach(model, stack=stack, phases=self.phases, schedule=self.schedule)
+        self._tokens_before = self._tokens()
+        self.attachment = attachment
+        if state is not None:
+            attachment.load_state_dict(state)
+        self._waiting_state = None
         self.response_mask.install(model)
         self.ranks = ranks
-        self.is_attached = True
         self._first_batch_ran = False
         self._passes_before = None
 
-    def _narrow(self) -> None:
-        interventions = self.plan.interventions
-        narrowed = [tuple(phase for phase in intervention.phases if phase in self.phases) for intervention in interventions]
-        if not any(narrowed):
-            raise _does_nothing(self.plan, self.phases)
-        self._own_settings = [(intervention.schedule, intervention.phases) for intervention in interventions]
-        for intervention, phases in zip(interventions, narrowed, strict=True):
-            intervention.set_phases(phases)
-            intervention.schedule = intervention.schedule if self.schedule is None else self.schedule
-
     def detach(self) -> None:
         """Detaches the plan; may be called at any time."""
-        if not self.is_attached:
-            return
-        self._tokens_before = self._tokens()
-        self.is_attached = False
         self.response_mask.remove()
-        self.plan.detach()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for intervention, (schedule, phases) in zip(self.plan.interventions, self._own_settings, strict=True):
-            intervention.schedule = schedule
-            intervention.set_phases(phases)
-        self.plan.step(self.plan.current_step)
+        if self.attachment is not None and self.attachment.is_attached:
+            self.attachment.detach()
 
     def start(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Starts training, or goes on, after `step` optimiser steps. All ranks call it together.
@@ -135,28 +120,28 @@ class SteeringRun:
         Raises:
             ConfigError: the plan has parameters that nothing would train.
         """
-        assert self.attachment is not None, "attach comes before start"
-        self.learning.start(self.attachment, model, optimizers, self.ranks)
+        attachment = self._attachment()
+        self.learning.start(attachment, model, optimizers, self.ranks)
         if step > 0 and not self._state_loaded:
             warnings.warn("the checkpoint holds no state of this plan: its strengths are those it was made with", stacklevel=2)
         if not self._state_loaded:
             self._tokens_before = -self._fired()  # what a sanity check or an earlier run did is not counted
         self._state_loaded = False
         self._last_step = step
-        self.plan.step(step)
+        attachment.step(step)
 
     def batch_start(self, batch: Any) -> None:
         """Takes the response mask of the training batch that is about to be run; None when there is no batch to read it from."""
         self.response_mask.read(batch)
         if not self._first_batch_ran and self._passes_before is None:
-            self._passes_before = self.plan.passes
+            self._passes_before = self._attachment().passes
 
     def batch_end(self) -> None:
         """Forgets the training batch. Raises HookDidNotRunError when no forward pass of the first one went through the plan."""
         self.response_mask.clear()
         if self._first_batch_ran:  # asked once only: the answer waits for the device
             return
-        if self._passes_before == self.plan.passes:
+        if self._passes_before == self._attachment().passes:
             raise _model_did_not_run(self.plan)
         self._first_batch_ran = True
 
@@ -171,18 +156,23 @@ class SteeringRun:
             return None
         metrics = self.metrics() if self.interval.is_due(step, last_step) else None
         self._last_step = step
-        self.plan.step(step)
+        self._attachment().step(step)
         return metrics
 
     def metrics(self) -> dict[str, float]:
         """Strength now (mean over row slots), and tokens steered so far over all ranks, which must call this together."""
         tokens = self.ranks.sum(self._tokens()).tolist()
-        strengths = {f"steer/{edit.name}/strength": float(edit.effective.mean()) for edit in self.plan.interventions}
+        strengths = {f"steer/{active.name}/strength": float(active.strength.mean()) for active in self._attachment().interventions}
         return strengths | {f"steer/{name}/tokens": float(count) for name, count in zip(self.names, tokens, strict=True)}
 
+    def _attachment(self) -> Attachment:
+        if self.attachment is None:
+            raise _no_attach_so_far()
+        return self.attachment
+
     def _fired(self) -> Tensor:
-        """Tokens steered since the attach, of this rank: [interventions]."""
-        fired = self.plan.fired() if self.is_attached else {}
+        """Tokens steered since the last attach, of this rank: [interventions]."""
+        fired = {} if self.attachment is None else self.attachment.fired()
         return torch.tensor([fired.get(name, 0) for name in self.names])
 
     def _tokens(self) -> Tensor:
@@ -191,14 +181,20 @@ class SteeringRun:
 
     # ---- checkpoints
 
+    def _plan_state(self) -> dict[str, Any]:
+        """State of the attachment; before the first attach the one that it will begin with."""
+        if self.attachment is not None:
+            return self.attachment.state_dict()
+        return self._waiting_state or attachment_state.initial_state(self.plan)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Flat CPU tensors, see `steer.training.state`. All ranks must call it together."""
         tokens = self.ranks.sum(self._tokens()).tolist()
-        plan_state = states.flatten(self.plan.state_dict(), dict(zip(self.names, tokens, strict=True)))
+        plan_state = states.flatten(self._plan_state(), dict(zip(self.names, tokens, strict=True)))
         return plan_state | self.learning.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, is_first_rank: bool) -> None:
-        """Goes on from a saved state.
+        """Goes on from a saved state; before the first attach it is held until then.
 
         Args:
             is_first_rank: this rank takes over what was summed over the ranks.
@@ -206,7 +202,12 @@ class SteeringRun:
         Raises:
             ConfigError: the state belongs to a plan with other interventions.
         """
-        self.plan.load_state_dict(states.unflatten(state))
+        plan_state = states.unflatten(state)
+        if self.attachment is not None:
+            self.attachment.load_state_dict(plan_state)
+        else:
+            attachment_state.check_state(self.plan, plan_state)
+            self._waiting_state = plan_state
         self.learning.load_state_dict(state)
         saved_tokens = [states.steered_tokens(state, name) if is_first_rank else 0 for name in self.names]
         self._tokens_before = torch.tensor(saved_tokens) - self._fired()
@@ -215,7 +216,7 @@ class SteeringRun:
     def load_learned(self, state: Mapping[str, Tensor]) -> None:
         """Takes the learned tensors of a saved state, and nothing else of it."""
         for intervention in self.plan.interventions:
-            intervention.load_learned(states.learned_tensors(state, intervention.name))
+            attachment_state.load_learned(intervention, states.learned_tensors(state, intervention.name))
 
 
 # ---- errors
@@ -232,6 +233,15 @@ def _does_nothing(plan: Plan, phases: tuple[str, ...]) -> ConfigError:
         expected=f"an intervention that acts in one of: {', '.join(phases)}",
         found={intervention.name: intervention.phases for intervention in plan.interventions},
         remedy="pass phases=... to the callback, or to the interventions",
+    )
+
+
+def _no_attach_so_far() -> AttachError:
+    return AttachError(
+        "this run has no model yet",
+        expected="a call of attach before training starts",
+        found="no attach so far",
+        remedy="call run.attach(model, Ranks()) first",
     )
 
 

@@ -94,7 +94,8 @@ def test_strength_follows_optimiser_steps_under_accumulation(tmp_path: Path) -> 
     trainer.train()
     assert spy.seen == [(step, step / 8) for step in range(8) for _ in range(2)]
     assert steering.attachment.fired() == {NAME: 2 * RESPONSE - 2 * STEP}  # step 0 has strength 0
-    assert plan.interventions[0].schedule == Constant(3.0)  # lent, not given
+    assert plan.interventions[0].schedule == Constant(3.0)  # the plan's own stays as it is
+    assert steering.attachment[NAME].schedule == Linear(8) and float(steering.attachment[NAME].strength) == 1.0
 
 
 def test_evaluation_inside_training_is_not_steered(tmp_path: Path) -> None:

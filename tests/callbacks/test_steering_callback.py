@@ -149,12 +149,16 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
     assert module.strengths == [2 * (i // 2) / 16 for i in range(16)]  # constant within a batch
 
 
-def test_a_schedule_and_phases_are_lent_not_given() -> None:
+def test_a_schedule_and_phases_are_of_the_attachment_not_of_the_plan() -> None:
     plan = make_plan(schedule=Linear(100))
-    make_trainer(SteeringCallback(plan, schedule="constant")).fit(Module(), loader())
-    intervention = plan.interventions[0]
+    before = plan.explain()
+    steering = SteeringCallback(plan, schedule="constant")
+    make_trainer(steering).fit(Module(), loader())
+    intervention, attachment = plan.interventions[0], steering.attachment
     assert intervention.schedule == Linear(100) and intervention.phases == ("train", "validate", "generate")
-    assert plan.current_step == 8 and float(intervention.effective[0]) == pytest.approx(0.08)
+    assert plan.step == 0 and plan.explain() == before
+    assert attachment.current_step == 8 and attachment[NAME].phases == ("train",)
+    assert float(attachment[NAME].strength) == 1.0 and float(intervention.strength_at(8)) == pytest.approx(0.08)
 
 
 def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
@@ -493,15 +497,19 @@ def test_strength_after_a_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> No
 
 
 def test_strengths_set_by_hand_and_switches_survive_a_resume(tmp_path: Path) -> None:
-    plan, trainer = make_plan(), None
-    plan.set_strength(0.25)
-    plan.enable(False)
-    trainer = make_trainer(SteeringCallback(plan), max_steps=2)
-    trainer.fit(Module(), loader())
+    class ByHand(Module):
+        def on_train_start(self) -> None:
+            steering.attachment.set_strength(0.25)
+            steering.attachment.enable(False)
+
+    steering = SteeringCallback(make_plan())
+    trainer = make_trainer(steering, max_steps=2)
+    trainer.fit(ByHand(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = make_plan()
-    make_trainer(SteeringCallback(again), max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
-    assert float(again.interventions[0].base[0]) == 0.25 and not again.interventions[0].enabled
+    again = SteeringCallback(make_plan())
+    make_trainer(again, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert again.attachment[NAME].base == (0.25,) and not again.attachment[NAME].enabled
+    assert again.attachment.fired() == {NAME: 0}
 
 
 def test_a_checkpoint_without_state_is_said_so(tmp_path: Path) -> None:
