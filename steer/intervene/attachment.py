@@ -77,6 +77,7 @@ class Attachment:
         missed = [str(hook.point.site) for hook in self._hooks if hook.place == "anywhere" and not hook.ever_ran]
         replays = any(hook.watcher.replays for hook in self._hooks)
         remove()
+        self._hooks = []  # they would keep the model in memory
         if missed and self._counter.reached and not replays:
             warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
 
