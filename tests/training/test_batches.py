@@ -56,3 +56,22 @@ def test_the_mask_reaches_passes_that_carry_no_labels() -> None:
         mask.remove()
         with pytest.raises(ContextError, match="cannot tell prompt from response"):
             model(input_ids=IDS, use_cache=False)
+
+
+def test_the_mask_reaches_a_compiled_pass_and_compiles_once() -> None:
+    model, mask, graphs = FAMILIES["llama"](), BatchResponseMask(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile(backend=backend, fullgraph=True)
+    with make_plan().attached(model) as attachment:
+        mask.install(model)
+        for selected in (MASK, ~MASK):
+            mask.read({"completion_mask": selected})
+            model(input_ids=IDS, use_cache=False)
+        mask.remove()
+        assert attachment.fired() == {f"add@{SITE}": MASK.numel()} and len(graphs) == 1
+    torch._dynamo.reset()

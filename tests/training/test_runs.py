@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 import steer.training
 from steer.callbacks import SteeringCallback
-from steer.errors import ConfigError
+from steer.errors import AttachError, ConfigError
 from steer.intervene import Linear, Plan
 from steer.training.drift_run import DriftRun
 from steer.training.ranks import Ranks
@@ -161,6 +163,70 @@ def test_a_state_in_the_layout_of_0_1_0() -> None:
     assert all(torch.equal(again[key], state[key]) and again[key].dtype is state[key].dtype for key in state)
     assert torch.equal(only(plan), torch.full((1, 32), 2.0))
     run.detach()
+
+
+def test_a_state_that_comes_before_the_model_waits_for_it() -> None:
+    first = steering(learner(scope="response[:4]"), learning_rate=0.1)
+    first.attach(FAMILIES["llama"](), Ranks())
+    first.attachment.set_strength(0.25)
+    first.attachment.set_window(1, None)
+    first.attachment.step(4)
+    first.detach()
+    state = first.state_dict() | {f"{NAME}/learned/vector": torch.ones(1, 32), f"{NAME}/tokens": torch.tensor(60)}
+    second = steering(learner(scope="response[:4]"), learning_rate=0.1)
+    second.load_state_dict(state, is_first_rank=True)
+    for attached in (False, True):
+        if attached:
+            second.attach(FAMILIES["llama"](), Ranks())
+        again = second.state_dict()
+        assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+    assert float(second.attachment[NAME].strength) == 0.25 * 4 / 8 and torch.equal(only(second.plan), torch.ones(1, 32))
+    second.detach()
+
+
+def test_a_run_takes_its_state_and_its_counts_to_another_model() -> None:
+    run, batch = steering(make_plan(), schedule=None), next(iter(loader()))
+    for times in (1, 2):
+        run.attach(model := FAMILIES["llama"](), Ranks())
+        if times == 1:
+            run.attachment.set_strength(0.5)
+        model(**batch, use_cache=False).loss.backward()
+        assert run.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}
+        state = run.state_dict()
+        assert int(state[f"{NAME}/tokens"]) == times * 2 * (TOKENS - PROMPT) and float(state[f"{NAME}/base"]) == 0.5
+    run.detach()
+
+
+def test_one_plan_in_two_runs_at_once() -> None:
+    plan, batch = make_plan(), next(iter(loader()))
+    train, validate = steering(plan), steering(plan, phases=("validate",), schedule=None)
+    models = [FAMILIES["llama"](), FAMILIES["llama"]()]
+    for run, model in zip((train, validate), models, strict=True):
+        run.attach(model, Ranks())
+        run.start(0, model, [])
+    train.advance(4)
+    for model in models:
+        model(**batch, use_cache=False).loss.backward()
+    assert train.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)} and validate.attachment.fired() == {NAME: 0}
+    assert float(train.attachment[NAME].strength) == 0.5 and float(validate.attachment[NAME].strength) == 1.0
+    for run in (train, validate):
+        run.detach()
+
+
+def test_a_run_that_is_over_keeps_no_model() -> None:
+    loop = Loop(steering(make_plan()))
+    loop.train(0, list(loader())[:2])
+    block = weakref.ref(loop.model.model.layers[1])
+    del loop.model, loop.optimizer
+    gc.collect()
+    assert block() is None and loop.run.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+
+
+def test_a_run_without_a_model_says_so() -> None:
+    run = steering(make_plan())
+    for call in (lambda: run.start(0, nn.Linear(1, 1), []), lambda: run.batch_start(None), lambda: run.advance(1), run.metrics):
+        with pytest.raises(AttachError, match="no model yet"):
+            call()
 
 
 def test_what_was_learned_comes_back_alone() -> None:
