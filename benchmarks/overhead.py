@@ -84,6 +84,7 @@ def results_of(samples: Samples, *, has_goals: bool) -> dict[str, Any]:
         by_hand = [cost for cases in own.values() if f"hand: {edit}" in cases for cost in net_costs(cases, f"hand: {edit}")]
         if by_hand:
             row["hand"] = summary(by_hand)
+            row["hand % of step"] = summary([share for cases in own.values() for share in shares(cases, f"hand: {edit}")])
         for label, cases in own.items():
             row[label] = summary(net_costs(cases, f"steer: {edit}"))
             row[f"{label} % of step"] = summary(shares(cases, f"steer: {edit}"))

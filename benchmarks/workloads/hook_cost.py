@@ -20,6 +20,7 @@ from models import PROMPT, decoded, random_ids, read_model, tiny_llama
 from torch import Tensor
 
 ROWS = 8
+TINY_LAYERS = 30
 LIMIT = 0.5  # of the projection, on either side, for clamps
 WARM_UP = 2  # decode steps
 Attached = Callable[[], AbstractContextManager[Any]]
@@ -95,7 +96,7 @@ class Workload:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         folder = arguments["model"]
-        self.model = tiny_llama(30, 64) if folder == "tiny" else read_model(folder)
+        self.model = tiny_llama(TINY_LAYERS, 64) if folder == "tiny" else read_model(folder)
         self.layers = list(self.model.model.layers)
         self.steps = arguments["steps"]
         self.notes: list[str] = []
