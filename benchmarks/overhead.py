@@ -99,7 +99,7 @@ def results_of(samples: Samples, *, has_goals: bool) -> dict[str, Any]:
         "peers % of step": peer_shares,
         "empty hook us": summary(empty),
         "A/A % of step": repeated,
-        "resolves": max(abs(repeated["low"]), abs(repeated["high"])) <= RESOLUTION,
+        "resolves": max(abs(repeated["min"]), abs(repeated["max"])) <= RESOLUTION,
         "step ms": summary([sample["rest_us"] / 1e3 for sample in own[NOW]["timer"]]),
         "sites": own[NOW]["timer"][0]["sites"],
     }

@@ -104,9 +104,9 @@ class Workload:
         self.vectors = 0.05 * torch.randn(len(self.layers), ROWS, width, generator=random)  # [layers, rows, width]
         units = torch.randn(len(self.layers), width, generator=random)
         self.units = units / units.norm(dim=-1, keepdim=True)  # [layers, width]
-        self.cases = self._hand_cases()
         peer = arguments.get("peer")
-        self.cases |= self._steer_cases() if peer is None else {f"{peer}: add": Case(self._peer(peer))}
+        edits = self._hand_cases() | self._steer_cases() if peer is None else {f"{peer}: add": Case(self._peer(peer))}
+        self.cases = {"timer": Case(self._unedited), **edits}
 
     def measure(self, case: str) -> dict[str, float]:
         """Microseconds per pass inside hooks and outside of them, and the number of hook calls.
@@ -137,7 +137,6 @@ class Workload:
         add = [hand_add(vectors[0]) for vectors in self.vectors]
         each = list(zip(self.units, self.vectors[:, 0], strict=True))
         return {
-            "timer": Case(self._unedited),
             "hand: add": Case(partial(self._by_hand, add)),
             "hand again: add": Case(partial(self._by_hand, add)),
             "hand: ablate": Case(partial(self._by_hand, [hand_ablate(unit) for unit in self.units])),
