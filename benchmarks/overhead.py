@@ -188,4 +188,7 @@ def model_folder(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WorkerError as error:
+        raise SystemExit(str(error)) from error

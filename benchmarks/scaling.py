@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from checkouts import BEFORE, NOW, Samples, Start, Worker, common_arguments, interleave, summary, workers_of, write_record
+from checkouts import BEFORE, NOW, Samples, Start, Worker, WorkerError, common_arguments, interleave, summary, workers_of, write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -111,4 +111,7 @@ def main(argv: Sequence[str] | None = None, start: Start = Worker) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WorkerError as error:
+        raise SystemExit(str(error)) from error
