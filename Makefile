@@ -32,7 +32,7 @@ types: build/types  ## mypy, on an installed copy: it does not know that callbac
 imports: build/types  ## the floors of the house: who may import whom
 	cd build/types && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
-bench: $(VENV)/.dev  ## overhead of steering against the bare model
+bench: $(VENV)/.dev  ## what a hook costs in a decode step, beside hooks written by hand
 	$(BIN)/python benchmarks/overhead.py
 
 clean:  ## removes what these targets made, but for the model in the user's cache folder

@@ -54,6 +54,8 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/results/speed.md", "setting"): lambda: speed_tables.setting(markdown),
     ("docs/results/speed.md", "against_steer"): lambda: speed_tables.against_steer(markdown),
     ("docs/results/speed.md", "against_plain"): lambda: speed_tables.against_plain(markdown),
+    ("docs/results/speed.md", "hook_cost"): lambda: speed_tables.hook_cost(markdown),
+    ("docs/results/speed.md", "growth"): lambda: speed_tables.growth(markdown),
 }
 
 
