@@ -16,7 +16,7 @@ from torch import nn
 
 from steer.directions.direction import Directions
 from steer.drift import DriftStore, DriftTracker
-from steer.drift.watch import random_units
+from steer.drift.site_directions import random_units
 from steer.errors import AttachError, ConfigError, NonFiniteError, SiteError, WidthError, WrongModelError
 from steer.intervene import Add, Intervention, Plan
 from steer.model.hooks import arm, watcher_of
@@ -96,7 +96,7 @@ def test_controls_are_always_beside_and_never_change(tiny: Tiny) -> None:
     assert all((one.p, one.q, one.z_controls, one.effect_gap) == (None, None, None, None) for one in controls)
     site = Site.parse(SITE)
     torch.testing.assert_close(random_units(16, WIDTH, site, 0).norm(dim=1), torch.ones(16).double())
-    assert torch.equal(tracker.watches[site].units[2:], random_units(16, WIDTH, site, 0))
+    assert torch.equal(tracker.sites[site].units[2:], random_units(16, WIDTH, site, 0))
     assert not torch.equal(random_units(16, WIDTH, site, 0), random_units(16, WIDTH, site, 1))
     assert not torch.equal(random_units(16, WIDTH, site, 0), random_units(16, WIDTH, Site.parse("layers.0.output"), 0))
 
@@ -183,7 +183,7 @@ def test_prompts_with_answers_can_be_read_over_the_response(tiny: Tiny) -> None:
         tracker.measure(0)
     with torch.no_grad():
         states = [model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2][0, 1:].mean(0) for row in rows]
-    torch.testing.assert_close(tracker.baseline[SITE], torch.stack(states), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tracker.probe.baseline[SITE], torch.stack(states), rtol=1e-4, atol=1e-5)
 
 
 # ---- store and state
