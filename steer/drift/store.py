@@ -27,6 +27,8 @@ from steer.drift.records import DriftRecord
 from steer.drift.site_directions import TrackedDirection
 from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError
 
+_FIELDS = RECORD_FIELDS[:-1]  # all but the metrics
+
 
 class StoreInUseError(FileError):
     """Another process writes to this drift store."""
@@ -112,32 +114,30 @@ class DriftStore:
         asked = {"direction": direction, "site": site, "mode": mode, "kind": kind}
         filters = {name: value for name, value in asked.items() if value is not None}
         where = " AND ".join(f"{name} = :{name}" for name in filters) or "1"
-        metrics: dict[tuple[Any, ...], dict[str, float]] = {}  # the fields of a record -> its metrics
+        metrics: dict[tuple[Any, ...], dict[str, float]] = {}  # the other fields of a record -> its metrics
         with typed_errors(self.path), self._snapshot():
-            select = f"SELECT step, mode, direction, site, kind, n, metric, value FROM {schema.current(self._schema())} WHERE {where}"
+            select = f"SELECT {', '.join(_FIELDS)}, metric, value FROM {schema.current(self._schema())} WHERE {where}"
             for *fields, metric, value in self._db.execute(select, filters):
                 of_record = metrics.setdefault(tuple(fields), {})
                 if metric is not None:  # NULL in a record without any
                     of_record[metric] = math.nan if value is None else value  # SQLite keeps nan as NULL
-        records = [DriftRecord(*fields, of_record) for fields, of_record in metrics.items()]
+        records = [DriftRecord(**dict(zip(_FIELDS, fields, strict=True)), metrics=of_record) for fields, of_record in metrics.items()]
         return sorted(records, key=lambda record: (record.step, record.mode, record.site, record.kind == "control", record.direction))
 
     @contextmanager
     def _snapshot(self) -> Iterator[None]:
         """One state of the file for several reads: a resumed run may bring it to a newer schema at any time."""
-        inside = self._db.in_transaction
-        if not inside:
-            self._db.execute("BEGIN")
+        self._db.execute("BEGIN")
         try:
             yield
         finally:
-            if not inside and self._db.in_transaction:
+            if self._db.in_transaction:  # SQLite has ended it by itself when it could not read
                 self._db.execute("ROLLBACK")  # nothing was written
 
     def series(self, direction: str, site: str, mode: str = "probe") -> dict[str, list[Any]]:
         """Columns of one curve, by step: fields of `DriftRecord` and all metrics, None where there is no value."""
         records = self.records(direction=direction, site=site, mode=mode)
-        fields = {name: [getattr(record, name) for record in records] for name in RECORD_FIELDS if name != "metrics"}
+        fields = {name: [getattr(record, name) for record in records] for name in _FIELDS}
         names = sorted({*METRICS, *(name for record in records for name in record.metrics)})
         return fields | {name: [record.metrics.get(name) for record in records] for name in names}
 

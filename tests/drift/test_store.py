@@ -215,11 +215,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_another_vector_under_the_same_name_is_refused(tmp_path: Path) -> None:
     writer(tmp_path / "d.sqlite").close()
-    other = TrackedDirection.of("rude", SITE, "named", 2.5, torch.tensor([0.0, 0, 1, 0]))
+    another_vector = TrackedDirection.of("rude", SITE, "named", 2.5, torch.tensor([0.0, 0, 1, 0]))
     with pytest.raises(ConfigError, match="another vector as 'rude' at 'layers.1.output'"):
-        writer(tmp_path / "d.sqlite", tracked=[other])
+        writer(tmp_path / "d.sqlite", tracked=[another_vector])
     with writer(tmp_path / "d.sqlite", tracked=[TrackedDirection.of("new", SITE, "named", 1.0, torch.ones(4))], from_step=5) as store:
-        assert [one.direction for one in store.tracked()] == ["rude", "random-00", "new"]
+        assert [known.direction for known in store.tracked()] == ["rude", "random-00", "new"]
 
 
 @pytest.mark.parametrize("opens", [DriftStore, writer])
@@ -250,9 +250,9 @@ def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "empty.sqlite").touch()
     with pytest.raises(DamagedFileError, match="empty file"):
         DriftStore(tmp_path / "empty.sqlite")
-    other = sqlite3.connect(tmp_path / "other.sqlite")
-    other.execute("CREATE TABLE t (x)")
-    other.close()
+    database = sqlite3.connect(tmp_path / "other.sqlite")
+    database.execute("CREATE TABLE t (x)")
+    database.close()
     for opens in (DriftStore, writer):
         with pytest.raises(WrongKindError):
             opens(tmp_path / "other.sqlite")
@@ -268,11 +268,11 @@ def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
         for step in range(1, 1000):
             store.append(measurement(step))
     assert isinstance(error.value, OSError)
-    kept = store.series("rude", SITE)["step"]
-    assert kept == list(range(len(kept))) == store.series("random-00", SITE)["step"]
+    recorded = store.series("rude", SITE)["step"]
+    assert recorded == list(range(len(recorded))) == store.series("random-00", SITE)["step"]
     store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
-    store.append(measurement(len(kept)))  # goes on once there is room
-    assert store.series("rude", SITE)["step"] == [*kept, len(kept)]
+    store.append(measurement(len(recorded)))  # goes on once there is room
+    assert store.series("rude", SITE)["step"] == [*recorded, len(recorded)]
     store.close()
 
 
