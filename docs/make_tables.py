@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import drift_tables
 import result_tables
 import speed_tables
 
@@ -48,6 +49,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "methods"): methods_table,
     ("docs/concepts.md", "sites"): sites_table,
     ("docs/concepts.md", "scopes"): scopes_table,
+    ("docs/drift.md", "metrics"): lambda: drift_tables.metrics(markdown),
     ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
     ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
     ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from steer.drift.metrics import sign_flip_p
+from steer.drift.statistics import sign_flip_p
 from steer.errors import ConfigError, NonFiniteError
 
 LEVEL = 0.95
