@@ -35,10 +35,16 @@ class HookFunction(Protocol):
     def __call__(self, h: Tensor, context: ForwardContext, /) -> Tensor | None: ...
 
 
-class PreparedEdit(Protocol):
-    """An edit that was worked out when the pass opened. `live` says whether there is one for this pass."""
+class PreparedGroup(Protocol):
+    """Prepared edits of several sites. `live` says whether they hold for the pass that runs."""
 
     live: bool
+
+
+class PreparedEdit(Protocol):
+    """An edit that was worked out when the pass opened."""
+
+    group: PreparedGroup
 
     def __call__(self, h: Tensor, /) -> Tensor | None:
         """The edited activation; None when it does not fit this tensor, which then takes the ordinary way."""
@@ -52,7 +58,7 @@ class SiteHook(OwnHook):
         function: called with the activation and the context of the pass.
         prepared: an edit worked out in advance, tried first; None for none.
         place: `decoder` when every pass must reach it, `after` for the unembedding, `anywhere` for a module of unknown role.
-        ran: it was reached in the pass that runs or ran last.
+        ran: mark that it was reached in the pass that runs; taken off when the pass has been checked.
         ever_ran: it was reached in any pass.
     """
 
@@ -125,7 +131,7 @@ class OutputHook(SiteHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         prepared = self.prepared
-        if prepared is not None and prepared.live and output.__class__ is Tensor:
+        if prepared is not None and prepared.group.live and output.__class__ is Tensor:
             new = prepared(output)
             if new is not None:
                 self.ran = True
@@ -167,13 +173,13 @@ def install(
     watcher.follow(model, anatomy)
     hooks = [(OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions]
     removals = [register_hook(hook.point.module, hook, before=hook.point.side == "input") for hook in hooks]
-    watcher.site_hooks = [*watcher.site_hooks, *hooks]
+    watcher.set_site_hooks([*watcher.site_hooks, *hooks])
 
     def remove() -> None:
         for removal in removals:
             removal()
         removed = set(map(id, hooks))
-        watcher.site_hooks = [hook for hook in watcher.site_hooks if id(hook) not in removed]
+        watcher.set_site_hooks([hook for hook in watcher.site_hooks if id(hook) not in removed])
         if not watcher.site_hooks:
             watcher.remove()
             WATCHERS.pop(watcher.root, None)
