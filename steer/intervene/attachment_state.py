@@ -1,66 +1,86 @@
-"""The state of an attachment: what a checkpoint of a training run has to hold of it."""
+"""The state of an attachment, or of a plan before its first attach: what a checkpoint of a training run has to hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.intervene.active import ActiveIntervention
+from steer.intervene.intervention import Intervention
+from steer.intervene.scope import Scope
 
 if TYPE_CHECKING:
     from steer.intervene.attachment import Attachment
+    from steer.intervene.plan import Plan
 
 
 def state_dict(attachment: Attachment) -> dict[str, Any]:
     """Step, and for each intervention its strengths (`base`), switch (`enabled`), window and learned tensors."""
     return {
         "step": attachment.current_step,
-        "interventions": {active.name: _state_of(active) for active in attachment.interventions},
+        "interventions": {
+            active.name: _state_of(active.description, active.base, active.enabled, active.scope_mask.scope)
+            for active in attachment.interventions
+        },
     }
+
+
+def initial_state(plan: Plan) -> dict[str, Any]:
+    """The state that an attachment of this plan begins with."""
+    return {"step": plan.step, "interventions": {intervention.name: _initial_state(intervention) for intervention in plan.interventions}}
+
+
+def check_state(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a state that belongs to a plan with other interventions."""
+    saved = state["interventions"]
+    names = [intervention.name for intervention in plan.interventions]
+    if set(saved) != set(names):
+        raise _other_plan(names, list(saved))
+    for intervention in plan.interventions:
+        own = saved[intervention.name]
+        _check_alike(intervention, _signature(_initial_state(intervention)), _signature(own))
+        if own["window"] is not None:
+            intervention.scope.with_window(*own["window"])  # raises where it may not have these bounds
 
 
 def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
     """Takes over a state. Raises ConfigError, before anything changes, when it belongs to a plan with other interventions."""
-    saved = state["interventions"]
-    names = [active.name for active in attachment.interventions]
-    if set(saved) != set(names):
-        raise _other_plan(names, list(saved))
+    check_state(attachment.plan, state)
     windows = {}
     for active in attachment.interventions:
-        own = saved[active.name]
-        _check_alike(active, _signature(_state_of(active)), _signature(own))
-        if own["window"] is not None:
-            active.scope_mask.scope.with_window(*own["window"])  # raises where it may not have these bounds
-            windows[active] = tuple(own["window"])
-    for active in attachment.interventions:
-        own = saved[active.name]
+        own = state["interventions"][active.name]
         active.set_base(own["base"].reshape(-1).tolist())
         active.enabled = bool(own["enabled"])
-        load_learned(active, own["learned"])
+        load_learned(active.description, own["learned"])
+        if own["window"] is not None:
+            windows[active] = tuple(own["window"])
     attachment.move_windows(windows)
     attachment.step(int(state["step"]))
 
 
-def load_learned(active: ActiveIntervention, tensors: Mapping[str, Tensor]) -> None:
+def load_learned(intervention: Intervention, tensors: Mapping[str, Tensor]) -> None:
     """Puts saved values into the parameters. Raises ConfigError when they are those of another intervention."""
-    parameters = active.description.parameters
-    _check_alike(active, _shapes(parameters), _shapes(tensors))
+    parameters = intervention.parameters
+    _check_alike(intervention, _shapes(parameters), _shapes(tensors))
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
 
-def _state_of(active: ActiveIntervention) -> dict[str, Any]:
-    window = active.scope_mask.scope.window
+def _initial_state(intervention: Intervention) -> dict[str, Any]:
+    return _state_of(intervention, intervention.strength, intervention.enabled, intervention.scope)
+
+
+def _state_of(intervention: Intervention, base: Sequence[float], enabled: bool, scope: Scope) -> dict[str, Any]:
+    window = scope.window
     return {
-        "base": torch.tensor(active.base),
-        "enabled": active.enabled,
+        "base": torch.tensor(base),
+        "enabled": enabled,
         "window": None if window is None else (window.start, window.stop),
-        "learned": {name: parameter.detach().cpu().clone() for name, parameter in active.description.parameters.items()},
+        "learned": {name: parameter.detach().cpu().clone() for name, parameter in intervention.parameters.items()},
     }
 
 
@@ -72,9 +92,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_alike(active: ActiveIntervention, here: dict[str, Any], saved: dict[str, Any]) -> None:
+def _check_alike(intervention: Intervention, here: dict[str, Any], saved: dict[str, Any]) -> None:
     if here != saved:
-        raise _unfitting_state(active.name, here, saved)
+        raise _unfitting_state(intervention.name, here, saved)
 
 
 # ---- errors
