@@ -195,17 +195,17 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
     encoder = (sizes.random(sizes.features, width, seed=1) / width**0.5).to(torch.bfloat16)
     decoder = (sizes.random(sizes.features, width, seed=2) / 8).to(torch.bfloat16)
     threshold = torch.full((sizes.features,), 0.1, device=sizes.device)
-    cached = edit_scalar.CACHED
+    cached = edit_scalar.CACHED_DIRECTIONS
     for m in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        for path, limit in (("chosen", cached), ("scalar", edit_scalar.MOST), ("tiles", 0)):
-            if path == "scalar" and m > edit_scalar.MOST:
+        for path, limit in (("chosen", cached), ("scalar", edit_scalar.MAX_DIRECTIONS), ("tiles", 0)):
+            if path == "scalar" and m > edit_scalar.MAX_DIRECTIONS:
                 continue
-            edit_scalar.CACHED = limit
+            edit_scalar.CACHED_DIRECTIONS = limit
             with torch.no_grad():
                 task = {"threshold": threshold[:m], "scale": 0.0, "shift": threshold[:m]}
                 ms = milliseconds(lambda m=m, task=task: edit(h, encoder[:m], decoder[:m], **task), sizes)  # type: ignore[misc]
             rows.append({"path": path, "features": m, "ms": ms})
-    edit_scalar.CACHED = cached
+    edit_scalar.CACHED_DIRECTIONS = cached
     one = next(row["ms"] for row in rows if row["path"] == "chosen")
     for row in rows:
         row["against 1"] = row["ms"] / one

@@ -29,8 +29,9 @@ from fake_cuda import Code, empty, generated  # noqa: E402
 from gpu_targets import launches_of  # noqa: E402
 
 from steer.kernels import drift_stats, edit, force, steer_add  # noqa: E402
-from steer.kernels.drift_stats import run as run_drift  # noqa: E402
-from steer.kernels.edit import NAMES, Edit  # noqa: E402
+from steer.kernels.drift_stats import launch as launch_drift  # noqa: E402
+from steer.kernels.edit_autograd import Edit  # noqa: E402
+from steer.kernels.edit_task import EditNumbers  # noqa: E402
 from steer.kernels.steer_add import SteerAdd  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
@@ -74,13 +75,13 @@ def added(rows: bool, norm: bool) -> Callable[[Tensor], Any]:
 def edited(
     m: int, names: str = "", gain: float = 0.0, relative: bool = False, gated: bool = False, norm: bool = False
 ) -> Callable[[Tensor], Any]:
-    numbers = [meta(1, m) if name in names.split() else None for name in NAMES]
+    numbers = [meta(1, m) if name in names.split() else None for name in EditNumbers._fields]
     return lambda h: Edit.apply(h, meta(1, m, WIDTH), meta(1, m, WIDTH), meta(BATCH, TOKENS), None, *numbers, gain, relative, gated, norm)
 
 
 def read(k: int) -> Callable[[Tensor], Any]:
     u, ends = (meta(k, WIDTH), meta(k)) if k else (None, None)
-    return lambda h: run_drift(h.detach(), u, meta(BATCH, TOKENS), ends, ends, 64 if k else 0, True, True)
+    return lambda h: launch_drift(h.detach(), u, meta(BATCH, TOKENS), ends, ends, 64 if k else 0, True, True)
 
 
 def bank(m: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -184,7 +185,7 @@ def triton(case: Case) -> tuple[float, int, float, int]:
     """Passes and launches of the kernels, forward and backward; passes of the latter 0 where there is nothing to do or to differentiate."""
 
     def moved(launches: Sequence[Any]) -> float:
-        return sum(sum(stored(one) for one in launch.args if isinstance(one, Tensor)) for launch in launches) / PASS
+        return sum(sum(stored(one) for one in launch.arguments.values() if isinstance(one, Tensor)) for launch in launches) / PASS
 
     h = meta(BATCH, TOKENS, WIDTH, dtype=BF16).requires_grad_()
     made: list[Any] = []

@@ -17,7 +17,7 @@ from kernel_formulas import added, edited, error, statistics, surrounded
 from torch import Tensor
 
 from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
-from steer.kernels.jit import Kernel
+from steer.kernels.lazy_triton import LazyKernel
 
 # the functions of a package hide its modules of the same name
 steer_add_file, edit_file, drift_file, weighted_sum_file, scalar_file = (
@@ -54,14 +54,14 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, float
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that run."""
     names: list[str] = []
-    real = Kernel.launch
+    real = LazyKernel.launch
 
-    def launch(self: Kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        names.append(f"{self.function.__module__.split('.')[-1]}.{self.function.__name__.strip('_')}")
+    def launch(self: LazyKernel, grid: tuple[int, ...], **arguments: Any) -> None:
+        names.append(self.name)
         assert len(grid) <= 3 and torch.Size(grid).numel() <= 64, "slow in the interpreter"
-        real(self, grid, *args, **options)
+        real(self, grid, **arguments)
 
-    monkeypatch.setattr(Kernel, "launch", launch)
+    monkeypatch.setattr(LazyKernel, "launch", launch)
     return names
 
 
@@ -118,7 +118,7 @@ def test_steer_add(which: str, norm: bool, launched: list[str]) -> None:
 
 
 def test_steer_add_goes_over_a_wide_row_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steer_add_file, "BLOCK", 32)
+    monkeypatch.setattr(steer_add_file, "MAX_BLOCK_SIZE", 32)
     tensors = {"h": random(2, 3, 100), "bank": random(1, 100, seed=1), "strength": random(1, 1, 1, seed=2)}
     ones = torch.ones(2, 3, 1)
     against(
@@ -213,7 +213,7 @@ def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit_along_few_directions(kind: str, norm: bool, launched: list[str]) -> None:
     edit_case(kind, 2, SLOTS["rows"] if norm else None, norm)
-    assert launched == ["edit_scalar.edit"] * 2 + ["weighted_sum.sum"] * 2
+    assert launched == ["edit_scalar.forward", "edit_scalar.backward"] + ["weighted_sum.sum"] * 2
 
 
 def test_edit_with_slots_of_tokens() -> None:
@@ -223,18 +223,18 @@ def test_edit_with_slots_of_tokens() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit_along_many_directions(kind: str, launched: list[str]) -> None:
     edit_case(kind, 19, SLOTS["rows"] if kind in ("clamp", "everything") else None, False, width=70)
-    assert launched == ["edit_tiles.edit"] * 2 + ["weighted_sum.sum"] * 2
+    assert launched == ["edit_tiles.forward", "edit_tiles.backward"] + ["weighted_sum.sum"] * 2
 
 
 def test_many_tokens_along_more_directions_than_the_cache_holds_go_to_tiles(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     h, u = random(2, 10, 16), random(5, 16, seed=1)
     few = edit(h, u, scale=0.5)
-    monkeypatch.setattr(scalar_file, "MANY", 20)
+    monkeypatch.setattr(scalar_file, "MIN_TILED_TOKENS", 20)
     assert error(edit(h, u, scale=0.5), few) <= OUT and error(few, h.double() - 0.5 * (h @ u.T @ u).double()) <= 2e-6
-    assert launched == ["edit_scalar.edit", "edit_tiles.edit"]
+    assert launched == ["edit_scalar.forward", "edit_tiles.forward"]
 
 
-@pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.edit"])])
+@pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.forward"])])
 def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[str], launched: list[str]) -> None:
     h, u = random(1, 2, 20), random(m, 20, seed=1) / 9
     wanted = edited(
@@ -290,7 +290,7 @@ def test_operators_run_the_kernels(launched: list[str]) -> None:
         out = edit(h, u, low=0.0)
         drift_stats(h, u)
     grads = torch.autograd.grad(out.square().sum(), (h, u))
-    assert launched[:4] == ["edit_tiles.edit", "drift_stats.stats", "drift_stats.merge", "edit_tiles.edit"]
+    assert launched[:4] == ["edit_tiles.forward", "drift_stats.stats", "drift_stats.merge", "edit_tiles.backward"]
     with force("aten"):
         wanted = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
     assert all(error(a, b) <= SMALL for a, b in zip(grads, wanted, strict=True))
@@ -385,7 +385,7 @@ def test_drift_stats_computes_what_is_asked_for() -> None:
 
 
 def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_file, "TILE", 1)
+    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows: drift_file.StatsLaunch(1, 4))
     h, weight = random(2, 65, 20) + 30 * random(20, seed=1), sparse_mask(2, 65)
     found, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
     assert error(found.n, wanted["n"]) <= 1e-6 and error(found.sum, wanted["sum"]) <= 1e-6 and error(found.m2, wanted["m2"]) <= 1e-5
@@ -398,8 +398,9 @@ def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("which", SLOTS)
 def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the tokens are divided among programs and steps."""
-    monkeypatch.setattr(weighted_sum_file, "TILE", 8)
-    monkeypatch.setattr(weighted_sum_file, "plan", lambda tokens, vectors, width: (32, 2 // tiles, tiles))
+    monkeypatch.setattr(weighted_sum_file, "TILE_SIZE", 8)
+    division = weighted_sum_file.WorkDivision(block_size=32, n_parts=2 // tiles, tiles_per_part=tiles)
+    monkeypatch.setattr(weighted_sum_file, "divide_work", lambda n_rows, n_vectors, width: division)
     x, c, slots = random(3, 5, 40), random(3, 5, 2, seed=1), SLOTS[which]
     rows_and_tokens = None if slots is None else slots.view(3, -1)
     found = weighted_sum_file.weighted_sum(surrounded(x), c, rows_and_tokens, 3)
@@ -410,7 +411,7 @@ def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -
             if 0 <= slot < 3:
                 wanted[slot] += c[b, t, :, None].double() * x[b, t].double()
     assert error(found, wanted) <= OUT
-    assert error(weighted_sum_file.reference(x, c, rows_and_tokens, 3), wanted) <= OUT
+    assert error(weighted_sum_file.weighted_sum_reference(x, c, rows_and_tokens, 3), wanted) <= OUT
 
 
 def test_a_weighted_sum_of_nothing() -> None:
@@ -457,6 +458,6 @@ def test_tokens_that_are_left_alone_hand_their_gradient_on_as_it_is(which: str) 
 def test_the_division_of_a_sum_covers_all_tokens() -> None:
     for tokens in (1, 31, 33, 8192, 100_000):
         for vectors in (1, 16, 256):
-            block, parts, steps = weighted_sum_file.plan(tokens, vectors, 4096)
-            assert parts * steps * weighted_sum_file.TILE >= tokens and (parts - 1) * steps * weighted_sum_file.TILE < tokens
-            assert steps & (steps - 1) == 0 and parts * vectors <= max(vectors, weighted_sum_file.PROGRAMS) and block == 256
+            block, parts, steps = weighted_sum_file.divide_work(tokens, vectors, 4096)
+            assert parts * steps * weighted_sum_file.TILE_SIZE >= tokens and (parts - 1) * steps * weighted_sum_file.TILE_SIZE < tokens
+            assert steps & (steps - 1) == 0 and parts * vectors <= max(vectors, weighted_sum_file.MAX_PROGRAMS) and block == 256

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from kernel_formulas import added, edited, error, statistics
 from torch import Tensor
 
 from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
-from steer.kernels.layout import per_slot, picked, power_of_two, sum_to
+from steer.kernels.edit_task import EditNumbers
+from steer.kernels.layout import gather_slots, next_power_of_2, sum_per_slot, sum_to_broadcast
 
-edit_file = importlib.import_module("steer.kernels.edit")
 ROWS, BY_TOKEN = torch.tensor([2, -1, 0]), torch.tensor([[0, 1, 2, 7], [2, 2, -1, 2], [1, 0, -5, 1]])
 
 
@@ -151,7 +149,7 @@ def test_the_backward_pass_written_by_hand(kind: str, slots: Tensor | None, norm
 def test_the_operators_keep_their_promises() -> None:
     """Shapes, aliases, and what autograd does with them under tracing."""
     (h, read, write, _), numbers, flags = task("everything", 1)
-    given = [numbers.get(name) for name in edit_file.NAMES]
+    given = [numbers.get(name) for name in EditNumbers._fields]
     weight = torch.ones(1, 1, dtype=torch.float64)
     for norm in (False, True):
         arguments = (h.requires_grad_(), read.requires_grad_(), write, weight, None, *given, 0.0, flags.get("relative", False), False, norm)
@@ -218,12 +216,12 @@ def test_sums_of_slots(slots: Tensor | None, count: int) -> None:
             slot = 0 if slots is None else int(slots[b, t % slots.shape[1]])
             if 0 <= slot < count:
                 wanted[slot] += x[b, t]
-    assert error(per_slot(x, slots, count), wanted) <= 1e-14
-    assert picked(random(3, 5), slots).shape == ((1, 1, 5) if slots is None else (*slots.shape, 5))
+    assert error(sum_per_slot(x, slots, count), wanted) <= 1e-14
+    assert gather_slots(random(3, 5), slots).shape == ((1, 1, 5) if slots is None else (*slots.shape, 5))
 
 
 def test_sums_to_what_was_broadcast() -> None:
     x = random(3, 4)
     for shape in ((1, 1), (3, 1), (1, 4), (3, 4)):
-        assert error(sum_to(x, random(*shape)), x.sum_to_size(shape)) <= 1e-14
-    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]
+        assert error(sum_to_broadcast(x, random(*shape)), x.sum_to_size(shape)) <= 1e-14
+    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]

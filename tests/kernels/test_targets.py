@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gpu_targets import SHARED, TARGETS, Compiled, Launch, compiled, launches_of
 from torch import Tensor
+
+from steer.kernels.edit_autograd import Edit
+from steer.kernels.edit_task import EditNumbers
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this system")
 BF16, WIDTH, BATCH, TOKENS = torch.bfloat16, 4096, 4, 2048
@@ -45,18 +47,18 @@ def add(norm: bool) -> None:
 
 
 def edit(m: int, names: tuple[str, ...], norm: bool = False, tokens: int = TOKENS) -> None:
-    file = module("edit")
     bank = there(1, m, WIDTH)
-    numbers = [there(1, m) if name in names else None for name in file.NAMES]
-    file.Edit.apply(states(tokens), bank, bank, there(BATCH, tokens), None, *numbers, -1.0, False, False, norm).backward(
+    numbers = [there(1, m) if name in names else None for name in EditNumbers._fields]
+    Edit.apply(states(tokens), bank, bank, there(BATCH, tokens), None, *numbers, -1.0, False, False, norm).backward(
         states(tokens, learns=False)
     )
 
 
 def drift() -> None:
-    module("drift_stats").run(states(learns=False), there(17, WIDTH), there(BATCH, TOKENS), there(17), there(17), 64, True, True)
+    module("drift_stats").launch(states(learns=False), there(17, WIDTH), there(BATCH, TOKENS), there(17), there(17), 64, True, True)
 
 
+WAYS = ("forward", "backward")
 FEATURES = ("bias", "shift", "threshold")
 # what runs -> (name of the kernel, reads and writes of 128 bits of a thread: on NVIDIA, on AMD)
 # In bf16 a thread of 8 warps holds 16 numbers of a row of 4,096: 2 reads; in fp32 4. AMD has 64 threads in a warp, so half of both.
@@ -65,12 +67,12 @@ CASES: dict[str, tuple[Callable[[], None], list[tuple[str, tuple[int, int], tupl
     "add, norm kept": (lambda: add(True), [("steer_add.forward", (6, 2), (3, 1)), ("steer_add.backward", (8, 4), (4, 2))]),
     "clamp, norm kept": (
         lambda: edit(4, ("low", "high"), norm=True),
-        [("edit_scalar.edit", (10, 2), (5, 1)), ("edit_scalar.edit", (16, 2), (8, 1))],
+        [("edit_scalar.forward", (10, 2), (5, 1)), ("edit_scalar.backward", (16, 2), (8, 1))],
     ),
-    "16 features, few tokens": (lambda: edit(16, FEATURES, tokens=200), [("edit_scalar.edit", (10, 2), (5, 1))] * 2),
-    "16 features": (lambda: edit(16, FEATURES), [("edit_tiles.edit", (1, 4), (1, 0))] * 2),
-    "64 features": (lambda: edit(64, FEATURES), [("edit_tiles.edit", (1, 2), (1, 0))]),
-    "256 features": (lambda: edit(256, FEATURES), [("edit_tiles.edit", (1, 1), (1, 0))]),
+    "16 features, few tokens": (lambda: edit(16, FEATURES, tokens=200), [(f"edit_scalar.{way}", (10, 2), (5, 1)) for way in WAYS]),
+    "16 features": (lambda: edit(16, FEATURES), [(f"edit_tiles.{way}", (1, 4), (1, 0)) for way in WAYS]),
+    "64 features": (lambda: edit(64, FEATURES), [("edit_tiles.forward", (1, 2), (1, 0))]),
+    "256 features": (lambda: edit(256, FEATURES), [("edit_tiles.forward", (1, 1), (1, 0))]),
     "drift": (drift, [("drift_stats.stats", (1, 0), (1, 0)), ("drift_stats.merge", (12, 0), (4, 0))]),
 }
 
@@ -86,7 +88,7 @@ def test_kernels_compile(case: str, target: str, monkeypatch: pytest.MonkeyPatch
     for launch, (name, nvidia, amd) in zip(launches, expected, strict=False):
         made = compiled(launch, target)
         check(launch, made, target)
-        tiled = name in ("edit_tiles.edit", "drift_stats.stats")
+        tiled = name in ("edit_tiles.forward", "edit_tiles.backward", "drift_stats.stats")
         reads, writes = amd if target == "gfx942" else nvidia
         if tiled:
             assert made.products == PRODUCTS[target] and made.reads >= reads and made.writes >= writes, (name, made)
@@ -99,19 +101,18 @@ def test_kernels_compile(case: str, target: str, monkeypatch: pytest.MonkeyPatch
 def check(launch: Launch, made: Compiled, target: str) -> None:
     assert made.spilled == 0 and made.registers <= (512 if target == "gfx942" else 255), (launch.name, made)
     assert made.shared <= SHARED[target], (launch.name, made)
-    if launch.name in ("steer_add.forward", "steer_add.backward", "edit_scalar.edit"):
+    if launch.name in ("steer_add.forward", "steer_add.backward", "edit_scalar.forward", "edit_scalar.backward"):
         assert made.registers <= 128, "fewer than two programs of 8 warps would find room on a multiprocessor"
-    constants = set(re.findall(r"(%\w+) = arith\.constant", made.middle))
-    wide = {name for name, value in re.findall(r"(%\w+) = arith\.constant (\d+) : i32", made.middle) if int(value) >= 1024}
-    for left, right, kind in re.findall(r"arith\.muli (%\w+), (%\w+) : (\S+)", made.middle):
+    constants = set(re.findall(r"(%\w+) = arith\.constant", made.ttir))
+    wide = {name for name, value in re.findall(r"(%\w+) = arith\.constant (\d+) : i32", made.ttir) if int(value) >= 1024}
+    for left, right, kind in re.findall(r"arith\.muli (%\w+), (%\w+) : (\S+)", made.ttir):
         assert "i64" in kind or {left, right} & constants, ("a product of two sizes in 32 bits", launch.name, left, right)
-        counted = {left, right} & set(re.findall(r"(%\w+) = tt\.get_program_id", made.middle))
+        counted = {left, right} & set(re.findall(r"(%\w+) = tt\.get_program_id", made.ttir))
         assert "i64" in kind or not counted or not wide & {left, right}, ("a token times a width in 32 bits", launch.name, left, right)
 
 
 def test_a_launch_says_what_triton_needs_to_know() -> None:
     """The checks above look at what would really be launched."""
-    (launch,) = launches_of(lambda: module("drift_stats").run(states(learns=False), None, there(1, 1), None, None, 0, False, True))
+    (launch,) = launches_of(lambda: module("drift_stats").launch(states(learns=False), None, there(1, 1), None, None, 0, False, True))
     assert launch.grid == (BATCH * TOKENS // 64,) and launch.options == {"num_warps": 8, "num_stages": 3}
-    assert launch.args[0].shape == (BATCH, TOKENS, WIDTH) and launch.args[1] is None
-    assert Path(str(module("jit").__file__)).name == "jit.py"
+    assert launch.arguments["h_ptr"].shape == (BATCH, TOKENS, WIDTH) and launch.arguments["directions_ptr"] is None
