@@ -40,6 +40,7 @@ from steer.kernels.lazy_triton import tl, triton
 
 MAX_DIRECTIONS = 64  # all of whose projections of a tile are held in registers
 MIN_TOKENS_FOR_LARGE_TILES = 8192  # tiles of 64 are then 128 programs, one for nearly all of the 132 multiprocessors of a H100
+MAX_DIRECTIONS_OF_LARGE_TILES = 32
 MERGED_TILES = 64  # tiles that the merging kernel takes in a step
 MERGED_COLUMNS = 32  # columns of one of its programs
 
@@ -127,13 +128,18 @@ class StatsLaunch(NamedTuple):
 
     tile_size: int  # tokens of a program
     num_warps: int
+    num_stages: int  # depth of the pipeline of loads
 
 
-def default_launch(n_rows: int) -> StatsLaunch:
+def default_launch(n_rows: int, k: int) -> StatsLaunch:
     """Tiles of 64 tokens where they occupy the whole card, of 16 below: 2,048 tokens in tiles of 64 would leave 100 of 132 multiprocessors
     without work. Tiles of 16 write four times the sums, so they are not taken above. From arithmetic, not from a measurement.
+
+    More than 32 directions spill registers on sm_80 in tiles of 64, and exceed the shared memory of gfx942 with three stages.
     """
-    return StatsLaunch(64, 8) if n_rows >= MIN_TOKENS_FOR_LARGE_TILES else StatsLaunch(16, 4)
+    if k > MAX_DIRECTIONS_OF_LARGE_TILES:
+        return StatsLaunch(16, 4, 2)
+    return StatsLaunch(64, 8, 3) if n_rows >= MIN_TOKENS_FOR_LARGE_TILES else StatsLaunch(16, 4, 3)
 
 
 def launch(
@@ -151,7 +157,7 @@ def launch(
     h = contiguous_rows(h)
     batch, tokens, width = h.shape
     k = 0 if directions is None else len(directions)
-    tile_size, num_warps = parameters or default_launch(batch * tokens)
+    tile_size, num_warps, num_stages = parameters or default_launch(batch * tokens, k)
     n_tiles = -(-batch * tokens // tile_size)
 
     def empty(*shape: int) -> Tensor:
@@ -192,7 +198,7 @@ def launch(
             BLOCK_K=max(next_power_of_2(k), 16),
             BLOCK_SIZE=min(max(next_power_of_2(width), 16), 32 if h.dtype == torch.float32 else 128),
             num_warps=num_warps,
-            num_stages=3,
+            num_stages=num_stages,
         )
     if h.numel() and channels:
         _merge_kernel[(-(-width // MERGED_COLUMNS),)](

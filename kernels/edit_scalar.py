@@ -66,7 +66,7 @@ def _forward_kernel(
     row = b * n_tokens + t
     d = tl.arange(0, BLOCK_SIZE)[None, :]
     in_width = d < WIDTH
-    mask = in_row[:, None] & in_width
+    mask = in_width if TILE_SIZE == 1 else in_row[:, None] & in_width  # a tile of one token is always in its row
     h = tl.load(h_ptr + (b * h_stride_b + t * h_stride_t)[:, None] + d, mask=mask, other=0.0).to(tl.float32)  # [TILE_SIZE, BLOCK_SIZE]
     h_squared = tl.sum(h * h, 1)
     threshold_unit = tl.full((TILE_SIZE,), 1.0, tl.float32)
@@ -120,7 +120,7 @@ def _backward_kernel(
     row = b * n_tokens + t
     d = tl.arange(0, BLOCK_SIZE)[None, :]
     in_width = d < WIDTH
-    mask = in_row[:, None] & in_width
+    mask = in_width if TILE_SIZE == 1 else in_row[:, None] & in_width  # a tile of one token is always in its row
     out_offsets = (row * WIDTH)[:, None] + d
     g = tl.load(g_ptr + (b * g_stride_b + t * g_stride_t)[:, None] + d, mask=mask, other=0.0).to(tl.float32)  # [TILE_SIZE, BLOCK_SIZE]
     threshold_unit = tl.full((TILE_SIZE,), 1.0, tl.float32)
@@ -168,8 +168,17 @@ class ScalarLaunch(NamedTuple):
 
 
 def default_launch(width: int) -> ScalarLaunch:
-    """8 bf16 numbers, one 128-bit load, for each thread, and more threads up to 16 warps."""
-    return ScalarLaunch(1, min(max(next_power_of_2(width) // 512, 1), 16))
+    """One token for each program; 16 bf16 numbers, two 128-bit loads, for each thread, and more up to 16 warps.
+
+    Two tokens would halve what is read of the L2 cache where the directions do not fit into L1, and compile without spilled registers at
+    width 4,096. But at 8,192, where it matters most, they spill when p is kept for the backward pass, so the card has to decide.
+    """
+    return ScalarLaunch(1, warps_for(width))
+
+
+def warps_for(numbers: int) -> int:
+    """Warps of a program that holds so many columns, over all of its tokens."""
+    return min(max(next_power_of_2(numbers) // 512, 1), 16)
 
 
 def launch_forward(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,32 +87,52 @@ class Compiled:
     ttir: str
 
 
+@dataclass
+class Specialization:
+    """What Triton compiles a kernel for: types, constants and alignments of its arguments."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], Any]
+
+
+def specialization(launch: Launch) -> Specialization:
+    """The one that Triton's launcher would choose."""
+    function = launch.kernel.jit_function()
+    assert {parameter.name for parameter in function.params} == set(launch.arguments), "a launch names every argument, and no other"
+    special = Specialization({}, {}, {})
+    for i, parameter in enumerate(function.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            special.signature[parameter.name] = "constexpr"
+            special.constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            special.signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            special.attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            special.signature[parameter.name] = "fp32"
+        else:
+            special.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                special.attributes[(i,)] = [["tt.divisibility", 16]]
+    return special
+
+
+def compilations(launches: Iterable[Launch]) -> set[str]:
+    """What would be compiled for some launches, once for each kernel, specialization and set of options."""
+    return {repr((launch.name, specialization(launch), sorted(launch.options.items()))) for launch in launches}
+
+
 def compiled(launch: Launch, target: str) -> Compiled:
+    """Compiles the kernel of a launch for one of TARGETS."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = launch.kernel.jit_function()
-    assert {parameter.name for parameter in function.params} == set(launch.arguments), "a launch names every argument, and no other"
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for i, parameter in enumerate(function.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    special = specialization(launch)
+    source = ASTSource(launch.kernel.jit_function(), special.signature, constexprs=special.constants, attrs=special.attributes)
     options = {**launch.options, "enable_fp_fusion": True}
-    binary = triton.compile(
-        ASTSource(function, signature, constexprs=constants, attrs=attributes), target=GPUTarget(*TARGETS[target]), options=options
-    )
+    binary = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     text = binary.asm["ptx" if "ptx" in binary.asm else "amdgcn"]
     if "ptx" in binary.asm:
         registers, spilled = _of_cubin(binary.asm["cubin"], Path(triton.__file__).parent)

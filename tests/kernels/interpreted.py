@@ -20,8 +20,8 @@ from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
 from steer.kernels.lazy_triton import LazyKernel
 
 # the functions of a package hide its modules of the same name
-steer_add_file, edit_file, drift_file, weighted_sum_file, scalar_file = (
-    importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "edit", "drift_stats", "weighted_sum", "edit_scalar")
+steer_add_file, drift_file, weighted_sum_file, scalar_file, tiles_file = (
+    importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "drift_stats", "weighted_sum", "edit_scalar", "edit_tiles")
 )
 torch.set_num_threads(1)
 ZONE = 64
@@ -187,10 +187,10 @@ KINDS: dict[str, tuple[dict[str, float], dict[str, bool]]] = {
 NEVER = frozenset({"threshold"})  # is learned
 
 
-def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 33, banks: int = 3) -> None:
+def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 33) -> None:
     values, flags = KINDS[kind]
     flags = {**flags, "preserve_norm": norm}
-    count = 1 if slots is None else banks
+    count = 1 if slots is None else 3
     numbers = {name: value + 0.05 * random(count, m, seed=20 + i) for i, (name, value) in enumerate(values.items())}
     tensors = {
         "h": random(3, 5, width),
@@ -224,6 +224,32 @@ def test_edit_with_slots_of_tokens() -> None:
 def test_edit_along_many_directions(kind: str, launched: list[str]) -> None:
     edit_case(kind, 19, SLOTS["rows"] if kind in ("clamp", "everything") else None, False, width=70)
     assert launched == ["edit_tiles.forward", "edit_tiles.backward"] + ["weighted_sum.sum"] * 2
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tile_size", [16, 32, 64])
+def test_edit_in_tiles_of_every_size_and_order(tile_size: int, reverse: bool, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """Launch parameters that benchmarks/gpu.py sweeps; the last tile of a row is not full."""
+    parameters = tiles_file.TilesLaunch(tile_size, 32, reverse, 4, 2)
+    monkeypatch.setattr(tiles_file, "default_launch", lambda tokens, m, dtype: parameters)
+    read, write = random(3, 19, 70, seed=1) / 9, random(3, 19, 70, seed=2) / 19
+    tensors = {"h": random(3, 20, 70), "read": read, "write": write, "low": random(19, seed=3)}
+
+    def formula(**tensors: Tensor) -> Tensor:
+        with force("aten"):  # in float64; test_formulas.py compares it with the formula by hand, which for so many tokens takes seconds
+            return edit(slots=SLOTS["rows"], **tensors)
+
+    against(lambda **tensors: edit(slots=SLOTS["rows"], **tensors), formula, tensors, frozenset({"read", "write"}))
+    assert launched[:2] == ["edit_tiles.forward", "edit_tiles.backward"]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("tile_size", [2, 4])
+def test_edit_of_several_tokens_in_a_program(tile_size: int, norm: bool, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.setattr(scalar_file, "default_launch", lambda width: scalar_file.ScalarLaunch(tile_size, 4))
+    edit_case("everything", 2, SLOTS["rows"], norm)
+    edit_case("ablate", 2, None, norm)
+    assert launched[:2] == ["edit_scalar.forward", "edit_scalar.backward"]
 
 
 def test_many_tokens_along_more_directions_than_the_cache_holds_go_to_tiles(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
@@ -356,8 +382,10 @@ def test_twice_the_same_bits() -> None:
 # ---- drift statistics
 
 
+@pytest.mark.parametrize("tile_size", [16, 64])
 @pytest.mark.parametrize(("tokens", "width", "k"), [(5, 33, 3), (70, 130, 17)])
-def test_drift_stats(tokens: int, width: int, k: int, launched: list[str]) -> None:
+def test_drift_stats(tokens: int, width: int, k: int, tile_size: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows, k: drift_file.StatsLaunch(tile_size, 4, 3))
     h, directions = random(2, tokens, width), random(k, width, seed=1) / width**0.5
     h[..., 3] += 3000  # a channel whose mean is 3,000 times its deviation
     weight = (sparse_mask(2, tokens) * 0.7)[..., 0]
@@ -385,7 +413,7 @@ def test_drift_stats_computes_what_is_asked_for() -> None:
 
 
 def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows: drift_file.StatsLaunch(1, 4))
+    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows, k: drift_file.StatsLaunch(1, 4, 3))
     h, weight = random(2, 65, 20) + 30 * random(20, seed=1), sparse_mask(2, 65)
     found, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
     assert error(found.n, wanted["n"]) <= 1e-6 and error(found.sum, wanted["sum"]) <= 1e-6 and error(found.m2, wanted["m2"]) <= 1e-5

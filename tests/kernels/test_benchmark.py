@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -46,6 +47,20 @@ sys.exit(gpu.main(["--dry", "--out", sys.argv[1]]))
 """
     done = run("-c", code, tmp_path / "found.json")
     assert done.returncode == 1 and "a kernel is wrong; nothing was timed" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_dry_sweep_has_a_row_for_every_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = importlib.import_module("gpu")
+    assert gpu.main(["--dry", "--only", "sweep", "--out", str(tmp_path / "sweep.json")]) == 0
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    rows = results["sweep"]
+    assert len(rows) == 2 * 2 * (12 + 2 + 2) and all(row["us"] > 0 and row["fraction"] > 0 for row in rows)
+    assert [row["against default"] for row in rows if row["default"]] == [1.0] * (2 * 2 * 3)
+    printed = capsys.readouterr().out
+    assert "launch parameters" in printed and "reverse True" in printed and "the fastest" in printed
 
 
 def test_without_a_gpu_it_says_so() -> None:
