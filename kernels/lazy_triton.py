@@ -64,7 +64,7 @@ class LazyKernel:
 class _Triton:
     """What the kernel files use of the package `triton`."""
 
-    jit = LazyKernel
+    jit: Any = LazyKernel  # Any: to a type checker, what kernels call are plain functions
 
 
 triton = _Triton
