@@ -29,9 +29,12 @@ the directions [1 or slots, M] fp32, w [batch or 1, tokens or 1], slots [batch, 
 Bytes per token in bf16: forward and backward 4 D each (6 D backward with norm preservation), the directions coming from the caches. Saved
 for backward: p, 4 M, and |h|, 4, where the threshold is relative; nothing of the size of h unless the norm is kept or U learns.
 
-Two kernels: `edit_scalar` keeps one token in registers and goes through the directions one by one, M <= 16; `edit_tiles` takes 16 to 64
-tokens and all directions at once through the tensor cores, M <= 256. What neither takes (more directions; more than 16 with norm
+Two pairs of kernels: `edit_scalar` keeps a token in registers and goes through the directions one by one, M <= 16; `edit_tiles` takes 16 to
+64 tokens and all directions at once through the tensor cores, M <= 256. What neither takes (more directions; more than 16 with norm
 preservation, or with slots of tokens) runs in PyTorch operations. Deterministic.
+
+Files: `edit_task` (arguments), `edit_reference` (PyTorch), `edit_scalar` and `edit_tiles` (kernels and launchers), `edit_autograd` (choice
+of the kernel, gradients), `edit_operator` (for compiled code), and this one.
 
 Sources: Arditi et al. 2024, arXiv 2406.11717 (ablation); Lee et al. 2024, arXiv 2409.05907, CAST (gate); Rajamanoharan et al. 2024, arXiv
 2407.14435 (JumpReLU); Templeton et al. 2024, "Scaling Monosemanticity" (clamping features; the change along decoder rows alone equals a

@@ -47,10 +47,11 @@ def run_forward(h: Tensor, task: EditTask, keep: bool) -> ForwardResult:
     if keep:
         p = torch.empty(*h.shape[:2], task.read.shape[1], dtype=torch.float32, device=h.device)
         h_norm = torch.empty(h.shape[:2], dtype=torch.float32, device=h.device) if task.options.relative else None
-    count_slots(task)  # raises for banks that differ, also when there is no token
     if h.numel():
         kernel = edit_scalar if edit_scalar.is_suitable(h, task) else edit_tiles
         kernel.launch_forward(h, task, out, p, h_norm)
+    else:
+        count_slots(task)  # raises for banks that differ, as a launch does
     return ForwardResult(out, p, h_norm)
 
 
@@ -62,13 +63,13 @@ class BackwardResult(NamedTuple):
     dy: Tensor  # g itself where no norm is kept, or nothing but dh is wanted
 
 
-def run_backward(g: Tensor, h: Tensor | None, task: EditTask, p: Tensor | None, h_norm: Tensor | None, more: bool) -> BackwardResult:
-    """The backward pass by the kernel that suits. more: also what gradients other than dh are made of."""
+def run_backward(g: Tensor, h: Tensor | None, task: EditTask, p: Tensor | None, h_norm: Tensor | None, with_q: bool) -> BackwardResult:
+    """The backward pass by the kernel that suits. with_q: also q and dy, which the gradients of other tensors than h are made of."""
     g = contiguous_rows(g)
     h = None if h is None else contiguous_rows(h)
     dh = empty_output(g)
-    dy = empty_output(g) if more and task.options.preserve_norm else None
-    q = torch.empty(*g.shape[:2], task.read.shape[1], dtype=torch.float32, device=g.device) if more else None
+    dy = empty_output(g) if with_q and task.options.preserve_norm else None
+    q = torch.empty(*g.shape[:2], task.read.shape[1], dtype=torch.float32, device=g.device) if with_q else None
     if g.numel():
         if edit_scalar.is_suitable(g, task):
             edit_scalar.launch_backward(g, h, task, p, h_norm, dh, q, dy)
@@ -102,7 +103,7 @@ class NeedsGrad(NamedTuple):
         return cls(*ctx.needs_input_grad[: len(cls._fields)])
 
     @property
-    def more(self) -> bool:
+    def any_but_h(self) -> bool:
         """Something besides the activation."""
         return any(self[1:])
 
@@ -171,7 +172,7 @@ def all_gradients(
     )
 
 
-class Saved(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What is saved for the backward pass."""
 
     h: Tensor | None  # where the norm is kept, or the directions to read need a gradient
@@ -195,10 +196,10 @@ class Saved(NamedTuple):
 
 
 def save_for_backward(ctx: Any, needs: NeedsGrad, h: Tensor, task: EditTask, p: Tensor | None, h_norm: Tensor | None) -> None:
-    """Keeps what `Saved` lists."""
+    """Keeps what `SavedForBackward` lists."""
     ctx.options = task.options
     kept_h = h if task.options.preserve_norm or needs.read else None
-    ctx.save_for_backward(*Saved(kept_h, task.read, task.write, task.weight, task.slots, *task.numbers, p, h_norm))
+    ctx.save_for_backward(*SavedForBackward(kept_h, task.read, task.write, task.weight, task.slots, *task.numbers, p, h_norm))
 
 
 class Edit(torch.autograd.Function):
@@ -228,7 +229,7 @@ class Edit(torch.autograd.Function):
         task = contiguous_directions(EditTask(read, write, weight, slots, numbers, options))
         needs = NeedsGrad.of(ctx)
         is_linear = low is None and high is None and threshold is None  # then phi' does not depend on p
-        keep = needs.more or (needs.h and (not is_linear or preserve_norm))
+        keep = needs.any_but_h or (needs.h and (not is_linear or preserve_norm))
         out, p, h_norm = run_forward(h, task, keep)
         save_for_backward(ctx, needs, h, task, p, h_norm)
         return out
@@ -236,9 +237,9 @@ class Edit(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> EditGradients:
-        saved, needs = Saved(*ctx.saved_tensors), NeedsGrad.of(ctx)
+        saved, needs = SavedForBackward(*ctx.saved_tensors), NeedsGrad.of(ctx)
         task = saved.task(ctx.options)
-        dh, q, dy = run_backward(g, saved.h, task, saved.p, saved.h_norm, needs.more)
+        dh, q, dy = run_backward(g, saved.h, task, saved.p, saved.h_norm, needs.any_but_h)
         if q is None or saved.p is None:
             return EditGradients(dh)
         return all_gradients(needs, dh, saved.h, task, saved.p, saved.h_norm, q, dy)

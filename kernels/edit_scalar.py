@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from steer.kernels.device_functions import evaluate_phi
-from steer.kernels.edit_task import EditTask, contiguous_number, count_slots, kernel_arguments
+from steer.kernels.edit_task import EditTask, contiguous_number, kernel_arguments
 from steer.kernels.layout import broadcast_strides, is_per_token, next_power_of_2
 from steer.kernels.lazy_triton import tl, triton
 
@@ -187,17 +187,18 @@ def launch_forward(
     """Fills out, p [batch, tokens, M] and h_norm [batch, tokens]. The directions are contiguous, and the numbers of h's tokens."""
     batch, tokens, width = h.shape
     tile_size, num_warps = parameters or default_launch(width)
+    arguments = kernel_arguments(task)
     _forward_kernel[(batch * -(-tokens // tile_size),)](
         h_ptr=h,
         out_ptr=out,
-        bias_ptr=contiguous_number(task.numbers.bias, count_slots(task)),
+        bias_ptr=contiguous_number(task.numbers.bias, arguments["n_slots"]),
         p_ptr=p,
         h_norm_ptr=h_norm,
         n_tokens=tokens,
         h_stride_b=h.stride(0),
         h_stride_t=h.stride(1),
         slots_stride_t=broadcast_strides(task.slots)[1],
-        **kernel_arguments(task),
+        **arguments,
         WIDTH=width,
         PRESERVE_NORM=task.options.preserve_norm,
         TILE_SIZE=tile_size,

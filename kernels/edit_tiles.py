@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from steer.kernels.device_functions import dot_exact, evaluate_phi
-from steer.kernels.edit_task import EditTask, contiguous_number, count_slots, kernel_arguments
+from steer.kernels.edit_task import EditTask, contiguous_number, kernel_arguments
 from steer.kernels.layout import next_power_of_2
 from steer.kernels.lazy_triton import tl, triton
 
@@ -200,16 +200,17 @@ def launch_forward(
     batch, tokens, width = h.shape
     m = task.read.shape[1]
     tile_size, block_size, reverse, num_warps, num_stages = parameters or default_launch(tokens, m, h.dtype)
+    arguments = kernel_arguments(task)
     _forward_kernel[(batch * -(-tokens // tile_size),)](
         h_ptr=h,
         out_ptr=out,
-        bias_ptr=contiguous_number(task.numbers.bias, count_slots(task)),
+        bias_ptr=contiguous_number(task.numbers.bias, arguments["n_slots"]),
         p_ptr=p,
         h_norm_ptr=h_norm,
         n_tokens=tokens,
         h_stride_b=h.stride(0),
         h_stride_t=h.stride(1),
-        **kernel_arguments(task),
+        **arguments,
         WIDTH=width,
         REVERSE=reverse,
         TILE_SIZE=tile_size,
