@@ -71,6 +71,7 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
     for registry in REGISTRIES.values():  # a page may register a method of its own
+        registry.load()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
     def train_one_step() -> None:
