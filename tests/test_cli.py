@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,14 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
         assert key in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_imports_neither_torch_nor_lightning(tmp_path: Path, command: str) -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'peft', 'pytorch_lightning', 'matplotlib'}"
+    code = f"import sys; from steer.cli import main; main(['{command}', '--help']); print(sorted({heavy} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"steer {command}: ") and printed.splitlines()[-1] == "[]"
 
 
 def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,7 +259,7 @@ def check_unused(out: Path) -> None:
         )
 
 
-def left_by(out: Path) -> str:
+def what_is_left(out: Path) -> str:
     """What an interrupted run leaves, in a line."""
     there = [f"{name}/{part.name}" for name in ("adapters", "drift") for part in sorted(out.glob(f"{name}/*")) if part.suffix != ".lock"]
     return (
