@@ -158,11 +158,11 @@ def _quick_help() -> Iterator[None]:
     """Keeps Hydra from copying its store of built-in settings once for every choice that the help lists, a third of its time."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.__deepcopy__ = lambda store, _: store
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del ConfigStore.__deepcopy__
+        del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
 
 
 # ---- errors

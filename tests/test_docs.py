@@ -30,7 +30,7 @@ from steer.experiment.results import to_json
 from steer.files import load_artifact
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS
-from steer.registry import REGISTRIES
+from steer.registry import REGISTRIES, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -124,6 +124,32 @@ def test_the_examples_of_the_readme_run(
 def test_generated_tables_are_up_to_date() -> None:
     for path, text in script("make_tables").updated().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/make_tables.py"
+
+
+def test_a_new_method_is_in_the_table_of_its_kind_and_a_new_kind_in_that_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = script("make_tables")
+    operators = steer.intervene.OPERATORS
+    operators.load()
+    monkeypatch.setattr(operators, "_entries", dict(operators._entries))
+
+    @operators.register("of_a_test")
+    class OfATest(steer.Add):
+        """h + 1: adds one."""
+
+    kind: Registry[type] = Registry("kind of a test")
+    try:
+        kind.register("a_method")(type("Method", (), {"__doc__": "What it is."}))
+        texts = tables.updated()
+        assert "| `of_a_test` | `steer.OfATest` | `h + 1` | adds one. |" in texts[ROOT / "docs" / "operators.md"]
+        assert "| kind of a test | `a_method` | What it is. |" in texts[README]
+        assert "| kind of a test | `a_method` | below |" in texts[README] and "`of_a_test`" in texts[README]
+    finally:
+        del REGISTRIES["kind of a test"]
+
+
+def test_every_kind_with_a_page_is_listed_there() -> None:
+    tables = script("make_tables")
+    assert set(tables.listed_kinds()) == set(tables.PLACES) & set(tables.methods()), "a page lacks the markers of its table"
 
 
 def test_the_demo_section_follows_from_its_measurement() -> None:

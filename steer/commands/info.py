@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steer.directions
+import steer.drift
 import steer.intervene  # noqa: F401  (fills the registries)
 from steer import kernels
 from steer.intervene.scope import KINDS
