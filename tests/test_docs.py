@@ -246,6 +246,13 @@ def test_concepts_name_every_site_and_scope() -> None:
     assert all(f"`layers.<n>.{part}`" in text for part in LAYER_PARTS) and all(f"`{kind}`" in text for kind in KINDS)
 
 
+def test_the_glossary_is_alphabetical_and_has_every_kind_of_method() -> None:
+    words = re.findall(r"^\| (?!word|-)([^|]+) \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    plain = [word.strip("`").removesuffix("()").lower() for word in words]
+    assert plain == sorted(plain) and len(set(words)) == len(words)
+    assert {*script("make_tables").methods(), "plan", "intervention", "attachment", "site", "direction", "tracker"} <= set(words)
+
+
 # ---- links, and what must not be there
 
 
