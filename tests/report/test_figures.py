@@ -17,8 +17,8 @@ from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
 from steer.report import drift_figure, numbers, summary_table
 from steer.report.curves import chance_bound, drift_curves, natural
-from steer.report.figures import running_mean, running_width
 from steer.report.palette import ROLES
+from steer.report.run_plots import running_mean, running_width
 from steer.report.view import Forest, common_digits, forest
 
 Drift = dict[str, list[DriftRecord]]
