@@ -74,7 +74,7 @@ class Bench:
 
     def cli(self, *arguments: str) -> None:
         """What `steer` runs, but for the end, which prints the error."""
-        cli._run(arguments[0], list(arguments[1:]))
+        cli._run_with_hydra(arguments[0], list(arguments[1:]))
 
 
 def truncate(path: Path, keep: float = 0.6) -> Path:
