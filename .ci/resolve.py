@@ -41,8 +41,8 @@ def python_versions() -> tuple[str, str]:
 
 def public_environment() -> dict[str, str]:
     """This process's environment without a setting that names another place for packages than the public index."""
-    kept = {name: value for name, value in os.environ.items() if name in CONNECTION or not name.startswith(("PIP_", "UV_"))}
-    return {**kept, "PIP_CONFIG_FILE": os.devnull}
+    environment = {name: value for name, value in os.environ.items() if name in CONNECTION or not name.startswith(("PIP_", "UV_"))}
+    return {**environment, "PIP_CONFIG_FILE": os.devnull}
 
 
 def interpreter(version: str) -> str | None:

@@ -81,14 +81,14 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
             for parameter in deep.parameters():
                 parameter -= 0.01 * parameter.grad
 
-    given: dict[str, Any] = {
+    objects: dict[str, Any] = {
         "model": deep,
         "tokenizer": tiny_tokenizer(),
         "vector": vector(),
         "direction": direction(),
         "prompts": prompts(4),
     }
-    names = {**given, "train_one_step": train_one_step}
+    names = {**objects, "train_one_step": train_one_step}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
 
@@ -114,7 +114,7 @@ def test_the_examples_of_the_readme_run(
     exec(compile(training, "README.md", "exec"), names)
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:
-        assert sorted({one.step for one in store.records(mode="probe", kind="named")}) == [0, 2, 4]
+        assert sorted({record.step for record in store.records(mode="probe", kind="named")}) == [0, 2, 4]
     assert "drift/gushing@layers.22.output/effect_sd" in capsys.readouterr().out
 
 
@@ -217,19 +217,19 @@ def test_every_typed_error_has_a_section() -> None:
 
 def test_every_module_that_defines_an_error_is_known() -> None:
     """`error_names` imports two kinds of module only."""
-    found = {
+    files = {
         file.name for file in (ROOT / "steer").rglob("*.py") if re.search(r"^class \w+\((\w+Error|SteerError)", file.read_text(), re.M)
     }
-    found |= {file.name for file in (ROOT / "callbacks").rglob("*.py") if re.search(r"^class \w+\(\w*Error", file.read_text(), re.M)}
-    assert found == {"errors.py", "store.py"}
+    files |= {file.name for file in (ROOT / "callbacks").rglob("*.py") if re.search(r"^class \w+\(\w*Error", file.read_text(), re.M)}
+    assert files == {"errors.py", "store.py"}
 
 
 def test_the_manifest_and_the_store_are_described(tmp_path: Path, deep: LlamaForCausalLM) -> None:
     text = (ROOT / "docs" / "files.md").read_text()
     plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output"), fingerprint={"width": 32})
     manifest, _ = load_artifact(plan.save(tmp_path / "plan"), "plan")
-    whole = json.loads((tmp_path / "plan" / "manifest.json").read_text())
-    for key in (*whole, *manifest["interventions"][0], *COLUMNS):
+    on_disk = json.loads((tmp_path / "plan" / "manifest.json").read_text())
+    for key in (*on_disk, *manifest["interventions"][0], *COLUMNS):
         assert f"`{key}`" in text, key
     kinds = {match for file in ROOT.glob("*/*.py") for match in re.findall(r'^    kind = "(\w+)"', file.read_text(), re.M)}
     assert kinds and all(f"`{kind}`" in text for kind in kinds | {"plan", "directions"})
