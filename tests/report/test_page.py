@@ -234,7 +234,7 @@ def test_says_what_one_random_direction_cannot_show(tmp_path: Path, synthetic_me
 
 
 def test_the_stream_starts_at_its_first_window(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    stream = {arm: [replace(one, mode="stream") for one in records if one.step] for arm, records in synthetic_drift.items()}
+    stream = {arm: [replace(record, mode="stream") for record in records if record.step] for arm, records in synthetic_drift.items()}
     _, probed = render(tmp_path, synthetic_metrics, synthetic_drift)
     _, page = render(tmp_path, synthetic_metrics, stream)
     caption, caveat = "since the window that ended at step 4", "Stream mode begins at its first window"
