@@ -84,15 +84,21 @@ class _Reader:
 
 def batches(rows: Sequence[Row], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
     """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together."""
-    units = [range(start, start + group) for start in range(0, len(rows), group)]
-    longest = [max(len(rows[i].ids) for i in unit) for unit in units]
+    return batches_of([len(row.ids) for row in rows], max_tokens, group)
+
+
+def batches_of(lengths: Sequence[int], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
+    """`batches` by the number of tokens of each text."""
+    units = [range(start, start + group) for start in range(0, len(lengths), group)]
+    longest = [max(lengths[i] for i in unit) for unit in units]
     batch: list[int] = []
     width = 0
     for unit in sorted(range(len(units)), key=lambda unit: -longest[unit]):
         width = width or longest[unit]
         if batch and (len(batch) + group) * width > max_tokens:
             yield batch
-            batch, width = [], longest[unit]
+            batch = []
+            width = longest[unit]
         batch.extend(units[unit])
     if batch:
         yield batch
