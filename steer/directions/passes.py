@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
-from steer.model.prefix import CachedPrefix, empty_prefix, prefix_batch, replaced_forwards
+from steer.model.prefix import CachedPrefix, empty_prefix, extended, prefix_batch, replaced_forwards
 from steer.model.resume import recorded_blocks, resumed
 from steer.model.tokens import Row, collate
 from steer.model.watcher import response_tokens
@@ -88,25 +88,35 @@ class Passes:
         self.head = anatomy.unembedding if gather and anatomy is not None else None
         self.device = next(model.parameters()).device
 
-    def read_prefixes(self, prefixes: Sequence[tuple[int, ...]]) -> ReadPrefixes:
-        """Runs prefixes, under every plan that acts on them."""
+    def no_prefixes(self) -> ReadPrefixes:
+        """Where reading prefixes starts from: one of no tokens."""
         assert self.anatomy is not None
+        return ReadPrefixes(empty_prefix(self.anatomy, 1), [empty_prefix(self.anatomy, entry.slots) for entry in self.plans])
+
+    def read_prefixes(self, before: ReadPrefixes, of: Tensor, prefixes: Sequence[tuple[int, ...]]) -> ReadPrefixes:
+        """Runs prefixes, under every plan that acts on them.
+
+        Args:
+            before: prefixes that these continue.
+            of: [prefixes] which of them each continues.
+            prefixes: token ids.
+        """
         batch = prefix_batch(prefixes)
         nothing = torch.zeros(0, dtype=torch.long)
-        empty = empty_prefix(self.anatomy, len(prefixes))
-        read = CachedPrefix(empty.cache, batch["attention_mask"])
+        unsteered = before.unsteered.select(of)
         if not self.steers_prefix:
-            self._logits(empty.continued(batch), nothing)
+            self._logits(unsteered.continued(batch), nothing)
+            read = extended(unsteered, batch)
             return ReadPrefixes(read, [read] * len(self.plans))
-        records = self._records(empty.continued(batch))
+        records = self._records(unsteered.continued(batch))
         steered = []
         for number, entry in enumerate(self.plans):
             slots = torch.arange(entry.slots)
             repeated = _repeated(batch, entry.slots)
-            empty = empty_prefix(self.anatomy, entry.slots * len(prefixes))
-            self._steered(number, slots, records, empty.continued(repeated), repeated["attention_mask"] < 0, nothing)
-            steered.append(CachedPrefix(empty.cache, repeated["attention_mask"]))
-        return ReadPrefixes(read, steered)
+            prefix = self._continued(number, before, of, slots)
+            self._steered(number, slots, records, prefix.continued(repeated), repeated["attention_mask"] < 0, nothing)
+            steered.append(extended(prefix, repeated))
+        return ReadPrefixes(extended(unsteered, batch), steered)
 
     def logits(
         self, rows: Sequence[Row], wanted: Wanted, prefixes: ReadPrefixes | None, of: Tensor, slots: Mapping[int, Tensor]
@@ -206,7 +216,7 @@ def acts_on_responses(plan: Plan) -> bool:
 
 
 def may_split(plan: Plan) -> bool:
-    """True when it makes no difference to a plan that prefix and rest of a text run in two passes: it acts on responses, or on all tokens."""
+    """True when a plan does the same to a text whose beginning runs in a pass of its own: it acts on responses, or on all tokens."""
     if any(intervention.gate is not None for intervention in plan.interventions):
         return False
     return acts_on_responses(plan) or all(str(intervention.scope) == "all" for intervention in plan.interventions)

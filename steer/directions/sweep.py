@@ -22,7 +22,7 @@ from steer.intervene.scope import Scope
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import batches_of, check_vocabulary, evaluating
 from steer.model.likelihood import target_logprobs
-from steer.model.prefix import SharedPrefixes, agree, may_share, share_prefixes
+from steer.model.prefix import SharedPrefixes, agree, may_nest, may_share, share_prefixes
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -137,24 +137,24 @@ class _Sweep:
         self.passes = Passes(model, anatomy, plans, share=share, gather=gather)
         self.predict = predict
         self.shared: SharedPrefixes | None = None
-        if share and all(may_split(entry.plan) for entry in plans):
+        if share and anatomy is not None and all(may_split(entry.plan) for entry in plans):
             limits = [len(row.ids) - 1 if predict == "last" else row.prompt - 1 for row in rows]
             limits = [min(limit, row.prompt) for limit, row in zip(limits, rows, strict=True)]  # the response stays in one piece
-            self.shared = share_prefixes(rows, limits, group)
+            self.shared = share_prefixes(rows, limits, group, nest=may_nest(anatomy))
         self.rest = list(rows) if self.shared is None else self.shared.rest
         # what several plans have in common is kept while they run, so that a batch is not for the largest of them alone
         slots = max(*(entry.slots for entry in plans), min(len(plans), 4))
         self.lengths = [slots * len(row.ids) for row in self.rest]
-        if self.shared is not None and len(self.shared.prefixes) > 1:
-            self.lengths = [
-                length + len(self.shared.prefixes[i]) // group for length, i in zip(self.lengths, self.shared.of, strict=True)
-            ]
+        if self.shared is not None:
+            own = [len(self.shared.prefixes[i]) // group for i in self.shared.of]
+            self.lengths = [length + extra for length, extra in zip(self.lengths, own, strict=True)]
 
     @cached_property
     def common(self) -> ReadPrefixes:
-        """The one prefix of all texts, read once for all batches."""
+        """What all texts begin with, read once for all batches."""
         assert self.shared is not None
-        return self.passes.read_prefixes(self.shared.prefixes)
+        nothing = self.passes.no_prefixes()
+        return self.passes.read_prefixes(nothing, torch.zeros(1, dtype=torch.long), [self.shared.common]) if self.shared.common else nothing
 
     def predictions(self, chosen: Sequence[int], slots: Mapping[int, Tensor]) -> Iterator[Predictions]:
         """Runs the chosen texts with these row slots, by number of the plan."""
@@ -169,10 +169,11 @@ class _Sweep:
         """The prefixes of the chosen texts, and which of them each has."""
         if self.shared is None:
             return None, torch.zeros(len(chosen), dtype=torch.long)
-        if len(self.shared.prefixes) == 1:
+        if not self.shared.nested:
             return self.common, torch.zeros(len(chosen), dtype=torch.long)
         used = sorted({self.shared.of[i] for i in chosen})
-        read = self.passes.read_prefixes([self.shared.prefixes[i] for i in used])
+        prefixes = [self.shared.prefixes[i] for i in used]
+        read = self.passes.read_prefixes(self.common, torch.zeros(len(used), dtype=torch.long), prefixes)
         return read, torch.tensor([used.index(self.shared.of[i]) for i in chosen])
 
 

@@ -25,52 +25,54 @@ LEAST_TOKENS = 4  # a shorter prefix costs more in one more pass than it saves
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Texts, cut into the prefixes that they share and the rest of each.
+    """Texts, cut into what they share and the rest of each: a text is `common`, its own group's prefix, and its rest.
 
     Attributes:
-        prefixes: token ids of each prefix.
-        of: index of each text's prefix.
-        rest: what follows the prefix in each text, with at least one token.
+        common: token ids that all texts begin with; may be none.
+        prefixes: what follows in each group, likewise.
+        of: index of each text's group.
+        rest: what is left of each text, with at least one token.
     """
 
+    common: tuple[int, ...]
     prefixes: list[tuple[int, ...]]
     of: list[int]
     rest: list[Row]
 
     @property
-    def length(self) -> int:
-        """Tokens of the longest prefix."""
-        return max(map(len, self.prefixes), default=0)
+    def nested(self) -> bool:
+        """True when groups have prefixes of their own."""
+        return any(self.prefixes)
 
 
-def share_prefixes(rows: Sequence[Row], limits: Sequence[int], group: int) -> SharedPrefixes | None:
+def share_prefixes(rows: Sequence[Row], limits: Sequence[int], group: int, *, nest: bool) -> SharedPrefixes | None:
     """Finds what texts begin with in common, or None where that is not worth a pass of its own.
 
     Args:
         rows: the texts.
         limits: for each text, how many of its tokens may belong to a prefix.
-        group: runs of this many consecutive texts share a prefix; with 1, all texts share one.
+        group: runs of this many consecutive texts are a group, 1 for none.
+        nest: what all texts have in common may run before what groups do, see `may_nest`.
     """
-    size = len(rows) if group == 1 else group
-    prefixes: list[tuple[int, ...]] = []
-    of: list[int] = []
-    for start in range(0, len(rows), size):
-        texts = rows[start : start + size]
-        limit = max(min(limits[start : start + size]), 0)
-        prefixes.append(texts[0].ids[: _common(texts, limit)])
-        of += [len(prefixes) - 1] * len(texts)
-    total = sum(len(row.ids) for row in rows)
-    saved = sum(len(prefixes[i]) for i in of) - sum(map(len, prefixes))
-    if saved < max(0.1 * total, LEAST_TOKENS):
+    starts = range(0, len(rows), group)
+    common = _common(rows, min(limits)) if group == 1 or nest else 0
+    if common < LEAST_TOKENS:
+        common = 0
+    own = [0 if group == 1 else _common(rows[start : start + group], min(limits[start : start + group])) - common for start in starts]
+    prefixes = [rows[start].ids[common : common + length] for start, length in zip(starts, own, strict=True)]
+    of = [i // group for i in range(len(rows))]
+    rest = [row.starting_at(common + own[i]) for row, i in zip(rows, of, strict=True)]
+    saved = common * (len(starts) - 1) + sum(length + common for length in own) * (group - 1)
+    if saved < max(0.1 * sum(len(row.ids) for row in rows), LEAST_TOKENS):
         return None
-    rest = [Row(row.ids[len(prefixes[i]) :], max(row.prompt - len(prefixes[i]), 0)) for row, i in zip(rows, of, strict=True)]
-    return SharedPrefixes(prefixes, of, rest)
+    return SharedPrefixes(rows[0].ids[:common], prefixes, of, rest)
 
 
 def _common(texts: Sequence[Row], limit: int) -> int:
     """Number of tokens, `limit` at most, with which all texts begin."""
-    first, last = min(row.ids for row in texts), max(row.ids for row in texts)
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    first = min(row.ids for row in texts)
+    last = max(row.ids for row in texts)
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
 @dataclass(eq=False)
@@ -122,10 +124,20 @@ def empty_prefix(anatomy: Anatomy, rows: int) -> CachedPrefix:
     return CachedPrefix(DynamicCache(config=anatomy.config), torch.zeros(rows, 0, dtype=torch.long))
 
 
+def may_nest(anatomy: Anatomy) -> bool:
+    """True unless a sliding window would count the padding between what all texts and what groups of them begin with."""
+    return not any(empty_prefix(anatomy, 1).cache.is_sliding)
+
+
 def prefix_batch(prefixes: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, [prefixes, tokens], padded on the left."""
     batch = collate([Row(ids, len(ids)) for ids in prefixes], pad=0, side="left")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def extended(prefix: CachedPrefix, batch: dict[str, Tensor]) -> CachedPrefix:
+    """The prefix after a pass over a batch that continued it."""
+    return CachedPrefix(prefix.cache, torch.cat([prefix.mask, batch["attention_mask"]], 1))
 
 
 def may_share(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Passes that begin in the middle of a model: the blocks below run once, and what they gave is handed to the blocks above as often as needed.
+"""Passes that begin in the middle of a model: the blocks below run once, and the blocks above go on from there, as often as needed.
 
 Blocks are skipped by putting another `forward` in their place. The model itself still makes masks and positions for all its rows, and
 hooks on the blocks run as ever, so nothing has to be known of how a family calls them but that each takes what the one below gave.
