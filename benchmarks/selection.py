@@ -1,4 +1,4 @@
-"""What choosing a direction costs: `select` with 16 candidates, `calibrate` with 9 slots, `extract` of 64 pairs, against plain forward passes.
+"""CPU time and memory of `select` with 16 candidates, `calibrate` with 9 slots and `extract` of 64 pairs, beside plain forward passes.
 
     python benchmarks/selection.py [--model smollm2-135m] [--rounds 3] [--threads 1] [--against PATH] [--out selection.json]
 

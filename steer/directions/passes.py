@@ -6,7 +6,7 @@ give the same in all of its row slots, and in all plans. A prefix that texts sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +113,7 @@ class Passes:
         for number, entry in enumerate(self.plans):
             slots = torch.arange(entry.slots)
             repeated = _repeated(batch, entry.slots)
-            prefix = self._continued(number, before, of, slots)
+            prefix = self._prefix_of_rows(number, before, of, slots, CachedPrefix.select)
             self._steered(number, slots, records, prefix.continued(repeated), repeated["attention_mask"] < 0, nothing)
             steered.append(extended(prefix, repeated))
         return ReadPrefixes(extended(unsteered, batch), steered)
@@ -135,26 +135,28 @@ class Passes:
         response = batch.pop("labels") != -100
         records = {}
         if any(self.depths):
-            records = self._records({**batch, "use_cache": False} if prefixes is None else prefixes.unsteered.select(of).continued(batch))
+            records = self._records({**batch, "use_cache": False} if prefixes is None else prefixes.unsteered.lend(of).continued(batch))
         tokens = batch["input_ids"].numel()
         flat = wanted.place * batch["input_ids"].shape[1] + wanted.column
         for number, chosen in slots.items():
             repeated = _repeated(batch, len(chosen))
             inputs: dict[str, Any] = {**repeated, "use_cache": False}
             if prefixes is not None:
-                inputs = self._continued(number, prefixes, of, chosen).continued(repeated)
+                inputs = self._prefix_of_rows(number, prefixes, of, chosen, CachedPrefix.lend).continued(repeated)
             columns = (torch.arange(len(chosen))[:, None] * tokens + flat).flatten()  # [slots * n]
             logits = self._steered(number, chosen, records, inputs, response.repeat(len(chosen), 1), columns)
             yield number, logits.unflatten(0, (len(chosen), -1))
 
-    def _continued(self, number: int, prefixes: ReadPrefixes, of: Tensor, slots: Tensor) -> CachedPrefix:
-        """The prefix of every row of a batch, slot after slot; blocks that are skipped only ask how long it is."""
+    def _prefix_of_rows(
+        self, number: int, prefixes: ReadPrefixes, of: Tensor, slots: Tensor, take: Callable[..., CachedPrefix]
+    ) -> CachedPrefix:
+        """The prefix of every row of a batch, slot after slot, by `select` or `lend`. Blocks that are skipped only ask how long it is."""
         depth = self.depths[number]
         if not self.steers_prefix:
-            return prefixes.unsteered.select(of.repeat(len(slots)), first_layer=depth)
+            return take(prefixes.unsteered, of.repeat(len(slots)), first_layer=depth)
         count = len(prefixes.unsteered.mask)
         rows = (slots[:, None] * count + of).flatten()
-        return prefixes.steered[number].select(rows, first_layer=depth, below=prefixes.unsteered.cache)
+        return take(prefixes.steered[number], rows, first_layer=depth, below=prefixes.unsteered.cache)
 
     def _records(self, inputs: dict[str, Any]) -> dict[int, Any]:
         """What reaches the depths of all plans, in a pass without them."""

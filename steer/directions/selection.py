@@ -181,12 +181,14 @@ def _ablation_scores(
         sums = torch.zeros(3, len(strength), dtype=torch.float64)
 
         def read(predictions: Predictions, sums: Tensor = sums) -> None:
-            logprobs = predictions.logits.float().log_softmax(-1)  # [slots, texts, vocabulary]
-            odds = log_odds(logprobs, opening).cpu()
             shows = predictions.texts < len(showing)
-            sums[0] += odds[:, shows].sum(1)
-            sums[1] += odds[:, ~shows].sum(1)
-            sums[2] += divergence(logprobs[:1], logprobs).cpu()[:, ~shows].sum(1)
+            before = predictions.logits[0].float().log_softmax(-1)  # [texts, vocabulary]
+            for slot, logits in enumerate(predictions.logits):
+                logprobs = logits.float().log_softmax(-1)
+                odds = log_odds(logprobs, opening).cpu()
+                sums[0, slot] += odds[shows].sum()
+                sums[1, slot] += odds[~shows].sum()
+                sums[2, slot] += divergence(before, logprobs).cpu()[~shows].sum()
 
         texts = [*showing, *neutral]
         sweep(model, plan, texts, len(strength), read, predict="last", progress="ablating" if progress else None)

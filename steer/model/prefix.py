@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +95,17 @@ class CachedPrefix:
             first_layer: the layers below it are taken from the cache `below`, or left as they are; a pass that begins at this layer asks
                 them for nothing but their length.
         """
+        return self._copy(lambda layer: _select_rows(layer, rows), rows, first_layer, below)
+
+    def lend(self, rows: Tensor, *, first_layer: int = 0, below: Any = None) -> CachedPrefix:
+        """`select` for the last pass on these rows: it may read them, and nothing is kept of what it adds."""
+        return self._copy(lambda layer: _lend_rows(layer, rows), rows, first_layer, below)
+
+    def _copy(self, change: Callable[[Any], None], rows: Tensor, first_layer: int, below: Any) -> CachedPrefix:
         chosen = copy.copy(self.cache)
         chosen.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in chosen.layers[first_layer:]:
-            if layer.get_seq_length():
-                layer.batch_select_indices(rows.to(layer.keys.device))
+            change(layer)
         if below is not None:
             chosen.layers[:first_layer] = [copy.copy(layer) for layer in below.layers[:first_layer]]
         return CachedPrefix(chosen, self.mask[rows])
@@ -115,6 +121,26 @@ class CachedPrefix:
             "past_key_values": self.cache,
             "use_cache": True,
         }
+
+
+def _select_rows(layer: Any, rows: Tensor) -> None:
+    if layer.get_seq_length():
+        layer.batch_select_indices(rows.to(layer.keys.device))
+
+
+def _lend_rows(layer: Any, rows: Tensor) -> None:
+    """Rows are copied when the pass gets to their layer, and given up when it leaves it: never those of all layers at a time."""
+    if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") or not layer.get_seq_length():
+        _select_rows(layer, rows)
+        return
+    keys = layer.keys
+    values = layer.values
+    rows = rows.to(keys.device)
+
+    def update(new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([keys[rows], new_keys], -2), torch.cat([values[rows], new_values], -2)  # [rows, heads, prefix + tokens, head_dim]
+
+    layer.update = update
 
 
 def empty_prefix(anatomy: Anatomy, rows: int) -> CachedPrefix:
