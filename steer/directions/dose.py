@@ -203,9 +203,10 @@ def side_effects(
         targets = predictions.targets.to(predictions.logits.device)
         tokens += len(targets)
         before = predictions.logits[0].float().log_softmax(-1)  # [n, vocabulary]
+        expected = before.exp()
         for slot, logits in enumerate(predictions.logits):
             after = logits.float().log_softmax(-1)
-            sums[0, slot] += divergence(before, after).sum().cpu()
+            sums[0, slot] += (expected * (before - after)).sum(dtype=torch.float64).cpu()
             sums[1, slot] -= after.gather(-1, targets[:, None]).double().sum().cpu()
 
     sweep(model, sweep_plan(direction.site, vectors, scope), neutral, len(vectors), read, progress=progress)

@@ -86,7 +86,7 @@ def sweep_plans(
         rows: the texts.
         read: called with the predictions of each batch under each plan.
         predict: every token of the `response`, or what follows the `last` token of each text.
-        group: runs of this many consecutive texts share a batch and a prefix (2 for pairs); with 1 all texts may share a prefix.
+        group: runs of this many consecutive texts may share a prefix (2 for pairs), beside the one that all texts may share.
         max_tokens: padded tokens per batch, all slots together.
         progress: label of the progress bar, None for none.
 
@@ -102,7 +102,7 @@ def sweep_plans(
         tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
     ):
         run = _cheapest(model, anatomy, plans, rows, predict, group)
-        for chosen in batches_of(run.lengths, max_tokens, group):
+        for chosen in batches_of(run.lengths, max_tokens):
             for predictions in run.predictions(chosen, slots):
                 _check_finite(predictions.logits)
                 read(predictions)
@@ -180,15 +180,14 @@ class _Sweep:
 def _cheapest(
     model: nn.Module, anatomy: Anatomy | None, plans: Sequence[SlottedPlan], rows: Sequence[Row], predict: str, group: int
 ) -> _Sweep:
-    """The way that shares what it can, if on the longest text it gives what whole passes give; else whole passes."""
+    """The way that shares what it can, if on a text it gives what whole passes give; else whole passes."""
     whole_passes = _Sweep(model, anatomy, plans, rows, predict, group, share=False, gather=False)
     if anatomy is None or anatomy.unembedding is None:
         return whole_passes
     head = anatomy.unembedding
     gather = not (head._forward_hooks or head._forward_pre_hooks) and not any(reads_logits(anatomy, entry.plan) for entry in plans)
     sharing = _Sweep(model, anatomy, plans, rows, predict, group, share=may_share(model), gather=gather)
-    longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
-    chosen = list(range(longest - longest % group, longest - longest % group + group))
+    chosen = [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
     # of each kind one, and those that have least in common
     slots = {number: torch.tensor(sorted({0, plans[number].slots - 1})) for number in sorted({0, len(plans) - 1})}
     expected = [predictions.logits for predictions in whole_passes.predictions(chosen, slots)]

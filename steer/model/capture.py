@@ -35,6 +35,8 @@ from steer.model.watcher import response_tokens
 
 log = logging.getLogger(__name__)
 
+FULL = 512  # tokens that keep a processor busy: padding a batch beyond that costs more than a further pass
+
 
 class Accumulator(Protocol):
     """Takes the activations of one site, batch by batch. A statistic is one class with this method."""
@@ -157,7 +159,10 @@ def _counts(tensors: dict[Site, Tensor]) -> list[tuple[Site, int]]:
 
 
 def batches(rows: Sequence[Row], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
-    """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together."""
+    """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together.
+
+    A batch of `FULL` tokens or more is also closed before a text that would be padded by a quarter of its length.
+    """
     return batches_of([len(row.ids) for row in rows], max_tokens, group)
 
 
@@ -169,7 +174,9 @@ def batches_of(lengths: Sequence[int], max_tokens: int, group: int = 1) -> Itera
     width = 0
     for unit in sorted(range(len(units)), key=lambda unit: -longest[unit]):
         width = width or longest[unit]
-        if batch and (len(batch) + group) * width > max_tokens:
+        tokens = len(batch) * width
+        padded = tokens >= FULL and width > 1.25 * longest[unit]
+        if batch and (padded or tokens + group * width > max_tokens):
             yield batch
             batch = []
             width = longest[unit]
@@ -380,9 +387,8 @@ class _Capture:
 
 
 def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
-    """The capture that shares prefixes, if on the longest texts it reads what whole passes do; else the plain one."""
-    longest = max(range(len(plain.rows)), key=lambda i: len(plain.rows[i].ids))
-    start = longest - longest % group
+    """The capture that shares prefixes, if on a few texts it reads what whole passes do; else the plain one."""
+    start = group * min(range(len(plain.rows) // group), key=lambda unit: len(plain.rows[unit * group].ids))
     chosen = list(range(start, start + group))
     reader = plain.reader
     accumulators = reader.accumulators
