@@ -14,7 +14,7 @@ from gpu_clock import Sizes, milliseconds
 from torch import Tensor
 
 from steer.intervene import Ablate, Add, Intervention
-from steer.intervene.operator import Pick
+from steer.intervene.low_rank import widened, with_norm_of
 from steer.kernels import drift_stats, edit, edit_scalar, force, steer_add
 
 Run = Callable[[Tensor], Tensor]
@@ -228,16 +228,20 @@ def small(sizes: Sizes) -> list[dict[str, Any]]:
     for tokens in (1, 16, 64, 256, 1024):
         h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)
         for operator, norm in ((Ablate(v), False), (Add(v), True)):
-            operator.to(h.device)
-            intervention = Intervention(operator, "layers.0.output", preserve_norm=norm)
-            pick = Pick(operator, None)
-            own = intervention._with_norm if norm else operator.apply
+            operator = operator.on(h.device)
+            tensors = operator.tensors
+
+            def own(h: Tensor, apply: Any = operator.apply, tensors: Any = tensors, norm: bool = norm) -> Tensor:
+                wide = widened(h) if norm else h
+                edited = apply(wide, strength, None, tensors)
+                return with_norm_of(wide, edited).to(h.dtype) if norm else edited
+
             with torch.no_grad():
                 row = {"operator": f"{operator.name}{', norm kept' * norm}", "tokens": tokens, "numbers": h.numel()}
-                row["operations us"] = 1e3 * milliseconds(lambda h=h, own=own, pick=pick: own(h, strength, None, pick), sizes)  # type: ignore[misc]
+                row["operations us"] = 1e3 * milliseconds(lambda h=h, own=own: own(h), sizes)  # type: ignore[misc]
                 fused = operator.fused
                 row["kernel us"] = 1e3 * milliseconds(
-                    lambda h=h, fused=fused, pick=pick, norm=norm: fused(h, strength, None, pick, norm),  # type: ignore[misc]
+                    lambda h=h, fused=fused, norm=norm: fused(h, strength, None, None, norm),  # type: ignore[misc]
                     sizes,
                 )
             rows.append(row)

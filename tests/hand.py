@@ -10,8 +10,10 @@ import torch
 from families import FAMILIES
 from torch import Tensor, nn
 
-from steer.intervene import Plan
+from steer.intervene import Intervention, Plan
+from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
+from steer.intervene.scope_mask import ScopeMask
 from steer.model import hooks
 from steer.model.anatomy import resolve
 from steer.model.site import Site
@@ -53,6 +55,12 @@ def vector(width: int = 32, seed: int = 1) -> Tensor:
 def attachment_of(plan: Plan) -> Attachment:
     """The plan on a new tiny llama (3 blocks of width 32), for what an attachment does without any forward pass."""
     return plan.attach(FAMILIES["llama"]())
+
+
+def active(intervention: Intervention) -> ActiveIntervention:
+    """The intervention as an attachment on the CPU has it, for calls without a model."""
+    mask = ScopeMask(intervention.scope)
+    return ActiveIntervention(intervention, mask, torch.device("cpu"), 0, phases=intervention.phases, schedule=intervention.schedule)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
         plan = Plan.load(out / path)
         (intervention,) = plan.interventions
         (arm,) = (arm for arm in metrics["arms"] if arm["name"] == name)
-        assert (str(intervention.site), str(intervention.scope), intervention.base.tolist()) == (
+        assert (str(intervention.site), str(intervention.scope), list(intervention.strength)) == (
             arm["steer"]["site"],
             arm["steer"]["scope"],
             [arm["steer"]["strength"]],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from drift.drift_helpers import direction, prompts
 from families import FAMILIES
+from hand import attachment_of
 from tiny_tokenizer import tiny_tokenizer
 
 import steer
@@ -102,9 +103,9 @@ WRONG = {
     "plan of None": lambda: Plan(None),
     "plan of an operator": lambda: Plan(Add(V)),
     "plan of vectors": lambda: Plan([V]),
-    "step as text": lambda: Plan(intervention()).step("a"),
-    "rows between slots": lambda: Plan(intervention(strength=[1.0, 2.0])).set_rows([0.7, 1.2]),
-    "rows without slots": lambda: Plan(intervention()).set_rows([0, 0]),
+    "step as text": lambda: attachment_of(Plan(intervention())).step("a"),
+    "rows between slots": lambda: attachment_of(Plan(intervention(strength=[1.0, 2.0]))).set_rows([0.7, 1.2]),
+    "rows without slots": lambda: attachment_of(Plan(intervention())).set_rows([0, 0]),
     "attach to a pair": lambda: Plan(intervention()).attach((FAMILIES["llama"](), tiny_tokenizer())),
     "attach to None": lambda: Plan(intervention()).attach(None),
     "extract from pairs": lambda: steer.extract(FAMILIES["llama"](), [{"prompt": "a"}], ["embed"], name="t"),
@@ -262,8 +263,10 @@ def test_a_soft_cosine_may_be_learned_beyond_what_a_hard_one_reaches():
 def test_one_intervention_in_two_plans_or_twice_in_one():
     shared = intervention(name="warm")
     first, second, twice = Plan(shared), Plan([intervention(name="warm"), shared]), Plan([shared, shared])
-    first.set_strength(5.0)
-    assert [float(plan.interventions[-1].effective) for plan in (first, second, twice)] == [5.0, 1.0, 1.0]
+    attachments = [attachment_of(plan) for plan in (first, second, twice)]
+    attachments[0].set_strength(5.0)
+    assert [attachment.interventions[-1].strength.item() for attachment in attachments] == [5.0, 1.0, 1.0]
+    assert shared.strength == (1.0,)
     assert shared.name == "warm" and [each.name for each in twice.interventions] == ["warm", "warm#2"]
     model = FAMILIES["llama"]()
     with twice.attached(model) as attachment:
@@ -274,15 +277,15 @@ def test_one_intervention_in_two_plans_or_twice_in_one():
 def test_plans_have_tensors_of_their_own():
     gated = CallGate(lambda h, ctx: h[..., 0], 32, sharpness=2.0)
     original = intervention(strength=[1.0, 2.0], gate=gated)
-    first, second = Plan(original), Plan(original)
+    first, second = attachment_of(Plan(original)), attachment_of(Plan(original))
+    copied = attachment_of(Plan(first.plan.interventions))
     first.set_rows([0, 1])
-    copied = Plan(first.interventions)
     first.interventions[0].operator.tensors["vector"].zero_()
     first.interventions[0].gate.tensors["sharpness"].zero_()
     first.set_rows([1, 0])
     for untouched in (original, second.interventions[0], copied.interventions[0]):
         assert torch.equal(untouched.operator.tensors["vector"][0], V) and float(untouched.gate.tensors["sharpness"]) == 2.0
-    assert copied.interventions[0].rows.tolist() == [0, 1] and second.interventions[0].rows is None
+    assert first.interventions[0].rows.tolist() == [1, 0] and second.interventions[0].rows is copied.interventions[0].rows is None
 
 
 def test_what_the_interventions_of_a_plan_share_is_copied_once():

@@ -197,7 +197,7 @@ class ActiveIntervention:
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """Edited activation, or `h` itself when no token of this pass is meant. h: [batch, tokens, width]."""
         prepared = self.prepared
-        if prepared is not None and not torch.compiler.is_compiling() and prepared.group.live:
+        if prepared is not None and not torch.compiler.is_compiling() and prepared.group.live is not None:
             edited = prepared(h, None if self.gate is None else self.opened_at(h, ctx))
             if edited is not None:
                 return edited

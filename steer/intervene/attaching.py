@@ -76,7 +76,7 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     active = _activate(plan, resolved, first, plan_number, allowed, replacement)
     counter = TokenCounter(active, first.device)
     functions = _edits_by_point(active, resolved, first, counter, plan_number)
-    events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first.dtype)
+    events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
     attachment = Attachment(plan, active, events, paths)
     watcher, site_hooks, remove_hooks = hooks.install(model, resolved.anatomy, functions)

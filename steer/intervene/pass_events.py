@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.gate import SiteGate
@@ -26,13 +27,14 @@ class PassEvents:
         gates: list[SiteGate],
         counter: TokenCounter,
         prepared: PreparedEdits,
-        dtype: torch.dtype,
+        like: Tensor,
     ) -> None:
         self.counter = counter
         self.prepared = prepared
         self._active = active
         self._gates = [gate for gate in gates if gate.per != "token"]
-        self._dtype = dtype
+        self._like = like
+        self._types: tuple[torch.dtype, bool] = (like.dtype, False)
         self._watcher: Watcher | None = None
         self._by_key = {intervention.key: intervention for intervention in active}
 
@@ -72,9 +74,13 @@ class PassEvents:
         if not ctx.tokens:
             return
         for intervention in self._by_key.values():
-            intervention.prepare(ctx, self._dtype)
+            intervention.prepare(ctx, self._like.dtype)
         for gate in self._gates:
             gate.note_lengths(ctx)
         decoded = ctx.tokens == 1 and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         if decoded and self._watcher is not None and not self._watcher.compiles_blocks():
+            types = (self._like.dtype, torch.is_autocast_enabled(self._like.device.type))
+            if types != self._types:
+                self._types = types
+                self.prepared.renew()
             self.prepared.open(ctx)

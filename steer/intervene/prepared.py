@@ -22,6 +22,7 @@ from steer.model.context import ForwardContext
 if TYPE_CHECKING:
     from steer.intervene.active import ActiveIntervention
 
+_UNCHECKED = object()
 _VERSION = attrgetter("_version")
 LARGEST = 1 << 24  # numbers stacked for one group, 64 MiB in fp32: many rows at many wide sites take the ordinary way
 
@@ -31,6 +32,8 @@ class PreparedEdit:
 
     Attributes:
         group: whose parts are stacked with this one's; `group.live` says whether the edit holds for the pass that runs.
+        fits: the `group.live` for which an activation of this site had the right shape and type; a hook then need not look again.
+        is_plain_add: the edit is `h + folded` and nothing else.
         idle: no token of this pass is meant.
         shape, dtype: of the activation that it fits.
         folded: [batch, 1, width or 1] the part that has the mask multiplied in.
@@ -40,10 +43,12 @@ class PreparedEdit:
         self.active = active
         self.dtype = dtype
         self.group = PreparedGroup([self])
+        self.fits: object = _UNCHECKED
         self.idle = False
         self.shape: torch.Size | None = None
         self.folded = torch.empty(0)
         self.preserve_norm = active.preserve_norm
+        self.is_plain_add = active.operator.additive and not active.preserve_norm and active.gate is None
         self.widens = self.needs_fp32(active) and dtype is not torch.float32
 
     @staticmethod
@@ -68,6 +73,11 @@ class PreparedEdit:
         """The edited activation, h itself where no token is meant, None where this tensor has to take the ordinary way."""
         if h.shape != self.shape or h.dtype is not self.dtype:
             return h if self.idle else None
+        self.fits = self.group.live
+        return self.edited(h, opened)
+
+    def edited(self, h: Tensor, opened: Tensor | None = None) -> Tensor:
+        """The edited activation, of a shape and type that were looked at."""
         wide = h.float() if self.widens else h
         edited = self.edit(wide, opened)
         if self.preserve_norm:
@@ -87,15 +97,6 @@ class PreparedAdd(PreparedEdit):
 
     def edit(self, h: Tensor, opened: Tensor | None) -> Tensor:
         return h + self.folded if opened is None else torch.addcmul(h, opened, self.folded)
-
-
-class PreparedPlainAdd(PreparedAdd):
-    """The same without gate and norm: the one case in which a frame less can be told from the noise."""
-
-    def __call__(self, h: Tensor, opened: Tensor | None = None) -> Tensor | None:
-        if h.shape != self.shape or h.dtype is not self.dtype:
-            return h if self.idle else None
-        return h + self.folded
 
 
 class PreparedRankOne(PreparedEdit):
@@ -129,8 +130,7 @@ def prepared_for(active: ActiveIntervention, dtype: torch.dtype) -> PreparedEdit
     if active.counts_in_calls or not operator.linear_in_strength or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if operator.additive:
-        plain = active.gate is None and not active.preserve_norm
-        return (PreparedPlainAdd if plain else PreparedAdd)(active, dtype)
+        return PreparedAdd(active, dtype)
     if isinstance(operator, LinearLowRank) and operator.tensors[operator.writes].shape[1] == 1:
         return PreparedRankOne(active, dtype)
     return PreparedStrength(active, dtype)
@@ -141,14 +141,15 @@ class PreparedGroup:
 
     Attributes:
         edits: one for each intervention.
-        live: they hold for the pass that runs.
+        live: None when they do not hold for the pass that runs; else an object that is another one whenever shapes or types may differ.
         stale: a strength or the row slots changed since the parts were stacked.
     """
 
     def __init__(self, edits: list[PreparedEdit]) -> None:
         self.edits = edits
-        self.live = False
+        self.live: object | None = None
         self.stale = True
+        self._token = object()
         self._first = edits[0].active
         self._tensors = [tensor for edit in edits for tensor in edit.active.operator.tensors.values()]
         self._versions = -1  # summed over the tensors, each of which only grows
@@ -159,15 +160,19 @@ class PreparedGroup:
         # optimisers that write past the version counter exist (fused 8-bit ones, .data): what is learned is stacked in every pass
         self._learns = any(edit.active.operator.parameters for edit in edits)
 
-    def open(self, ctx: ForwardContext) -> bool:
-        """Prepares the edits for a pass of one token a row. Returns False when this pass takes the ordinary way."""
+    def renew(self) -> None:
+        """Shapes or types of activations may differ from those that were looked at."""
+        self._token = object()
+
+    def open(self, ctx: ForwardContext) -> object | None:
+        """Prepares the edits for a pass of one token a row. Returns what `live` becomes, None when this pass takes the ordinary way."""
         mask = self._first.tokens(ctx)
         if mask is False:
             self._set_idle()
-            return True
+            return self._token
         if self._learns or self.stale or self._batch != ctx.batch or sum(map(_VERSION, self._tensors)) != self._versions:
             if not self._stack(ctx):
-                return False
+                return None
         weight = ctx.scratch.weights.get(self._first.key)  # [batch, 1, 1]
         if weight is None:
             self._show(self._stacked)
@@ -175,8 +180,8 @@ class PreparedGroup:
             torch.mul(self._stacked, weight, out=self._folded)
             self._show(self._folded)
         else:
-            return False  # the model lies on several devices
-        return True
+            return None  # the model lies on several devices
+        return self._token
 
     def _stack(self, ctx: ForwardContext) -> bool:
         parts = []
@@ -203,6 +208,7 @@ class PreparedGroup:
         """Gives every edit its view of the parts; done again only when these lie elsewhere."""
         if self._shown is parts:
             return
+        self.renew()
         for edit, part in zip(self.edits, parts.unbind(), strict=True):
             edit.folded = part
             edit.shape = torch.Size((self._batch, 1, edit.active.operator.width))
@@ -211,6 +217,7 @@ class PreparedGroup:
 
     def _set_idle(self) -> None:
         self._shown = None
+        self.renew()
         for edit in self.edits:
             edit.shape = None
             edit.idle = True
@@ -246,7 +253,12 @@ class PreparedEdits:
         for group in self._groups:
             group.live = group.open(ctx)
 
+    def renew(self) -> None:
+        """Activations may have other types from now on."""
+        for group in self._groups:
+            group.renew()
+
     def end(self) -> None:
         """The pass is over, or failed: no edit holds any more."""
         for group in self._groups:
-            group.live = False
+            group.live = None

@@ -36,15 +36,28 @@ class HookFunction(Protocol):
 
 
 class PreparedGroup(Protocol):
-    """Prepared edits of several sites. `live` says whether they hold for the pass that runs."""
+    """Prepared edits of several sites. `live` is None when they do not hold for the pass that runs."""
 
-    live: bool
+    live: object | None
 
 
 class PreparedEdit(Protocol):
-    """An edit that was worked out when the pass opened."""
+    """An edit that was worked out when the pass opened.
+
+    Attributes:
+        group: tells whether it holds for the pass that runs.
+        fits: the `group.live` for which an activation of this site had the right shape and type.
+        is_plain_add: it is `h + folded` and nothing else.
+    """
 
     group: PreparedGroup
+    fits: object
+    is_plain_add: bool
+    folded: Tensor
+
+    def edited(self, h: Tensor, /) -> Tensor:
+        """The edited activation, of a shape and type that were looked at."""
+        ...
 
     def __call__(self, h: Tensor, /) -> Tensor | None:
         """The edited activation; None when it does not fit this tensor, which then takes the ordinary way."""
@@ -131,9 +144,12 @@ class OutputHook(SiteHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         prepared = self.prepared
-        if prepared is not None and prepared.group.live and output.__class__ is Tensor:
-            new = prepared(output)
-            if new is not None:
+        if prepared is not None and output.__class__ is Tensor:
+            live = prepared.group.live
+            if prepared.fits is live:  # shape and type of an activation cost as much to look at as the addition itself
+                self.ran = True
+                return output + prepared.folded if prepared.is_plain_add else prepared.edited(output)
+            if live is not None and (new := prepared(output)) is not None:
                 self.ran = True
                 return new
         return self.edited_in(output)

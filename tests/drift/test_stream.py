@@ -141,11 +141,11 @@ def test_a_plan_attached_before_is_seen(tiny: Tiny) -> None:
     for steered in (False, True):
         tracker = stream()
         if steered:
-            plan.attach(model)
+            attachment = plan.attach(model)
         with tracker.attached(model):
             model(**batch(0))
             means.append(named(tracker.measure(1)).mean)
-    plan.detach()
+    attachment.detach()
     assert means[1] - means[0] == pytest.approx(2.0, rel=1e-4)
 
 

@@ -70,7 +70,7 @@ def test_a_difference_is_only_claimed_when_it_is_there() -> None:
 def test_json_form_is_stable() -> None:
     as_json = json.loads(json.dumps(compare("gap", "a", "b", normal(9), normal(9, 1), unit="nat").to_dict()))
     assert set(as_json) == {"metric", "a", "b", "difference", "ci", "p", "p_adjusted", "n", "unit", "verdict"}
-    assert as_json["ci"][0] < as_json["difference"] < written["ci"][1]
+    assert as_json["ci"][0] < as_json["difference"] < as_json["ci"][1]
 
 
 @settings(deadline=None)
