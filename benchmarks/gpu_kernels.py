@@ -13,7 +13,7 @@ import torch
 from gpu_clock import Sizes, milliseconds
 from torch import Tensor
 
-from steer.intervene import Ablate, Add, Intervention
+from steer.intervene import Ablate, Add
 from steer.intervene.low_rank import widened, with_norm_of
 from steer.kernels import drift_stats, edit, edit_scalar, force, steer_add
 

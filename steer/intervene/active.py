@@ -101,7 +101,7 @@ class ActiveIntervention:
         """Raises NonFiniteError when what it adds is beyond what activations of this type hold."""
         if not self.operator.additive or not dtype.is_floating_point:
             return
-        largest = max(map(abs, self.base)) * float(self.operator.tensors["vector"].detach().abs().max())
+        largest = max(map(abs, self.base)) * float(self.description.operator.tensors["vector"].detach().abs().max())
         if largest > torch.finfo(dtype).max:
             raise _beyond_range(self.name, dtype, largest)
 
@@ -224,7 +224,9 @@ class ActiveIntervention:
         # in fp32 at least, and only then in the dtype of h: hidden norms, and edits on the way to their scale, go beyond what fp16 holds
         wide = widened(h)
         edited = self.operator.apply(wide, strength, None if weight is None else weight.to(wide.dtype), per_row)
-        return with_norm_of(wide, edited).to(h.dtype)
+        unedited = (strength if weight is None else strength * weight) == 0  # [batch, tokens, 1]
+        # the quotient of the norms is 1 there, but its gradient is 0 only up to rounding
+        return torch.where(unedited, h, with_norm_of(wide, edited).to(h.dtype))
 
 
 def _faded(mask: Mask, fade: Tensor | None) -> Tensor:

@@ -194,9 +194,9 @@ class PreparedGroup:
             return False
         first = self.edits[0]
         dtype = torch.float32 if first.needs_fp32(first.active) else first.dtype
-        rows = max(part.shape[0] for part in parts)
+        n_rows = max(part.shape[0] for part in parts)
         with torch.inference_mode(False):
-            self._stacked = torch.stack([part.expand(rows, -1, -1) for part in parts]).to(dtype)
+            self._stacked = torch.stack([part.expand(n_rows, -1, -1) for part in parts]).to(dtype)
             self._folded = self._stacked.new_empty(len(parts), ctx.batch, *self._stacked.shape[2:])
         self._batch = ctx.batch
         self._shown = None

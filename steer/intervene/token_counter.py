@@ -39,7 +39,7 @@ class _CounterGroup:
         self._pending: list[Tensor] = []  # [batch, 1] masks of decoded tokens, all of one batch
         self._pending_rows: Tensor | None = None  # [batch] row slots of that batch
         self._pending_opened: list[Tensor] = []  # [batch, 1, 1] how far a gate was open on decoded tokens
-        self._ones = torch.empty(0, 0)
+        self._ones = torch.empty(0, 0, dtype=torch.bool)
         self.refresh()
 
     def refresh(self) -> None:
@@ -95,6 +95,8 @@ class _CounterGroup:
         return True
 
     def _every_token(self, batch: int, tokens: int) -> Tensor:
+        if torch.compiler.is_compiling():  # which would be traced again for a tensor that is kept
+            return torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
         if self._ones.shape != (batch, tokens):
             self._ones = torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
         return self._ones

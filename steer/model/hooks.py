@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -170,7 +170,7 @@ class InputHook(SiteHook):
 
 
 def install(
-    model: nn.Module, anatomy: Anatomy | None, functions: list[tuple[HookPoint, HookFunction]]
+    model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]
 ) -> tuple[Watcher, list[SiteHook], Callable[[], None]]:
     """Puts one hook on each hook point, in order, before everybody else's hooks.
 
@@ -187,7 +187,9 @@ def install(
         watcher.turns = annotation_for(watcher.root, "turns")
         WATCHERS[watcher.root] = watcher
     watcher.follow(model, anatomy)
-    hooks = [(OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions]
+    hooks: list[SiteHook] = [
+        (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions
+    ]
     removals = [register_hook(hook.point.module, hook, before=hook.point.side == "input") for hook in hooks]
     watcher.set_site_hooks([*watcher.site_hooks, *hooks])
 

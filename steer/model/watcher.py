@@ -221,7 +221,7 @@ class Watcher:
 
     def leave(self, height: int, output: Any) -> None:
         """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
-        if height > 0 and output is not None and not self.replays:
+        if height > 0 and height >= self.outermost and output is not None and not self.replays:
             self._check_reached("after")
         if height >= self.outermost:
             self.height = IDLE

@@ -218,8 +218,8 @@ def test_a_plan_from_a_file_or_made_by_hand(tmp_path, tiny):
     with plan.attached(model) as attachment, torch.no_grad():
         model(ids(), use_cache=True)
         attachment.set_window(2, 5, "warm")
-    text = "0.4 warm:layers.1.output@generated[2:5] - 1 ablate verbose:layers.0.output@all ^"
         plan = attachment.as_plan()
+    text = "0.4 warm:layers.1.output@generated[2:5] - 1 ablate verbose:layers.0.output@all ^"
     assert plan_to_text(plan, NAMES) == plan_to_text(Plan.load(plan.save(tmp_path / "plan")), NAMES) == text
     by_hand = Plan(Intervention(Add(vector(seed=10)), "layers.2.attn.output", "last"))
     assert plan_to_text(by_hand, NAMES) == "1 verbose:layers.2.attn.output@last"

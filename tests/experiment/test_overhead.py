@@ -93,7 +93,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
             yield
 
     cost = step_overhead(model, BATCH, attached, rounds=2)
-    assert -1 < cost.low <= cost.median <= cost.high and attachments[-1].passes == 1, "each attach counts anew; the last step was a steered one"
+    assert -1 < cost.low <= cost.median <= cost.high and attachments[-1].passes == 1, "the last step was a steered one"
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())

@@ -209,7 +209,7 @@ def test_announced_masks_nest_and_end_with_their_block(tiny):
             model(ids(), use_cache=False)
         with pytest.raises(RuntimeError, match="stop"), response_tokens(model, torch.ones(2, 7)):
             raise RuntimeError("stop")
-        assert watcher_of(model).announced is None
+        assert watcher_of(model).response is None
     assert [sum(map(sum, rows)) for rows in trace.tokens] == [0, 14]
 
 
