@@ -25,6 +25,7 @@ class ActiveIntervention:
     Attributes:
         description: the intervention as it is written down.
         base: strength of each row slot as it was set, before schedule and switch.
+        live_slots: whether the strength of each row slot is other than 0, known without asking the device.
         strength: [1 or slots, 1, 1] base x schedule x switch, the buffer that the hook reads.
         slots: number of row slots; 1 when every row is treated alike.
         rows: [batch] row slot of each row of the next batches, or None.
@@ -56,6 +57,7 @@ class ActiveIntervention:
         self.schedule = schedule
         self.enabled = description.enabled
         self.base = description.strength
+        self.live_slots = [bool(base) for base in self.base]
         with torch.inference_mode(False):  # it is written to when training follows
             self.strength = torch.tensor(self.base, device=device).view(-1, 1, 1)
         self.rows: Tensor | None = None
@@ -80,6 +82,7 @@ class ActiveIntervention:
         factor = self.schedule(step) if self.enabled else 0.0
         if not math.isfinite(factor):
             raise _infinite_schedule(self.name, factor, step)
+        self.live_slots = [bool(base * factor) for base in self.base]
         self.strength.copy_((torch.tensor(self.base) * factor).view(-1, 1, 1))
 
     def set_rows(self, rows: Tensor) -> None:

@@ -45,7 +45,7 @@ class _CounterGroup:
     def refresh(self) -> None:
         """Notes which interventions have a strength other than 0."""
         slots = self.live.shape[1]
-        pattern = [(member.strength.flatten() != 0).expand(slots).tolist() for member in self.members]
+        pattern = [member.live_slots * (slots // len(member.live_slots)) for member in self.members]
         if pattern != self._live_pattern:
             self.flush()
             self._live_pattern = pattern
