@@ -111,7 +111,7 @@ def test_the_examples_of_the_readme_run(
     model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
     plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
     assert "boil an egg" in said and plain not in said, "the plan changed nothing"
-    assert names["plan"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
+    assert names["attachment"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
     exec(compile(training, "README.md", "exec"), names)
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:
