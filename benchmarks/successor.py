@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import steer
-from steer.directions.sweep import sweep
+from steer.directions.sweep import Predictions, sweep
 from steer.intervene import Add, Intervention, Plan
 from steer.model.capture import pool
 from steer.model.tokens import Row
@@ -117,8 +117,8 @@ def _named(model: Any, tokenizer: Any, kind: str, items: list[int], of: list[int
         row, place = _prompt(tokenizer, kind, items[item])
         plan = Plan(Intervention(Add(flat), SITE, scope=f"positions[{place}]"))
 
-        def read(chosen: list[int], logits: Tensor, labels: Tensor, edits: list[int] = edits) -> None:
-            named[edits] = logits[:, 0, -1][:, items].argmax(-1).view(len(edits), -1)
+        def read(predictions: Predictions, edits: list[int] = edits) -> None:
+            named[edits] = predictions.logits[:, 0, items].argmax(-1).view(len(edits), -1).cpu()
 
-        sweep(model, plan, [row], len(flat), read)
+        sweep(model, plan, [row], len(flat), read, predict="last")
     return named

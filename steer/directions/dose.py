@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steer.checks import finite_number, number_within, of_type
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, check_direction
-from steer.directions.sweep import pair_gaps, sweep, sweep_plan
+from steer.directions.sweep import Predictions, pair_gaps, sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError
 from steer.model.tokens import Row, check_rows
 
@@ -198,16 +198,16 @@ def side_effects(
     sums = torch.zeros(2, len(vectors), dtype=torch.float64)
     tokens = 0
 
-    def read(chosen: list[int], logits: Tensor, labels: Tensor) -> None:
+    def read(predictions: Predictions) -> None:
         nonlocal tokens
-        targets = labels[:, 1:]
-        wanted = targets != -100
-        tokens += int(wanted.sum())
-        before = logits[0, :, :-1][wanted].float().log_softmax(-1)
-        for slot, one in enumerate(logits):
-            after = one[:, :-1][wanted].float().log_softmax(-1)
-            sums[0, slot] += divergence(before, after).sum().cpu()
-            sums[1, slot] -= after.gather(-1, targets[wanted][:, None]).double().sum().cpu()
+        targets = predictions.targets.to(predictions.logits.device)
+        tokens += len(targets)
+        before = predictions.logits[0].float().log_softmax(-1)  # [n, vocabulary]
+        expected = before.exp()
+        for slot, logits in enumerate(predictions.logits):
+            after = logits.float().log_softmax(-1)
+            sums[0, slot] += (expected * (before - after)).sum(dtype=torch.float64).cpu()
+            sums[1, slot] -= after.gather(-1, targets[:, None]).double().sum().cpu()
 
     sweep(model, sweep_plan(direction.site, vectors, scope), neutral, len(vectors), read, progress=progress)
     kl, loss = sums / tokens

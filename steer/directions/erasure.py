@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from steer.directions.contrast import ContrastSet
 from steer.directions.extract import read_moments
 from steer.directions.extractor import extra
 from steer.directions.moments import ContrastMoments
+from steer.directions.scatter import Scatter
 from steer.errors import ContrastError
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
@@ -50,23 +52,62 @@ def erasure(moments: ContrastMoments) -> Erasure:
         ContrastError: the concept is too weak here to be erased (a correlation below 0.02).
         ConfigError: the package is missing.
     """
-    width, positive, n = moments.gap.shape[0], moments.positive.n, moments.n
-    fitter = extra("concept_erasure").LeaceFitter(width, 1, dtype=torch.float64)
-    # the statistics that its update() would have gathered from the texts, the concept being 1 on positive ones and 0 on the others
-    fitter.n = torch.tensor(n)
-    fitter.mean_x, fitter.mean_z = moments.mean, torch.tensor([positive / n], dtype=torch.float64)
-    fitter.sigma_xx_ = moments.total
-    fitter.sigma_xz_ = (moments.gap * positive * (n - positive) / n)[:, None]
-    eraser = fitter.eraser
-    left, right = eraser.proj_left.mT, eraser.proj_right
+    left, right = _projections(moments)
     if not float(left.norm() * right.norm()):
-        raise ContrastError(
-            "there is nothing to erase",
-            expected="classes that a linear probe can tell apart",
-            found=f"a gap of {float(moments.gap.norm()):.3g} beside activations of length {moments.activation_norm:.3g}",
-            remedy="use another site or span, or texts that differ there",
-        )
+        raise _nothing_error(moments)
     return Erasure(left.float().contiguous(), right.float().contiguous(), moments.mean.float())
+
+
+def _projections(moments: ContrastMoments) -> tuple[Tensor, Tensor]:
+    """`left` and `right` of an eraser, [1, width] fp64, zero where there is nothing to erase.
+
+    The package's own fit solves in [width, width]. Its covariance has few eigenvalues apart from what shrinkage adds to all of them, and
+    the gap lies among their eigenvectors, so the fit is done there: in k dimensions, with the covariance that the whole would have.
+    """
+    n = moments.n
+    positive = moments.positive.n
+    total = moments.total
+    # statistics that its update() would have gathered from the texts, the concept being 1 on positive ones and 0 on the others
+    sigma_xz = moments.gap * positive * (n - positive) / n  # [width]
+    fitter_of = extra("concept_erasure").LeaceFitter
+    if total.rows is None:
+        eraser = _fitted(fitter_of(total.width, 1, dtype=torch.float64), n, positive, total.matrix, sigma_xz).eraser
+        return eraser.proj_left.mT, eraser.proj_right
+    values, vectors = total.eigen  # [k], [k, width]
+    scale, ridge = shrunk_spectrum(total, n)
+    fitter = fitter_of(len(values), 1, dtype=torch.float64, shrinkage=False)
+    shrunk = scale * values / n + ridge  # [k], eigenvalues of the shrunk covariance
+    # without shrinkage the package divides by n - 1
+    eraser = _fitted(fitter, n, positive, torch.diag(shrunk * (n - 1)), vectors @ sigma_xz).eraser
+    return eraser.proj_left.mT @ vectors, eraser.proj_right @ vectors
+
+
+def _fitted(fitter: Any, n: int, positive: int, sigma_xx: Tensor, sigma_xz: Tensor) -> Any:
+    """The package's fitter with its statistics. sigma_xx: [k, k] and sigma_xz: [k], sums over all texts."""
+    fitter.n = torch.tensor(n)
+    fitter.mean_z = torch.tensor([positive / n], dtype=torch.float64)
+    fitter.sigma_xx_ = sigma_xx
+    fitter.sigma_xz_ = sigma_xz[:, None]
+    return fitter
+
+
+def shrunk_spectrum(total: Scatter, n: int) -> tuple[Tensor, Tensor]:
+    """Optimal linear shrinkage of a covariance (Bodnar, Gupta and Parolya 2014, arXiv 1308.2608), as `concept_erasure` has it, from its
+    trace and norm alone: the shrunk covariance is scale * covariance + ridge * I.
+
+    Args:
+        total: n times the covariance.
+
+    Returns:
+        scale, ridge.
+    """
+    width = total.width
+    trace = total.trace / n
+    target = trace**2 / width  # squared norm of the multiple of the identity with this trace
+    along = trace**2 / width  # of the covariance with it
+    eps = torch.finfo(torch.float64).eps
+    scale = 1 - (trace**2 * target / n + eps) / (total.squared_norm / n**2 * target - along**2 + eps)
+    return scale, (1 - scale) * (along + eps) / (target + eps) * trace / width
 
 
 def fit_erasure(
@@ -85,4 +126,13 @@ def fit_erasure(
     """
     extra("concept_erasure")
     chosen = Anatomy.find(model).sites(*map(str, sites))
-    return {site: erasure(one) for site, one in read_moments(model, contrast, chosen, span, {"scatter"}, progress).items()}
+    return {site: erasure(moments) for site, moments in read_moments(model, contrast, chosen, span, {"scatter"}, progress).items()}
+
+
+def _nothing_error(moments: ContrastMoments) -> ContrastError:
+    return ContrastError(
+        "there is nothing to erase",
+        expected="classes that a linear probe can tell apart",
+        found=f"a gap of {float(moments.gap.norm()):.3g} beside activations of length {moments.activation_norm:.3g}",
+        remedy="use another site or span, or texts that differ there",
+    )

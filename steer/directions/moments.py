@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steer.directions.scatter import Scatter
 from steer.errors import ConfigError
-from steer.model.capture import pool
+from steer.model.capture import TextAccumulator, pool
 
 # what an extractor may ask for beyond the class means; nothing of it is kept unless a chosen method does
 NEEDS = {
-    "scatter": "[width, width] fp64, sum of h h^T over all texts",
-    "differences": "[width, width] fp64, sum of d d^T over the differences of pairs; without pairs, `scatter` in its place",
+    "scatter": "[width, width] fp64, sum of h h^T over all texts; the texts instead, where they are fewer than the dimensions",
+    "differences": "the same for the differences of pairs; without pairs, `scatter` in its place",
     "texts": "[texts, width] fp32, the pooled activations themselves",
 }
 
@@ -44,7 +45,7 @@ class Moments:
         return self.first / self.n
 
 
-class ContrastMoments:
+class ContrastMoments(TextAccumulator):
     """Accumulator of one site: class means, the mean size of an activation, and what extractors need beyond them.
 
     No class needs a second moment of its own: with the class means, that of all texts gives the covariance within classes and in total.
@@ -57,20 +58,30 @@ class ContrastMoments:
     Attributes:
         positive, negative: moments of the classes, first order only.
         all: of all texts, with `scatter`. differences: of pair differences, with `differences`.
-        texts: [texts, width] fp32, in the order of the capture; None unless asked for.
+        texts: [texts, width] fp32, in the order of the capture; None unless asked for, or in place of second moments.
     """
 
     def __init__(self, is_positive: Tensor, paired: bool, needs: Collection[str] = ()) -> None:
-        self.is_positive, self.paired = is_positive, paired
+        self.is_positive = is_positive
+        self.paired = paired
         self.needs = {"scatter" if need == "differences" and not paired else need for need in needs}
-        self.positive = self.negative = self.all = self.differences = Moments.empty(0, False)
+        self.positive = Moments.empty(0, False)
+        self.negative = Moments.empty(0, False)
+        self.all = Moments.empty(0, False)
+        self.differences = Moments.empty(0, False)
         self.texts: Tensor | None = None
-        self.norm = self.tokens = 0.0
+        self.norm = 0.0
+        self.tokens = 0.0
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, width + 2]: the mean over the span of each text, the sum of |h| over its tokens, and their number."""
+        sizes = torch.stack([(torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32) * weight).sum(1), weight.sum(1)], 1)
+        return torch.cat([pool(h, weight), sizes], 1)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        pooled = values[:, :-2]
         if not self.tokens:
-            self._allocate(h.shape[-1])
-        pooled = pool(h, weight).cpu()
+            self._allocate(pooled.shape[1])
         side = self.is_positive[rows]
         self.positive.add(pooled[side])
         self.negative.add(pooled[~side])
@@ -80,13 +91,17 @@ class ContrastMoments:
             self.differences.add(pooled[side].double() - pooled[~side].double())
         if self.texts is not None:
             self.texts[rows] = pooled
-        self.norm += float((h.float().norm(dim=-1) * weight).sum())
-        self.tokens += float(weight.sum())
+        self.norm += float(values[:, -2].sum(dtype=torch.float64))
+        self.tokens += float(values[:, -1].sum(dtype=torch.float64))
 
     def _allocate(self, width: int) -> None:
-        self.positive, self.negative = Moments.empty(width, False), Moments.empty(width, False)
-        self.all, self.differences = (Moments.empty(width, need in self.needs) for need in ("scatter", "differences"))
-        self.texts = torch.full((len(self.is_positive), width), float("nan")) if "texts" in self.needs else None
+        self.positive = Moments.empty(width, False)
+        self.negative = Moments.empty(width, False)
+        few = len(self.is_positive) < width
+        self.all = Moments.empty(width, "scatter" in self.needs and not few)
+        self.differences = Moments.empty(width, "differences" in self.needs and not few)
+        if "texts" in self.needs or few and self.needs:
+            self.texts = torch.full((len(self.is_positive), width), float("nan"))
 
     @property
     def n(self) -> int:
@@ -114,35 +129,43 @@ class ContrastMoments:
         return {"gap": float(self.gap @ unit), "mean": float(self.mean @ unit), "activation_norm": self.activation_norm}
 
     @property
-    def total(self) -> Tensor:
-        """[width, width], sum of (h - mean)(h - mean)^T over all texts."""
-        return self._scatter() - self.n * torch.outer(self.mean, self.mean)
+    def total(self) -> Scatter:
+        """Sum of (h - mean)(h - mean)^T over all texts. Raises ConfigError when it was not kept."""
+        self._check_kept("scatter")
+        if self.all.second is None:
+            return Scatter(rows=self._texts() - self.mean)
+        return Scatter(dense=self.all.second - self.n * torch.outer(self.mean, self.mean))
 
     @property
-    def within(self) -> Tensor:
-        """[width, width], sum of (h - m)(h - m)^T over all texts, m being the mean of the text's own class."""
-        return self._scatter() - sum(one.n * torch.outer(one.mean, one.mean) for one in (self.positive, self.negative))
+    def within(self) -> Scatter:
+        """Sum of (h - m)(h - m)^T over all texts, m being the mean of the text's own class. Raises ConfigError when it was not kept."""
+        self._check_kept("scatter")
+        if self.all.second is None:
+            own = torch.where(self.is_positive[:, None], self.positive.mean, self.negative.mean)  # [texts, width]
+            return Scatter(rows=self._texts() - own)
+        return Scatter(dense=self.all.second - sum(side.n * torch.outer(side.mean, side.mean) for side in (self.positive, self.negative)))
 
-    def of_pairs(self) -> Tensor:
-        """[width, width], sum of d d^T over the differences of pairs. Raises ConfigError when it was not kept."""
-        return self._kept(self.differences.second, "differences")
-
-    def _scatter(self) -> Tensor:
-        return self._kept(self.all.second, "scatter")
+    def of_pairs(self) -> Scatter:
+        """Sum of d d^T over the differences of pairs. Raises ConfigError when it was not kept."""
+        self._check_kept("differences")
+        if self.differences.second is None:
+            texts = self._texts()
+            return Scatter(rows=texts[self.is_positive] - texts[~self.is_positive])  # pairs are in order on both sides
+        return Scatter(dense=self.differences.second)
 
     def collected(self) -> Tensor:
         """[texts, width] fp32. Raises ConfigError when they were not kept."""
-        return self._kept(self.texts, "texts")
+        self._check_kept("texts")
+        assert self.texts is not None
+        return self.texts
 
-    def _kept(self, kept: Tensor | None, need: str) -> Tensor:
-        if kept is None:
-            raise ConfigError(
-                f"'{need}' was not kept in this pass",
-                expected=f"ContrastMoments with needs={sorted({*self.needs, need})}",
-                found=f"needs={sorted(self.needs)}",
-                remedy="register the extractor with the `needs` that it reads, see steer.directions.moments.NEEDS",
-            )
-        return kept
+    def _texts(self) -> Tensor:
+        assert self.texts is not None
+        return self.texts.double()
+
+    def _check_kept(self, need: str) -> None:
+        if need not in self.needs:
+            raise _need_error(self, need)
 
 
 def standardised(texts: Tensor) -> Tensor:
@@ -153,3 +176,12 @@ def standardised(texts: Tensor) -> Tensor:
     """
     centred = texts - texts.mean(0)
     return centred / centred.square().mean().sqrt().clamp_min(1e-12)
+
+
+def _need_error(moments: ContrastMoments, need: str) -> ConfigError:
+    return ConfigError(
+        f"'{need}' was not kept in this pass",
+        expected=f"ContrastMoments with needs={sorted({*moments.needs, need})}",
+        found=f"needs={sorted(moments.needs)}",
+        remedy="register the extractor with the `needs` that it reads, see steer.directions.moments.NEEDS",
+    )

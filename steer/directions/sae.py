@@ -48,10 +48,15 @@ class FeatureMoments(ContrastMoments):
         self.dictionary = dictionary
         self.amplitude, self.fired = torch.zeros(2, 2, dictionary.w_dec.shape[0], dtype=torch.float64)
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        super().update(h, weight, rows)
-        for text, tokens, row in zip(h, weight, rows.tolist(), strict=True):
-            mean = self.dictionary.encode(text[tokens > 0]).mean(0).double().cpu()
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, ... + features]: what class means need of each text, and the mean activation of each feature over its span."""
+        means = [self.dictionary.encode(text[tokens > 0]).mean(0) for text, tokens in zip(h, weight, strict=True)]
+        return torch.cat([super().reduce(h, weight), torch.stack(means)], 1)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        n_features = self.amplitude.shape[1]
+        super().add(values[:, :-n_features], rows)
+        for mean, row in zip(values[:, -n_features:].double(), rows.tolist(), strict=True):
             side = int(self.is_positive[row])
             self.amplitude[side] += mean
             self.fired[side] += mean > 0

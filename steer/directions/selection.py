@@ -7,7 +7,7 @@ when it is added to prompts that do not (induce), while ablation leaves neutral 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from steer.checks import number_within, of_type, whole_number
 from steer.directions.direction import Direction, check_direction
 from steer.directions.dose import divergence
-from steer.directions.sweep import sweep, sweep_plan
+from steer.directions.passes import SlottedPlan
+from steer.directions.sweep import Predictions, sweep, sweep_plan, sweep_plans
 from steer.errors import ConfigError, ContrastError, WidthError
 from steer.intervene import Intervention, Plan
 from steer.intervene.operators.ablate import Ablate
@@ -25,7 +26,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.model.tokens import Row, check_rows
 
-SLOTS = 12  # candidates measured in one batch, beside the unsteered model
+SLOTS = 16  # candidates measured in one batch, beside the unsteered model
 
 
 @dataclass(frozen=True)
@@ -117,31 +118,8 @@ def select(
     number_within(max_kl, "max_kl", 0)
     number_within(last, "the share of the layers that is too late", 0, 1)
     opening = sorted(set(tokens))
-
-    def log_odds(logprobs: Tensor) -> Tensor:
-        p = logprobs[:, opening].double().logsumexp(-1).clamp(max=-1e-9)
-        return p - torch.log(-torch.expm1(p))
-
-    bypass, induce, kl = torch.zeros(3, len(candidates), dtype=torch.float64)
-    before = torch.zeros(2, dtype=torch.float64)
-    everywhere = anatomy.sites("embed", "layers.*.attn.output", "layers.*.mlp.output")  # all that is ever written to the residual stream
-    for chunk in torch.arange(len(candidates)).split(SLOTS):
-        vectors = torch.stack([candidates[i].vector for i in chunk])
-
-        def ablated(vectors: Tensor = vectors) -> Plan:
-            slots = torch.cat([vectors[:1], vectors])[:, None]
-            strength = [0.0] + [1.0] * len(vectors)
-            return Plan([Intervention(Ablate(slots), site, strength=strength) for site in everywhere])
-
-        odds = _mean_score(model, ablated(), showing, len(chunk) + 1, log_odds, "bypass" if progress else None)
-        before[0], bypass[chunk] = odds[0], odds[1:]
-        kl[chunk] = _mean_score(model, ablated(), neutral, len(chunk) + 1, _from_first, "side effects" if progress else None)[1:]
-    for site in {candidate.site for candidate in candidates}:
-        for chunk in torch.tensor([i for i, one in enumerate(candidates) if one.site == site]).split(SLOTS):
-            vectors = torch.stack([torch.zeros(anatomy.width), *(candidates[i].vector for i in chunk)])
-            plan = sweep_plan(site, vectors, "all")
-            odds = _mean_score(model, plan, lacking, len(vectors), log_odds, "induce" if progress else None)
-            before[1], induce[chunk] = odds[0], odds[1:]
+    before_showing, bypass, before_neutral, kl = _ablation_scores(model, anatomy, candidates, showing, neutral, opening, progress)
+    induce, before_lacking = _addition_scores(model, anatomy, candidates, lacking, opening, progress, unsteered=neutral is not lacking)
     limit = int(anatomy.n_layers * (1 - last))
     made = tuple(
         Candidate(
@@ -155,7 +133,8 @@ def select(
         )
         for i, one in enumerate(candidates)
     )
-    return Selection(made, tuple(candidates), float(before[0]), float(before[1]))
+    showing_score, lacking_score = before_showing, before_neutral if before_lacking is None else before_lacking
+    return Selection(made, tuple(candidates), showing_score, lacking_score)
 
 
 def _rejected(late: bool, induce: float, kl: float, max_kl: float) -> str:
@@ -171,22 +150,89 @@ def _depth(anatomy: Anatomy, site: Site) -> int:
     return found.layer if found.layer is not None else -1 if found.part == "embed" else anatomy.n_layers
 
 
-def _from_first(logprobs: Tensor) -> Tensor:
-    return divergence(logprobs[:1], logprobs)
+def log_odds(logprobs: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Log-odds that the next token is one of these, fp64. logprobs: [..., vocabulary] -> [...]."""
+    p = logprobs[..., tokens].double().logsumexp(-1).clamp(max=-1e-9)
+    return p - torch.log(-torch.expm1(p))
 
 
-def _mean_score(
-    model: nn.Module, plan: Plan, rows: Sequence[Row], slots: int, score: Callable[[Tensor], Tensor], progress: str | None
-) -> Tensor:
-    """[slots] fp64, mean over texts of a score of the next token's log-probabilities, [slots, vocabulary] -> [slots]."""
-    total = torch.zeros(slots, dtype=torch.float64)
+def _ablation_scores(
+    model: nn.Module,
+    anatomy: Anatomy,
+    candidates: Sequence[Direction],
+    showing: Sequence[Row],
+    neutral: Sequence[Row],
+    opening: Sequence[int],
+    progress: bool,
+) -> tuple[float, Tensor, float, Tensor]:
+    """What ablating each candidate everywhere does.
 
-    def read(chosen: list[int], logits: Tensor, labels: Tensor) -> None:
-        for place, i in enumerate(chosen):
-            total.add_(score(logits[:, place, len(rows[i].ids) - 1].float().log_softmax(-1)).cpu())
+    Returns:
+        Mean score of the unsteered model on `showing`, [candidates] that of the ablated ones; mean score of the unsteered model on
+        `neutral`, [candidates] KL divergence there.
+    """
+    everywhere = anatomy.sites("embed", "layers.*.attn.output", "layers.*.mlp.output")  # all that is ever written to the residual stream
+    bypass, kl = torch.zeros(2, len(candidates), dtype=torch.float64)
+    for chunk in torch.arange(len(candidates)).split(SLOTS):
+        vectors = torch.stack([candidates[i].vector for i in chunk])
+        operator = Ablate(torch.cat([vectors[:1], vectors])[:, None])
+        strength = [0.0] + [1.0] * len(vectors)
+        plan = Plan([Intervention(operator, site, strength=strength) for site in everywhere])
+        sums = torch.zeros(3, len(strength), dtype=torch.float64)
 
-    sweep(model, plan, rows, slots, read, progress=progress)
-    return total / len(rows)
+        def read(predictions: Predictions, sums: Tensor = sums) -> None:
+            shows = predictions.texts < len(showing)
+            before = predictions.logits[0].float().log_softmax(-1)  # [texts, vocabulary]
+            for slot, logits in enumerate(predictions.logits):
+                logprobs = logits.float().log_softmax(-1)
+                odds = log_odds(logprobs, opening).cpu()
+                sums[0, slot] += odds[shows].sum()
+                sums[1, slot] += odds[~shows].sum()
+                sums[2, slot] += divergence(before, logprobs).cpu()[~shows].sum()
+
+        texts = [*showing, *neutral]
+        sweep(model, plan, texts, len(strength), read, predict="last", progress="ablating" if progress else None)
+        bypass[chunk] = sums[0, 1:] / len(showing)
+        kl[chunk] = sums[2, 1:] / len(neutral)
+    return float(sums[0, 0]) / len(showing), bypass, float(sums[1, 0]) / len(neutral), kl
+
+
+def _addition_scores(
+    model: nn.Module,
+    anatomy: Anatomy,
+    candidates: Sequence[Direction],
+    lacking: Sequence[Row],
+    opening: Sequence[int],
+    progress: bool,
+    *,
+    unsteered: bool,
+) -> tuple[Tensor, float | None]:
+    """What adding each candidate at its own site does: [candidates] mean score, and that of the unsteered model where it is asked for.
+
+    Every site has a plan of its own, so that the later a candidate acts the less of the model runs for it.
+    """
+    by_site: dict[Site, list[int]] = {}
+    for i in sorted(range(len(candidates)), key=lambda i: _depth(anatomy, candidates[i].site)):
+        by_site.setdefault(candidates[i].site, []).append(i)
+    plans: list[SlottedPlan] = []
+    owners: list[list[int]] = []  # candidate of each slot
+    for site, members in by_site.items():
+        for start in range(0, len(members), SLOTS):
+            owners.append(members[start : start + SLOTS])
+            vectors = torch.stack([candidates[i].vector for i in owners[-1]])
+            plans.append(SlottedPlan(sweep_plan(site, vectors, "all"), len(vectors)))
+    if unsteered:  # at the last site, where it costs least
+        owners.append([len(candidates)])
+        plans.append(SlottedPlan(sweep_plan(site, torch.zeros(1, anatomy.width), "all"), 1))
+    sums = torch.zeros(len(candidates) + 1, dtype=torch.float64)
+
+    def read(predictions: Predictions) -> None:
+        odds = log_odds(predictions.logits.float().log_softmax(-1), opening)  # [slots, texts]
+        sums[owners[predictions.plan]] += odds.sum(1).cpu()
+
+    sweep_plans(model, plans, lacking, read, predict="last", progress="adding" if progress else None)
+    scores = sums / len(lacking)
+    return scores[:-1], float(scores[-1]) if unsteered else None
 
 
 def _check(anatomy: Anatomy, candidates: Sequence[Direction], tokens: Sequence[int], prompts: dict[str, Sequence[Row]]) -> None:

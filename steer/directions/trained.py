@@ -202,7 +202,7 @@ def _optimise(
         frozen(model),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
-        plan.attached(model, stack=True),
+        plan.attached(model, stack=True) as attachment,
         tqdm(total=steps, desc=f"training {aim.loss.__name__}", disable=not progress, leave=False) as bar,
     ):
         for step in range(steps):
@@ -210,7 +210,7 @@ def _optimise(
                 order += torch.randperm(len(train.positive), generator=generator).tolist()
             chosen, order = order[:batch_size], order[batch_size:]
             if len(signs) > 1:
-                plan.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
+                attachment.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
             sums = _answer_sums(model, [rows[side][i] for side, _ in aim.runs for i in chosen])
             scores = Scores(
                 dict(zip(aim.runs, sums.unflatten(0, (len(aim.runs), -1)), strict=True)),

@@ -25,6 +25,7 @@ class ActiveIntervention:
     Attributes:
         description: the intervention as it is written down.
         base: strength of each row slot as it was set, before schedule and switch.
+        live_slots: whether the strength of each row slot is other than 0, known without asking the device.
         strength: [1 or slots, 1, 1] base x schedule x switch, the buffer that the hook reads.
         slots: number of row slots; 1 when every row is treated alike.
         rows: [batch] row slot of each row of the next batches, or None.
@@ -56,6 +57,7 @@ class ActiveIntervention:
         self.schedule = schedule
         self.enabled = description.enabled
         self.base = description.strength
+        self.live_slots = [bool(base) for base in self.base]
         with torch.inference_mode(False):  # it is written to when training follows
             self.strength = torch.tensor(self.base, device=device).view(-1, 1, 1)
         self.rows: Tensor | None = None
@@ -80,6 +82,7 @@ class ActiveIntervention:
         factor = self.schedule(step) if self.enabled else 0.0
         if not math.isfinite(factor):
             raise _infinite_schedule(self.name, factor, step)
+        self.live_slots = [bool(base * factor) for base in self.base]
         self.strength.copy_((torch.tensor(self.base) * factor).view(-1, 1, 1))
 
     def set_rows(self, rows: Tensor) -> None:
@@ -101,7 +104,7 @@ class ActiveIntervention:
         """Raises NonFiniteError when what it adds is beyond what activations of this type hold."""
         if not self.operator.additive or not dtype.is_floating_point:
             return
-        largest = max(map(abs, self.base)) * float(self.operator.tensors["vector"].detach().abs().max())
+        largest = max(map(abs, self.base)) * float(self.description.operator.tensors["vector"].detach().abs().max())
         if largest > torch.finfo(dtype).max:
             raise _beyond_range(self.name, dtype, largest)
 
@@ -197,7 +200,7 @@ class ActiveIntervention:
     def __call__(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """Edited activation, or `h` itself when no token of this pass is meant. h: [batch, tokens, width]."""
         prepared = self.prepared
-        if prepared is not None and not torch.compiler.is_compiling() and prepared.live:
+        if prepared is not None and not torch.compiler.is_compiling() and prepared.group.live is not None:
             edited = prepared(h, None if self.gate is None else self.opened_at(h, ctx))
             if edited is not None:
                 return edited
@@ -224,7 +227,9 @@ class ActiveIntervention:
         # in fp32 at least, and only then in the dtype of h: hidden norms, and edits on the way to their scale, go beyond what fp16 holds
         wide = widened(h)
         edited = self.operator.apply(wide, strength, None if weight is None else weight.to(wide.dtype), per_row)
-        return with_norm_of(wide, edited).to(h.dtype)
+        unedited = (strength if weight is None else strength * weight) == 0  # [batch, tokens, 1]
+        # the quotient of the norms is 1 there, but its gradient is 0 only up to rounding
+        return torch.where(unedited, h, with_norm_of(wide, edited).to(h.dtype))
 
 
 def _faded(mask: Mask, fade: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
 from steer.intervene.gate import SiteGate
 from steer.intervene.intervention import checked_names, width_error
+from steer.intervene.pass_events import PassEvents
 from steer.intervene.plan import Plan
 from steer.intervene.prepared import PreparedEdits, prepared_for
 from steer.intervene.schedule import Schedule
@@ -23,9 +24,9 @@ from steer.intervene.site_edits import SiteEdits
 from steer.intervene.token_counter import TokenCounter
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
-from steer.model.context import PHASES, ForwardContext
+from steer.model.context import PHASES
 from steer.model.site import Site
-from steer.model.watcher import Watcher, watcher_of
+from steer.model.watcher import watcher_of
 
 
 class _Resolved:
@@ -75,58 +76,18 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     active = _activate(plan, resolved, first, plan_number, allowed, replacement)
     counter = TokenCounter(active, first.device)
     functions = _edits_by_point(active, resolved, first, counter, plan_number)
-    prepared = PreparedEdits(active)
+    events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
-    attachment = Attachment(plan, active, counter, prepared, paths)
+    attachment = Attachment(plan, active, events, paths)
     watcher, site_hooks, remove_hooks = hooks.install(model, resolved.anatomy, functions)
-    callbacks = _PassCallbacks(active, resolved, counter, prepared, watcher, first.dtype)
+    events.connect(watcher)
 
     def remove() -> None:
-        callbacks.remove()
+        events.disconnect()
         remove_hooks()
 
     attachment.installed(site_hooks, remove)
     return attachment
-
-
-class _PassCallbacks:
-    """What an attachment does when a forward pass of its model opens, closes and ends."""
-
-    def __init__(
-        self,
-        active: list[ActiveIntervention],
-        resolved: _Resolved,
-        counter: TokenCounter,
-        prepared: PreparedEdits,
-        watcher: Watcher,
-        dtype: torch.dtype,
-    ) -> None:
-        self.active = active
-        self.gates = [gate for gate, _, _, _ in resolved.readers]
-        self.counter = counter
-        self.prepared = prepared
-        self.watcher = watcher
-        self.dtype = dtype
-        watcher.on_open.append(self.open)
-        watcher.on_close.append(counter.close)
-        watcher.on_end.append(prepared.end)
-
-    def open(self, ctx: ForwardContext) -> None:
-        self.counter.open(ctx)
-        if not ctx.tokens:
-            return
-        for active in self.active:
-            active.prepare(ctx, self.dtype)
-        for gate in self.gates:
-            gate.note_lengths(ctx)
-        decoded = ctx.tokens == 1 and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if decoded and not self.watcher.compiles_blocks():
-            self.prepared.open(ctx)
-
-    def remove(self) -> None:
-        self.watcher.on_open.remove(self.open)
-        self.watcher.on_close.remove(self.counter.close)
-        self.watcher.on_end.remove(self.prepared.end)
 
 
 def _stacked_edits(model: nn.Module) -> list[SiteEdits]:

@@ -15,11 +15,10 @@ from steer.errors import AttachError, ConfigError
 from steer.intervene import attachment_state
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.intervention import Intervention, checked_strengths
+from steer.intervene.pass_events import PassEvents
 from steer.intervene.plan import Plan, explained, unknown_intervention
-from steer.intervene.prepared import PreparedEdits
 from steer.intervene.scope import Scope
 from steer.intervene.scope_mask import ScopeMask
-from steer.intervene.token_counter import TokenCounter
 from steer.model.hooks import SiteHook
 
 
@@ -39,16 +38,13 @@ class Attachment:
         >>> attachment.detach()
     """
 
-    def __init__(
-        self, plan: Plan, active: list[ActiveIntervention], counter: TokenCounter, prepared: PreparedEdits, paths: dict[str, str]
-    ) -> None:
+    def __init__(self, plan: Plan, active: list[ActiveIntervention], events: PassEvents, paths: dict[str, str]) -> None:
         self.plan = plan
         self.interventions = active
         self.paths = paths
         self.current_step = plan.step
         self._by_name = {intervention.name: intervention for intervention in active}
-        self._counter = counter
-        self._prepared = prepared
+        self._events = events
         self._remove: Callable[[], None] | None = None
         self._hooks: list[SiteHook] = []
         self.step(plan.step)
@@ -78,12 +74,12 @@ class Attachment:
         replays = any(hook.watcher.replays for hook in self._hooks)
         remove()
         self._hooks = []  # they would keep the model in memory
-        if missed and self._counter.reached and not replays:
+        if missed and self._events.counter.reached and not replays:
             warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
 
     def warn_if_idle(self) -> None:
         """Warns when no forward pass of the model ran while it was attached."""
-        if not self._counter.reached:
+        if not self._events.counter.reached:
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=4)
 
     # ---- driving
@@ -98,8 +94,7 @@ class Attachment:
     def _refresh(self) -> None:
         for intervention in self.interventions:
             intervention.refresh(self.current_step)
-        self._counter.refresh()
-        self._prepared.invalidate()
+        self._events.strengths_changed()
 
     def enable(self, on: bool = True, name: str | None = None) -> None:
         """Switches the plan, or one intervention, on or off without touching a hook."""
@@ -135,10 +130,9 @@ class Attachment:
         """
         with_slots = [active for active in self.interventions if active.slots > 1]
         slots = _checked_rows(rows, with_slots)
-        self._counter.flush()
+        self._events.rows_about_to_change()
         for active in with_slots:
             active.set_rows(slots)
-        self._prepared.invalidate()
 
     def set_window(self, start: int | None, stop: int | None, name: str | None = None) -> None:
         """Moves the window of the scopes, such as `generated[:32]`, without touching a hook.
@@ -174,9 +168,7 @@ class Attachment:
                 parted |= {member: moved[(id(member.scope_mask), *windows[member])] for member in members if member in windows}
         for active, scope in parted.items():
             active.share(ScopeMask(scope), f"{scope} of {active.name}")
-        self._counter.regroup()
-        if parted:
-            self._prepared.regroup()
+        self._events.windows_moved(parted=bool(parted))
 
     def _named(self, name: str | None) -> list[ActiveIntervention]:
         if name is None:
@@ -189,12 +181,12 @@ class Attachment:
 
     def fired(self) -> dict[str, int]:
         """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
-        return self._counter.read()
+        return self._events.counter.read()
 
     @property
     def passes(self) -> int:
         """Forward passes that went through the plan since the attach."""
-        return self._counter.passes
+        return self._events.counter.passes
 
     def explain(self) -> str:
         """The plan in words, with the strengths, switches and windows of now and the modules that are hooked."""

@@ -57,6 +57,10 @@ class Gate:
         """[batch, tokens or 1, 1]: how far it is open in this pass."""
         return self.decision(ctx, iter(names)).opened
 
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        """The same gate with tensors of its own. tensors: see `TensorHolder.copy`; gates: copies by id of the site gate."""
+        raise NotImplementedError
+
     def __bool__(self) -> bool:
         raise _python_words()
 
@@ -76,6 +80,9 @@ class CombinedGate(Gate):
     def site_gates(self) -> Iterator[SiteGate]:
         for part in self.parts:
             yield from part.site_gates()
+
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        return type(self)(*(part.copied(tensors, gates) for part in self.parts))
 
     def to_dict(self) -> dict[str, Any]:
         return {self.word: [part.to_dict() for part in self.parts]}
@@ -171,6 +178,11 @@ class SiteGate(Gate, TensorHolder):
 
     def site_gates(self) -> Iterator[SiteGate]:
         yield self
+
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        if id(self) not in gates:
+            gates[id(self)] = self.copy(tensors)
+        return gates[id(self)]
 
     @property
     def is_soft(self) -> bool:

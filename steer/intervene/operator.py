@@ -74,6 +74,20 @@ class TensorHolder:
             moved.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}  # a parameter is there, and stays itself
         return moved
 
+    def copy(self, memo: dict[int, Tensor]) -> Self:
+        """One like it with tensors of its own; parameters stay those that an optimiser knows.
+
+        Args:
+            memo: copies by id of the original, one for all holders that are copied together: a tensor that they share stays one.
+        """
+        copied = copy.copy(self)
+        with torch.inference_mode(False):  # training may follow
+            for tensor in self.tensors.values():
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+        copied.tensors = {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
+        return copied
+
     def options(self) -> dict[str, Any]:
         """Constructor arguments beyond the tensors, JSON-able, for the plan file."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Plan:
     """Interventions, in the order in which those on one site are applied. Attaching changes nothing of a plan.
 
     Args:
-        interventions: at least one; names that repeat are numbered.
+        interventions: at least one; names that repeat are numbered. The plan has tensors of its own, but for those that are being learned.
         fingerprint: `Anatomy.fingerprint()` of the model the vectors were made on; checked on attach when given.
         step: optimiser step at which its schedules start when it is attached.
 
@@ -51,7 +52,7 @@ class Plan:
             of_type(fingerprint, dict, "the fingerprint of a plan", "pass Anatomy.find(model).fingerprint()")
         step = integer(step)
         whole_number(step, "the optimiser step of a plan")
-        self.interventions = _with_unique_names(listed)
+        self.interventions = _with_unique_names(_with_own_tensors(listed))
         self.fingerprint = fingerprint
         self.step = step
 
@@ -192,6 +193,20 @@ def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[
         if modifiers:
             lines.append(f"   {'; '.join(modifiers)}")
     return "\n".join(lines)
+
+
+def _with_own_tensors(interventions: Sequence[Intervention]) -> list[Intervention]:
+    """The interventions with copies of their tensors; tensors, and gates, that they share stay shared, and parameters themselves."""
+    tensors: dict[int, Any] = {}
+    gates: dict[int, Any] = {}
+    owned = []
+    for intervention in interventions:
+        copied = copy.copy(intervention)
+        object.__setattr__(copied, "operator", intervention.operator.copy(tensors))
+        if intervention.gate is not None:
+            object.__setattr__(copied, "gate", intervention.gate.copied(tensors, gates))
+        owned.append(copied)
+    return owned
 
 
 def _with_unique_names(interventions: Sequence[Intervention]) -> tuple[Intervention, ...]:

@@ -9,6 +9,7 @@ hooks as views. Only without gradients, since the views share one history; and c
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,8 @@ from steer.model.context import ForwardContext
 if TYPE_CHECKING:
     from steer.intervene.active import ActiveIntervention
 
+_UNCHECKED = object()
+_VERSION = attrgetter("_version")
 LARGEST = 1 << 24  # numbers stacked for one group, 64 MiB in fp32: many rows at many wide sites take the ordinary way
 
 
@@ -28,7 +31,9 @@ class PreparedEdit:
     """The edit of one site for the pass that runs.
 
     Attributes:
-        live: it holds for the pass that runs.
+        group: whose parts are stacked with this one's; `group.live` says whether the edit holds for the pass that runs.
+        fits: the `group.live` for which an activation of this site had the right shape and type; a hook then need not look again.
+        is_plain_add: the edit is `h + folded` and nothing else.
         idle: no token of this pass is meant.
         shape, dtype: of the activation that it fits.
         folded: [batch, 1, width or 1] the part that has the mask multiplied in.
@@ -37,11 +42,13 @@ class PreparedEdit:
     def __init__(self, active: ActiveIntervention, dtype: torch.dtype) -> None:
         self.active = active
         self.dtype = dtype
-        self.live = False
+        self.group = PreparedGroup([self])
+        self.fits: object = _UNCHECKED
         self.idle = False
         self.shape: torch.Size | None = None
         self.folded = torch.empty(0)
         self.preserve_norm = active.preserve_norm
+        self.is_plain_add = active.operator.additive and not active.preserve_norm and active.gate is None
         self.widens = self.needs_fp32(active) and dtype is not torch.float32
 
     @staticmethod
@@ -66,6 +73,11 @@ class PreparedEdit:
         """The edited activation, h itself where no token is meant, None where this tensor has to take the ordinary way."""
         if h.shape != self.shape or h.dtype is not self.dtype:
             return h if self.idle else None
+        self.fits = self.group.live
+        return self.edited(h, opened)
+
+    def edited(self, h: Tensor, opened: Tensor | None = None) -> Tensor:
+        """The edited activation, of a shape and type that were looked at."""
         wide = h.float() if self.widens else h
         edited = self.edit(wide, opened)
         if self.preserve_norm:
@@ -85,15 +97,6 @@ class PreparedAdd(PreparedEdit):
 
     def edit(self, h: Tensor, opened: Tensor | None) -> Tensor:
         return h + self.folded if opened is None else torch.addcmul(h, opened, self.folded)
-
-
-class PreparedPlainAdd(PreparedAdd):
-    """The same without gate and norm: the one case in which a frame less can be told from the noise."""
-
-    def __call__(self, h: Tensor, opened: Tensor | None = None) -> Tensor | None:
-        if h.shape != self.shape or h.dtype is not self.dtype:
-            return h if self.idle else None
-        return h + self.folded
 
 
 class PreparedRankOne(PreparedEdit):
@@ -127,8 +130,7 @@ def prepared_for(active: ActiveIntervention, dtype: torch.dtype) -> PreparedEdit
     if active.counts_in_calls or not operator.linear_in_strength or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if operator.additive:
-        plain = active.gate is None and not active.preserve_norm
-        return (PreparedPlainAdd if plain else PreparedAdd)(active, dtype)
+        return PreparedAdd(active, dtype)
     if isinstance(operator, LinearLowRank) and operator.tensors[operator.writes].shape[1] == 1:
         return PreparedRankOne(active, dtype)
     return PreparedStrength(active, dtype)
@@ -139,43 +141,47 @@ class PreparedGroup:
 
     Attributes:
         edits: one for each intervention.
+        live: None when they do not hold for the pass that runs; else an object that is another one whenever shapes or types may differ.
         stale: a strength or the row slots changed since the parts were stacked.
     """
 
     def __init__(self, edits: list[PreparedEdit]) -> None:
         self.edits = edits
+        self.live: object | None = None
         self.stale = True
-        self._versions: list[int] = []
+        self._token = object()
+        self._first = edits[0].active
+        self._tensors = [tensor for edit in edits for tensor in edit.active.operator.tensors.values()]
+        self._versions = -1  # summed over the tensors, each of which only grows
         self._stacked = torch.empty(0)  # [interventions, batch or 1, 1, width or 1]
-        self._folded: Tensor | None = None  # the same for every row, with the mask multiplied in
+        self._folded = torch.empty(0)  # [interventions, batch, 1, width or 1] the same with the mask multiplied in
+        self._batch = -1  # that they are for
         self._shown: Tensor | None = None  # of the two, the one that the edits hold views of
         # optimisers that write past the version counter exist (fused 8-bit ones, .data): what is learned is stacked in every pass
         self._learns = any(edit.active.operator.parameters for edit in edits)
 
-    def open(self, ctx: ForwardContext) -> bool:
-        """Prepares the edits for a pass of one token a row. Returns False when this pass takes the ordinary way."""
-        first = self.edits[0].active
-        mask = first.tokens(ctx)
+    def renew(self) -> None:
+        """Shapes or types of activations may differ from those that were looked at."""
+        self._token = object()
+
+    def open(self, ctx: ForwardContext) -> object | None:
+        """Prepares the edits for a pass of one token a row. Returns what `live` becomes, None when this pass takes the ordinary way."""
+        mask = self._first.tokens(ctx)
         if mask is False:
             self._set_idle()
-            return True
-        if self._learns or self.stale or self._stacked.shape[1] not in (1, ctx.batch) or self._current_versions() != self._versions:
+            return self._token
+        if self._learns or self.stale or self._batch != ctx.batch or sum(map(_VERSION, self._tensors)) != self._versions:
             if not self._stack(ctx):
-                return False
-        weight = ctx.scratch.weights.get(first.key)  # [batch, 1, 1]
+                return None
+        weight = ctx.scratch.weights.get(self._first.key)  # [batch, 1, 1]
         if weight is None:
-            self._show(self._stacked, ctx.batch)
-            return True
-        if weight.device != self._stacked.device:
-            return False  # the model lies on several devices
-        stacked = self._stacked
-        shape = (stacked.shape[0], ctx.batch, *stacked.shape[2:])
-        if self._folded is None or self._folded.shape != shape:
-            with torch.inference_mode(False):
-                self._folded = stacked.new_empty(shape)
-        torch.mul(stacked, weight, out=self._folded)
-        self._show(self._folded, ctx.batch)
-        return True
+            self._show(self._stacked)
+        elif weight.device == self._stacked.device:
+            torch.mul(self._stacked, weight, out=self._folded)
+            self._show(self._folded)
+        else:
+            return None  # the model lies on several devices
+        return self._token
 
     def _stack(self, ctx: ForwardContext) -> bool:
         parts = []
@@ -184,32 +190,34 @@ class PreparedGroup:
             rows = active.rows_of(ctx, ctx.batch) if active.slots > 1 else None
             strength = active.strength if rows is None or active.strength.shape[0] == 1 else active.strength[rows]
             parts.append(edit.stacked_part(strength, tensors_of_rows(active.operator.tensors, rows)))
-        if len(parts) * parts[0].numel() > LARGEST:
+        if len(parts) * ctx.batch * parts[0].shape[-1] > LARGEST:
             return False
         first = self.edits[0]
         dtype = torch.float32 if first.needs_fp32(first.active) else first.dtype
-        rows_of_parts = max(part.shape[0] for part in parts)
+        n_rows = max(part.shape[0] for part in parts)
         with torch.inference_mode(False):
-            self._stacked = torch.stack([part.expand(rows_of_parts, -1, -1) for part in parts]).to(dtype)
+            self._stacked = torch.stack([part.expand(n_rows, -1, -1) for part in parts]).to(dtype)
+            self._folded = self._stacked.new_empty(len(parts), ctx.batch, *self._stacked.shape[2:])
+        self._batch = ctx.batch
         self._shown = None
-        self._versions = self._current_versions()
+        self._versions = sum(map(_VERSION, self._tensors))
         self.stale = False
         return True
 
-    def _current_versions(self) -> list[int]:
-        return [tensor._version for edit in self.edits for tensor in edit.active.operator.tensors.values()]
-
-    def _show(self, parts: Tensor, batch: int) -> None:
+    def _show(self, parts: Tensor) -> None:
         """Gives every edit its view of the parts; done again only when these lie elsewhere."""
-        if self._shown is not parts or self.edits[0].shape is None or self.edits[0].shape[0] != batch:
-            for edit, part in zip(self.edits, parts.unbind(), strict=True):
-                edit.folded = part
-                edit.shape = torch.Size((batch, 1, edit.active.operator.width))
-                edit.idle = False
-            self._shown = parts
+        if self._shown is parts:
+            return
+        self.renew()
+        for edit, part in zip(self.edits, parts.unbind(), strict=True):
+            edit.folded = part
+            edit.shape = torch.Size((self._batch, 1, edit.active.operator.width))
+            edit.idle = False
+        self._shown = parts
 
     def _set_idle(self) -> None:
         self._shown = None
+        self.renew()
         for edit in self.edits:
             edit.shape = None
             edit.idle = True
@@ -219,39 +227,38 @@ class PreparedEdits:
     """All prepared edits of an attachment, which it opens and ends with each pass."""
 
     def __init__(self, active: list[ActiveIntervention]) -> None:
-        self._prepared = [intervention for intervention in active if intervention.prepared is not None]
+        self._edits = [intervention.prepared for intervention in active if intervention.prepared is not None]
         self._groups: list[PreparedGroup] = []
-        self._live = False
         self.regroup()
 
     def regroup(self) -> None:
         """Puts those together that act on the same tokens, which changes when a window moves."""
         groups: dict[tuple[object, ...], list[PreparedEdit]] = {}
-        for active in self._prepared:
-            edit = active.prepared
-            assert edit is not None
+        for edit in self._edits:
+            active = edit.active
             shape = (active.operator.width, edit.dtype, active.strength.device, active.slots > 1)
             groups.setdefault((active.key, type(edit), active.preserve_norm, *shape), []).append(edit)
         self._groups = [PreparedGroup(edits) for edits in groups.values()]
+        for group in self._groups:
+            for edit in group.edits:
+                edit.group = group
 
     def invalidate(self) -> None:
         """A strength or the row slots changed."""
         for group in self._groups:
             group.stale = True
 
-    @torch.no_grad()
     def open(self, ctx: ForwardContext) -> None:
-        """Prepares the edits of a pass of one token a row, once its token masks are known."""
+        """Prepares the edits of a pass of one token a row, without gradients, once its token masks are known."""
         for group in self._groups:
-            if group.open(ctx):
-                self._live = True
-                for edit in group.edits:
-                    edit.live = True
+            group.live = group.open(ctx)
+
+    def renew(self) -> None:
+        """Activations may have other types from now on."""
+        for group in self._groups:
+            group.renew()
 
     def end(self) -> None:
         """The pass is over, or failed: no edit holds any more."""
-        if self._live:
-            self._live = False
-            for group in self._groups:
-                for edit in group.edits:
-                    edit.live = False
+        for group in self._groups:
+            group.live = None

@@ -205,7 +205,7 @@ def _parse_union(text: str) -> Union:
 
 def _with_window(selector: Selector, window: Window) -> Selector:
     if selector.kind == "generated" and window.counts_from_end:
-        raise _unknown_end(str(replace(selector, window=window)), str(window))
+        raise _unknown_end(str(replace(selector, window=window)), f"{window.start}:{window.stop}")
     return replace(selector, window=window)
 
 

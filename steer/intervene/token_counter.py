@@ -38,13 +38,14 @@ class _CounterGroup:
         self._tokens = 0  # of passes whose masks are constants
         self._pending: list[Tensor] = []  # [batch, 1] masks of decoded tokens, all of one batch
         self._pending_rows: Tensor | None = None  # [batch] row slots of that batch
-        self._ones = torch.empty(0, 0)
+        self._pending_opened: list[Tensor] = []  # [batch, 1, 1] how far a gate was open on decoded tokens
+        self._ones = torch.empty(0, 0, dtype=torch.bool)
         self.refresh()
 
     def refresh(self) -> None:
         """Notes which interventions have a strength other than 0."""
         slots = self.live.shape[1]
-        pattern = [(member.strength.flatten() != 0).expand(slots).tolist() for member in self.members]
+        pattern = [member.live_slots * (slots // len(member.live_slots)) for member in self.members]
         if pattern != self._live_pattern:
             self.flush()
             self._live_pattern = pattern
@@ -57,6 +58,8 @@ class _CounterGroup:
 
     def add(self, ctx: ForwardContext) -> None:
         """Counts the tokens of a pass that is over, or of a call of a module."""
+        if self._waits_for_gate(ctx):
+            return
         mask = self.first.acting(ctx)
         if mask is False:
             return
@@ -76,7 +79,24 @@ class _CounterGroup:
         if len(self._pending) >= MOST_PENDING:
             self.flush()
 
+    def _waits_for_gate(self, ctx: ForwardContext) -> bool:
+        """Leaves what a gate said of decoded tokens, to be compared later with that of other passes in one operation."""
+        first = self.first
+        if first.gate is None or ctx.tokens != 1 or self.has_slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if first.tokens(ctx) is not True:
+            return False
+        opened = first.gate.opened(ctx, first.decisions)  # [batch or 1, 1, 1]
+        if opened.shape[0] != ctx.batch or self._pending_opened and self._pending_opened[0].shape != opened.shape:
+            return False
+        self._pending_opened.append(opened)
+        if len(self._pending_opened) >= MOST_PENDING:
+            self.flush()
+        return True
+
     def _every_token(self, batch: int, tokens: int) -> Tensor:
+        if torch.compiler.is_compiling():  # which would be traced again for a tensor that is kept
+            return torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
         if self._ones.shape != (batch, tokens):
             self._ones = torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
         return self._ones
@@ -93,6 +113,9 @@ class _CounterGroup:
         if self._pending:
             self._add_up(torch.stack(self._pending).sum((0, 2)), self._pending_rows)
             self._pending = []
+        if self._pending_opened:
+            self.counts.add_(self.live[:, 0] * (torch.stack(self._pending_opened) > 0.5).sum().to(self.counts.device))
+            self._pending_opened = []
         if self._tokens:
             self.counts.add_(self.live[:, 0] * self._tokens)
             self._tokens = 0

@@ -47,7 +47,7 @@ class GenerationMemory:
 def _reordered(tensor: Tensor, rows: Tensor | int, repeat: bool) -> Tensor:
     if tensor.shape[0] == 1:
         return tensor  # one entry for all rows stays one
-    return tensor.repeat_interleave(rows, 0) if repeat else tensor[rows.to(tensor.device)]  # type: ignore[arg-type, union-attr]
+    return tensor.repeat_interleave(rows, 0) if repeat else tensor[rows.to(tensor.device)]  # type: ignore[union-attr]
 
 
 class _ReorderingMethod:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, did_you_mean
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, SteerError, did_you_mean
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
+from steer.model.prefix import (
+    CachedPrefix,
+    SharedPrefixes,
+    agree,
+    empty_prefix,
+    extended,
+    is_sharded,
+    may_nest,
+    may_share,
+    prefix_batch,
+    share_prefixes,
+)
+from steer.model.resume import StoppedPass
 from steer.model.site import Site
 from steer.model.tokens import Row, check_rows, collate
+
+log = logging.getLogger(__name__)
+
+FULL = 512  # tokens that keep a processor busy: padding a batch beyond that costs more than a further pass
 
 
 class Accumulator(Protocol):
@@ -33,66 +51,135 @@ class Accumulator(Protocol):
         """
 
 
+class TextAccumulator:
+    """Accumulator of a few numbers a text, which `capture` brings to the CPU once a batch: no pass waits for the device at every site.
+
+    A subclass says which numbers these are (`reduce`) and what becomes of them (`add`).
+    """
+
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, n] fp32 on the device of h, without waiting for it. Arguments as of `Accumulator.update`."""
+        raise NotImplementedError
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        """Takes what `reduce` gave for a batch, on the CPU, and the indices of its texts."""
+        raise NotImplementedError
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        """Takes one batch at once, see `Accumulator`."""
+        self.add(self.reduce(h, weight).cpu(), rows)
+
+
 def pool(h: Tensor, weight: Tensor) -> Tensor:
     """Mean over the span of each text: [batch, tokens, width], [batch, tokens] -> [batch, width] in fp32."""
     weight = weight.to(torch.float32)
     return torch.einsum("btd,bt->bd", h.to(torch.float32), weight / weight.sum(1, keepdim=True).clamp_min(1))
 
 
-class _Reached(Exception):
-    """All sites have been read; the rest of the forward pass is not needed."""
-
-
 class _Reader:
+    """What the hooks of a capture do in each pass.
+
+    Attributes:
+        weight: [batch, tokens of the span] of the running pass, None in passes that only fill a cache.
+        unread: sites that the running pass has not reached.
+        broken: by site, number of tokens with NaN or infinity in the running pass.
+        reduced: what `TextAccumulator`s wait for.
+    """
+
     def __init__(self, accumulators: dict[Site, Accumulator], stop: bool) -> None:
-        self.accumulators, self.stop = accumulators, stop
-        self.weight = self.rows = torch.empty(0)
-        self.shape, self.span = torch.Size(), slice(0, 0)
-        self.left: set[Site] = set()
+        self.accumulators = accumulators
+        self.stop = stop
+        self.weight: Tensor | None = None
+        self.rows = torch.empty(0)
+        self.shape = torch.Size()
+        self.span = slice(0, 0)
+        self.unread: set[Site] = set()
+        self.broken: dict[Site, Tensor] = {}
+        self.reduced: list[tuple[TextAccumulator, Tensor]] = []
 
-    def start(self, weight: Tensor, rows: Tensor, device: torch.device) -> None:
+    def start(self, weight: Tensor | None, rows: Tensor, device: torch.device) -> None:
         """A pass begins. weight: [batch, tokens] on the CPU. No accumulator has to look at tokens left and right of every span."""
-        used = weight.any(0).nonzero()
-        self.shape, self.span = weight.shape, slice(int(used[0]), int(used[-1]) + 1)
-        self.weight, self.rows, self.left = weight[:, self.span].to(device), rows, set(self.accumulators)
+        self.unread = set(self.accumulators)
+        self.broken = {}
+        self.reduced = []
+        self.rows = rows
+        self.weight = None
+        if weight is not None:
+            used = weight.any(0).nonzero()
+            self.shape = weight.shape
+            self.span = slice(int(used[0]), int(used[-1]) + 1)
+            self.weight = weight[:, self.span].to(device)
 
-    def act(self, site: Site) -> Callable[[Tensor, ForwardContext], None]:
+    def hook(self, site: Site) -> Callable[[Tensor, ForwardContext], None]:
+        """The function that reads a site."""
+
         def read(h: Tensor, ctx: ForwardContext) -> None:
-            if h.shape[:-1] != self.shape:
-                raise SiteError(
-                    f"'{site}' does not hold one activation per token",
-                    expected=f"{list(self.shape)} tokens, as in the forward pass",
-                    found=list(h.shape[:-1]),
-                    remedy="choose a site of the residual stream, attention or MLP",
-                )
-            h, weight = h.detach()[:, self.span], self.weight.to(h.device)
-            finite = torch.isfinite(h[weight > 0])
-            if not bool(finite.all()):
-                raise NonFiniteError(
-                    f"activations at '{site}' are not finite",
-                    expected="finite numbers",
-                    found=f"{int((~finite).sum())} of {finite.numel()} are NaN or infinite",
-                    remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
-                )
-            self.accumulators[site].update(h, weight, self.rows)
-            self.left.discard(site)
-            if not self.left and self.stop:
-                raise _Reached
+            if self.weight is not None:
+                self._read(site, h)
+            self.unread.discard(site)
+            if not self.unread and self.stop:
+                raise StoppedPass
 
         return read
 
+    def _read(self, site: Site, h: Tensor) -> None:
+        assert self.weight is not None
+        if h.shape[:-1] != self.shape:
+            raise _shape_error(site, h, self.shape)
+        h = h.detach()[:, self.span]
+        weight = self.weight.to(h.device)
+        # a sum is finite only where every term is, and takes no mask as large as the activation
+        finite = torch.isfinite(h.sum(-1, dtype=torch.float32))  # [batch, tokens]
+        self.broken[site] = ((weight > 0) & ~finite).sum()
+        accumulator = self.accumulators[site]
+        if isinstance(accumulator, TextAccumulator):
+            self.reduced.append((accumulator, accumulator.reduce(h, weight).to("cpu", non_blocking=True)))
+        else:
+            accumulator.update(h, weight, self.rows)
+
+    def finish(self) -> None:
+        """The pass is over: waits for the device, once, and hands on what it gave. Raises NonFiniteError."""
+        by_device: dict[torch.device, list[Site]] = {}
+        for site, count in self.broken.items():
+            by_device.setdefault(count.device, []).append(site)
+        # reading the counts waits for the copies that were started before them
+        counts = {site: n for sites in by_device.values() for site, n in _counts({site: self.broken[site] for site in sites})}
+        for site in self.broken:  # in the order in which they ran
+            if counts[site]:
+                assert self.weight is not None
+                raise _finite_error(site, counts[site], int(self.weight.sum()))
+        for accumulator, values in self.reduced:
+            accumulator.add(values, self.rows)
+        self.reduced = []
+
+
+def _counts(tensors: dict[Site, Tensor]) -> list[tuple[Site, int]]:
+    """Numbers that lie on one device, read together."""
+    return list(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+
 
 def batches(rows: Sequence[Row], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
-    """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together."""
-    units = [range(start, start + group) for start in range(0, len(rows), group)]
-    longest = [max(len(rows[i].ids) for i in unit) for unit in units]
+    """Indices of texts of similar length, longest first, at most `max_tokens` padded tokens a batch; runs of `group` stay together.
+
+    A batch of `FULL` tokens or more is also closed before a text that would be padded by a quarter of its length.
+    """
+    return batches_of([len(row.ids) for row in rows], max_tokens, group)
+
+
+def batches_of(lengths: Sequence[int], max_tokens: int, group: int = 1) -> Iterator[list[int]]:
+    """`batches` by the number of tokens of each text."""
+    units = [range(start, start + group) for start in range(0, len(lengths), group)]
+    longest = [max(lengths[i] for i in unit) for unit in units]
     batch: list[int] = []
     width = 0
     for unit in sorted(range(len(units)), key=lambda unit: -longest[unit]):
         width = width or longest[unit]
-        if batch and (len(batch) + group) * width > max_tokens:
+        tokens = len(batch) * width
+        padded = tokens >= FULL and width > 1.25 * longest[unit]
+        if batch and (padded or tokens + group * width > max_tokens):
             yield batch
-            batch, width = [], longest[unit]
+            batch = []
+            width = longest[unit]
         batch.extend(units[unit])
     if batch:
         yield batch
@@ -102,45 +189,48 @@ def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
     """Raises ConfigError for a token that the model has no embedding of, which on a GPU would end the whole process."""
     size = getattr(anatomy.embedding, "num_embeddings", None) if anatomy is not None else None
     if size is not None and (largest := max((max(row.ids, default=0) for row in rows), default=0)) >= size:
-        raise ConfigError(
-            "a text has tokens that the model does not know",
-            expected=f"token ids from 0 to {size - 1}",
-            found=largest,
-            remedy="tokenise with the tokenizer of this model; after adding tokens to it, model.resize_token_embeddings(len(tokenizer))",
-        )
+        raise _vocabulary_error(size, largest)
 
 
-def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
-    """[batch, length] fp32, 1 on the tokens of a span.
+SPANS = ("response", "prompt", "all", "last", "prompt_last")
+
+
+def span_of(row: Row, span: str | int) -> tuple[int, int]:
+    """First token of a span in a text, and the one after its last.
 
     Args:
         span: `response`, `prompt`, `all`, `last` (last token), `prompt_last` (last token of the prompt), or a token index (negative
             from the end).
 
     Raises:
-        ContrastError: a text without any token in the span.
+        ContrastError: a text without any token in the span. ConfigError: an unknown span.
     """
+    size = len(row.ids)
+    if isinstance(span, int):
+        index = span if span >= 0 else size + span
+        start, stop = index, index + 1
+    elif span == "response":
+        start, stop = row.prompt, size
+    elif span == "prompt":
+        start, stop = 0, row.prompt
+    elif span == "all":
+        start, stop = 0, size
+    elif span == "last":
+        start, stop = size - 1, size
+    elif span == "prompt_last":
+        start, stop = row.prompt - 1, row.prompt
+    else:
+        raise _span_error(span)
+    if not 0 <= start < stop <= size:
+        raise _empty_span_error(row, span, start, stop)
+    return start, stop
+
+
+def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
+    """[batch, length] fp32, 1 on the tokens of a span, see `span_of`."""
     weight = torch.zeros(len(rows), length)
     for i, row in enumerate(rows):
-        size = len(row.ids)
-        named = {"response": (row.prompt, size), "prompt": (0, row.prompt), "all": (0, size), "last": (size - 1, size)}
-        named["prompt_last"] = (row.prompt - 1, row.prompt)
-        if isinstance(span, int):
-            index = span if span >= 0 else size + span
-            start, stop = index, index + 1
-        elif span in named:
-            start, stop = named[span]
-        else:
-            expected = f"one of {', '.join(named)}, or a token index"
-            remedy = did_you_mean(str(span), named) or "choose one of these, e.g. 'response'"
-            raise ConfigError(f"unknown span '{span}'", expected=expected, found=repr(span), remedy=remedy)
-        if not 0 <= start < stop <= size:
-            raise ContrastError(
-                f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
-                expected="at least one token of every text",
-                found=f"tokens {start}:{stop} of {size}",
-                remedy="choose another span, or give the text an answer",
-            )
+        start, stop = span_of(row, span)
         weight[i, start:stop] = 1
     return weight
 
@@ -157,11 +247,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def capture(
@@ -195,14 +280,18 @@ def capture(
     """
     check_rows(rows, "the texts")
     if not rows:
-        remedy = "give rows made with steer.model.tokens.encode"
-        raise ContrastError("no texts to read activations from", expected="at least one", found="none", remedy=remedy)
+        raise _empty_error()
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
     check_vocabulary(anatomy, rows)
-    reader = _Reader(accumulators, stop=not _is_sharded(model))
-    device = next(model.parameters()).device
-    _, _, remove = hooks.install(model, anatomy, [(point, reader.act(site)) for point, site in zip(points, sites, strict=True)])
+    spans = [span_of(row, span) for row in rows]
+    shared = None
+    if anatomy is not None and may_share(model):
+        shared = share_prefixes(
+            rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
+        )
+    reader = _Reader(accumulators, stop=not is_sharded(model))
+    _, _, remove = hooks.install(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
     try:
         # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
         with (
@@ -210,13 +299,178 @@ def capture(
             torch.compiler.set_stance("force_eager"),
             tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
         ):
-            for batch in batches(rows, max_tokens, group):
-                chosen = [rows[i] for i in batch]
-                inputs = {name: tensor.to(device) for name, tensor in collate(chosen, pad).items()}
-                labels = inputs.pop("labels")
-                reader.start(span_weight(chosen, span, labels.shape[1]), torch.tensor(batch), device)
-                with suppress(_Reached), response_tokens(model, labels):  # a plan that is attached stays in force
-                    model(**inputs, use_cache=False)
-                bar.update(len(batch))
+            run = _Capture(model, anatomy, reader, rows, spans, pad, None)
+            if shared is not None:
+                run = _checked(run, _Capture(model, anatomy, reader, rows, spans, pad, shared), group)
+            for chosen in batches_of(run.lengths, max_tokens, group):
+                run.read(chosen)
+                bar.update(len(chosen))
     finally:
         remove()
+
+
+class _Capture:
+    """Runs texts past a reader: whole, or without the prefixes that they share, which are read once.
+
+    Attributes:
+        lengths: cost of each text, in tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy | None,
+        reader: _Reader,
+        rows: Sequence[Row],
+        spans: Sequence[tuple[int, int]],
+        pad: int,
+        shared: SharedPrefixes | None,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.reader = reader
+        self.rows = rows
+        self.spans = spans
+        self.pad = pad
+        self.shared = shared
+        self.device = next(model.parameters()).device
+        self.rest = list(rows) if shared is None else shared.rest
+        self.lengths = [len(row.ids) for row in self.rest]
+        if shared is not None:
+            sizes = torch.tensor(shared.of).bincount().tolist()
+            self.lengths = [len(row.ids) + len(shared.prefixes[i]) // sizes[i] for row, i in zip(self.rest, shared.of, strict=True)]
+
+    def read(self, chosen: Sequence[int]) -> None:
+        """One batch, from its tokens to the accumulators."""
+        rows = [self.rest[i] for i in chosen]
+        batch = collate(rows, self.pad)
+        response = batch.pop("labels")  # of the texts without their prefixes
+        weight = torch.zeros(batch["input_ids"].shape)
+        for place, (i, row) in enumerate(zip(chosen, rows, strict=True)):
+            cut = len(self.rows[i].ids) - len(row.ids)
+            start, stop = self.spans[i]
+            weight[place, start - cut : stop - cut] = 1
+        prefix = self._prefix(chosen)
+        self.reader.start(weight, torch.tensor(chosen), self.device)
+        self._run({**batch, "use_cache": False} if prefix is None else prefix.continued(batch), response)
+        self.reader.finish()
+
+    def _prefix(self, chosen: Sequence[int]) -> CachedPrefix | None:
+        """What comes before the rest of each chosen text."""
+        if self.shared is None:
+            return None
+        start = torch.zeros(len(chosen), dtype=torch.long)
+        if not self.shared.nested:
+            return self.common.lend(start)
+        used = sorted({self.shared.of[i] for i in chosen})
+        prefix = self._continued(self.common.select(start[: len(used)]), [self.shared.prefixes[i] for i in used])
+        return prefix.lend(torch.tensor([used.index(self.shared.of[i]) for i in chosen]))
+
+    @cached_property
+    def common(self) -> CachedPrefix:
+        """What all texts begin with, read once for all batches."""
+        assert self.anatomy is not None and self.shared is not None
+        nothing = empty_prefix(self.anatomy, 1)
+        return self._continued(nothing, [self.shared.common]) if self.shared.common else nothing
+
+    def _continued(self, prefix: CachedPrefix, ids: Sequence[tuple[int, ...]]) -> CachedPrefix:
+        """Lets a pass extend a prefix, as far up the model as the sites are."""
+        batch = prefix_batch(ids)
+        self.reader.start(None, torch.empty(0), self.device)
+        self._run(prefix.continued(batch), torch.full_like(batch["input_ids"], -100))
+        return extended(prefix, batch)
+
+    def _run(self, inputs: dict[str, Any], labels: Tensor) -> None:
+        placed = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with suppress(StoppedPass), response_tokens(self.model, labels != -100):  # a plan that is attached stays in force
+            self.model(**placed)
+
+
+def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
+    """The capture that shares prefixes, if on a few texts it reads what whole passes do; else the plain one."""
+    start = group * min(range(len(plain.rows) // group), key=lambda unit: len(plain.rows[unit * group].ids))
+    chosen = list(range(start, start + group))
+    reader = plain.reader
+    accumulators = reader.accumulators
+    read: list[dict[Site, _Means]] = []
+    try:
+        for capture in (plain, sharing):
+            read.append({site: _Means() for site in accumulators})
+            reader.accumulators = dict(read[-1])
+            capture.read(chosen)
+    except SteerError:
+        raise
+    except Exception as error:  # a model may refuse a cache in any way
+        log.info("texts run whole, since sharing their prefixes failed: %s: %s", type(error).__name__, error)
+        return plain
+    finally:
+        reader.accumulators = accumulators
+    if all(agree(read[0][site].values, read[1][site].values) for site in accumulators):
+        return sharing
+    log.info("texts run whole, since sharing their prefixes changes the activations of this model")
+    return plain
+
+
+class _Means(TextAccumulator):
+    """Mean activation of each text of one batch. values: [batch, width]."""
+
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        return pool(h, weight)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.values = values
+
+
+def _empty_error() -> ContrastError:
+    return ContrastError(
+        "no texts to read activations from",
+        expected="at least one",
+        found="none",
+        remedy="give rows made with steer.model.tokens.encode",
+    )
+
+
+def _shape_error(site: Site, h: Tensor, shape: torch.Size) -> SiteError:
+    return SiteError(
+        f"'{site}' does not hold one activation per token",
+        expected=f"{list(shape)} tokens, as in the forward pass",
+        found=list(h.shape[:-1]),
+        remedy="choose a site of the residual stream, attention or MLP",
+    )
+
+
+def _finite_error(site: Site, count: int, tokens: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"activations at '{site}' are not finite",
+        expected="finite numbers",
+        found=f"NaN or infinite ones in {count} of {tokens} tokens",
+        remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
+    )
+
+
+def _span_error(span: object) -> ConfigError:
+    return ConfigError(
+        f"unknown span '{span}'",
+        expected=f"one of {', '.join(SPANS)}, or a token index",
+        found=repr(span),
+        remedy=did_you_mean(str(span), SPANS) or "choose one of these, e.g. 'response'",
+    )
+
+
+def _empty_span_error(row: Row, span: str | int, start: int, stop: int) -> ContrastError:
+    size = len(row.ids)
+    return ContrastError(
+        f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
+        expected="at least one token of every text",
+        found=f"tokens {start}:{stop} of {size}",
+        remedy="choose another span, or give the text an answer",
+    )
+
+
+def _vocabulary_error(size: int, largest: int) -> ConfigError:
+    return ConfigError(
+        "a text has tokens that the model does not know",
+        expected=f"token ids from 0 to {size - 1}",
+        found=largest,
+        remedy="tokenise with the tokenizer of this model; after adding tokens to it, model.resize_token_embeddings(len(tokenizer))",
+    )

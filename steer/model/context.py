@@ -121,7 +121,7 @@ class ForwardContext:
         if self.full_mask is None:
             return (torch.arange(self.tokens, device=self.device) + self.past)[None] if given is None else given
         length = self.memory.length_before(self.past) if self.decoding and isinstance(self.past, int) else None
-        if length is not None and length.shape[0] == self.batch and isinstance(self.attention, Tensor):
+        if length is not None and length.shape[0] == self.batch:
             counted = length + self.attention - 1  # [batch, 1]
         else:
             counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - self.virtual
@@ -189,14 +189,15 @@ class ForwardContext:
         mask, past = self.full_mask, self.past
         if self.scratch.lengths_noted or torch.compiler.is_compiling():
             return
-        if mask is None or not isinstance(past, int) or not isinstance(self.attention, Tensor):
+        if mask is None or not isinstance(past, int):
             return
         self.scratch.positions = self.positions  # worked out before the length that they come from moves on
         length = self.memory.length_before(past)
         if length is None or length.shape[0] != self.batch:
             length = mask[:, : past + self.virtual].sum(1, keepdim=True) - self.virtual  # [batch, 1]
         self.scratch.lengths_noted = True
-        self.memory.set_length(length + self.attention.sum(1, keepdim=True), past + self.tokens)
+        own = self.attention.sum(1, keepdim=True) if isinstance(self.attention, Tensor) else self.tokens
+        self.memory.set_length(length + own, past + self.tokens)
 
     def remember(self, name: str, from_prompt: Callable[[], Tensor]) -> Tensor:
         """A tensor with one entry per row that the prompt decides and every later pass of the generation uses.

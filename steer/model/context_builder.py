@@ -152,7 +152,11 @@ def _attention(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     if not isinstance(attention_mask, Tensor):
         return True
     if attention_mask.dim() == 2:
-        return columns_of(attention_mask, tokens, past).bool()
+        columns = columns_of(attention_mask, tokens, past)
+        # decoded tokens are hardly ever padding, which on a CPU costs nothing to know, and saves several operations
+        if tokens == 1 and columns.is_cpu and not torch.compiler.is_compiling() and all(real for (real,) in columns.tolist()):
+            return True
+        return columns.bool()
     if tokens == 1:
         return True
     rows = torch.arange(tokens, device=attention_mask.device)

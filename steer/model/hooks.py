@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,10 +35,29 @@ class HookFunction(Protocol):
     def __call__(self, h: Tensor, context: ForwardContext, /) -> Tensor | None: ...
 
 
-class PreparedEdit(Protocol):
-    """An edit that was worked out when the pass opened. `live` says whether there is one for this pass."""
+class PreparedGroup(Protocol):
+    """Prepared edits of several sites. `live` is None when they do not hold for the pass that runs."""
 
-    live: bool
+    live: object | None
+
+
+class PreparedEdit(Protocol):
+    """An edit that was worked out when the pass opened.
+
+    Attributes:
+        group: tells whether it holds for the pass that runs.
+        fits: the `group.live` for which an activation of this site had the right shape and type.
+        is_plain_add: it is `h + folded` and nothing else.
+    """
+
+    group: PreparedGroup
+    fits: object
+    is_plain_add: bool
+    folded: Tensor
+
+    def edited(self, h: Tensor, /) -> Tensor:
+        """The edited activation, of a shape and type that were looked at."""
+        ...
 
     def __call__(self, h: Tensor, /) -> Tensor | None:
         """The edited activation; None when it does not fit this tensor, which then takes the ordinary way."""
@@ -52,7 +71,7 @@ class SiteHook(OwnHook):
         function: called with the activation and the context of the pass.
         prepared: an edit worked out in advance, tried first; None for none.
         place: `decoder` when every pass must reach it, `after` for the unembedding, `anywhere` for a module of unknown role.
-        ran: it was reached in the pass that runs or ran last.
+        ran: mark that it was reached in the pass that runs; taken off when the pass has been checked.
         ever_ran: it was reached in any pass.
     """
 
@@ -125,9 +144,12 @@ class OutputHook(SiteHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         prepared = self.prepared
-        if prepared is not None and prepared.live and output.__class__ is Tensor:
-            new = prepared(output)
-            if new is not None:
+        if prepared is not None and output.__class__ is Tensor:
+            live = prepared.group.live
+            if prepared.fits is live:  # shape and type of an activation cost as much to look at as the addition itself
+                self.ran = True
+                return output + prepared.folded if prepared.is_plain_add else prepared.edited(output)
+            if live is not None and (new := prepared(output)) is not None:
                 self.ran = True
                 return new
         return self.edited_in(output)
@@ -148,7 +170,7 @@ class InputHook(SiteHook):
 
 
 def install(
-    model: nn.Module, anatomy: Anatomy | None, functions: list[tuple[HookPoint, HookFunction]]
+    model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]
 ) -> tuple[Watcher, list[SiteHook], Callable[[], None]]:
     """Puts one hook on each hook point, in order, before everybody else's hooks.
 
@@ -165,15 +187,17 @@ def install(
         watcher.turns = annotation_for(watcher.root, "turns")
         WATCHERS[watcher.root] = watcher
     watcher.follow(model, anatomy)
-    hooks = [(OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions]
+    hooks: list[SiteHook] = [
+        (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions
+    ]
     removals = [register_hook(hook.point.module, hook, before=hook.point.side == "input") for hook in hooks]
-    watcher.site_hooks = [*watcher.site_hooks, *hooks]
+    watcher.set_site_hooks([*watcher.site_hooks, *hooks])
 
     def remove() -> None:
         for removal in removals:
             removal()
         removed = set(map(id, hooks))
-        watcher.site_hooks = [hook for hook in watcher.site_hooks if id(hook) not in removed]
+        watcher.set_site_hooks([hook for hook in watcher.site_hooks if id(hook) not in removed])
         if not watcher.site_hooks:
             watcher.remove()
             WATCHERS.pop(watcher.root, None)

@@ -29,6 +29,19 @@ def response_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(wanted.shape, device=logits.device).masked_scatter(wanted, picked).sum(1), wanted.sum(1)
 
 
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of given tokens, in nat, without a table of all of them.
+
+    Args:
+        logits: [n, vocabulary]. targets: [n] token ids.
+
+    Returns:
+        [n] fp32.
+    """
+    logits = logits.float()
+    return logits.gather(-1, targets.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_tokens: int = 2048) -> Tensor:
     """Mean log-probability per response token, in nat.
 

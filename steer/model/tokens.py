@@ -40,6 +40,10 @@ class Row:
         """Number of response tokens."""
         return len(self.ids) - self.prompt
 
+    def starting_at(self, token: int) -> Row:
+        """The text without its first tokens."""
+        return Row(self.ids[token:], max(self.prompt - token, 0))
+
 
 def check_rows(rows: Any, what: str) -> None:
     """Raises ConfigError unless these are rows."""

@@ -103,6 +103,8 @@ class Watcher:
         self.differentiated: ForwardContext | None = None
         self.replays = False
         self.site_hooks: list[SiteHook] = []
+        self._hooks_by_place: dict[str, list[SiteHook]] = {}
+        self._has_marks = False  # some hook may hold the mark of an earlier pass that it ran
         self.amend: list[Callable[[ForwardContext], ForwardContext]] = []
         self.on_open: list[Callable[[ForwardContext], None]] = []
         self.on_close: list[Callable[[ForwardContext], None]] = []
@@ -124,6 +126,13 @@ class Watcher:
         self._first_block = anatomy.blocks[0] if anatomy is not None else None
         self._members = None
         self.peft.find(model, chain)
+
+    def set_site_hooks(self, hooks: list[SiteHook]) -> None:
+        """Notes the hooks at sites, in the order in which they were attached."""
+        self.site_hooks = hooks
+        self._hooks_by_place = {}
+        for hook in hooks:
+            self._hooks_by_place.setdefault(hook.place, []).append(hook)
 
     def remove(self) -> None:
         """Takes the hooks off that follow the passes."""
@@ -157,8 +166,10 @@ class Watcher:
         """The root is entered: everything that tells tokens apart is known."""
         self.replays = torch.compiler.is_compiling() and self._is_checkpointed()
         if not self.replays:
-            for hook in self.site_hooks:
-                hook.ran = False
+            if self._has_marks:  # a pass that failed left them
+                for hook in self.site_hooks:
+                    hook.ran = False
+            self._has_marks = True
         context = self._build_context()
         for amend in self.amend:
             context = amend(context)
@@ -210,7 +221,7 @@ class Watcher:
 
     def leave(self, height: int, output: Any) -> None:
         """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
-        if height > 0 and output is not None and not self.replays:
+        if height > 0 and height >= self.outermost and output is not None and not self.replays:
             self._check_reached("after")
         if height >= self.outermost:
             self.height = IDLE
@@ -219,9 +230,14 @@ class Watcher:
             self._context_beside = None
 
     def _check_reached(self, place: str) -> None:
-        for hook in self.site_hooks:
-            if not hook.ran and hook.place == place:
-                raise _unreached([hook for hook in self.site_hooks if hook.place == place and not hook.ran])
+        """Raises HookDidNotRunError for hooks of a place that have no mark, and takes the marks off again."""
+        hooks = self._hooks_by_place.get(place, ())
+        for hook in hooks:
+            if not hook.ran:
+                raise _unreached([hook for hook in hooks if not hook.ran])
+        for hook in hooks:
+            hook.ran = False
+        self._has_marks = place == "decoder" and "after" in self._hooks_by_place
 
     def _mark_differentiated(self, output: Any, context: ForwardContext) -> None:
         """Autograd reaches the decoder's output before it recomputes any of its blocks: from then on, a replay belongs to this pass."""

@@ -92,12 +92,12 @@ def test_stream_mode_when_the_module_computes_its_own_loss(tmp_path: Path) -> No
 def test_after_a_steering_callback_the_stream_is_read_as_steered_and_the_probe_is_not() -> None:
     means = {}
     for name, strength in (("off", 0.0), ("on", 2.0)):
-        tracker = DriftTracker({"trait": direction("layers.1.output", seed=3)}, probe=make_tracker().probe)
+        tracker = DriftTracker({"trait": direction("layers.1.output", seed=3)}, probe=make_tracker().probe.prompts)
         make_trainer(SteeringCallback(make_plan(strength=strength)), DriftCallback(tracker, every_n_steps=1), max_steps=1).fit(
             Module(), loader()
         )
         means[name] = {record.mode: record.mean for record in tracker.latest if record.kind == "named"}
-        means[name]["baseline"] = float(tracker.baseline["layers.1.output"].sum())
+        means[name]["baseline"] = float(tracker.probe.baseline["layers.1.output"].sum())
     # the plan's vector has length 2 and the direction's seed
     assert means["on"]["stream"] - means["off"]["stream"] == pytest.approx(2.0 * 2.0, rel=0.01)
     assert means["on"]["baseline"] == means["off"]["baseline"]
@@ -249,7 +249,7 @@ def test_two_callbacks_keep_their_own_state(tmp_path: Path) -> None:
     assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]) == 2
     again = make_tracker(stream=False), make_tracker(probe=())
     make_trainer(*map(DriftCallback, again), max_steps=6).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
-    assert again[0].baseline.keys() == probe.baseline.keys() and again[0].last_step == 6
+    assert again[0].probe.baseline.keys() == probe.probe.baseline.keys() and again[0].last_step == 6
 
 
 def test_an_exception_takes_the_hooks_off_and_closes_the_store(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ def test_covariances_from_sums_equal_numpys():
     for rows in torch.arange(N).view(-1, 2).flip(0).split(7):  # pairs stay together, in any order
         moments.update(x[rows.flatten(), None], torch.ones(rows.numel(), 1), rows.flatten())
     wanted = numpy.cov(x.double().numpy().T, bias=True) * N
-    numpy.testing.assert_allclose(moments.total.numpy(), wanted, rtol=1e-6, atol=1e-6)
+    numpy.testing.assert_allclose(moments.total.matrix.numpy(), wanted, rtol=1e-6, atol=1e-6)
     within = sum(numpy.cov(x[one].double().numpy().T, bias=True) * int(one.sum()) for one in (SIDE, ~SIDE))
-    numpy.testing.assert_allclose(moments.within.numpy(), within, rtol=1e-6, atol=1e-6)
+    numpy.testing.assert_allclose(moments.within.matrix.numpy(), within, rtol=1e-6, atol=1e-6)
     assert torch.equal(moments.collected(), x) and moments.n == N
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hand import attachment_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
 from steer.intervene import Add, Intervention, Plan
+from steer.intervene.attachment import Attachment
 from steer.intervene.scope import KINDS, Scope
 from steer.intervene.scope_mask import ScopeMask
 from steer.model.context import CHAT_ROLES, ForwardContext, Mask
@@ -494,66 +496,74 @@ def test_a_module_beside_a_decoder_has_no_tokens():
 # ---- windows that move
 
 
-def plan_of(*names: str) -> Plan:
-    return Plan([Intervention(Add(torch.ones(4)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)])
+def attached_to(*names: str) -> Attachment:
+    ones = [Intervention(Add(torch.ones(32)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)]
+    return attachment_of(Plan(ones))
 
 
-def windows_of(plan: Plan) -> list[str]:
-    return [str(one.scope) for one in plan.interventions]
+def windows_of(attachment: Attachment) -> list[str]:
+    windows = [str(one.scope_mask.scope) for one in attachment.interventions]
+    assert [str(one.scope) for one in attachment.as_plan().interventions] == windows
+    return windows
 
 
 def test_windows_move_together_or_one_by_one():
-    plan = plan_of("generated[:8]", "generated[:8]", "generated[:8]")
-    assert len({id(one.scope) for one in plan.interventions}) == 1  # their tokens are worked out once
-    plan.set_window(2, None)
-    assert windows_of(plan) == ["generated[2:]"] * 3 and len({id(one.scope) for one in plan.interventions}) == 1
-    plan.set_window(None, 4, "b")
-    assert windows_of(plan) == ["generated[2:]", "generated[:4]", "generated[2:]"]
-    plan.set_window(1, 2)
-    assert windows_of(plan) == ["generated[1:2]"] * 3
+    attachment = attached_to("generated[:8]", "generated[:8]", "generated[:8]")
+    assert len({id(one.scope_mask) for one in attachment.interventions}) == 1  # their tokens are worked out once
+    attachment.set_window(2, None)
+    assert windows_of(attachment) == ["generated[2:]"] * 3 and len({id(one.scope_mask) for one in attachment.interventions}) == 1
+    attachment.set_window(None, 4, "b")
+    assert windows_of(attachment) == ["generated[2:]", "generated[:4]", "generated[2:]"]
+    attachment.set_window(1, 2)
+    assert windows_of(attachment) == ["generated[1:2]"] * 3
 
 
 def test_another_plan_is_left_alone():
     scope = Scope.parse("generated[:8]")
-    first, second = (Plan(Intervention(Add(torch.ones(4)), "layers.0.output", scope)) for _ in range(2))
+    plan = Plan(Intervention(Add(torch.ones(32)), "layers.0.output", scope))
+    first, second = attachment_of(plan), attachment_of(Plan(plan.interventions))
     first.set_window(0, 2)
     assert (windows_of(first), windows_of(second), str(scope)) == (["generated[0:2]"], ["generated[:8]"], "generated[:8]")
+    assert windows_of(attachment_of(plan)) == ["generated[:8]"] and str(plan.interventions[0].scope) == "generated[:8]"
     # an intervention whose window was moved does not lend it to one that has the old one
-    both = Plan([first.interventions[0], Intervention(Add(torch.ones(4)), "layers.1.output", "generated[:8]")])
-    assert windows_of(both) == ["generated[0:2]", "generated[:8]"]
+    both = Plan([*first.as_plan().interventions, Intervention(Add(torch.ones(32)), "layers.1.output", "generated[:8]")])
+    assert windows_of(attachment_of(both)) == ["generated[0:2]", "generated[:8]"]
 
 
 def test_windows_made_in_inference_mode_can_be_moved_in_training():
     with torch.inference_mode():
-        plan = plan_of("prompt[:8]~3")
-    plan.set_window(1, 2)
-    assert plan.interventions[0].scope.slices[0].bounds.tolist() == [1, 2]
+        attachment = attached_to("prompt[:8]~3")
+    [part] = attachment.interventions[0].scope_mask._parts
+    bounds = part.window.bounds
+    attachment.set_window(1, 2)
+    assert bounds.tolist() == [1, 2] and part.window.bounds is bounds and not bounds.is_inference()
 
 
 def test_a_window_is_not_moved_to_where_it_holds_nothing():
-    plan = plan_of("generated[:8]", "prompt[2:4]")
+    attachment = attached_to("generated[:8]", "prompt[2:4]")
     with pytest.raises(ConfigError, match="a window is empty"):
-        plan.set_window(4, 4)
-    assert windows_of(plan) == ["generated[:8]", "prompt[2:4]"]
+        attachment.set_window(4, 4)
+    assert windows_of(attachment) == ["generated[:8]", "prompt[2:4]"]
 
 
 def test_windows_are_kept():
-    plan = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
-    plan.set_window(3, None, "b")
-    state = plan.state_dict()
-    fresh = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
+    attachment = attached_to("generated[:8]", "generated[:8]", "prompt[0,1]")
+    attachment.set_window(3, None, "b")
+    state = attachment.state_dict()
+    fresh = attached_to("generated[:8]", "generated[:8]", "prompt[0,1]")
     fresh.load_state_dict(state)
-    assert windows_of(fresh) == windows_of(plan) == ["generated[:8]", "generated[3:]", "prompt[0,1]"]
-    plan.set_window(5, 6, "a")
-    plan.set_window(5, 6, "b")
-    fresh.load_state_dict(plan.state_dict())
+    assert windows_of(fresh) == windows_of(attachment) == ["generated[:8]", "generated[3:]", "prompt[0,1]"]
+    attachment.set_window(5, 6, "a")
+    attachment.set_window(5, 6, "b")
+    fresh.load_state_dict(attachment.state_dict())
     assert windows_of(fresh) == ["generated[5:6]", "generated[5:6]", "prompt[0,1]"]
 
 
 def test_windows_survive_a_file(tmp_path):
-    plan = plan_of("generated[:8]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]")
-    plan.set_window(3, 9, "a")
-    assert windows_of(Plan.load(plan.save(tmp_path / "plan"))) == ["generated[3:9]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]"]
+    attachment = attached_to("generated[:8]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]")
+    attachment.set_window(3, 9, "a")
+    loaded = attachment_of(Plan.load(attachment.as_plan().save(tmp_path / "plan")))
+    assert windows_of(loaded) == ["generated[3:9]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]"]
 
 
 @pytest.mark.parametrize(
@@ -571,9 +581,9 @@ def test_windows_survive_a_file(tmp_path):
     ],
 )
 def test_windows_that_cannot_move(scope, window, says):
-    plan = plan_of(scope)
+    attachment = attached_to(scope)
     with pytest.raises(ConfigError, match=says):
-        plan.set_window(*window)
-    assert windows_of(plan) == [scope]
+        attachment.set_window(*window)
+    assert windows_of(attachment) == [scope]
     with pytest.raises(ConfigError, match="no intervention is called 'x'"):
-        plan.set_window(0, 1, "x")
+        attachment.set_window(0, 1, "x")

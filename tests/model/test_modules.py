@@ -106,12 +106,12 @@ def test_what_a_module_gives_must_hold_a_tensor():
             return "words"
 
     net = nn.Sequential(Words())
-    plan = Plan(Intervention(Add(vector(4)), "module:0:output")).attach(net)
+    attachment = Plan(Intervention(Add(vector(4)), "module:0:output")).attach(net)
     with pytest.raises(SiteError, match=r"gives no tensor[\s\S]*str"):
         net(torch.zeros(1, 4))
-    plan.enable(False)
+    attachment.enable(False)
     with pytest.warns(UserWarning, match="never ran"):
-        plan.detach()
+        attachment.detach()
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

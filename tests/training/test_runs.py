@@ -216,10 +216,11 @@ def test_one_plan_in_two_runs_at_once() -> None:
 def test_a_run_that_is_over_keeps_no_model() -> None:
     loop = Loop(steering(make_plan()))
     loop.train(0, list(loader())[:2])
-    block = weakref.ref(loop.model.model.layers[1])
+    parts = [weakref.ref(part) for part in (loop.model.model.layers[1], *loop.model.parameters())]
     del loop.model, loop.optimizer
     gc.collect()
-    assert block() is None and loop.run.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+    assert not [part for part in parts if part() is not None]
+    assert loop.run.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
 
 
 def test_a_run_without_a_model_says_so() -> None:

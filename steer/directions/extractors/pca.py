@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from steer.directions.extractor import extractor
 from steer.directions.moments import ContrastMoments
+from steer.directions.scatter import Scatter
 
 
 @extractor("pca", needs=("differences",))
@@ -25,5 +25,6 @@ def pca_centred(moments: ContrastMoments) -> Tensor:
     return _first(moments.total)
 
 
-def _first(scatter: Tensor) -> Tensor:
-    return torch.linalg.eigh(scatter).eigenvectors[:, -1]
+def _first(scatter: Scatter) -> Tensor:
+    _, vectors = scatter.eigen
+    return vectors[0]

@@ -12,7 +12,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("ablate")
 class Ablate(LinearLowRank):
-    """h - strength * (h Q) Q^T: removes the part of h in the span of the given directions; strength 1 removes all of it.
+    """h - strength * (h Q) Q^T: removes what h has in the span of the directions; strength 1 removes all of it.
 
     Args:
         directions: [width], [rank, width] or [slots, rank, width]; made orthonormal here.

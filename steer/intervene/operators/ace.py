@@ -13,7 +13,7 @@ from steer.intervene.operators.ablate_then_add import AblateThenAdd
 
 @OPERATORS.register("ace")
 class Ace(AblateThenAdd):
-    """h - proj(h) + proj(reference) + alpha r along r, at strength 1: affine concept editing (ACE).
+    """h - proj(h) + proj(reference) + alpha r along r: removes (alpha 0) or sets (alpha 1) a concept where plain ablation harms text (ACE).
 
     Ablation is measured from the reference, an activation without the concept, not from 0. alpha 0 takes the concept out of every token,
     alpha 1 puts it into every token. Strength s, as in `AblateThenAdd`, has min(|s|, 1) of the replacement and s alpha of r.

@@ -10,7 +10,7 @@ from steer.intervene.operator import OPERATORS, Operator, RowTensors, slotted
 
 @OPERATORS.register("add")
 class Add(Operator):
-    """h + strength * v: adds a steering vector.
+    """h + strength * v: adds a steering vector, the same to every token.
 
     Args:
         vector: [width], or [slots, width] when rows of one batch carry different vectors.

@@ -14,7 +14,7 @@ from steer.intervene.operator import OPERATORS, RowTensors, same_slots
 
 @OPERATORS.register("clamp")
 class Clamp(LowRank):
-    """h + strength * (clamp(h·u, low, high) - h·u) u: keeps the projection on a direction in a range, or at a value.
+    """h + strength * (clamp(h·u, low, high) - h·u) u: keeps the projection on a direction in a range, or at a value such as its mean.
 
     Args:
         direction: [width] or [slots, width]; only its direction counts.

@@ -14,7 +14,7 @@ from steer.intervene.operator import OPERATORS, RowTensors, same_slots, slotted
 
 @OPERATORS.register("erase")
 class Erase(LowRank):
-    """h - strength * (h - mean) right^T left: what a linear probe could read of a concept is gone at strength 1 (LEACE).
+    """h - strength * (h - mean) right^T left: removes all that linear probes read of a concept, at the least change (LEACE).
 
     Unlike ablation, it reads along other rows than it writes, and from the mean of the activations, not from 0.
     `steer.directions.leace.fit_erasure` fits its tensors.

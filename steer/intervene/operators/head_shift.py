@@ -17,7 +17,7 @@ from steer.model.site import Site
 
 @OPERATORS.register("head_shift")
 class HeadShift(Add):
-    """z_i + strength * v_i on chosen heads i, at `layers.<n>.attn.z`: shifts what some heads hand to the output projection (ITI).
+    """z_i + strength * v_i on chosen heads i, at `layers.<n>.attn.z`: shifts what attention heads put out (inference-time intervention).
 
     The paper's v_i is sigma_i theta_i: a direction of length 1 times the standard deviation of the activations along it; alpha is the
     strength. When the shifts are learned, the other heads stay alone.

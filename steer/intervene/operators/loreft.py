@@ -15,7 +15,7 @@ from steer.intervene.operator import OPERATORS, RowTensors, slotted
 
 @OPERATORS.register("loreft")
 class LoReFT(LowRank):
-    """h + strength * (W h + b - R h) R^T: what h has in a learned subspace is set to a learned affine function of h (LoReFT).
+    """h + strength * (W h + b - R h) R^T: learns an edit in a small subspace, an affine function of h (LoReFT).
 
     The rows of R stay orthonormal while they are learned: the parameter A may be any matrix, and R = L^-1 A with L L^T = A A^T, which is
     Gram-Schmidt, smooth in A, and A itself as long as that is orthonormal.

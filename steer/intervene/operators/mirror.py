@@ -13,7 +13,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("mirror")
 class Mirror(LowRank):
-    """h + 2 strength * (boundary - h·u) u where h·u < threshold: reflects tokens on the wrong side of a boundary (StMP).
+    """h + 2 strength * (boundary - h·u) u where h·u < threshold: reflects only tokens on the wrong side of a boundary or probe (StMP).
 
     Tokens beyond the threshold are left alone. Strengths below 1 stop on the way, 0.5 at the boundary.
 

@@ -14,7 +14,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("reft_r1")
 class ReftR1(LowRank):
-    """h + strength * level * w, level = mean of the k largest relu(h·w) in the row, w of length 1: one learned vector detects and steers.
+    """h + strength * level * w, level = mean of the k largest relu(h·w) in the row: learns one vector that detects and steers (ReFT-r1).
 
     Only tokens that it acts on are looked at. Without a `level`, each pass finds that of its rows, as in training; packed texts share
     theirs, and a token decoded with a cache would be alone with its own. So set the level, once the vector is learned, to what it should

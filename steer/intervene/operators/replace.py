@@ -15,7 +15,7 @@ from steer.intervene.operator import OPERATORS, RowTensors, same_slots, slotted
 
 @OPERATORS.register("replace")
 class Replace(LinearLowRank):
-    """h + strength * (h·a / |a|^2) (b - a): what h has of vector a, it gets of vector b instead.
+    """h + strength * (h·a / |a|^2) (b - a): turns one concept into another; what h has of vector a, it gets of vector b instead.
 
     Args:
         source: [width] or [slots, width] a. Lengths count: one |a| of the old becomes one |b| of the new.

@@ -15,7 +15,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("rotate")
 class Rotate(LowRank):
-    """Turns what h has in a plane, by strength * angle or towards an angle; its norm and the rest of h stay (angular steering).
+    """h - proj(h) + rotated(proj(h)): turns h in a plane by strength * angle, or towards an angle, and keeps its norm (angular steering).
 
     With the coordinates (x, y) = (h·b1, h·b2) in the plane and a = strength * angle:
 

@@ -12,7 +12,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("scale")
 class Scale(LinearLowRank):
-    """h + strength * (factor - 1) (h·u) u: multiplies what h has along a direction; 0 ablates it, -1 reflects it, 2 doubles it.
+    """h + strength * (factor - 1) (h·u) u: damps, doubles or reflects what h has along a direction; factor 0 ablates it.
 
     Args:
         direction: [width] or [slots, width]; only its direction counts.

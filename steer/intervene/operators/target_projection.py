@@ -13,7 +13,7 @@ from steer.intervene.operator import OPERATORS, RowTensors
 
 @OPERATORS.register("target_projection")
 class TargetProjection(LowRank):
-    """h + strength * (target - h·u) u where h·u < threshold: brings tokens that fall short up to a target (StTP).
+    """h + strength * (target - h·u) u where h·u < threshold: lifts only tokens that fall short, up to a target (StTP).
 
     Tokens beyond the threshold are left alone.
 
