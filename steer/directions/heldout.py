@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from steer.directions.contrast import ContrastSet
-from steer.model.capture import capture, pool
+from steer.model.capture import TextAccumulator, capture, pool
 from steer.model.site import Site
 
 
-class Projections:
+class Projections(TextAccumulator):
     """Accumulator: projection of every text's pooled activation onto fixed vectors.
 
     Args:
@@ -24,8 +24,12 @@ class Projections:
         self.vectors = vectors
         self.values = torch.full((texts, vectors.shape[0]), float("nan"), dtype=torch.float64)
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        self.values[rows] = (pool(h, weight) @ self.vectors.to(h.device).float().mT).double().cpu()
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, k]."""
+        return pool(h, weight) @ self.vectors.to(h.device).float().mT
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.values[rows] = values.double()
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:

@@ -46,15 +46,21 @@ class FeatureMoments(ContrastMoments):
     def __init__(self, dictionary: Dictionary, is_positive: Tensor, paired: bool) -> None:
         super().__init__(is_positive, paired)
         self.dictionary = dictionary
-        self.amplitude, self.fired = torch.zeros(2, 2, dictionary.w_dec.shape[0], dtype=torch.float64)
+        self.amplitude = torch.zeros(2, dictionary.w_dec.shape[0], dtype=torch.float64)
+        self.fired = torch.zeros_like(self.amplitude)
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        super().update(h, weight, rows)
-        for text, tokens, row in zip(h, weight, rows.tolist(), strict=True):
-            mean = self.dictionary.encode(text[tokens > 0]).mean(0).double().cpu()
-            side = int(self.is_positive[row])
-            self.amplitude[side] += mean
-            self.fired[side] += mean > 0
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, features + width + 2]: the mean activation of each feature over the span, and what `ContrastMoments` reads."""
+        means = [self.dictionary.encode(text).mul(tokens[:, None]).sum(0) / tokens.sum() for text, tokens in zip(h, weight, strict=True)]
+        return torch.cat([torch.stack(means), super().reduce(h, weight)], 1)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        features = self.amplitude.shape[1]
+        super().add(values[:, features:], rows)
+        means = values[:, :features].double()
+        side = self.is_positive[rows].long()
+        self.amplitude.index_add_(0, side, means)
+        self.fired.index_add_(0, side, (means > 0).double())
 
     def gaps(self) -> tuple[Tensor, Tensor]:
         """[features] difference of the classes' mean activation, and of the shares of texts in which a feature is on."""

@@ -25,7 +25,7 @@ from steer.intervene import Intervention, Plan
 from steer.intervene.operator import Operator
 from steer.intervene.operators.add import Add
 from steer.model.anatomy import Anatomy
-from steer.model.capture import capture
+from steer.model.capture import TextAccumulator, capture
 from steer.model.likelihood import response_logprobs, response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
@@ -168,14 +168,20 @@ def train_direction(
     return Directions([made], name, {**provenance, "method": method, **settings})
 
 
-class _Largest:
-    """Accumulator: the largest projection of any token on a vector of length 1."""
+class _Largest(TextAccumulator):
+    """Accumulator: the largest projection of any token on a vector of length 1, and 0 where none is positive."""
 
     def __init__(self, unit: Tensor) -> None:
-        self.unit, self.value = unit, 0.0
+        self.unit = unit
+        self.value = 0.0
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        self.value = max(self.value, float((h.float() @ self.unit.to(h.device))[weight > 0].max()))
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, 1], the largest of each text."""
+        along = h.float() @ self.unit.to(h.device)  # [batch, tokens]
+        return along.masked_fill(weight == 0, -torch.inf).amax(1, keepdim=True)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.value = max(self.value, float(values.max()))
 
 
 def _optimise(
