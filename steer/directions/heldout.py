@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.directions.contrast import ContrastSet
-from steer.model.capture import TextAccumulator, capture, pool
+from steer.model.accumulator import TextAccumulator, pool
+from steer.model.capture import capture
 from steer.model.site import Site
 
 

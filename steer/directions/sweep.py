@@ -22,7 +22,7 @@ from steer.intervene.scope import Scope
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import batches_of, check_vocabulary, evaluating
 from steer.model.likelihood import target_logprobs
-from steer.model.prefix import SharedPrefixes, agree, may_nest, may_share, share_prefixes
+from steer.model.prefix import SharedPrefixes, agree, may_nest, may_share, share_prefixes, trial_groups
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -78,8 +78,8 @@ def sweep_plans(
 ) -> None:
     """Runs every text once with every row slot of every plan. Plans that are attached stay in force.
 
-    What is the same in several slots runs once (see `steer.directions.passes`), where the model allows it: this is tried on one text, and
-    every pass is run as a whole where the results are not the same, or where another plan or somebody's hook is on the model.
+    What is the same in several slots or texts runs once (see `steer.directions.passes`). This is tried on a few texts: where the results are
+    not the same, and where another plan or somebody's hook is on the model, every text runs whole in every slot.
 
     Args:
         plans: not attached.
@@ -180,14 +180,14 @@ class _Sweep:
 def _cheapest(
     model: nn.Module, anatomy: Anatomy | None, plans: Sequence[SlottedPlan], rows: Sequence[Row], predict: str, group: int
 ) -> _Sweep:
-    """The way that shares what it can, if on a text it gives what whole passes give; else whole passes."""
+    """The way that shares what it can, if on a few texts it gives what whole passes give; else whole passes."""
     whole_passes = _Sweep(model, anatomy, plans, rows, predict, group, share=False, gather=False)
     if anatomy is None or anatomy.unembedding is None:
         return whole_passes
     head = anatomy.unembedding
     gather = not (head._forward_hooks or head._forward_pre_hooks) and not any(reads_logits(anatomy, entry.plan) for entry in plans)
     sharing = _Sweep(model, anatomy, plans, rows, predict, group, share=may_share(model), gather=gather)
-    chosen = [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
+    chosen = [number * group for number in trial_groups(rows, sharing.shared, group)]
     # of each kind one, and those that have least in common
     slots = {number: torch.tensor(sorted({0, plans[number].slots - 1})) for number in sorted({0, len(plans) - 1})}
     expected = [predictions.logits for predictions in whole_passes.predictions(chosen, slots)]

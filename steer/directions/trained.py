@@ -24,8 +24,9 @@ from steer.errors import ConfigError, NonFiniteError
 from steer.intervene import Intervention, Plan
 from steer.intervene.operator import Operator
 from steer.intervene.operators.add import Add
+from steer.model.accumulator import TextAccumulator
 from steer.model.anatomy import Anatomy
-from steer.model.capture import TextAccumulator, capture
+from steer.model.capture import capture
 from steer.model.likelihood import response_logprobs, response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate

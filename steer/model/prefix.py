@@ -75,6 +75,21 @@ def _common(texts: Sequence[Row], limit: int) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
+def trial_groups(rows: Sequence[Row], shared: SharedPrefixes | None, group: int) -> list[int]:
+    """Numbers of the groups on which sharing is tried: the shortest, and the next that has to be padded to be read beside it."""
+    order = sorted(range(len(rows) // group), key=lambda number: len(rows[number * group].ids))
+    if shared is None:
+        return order[:1]
+
+    def lengths(number: int) -> tuple[int, int]:
+        return len(shared.prefixes[number]), len(shared.rest[number * group].ids)
+
+    shortest = lengths(order[0])
+    by_prefix = [number for number in order if lengths(number)[0] != shortest[0]]
+    by_rest = [number for number in order if lengths(number)[1] != shortest[1]]
+    return order[:1] + (by_prefix or by_rest)[:1]
+
+
 @dataclass(eq=False)
 class CachedPrefix:
     """Prefixes that a model has read.

@@ -1,5 +1,7 @@
 """Capture: streams what the naive way would keep, stops early, and leaves the model as it was."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.capture import batches, capture, pool, span_weight
+from steer.model.accumulator import TextAccumulator, pool
+from steer.model.capture import batches, capture
 from steer.model.site import Site
+from steer.model.span import span_of
 from steer.model.tokens import Row
 
 SPANS = ["response", "prompt", "all", "last", "prompt_last", 0, 2, -1, -3]
@@ -215,10 +219,89 @@ def test_bad_input_is_named(tiny):
 
 def test_spans_are_checked():
     texts = [Row((1, 2, 3, 4), 3), Row((1, 2), 2)]
-    assert span_weight(texts[:1], "response", 5).tolist() == [[0, 0, 0, 1, 0]]
-    assert span_weight(texts, -2, 4).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert span_of(texts[0], "response") == (3, 4)
+    assert [span_of(text, -2) for text in texts] == [(2, 3), (0, 1)]
     for span in ("response", 2, -3):
         with pytest.raises(ContrastError, match=rf"a text of 2 tokens \(0 of them response\) has no token in the span '{span}'"):
-            span_weight(texts, span, 4)
+            span_of(texts[1], span)
     with pytest.raises(ConfigError, match=r"unknown span 'respons'[\s\S]*did you mean 'response'"):
-        span_weight(texts, "respons", 4)
+        span_of(texts[0], "respons")
+
+
+def chat(pairs: int = 8) -> list[Row]:
+    """Pairs of answers to one prompt each, all of which begin alike."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for pair in range(pairs):
+        prompt = (*range(20, 26), *ids(1, 5 + pair % 5, pair)[0].tolist())
+        for side in range(2):
+            size = int(torch.randint(2, 5, (), generator=generator))
+            texts.append(Row((*prompt, 10 + side, *ids(1, size, 50 + 2 * pair + side)[0].tolist()), len(prompt)))
+    return texts
+
+
+def tokens_seen(model) -> list[tuple[int, ...]]:
+    """The shape of what every pass embeds."""
+    shapes: list[tuple[int, ...]] = []
+    forward = model.get_input_embeddings().forward
+
+    def counting(input_ids):
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids)
+
+    model.get_input_embeddings().forward = counting
+    return shapes
+
+
+@pytest.mark.parametrize("span", ["response", "last", "prompt_last", -2])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_shared_prefixes_are_read_once(family, span, tiny):
+    """The prompt of a pair, and what all prompts begin with: every text gives what it gives alone."""
+    model, texts = tiny(family), chat()
+    shapes = tokens_seen(model)
+    pooled = Pooled(len(texts))
+    capture(model, texts, {Site.parse("layers.1.output"): pooled}, span=span, group=2, max_tokens=100)
+    read = sum(rows * tokens for rows, tokens in shapes[1:])  # after the texts that are read whole, to compare
+    assert shapes[0] == (4, 16) and read < sum(len(row.ids) for row in texts)
+    model.get_input_embeddings().__dict__.pop("forward")
+    for text, row in enumerate(texts):
+        assert torch.allclose(pooled.texts[text], naive(model, row, 2, span), atol=1e-4)
+
+
+@pytest.mark.parametrize("reason", ["a span in the prompt", "a plan", "a hook", "no positions", "a model that reads its cache otherwise"])
+def test_texts_run_whole_where_a_prefix_cannot_be_shared(reason, tiny):
+    model, texts = tiny("llama"), chat()
+    span = "prompt" if reason == "a span in the prompt" else "response"
+    plan = Plan(Intervention(Add(vector()), "layers.0.output", "prompt[-2:]")) if reason == "a plan" else None
+    if reason == "a hook":
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.arange(output.shape[1])[:, None])
+    forward = model.forward
+    if reason == "no positions":
+        model.forward = lambda input_ids, attention_mask, use_cache=False: forward(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        )
+    if reason == "a model that reads its cache otherwise":
+        model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    expected, shared = Pooled(len(texts)), Pooled(len(texts))
+    with plan.attached(model) if plan is not None else nullcontext():
+        capture(model, texts, {Site.parse("layers.1.output"): expected}, span=span)
+        capture(model, texts, {Site.parse("layers.1.output"): shared}, span=span, group=2)
+    for a, b in zip(expected.texts, shared.texts, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_numbers_of_texts_are_handed_over_when_a_batch_is_over(tiny):
+    """No site makes the pass wait for the device: what all of them read comes after the last of them has run."""
+
+    class Counted(TextAccumulator):
+        def reduce(self, h, weight):
+            events.append("reduce")
+            return pool(h, weight)
+
+        def add(self, values, rows):
+            assert values.shape == (len(rows), 32) and values.device.type == "cpu"
+            events.append("add")
+
+    events: list[str] = []
+    capture(tiny("llama"), rows(4), {Site.parse(f"layers.{layer}.output"): Counted() for layer in range(3)})
+    assert events == ["reduce"] * 3 + ["add"] * 3
