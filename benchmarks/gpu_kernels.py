@@ -13,8 +13,8 @@ import torch
 from gpu_clock import Sizes, milliseconds
 from torch import Tensor
 
-from steer.intervene import Ablate, Add, Intervention
-from steer.intervene.operator import Pick
+from steer.intervene import Ablate, Add
+from steer.intervene.low_rank import widened, with_norm_of
 from steer.kernels import drift_stats, edit, edit_scalar, force, steer_add
 
 Run = Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ def tasks(sizes: Sizes, dtype: torch.dtype = torch.float32) -> list[Task]:
         random(64, width, seed=7) / width**0.5,
         random(64, width, seed=8) / 8,
     )
-    bank, strength, mask, unit, span, read, write, low, many, back = (one.to(dtype) for one in drawn)
+    bank, strength, mask, unit, span, read, write, low, many, back = (tensor.to(dtype) for tensor in drawn)
     slots, high = torch.arange(batch, device=sizes.device) % 9 - 1, low[:1] + 0.1
 
     def to(u: Tensor, *places: Tensor | float) -> Callable[[Tensor], Tensor]:
@@ -89,9 +89,9 @@ def tasks(sizes: Sizes, dtype: torch.dtype = torch.float32) -> list[Task]:
     ]
 
 
-def _numbers(found: Any) -> Tensor:
+def _numbers(stats: Any) -> Tensor:
     """All that was read but the histogram, as one tensor."""
-    return torch.cat([one.flatten().double() for one in found[:5] if one is not None])
+    return torch.cat([result.flatten().double() for result in stats[:5] if result is not None])
 
 
 # ---- right
@@ -106,15 +106,15 @@ def check(sizes: Sizes) -> list[dict[str, Any]]:
         pairs = zip(tasks(place), tasks(place, torch.float64), strict=True)
         for ours, exact in pairs:
             h, pull = place.states(dtype), place.states(dtype, seed=9)
-            found, wanted = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
+            result, wanted = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
             again = _values(ours, h, pull)
             if exact.kink is not None:
                 clear = exact.kink(h.detach().double()) > 1e-4
-                found, wanted, again = ([one[clear] for one in values] for values in (found, wanted, again))
-            errors = [_error(a, b) for a, b in zip(found, wanted, strict=True)]
-            room = [_error(b.to(a.dtype), b) for a, b in zip(found, wanted, strict=True)]
+                result, wanted, again = ([x[clear] for x in values] for values in (result, wanted, again))
+            errors = [_error(a, b) for a, b in zip(result, wanted, strict=True)]
+            room = [_error(b.to(a.dtype), b) for a, b in zip(result, wanted, strict=True)]
             worst = max(error / (1.5 * least + 2e-6) for error, least in zip(errors, room, strict=True))
-            same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+            same = all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
             row = {"task": ours.name, "dtype": str(dtype)[6:], "width": place.width, "error": max(errors), "of what is allowed": worst}
             rows.append({**row, "twice the same": same, "right": bool(worst <= 1 and same)})
     rows.append(_far_apart(sizes))
@@ -125,14 +125,14 @@ def _values(task: Task, h: Tensor, pull: Tensor, path: str = "auto") -> list[Ten
     with force(path):
         if not task.backward:
             return [task.run(h).detach()]
-        wanted = [h.requires_grad_(), *(one.requires_grad_() for one in task.learned)]
+        wanted = [h.requires_grad_(), *(tensor.requires_grad_() for tensor in task.learned)]
         out = task.run(h)
         return [out.detach(), *torch.autograd.grad(out, wanted, pull)]
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def _error(result: Tensor, wanted: Tensor) -> float:
     wanted = wanted.double()
-    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    return float((result.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def _far_apart(sizes: Sizes) -> dict[str, Any]:
@@ -165,12 +165,12 @@ def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
         ours = milliseconds(lambda: run(next(turn)), sizes)
         with force("aten"):
             eager = milliseconds(lambda: run(next(turn)), sizes)
-        made = {"task": name, "passes": passes, "us": ours * 1e3, "fraction": passes * one_pass / ours / 1e9 / bandwidth}
-        made |= {"eager us": eager * 1e3, "eager / ours": eager / ours}
+        columns = {"task": name, "passes": passes, "us": ours * 1e3, "fraction": passes * one_pass / ours / 1e9 / bandwidth}
+        columns |= {"eager us": eager * 1e3, "eager / ours": eager / ours}
         if other is not None and sizes.on_gpu:
             inductor = milliseconds(lambda: other(next(turn)), sizes)
-            made |= {"Inductor us": inductor * 1e3, "Inductor / ours": inductor / ours}
-        return made
+            columns |= {"Inductor us": inductor * 1e3, "Inductor / ours": inductor / ours}
+        return columns
 
     for task in tasks(sizes):
         with torch.no_grad():
@@ -195,20 +195,20 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
     encoder = (sizes.random(sizes.features, width, seed=1) / width**0.5).to(torch.bfloat16)
     decoder = (sizes.random(sizes.features, width, seed=2) / 8).to(torch.bfloat16)
     threshold = torch.full((sizes.features,), 0.1, device=sizes.device)
-    cached = edit_scalar.CACHED
+    cached = edit_scalar.CACHED_DIRECTIONS
     for m in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        for path, limit in (("chosen", cached), ("scalar", edit_scalar.MOST), ("tiles", 0)):
-            if path == "scalar" and m > edit_scalar.MOST:
+        for path, limit in (("chosen", cached), ("scalar", edit_scalar.MAX_DIRECTIONS), ("tiles", 0)):
+            if path == "scalar" and m > edit_scalar.MAX_DIRECTIONS:
                 continue
-            edit_scalar.CACHED = limit
+            edit_scalar.CACHED_DIRECTIONS = limit
             with torch.no_grad():
                 task = {"threshold": threshold[:m], "scale": 0.0, "shift": threshold[:m]}
                 ms = milliseconds(lambda m=m, task=task: edit(h, encoder[:m], decoder[:m], **task), sizes)  # type: ignore[misc]
             rows.append({"path": path, "features": m, "ms": ms})
-    edit_scalar.CACHED = cached
-    one = next(row["ms"] for row in rows if row["path"] == "chosen")
+    edit_scalar.CACHED_DIRECTIONS = cached
+    of_one_feature = next(row["ms"] for row in rows if row["path"] == "chosen")
     for row in rows:
-        row["against 1"] = row["ms"] / one
+        row["against 1"] = row["ms"] / of_one_feature
 
     def dictionary() -> Tensor:
         z = torch.relu(h @ encoder.mT)
@@ -218,7 +218,7 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
 
     with torch.no_grad():
         rows.append({"path": "whole dictionary", "features": sizes.features, "ms": milliseconds(dictionary, sizes)})
-        rows[-1]["against 1"] = rows[-1]["ms"] / one
+        rows[-1]["against 1"] = rows[-1]["ms"] / of_one_feature
     return rows
 
 
@@ -228,15 +228,20 @@ def small(sizes: Sizes) -> list[dict[str, Any]]:
     for tokens in (1, 16, 64, 256, 1024):
         h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)
         for operator, norm in ((Ablate(v), False), (Add(v), True)):
-            operator.to(h.device)
-            one, pick = Intervention(operator, "layers.0.output", preserve_norm=norm), Pick(operator, None)
-            own = one._with_norm if norm else operator.apply
+            operator = operator.on(h.device)
+            tensors = operator.tensors
+
+            def own(h: Tensor, apply: Any = operator.apply, tensors: Any = tensors, norm: bool = norm) -> Tensor:
+                wide = widened(h) if norm else h
+                edited = apply(wide, strength, None, tensors)
+                return with_norm_of(wide, edited).to(h.dtype) if norm else edited
+
             with torch.no_grad():
                 row = {"operator": f"{operator.name}{', norm kept' * norm}", "tokens": tokens, "numbers": h.numel()}
-                row["operations us"] = 1e3 * milliseconds(lambda h=h, own=own, pick=pick: own(h, strength, None, pick), sizes)  # type: ignore[misc]
+                row["operations us"] = 1e3 * milliseconds(lambda h=h, own=own: own(h), sizes)  # type: ignore[misc]
                 fused = operator.fused
                 row["kernel us"] = 1e3 * milliseconds(
-                    lambda h=h, fused=fused, pick=pick, norm=norm: fused(h, strength, None, pick, norm),  # type: ignore[misc]
+                    lambda h=h, fused=fused, norm=norm: fused(h, strength, None, None, norm),  # type: ignore[misc]
                     sizes,
                 )
             rows.append(row)

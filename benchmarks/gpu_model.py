@@ -47,11 +47,22 @@ def arms(model: LlamaForCausalLM, sizes: Sizes) -> dict[str, Arm]:
     layers = range(sizes.layers)
     vectors = [0.1 * sizes.random(sizes.width, seed=seed).cpu() for seed in range(3)]
 
-    def plan(*ones: tuple[Tensor, dict[str, Any]], rows: int = 0) -> Arm:
-        made = Plan([Intervention(Add(v), f"layers.{n}.output", name=f"{n}.{i}", **o) for n in layers for i, (v, o) in enumerate(ones)])
-        if rows:
-            made.set_rows(range(rows))
-        return lambda: made.attached(model)
+    def plan(*edits: tuple[Tensor, dict[str, Any]], rows: int = 0) -> Arm:
+        """Adds of vectors with options at every layer; rows: so many rows, each with a slot of its own."""
+        interventions = [
+            Intervention(Add(vector), f"layers.{layer}.output", name=f"{layer}.{i}", **options)
+            for layer in layers
+            for i, (vector, options) in enumerate(edits)
+        ]
+
+        @contextmanager
+        def attached() -> Iterator[None]:
+            with Plan(interventions).attached(model) as attachment:
+                if rows:
+                    attachment.set_rows(range(rows))
+                yield
+
+        return attached
 
     @contextmanager
     def clamped() -> Iterator[None]:
@@ -68,7 +79,7 @@ def arms(model: LlamaForCausalLM, sizes: Sizes) -> dict[str, Arm]:
     named = {
         f"v{i}": [Direction(Site.parse(f"layers.{n}.output"), vectors[i % 3] + i, "none", "response") for n in layers] for i in range(6)
     }
-    own = 0.1 * sizes.random(sizes.rows, sizes.width, seed=6).cpu()
+    row_vectors = 0.1 * sizes.random(sizes.rows, sizes.width, seed=6).cpu()
     return {
         "bare": nullcontext,
         "bare again": nullcontext,
@@ -78,7 +89,7 @@ def arms(model: LlamaForCausalLM, sizes: Sizes) -> dict[str, Arm]:
         "add": plan((vectors[0], {})),
         "add, norm kept": plan((vectors[0], {"preserve_norm": True})),
         "3 vectors": plan(*((v, {}) for v in vectors)),
-        "a vector for each row": plan((own, {}), rows=sizes.rows),
+        "a vector for each row": plan((row_vectors, {}), rows=sizes.rows),
         "16 features of one layer": clamped,
         "drift, 8 directions": lambda: DriftTracker(named, controls=2, stream=True).attached(model),
     }
@@ -90,7 +101,8 @@ def decoder_costs(sizes: Sizes) -> list[dict[str, Any]]:
     every = arms(model, sizes)
     ids = torch.randint(0, sizes.vocabulary, sizes.prompt, device=sizes.device)
     batch = torch.randint(0, sizes.vocabulary, sizes.batch, device=sizes.device)
-    one, rows = ids[:, :1], ids[:, :1].expand(sizes.rows, 1).contiguous()
+    token = ids[:, :1]
+    rows = token.expand(sizes.rows, 1).contiguous()
     cache = DynamicCache()
 
     @torch.no_grad()
@@ -99,7 +111,7 @@ def decoder_costs(sizes: Sizes) -> list[dict[str, Any]]:
 
     @torch.no_grad()
     def decode() -> None:
-        model(one, past_key_values=cache, use_cache=True)
+        model(token, past_key_values=cache, use_cache=True)
 
     def train() -> None:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -111,15 +123,15 @@ def decoder_costs(sizes: Sizes) -> list[dict[str, Any]]:
     works: dict[str, tuple[Callable[[], Callable[[], Any]], tuple[str, ...]]] = {
         "prefill": (lambda: prefill, steered),
         "decode": (lambda: decode, steered),
-        "decode, CUDA graph": (lambda: captured(model, one, sizes), ("add, baked into biases", *steered)),
+        "decode, CUDA graph": (lambda: captured(model, token, sizes), ("add, baked into biases", *steered)),
         "decode 256 rows, CUDA graph": (lambda: captured(model, rows, sizes), ("add", "a vector for each row")),
         "training step": (lambda: train, ("add", "add, norm kept", "drift, 8 directions")),
     }
-    found = []
+    costs = []
     for work, (prepare, wanted) in works.items():
         model.train(work == "training step")
-        found += measured(work, prepare, {name: every[name] for name in ("bare", "bare again", *wanted)}, sizes)
-    return found
+        costs += measured(work, prepare, {name: every[name] for name in ("bare", "bare again", *wanted)}, sizes)
+    return costs
 
 
 def captured(model: LlamaForCausalLM, ids: Tensor, sizes: Sizes) -> Callable[[], Any]:

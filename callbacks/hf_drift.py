@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from steer.callbacks.hf import TrainerRun
-from steer.callbacks.ranks import Ranks
-from steer.callbacks.runs import DriftRun
 from steer.drift.tracker import DriftTracker
+from steer.training.drift_run import DriftRun
+from steer.training.ranks import Ranks
 
 
 class HFDriftCallback(TrainerRun):
@@ -31,22 +31,21 @@ class HFDriftCallback(TrainerRun):
         self.tracker = tracker
 
     def begin(self, model: nn.Module, ranks: Ranks) -> None:
-        self._run.begin(model, ranks)
+        self._run.attach(model, ranks)
 
     def start(self, step: int) -> None:
         self._run.start(step)  # logged nowhere: no log entry is about step 0
 
+    # ---- events
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step here, not at the end of training: by then the best checkpoint may have been loaded.
-        if self._run.due(state.global_step, last=state.global_step >= state.max_steps or control.should_training_stop):
+        if self._run.is_due(state.global_step, is_last=state.global_step >= state.max_steps or control.should_training_stop):
             self.report(self._run.measure(state.global_step))
             control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
-        found = {f"eval_{name}": value for name, value in self._run.values.items()}
+        drift = {f"eval_{name}": value for name, value in self._run.values.items()}
         if metrics is not None:
-            metrics.update(found)  # the object that metric_for_best_model is looked up in
-        state.log_history[-1].update(found)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._run.state_dict()
+            metrics.update(drift)  # the object that metric_for_best_model is looked up in
+        state.log_history[-1].update(drift)

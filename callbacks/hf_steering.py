@@ -8,14 +8,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from steer.callbacks.hf import TrainerRun, replaced
-from steer.callbacks.ranks import Ranks
-from steer.callbacks.runs import SteeringRun, every
 from steer.errors import ConfigError
-from steer.intervene import Plan
+from steer.intervene import Attachment, Plan
+from steer.training.ranks import Ranks
+from steer.training.steering_run import SteeringRun
 
 
 class HFSteeringCallback(TrainerRun):
@@ -25,9 +25,9 @@ class HFSteeringCallback(TrainerRun):
         HFSteeringCallback(plan).attach(trainer)
         trainer.train()
 
-    The twin of `SteeringCallback`: same arguments, same rules. The reference pass of DPO and GRPO is never steered. With
-    `phases=("train",)` neither are evaluations, the completions that GRPO samples, nor the passes without gradients in which GRPO takes
-    the old log-probabilities (with several iterations or steps per generation; name `validate` to steer those, and evaluations, too).
+    The twin of `SteeringCallback`: same arguments, same rules. The reference pass of DPO and GRPO is never steered.
+    `phases=("train",)` leaves alone evaluations, the completions that GRPO samples, and the passes without gradients in which GRPO takes
+    the old log-probabilities (with several iterations or steps per generation); name `validate` to steer those passes and evaluations.
 
     What the plan learns follows the trainer's optimiser as in `SteeringCallback`. Its gradients are clipped with `max_grad_norm`, unless
     its parameters are in an optimiser that the trainer was given: the trainer clips those of its model only. With
@@ -48,61 +48,71 @@ class HFSteeringCallback(TrainerRun):
         every_n_steps: int = 10,
         learning_rate: float | None = None,
     ) -> None:
-        super().__init__(SteeringRun(plan, schedule, phases, learning_rate))
-        self.plan, self.every_n_steps = plan, every(every_n_steps)
+        super().__init__(SteeringRun(plan, schedule=schedule, phases=phases, every_n_steps=every_n_steps, learning_rate=learning_rate))
+        self.plan = plan
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
+        return self._run.attachment
 
     def begin(self, model: nn.Module, ranks: Ranks) -> None:
-        others = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, HFSteeringCallback) and one is not self]
-        self._run.begin(model, ranks, stack=any(one._run.attached for one in others))
+        callbacks = self._trainer.callback_handler.callbacks
+        steering = [callback for callback in callbacks if isinstance(callback, HFSteeringCallback) and callback is not self]
+        stack = any(callback._run.is_attached for callback in steering)
+        self._run.attach(model, ranks, stack=stack)
 
     def start(self, step: int) -> None:
         trainer = self._trainer
         if self.plan.parameters() and trainer.is_deepspeed_enabled:
-            raise ConfigError(
-                "DeepSpeed steps by itself, so that a plan cannot learn beside it",
-                expected="an optimiser that the trainer steps",
-                found="a DeepSpeed engine",
-                remedy="train the plan with DDP or FSDP",
-            )
+            raise _steps_by_itself()
         self._run.start(step, trainer.model, [getattr(trainer.optimizer, "optimizer", trainer.optimizer)])  # unwrapped
 
     @contextmanager
-    def within(self, trainer: Trainer) -> Iterator[None]:
-        with super().within(trainer), replaced(trainer, "training_step", self._averaged(trainer.training_step)):
+    def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
+        with super().wrapped_methods(trainer), replaced(trainer, "training_step", self._wrap_training_step(trainer.training_step)):
             yield
 
-    def _averaged(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_training_step(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
         """No event lies between the backward pass and the clipping of gradients."""
 
         @wraps(training_step)
-        def averaged(*args: Any, **kwargs: Any) -> Any:
+        def training_step_with_average(*args: Any, **kwargs: Any) -> Any:
             loss = training_step(*args, **kwargs)
-            self._run.learning.average()
+            self._run.learning.average_gradients()
             return loss
 
-        return averaged
+        return training_step_with_average
+
+    # ---- events
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.batch(None)  # compute_loss tells of the batch
+        self._run.batch_start(None)  # compute_loss tells of the batch
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.ran()
+        self._run.batch_end()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.learning.check_reached()
+        self._run.learning.check_gradients()
         self._run.learning.step(scaler=self._trainer.accelerator.scaler, clip=args.max_grad_norm or 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.learning.zero_grad()  # the trainer's is the model's
-        self._run.ran()
-        if state.global_step % self.every_n_steps == 0:
-            self.report(self._run.metrics())
-        self.plan.step(state.global_step)
+        self._run.learning.zero_grad()  # the trainer drops those of its model
+        self._run.batch_end()
+        metrics = self._run.advance(state.global_step)
+        if metrics is not None:
+            self.report(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and (saved := self.load(Path(best))) is not None:
             self._run.load_learned(saved)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._run.state_dict()
+
+def _steps_by_itself() -> ConfigError:
+    return ConfigError(
+        "DeepSpeed steps by itself, so that a plan cannot learn beside it",
+        expected="an optimiser that the trainer steps",
+        found="a DeepSpeed engine",
+        remedy="train the plan with DDP or FSDP",
+    )

@@ -1,4 +1,4 @@
-"""What the Lightning callbacks share: when a model can be hooked, which ranks hold different batches, and where metrics go."""
+"""What the Lightning callbacks share: when hooks go on and off, which ranks hold different batches, and where metrics go."""
 
 from __future__ import annotations
 
@@ -6,33 +6,91 @@ from collections.abc import Mapping
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
 
-from steer.callbacks.ranks import Ranks
 from steer.checks import of_type
 from steer.errors import ConfigError, did_you_mean
+from steer.training.drift_run import DriftRun
+from steer.training.ranks import Ranks
+from steer.training.steering_run import SteeringRun
 
 
-def complete(module: pl.LightningModule) -> bool:
+class LightningRun(pl.Callback):
+    """A run that follows the events of a Lightning Trainer.
+
+    It is attached in `setup`, or after `configure_model` where the model is made or sharded there, and detached in `teardown` and on an
+    exception. Its state is part of the checkpoint.
+
+    Args:
+        submodule: dotted path of the model inside the LightningModule.
+    """
+
+    def __init__(self, run: SteeringRun | DriftRun, submodule: str) -> None:
+        self._run = run
+        self.submodule = submodule
+        self._device: torch.device | None = None  # where the model was at the attach
+
+    # ---- what a subclass does
+
+    def begin(self, trainer: pl.Trainer, model: nn.Module, ranks: Ranks) -> None:
+        """Attaches the run to the model."""
+        raise NotImplementedError
+
+    def is_wanted(self, trainer: pl.Trainer) -> bool:
+        """True when the run has something to do in fit, validate, test or predict, whichever the trainer does."""
+        return trainer.state.fn == TrainerFn.FITTING
+
+    # ---- hooks on and off
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if is_complete(pl_module):
+            self._attach(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attach(trainer, pl_module)
+
+    on_validation_start = on_fit_start  # the first of these four, when there was no model at setup
+    on_test_start = on_fit_start
+    on_predict_start = on_fit_start
+
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        device = device_of(module)
+        if not self.is_wanted(trainer) or self._run.is_attached and device == self._device:
+            return
+        self.begin(trainer, find_submodule(module, self.submodule), ranks_of(trainer))
+        self._device = device
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._run.detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._run.detach()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        on_cpu = {name: tensor.cpu() for name, tensor in state_dict.items()}  # Lightning may have loaded it onto an accelerator
+        self._run.load_state_dict(on_cpu, is_first_rank=self._run.ranks.is_first)
+
+
+def is_complete(module: pl.LightningModule) -> bool:
     """True when the model is there at `setup`. One that is built or sharded in `configure_model`, or still on the meta device, is not."""
     if type(module).configure_model is not pl.LightningModule.configure_model:
         return False
     return not any(parameter.device.type == "meta" for parameter in module.parameters())
 
 
-def target(module: pl.LightningModule, submodule: str) -> nn.Module:
-    """The model to hook. Raises ConfigError when there is no such submodule."""
-    of_type(submodule, str, "the submodule of a callback", "pass its dotted path inside the LightningModule")
+def find_submodule(module: pl.LightningModule, path: str) -> nn.Module:
+    """The model to hook, at a dotted path inside a LightningModule. Raises ConfigError when there is none."""
+    of_type(path, str, "the submodule of a callback", "pass its dotted path inside the LightningModule")
     try:
-        return module.get_submodule(submodule)
+        return module.get_submodule(path)
     except AttributeError as error:
-        names = [name for name, _ in module.named_modules() if name]
-        raise ConfigError(
-            f"no submodule of {type(module).__name__} is called '{submodule}'",
-            expected=f"the dotted path of the model, such as {', '.join(names[:3])}" if names else "a LightningModule that holds a model",
-            found=f"{len(names)} submodules, and not this one",
-            remedy=did_you_mean(submodule, names) or "pass its path inside the LightningModule, or leave submodule out",
-        ) from error
+        raise _no_such_submodule(module, path) from error
 
 
 def device_of(module: pl.LightningModule) -> torch.device:
@@ -51,20 +109,25 @@ def monitor(module: pl.LightningModule, values: Mapping[str, float]) -> None:
     module.log_dict(dict(values), on_step=True, on_epoch=False, logger=False, batch_size=1)
 
 
-def log(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float], *, batch: bool = True) -> None:
+def log(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float], *, in_batch: bool = True) -> None:
     """Hands metrics to the monitors and to every logger.
 
     The loggers get them at the step they were measured, and not only where this step is a multiple of `log_every_n_steps`.
 
     Args:
-        batch: at the end of a training batch, outside of which Lightning takes no step metrics.
+        in_batch: at the end of a training batch, outside of which Lightning takes no step metrics.
     """
-    if batch:
+    if in_batch:
         monitor(module, values)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step)
 
 
-def cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state that Lightning may have loaded onto an accelerator."""
-    return {name: tensor.cpu() for name, tensor in state.items()}
+def _no_such_submodule(module: pl.LightningModule, path: str) -> ConfigError:
+    names = [name for name, _ in module.named_modules() if name]
+    return ConfigError(
+        f"no submodule of {type(module).__name__} is called '{path}'",
+        expected=f"the dotted path of the model, such as {', '.join(names[:3])}" if names else "a LightningModule that holds a model",
+        found=f"{len(names)} submodules, and not this one",
+        remedy=did_you_mean(path, names) or "pass its path inside the LightningModule, or leave submodule out",
+    )

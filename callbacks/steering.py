@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
 
 from steer.callbacks import lightning
-from steer.callbacks.runs import SteeringRun, every
+from steer.callbacks.lightning import LightningRun
 from steer.errors import ConfigError
-from steer.intervene import Plan
+from steer.intervene import Attachment, Plan
+from steer.training.ranks import Ranks
+from steer.training.steering_run import SteeringRun
 
 
-class SteeringCallback(pl.Callback):
+class SteeringCallback(LightningRun):
     """Steers the model of a LightningModule during `Trainer.fit`.
+
+        trainer = pl.Trainer(max_steps=100, callbacks=[SteeringCallback(plan, schedule=steer.Linear(100))])
+        trainer.fit(module, batches)
 
     The hooks are installed in `setup`, or after `configure_model` where the model is made or sharded there, and taken off in `teardown`
     and on an exception. Strengths follow `trainer.global_step`: in the step with global_step = k they are schedule(k), on every
@@ -27,7 +32,7 @@ class SteeringCallback(pl.Callback):
     computes its own loss needs nothing more; where its passes hold other rows than the batch, wrap them in `steer.response_tokens`.
 
     Args:
-        plan: not attached yet. After `fit` its phases and schedules are as they were, its strengths those of the last step.
+        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`.
         schedule: takes the place of the plan's schedules.
         phases: where it acts, a subset of train, validate, generate. The reference pass of a PEFT model is no policy pass, so it is left
             alone in every phase.
@@ -44,6 +49,8 @@ class SteeringCallback(pl.Callback):
         HookDidNotRunError: after the first training batch, when no pass of it went through the model.
     """
 
+    _run: SteeringRun
+
     def __init__(
         self,
         plan: Plan,
@@ -54,96 +61,76 @@ class SteeringCallback(pl.Callback):
         submodule: str = "",
         learning_rate: float | None = None,
     ) -> None:
-        self.plan, self.every_n_steps, self.submodule = plan, every(every_n_steps), submodule
-        self._run = SteeringRun(plan, schedule, phases, learning_rate)
-        self._step = 0
-        self._device: torch.device | None = None
+        run = SteeringRun(plan, schedule=schedule, phases=phases, every_n_steps=every_n_steps, learning_rate=learning_rate)
+        super().__init__(run, submodule)
+        self.plan = plan
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The plan on the model: `attachment.fired()` tells what it steered, during training and after. None before the first attach."""
+        return self._run.attachment
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(plan=self._run.name)
 
-    # ---- hooks on and off
+    # ---- hooks on
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if lightning.complete(pl_module):
-            self._attach(trainer, pl_module)
+    def begin(self, trainer: pl.Trainer, model: nn.Module, ranks: Ranks) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        steering = [callback for callback in callbacks if isinstance(callback, SteeringCallback) and callback is not self]
+        stack = any(callback._run.is_attached for callback in steering)
+        self._run.attach(model, ranks, stack=stack)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._attach(trainer, pl_module)
+    def is_wanted(self, trainer: pl.Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING or self._run.phases != ("train",)
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start  # the first of them, when there was no model at setup
-
-    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING and self._run.phases == ("train",):
-            return
-        device = lightning.device_of(module)
-        if self._run.attached and device == self._device:
-            return
-        self._run.end()
-        others = [one for one in trainer.callbacks if isinstance(one, SteeringCallback) and one is not self]  # type: ignore[attr-defined]
-        model, stack = lightning.target(module, self.submodule), any(one._run.attached for one in others)
-        self._run.begin(model, lightning.ranks_of(trainer), stack=stack)
-        self._device = device
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._run.end()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._run.end()
-
-    # ---- between optimiser steps
+    # ---- training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
         if self.plan.parameters() and trainer.strategy.handles_gradient_accumulation:
-            raise ConfigError(
-                f"{type(trainer.strategy).__name__} steps by itself, so that a plan cannot learn beside it",
-                expected="a strategy whose optimiser steps are Lightning's",
-                found=type(trainer.strategy).__name__,
-                remedy="train the plan with DDPStrategy or ModelParallelStrategy",
-            )
-        self._run.start(self._step, pl_module, trainer.optimizers)
+            raise _steps_by_itself(type(trainer.strategy).__name__)
+        self._run.start(trainer.global_step, pl_module, trainer.optimizers)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._run.batch(batch)
+        self._run.batch_start(batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._run.learning.average()
+        self._run.learning.average_gradients()
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         learning = self._run.learning
         if pl_module.automatic_optimization:  # otherwise a loss may leave the steered model out
-            learning.check_reached()
+            learning.check_gradients()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         learning.step(scaler=scaler, clip=trainer.gradient_clip_val or 0.0, by_value=trainer.gradient_clip_algorithm == "value")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._run.ran()
-        before, step = self._step, trainer.global_step
-        if step == before:  # gradients are being accumulated
-            return
-        if step // self.every_n_steps > before // self.every_n_steps:
-            lightning.log(trainer, pl_module, self._run.metrics())
-        self._step = step
-        self.plan.step(step)
+        self._run.batch_end()
+        metrics = self._run.advance(trainer.global_step)
+        if metrics is not None:
+            lightning.log(trainer, pl_module, metrics)
+
+    # ---- validation and test
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._run.hint.show(batch)
+        self._run.response_mask.read(batch)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._run.hint.show(None)
+        self._run.response_mask.clear()
 
-    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
-    # ---- checkpoints
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._run.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self._run.load_state_dict(lightning.cpu(state_dict), first=self._run.ranks.first)
+def _steps_by_itself(strategy: str) -> ConfigError:
+    return ConfigError(
+        f"{strategy} steps by itself, so that a plan cannot learn beside it",
+        expected="a strategy whose optimiser steps are Lightning's",
+        found=strategy,
+        remedy="train the plan with DDPStrategy or ModelParallelStrategy",
+    )

@@ -32,21 +32,21 @@ NOTES = {"train": "steered here in training", "inference": "steered here at infe
 def quoted(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the section is made of: the first run without texts, values of single items and paths; of the others only the verdict."""
     metrics = runs[0]
-    run = {key: metrics[key] for key in ("schema", "experiment", "started", "wall_seconds", "seed", "specificity")}
+    facts = {key: metrics[key] for key in ("schema", "experiment", "started", "wall_seconds", "seed", "specificity")}
     versions = {name: metrics["versions"][name] for name in ("torchsteer", "torch", "transformers") if name in metrics["versions"]}
     trait = {key: value for key, value in metrics["trait"].items() if key != "auc_by_site"}
     arms = [
         {
             "name": arm["name"],
             "label": arm["label"],
-            "metrics": {name: {k: v for k, v in one.items() if k != "per_item"} for name, one in arm["metrics"].items()},
+            "metrics": {name: {k: v for k, v in values.items() if k != "per_item"} for name, values in arm["metrics"].items()},
         }
         for arm in metrics["arms"]
     ]
-    seeds = [{"seed": one["seed"], **{key: one["specificity"].get(key) for key in VERDICT}} for one in runs]
+    seeds = [{"seed": run["seed"], **{key: run["specificity"].get(key) for key in VERDICT}} for run in runs]
     experiment = metrics["config"]["experiment"]
     return {
-        **run,
+        **facts,
         "model": metrics["model"]["name"],
         "versions": versions,
         "trait": trait,
@@ -66,7 +66,7 @@ def section(demo: dict[str, Any]) -> str:
         [arm["label"], *(f"{cell.change} {cell.ci}" if (cell := cells[key][i]) else "not measured" for key in columns)]
         for i, arm in enumerate(arms)
     ]
-    items = " and ".join(sorted({str(one["n"]) for arm in arms for one in arm["metrics"].values()}, key=int))
+    items = " and ".join(sorted({str(values["n"]) for arm in arms for values in arm["metrics"].values()}, key=int))
     versions = ", ".join(f"{name} {version}" for name, version in demo["versions"].items())
     auc, norm, dose = number(trait["auc_heldout"], digits=2), number(trait["vector_norm"]), number(trait["relative_dose"])
     return "\n\n".join(
@@ -83,11 +83,12 @@ def section(demo: dict[str, Any]) -> str:
 
 def _other_seeds(seeds: list[dict[str, Any]]) -> str:
     def listed(key: str) -> str:
-        return ", ".join(number(one[key], signed=True, digits=2) for one in seeds)
+        return ", ".join(number(seed[key], signed=True, digits=2) for seed in seeds)
 
-    count = sum(one["specific"] is True for one in seeds)
+    count = sum(seed["specific"] is True for seed in seeds)
+    numbers = ", ".join(str(seed["seed"]) for seed in seeds)
     return (
-        f"With the seeds {', '.join(str(one['seed']) for one in seeds)} the behaviour gap of the arm steered along the trait differed from "
+        f"With the seeds {numbers} the behaviour gap of the arm steered along the trait differed from "
         f"that of plain fine-tuning by {listed('trait_minus_plain')}, and from that of the random direction by "
         f"{listed('trait_minus_random')} nat/token; {count} of the {len(seeds)} runs call it specific."
     )
@@ -110,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [read_run(folder) for folder in options.run]
     metrics = runs[0]
-    if any(repeated(one["config"]) != repeated(metrics["config"]) for one in runs):
+    if any(repeated(run["config"]) != repeated(metrics["config"]) for run in runs):
         raise SystemExit("these runs differ in more than their seed")
     trait = metrics["trait"]
     drift = drift_records(options.run[0], metrics)

@@ -29,8 +29,9 @@ from fake_cuda import Code, empty, generated  # noqa: E402
 from gpu_targets import launches_of  # noqa: E402
 
 from steer.kernels import drift_stats, edit, force, steer_add  # noqa: E402
-from steer.kernels.drift_stats import run as run_drift  # noqa: E402
-from steer.kernels.edit import NAMES, Edit  # noqa: E402
+from steer.kernels.drift_stats import launch as launch_drift  # noqa: E402
+from steer.kernels.edit_autograd import Edit  # noqa: E402
+from steer.kernels.edit_task import EditNumbers  # noqa: E402
 from steer.kernels.steer_add import SteerAdd  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
@@ -74,13 +75,13 @@ def added(rows: bool, norm: bool) -> Callable[[Tensor], Any]:
 def edited(
     m: int, names: str = "", gain: float = 0.0, relative: bool = False, gated: bool = False, norm: bool = False
 ) -> Callable[[Tensor], Any]:
-    numbers = [meta(1, m) if name in names.split() else None for name in NAMES]
+    numbers = [meta(1, m) if name in names.split() else None for name in EditNumbers._fields]
     return lambda h: Edit.apply(h, meta(1, m, WIDTH), meta(1, m, WIDTH), meta(BATCH, TOKENS), None, *numbers, gain, relative, gated, norm)
 
 
 def read(k: int) -> Callable[[Tensor], Any]:
     u, ends = (meta(k, WIDTH), meta(k)) if k else (None, None)
-    return lambda h: run_drift(h.detach(), u, meta(BATCH, TOKENS), ends, ends, 64 if k else 0, True, True)
+    return lambda h: launch_drift(h.detach(), u, meta(BATCH, TOKENS), ends, ends, 64 if k else 0, True, True)
 
 
 def bank(m: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -149,7 +150,7 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket.__name__ not in VIEWS:
-            self.bytes += sum(stored(one) for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor))
+            self.bytes += sum(stored(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
             self.kernels += 1
         return result
 
@@ -169,9 +170,9 @@ def inputs(case: Case) -> list[Tensor]:
 def eager(case: Case) -> tuple[float, int]:
     """Passes and kernels of the PyTorch operations."""
     with FakeTensorMode(), torch.no_grad(), force("aten"):
-        given = inputs(case)
+        arguments = inputs(case)
         with Moved() as moved:
-            case.run(*given)
+            case.run(*arguments)
     return moved.bytes / PASS, moved.kernels
 
 
@@ -184,38 +185,41 @@ def triton(case: Case) -> tuple[float, int, float, int]:
     """Passes and launches of the kernels, forward and backward; passes of the latter 0 where there is nothing to do or to differentiate."""
 
     def moved(launches: Sequence[Any]) -> float:
-        return sum(sum(stored(one) for one in launch.args if isinstance(one, Tensor)) for launch in launches) / PASS
+        return sum(stored(x) for launch in launches for x in launch.arguments.values() if isinstance(x, Tensor)) / PASS
 
     h = meta(BATCH, TOKENS, WIDTH, dtype=BF16).requires_grad_()
-    made: list[Any] = []
-    forward = launches_of(lambda: made.append(case.apply(h)))
-    backward = launches_of(lambda: made[0].backward(torch.empty_like(h))) if isinstance(made[0], Tensor) else []
+    results: list[Any] = []
+    forward = launches_of(lambda: results.append(case.apply(h)))
+    is_edit = isinstance(results[0], Tensor)
+    backward = launches_of(lambda: results[0].backward(torch.empty_like(h))) if is_edit else []
     return moved(forward), len(forward), moved(backward), len(backward)
 
 
-def kept(case: Case, ours: bool) -> float | None:
-    """Bytes of a token that backward keeps beside the activation and the vectors."""
-    own, found = set(), {}
+def saved_bytes(case: Case, by_kernel: bool) -> float | None:
+    """Bytes of a token that backward keeps beside the activation and the vectors; None where nothing is differentiated."""
+    known: set[int] = set()
+    n_bytes: dict[int, int] = {}
+    results: list[Any] = []
 
-    def pack(one: Tensor) -> Tensor:
-        if id(one) not in own and one.dim() > 1 and one.shape[:2] == (BATCH, TOKENS):
-            found[one.untyped_storage()._cdata] = stored(one)
-        return one
+    def pack(x: Tensor) -> Tensor:
+        if id(x) not in known and x.dim() > 1 and x.shape[:2] == (BATCH, TOKENS):
+            n_bytes[x.untyped_storage()._cdata] = stored(x)
+        return x
 
-    if ours:
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    if by_kernel:
         h = meta(BATCH, TOKENS, WIDTH, dtype=BF16).requires_grad_()
-        own.add(id(h))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
-            made: list[Any] = []
-            launches_of(lambda: made.append(case.apply(h)))
-        return (sum(found.values()) / (BATCH * TOKENS)) if isinstance(made[0], Tensor) else None
-    with FakeTensorMode(), force("aten"):
-        given = inputs(case)
-        given[0].requires_grad_()
-        own.update(id(one) for one in given)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
-            out = case.run(*given)
-    return (sum(found.values()) / (BATCH * TOKENS)) if isinstance(out, Tensor) else None
+        known.add(id(h))
+        with hooks:
+            launches_of(lambda: results.append(case.apply(h)))
+    else:
+        with FakeTensorMode(), force("aten"):
+            arguments = inputs(case)
+            arguments[0].requires_grad_()
+            known.update(id(x) for x in arguments)
+            with hooks:
+                results.append(case.run(*arguments))
+    return sum(n_bytes.values()) / (BATCH * TOKENS) if isinstance(results[0], Tensor) else None
 
 
 def measured() -> tuple[str, dict[str, dict[str, Any]]]:
@@ -223,43 +227,43 @@ def measured() -> tuple[str, dict[str, dict[str, Any]]]:
     files = sorted(RESULTS.glob("*_gpu.json"))
     if not files:
         return "", {}
-    found = json.loads(files[-1].read_text())
-    return f"{found['card']}, {found['date']}", {row["task"]: row for row in found["kernels"]}
+    run = json.loads(files[-1].read_text())
+    return f"{run['card']}, {run['date']}", {row["task"]: row for row in run["kernels"]}
 
 
 def counted() -> dict[str, dict[str, Any]]:
     """All numbers of the table, by case."""
-    found = {}
+    rows = {}
     for name, case in CASES.items():
         code = compiled(case)
-        found[name] = {
+        rows[name] = {
             "eager": eager(case),
             "compiled": (code.moved / PASS, code.kernels, code.calls),
             "triton": triton(case),
-            "kept": (kept(case, False), kept(case, True)),
+            "kept": (saved_bytes(case, by_kernel=False), saved_bytes(case, by_kernel=True)),
         }
-    return found
+    return rows
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     card, times = measured()
     head = ["edit", "floor", "PyTorch", "Inductor", "Triton forward", "Triton backward", "kept, PyTorch", "kept, Triton"]
     lines = [head + [f"measured on {card}"] * bool(card)]
     lines.append(["---"] * len(lines[0]))
-    for name, row in found.items():
+    for name, row in rows.items():
         case = CASES[name]
         passes, kernels = row["eager"]
-        made, launched, calls = row["compiled"]
+        fused, launched, calls = row["compiled"]
         forward, launches, back, back_launches = row["triton"]
         reads = case.floor == 1
         line = [
             name,
             str(case.floor),
             f"{passes:.1f} / {kernels}",
-            f"{made:.2f} / {launched + calls}",
+            f"{fused:.2f} / {launched + calls}",
             f"{forward:.2f} / {launches}",
             "-" if reads else f"{back:.2f} / {back_launches}",
-            *("-" if one is None else f"{one:,.0f} B" for one in row["kept"]),
+            *("-" if n_bytes is None else f"{n_bytes:,.0f} B" for n_bytes in row["kept"]),
         ]
         if card:
             seen = times.get(case.measured)
@@ -268,11 +272,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def updated(found: dict[str, dict[str, Any]] | None = None) -> str:
+def updated(rows: dict[str, dict[str, Any]] | None = None) -> str:
     """The page with its table as it should be."""
     text, begin, end = PAGE.read_text(encoding="utf-8"), "<!-- roofline:begin -->", "<!-- roofline:end -->"
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{table(counted() if found is None else found)}\n{end}{rest.split(end)[1]}"
+    before, after = text.split(begin)
+    return f"{before}{begin}\n{table(counted() if rows is None else rows)}\n{end}{after.split(end)[1]}"
 
 
 if __name__ == "__main__":

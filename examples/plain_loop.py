@@ -46,22 +46,23 @@ def main() -> None:
     batches = cycle([collate(rows[i : i + 2], pad_id(tokenizer)) for i in range(0, len(rows), 2)])
 
     adapted.train()
-    with plan.attached(adapted), tracker.attached(adapted):  # after the last wrapper; the hooks go on every way out
-        print(plan.explain())
+    # After the last wrapper. The hooks are taken off on every way out.
+    with plan.attached(adapted) as attachment, tracker.attached(adapted):
+        print(attachment.explain())
         tracker.measure(0)
         for step, batch in zip(range(1, args.steps + 1), batches, strict=False):
             loss = adapted(**batch, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            plan.step(step)  # schedules follow optimiser steps
+            attachment.step(step)  # schedules follow optimiser steps
             if step % 4 == 0 or step == args.steps:
                 tracker.measure(step)
                 drift = {
                     name.rsplit("/", 1)[1]: f"{value:+.2f}" for name, value in tracker.log_values().items() if name.startswith("drift/")
                 }
                 print(f"step {step:3d}  loss {loss.item():.3f}  drift of the tone {drift}")
-    print("steered tokens:", plan.fired())
+    print("steered tokens:", attachment.fired())
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     )
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     HFDriftCallback(tracker, every_n_steps=2).attach(trainer)
     trainer.train(resume_from_checkpoint=args.resume)
 
@@ -75,7 +75,7 @@ def main() -> None:
         if (effect := entry.get(f"drift/gushing@{SITE}/effect_sd")) is not None:
             margin = entry["rewards/margins"]
             print(f"step {entry['step']:3d}  loss {entry['loss']:.3f}  reward margin {margin:+.3f}  drift {effect:+.2f} SD")
-    print("steered tokens (policy pass only):", plan.fired())
+    print("steered tokens (policy pass only):", steering.attachment.fired())
 
 
 if __name__ == "__main__":

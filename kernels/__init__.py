@@ -1,7 +1,8 @@
 """Kernels, each with its PyTorch reference and its Triton form: steering, edits along directions, drift statistics.
 
-Call the functions; which form runs is their business (see `steer.kernels.dispatch`), and `force` overrules it. One file for each kernel.
-Sparse decoding, top-k encoding and edge scores will stand beside them.
+Call the functions: they choose the form that runs (see `steer.kernels.dispatch`), and `force` overrules the choice. There is one file for
+each kernel: mathematics, constants, forward kernel, backward kernel, launchers, autograd function, public function. `edit` has its parts in
+files of their own, `edit_*.py`.
 """
 
 if __name__ == "kernels":
@@ -14,7 +15,7 @@ if __name__ == "kernels":
     from pathlib import Path
 
     _root = Path(__file__).resolve().parent.parent
-    _spec = PathFinder.find_spec("kernels", [place for place in sys.path if Path(place or ".").resolve() != _root])
+    _spec = PathFinder.find_spec("kernels", [folder for folder in sys.path if Path(folder or ".").resolve() != _root])
     if _spec is not None and _spec.origin is not None and _spec.loader is not None:
         _real = module_from_spec(_spec)
         sys.modules["kernels"] = _real

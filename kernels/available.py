@@ -16,7 +16,7 @@ KERNELS: Registry[Callable[..., Any]] = Registry("kernel")
 
 
 def status() -> dict[str, Any]:
-    """What could run here.
+    """What could run here: `status()["device"]`.
 
     Returns:
         `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `path`: the one that is

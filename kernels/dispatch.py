@@ -31,31 +31,22 @@ PATHS = {
     "op": "an opaque operator, with the Triton kernel inside where it can run",
 }
 VARIABLE = "STEER_KERNELS"
-SMALL = 1 << 20  # numbers: an estimate: a pass takes half a microsecond, starting a kernel from Python tens of them
+MIN_NUMEL = 1 << 20  # an estimate: a pass over as many numbers takes half a microsecond, starting a kernel from Python tens of them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def known(name: str) -> str:
+def _check_path(name: str) -> str:
     """The name of a path. Raises ConfigError for any other."""
     if name not in PATHS:
-        raise ConfigError(
-            f"unknown path '{name}' for kernels",
-            expected=f"one of {', '.join(PATHS)}",
-            found=name,
-            remedy=f"choose one of these in force(...) or in the variable {VARIABLE}",
-        )
+        raise _unknown_path_error(name)
     return name
-
-
-_forced = known(os.environ.get(VARIABLE) or "auto")
-_triton = importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
 def force(name: str) -> Iterator[None]:
-    """Makes all calls inside take one path. Raises ConfigError for an unknown name."""
+    """Makes all calls inside take one path: `with force("aten"): ...`. Raises ConfigError for an unknown name."""
     global _forced
-    before, _forced = _forced, known(name)
+    before, _forced = _forced, _check_path(name)
     try:
         yield
     finally:
@@ -67,61 +58,79 @@ def forced() -> str:
     return _forced
 
 
-def interpreting() -> bool:
-    """Triton runs in its interpreter, on any device."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def runs_triton(h: Tensor) -> bool:
+def can_run_triton(h: Tensor) -> bool:
     """A Triton kernel can be launched on this tensor."""
-    return _triton and (h.is_cuda or interpreting()) and h.dtype in DTYPES
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on any device
+    return _has_triton and (h.is_cuda or interpreting) and h.dtype in DTYPES
 
 
 def wanted(h: Tensor) -> bool:
-    """A kernel takes edits of this activation and pays, or a compiler does, for which the functions of this room are written: what it
-    cannot fuse they leave out. Elsewhere an operator's own few operations cost less of the host's time: on a CPU, and for the few tokens
-    of a decoding step, unless they are captured in a CUDA graph, where only kernels count."""
+    """Whether an operator should call the functions of this package for an activation, rather than do its own few PyTorch operations.
+
+    Yes in compiled code, which the functions are written for, and where a kernel runs and saves more time than its launch costs. No on a
+    CPU, and for the few tokens of a decoding step, unless they are captured in a CUDA graph, where a launch costs nothing.
+    """
     if torch.compiler.is_compiling() or _forced in ("triton", "op"):
         return True
-    if choose(h) == "aten":
+    if choose_path(h) == "aten":
         return False
-    return h.numel() >= SMALL or torch.cuda.is_current_stream_capturing()
+    return h.numel() >= MIN_NUMEL or torch.cuda.is_current_stream_capturing()
 
 
-def choose(h: Tensor, opaque: bool = False) -> str:
+def choose_path(h: Tensor, opaque: bool = False) -> str:
     """The path for an activation: `aten`, `triton` or `op`.
 
     Args:
         h: the activation.
-        opaque: compiled code is better off with an operator here.
+        opaque: compiled code is better off with an operator here, because Inductor would make several passes of the formula.
 
     Raises:
         ConfigError: Triton is forced where it cannot run.
     """
     compiling = torch.compiler.is_compiling()
     if _forced == "triton":
-        if not runs_triton(h):
-            raise ConfigError(
-                "the Triton path is forced, but cannot run here",
-                expected="Triton, and a tensor in fp32, bf16 or fp16 on a GPU (or TRITON_INTERPRET=1)",
-                found=f"{h.dtype} on {h.device}, Triton {'installed' if _triton else 'missing'}",
-                remedy=f"take 'triton' out of force(...) or the variable {VARIABLE}",
-            )
-        return "op" if compiling or _watched(h) else "triton"
+        if not can_run_triton(h):
+            raise _triton_error(h)
+        return "op" if compiling or _needs_pytorch_operations(h) else "triton"
     if _forced != "auto":
         return _forced
-    if not h.is_cuda or not runs_triton(h):
+    if not h.is_cuda or not can_run_triton(h):
         return "aten"
     if compiling:
         return "op" if opaque else "aten"
-    return "aten" if _watched(h) else "triton"
+    return "aten" if _needs_pytorch_operations(h) else "triton"
 
 
-def _watched(h: Tensor) -> bool:
-    """Something wants to see PyTorch operations: a tensor subclass, vmap or jvp, a tracer, a counter of operations."""
+def _needs_pytorch_operations(h: Tensor) -> bool:
+    """Something looks at the PyTorch operations of a call: a tensor subclass, vmap or jvp, a tracer, a counter of operations."""
     return (
         type(h) not in (Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+# ---- errors
+
+
+def _unknown_path_error(name: str) -> ConfigError:
+    return ConfigError(
+        f"unknown path '{name}' for kernels",
+        expected=f"one of {', '.join(PATHS)}",
+        found=name,
+        remedy=f"choose one of these in force(...) or in the variable {VARIABLE}",
+    )
+
+
+def _triton_error(h: Tensor) -> ConfigError:
+    return ConfigError(
+        "the Triton path is forced, but cannot run here",
+        expected="Triton, and a tensor in fp32, bf16 or fp16 on a GPU (or TRITON_INTERPRET=1)",
+        found=f"{h.dtype} on {h.device}, Triton {'installed' if _has_triton else 'missing'}",
+        remedy=f"take 'triton' out of force(...) or the variable {VARIABLE}",
+    )
+
+
+_forced = _check_path(os.environ.get(VARIABLE) or "auto")  # down here, since the check may raise an error of this file
+_has_triton = importlib.util.find_spec("triton") is not None

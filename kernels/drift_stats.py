@@ -12,8 +12,9 @@ tiles are merged in fp64 by the formula of Chan, Golub and LeVeque (1983), so tw
 Shapes: h [batch, tokens, D] (fp32, bf16 or fp16; any row strides, any D; offsets in int64), u [K, D], w [batch or 1, tokens or 1]; sum,
 m2 [D] fp64; norms [batch, tokens], projections [batch, tokens, K] fp32, 0 where w is 0; histogram [K, bins] int64.
 
-Bytes per token in bf16: 2 D read once; D / 8 written and read again for the tiles' sums (8 D for each tile of 64 tokens), 4 K + 4 for
-norms and projections. Projections go through the tensor cores with fp32 directions kept to 2^-16, see `edit_tiles`.
+Bytes per token in bf16: 2 D read once; D / 8 written and read again for the sums of tiles (8 D for each tile of 64 tokens; 4 times as much
+for those of 16), 4 K + 4 for norms and projections. Projections go through the tensor cores with fp32 directions kept to 2^-16, see
+`edit_tiles`.
 
 Deterministic: tiles in a fixed order, and the only atomics count integers. Sources: Chan et al. for the merging; the column sums in two
 stages are those of fused norm backward kernels (Hsu et al. 2024, arXiv 2410.10989).
@@ -24,23 +25,252 @@ stages are those of fused norm backward kernels (Hsu et al. 2024, arXiv 2410.109
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
 from steer.kernels.available import KERNELS
-from steer.kernels.dispatch import choose, runs_triton
-from steer.kernels.edit_tiles import product
-from steer.kernels.jit import jit
-from steer.kernels.layout import power_of_two, readable, rows, strides, vectors, weights
+from steer.kernels.device_functions import dot_exact
+from steer.kernels.dispatch import can_run_triton, choose_path
+from steer.kernels.drift_reference import StatsTensors, drift_stats_reference
+from steer.kernels.layout import as_3d, bank_with_slots, broadcast_strides, contiguous_rows, next_power_of_2, token_weights
+from steer.kernels.lazy_triton import tl, triton
 
-if TYPE_CHECKING:
-    import triton.language as tl
+MAX_DIRECTIONS = 64  # all of whose projections of a tile are held in registers
+MIN_TOKENS_FOR_LARGE_TILES = 8192  # tiles of 64 are then 128 programs, one for nearly all of the 132 multiprocessors of a H100
+MAX_DIRECTIONS_OF_LARGE_TILES = 32
+MERGED_TILES = 64  # tiles that the merging kernel takes in a step
+MERGED_COLUMNS = 32  # columns of one of its programs
 
-MOST = 64  # directions, all of whose projections of a tile are held in registers
-TILE = 64  # tokens of a program
+
+@triton.jit
+def _stats_kernel(
+    h_ptr, directions_ptr, weight_ptr, low_ptr, bins_per_unit_ptr,
+    tile_weight_ptr, tile_sum_ptr, tile_m2_ptr, norm_ptr, projection_ptr, histogram_ptr,
+    n_tokens, n_rows, h_stride_b, h_stride_t, weight_stride_b, weight_stride_t,
+    WIDTH: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr,
+    TILE_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program for each tile of tokens, of any rows; n_rows is batch x tokens."""
+    tile = tl.program_id(0)
+    row = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
+    in_batch = row < n_rows
+    b, t = (row // n_tokens).to(tl.int64), (row % n_tokens).to(tl.int64)
+    w = tl.load(weight_ptr + b * weight_stride_b + t * weight_stride_t, mask=in_batch, other=0.0).to(tl.float32)
+    is_live = w > 0
+    tile_weight = tl.sum(w, 0)
+    tl.store(tile_weight_ptr + tile, tile_weight)
+    h_offsets = (b * h_stride_b + t * h_stride_t)[:, None]
+    tile_offset = tile.to(tl.int64) * WIDTH
+    squares = tl.zeros((TILE_SIZE,), tl.float32)
+    projections = tl.zeros((TILE_SIZE, BLOCK_K), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, WIDTH, BLOCK_SIZE):
+        d = start + tl.arange(0, BLOCK_SIZE)
+        h = tl.load(h_ptr + h_offsets + d[None, :], mask=is_live[:, None] & (d < WIDTH)[None, :], other=0.0)  # [TILE_SIZE, BLOCK_SIZE]
+        x = h.to(tl.float32)
+        if tile_sum_ptr is not None:
+            tile_sum = tl.sum(w[:, None] * x, 0)
+            centred = x - (tile_sum / tl.where(tile_weight > 0, tile_weight, 1.0))[None, :]
+            tl.store(tile_sum_ptr + tile_offset + d, tile_sum, mask=d < WIDTH)
+            tl.store(tile_m2_ptr + tile_offset + d, tl.sum(w[:, None] * centred * centred, 0), mask=d < WIDTH)
+        if norm_ptr is not None:
+            squares += tl.sum(x * x, 1)
+        if directions_ptr is not None:
+            u = tl.load(directions_ptr + k[None, :] * WIDTH + d[:, None], mask=(k < K)[None, :] & (d < WIDTH)[:, None], other=0.0)
+            projections = dot_exact(h, u, projections)  # u [BLOCK_SIZE, BLOCK_K]
+    if norm_ptr is not None:
+        tl.store(norm_ptr + row, tl.sqrt(squares), mask=in_batch)
+    if directions_ptr is not None:
+        tl.store(projection_ptr + row.to(tl.int64)[:, None] * K + k[None, :], projections, mask=in_batch[:, None] & (k < K)[None, :])
+    if histogram_ptr is not None:
+        low = tl.load(low_ptr + k, mask=k < K, other=0.0)[None, :]
+        bins_per_unit = tl.load(bins_per_unit_ptr + k, mask=k < K, other=0.0)[None, :]
+        bin = tl.minimum(tl.maximum((projections - low) * bins_per_unit, 0.0), BINS - 1).to(tl.int32)
+        is_counted = is_live[:, None] & (k < K)[None, :] & (projections == projections)
+        tl.atomic_add(histogram_ptr + k[None, :] * BINS + bin, 1, mask=is_counted)
+
+
+@triton.jit
+def _merge_kernel(
+    tile_weight_ptr, tile_sum_ptr, tile_m2_ptr, sum_ptr, m2_ptr, n_tiles, width,
+    STEPS: tl.constexpr, TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Merges the tiles in fp64, one program for each block of columns: sums first, then squares around their mean."""
+    d = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    n = tl.zeros((BLOCK_SIZE,), tl.float64)
+    total = tl.zeros((BLOCK_SIZE,), tl.float64)
+    for step in range(STEPS):
+        tile = step * TILES + tl.arange(0, TILES)
+        mask = (tile < n_tiles)[:, None] & (d < width)[None, :]
+        offsets = tile.to(tl.int64)[:, None] * width + d[None, :]
+        total += tl.sum(tl.load(tile_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float64), 0)
+        n += tl.sum(tl.load(tile_weight_ptr + tile, mask=tile < n_tiles, other=0.0).to(tl.float64), 0)
+    mean = total / tl.where(n > 0, n, 1.0)
+    m2 = tl.zeros((BLOCK_SIZE,), tl.float64)
+    for step in range(STEPS):
+        tile = step * TILES + tl.arange(0, TILES)
+        mask = (tile < n_tiles)[:, None] & (d < width)[None, :]
+        offsets = tile.to(tl.int64)[:, None] * width + d[None, :]
+        tile_weight = tl.load(tile_weight_ptr + tile, mask=tile < n_tiles, other=0.0).to(tl.float64)
+        tile_sum = tl.load(tile_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
+        distance = tile_sum / tl.where(tile_weight > 0, tile_weight, 1.0)[:, None] - mean[None, :]
+        tile_m2 = tl.load(tile_m2_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
+        m2 += tl.sum(tile_m2 + tile_weight[:, None] * distance * distance, 0)
+    tl.store(sum_ptr + d, total, mask=d < width)
+    tl.store(m2_ptr + d, m2, mask=d < width)
+
+
+class StatsLaunch(NamedTuple):
+    """Launch parameters; `benchmarks/gpu.py --only sweep` tries others than the default."""
+
+    tile_size: int  # tokens of a program
+    num_warps: int
+    num_stages: int  # depth of the pipeline of loads
+
+
+def default_launch(n_rows: int, k: int) -> StatsLaunch:
+    """Tiles of 64 tokens where they occupy the whole card, of 16 below: 2,048 tokens in tiles of 64 would leave 100 of 132 multiprocessors
+    without work. Tiles of 16 write four times the sums, so they are not taken above. From arithmetic, not from a measurement.
+
+    More than 32 directions spill registers on sm_80 in tiles of 64, and exceed the shared memory of gfx942 with three stages.
+    """
+    if k > MAX_DIRECTIONS_OF_LARGE_TILES:
+        return StatsLaunch(16, 4, 2)
+    return StatsLaunch(64, 8, 3) if n_rows >= MIN_TOKENS_FOR_LARGE_TILES else StatsLaunch(16, 4, 3)
+
+
+def launch(
+    h: Tensor,
+    directions: Tensor | None,
+    weight: Tensor,
+    low: Tensor | None,
+    bins_per_unit: Tensor | None,
+    bins: int,
+    channels: bool,
+    norms: bool,
+    parameters: StatsLaunch | None = None,
+) -> StatsTensors:
+    """The statistics by the kernels. h [batch, tokens, width], weight [batch or 1, tokens or 1], low and bins_per_unit [K] fp32."""
+    h = contiguous_rows(h)
+    batch, tokens, width = h.shape
+    k = 0 if directions is None else len(directions)
+    tile_size, num_warps, num_stages = parameters or default_launch(batch * tokens, k)
+    n_tiles = -(-batch * tokens // tile_size)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=h.device)
+
+    tile_weight = empty(n_tiles)
+    tile_sum = empty(n_tiles, width) if channels else None
+    tile_m2 = empty(n_tiles, width) if channels else None
+    total = torch.zeros(width if channels else 0, dtype=torch.float64, device=h.device)
+    m2 = torch.zeros_like(total)
+    norm = empty(batch, tokens) if norms else None
+    projections = None if directions is None else empty(batch, tokens, k)
+    histogram = torch.zeros(k, bins, dtype=torch.int32, device=h.device) if bins else None
+    weight_stride_b, weight_stride_t = broadcast_strides(weight)
+    if h.numel():
+        _stats_kernel[(n_tiles,)](
+            h_ptr=h,
+            directions_ptr=None if directions is None else directions.contiguous(),
+            weight_ptr=weight,
+            low_ptr=low,
+            bins_per_unit_ptr=bins_per_unit,
+            tile_weight_ptr=tile_weight,
+            tile_sum_ptr=tile_sum,
+            tile_m2_ptr=tile_m2,
+            norm_ptr=norm,
+            projection_ptr=projections,
+            histogram_ptr=histogram,
+            n_tokens=tokens,
+            n_rows=batch * tokens,
+            h_stride_b=h.stride(0),
+            h_stride_t=h.stride(1),
+            weight_stride_b=weight_stride_b,
+            weight_stride_t=weight_stride_t,
+            WIDTH=width,
+            K=k,
+            BINS=max(bins, 1),
+            TILE_SIZE=tile_size,
+            BLOCK_K=max(next_power_of_2(k), 16),
+            BLOCK_SIZE=min(max(next_power_of_2(width), 16), 32 if h.dtype == torch.float32 else 128),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    if h.numel() and channels:
+        _merge_kernel[(-(-width // MERGED_COLUMNS),)](
+            tile_weight_ptr=tile_weight,
+            tile_sum_ptr=tile_sum,
+            tile_m2_ptr=tile_m2,
+            sum_ptr=total,
+            m2_ptr=m2,
+            n_tiles=n_tiles,
+            width=width,
+            STEPS=next_power_of_2(-(-n_tiles // MERGED_TILES)),
+            TILES=MERGED_TILES,
+            BLOCK_SIZE=MERGED_COLUMNS,
+            num_warps=4,
+        )
+    return StatsTensors(
+        n=tile_weight.sum(dtype=torch.float64),
+        sum=total,
+        m2=m2,
+        norms=_or_empty(norm, h),
+        projections=_or_empty(projections, h),
+        histogram=torch.empty(0, dtype=torch.long, device=h.device) if histogram is None else histogram.long(),
+    )
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
+
+
+@torch.library.custom_op(
+    "steer::drift_stats",
+    mutates_args=(),
+    schema="(Tensor h, Tensor? directions, Tensor weight, Tensor? low, Tensor? bins_per_unit, int bins, bool channels, bool norms)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _drift_stats(
+    h: Tensor,
+    directions: Tensor | None,
+    weight: Tensor,
+    low: Tensor | None,
+    bins_per_unit: Tensor | None,
+    bins: int,
+    channels: bool,
+    norms: bool,
+) -> StatsTensors:
+    read = launch if can_run_triton(h) else drift_stats_reference
+    stats = read(h, directions, weight, low, bins_per_unit, bins, channels, norms)
+    return StatsTensors(stats.n, *[result.clone() for result in stats[1:]])  # results of an operator must not share memory
+
+
+@_drift_stats.register_fake
+def _(
+    h: Tensor,
+    directions: Tensor | None,
+    weight: Tensor,
+    low: Tensor | None,
+    bins_per_unit: Tensor | None,
+    bins: int,
+    channels: bool,
+    norms: bool,
+) -> StatsTensors:
+    wide = torch.promote_types(h.dtype, torch.float32)
+    width = h.shape[-1] if channels else 0
+    k = 0 if directions is None else len(directions)
+    return StatsTensors(
+        n=h.new_empty((), dtype=torch.float64),
+        sum=h.new_empty(width, dtype=torch.float64),
+        m2=h.new_empty(width, dtype=torch.float64),
+        norms=h.new_empty(h.shape[:2] if norms else (0,), dtype=wide),
+        projections=h.new_empty((*h.shape[:2], k) if k else (0,), dtype=wide),
+        histogram=h.new_empty((k, bins) if k and bins else (0,), dtype=torch.long),
+    )
 
 
 class DriftStats(NamedTuple):
@@ -77,219 +307,67 @@ def drift_stats(
 
     Raises:
         WidthError, ConfigError: shapes that do not fit, or a histogram without directions or with an empty range.
+
+    Example:
+        >>> stats = drift_stats(torch.randn(2, 7, 32), torch.randn(4, 32), bins=20, low=-3.0, high=3.0)
+        >>> stats.projections.shape, stats.histogram.shape
+        (torch.Size([2, 7, 4]), torch.Size([4, 20]))
     """
     if directions is not None:
-        directions = vectors(directions, 2, h, "directions to project on")
-    start, step = _range(directions, bins, low, high) if bins else (None, None)
-    x, weight = rows(h), weights(h, 1.0, mask)
-    few = directions is None or len(directions) <= MOST
-    way = choose(h, opaque=True) if few else "aten"
-    read_out = reference if way == "aten" else run if way == "triton" else torch.ops.steer.drift_stats
+        directions = bank_with_slots(directions, 2, h, "directions to project on")
+    first_edge, bins_per_unit = _histogram_range(directions, bins, low, high) if bins else (None, None)
+    has_kernel = directions is None or len(directions) <= MAX_DIRECTIONS
+    path = choose_path(h, opaque=True) if has_kernel else "aten"
+    read = drift_stats_reference if path == "aten" else launch if path == "triton" else torch.ops.steer.drift_stats
     with torch.no_grad():
-        n, total, m2, lengths, read, counts = read_out(x, directions, weight, start, step, bins, channels, norms)
+        results = read(as_3d(h), directions, token_weights(h, 1.0, mask), first_edge, bins_per_unit, bins, channels, norms)
+    stats = StatsTensors(*results)
     return DriftStats(
-        n,
-        total if channels else None,
-        m2 if channels else None,
-        lengths.view(h.shape[:-1]) if norms else None,
-        read.view(*h.shape[:-1], len(directions)) if directions is not None else None,
-        counts if bins else None,
+        n=stats.n,
+        sum=stats.sum if channels else None,
+        m2=stats.m2 if channels else None,
+        norms=stats.norms.view(h.shape[:-1]) if norms else None,
+        projections=None if directions is None else stats.projections.view(*h.shape[:-1], len(directions)),
+        histogram=stats.histogram if bins else None,
     )
 
 
-def _range(directions: Tensor | None, bins: int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
+def _histogram_range(directions: Tensor | None, bins: int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
     """Start of the first bin and bins per unit, [K] fp32."""
     if directions is None or bins < 1:
-        raise ConfigError(
-            "a histogram of projections needs directions and bins",
-            expected="directions=[K, width], and at least one bin",
-            found=f"{'no directions' if directions is None else 'directions'}, {bins} bins",
-            remedy="pass both, or bins=0",
-        )
-    k, device = len(directions), directions.device
-    numbers = isinstance(low, float | int) and isinstance(high, float | int)
-    if numbers and not low < high:
-        raise ConfigError(
-            "the range of a histogram is empty", expected="low < high", found=f"{low}, {high}", remedy="exchange them, or widen the range"
-        )
-    ends = [torch.as_tensor(one, dtype=torch.float32, device=device) for one in (low, high)]
-    if any(one.dim() > 1 or one.numel() not in (1, k) for one in ends):
-        raise ConfigError(
-            "the range of a histogram does not fit the directions",
-            expected=f"numbers, or [{k}]",
-            found=[list(one.shape) for one in ends],
-            remedy="give one number for all directions, or one for each",
-        )
-    return ends[0].expand(k).contiguous(), (bins / (ends[1] - ends[0])).expand(k).contiguous()
+        raise _histogram_error(directions, bins)
+    if isinstance(low, float | int) and isinstance(high, float | int) and not low < high:
+        raise _empty_range_error(low, high)
+    k = len(directions)
+    start = torch.as_tensor(low, dtype=torch.float32, device=directions.device)
+    end = torch.as_tensor(high, dtype=torch.float32, device=directions.device)
+    if any(edge.dim() > 1 or edge.numel() not in (1, k) for edge in (start, end)):
+        raise _range_shape_error(start, end, k)
+    return start.expand(k).contiguous(), (bins / (end - start)).expand(k).contiguous()
 
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# ---- errors
 
 
-def reference(
-    x: Tensor, u: Tensor | None, weight: Tensor, start: Tensor | None, step: Tensor | None, bins: int, channels: bool, norms: bool
-) -> Results:
-    """The same in PyTorch operations; what is not asked for is empty.
-
-    Sums are of differences from one of the tokens that count: one pass over memory, and squares that are nearly centred.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    w = weight.to(wide).expand(x.shape[:2])
-    live = (w > 0).unsqueeze(-1)
-    full = torch.where(live, x, 0).to(wide)
-    n, lengths, read = w.sum(dtype=exact), w.new_empty(0), w.new_empty(0)
-    total = m2 = torch.zeros(x.shape[-1] if channels else 0, dtype=exact, device=x.device)
-    counts = torch.empty(0, dtype=torch.long, device=x.device)
-    if channels and x.numel():
-        origin = full.flatten(0, 1)[live.flatten().to(torch.int8).argmax(0, keepdim=True)].squeeze(0)  # no wait for a number
-        off = torch.where(live, full - origin, 0)
-        shift, squares = (w.unsqueeze(-1) * off).sum((0, 1), dtype=exact), (w.unsqueeze(-1) * off.square()).sum((0, 1), dtype=exact)
-        total = shift + n * origin
-        m2 = (squares - shift.square() / torch.where(n > 0, n, 1)).clamp(min=0)
-    if norms:
-        lengths = torch.linalg.vector_norm(full, dim=-1)
-    if u is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            # the product with a transposed matrix is not the same to the bit for each place in memory, and a resumed run must be
-            read = full @ u.to(wide).mT.contiguous()
-    if start is not None and step is not None:
-        at = ((read - start) * step).clamp(0, bins - 1)
-        seen = live & (read == read)
-        at = torch.where(seen, at, 0).long() + bins * torch.arange(len(start), device=x.device)
-        counts = torch.zeros(len(start) * bins, dtype=torch.long, device=x.device)
-        counts = counts.index_add(0, at.flatten(), seen.flatten().long()).view(-1, bins)
-    return n, total, m2, lengths, read, counts
+def _histogram_error(directions: Tensor | None, bins: int) -> ConfigError:
+    return ConfigError(
+        "a histogram of projections needs directions and bins",
+        expected="directions=[K, width], and at least one bin",
+        found=f"{'no directions' if directions is None else 'directions'}, {bins} bins",
+        remedy="pass both, or bins=0",
+    )
 
 
-@jit
-def _stats(
-    x, u, weight, start, step, counts, sums, squares, norms, projections, histogram,
-    tokens, batch_tokens, x_b, x_t, weight_b, weight_t,
-    D: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program for each tile of tokens."""
-    tile = tl.program_id(0)
-    token = tile * TILE + tl.arange(0, TILE)
-    kept = token < batch_tokens
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-    w = tl.load(weight + b * weight_b + t * weight_t, mask=kept, other=0.0).to(tl.float32)
-    live = w > 0
-    n = tl.sum(w, 0)
-    tl.store(counts + tile, n)
-    at = (b * x_b + t * x_t)[:, None]
-    place = tile.to(tl.int64) * D
-    lengths = tl.zeros((TILE,), tl.float32)
-    read = tl.zeros((TILE, DIRECTIONS), tl.float32)
-    j = tl.arange(0, DIRECTIONS)
-    for begin in range(0, D, BLOCK):
-        d = begin + tl.arange(0, BLOCK)
-        given = tl.load(x + at + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-        full = given.to(tl.float32)
-        if sums is not None:
-            total = tl.sum(w[:, None] * full, 0)
-            off = full - (total / tl.where(n > 0, n, 1.0))[None, :]
-            tl.store(sums + place + d, total, mask=d < D)
-            tl.store(squares + place + d, tl.sum(w[:, None] * off * off, 0), mask=d < D)
-        if norms is not None:
-            lengths += tl.sum(full * full, 1)
-        if u is not None:
-            read = product(given, tl.load(u + j[None, :] * D + d[:, None], mask=(j < K)[None, :] & (d < D)[:, None], other=0.0), read)
-    if norms is not None:
-        tl.store(norms + token, tl.sqrt(lengths), mask=kept)
-    if u is not None:
-        tl.store(projections + token.to(tl.int64)[:, None] * K + j[None, :], read, mask=kept[:, None] & (j < K)[None, :])
-    if histogram is not None:
-        low, scale = tl.load(start + j, mask=j < K, other=0.0), tl.load(step + j, mask=j < K, other=0.0)
-        bin = tl.minimum(tl.maximum((read - low[None, :]) * scale[None, :], 0.0), BINS - 1).to(tl.int32)
-        tl.atomic_add(histogram + j[None, :] * BINS + bin, 1, mask=live[:, None] & (j < K)[None, :] & (read == read))
+def _empty_range_error(low: float, high: float) -> ConfigError:
+    return ConfigError(
+        "the range of a histogram is empty", expected="low < high", found=f"{low}, {high}", remedy="exchange them, or widen the range"
+    )
 
 
-@jit
-def _merge(
-    counts, sums, squares, total, m2, tiles, D: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Tiles merged into one, in fp64; one program for some columns."""
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.zeros((BLOCK,), tl.float64)
-    s = tl.zeros((BLOCK,), tl.float64)
-    for step in range(STEPS):
-        i = step * TILES + tl.arange(0, TILES)
-        both = (i < tiles)[:, None] & (d < D)[None, :]
-        s += tl.sum(tl.load(sums + i.to(tl.int64)[:, None] * D + d[None, :], mask=both, other=0.0).to(tl.float64), 0)
-        n += tl.sum(tl.load(counts + i, mask=i < tiles, other=0.0).to(tl.float64), 0)
-    mean = s / tl.where(n > 0, n, 1.0)
-    m = tl.zeros((BLOCK,), tl.float64)
-    for step in range(STEPS):
-        i = step * TILES + tl.arange(0, TILES)
-        both = (i < tiles)[:, None] & (d < D)[None, :]
-        c = tl.load(counts + i, mask=i < tiles, other=0.0).to(tl.float64)
-        own = tl.load(sums + i.to(tl.int64)[:, None] * D + d[None, :], mask=both, other=0.0).to(tl.float64)
-        off = own / tl.where(c > 0, c, 1.0)[:, None] - mean[None, :]
-        q = tl.load(squares + i.to(tl.int64)[:, None] * D + d[None, :], mask=both, other=0.0).to(tl.float64)
-        m += tl.sum(q + c[:, None] * off * off, 0)
-    tl.store(total + d, s, mask=d < D)
-    tl.store(m2 + d, m, mask=d < D)
-
-
-def run(
-    x: Tensor, u: Tensor | None, weight: Tensor, start: Tensor | None, step: Tensor | None, bins: int, channels: bool, norms: bool
-) -> Results:
-    """The same by the kernels."""
-    x = readable(x)
-    (batch, tokens, width), k = x.shape, 0 if u is None else len(u)
-    tiles, block = -(-batch * tokens // TILE), min(max(power_of_two(width), 16), 32 if x.dtype == torch.float32 else 128)
-
-    def blank(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    counts = blank(tiles)
-    sums, squares = (blank(tiles, width) if channels else None for _ in range(2))
-    total, m2 = (torch.zeros(width if channels else 0, dtype=torch.float64, device=x.device) for _ in range(2))
-    lengths = blank(batch, tokens) if norms else None
-    read = blank(batch, tokens, k) if u is not None else None
-    histogram = torch.zeros(k, bins, dtype=torch.int32, device=x.device) if bins else None
-    if x.numel():
-        _stats.launch(
-            (tiles,),
-            x, None if u is None else u.contiguous(), weight, start, step, counts, sums, squares, lengths, read, histogram,
-            tokens, batch * tokens, x.stride(0), x.stride(1), *strides(weight),
-            width, k, max(bins, 1), TILE, max(power_of_two(k), 16), block,
-            num_warps=8, num_stages=3,
-        )  # fmt: skip
-        if channels:
-            steps = power_of_two(-(-tiles // 64))
-            _merge.launch((-(-width // 32),), counts, sums, squares, total, m2, tiles, width, steps, 64, 32, num_warps=4)
-    none = x.new_empty(0, dtype=torch.float32)
-    long = torch.empty(0, dtype=torch.long, device=x.device) if histogram is None else histogram.long()
-    return counts.sum(dtype=torch.float64), total, m2, none if lengths is None else lengths, none if read is None else read, long
-
-
-@torch.library.custom_op(
-    "steer::drift_stats",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? u, Tensor weight, Tensor? start, Tensor? step, int bins, bool channels, bool norms)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _drift_stats(
-    x: Tensor, u: Tensor | None, weight: Tensor, start: Tensor | None, step: Tensor | None, bins: int, channels: bool, norms: bool
-) -> Results:
-    made = (run if runs_triton(x) else reference)(x, u, weight, start, step, bins, channels, norms)
-    return made[0], *(one.clone() for one in made[1:])  # type: ignore[return-value]
-
-
-@_drift_stats.register_fake
-def _(
-    x: Tensor, u: Tensor | None, weight: Tensor, start: Tensor | None, step: Tensor | None, bins: int, channels: bool, norms: bool
-) -> Results:
-    exact = torch.float64
-    wide = torch.promote_types(x.dtype, torch.float32)
-    channel = x.shape[-1] if channels else 0
-    return (
-        x.new_empty((), dtype=exact),
-        x.new_empty(channel, dtype=exact),
-        x.new_empty(channel, dtype=exact),
-        x.new_empty(x.shape[:2] if norms else (0,), dtype=wide),
-        x.new_empty((*x.shape[:2], len(u)) if u is not None else (0,), dtype=wide),
-        x.new_empty((len(u), bins) if u is not None and bins else (0,), dtype=torch.long),
+def _range_shape_error(start: Tensor, end: Tensor, k: int) -> ConfigError:
+    return ConfigError(
+        "the range of a histogram does not fit the directions",
+        expected=f"numbers, or [{k}]",
+        found=[list(start.shape), list(end.shape)],
+        remedy="give one number for all directions, or one for each",
     )

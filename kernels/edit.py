@@ -29,9 +29,12 @@ the directions [1 or slots, M] fp32, w [batch or 1, tokens or 1], slots [batch, 
 Bytes per token in bf16: forward and backward 4 D each (6 D backward with norm preservation), the directions coming from the caches. Saved
 for backward: p, 4 M, and |h|, 4, where the threshold is relative; nothing of the size of h unless the norm is kept or U learns.
 
-Two kernels: `edit_scalar` keeps one token in registers and goes through the directions one by one, M <= 16; `edit_tiles` takes 16 to 64
-tokens and all directions at once through the tensor cores, M <= 256. What neither takes (more directions; more than 16 with norm
+Two pairs of kernels: `edit_scalar` keeps a token in registers and goes through the directions one by one, M <= 16; `edit_tiles` takes 16 to
+64 tokens and all directions at once through the tensor cores, M <= 256. What neither takes (more directions; more than 16 with norm
 preservation, or with slots of tokens) runs in PyTorch operations. Deterministic.
+
+Files: `edit_task` (arguments), `edit_reference` (PyTorch), `edit_scalar` and `edit_tiles` (kernels and launchers), `edit_autograd` (choice
+of the kernel, gradients), `edit_operator` (for compiled code), and this one.
 
 Sources: Arditi et al. 2024, arXiv 2406.11717 (ablation); Lee et al. 2024, arXiv 2409.05907, CAST (gate); Rajamanoharan et al. 2024, arXiv
 2407.14435 (JumpReLU); Templeton et al. 2024, "Scaling Monosemanticity" (clamping features; the change along decoder rows alone equals a
@@ -40,22 +43,17 @@ splice with the error term, since h + (decode(z') - decode(z)) = h + sum_j (z'_j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.kernels import edit_scalar, edit_tiles
+from steer.kernels import edit_operator  # noqa: F401  (registers torch.ops.steer.edit)
 from steer.kernels.available import KERNELS
-from steer.kernels.dispatch import choose, runs_triton
-from steer.kernels.edit_formula import FUSED, Numbers, Options, changed, formula, formula_backward, slope, slots_in
-from steer.kernels.layout import blank, inside, per_slot, picked, readable, rows, slots_of, sum_to, vectors, weights
-from steer.kernels.weighted_sum import reference as summed
-from steer.kernels.weighted_sum import weighted_sum
-
-NAMES = ("bias", "scale", "shift", "low", "high", "threshold")
+from steer.kernels.dispatch import choose_path
+from steer.kernels.edit_autograd import Edit, has_kernel
+from steer.kernels.edit_reference import MAX_FUSED, edit_reference
+from steer.kernels.edit_task import EditNumbers, EditOptions, EditTask
+from steer.kernels.layout import as_3d, bank_with_slots, slots_as_2d, token_weights
 
 
 @KERNELS.register("edit")
@@ -87,260 +85,71 @@ def edit(
         relative: the threshold is in units of |h|. gated: where a direction is not over its threshold, nothing is written along it.
         strength, mask: what broadcasts to [..., 1]; 0 leaves a token exactly as it is.
         slots: [batch], or one for each token; -1 leaves it alone. None gives every token the first slot.
-        preserve_norm: each token gets the norm that it had.
+        preserve_norm: each token keeps the norm that it had.
 
     Raises:
         WidthError, ConfigError: shapes that do not fit.
+
+    Example:
+        >>> clamped = edit(torch.randn(2, 7, 32), torch.randn(5, 32), low=-1.0, high=1.0)
     """
-    read = vectors(read, 3, h, "directions to read")
-    write = read if write is None else vectors(write, 3, h, "directions to write")
+    read = bank_with_slots(read, 3, h, "directions to read")
+    write = read if write is None else bank_with_slots(write, 3, h, "directions to write")
     if write.shape != read.shape:
-        raise ConfigError(
-            "directions to read and to write do not pair up",
-            expected=f"two banks of the shape {list(read.shape)}",
-            found=f"{list(write.shape)} to write",
-            remedy="give one direction to write for each that is read",
-        )
-    gain = 0.0 if scale is None or isinstance(scale, Tensor) else float(scale) - 1
-    given = (bias, scale if isinstance(scale, Tensor) else None, shift, low, high, threshold)
-    numbers = tuple(None if one is None else _number(one, read, name) for name, one in zip(NAMES, given, strict=True))
-    x, weight, slots = rows(h), weights(h, strength, mask), slots_of(slots, h)
-    options = (gain, relative, gated, preserve_norm)
-    way = choose(h, opaque=read.shape[1] > FUSED) if fits(read, slots, preserve_norm) else "aten"
-    if way == "triton":
-        out = Edit.apply(x, read, write, weight, slots, *numbers, *options)
-    elif way == "op":
-        out = torch.ops.steer.edit(x, read, write, weight, slots, *numbers, *options)[0]
+        raise _pairs_error(read, write)
+    numbers = EditNumbers(
+        bias=_per_direction(bias, read, "bias"),
+        scale=_per_direction(scale, read, "scale") if isinstance(scale, Tensor) else None,
+        shift=_per_direction(shift, read, "shift"),
+        low=_per_direction(low, read, "low"),
+        high=_per_direction(high, read, "high"),
+        threshold=_per_direction(threshold, read, "threshold"),
+    )
+    scale_minus_1 = 0.0 if scale is None or isinstance(scale, Tensor) else float(scale) - 1
+    options = EditOptions(scale_minus_1, relative, gated, preserve_norm)
+    x = as_3d(h)  # [batch, tokens, width]
+    weight = token_weights(h, strength, mask)
+    slots = slots_as_2d(slots, h)
+    path = choose_path(h, opaque=read.shape[1] > MAX_FUSED) if has_kernel(read, slots, preserve_norm) else "aten"
+    if path == "triton":
+        edited = Edit.apply(x, read, write, weight, slots, *numbers, *options)
+    elif path == "op":
+        edited = torch.ops.steer.edit(x, read, write, weight, slots, *numbers, *options)[0]
     else:
-        out = formula(x, read, write, weight, slots, numbers, options)[0]
-    return out.view(h.shape)
+        edited = edit_reference(x, EditTask(read, write, weight, slots, numbers, options))[0]
+    return edited.view(h.shape)
 
 
-def fits(read: Tensor, slots: Tensor | None, norm: bool) -> bool:
-    """A kernel takes this many directions with these options."""
-    (_, m, width), by_token = read.shape, slots is not None and slots.shape[1] > 1
-    scalar = m <= edit_scalar.MOST and width <= edit_scalar.WIDEST
-    return scalar or (m <= edit_tiles.MOST and not norm and not by_token)
-
-
-def _number(value: Tensor | float, read: Tensor, what: str) -> Tensor:
-    """[1 or slots, M]."""
+def _per_direction(value: Tensor | float | None, read: Tensor, what: str) -> Tensor | None:
+    """A number of the directions as [1 or slots, M]."""
+    if value is None:
+        return None
     m = read.shape[1]
     if not isinstance(value, Tensor):
         return torch.full((1, m), float(value), dtype=torch.float32, device=read.device)
     value = value.view(1, -1) if value.dim() < 2 else value
     if value.dim() != 2 or value.shape[1] not in (1, m) or 0 in value.shape or value.device != read.device:
-        raise ConfigError(
-            f"'{what}' does not fit the directions",
-            expected=f"a number, [{m}] or [slots, {m}], on {read.device}",
-            found=f"{list(value.shape)} on {value.device}",
-            remedy="give one number for all directions, or one for each",
-        )
+        raise _number_error(value, read, what)
     return value.expand(-1, m)
 
 
-# ---- autograd
+# ---- errors
 
 
-def launch(
-    x: Tensor,
-    h: Tensor | None,
-    out: Tensor,
-    dy: Tensor | None,
-    q: Tensor | None,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    slots: Tensor | None,
-    numbers: Numbers,
-    options: Options,
-    p: Tensor | None,
-    length: Tensor | None,
-    backward: bool,
-) -> None:
-    """Runs the kernel that suits, see `edit_scalar.launch`; it gets the numbers of the directions as [count, M] fp32."""
-    count = slots_in(first, second, numbers)
-    if x.numel():
-        kernel = edit_scalar if edit_scalar.suits(x, first.shape[1], slots, options[3]) else edit_tiles
-        numbers = tuple(None if one is None else one.expand(count, -1).float().contiguous() for one in numbers)
-        kernel.launch(x, h, out, dy, q, first, second, weight, slots, numbers, options, p, length, count, backward=backward)
+def _pairs_error(read: Tensor, write: Tensor) -> ConfigError:
+    return ConfigError(
+        "directions to read and to write do not pair up",
+        expected=f"two banks of the shape {list(read.shape)}",
+        found=f"{list(write.shape)} to write",
+        remedy="give one direction to write for each that is read",
+    )
 
 
-def run(
-    x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, numbers: Numbers, options: Options, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(o, p, |h|) by a kernel; p [batch, tokens, M] and |h| [batch, tokens] only where they are kept, and |h| where it is needed."""
-    x = readable(x)
-    out, p, length = blank(x), None, None
-    if keep:
-        p = torch.empty(*x.shape[:2], read.shape[1], dtype=torch.float32, device=x.device)
-        length = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if options[1] else None
-    launch(x, None, out, None, None, read, write, weight, slots, numbers, options, p, length, backward=False)
-    return out, p, length
-
-
-def run_backward(
-    g: Tensor,
-    x: Tensor | None,
-    read: Tensor,
-    write: Tensor,
-    weight: Tensor,
-    slots: Tensor | None,
-    numbers: Numbers,
-    options: Options,
-    p: Tensor | None,
-    length: Tensor | None,
-    more: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(dh, q, dy) by a kernel; q only when `more` than dh is wanted; dy is g itself when no norm is kept."""
-    g, x = readable(g), None if x is None else readable(x)
-    dh, dy = blank(g), blank(g) if options[3] and more else None
-    q = torch.empty(*g.shape[:2], read.shape[1], dtype=torch.float32, device=g.device) if more else None
-    launch(g, x, dh, dy, q, write, read, weight, slots, numbers, options, p, length, backward=True)
-    return dh, q, g if dy is None else dy
-
-
-def gradients(
-    needs: Sequence[bool],
-    x: Tensor | None,
-    read: Tensor,
-    write: Tensor,
-    weight: Tensor,
-    slots: Tensor | None,
-    numbers: Numbers,
-    options: Options,
-    p: Tensor,
-    length: Tensor | None,
-    q: Tensor,
-    dy: Tensor,
-) -> list[Tensor | None]:
-    """Those of read, write, weight, slots and the six numbers, where they are needed; from small tensors, but for the banks' own."""
-    gain, _, gated, _ = options
-    count = slots_in(read, write, numbers)
-    chosen = tuple(None if one is None else picked(one, slots) for one in numbers)
-    here = changed(p, chosen, gain, gated, None if length is None else length.unsqueeze(-1))
-    w = inside(weight, slots, count).unsqueeze(-1)
-    pull = w * q
-    d_p = pull * slope(here)
-    if here.on is not None and gated:
-        pull = torch.where(here.on, pull, 0)
-    off = torch.zeros_like(q, dtype=torch.bool)
-    over = off if here.over is None else here.over
-    under = off if here.under is None else here.under & ~over
-    free = torch.where(over | under, 0, pull)
-
-    def of_bank(bank: Tensor, vector: Tensor, share: Tensor) -> Tensor:
-        own = None if bank.shape[0] == 1 else slots
-        add = weighted_sum if choose(vector) == "triton" else summed
-        return add(vector, share.expand(*vector.shape[:2], -1), own, bank.shape[0]).to(bank.dtype)
-
-    def of_number(number: Tensor | None, share: Tensor) -> Tensor | None:
-        own = None if number is None or number.shape[0] == 1 else slots
-        return None if number is None else per_slot(share, own, number.shape[0]).to(number.dtype)
-
-    made: list[Tensor | None] = [
-        of_bank(read, x, d_p) if needs[0] and x is not None else None,
-        of_bank(write, dy, w * here.phi) if needs[1] else None,
-        sum_to(inside((here.phi * q).sum(-1), slots, count), weight) if needs[2] else None,
-        None,
-    ]
-    shares = (d_p, free * here.z, free, torch.where(under, pull, 0), torch.where(over, pull, 0))
-    of_numbers = [of_number(one, share) if need else None for one, share, need in zip(numbers, shares, needs[4:], strict=False)]
-    return [*made, *of_numbers, None]
-
-
-class Edit(torch.autograd.Function):
-    """The Triton kernels for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> Tensor:
-        numbers, ctx.options = rest[:6], rest[6:]
-        read, write = read.contiguous(), write.contiguous()
-        more = any(ctx.needs_input_grad[1:])
-        linear = all(one is None for one in numbers[3:])
-        keep = more or (ctx.needs_input_grad[0] and (not linear or ctx.options[3]))
-        out, p, length = run(x, read, write, weight, slots, numbers, ctx.options, keep)
-        ctx.save_for_backward(x if ctx.options[3] or ctx.needs_input_grad[1] else None, read, write, weight, slots, *numbers, p, length)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, read, write, weight, slots, *numbers, p, length = ctx.saved_tensors
-        given = (read, write, weight, slots, tuple(numbers), ctx.options, p, length)
-        more = any(ctx.needs_input_grad[1:])
-        dh, q, dy = run_backward(g, x, *given, more)
-        rest = gradients(ctx.needs_input_grad[1:], x, *given, q, dy) if more and q is not None else [None] * 10
-        return dh, *rest, None, None, None, None
-
-
-# ---- the same behind an operator, for compiled code along many directions
-
-_ARGUMENTS = (
-    "Tensor read, Tensor write, Tensor weight, Tensor? slots, "
-    "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? low, Tensor? high, Tensor? threshold, "
-    "float gain, bool relative, bool gated, bool norm"
-)
-
-
-@torch.library.custom_op("steer::edit", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-def _edit(x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    numbers, options = rest[:6], rest[6:]
-    if runs_triton(x):
-        out, p, length = run(x, read.contiguous(), write.contiguous(), weight, slots, numbers, options, True)
-    else:
-        out, p, length = formula(x, read, write, weight, slots, numbers, options)
-        out, p, length = out.contiguous(), p.contiguous(), None if length is None else length.squeeze(-1)
-    assert p is not None
-    return out, p, p.new_empty(0) if length is None else length
-
-
-@_edit.register_fake
-def _(x: Tensor, read: Tensor, write: Tensor, weight: Tensor, slots: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    length = x.new_empty(x.shape[:2] if rest[7] else (0,), dtype=wide)
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], read.shape[1], dtype=wide), length
-
-
-_backward_schema = f"(Tensor g, Tensor? x, {_ARGUMENTS}, Tensor p, Tensor length, bool more) -> (Tensor, Tensor, Tensor)"
-
-
-@torch.library.custom_op("steer::edit_backward", mutates_args=(), schema=_backward_schema)
-def _edit_backward(g: Tensor, x: Tensor | None, read: Tensor, write: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh, q, dy); the latter two are empty unless more than dh is wanted, and dy also where it is g."""
-    weight, slots, numbers, options, (p, length, more) = rest[0], rest[1], rest[2:8], rest[8:12], rest[12:]
-    length = length if options[1] else None
-    if runs_triton(g):
-        dh, q, dy = run_backward(g, x, read.contiguous(), write.contiguous(), weight, slots, numbers, options, p, length, more)
-    else:
-        length = None if length is None else length.unsqueeze(-1)
-        dh, q, dy = formula_backward(g, x, read, write, weight, slots, numbers, options, p, length)
-    return dh.contiguous(), q if more and q is not None else p.new_empty(0), dy.to(g.dtype) if more and options[3] else g.new_empty(0)
-
-
-@_edit_backward.register_fake
-def _(g: Tensor, x: Tensor | None, read: Tensor, write: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    p, more, norm = rest[12], rest[14], rest[11]
-    return g.new_empty(g.shape), p.new_empty(p.shape if more else (0,)), g.new_empty(g.shape if more and norm else (0,))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, read, write, weight, slots, *rest = inputs
-    numbers, ctx.options = rest[:6], rest[6:]
-    kept = x if ctx.options[3] or ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(kept, read, write, weight, slots, *numbers, output[1], output[2])
-
-
-def _differentiate(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, read, write, weight, slots, *numbers, p, length = ctx.saved_tensors
-    more = any(ctx.needs_input_grad[1:])
-    dh, q, dy = torch.ops.steer.edit_backward(g, x, read, write, weight, slots, *numbers, *ctx.options, p, length, more)
-    rest: list[Tensor | None] = [None] * 10
-    if more:
-        options = tuple(ctx.options)
-        given = (read, write, weight, slots, tuple(numbers), options, p, length if options[1] else None)
-        rest = gradients(ctx.needs_input_grad[1:], x, *given, q, dy if options[3] else g)
-    return dh, *rest, None, None, None, None
-
-
-_edit.register_autograd(_differentiate, setup_context=_keep)
+def _number_error(value: Tensor, read: Tensor, what: str) -> ConfigError:
+    m = read.shape[1]
+    return ConfigError(
+        f"'{what}' does not fit the directions",
+        expected=f"a number, [{m}] or [slots, {m}], on {read.device}",
+        found=f"{list(value.shape)} on {value.device}",
+        remedy="give one number for all directions, or one for each",
+    )

@@ -1,8 +1,9 @@
-"""The unified edit with one token in registers, along few directions; mathematics in `edit.py`.
+"""The unified edit with tokens in registers, along few directions; mathematics in `edit.py`.
 
-A program reads its token once, takes the inner product with one direction after the other in fp32, and writes once. The directions come
-from the L1 cache while they fit (2 M D x 4 bytes: 4 directions of 4,096 numbers are 131 kB), from the L2 cache above, where each token
-costs 8 M D bytes of its bandwidth: the reason why many tokens along more directions go to `edit_tiles`.
+A program reads its tokens once, takes the inner product with one direction after the other in fp32, and writes once. The directions come
+from the L1 cache while they fit (8 M D bytes: 4 directions of width 4,096 are 131 kB), and from the L2 cache above. There a program costs
+8 M D bytes of its bandwidth: 262 kB for 4 directions of width 8,192, beside 32 kB of memory traffic for a token. Hence programs of several
+tokens, which share what they read, and `edit_tiles` for many tokens along more directions.
 
 The backward pass is the same loop with the directions' roles exchanged; with norm preservation it builds y again from p first.
 """
@@ -12,154 +13,233 @@ The backward pass is the same loop with the directions' roles exchanged; with no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from torch import Tensor
 
-from steer.kernels.jit import inline, jit
-from steer.kernels.layout import power_of_two, strides
+from steer.kernels.device_functions import evaluate_phi
+from steer.kernels.edit_task import EditTask, contiguous_number, kernel_arguments
+from steer.kernels.layout import broadcast_strides, is_per_token, next_power_of_2
+from steer.kernels.lazy_triton import tl, triton
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-MOST = 16  # directions
-WIDEST = 16384  # columns, all of them in registers
-CACHED = 4  # directions up to which the L1 cache holds them
-MANY = 1024  # tokens that are worth tiles
+MAX_DIRECTIONS = 16
+MAX_WIDTH = 16384  # columns, all of them in registers
+CACHED_DIRECTIONS = 4  # directions up to which the L1 cache holds them
+MIN_TILED_TOKENS = 1024  # tokens that are worth tiles
 
 
-def suits(x: Tensor, m: int, slots: Tensor | None, norm: bool) -> bool:
+def is_suitable(x: Tensor, task: EditTask) -> bool:
     """This kernel takes the edit, and is the better one for it."""
-    if m > MOST or x.shape[-1] > WIDEST:
+    n_directions = task.read.shape[1]
+    if n_directions > MAX_DIRECTIONS or x.shape[-1] > MAX_WIDTH:
         return False
-    by_token = slots is not None and slots.shape[1] > 1
-    return norm or by_token or m <= CACHED or x.shape[0] * x.shape[1] < MANY
+    if task.options.preserve_norm or is_per_token(task.slots):
+        return True
+    return n_directions <= CACHED_DIRECTIONS or x.shape[0] * x.shape[1] < MIN_TILED_TOKENS
 
 
-@inline
-def change(p, at, mask, reach, scale, shift, low, high, threshold, gain, GATED: tl.constexpr):
-    """(phi, d phi / d p) of the numbers p; those of their directions are at `at`."""
-    slope = tl.where(p == p, gain, gain)
-    if scale is not None:
-        slope += tl.load(scale + at, mask=mask) - 1.0
-    on = p == p
-    if threshold is not None:
-        on = p > tl.load(threshold + at, mask=mask) * reach
-    z = tl.where(on, p, 0.0)
-    phi = slope * z
-    if shift is not None:
-        phi += tl.load(shift + at, mask=mask)
-    if low is not None:
-        bound = tl.load(low + at, mask=mask) - z
-        slope = tl.where(phi < bound, -1.0, slope)
-        phi = tl.where(phi < bound, bound, phi)
-    if high is not None:
-        bound = tl.load(high + at, mask=mask) - z
-        slope = tl.where(phi > bound, -1.0, slope)
-        phi = tl.where(phi > bound, bound, phi)
-    if GATED:
-        phi = tl.where(on, phi, 0.0)
-    return phi, tl.where(on, slope, 0.0)
-
-
-@jit
-def _edit(
-    x, h, out, dy, q, first, second, weight, slots, bias, scale, shift, low, high, threshold, p, length,
-    tokens, count, gain, x_b, x_t, h_b, h_t, weight_b, weight_t, slots_b, slots_t, first_s, second_s,
-    D: tl.constexpr, M: tl.constexpr, RELATIVE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, BACKWARD: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def _forward_kernel(
+    h_ptr, out_ptr, read_ptr, write_ptr, weight_ptr, slots_ptr,
+    bias_ptr, scale_ptr, shift_ptr, low_ptr, high_ptr, threshold_ptr, p_ptr, h_norm_ptr,
+    n_tokens, n_slots, scale_minus_1,
+    h_stride_b, h_stride_t, weight_stride_b, weight_stride_t, slots_stride_b, slots_stride_t, read_stride_s, write_stride_s,
+    WIDTH: tl.constexpr, M: tl.constexpr, RELATIVE: tl.constexpr, GATED: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    TILE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program for each token. Forward: x is h, first U, second W. Backward: x is g, first W, second U; h only to keep the norm."""
-    token = tl.program_id(0)
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-    token = token.to(tl.int64)
-    w = tl.load(weight + b * weight_b + t * weight_t).to(tl.float32)
-    at = token * 0
-    if slots is not None:
-        slot = tl.load(slots + b * slots_b + t * slots_t).to(tl.int64)
-        there = (slot >= 0) & (slot < count)
-        w = tl.where(there, w, 0.0)
-        slot = tl.where(there, slot, 0)
-        at = slot * M
-        first += slot * first_s
-        second += slot * second_s
-    d = tl.arange(0, BLOCK)
-    row = d < D
-    given = tl.load(x + b * x_b + t * x_t + d, mask=row, other=0.0).to(tl.float32)
-    reach = 1.0
-    if BACKWARD:
-        if RELATIVE:
-            reach = tl.load(length + token)
-        inner, base = given, given
-        if NORM:
-            full = tl.load(h + b * h_b + t * h_t + d, mask=row, other=0.0).to(tl.float32)
-            y = full
-            for j in range(M):
-                phi, _ = change(tl.load(p + token * M + j), at + j, None, reach, scale, shift, low, high, threshold, gain, GATED)
-                y += (w * phi) * tl.load(first + j * D + d, mask=row, other=0.0).to(tl.float32)
-            hn, yn, gy = tl.sqrt(tl.sum(full * full, 0)), tl.sqrt(tl.sum(y * y, 0)), tl.sum(given * y, 0)
-            safe = tl.where(yn > 0, yn, 1.0)
-            inner = (given - gy / (safe * safe) * y) * (hn / safe)
-            base = inner + gy / (tl.where(hn > 0, hn, 1.0) * safe) * full
-            if dy is not None:
-                tl.store(dy + token * D + d, inner.to(dy.dtype.element_ty), mask=row)
-        made = base
-        for j in range(M):
-            pull = tl.sum(inner * tl.load(first + j * D + d, mask=row, other=0.0).to(tl.float32), 0)
-            if q is not None:
-                tl.store(q + token * M + j, pull)
-            read = pull
-            if p is not None:
-                read = tl.load(p + token * M + j)
-            _, slope = change(read, at + j, None, reach, scale, shift, low, high, threshold, gain, GATED)
-            made += (w * slope * pull) * tl.load(second + j * D + d, mask=row, other=0.0).to(tl.float32)
-    else:
-        hh = tl.sum(given * given, 0)
-        if RELATIVE:
-            reach = tl.sqrt(hh)
-            if length is not None:
-                tl.store(length + token, reach)
-        made = given
-        for j in range(M):
-            read = tl.sum(given * tl.load(first + j * D + d, mask=row, other=0.0).to(tl.float32), 0)
-            if bias is not None:
-                read += tl.load(bias + at + j)
-            if p is not None:
-                tl.store(p + token * M + j, read)
-            phi, _ = change(read, at + j, None, reach, scale, shift, low, high, threshold, gain, GATED)
-            made += (w * phi) * tl.load(second + j * D + d, mask=row, other=0.0).to(tl.float32)
-        if NORM:
-            yy = tl.sum(made * made, 0)
-            made = made * (tl.sqrt(hh) / tl.where(yy > 0, tl.sqrt(yy), 1.0))
-    tl.store(out + token * D + d, tl.where(w != 0, made, given).to(out.dtype.element_ty), mask=row)
+    """One program for each tile of tokens, which are of one row and share its slot."""
+    tiles_per_row = tl.cdiv(n_tokens, TILE_SIZE)
+    b = (tl.program_id(0) // tiles_per_row).to(tl.int64)
+    first_t = (tl.program_id(0) % tiles_per_row).to(tl.int64) * TILE_SIZE
+    t = first_t + tl.arange(0, TILE_SIZE)
+    in_row = t < n_tokens
+    w = tl.load(weight_ptr + b * weight_stride_b + t * weight_stride_t, mask=in_row, other=0.0).to(tl.float32)
+    number_offset = b * 0
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b * slots_stride_b + first_t * slots_stride_t).to(tl.int64)
+        is_known = (slot >= 0) & (slot < n_slots)
+        w = tl.where(is_known, w, 0.0)
+        slot = tl.where(is_known, slot, 0)
+        number_offset = slot * M
+        read_ptr += slot * read_stride_s
+        write_ptr += slot * write_stride_s
+    row = b * n_tokens + t
+    d = tl.arange(0, BLOCK_SIZE)[None, :]
+    in_width = d < WIDTH
+    mask = in_width if TILE_SIZE == 1 else in_row[:, None] & in_width  # a tile of one token is always in its row
+    h = tl.load(h_ptr + (b * h_stride_b + t * h_stride_t)[:, None] + d, mask=mask, other=0.0).to(tl.float32)  # [TILE_SIZE, BLOCK_SIZE]
+    h_squared = tl.sum(h * h, 1)
+    threshold_unit = tl.full((TILE_SIZE,), 1.0, tl.float32)
+    if RELATIVE:
+        threshold_unit = tl.sqrt(h_squared)
+        if h_norm_ptr is not None:
+            tl.store(h_norm_ptr + row, threshold_unit, mask=in_row)
+    y = h
+    for j in range(M):
+        p = tl.sum(h * tl.load(read_ptr + j * WIDTH + d, mask=in_width, other=0.0).to(tl.float32), 1)  # [TILE_SIZE]
+        if bias_ptr is not None:
+            p += tl.load(bias_ptr + number_offset + j)
+        if p_ptr is not None:
+            tl.store(p_ptr + row * M + j, p, mask=in_row)
+        phi, _ = evaluate_phi(
+            p, number_offset + j, None, threshold_unit, scale_ptr, shift_ptr, low_ptr, high_ptr, threshold_ptr, scale_minus_1, GATED
+        )
+        y += (w * phi)[:, None] * tl.load(write_ptr + j * WIDTH + d, mask=in_width, other=0.0).to(tl.float32)
+    if PRESERVE_NORM:
+        y_squared = tl.sum(y * y, 1)
+        y = y * (tl.sqrt(h_squared) / tl.where(y_squared > 0, tl.sqrt(y_squared), 1.0))[:, None]
+    y = tl.where((w != 0)[:, None], y, h)
+    tl.store(out_ptr + (row * WIDTH)[:, None] + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(
-    x: Tensor,
-    h: Tensor | None,
-    out: Tensor,
-    dy: Tensor | None,
-    q: Tensor | None,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    slots: Tensor | None,
-    numbers: tuple[Tensor | None, ...],
-    options: tuple[float, bool, bool, bool],
-    p: Tensor | None,
-    length: Tensor | None,
-    count: int,
-    backward: bool,
+@triton.jit
+def _backward_kernel(
+    g_ptr, h_ptr, dh_ptr, dy_ptr, q_ptr, read_ptr, write_ptr, weight_ptr, slots_ptr,
+    scale_ptr, shift_ptr, low_ptr, high_ptr, threshold_ptr, p_ptr, h_norm_ptr,
+    n_tokens, n_slots, scale_minus_1, g_stride_b, g_stride_t, h_stride_b, h_stride_t,
+    weight_stride_b, weight_stride_t, slots_stride_b, slots_stride_t, read_stride_s, write_stride_s,
+    WIDTH: tl.constexpr, M: tl.constexpr, RELATIVE: tl.constexpr, GATED: tl.constexpr, PRESERVE_NORM: tl.constexpr,
+    TILE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program for each tile of tokens, as in the forward pass; h only to keep the norm, p where phi' depends on it."""
+    tiles_per_row = tl.cdiv(n_tokens, TILE_SIZE)
+    b = (tl.program_id(0) // tiles_per_row).to(tl.int64)
+    first_t = (tl.program_id(0) % tiles_per_row).to(tl.int64) * TILE_SIZE
+    t = first_t + tl.arange(0, TILE_SIZE)
+    in_row = t < n_tokens
+    w = tl.load(weight_ptr + b * weight_stride_b + t * weight_stride_t, mask=in_row, other=0.0).to(tl.float32)
+    number_offset = b * 0
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b * slots_stride_b + first_t * slots_stride_t).to(tl.int64)
+        is_known = (slot >= 0) & (slot < n_slots)
+        w = tl.where(is_known, w, 0.0)
+        slot = tl.where(is_known, slot, 0)
+        number_offset = slot * M
+        read_ptr += slot * read_stride_s
+        write_ptr += slot * write_stride_s
+    row = b * n_tokens + t
+    d = tl.arange(0, BLOCK_SIZE)[None, :]
+    in_width = d < WIDTH
+    mask = in_width if TILE_SIZE == 1 else in_row[:, None] & in_width  # a tile of one token is always in its row
+    out_offsets = (row * WIDTH)[:, None] + d
+    g = tl.load(g_ptr + (b * g_stride_b + t * g_stride_t)[:, None] + d, mask=mask, other=0.0).to(tl.float32)  # [TILE_SIZE, BLOCK_SIZE]
+    threshold_unit = tl.full((TILE_SIZE,), 1.0, tl.float32)
+    if RELATIVE:
+        threshold_unit = tl.load(h_norm_ptr + row, mask=in_row, other=1.0)
+    dy = g
+    dh = g
+    if PRESERVE_NORM:
+        h = tl.load(h_ptr + (b * h_stride_b + t * h_stride_t)[:, None] + d, mask=mask, other=0.0).to(tl.float32)
+        y = h
+        for j in range(M):
+            p = tl.load(p_ptr + row * M + j, mask=in_row, other=0.0)
+            phi, _ = evaluate_phi(
+                p, number_offset + j, None, threshold_unit, scale_ptr, shift_ptr, low_ptr, high_ptr, threshold_ptr, scale_minus_1, GATED
+            )
+            y += (w * phi)[:, None] * tl.load(write_ptr + j * WIDTH + d, mask=in_width, other=0.0).to(tl.float32)
+        h_norm = tl.sqrt(tl.sum(h * h, 1))
+        y_norm = tl.sqrt(tl.sum(y * y, 1))
+        g_y = tl.sum(g * y, 1)
+        divisor = tl.where(y_norm > 0, y_norm, 1.0)
+        dy = (g - (g_y / (divisor * divisor))[:, None] * y) * (h_norm / divisor)[:, None]
+        dh = dy + (g_y / (tl.where(h_norm > 0, h_norm, 1.0) * divisor))[:, None] * h
+        if dy_ptr is not None:
+            tl.store(dy_ptr + out_offsets, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+    for j in range(M):
+        q = tl.sum(dy * tl.load(write_ptr + j * WIDTH + d, mask=in_width, other=0.0).to(tl.float32), 1)  # [TILE_SIZE]
+        if q_ptr is not None:
+            tl.store(q_ptr + row * M + j, q, mask=in_row)
+        p = q  # its value does not matter where phi is linear
+        if p_ptr is not None:
+            p = tl.load(p_ptr + row * M + j, mask=in_row, other=0.0)
+        _, slope = evaluate_phi(
+            p, number_offset + j, None, threshold_unit, scale_ptr, shift_ptr, low_ptr, high_ptr, threshold_ptr, scale_minus_1, GATED
+        )
+        dh += (w * slope * q)[:, None] * tl.load(read_ptr + j * WIDTH + d, mask=in_width, other=0.0).to(tl.float32)
+    dh = tl.where((w != 0)[:, None], dh, g)
+    tl.store(dh_ptr + out_offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+class ScalarLaunch(NamedTuple):
+    """Launch parameters; `benchmarks/gpu.py --only sweep` tries others than the default."""
+
+    tile_size: int  # tokens of a program; 1 for slots of tokens
+    num_warps: int
+
+
+def default_launch(width: int) -> ScalarLaunch:
+    """One token for each program; 16 bf16 numbers, two 128-bit loads, for each thread, and more up to 16 warps.
+
+    Two tokens would halve what is read of the L2 cache where the directions do not fit into L1, and compile without spilled registers at
+    width 4,096. But at 8,192, where it matters most, they spill when p is kept for the backward pass, so the card has to decide.
+    """
+    return ScalarLaunch(1, warps_for(width))
+
+
+def warps_for(numbers: int) -> int:
+    """Warps of a program that holds so many columns, over all of its tokens."""
+    return min(max(next_power_of_2(numbers) // 512, 1), 16)
+
+
+def launch_forward(
+    h: Tensor, task: EditTask, out: Tensor, p: Tensor | None, h_norm: Tensor | None, parameters: ScalarLaunch | None = None
 ) -> None:
-    """Runs the kernel; numbers [count, M], first and second [1 or count, M, D], everything contiguous but x, h, weight and slots."""
-    (batch, tokens, width), m = x.shape, first.shape[1]
-    gain, relative, gated, norm = options
-    block = power_of_two(width)
-    _edit.launch(
-        (batch * tokens,),
-        x, h, out, dy, q, first, second, weight, slots, *numbers, p, length,
-        tokens, count, gain, x.stride(0), x.stride(1), *strides(h), *strides(weight), *strides(slots),
-        *(bank.stride(0) if bank.shape[0] > 1 else 0 for bank in (first, second)),
-        width, m, relative, gated, norm, backward, block,
-        num_warps=min(max(block // 512, 1), 16),
-    )  # fmt: skip
+    """Fills out, p [batch, tokens, M] and h_norm [batch, tokens]. The directions are contiguous, and the numbers of h's tokens."""
+    batch, tokens, width = h.shape
+    tile_size, num_warps = parameters or default_launch(width)
+    arguments = kernel_arguments(task)
+    _forward_kernel[(batch * -(-tokens // tile_size),)](
+        h_ptr=h,
+        out_ptr=out,
+        bias_ptr=contiguous_number(task.numbers.bias, arguments["n_slots"]),
+        p_ptr=p,
+        h_norm_ptr=h_norm,
+        n_tokens=tokens,
+        h_stride_b=h.stride(0),
+        h_stride_t=h.stride(1),
+        slots_stride_t=broadcast_strides(task.slots)[1],
+        **arguments,
+        WIDTH=width,
+        PRESERVE_NORM=task.options.preserve_norm,
+        TILE_SIZE=tile_size,
+        BLOCK_SIZE=next_power_of_2(width),
+        num_warps=num_warps,
+    )
+
+
+def launch_backward(
+    g: Tensor,
+    h: Tensor | None,
+    task: EditTask,
+    p: Tensor | None,
+    h_norm: Tensor | None,
+    dh: Tensor,
+    q: Tensor | None,
+    dy: Tensor | None,
+    parameters: ScalarLaunch | None = None,
+) -> None:
+    """Fills dh, q [batch, tokens, M] and dy, the latter two where they are wanted."""
+    batch, tokens, width = g.shape
+    tile_size, num_warps = parameters or default_launch(width)
+    h_stride_b, h_stride_t = broadcast_strides(h)
+    _backward_kernel[(batch * -(-tokens // tile_size),)](
+        g_ptr=g,
+        h_ptr=h,
+        dh_ptr=dh,
+        dy_ptr=dy,
+        q_ptr=q,
+        p_ptr=p,
+        h_norm_ptr=h_norm,
+        n_tokens=tokens,
+        g_stride_b=g.stride(0),
+        g_stride_t=g.stride(1),
+        h_stride_b=h_stride_b,
+        h_stride_t=h_stride_t,
+        slots_stride_t=broadcast_strides(task.slots)[1],
+        **kernel_arguments(task),
+        WIDTH=width,
+        PRESERVE_NORM=task.options.preserve_norm,
+        TILE_SIZE=tile_size,
+        BLOCK_SIZE=next_power_of_2(width),
+        num_warps=num_warps,
+    )

@@ -1,4 +1,4 @@
-"""Steering add: a vector of a bank to each token, by row or token slot, and optionally the norm that the token had.
+"""Steering add: adds a vector of a bank to each token, by row or token slot, and can keep the norm that the token had.
 
 Mathematics, for a token h with weight w = strength x mask and the vector v of its slot:
 
@@ -9,7 +9,8 @@ Mathematics, for a token h with weight w = strength x mask and the vector v of i
               dy = s g - k y             dh = dy + (g.y) / (|h| |y|) h
               dw = dy.v                  dv = sum over the slot's tokens of w dy
 
-A norm of 0 leaves the token as it is after the addition. Weight 0, and a slot that the bank does not have, leave it exactly as it was.
+A token whose norm is 0 stays as it is after the addition. A token of weight 0, or of a slot that the bank does not have, stays exactly as
+it was.
 
 Shapes: h [batch, tokens, D] (fp32, bf16 or fp16; any row strides, any D; offsets in int64), bank [slots, D], weight [batch or 1, tokens
 or 1] fp32, slots [batch, 1 or tokens] whole numbers. Sums and norms in fp32.
@@ -27,21 +28,225 @@ Sources: Turner et al. 2023, arXiv 2308.10248 (add); the rescaling is part of ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.kernels.available import KERNELS
-from steer.kernels.dispatch import choose
-from steer.kernels.jit import jit
-from steer.kernels.layout import blank, inside, picked, power_of_two, readable, rows, slots_of, strides, sum_to, vectors, weights
+from steer.kernels.dispatch import choose_path
+from steer.kernels.layout import (
+    as_3d,
+    bank_with_slots,
+    broadcast_strides,
+    contiguous_rows,
+    empty_output,
+    gather_slots,
+    next_power_of_2,
+    slots_as_2d,
+    sum_to_broadcast,
+    token_weights,
+    zero_unknown_slots,
+)
+from steer.kernels.lazy_triton import tl, triton
 from steer.kernels.weighted_sum import weighted_sum
 
-if TYPE_CHECKING:
-    import triton.language as tl
+MAX_BLOCK_SIZE = 8192  # columns that a program holds at once: 16 warps with 16 numbers a thread
 
-BLOCK = 8192  # columns that a program holds at once
+
+@triton.jit
+def _forward_kernel(
+    h_ptr, out_ptr, bank_ptr, weight_ptr, slots_ptr,
+    n_tokens, n_slots, h_stride_b, h_stride_t, weight_stride_b, weight_stride_t, slots_stride_b, slots_stride_t,
+    WIDTH: tl.constexpr, PRESERVE_NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program for each token."""
+    row = tl.program_id(0)
+    b, t = (row // n_tokens).to(tl.int64), (row % n_tokens).to(tl.int64)
+    w = tl.load(weight_ptr + b * weight_stride_b + t * weight_stride_t).to(tl.float32)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t).to(tl.int64)
+        w = tl.where((slot >= 0) & (slot < n_slots), w, 0.0)
+        bank_ptr += slot * WIDTH
+    h_ptr += b * h_stride_b + t * h_stride_t
+    out_ptr += row.to(tl.int64) * WIDTH
+    bank_width = tl.where(w != 0, WIDTH, 0)  # the vector of a token of weight 0 is not read: it may be anything, or nowhere
+    ratio = 1.0
+    if PRESERVE_NORM:  # the compiler merges this loop's loads with the next one's, so a row that fits is read once
+        h_squared, y_squared = 0.0, 0.0
+        for start in tl.static_range(0, WIDTH, BLOCK_SIZE):
+            d = start + tl.arange(0, BLOCK_SIZE)
+            h = tl.load(h_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+            y = h + w * tl.load(bank_ptr + d, mask=d < bank_width, other=0.0).to(tl.float32)
+            h_squared += tl.sum(h * h, 0)
+            y_squared += tl.sum(y * y, 0)
+        ratio = tl.sqrt(h_squared) / tl.where(y_squared > 0, tl.sqrt(y_squared), 1.0)
+        ratio = tl.where(w != 0, ratio, 1.0)  # exactly 1 also where the token is infinite
+    for start in tl.static_range(0, WIDTH, BLOCK_SIZE):
+        d = start + tl.arange(0, BLOCK_SIZE)
+        h = tl.load(h_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        y = h + w * tl.load(bank_ptr + d, mask=d < bank_width, other=0.0).to(tl.float32)
+        tl.store(out_ptr + d, (y * ratio).to(out_ptr.dtype.element_ty), mask=d < WIDTH)
+
+
+@triton.jit
+def _backward_kernel(
+    g_ptr, h_ptr, dh_ptr, dy_ptr, dw_ptr, bank_ptr, weight_ptr, slots_ptr,
+    n_tokens, n_slots, g_stride_b, g_stride_t, h_stride_b, h_stride_t,
+    weight_stride_b, weight_stride_t, slots_stride_b, slots_stride_t,
+    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the norm-preserving addition, one program for each token; dy and dw where they are wanted."""
+    row = tl.program_id(0)
+    b, t = (row // n_tokens).to(tl.int64), (row % n_tokens).to(tl.int64)
+    w = tl.load(weight_ptr + b * weight_stride_b + t * weight_stride_t).to(tl.float32)
+    bank_width = WIDTH
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t).to(tl.int64)
+        bank_width = tl.where((slot >= 0) & (slot < n_slots), WIDTH, 0)
+        w = tl.where(bank_width > 0, w, 0.0)
+        bank_ptr += slot * WIDTH
+    g_ptr += b * g_stride_b + t * g_stride_t
+    h_ptr += b * h_stride_b + t * h_stride_t
+    dh_ptr += row.to(tl.int64) * WIDTH
+    h_squared, y_squared, g_y, g_v, y_v = 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in tl.static_range(0, WIDTH, BLOCK_SIZE):
+        d = start + tl.arange(0, BLOCK_SIZE)
+        h = tl.load(h_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        v = tl.load(bank_ptr + d, mask=d < bank_width, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        y = h + w * v
+        h_squared += tl.sum(h * h, 0)
+        y_squared += tl.sum(y * y, 0)
+        g_y += tl.sum(g * y, 0)
+        g_v += tl.sum(g * v, 0)
+        y_v += tl.sum(y * v, 0)
+    h_norm = tl.where(h_squared > 0, tl.sqrt(h_squared), 1.0)
+    y_norm = tl.where(y_squared > 0, tl.sqrt(y_squared), 1.0)
+    s = tl.sqrt(h_squared) / y_norm
+    k = s * g_y / (y_norm * y_norm)
+    along_h = g_y / (h_norm * y_norm)
+    for start in tl.static_range(0, WIDTH, BLOCK_SIZE):
+        d = start + tl.arange(0, BLOCK_SIZE)
+        h = tl.load(h_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        v = tl.load(bank_ptr + d, mask=d < bank_width, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        dy = s * g - k * (h + w * v)
+        tl.store(dh_ptr + d, tl.where(w != 0, dy + along_h * h, g).to(dh_ptr.dtype.element_ty), mask=d < WIDTH)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + row.to(tl.int64) * WIDTH + d, dy.to(dy_ptr.dtype.element_ty), mask=d < WIDTH)
+    if dw_ptr is not None:  # last: a write between two reads of a row would make the compiler read it twice
+        tl.store(dw_ptr + row, s * g_v - k * y_v)
+
+
+def _launch_parameters(width: int) -> dict[str, int]:
+    """8 bf16 numbers, one 128-bit load, for each thread, and more threads up to 16 warps."""
+    block_size = min(next_power_of_2(width), MAX_BLOCK_SIZE)
+    return {"BLOCK_SIZE": block_size, "num_warps": min(max(block_size // 512, 1), 16)}
+
+
+def _launch_forward(h: Tensor, out: Tensor, bank: Tensor, weight: Tensor, slots: Tensor | None, preserve_norm: bool) -> None:
+    batch, tokens, width = h.shape
+    weight_stride_b, weight_stride_t = broadcast_strides(weight)
+    slots_stride_b, slots_stride_t = broadcast_strides(slots)
+    _forward_kernel[(batch * tokens,)](
+        h_ptr=h,
+        out_ptr=out,
+        bank_ptr=bank,
+        weight_ptr=weight,
+        slots_ptr=slots,
+        n_tokens=tokens,
+        n_slots=bank.shape[0],
+        h_stride_b=h.stride(0),
+        h_stride_t=h.stride(1),
+        weight_stride_b=weight_stride_b,
+        weight_stride_t=weight_stride_t,
+        slots_stride_b=slots_stride_b,
+        slots_stride_t=slots_stride_t,
+        WIDTH=width,
+        PRESERVE_NORM=preserve_norm,
+        **_launch_parameters(width),
+    )
+
+
+def _launch_backward(
+    g: Tensor, h: Tensor, dh: Tensor, dy: Tensor | None, dw: Tensor | None, bank: Tensor, weight: Tensor, slots: Tensor | None
+) -> None:
+    batch, tokens, width = g.shape
+    weight_stride_b, weight_stride_t = broadcast_strides(weight)
+    slots_stride_b, slots_stride_t = broadcast_strides(slots)
+    _backward_kernel[(batch * tokens,)](
+        g_ptr=g,
+        h_ptr=h,
+        dh_ptr=dh,
+        dy_ptr=dy,
+        dw_ptr=dw,
+        bank_ptr=bank,
+        weight_ptr=weight,
+        slots_ptr=slots,
+        n_tokens=tokens,
+        n_slots=bank.shape[0],
+        g_stride_b=g.stride(0),
+        g_stride_t=g.stride(1),
+        h_stride_b=h.stride(0),
+        h_stride_t=h.stride(1),
+        weight_stride_b=weight_stride_b,
+        weight_stride_t=weight_stride_t,
+        slots_stride_b=slots_stride_b,
+        slots_stride_t=slots_stride_t,
+        WIDTH=width,
+        **_launch_parameters(width),
+    )
+
+
+class SteerAdd(torch.autograd.Function):
+    """The Triton kernels for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bank: Tensor, weight: Tensor, slots: Tensor | None, preserve_norm: bool) -> Tensor:
+        h = contiguous_rows(h)
+        bank = bank.contiguous()
+        out = empty_output(h)
+        if h.numel():
+            _launch_forward(h, out, bank, weight, slots, preserve_norm)
+        ctx.preserve_norm = preserve_norm
+        ctx.save_for_backward(h if preserve_norm else None, bank, weight, slots)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, bank, weight, slots = ctx.saved_tensors
+        _, bank_needs_grad, weight_needs_grad, _, _ = ctx.needs_input_grad
+        g = contiguous_rows(g)
+        dh = dy = g  # without norm preservation, and for a batch without tokens
+        dw = d_bank = d_weight = None
+        if ctx.preserve_norm and g.numel():
+            dh = empty_output(g)
+            dy = empty_output(g) if bank_needs_grad else g
+            dw = torch.empty(g.shape[:2], dtype=torch.float32, device=g.device) if weight_needs_grad else None
+            _launch_backward(g, h, dh, dy if bank_needs_grad else None, dw, bank, weight, slots)
+        elif weight_needs_grad:
+            dw = (g.float() * gather_slots(bank, slots)).sum(-1)  # [batch, tokens]
+        if dw is not None:
+            d_weight = sum_to_broadcast(zero_unknown_slots(dw, slots, bank.shape[0]), weight)
+        if bank_needs_grad:
+            coefficients = weight.float().expand(g.shape[:2]).unsqueeze(-1)  # [batch, tokens, 1]
+            d_bank = weighted_sum(dy, coefficients, slots, bank.shape[0]).squeeze(1).to(bank.dtype)  # [slots, width]
+        return dh, d_bank, d_weight, None, None
+
+
+def norm_ratio(before: Tensor, after: Tensor) -> Tensor:
+    """The factor that gives `after` the norm of `before`, along the last dimension; exactly 1 where they are equal."""
+    after_norm = torch.linalg.vector_norm(after, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(before, dim=-1, keepdim=True) / torch.where(after_norm > 0, after_norm, 1)
+
+
+def steer_add_reference(h: Tensor, bank: Tensor, weight: Tensor, slots: Tensor | None, preserve_norm: bool) -> Tensor:
+    """The same in PyTorch operations, differentiable as often as one likes; Inductor makes one kernel of it."""
+    x = h.to(torch.promote_types(h.dtype, torch.float32))
+    y = x + zero_unknown_slots(weight, slots, bank.shape[0]).unsqueeze(-1) * gather_slots(bank, slots).to(x.dtype)
+    return (y * norm_ratio(x, y) if preserve_norm else y).to(h.dtype)
 
 
 @KERNELS.register("steer_add")
@@ -60,159 +265,16 @@ def steer_add(
         bank: [width] or [slots, width].
         strength, mask: what broadcasts to [..., 1]; 0 leaves a token exactly as it is.
         slots: [batch], or one for each token; -1 leaves it alone. None gives every token the first vector.
-        preserve_norm: each token gets the norm that it had.
+        preserve_norm: each token keeps the norm that it had.
 
     Raises:
         WidthError, ConfigError: shapes that do not fit.
+
+    Example:
+        >>> steered = steer_add(torch.randn(2, 7, 32), torch.randn(3, 32), strength=4.0, slots=torch.tensor([2, -1]))
     """
-    bank = vectors(bank, 2, h, "steering vectors")
-    weight, slots = weights(h, strength, mask), slots_of(slots, h)
-    way = reference if choose(h) != "triton" else SteerAdd.apply
-    return way(rows(h), bank, weight, slots, preserve_norm).view(h.shape)
-
-
-def reference(x: Tensor, bank: Tensor, weight: Tensor, slots: Tensor | None, norm: bool) -> Tensor:
-    """The same in PyTorch operations, differentiable as often as one likes; Inductor makes one kernel of it."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    full = x.to(wide)
-    y = full + inside(weight, slots, bank.shape[0]).unsqueeze(-1) * picked(bank, slots).to(wide)
-    return (y * kept_norm(full, y) if norm else y).to(x.dtype)
-
-
-def kept_norm(before: Tensor, after: Tensor) -> Tensor:
-    """The factor that gives `after` the norm of `before`, along the last dimension; exactly 1 where they are equal."""
-    new = torch.linalg.vector_norm(after, dim=-1, keepdim=True)
-    return torch.linalg.vector_norm(before, dim=-1, keepdim=True) / torch.where(new > 0, new, 1)
-
-
-@jit
-def _forward(
-    h, out, bank, weight, slots, tokens, count, h_b, h_t, weight_b, weight_t, slots_b, slots_t,
-    D: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program for each token."""
-    token = tl.program_id(0)
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-    w = tl.load(weight + b * weight_b + t * weight_t).to(tl.float32)
-    if slots is not None:
-        slot = tl.load(slots + b * slots_b + t * slots_t).to(tl.int64)
-        w = tl.where((slot >= 0) & (slot < count), w, 0.0)
-        bank += slot * D
-    h += b * h_b + t * h_t
-    used = tl.where(w != 0, D, 0)  # columns of the vector that are read
-    out += token.to(tl.int64) * D
-    ratio = 1.0
-    if NORM:  # loads that follow each other are merged by the compiler, so a row that fits is read once
-        hh, yy = 0.0, 0.0
-        for start in tl.static_range(0, D, BLOCK):
-            d = start + tl.arange(0, BLOCK)
-            x = tl.load(h + d, mask=d < D, other=0.0).to(tl.float32)
-            y = x + w * tl.load(bank + d, mask=d < used, other=0.0).to(tl.float32)
-            hh += tl.sum(x * x, 0)
-            yy += tl.sum(y * y, 0)
-        ratio = tl.where(w != 0, tl.sqrt(hh) / tl.where(yy > 0, tl.sqrt(yy), 1.0), 1.0)  # what is left alone may be infinite
-    for start in tl.static_range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        x = tl.load(h + d, mask=d < D, other=0.0).to(tl.float32)
-        y = x + w * tl.load(bank + d, mask=d < used, other=0.0).to(tl.float32)
-        tl.store(out + d, (y * ratio).to(out.dtype.element_ty), mask=d < D)
-
-
-@jit
-def _backward(
-    g, h, dh, dy, dw, bank, weight, slots, tokens, count,
-    g_b, g_t, h_b, h_t, weight_b, weight_t, slots_b, slots_t,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of the norm-preserving addition; one program for each token. dy [batch, tokens, D] and dw [batch, tokens] where they are wanted."""
-    token = tl.program_id(0)
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
-    w = tl.load(weight + b * weight_b + t * weight_t).to(tl.float32)
-    used = D
-    if slots is not None:
-        slot = tl.load(slots + b * slots_b + t * slots_t).to(tl.int64)
-        used = tl.where((slot >= 0) & (slot < count), D, 0)
-        w = tl.where(used > 0, w, 0.0)
-        bank += slot * D
-    g += b * g_b + t * g_t
-    h += b * h_b + t * h_t
-    dh += token.to(tl.int64) * D
-    hh, yy, gy, gv, yv = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in tl.static_range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        x = tl.load(h + d, mask=d < D, other=0.0).to(tl.float32)
-        v = tl.load(bank + d, mask=d < used, other=0.0).to(tl.float32)
-        gx = tl.load(g + d, mask=d < D, other=0.0).to(tl.float32)
-        y = x + w * v
-        hh += tl.sum(x * x, 0)
-        yy += tl.sum(y * y, 0)
-        gy += tl.sum(gx * y, 0)
-        gv += tl.sum(gx * v, 0)
-        yv += tl.sum(y * v, 0)
-    hn = tl.where(hh > 0, tl.sqrt(hh), 1.0)
-    yn = tl.where(yy > 0, tl.sqrt(yy), 1.0)
-    s = tl.sqrt(hh) / yn
-    k = s * gy / (yn * yn)
-    r = gy / (hn * yn)
-    for start in tl.static_range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        x = tl.load(h + d, mask=d < D, other=0.0).to(tl.float32)
-        v = tl.load(bank + d, mask=d < used, other=0.0).to(tl.float32)
-        gx = tl.load(g + d, mask=d < D, other=0.0).to(tl.float32)
-        change = s * gx - k * (x + w * v)
-        tl.store(dh + d, tl.where(w != 0, change + r * x, gx).to(dh.dtype.element_ty), mask=d < D)
-        if dy is not None:
-            tl.store(dy + token.to(tl.int64) * D + d, change.to(dy.dtype.element_ty), mask=d < D)
-    if dw is not None:  # last: a write between two reads of a row would make it be read twice
-        tl.store(dw + token, s * gv - k * yv)
-
-
-def shape_of(width: int) -> dict[str, int]:
-    """Columns at once and warps: 8 bf16 numbers, one 128-bit load, for each thread, up to what registers hold."""
-    block = min(power_of_two(width), BLOCK)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
-
-
-class SteerAdd(torch.autograd.Function):
-    """The Triton kernels for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bank: Tensor, weight: Tensor, slots: Tensor | None, norm: bool) -> Tensor:
-        ctx.norm, x, bank = norm, readable(x), bank.contiguous()
-        out = blank(x)
-        if x.numel():
-            _forward.launch(
-                (x.shape[0] * x.shape[1],),
-                x, out, bank, weight, slots, x.shape[1], bank.shape[0],
-                x.stride(0), x.stride(1), *strides(weight), *strides(slots),
-                x.shape[2], norm,
-                **shape_of(x.shape[2]),
-            )  # fmt: skip
-        ctx.save_for_backward(x if norm else None, bank, weight, slots)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, bank, weight, slots = ctx.saved_tensors
-        _, learns, weighs = ctx.needs_input_grad[:3]
-        g, d_weight, d_bank = readable(g), None, None
-        dh, dy = g, g
-        if not ctx.norm or not g.numel():
-            dw = (g.float() * picked(bank, slots)).sum(-1) if weighs else None
-        else:
-            dh, dy = blank(g), blank(g) if learns else g
-            dw = torch.empty(g.shape[:2], dtype=torch.float32, device=g.device) if weighs else None
-            _backward.launch(
-                (g.shape[0] * g.shape[1],),
-                g, x, dh, dy if learns else None, dw, bank, weight, slots, g.shape[1], bank.shape[0],
-                g.stride(0), g.stride(1), x.stride(0), x.stride(1), *strides(weight), *strides(slots),
-                g.shape[2],
-                **shape_of(g.shape[2]),
-            )  # fmt: skip
-        if dw is not None:
-            d_weight = sum_to(inside(dw, slots, bank.shape[0]), weight)
-        if learns:
-            share = weight.float().expand(g.shape[:2]).unsqueeze(-1)
-            d_bank = weighted_sum(dy, share, slots, bank.shape[0]).squeeze(1).to(bank.dtype)
-        return dh, d_bank, d_weight, None, None
+    bank = bank_with_slots(bank, 2, h, "steering vectors")
+    weight = token_weights(h, strength, mask)
+    slots = slots_as_2d(slots, h)
+    add = SteerAdd.apply if choose_path(h) == "triton" else steer_add_reference
+    return add(as_3d(h), bank, weight, slots, preserve_norm).view(h.shape)

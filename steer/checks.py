@@ -9,20 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError
+from steer.errors import ConfigError, NonFiniteError
 
 
 def of_type(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
     """Raises ConfigError when a value is of another type."""
-    if isinstance(value, kind):
-        return
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    raise ConfigError(
-        f"wrong type for {what}",
-        expected=" or ".join(one.__name__ for one in kinds),
-        found=f"{type(value).__name__} {str(value)[:60]!r}",
-        remedy=remedy,
-    )
+    if not isinstance(value, kind):
+        raise _wrong_type(value, kind if isinstance(kind, tuple) else (kind,), what, remedy)
 
 
 def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
@@ -35,12 +28,7 @@ def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
             raise TypeError("no plain numbers")
         return tensor
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no tensor can be made of {what}",
-            expected="a tensor, an array, or a list of real numbers, dense and in memory",
-            found=f"{type(value).__name__} {str(value)[:60]!r}",
-            remedy=remedy,
-        ) from error
+        raise _no_tensor(value, what, remedy) from error
 
 
 def integer(value: Any) -> Any:
@@ -56,23 +44,69 @@ def integer(value: Any) -> Any:
 def whole_number(value: Any, what: str, *, least: int = 0) -> None:
     """Raises ConfigError unless a value is an integer that is large enough."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"wrong value for {what}",
-            expected=f"an integer, {least} or more",
-            found=repr(value),
-            remedy=f"pass an integer such as {max(least, 1)}",
-        )
+        raise _wrong_value(value, what, f"an integer, {least} or more", f"pass an integer such as {max(least, 1)}")
 
 
 def finite_number(value: Any, what: str, *, above: float = -math.inf) -> None:
     """Raises ConfigError unless a value is one finite number, and large enough."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
         expected = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
-        raise ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy="pass a number such as 1.0")
+        raise _wrong_value(value, what, expected, "pass a number such as 1.0")
 
 
 def number_within(value: Any, what: str, least: float, most: float = math.inf) -> None:
     """Raises ConfigError unless a value is a number from `least` to `most`, both included; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         expected = f"a number from {least:g} to {most:g}" if most < math.inf else f"a number of {least:g} or more"
-        raise ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy="pass a number such as 0.1")
+        raise _wrong_value(value, what, expected, "pass a number such as 0.1")
+
+
+def json_value(value: object, where: str) -> None:
+    """Raises ConfigError, or NonFiniteError, for what JSON would change: it turns integer keys into text, and other readers refuse NaN."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise _key_is_no_string(key, where)
+            json_value(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            json_value(inner, f"{where}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _non_finite_value(where, value)
+    elif not (value is None or isinstance(value, str | int)):
+        raise _no_json_value(where, value)
+
+
+# ---- errors
+
+
+def _wrong_type(value: Any, kinds: tuple[type, ...], what: str, remedy: str) -> ConfigError:
+    expected = " or ".join(kind.__name__ for kind in kinds)
+    return ConfigError(f"wrong type for {what}", expected=expected, found=f"{type(value).__name__} {str(value)[:60]!r}", remedy=remedy)
+
+
+def _no_tensor(value: Any, what: str, remedy: str) -> ConfigError:
+    expected = "a tensor, an array, or a list of real numbers, dense and in memory"
+    found = f"{type(value).__name__} {str(value)[:60]!r}"
+    return ConfigError(f"no tensor can be made of {what}", expected=expected, found=found, remedy=remedy)
+
+
+def _wrong_value(value: Any, what: str, expected: str, remedy: str) -> ConfigError:
+    return ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy=remedy)
+
+
+def _key_is_no_string(key: object, where: str) -> ConfigError:
+    remedy = f"write it as {str(key)!r}"
+    return ConfigError(f"key {key!r} of {where} is no string", expected="a string", found=type(key).__name__, remedy=remedy)
+
+
+def _no_json_value(where: str, value: object) -> ConfigError:
+    expected = "a JSON value (text, number, boolean, list, dict or None)"
+    remedy = "convert it, e.g. with .tolist() or str()"
+    return ConfigError(f"{where} is no JSON value", expected=expected, found=type(value).__name__, remedy=remedy)
+
+
+def _non_finite_value(where: str, value: float) -> NonFiniteError:
+    remedy = "leave it out, or store None in its place"
+    return NonFiniteError(f"{where} is not finite", expected="a finite number", found=value, remedy=remedy)

@@ -1,4 +1,7 @@
-"""`steer <command> [overrides]`: one Hydra entry point for every command."""
+"""`steer <command> [overrides]`: one Hydra entry point for every command.
+
+A command's module, and with it torch, is imported when the command runs: help, versions and misspelt keys need only the configuration.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ COMMANDS = {
     ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
-NAMED = {"say": ("directions.", "gates.")}  # sections whose keys are names of the user's own
+USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
 USAGE = "\n".join(
     [
         f"steer {__version__}: model editing and steering inside training and generation",
@@ -53,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = arguments[0]
         if command not in COMMANDS:
-            remedy = did_you_mean(command, COMMANDS) or "'steer --help' says what each of them does"
-            raise ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), found=command, remedy=remedy)
-        _run(command, arguments[1:])
+            raise _unknown_command(command)
+        _run_with_hydra(command, arguments[1:])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -65,67 +67,128 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: str, overrides: list[str]) -> None:
+class _Job:
+    """A command as the task function that Hydra calls, once or, with -m, once per combination.
+
+    Attributes:
+        failures: errors of the user's making; through Hydra they would come with a line of noise.
+        os_errors: errors of the operating system that the command itself raised.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.failures: list[SteerError] = []
+        self.os_errors: list[OSError] = []
+
+    def __call__(self, config: Any) -> None:
+        from omegaconf.errors import OmegaConfBaseException
+
+        from steer.commands.config import check_kinds, config_error
+
+        try:
+            check_kinds(config, self.command)
+            self._run(config)
+        except SteerError as error:
+            self.failures.append(error)
+        except OmegaConfBaseException as error:
+            self.failures.append(config_error(self.command, error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.os_errors.append(error)
+                raise
+            self.failures.append(_storage_full(error))
+
+    def _run(self, config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        module = importlib.import_module(f"steer.commands.{self.command}")
+        try:
+            module.run(config)
+        except KeyboardInterrupt:
+            if not hasattr(module, "what_is_left"):
+                raise
+            raise KeyboardInterrupt(module.what_is_left(Path(HydraConfig.get().runtime.output_dir))) from None
+
+
+def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
+    """Lets Hydra read the overrides and run the command. Raises SteerError for whatever is wrong with either."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from steer.commands.config import check_kinds, config_error
+    from steer.commands.config import config_error
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, not as printed text
-    module = importlib.import_module(f"steer.commands.{command}")
-    run, left_by = module.run, getattr(module, "left_by", None)
-    failed: list[SteerError] = []
-    others: list[OSError] = []
+    job = _Job(command)
 
-    @wraps(run)
     def task(config: Any) -> None:
-        try:
-            check_kinds(config, command)
-            run(config)
-        except SteerError as error:
-            failed.append(error)  # through Hydra it would come with a line of noise
-        except OmegaConfBaseException as error:
-            failed.append(config_error(command, error))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(*([left_by(Path(HydraConfig.get().runtime.output_dir))] if left_by else [])) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                others.append(error)
-                raise
-            failed.append(
-                StorageFullError(
-                    f"no room to write {error.filename or 'the output'}",
-                    expected="free space on the disk, and in your quota on it",
-                    found=str(error),
-                    remedy="free some space and run it again",
-                )
-            )
+        job(config)
 
-    before = sys.argv
-    own = NAMED.get(command, ())
-    sys.argv = [f"steer {command}", *(f"++{one}" if one.startswith(own) else one for one in overrides)]  # Hydra's sign for a new key
+    task.__module__ = f"steer.commands.{command}"  # Hydra names the job after it
+    with _command_line(command, overrides), _quick_help() if {"-h", "--help"} & set(overrides) else nullcontext():
+        try:
+            hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise config_error(command, error) from error
+        except OSError as error:
+            if error in job.os_errors:
+                raise
+            raise _no_output_folder(error) from error  # Hydra makes the folder
+        except SystemExit as done:  # --help and the like
+            if done.code:
+                raise
+    if job.failures:
+        raise job.failures[0]
+
+
+@contextmanager
+def _command_line(command: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Puts `steer <command>` and its overrides where Hydra reads them; keys of the user's own get ++, Hydra's sign for a new key."""
+    own_argv = sys.argv
+    user_named = USER_NAMED_SECTIONS.get(command, ())
+    sys.argv = [f"steer {command}", *(f"++{text}" if text.startswith(user_named) else text for text in overrides)]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise config_error(command, error) from error
-    except OSError as error:  # where it was not the command, it was Hydra, which makes the folder for it
-        if error in others:
-            raise
-        raise ConfigError(
-            "the output folder cannot be made",
-            expected="hydra.run.dir (with -m hydra.sweep.dir) at a place where folders can be made",
-            found=str(error),
-            remedy="choose another place, or leave the key out",
-        ) from error
-    except SystemExit as done:  # --help and the like
-        if done.code:
-            raise
+        yield
     finally:
-        sys.argv = before
-    if failed:
-        raise failed[0]
+        sys.argv = own_argv
+
+
+@contextmanager
+def _quick_help() -> Iterator[None]:
+    """Keeps Hydra from copying its store of built-in settings once for every choice that the help lists, a third of its time."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
+
+
+# ---- errors
+
+
+def _unknown_command(command: str) -> ConfigError:
+    remedy = did_you_mean(command, COMMANDS) or "'steer --help' says what each of them does"
+    return ConfigError(f"unknown command '{command}'", expected=", ".join(COMMANDS), found=command, remedy=remedy)
+
+
+def _storage_full(error: OSError) -> StorageFullError:
+    return StorageFullError(
+        f"no room to write {error.filename or 'the output'}",
+        expected="free space on the disk, and in your quota on it",
+        found=str(error),
+        remedy="free some space and run it again",
+    )
+
+
+def _no_output_folder(error: OSError) -> ConfigError:
+    return ConfigError(
+        "the output folder cannot be made",
+        expected="hydra.run.dir (with -m hydra.sweep.dir) at a place where folders can be made",
+        found=str(error),
+        remedy="choose another place, or leave the key out",
+    )
 
 
 if __name__ == "__main__":

@@ -19,13 +19,16 @@ class SteerError(Exception):
     """
 
     def __init__(self, what: str, *, expected: object, found: object, remedy: str) -> None:
-        self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
         super().__init__(f"{what}\n  expected: {expected}\n  found: {found}\n  remedy: {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Python's own way to copy and pickle an exception calls its class with the message alone."""
-        make = partial(type(self), self.what, expected=self.expected, found=self.found, remedy=self.remedy)
-        return make, (), vars(self) | ({"errno": self.errno} if isinstance(self, OSError) else {})
+        construct = partial(type(self), self.what, expected=self.expected, found=self.found, remedy=self.remedy)
+        return construct, (), vars(self) | ({"errno": self.errno} if isinstance(self, OSError) else {})
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:

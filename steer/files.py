@@ -10,11 +10,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ import torch
 from torch import Tensor
 
 from steer import __version__
-from steer.checks import of_type
+from steer.checks import json_value, of_type
 from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, StorageFullError, UnsafeFileError, WrongKindError
 
 SCHEMA = 1
-MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
 _RESERVED = ("schema", "kind", "library", "sha256")
 _METADATA_KEY = "steer"
 _AGAIN = "restore it from a backup, or make it and save it again"
@@ -51,21 +51,18 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
         StorageFullError: no room; the old artifact is untouched.
     """
     path = place_of(path)
-    taken = [key for key in _RESERVED if key in manifest]
-    if taken:
-        expected = f"keys other than {', '.join(_RESERVED)}"
-        raise ConfigError(f"manifest key '{taken[0]}' is reserved", expected=expected, found=taken, remedy="give it another name")
-    _check_json(manifest, "manifest")
+    if reserved := [key for key in _RESERVED if key in manifest]:
+        raise _reserved_keys(reserved)
+    json_value(manifest, "manifest")
     # a copy each: safetensors refuses tensors that share memory, and a view would drag its whole storage along
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     _check_finite(plain, path)
-    full = {"schema": SCHEMA, "kind": kind, "library": __version__, "sha256": tensor_hash(plain), **manifest}
+    complete = {"schema": SCHEMA, "kind": kind, "library": __version__, "sha256": tensor_hash(plain), **manifest}
     if path.suffix == ".safetensors":
         if path.is_dir():
-            wanted, remedy = "a file, or no such path yet", "save to another path, or move the folder away"
-            raise WrongKindError(f"{path} is a folder", expected=wanted, found=contents(path), remedy=remedy)
-        return atomic_write(path, safetensors.torch.save(plain, {"format": "pt", _METADATA_KEY: json.dumps(full)}))
-    parts = {TENSORS: safetensors.torch.save(plain, {"format": "pt"}), MANIFEST: json.dumps(full, indent=2).encode() + b"\n"}
+            raise _folder_in_the_way(path)
+        return atomic_write(path, safetensors.torch.save(plain, {"format": "pt", _METADATA_KEY: json.dumps(complete)}))
+    parts = {TENSORS: safetensors.torch.save(plain, {"format": "pt"}), MANIFEST: json.dumps(complete, indent=2).encode() + b"\n"}
     return _swap_folder(path, parts)
 
 
@@ -85,35 +82,16 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     path = place_of(path)
     place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
     if not place.exists():
-        raise FileError(f"no file or folder {path}", expected=f"a '{kind}' saved by steer", found="nothing there", remedy="check the path")
+        raise _nothing_there(path, kind)
     try:
-        if place.is_dir():
-            full = _read_manifest(place / MANIFEST)
-            _check_header(full, kind, path)
-            if not (place / TENSORS).exists():
-                wanted = f"{MANIFEST} and {TENSORS}"
-                raise DamagedFileError(f"{path} lacks {TENSORS}", expected=wanted, found=contents(place), remedy=_AGAIN)
-            tensors, _ = read_safetensors(place / TENSORS)
-        else:
-            tensors, metadata = read_safetensors(place)
-            if _METADATA_KEY not in metadata:
-                raise WrongKindError(
-                    f"{path} was not written by steer",
-                    expected=f"a '{kind}' saved by steer",
-                    found=f"plain safetensors with {_some(tensors) or 'no tensors'}",
-                    remedy=f"read its tensors with steer.files.read_safetensors, and make and save the {kind} with them",
-                )
-            full = _parse(metadata[_METADATA_KEY], path)
-            _check_header(full, kind, path)
+        manifest, tensors = _read_folder(place, path, kind) if place.is_dir() else _read_file(place, path, kind)
     except OSError as error:
-        wanted, remedy = "a file that can be read", "check its permissions and the disk"
-        raise FileError(f"cannot read {path}", expected=wanted, found=str(error), remedy=remedy) from error
+        raise _unreadable(path, error) from error
     digest = tensor_hash(tensors)
-    if full.get("sha256") != digest:
-        wanted = f"sha256 {full.get('sha256')}"
-        raise DamagedFileError(f"the tensors of {path} were altered", expected=wanted, found=f"sha256 {digest}", remedy=_AGAIN)
+    if manifest.get("sha256") != digest:
+        raise _altered(path, manifest.get("sha256"), digest)
     _check_finite(tensors, path)
-    return {key: value for key, value in full.items() if key not in _RESERVED}, tensors
+    return {key: value for key, value in manifest.items() if key not in _RESERVED}, tensors
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,19 +103,12 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     header = int.from_bytes(head, "little")
     pickled = head[:1] == b"\x80" and head[1:2] in b"\x01\x02\x03\x04\x05"
     if (pickled or head[:4] == b"PK\x03\x04") and header > path.stat().st_size:
-        raise UnsafeFileError(
-            f"{path} is a pickle, which can run any code when it is opened",
-            expected="safetensors",
-            found="a pickle stream" if pickled else "a zip archive, as torch.save writes it",
-            remedy="convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file",
-        )
+        raise _pickle(path, "a pickle stream" if pickled else "a zip archive, as torch.save writes it")
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        found = f"{path.stat().st_size} bytes; {error}"
-        wanted = "a whole safetensors file"
-        raise DamagedFileError(f"{path} is truncated or not safetensors", expected=wanted, found=found, remedy=_AGAIN) from error
+        raise _truncated(path, error) from error
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> Path:
@@ -189,17 +160,13 @@ def sync_folder(folder: Path) -> None:
 
 def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
     """Writes the parts into a sibling, moves the old folder aside and the new one in; the old one goes only when the new one is there."""
-    previous, temporary = _previous(path), _temporary(path)
+    previous = _previous(path)
+    temporary = _temporary(path)
     with storage_errors(path, sum(map(len, parts.values()))):
         if previous.exists() and not path.exists():
             os.rename(previous, path)  # an earlier run was killed between its two renames
         if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {MANIFEST, TENSORS}):
-            raise WrongKindError(
-                f"{path} holds other things, which a save would delete",
-                expected=f"a new path, or a folder with nothing but {MANIFEST} and {TENSORS}",
-                found=contents(path),
-                remedy="save to another path",
-            )
+            raise _would_delete(path)
         try:
             temporary.mkdir(parents=True)
             for name, data in parts.items():
@@ -230,8 +197,8 @@ def _previous(path: Path) -> Path:
 
 
 def _sibling(path: Path, ending: str) -> Path:
-    whole = Path(os.path.abspath(path))  # "." has no name of its own
-    return whole.with_name(f".{whole.name}.{ending}")
+    absolute = Path(os.path.abspath(path))  # "." has no name of its own
+    return absolute.with_name(f".{absolute.name}.{ending}")
 
 
 def _write_through(path: Path, data: bytes) -> None:
@@ -242,61 +209,56 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def storage_errors(path: Path, wanted: int) -> Iterator[None]:
-    """Turns what the operating system says about a write into a typed error."""
+def storage_errors(path: Path, size: int) -> Iterator[None]:
+    """Turns what the operating system says about a write of so many bytes into a typed error."""
     try:
         yield
     except FileError:
         raise  # StorageFullError is an OSError too, and says it already
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = StorageFullError(
-                f"no room to write {path}",
-                expected=f"{wanted} bytes",
-                found=f"{shutil.disk_usage(_nearest(path)).free} bytes free",
-                remedy="free some space and save again; what was there before is intact",
-            )
-            full.errno = error.errno
-            raise full from error
-        expected, remedy = "a place that can be written to", "check the path and its permissions, or write to another place"
-        raise FileError(f"cannot write {path}", expected=expected, found=str(error), remedy=remedy) from error
+            raise _storage_full(path, size, error) from error
+        raise _unwritable(path, error) from error
 
 
-def _nearest(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def _read_folder(folder: Path, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (folder / MANIFEST).exists():
+        raise _missing_part(folder, folder, MANIFEST, remedy=f"check the path, or {_AGAIN}")
+    manifest = _parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    _check_header(manifest, kind, path)
+    if not (folder / TENSORS).exists():
+        raise _missing_part(path, folder, TENSORS, remedy=_AGAIN)
+    tensors, _ = read_safetensors(folder / TENSORS)
+    return manifest, tensors
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        wanted, found = f"{MANIFEST} and {TENSORS}", contents(path.parent)
-        raise DamagedFileError(f"{path.parent} lacks {MANIFEST}", expected=wanted, found=found, remedy=f"check the path, or {_AGAIN}")
-    return _parse(path.read_bytes(), path)
+def _read_file(file: Path, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, metadata = read_safetensors(file)
+    if _METADATA_KEY not in metadata:
+        raise _of_other_origin(path, kind, tensors)
+    manifest = _parse_manifest(metadata[_METADATA_KEY], path)
+    _check_header(manifest, kind, path)
+    return manifest, tensors
 
 
-def _parse(text: str | bytes, path: Path) -> dict[str, Any]:
+def _parse_manifest(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
-        full = json.loads(text)
+        manifest = json.loads(text)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        wanted = "a JSON object"
-        raise DamagedFileError(f"the manifest of {path} is broken", expected=wanted, found=str(error), remedy=_AGAIN) from error
-    if not isinstance(full, dict):
-        found = type(full).__name__
-        raise DamagedFileError(f"the manifest of {path} is broken", expected="a JSON object", found=found, remedy=_AGAIN)
-    return full
+        raise _broken_manifest(path, "a JSON object", str(error)) from error
+    if not isinstance(manifest, dict):
+        raise _broken_manifest(path, "a JSON object", type(manifest).__name__)
+    return manifest
 
 
-def _check_header(full: dict[str, Any], kind: str, path: Path) -> None:
-    schema = full.get("schema")
+def _check_header(manifest: dict[str, Any], kind: str, path: Path) -> None:
+    schema = manifest.get("schema")
     if type(schema) is not int:
-        found = f"schema {schema!r}"
-        raise DamagedFileError(f"the manifest of {path} is broken", expected="a whole number as schema", found=found, remedy=_AGAIN)
+        raise _broken_manifest(path, "a whole number as schema", f"schema {schema!r}")
     if schema > SCHEMA:
-        raise WrongKindError(
-            f"{path} is of a newer schema", expected=f"at most {SCHEMA}", found=schema, remedy=f"upgrade torchsteer (here: {__version__})"
-        )
-    if full.get("kind") != kind:
-        remedy = f"give the path of a saved '{kind}', or load this one as what it is"
-        raise WrongKindError(f"{path} is of another kind", expected=kind, found=full.get("kind", "no kind"), remedy=remedy)
+        raise _newer_schema(path, schema)
+    if manifest.get("kind") != kind:
+        raise _other_kind(path, kind, manifest.get("kind", "no kind"))
 
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
@@ -304,40 +266,117 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-        bad = int((~torch.isfinite(wide)).sum())
-        if bad:
-            found = f"{bad} of {tensor.numel()} are NaN or infinite"
-            remedy = "make it again with finite numbers; overflow in half precision and division by zero are the usual causes"
-            raise NonFiniteError(f"tensor '{name}' of {path} is not finite", expected="finite numbers", found=found, remedy=remedy)
+        if count := int((~torch.isfinite(wide)).sum()):
+            raise _non_finite_tensor(name, path, f"{count} of {tensor.numel()} are NaN or infinite")
 
 
-def _check_json(value: object, where: str) -> None:
-    """JSON turns integer keys into strings and NaN into what other readers refuse: say so instead."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                found, remedy = type(key).__name__, f"write it as {str(key)!r}"
-                raise ConfigError(f"key {key!r} of {where} is no string", expected="a string", found=found, remedy=remedy)
-            _check_json(inner, f"{where}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            _check_json(inner, f"{where}[{index}]")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            remedy = "leave it out, or store None in its place"
-            raise NonFiniteError(f"{where} is not finite", expected="a finite number", found=value, remedy=remedy)
-    elif not (value is None or isinstance(value, str | int)):
-        expected, remedy = "a JSON value (text, number, boolean, list, dict or None)", "convert it, e.g. with .tolist() or str()"
-        raise ConfigError(f"{where} is no JSON value", expected=expected, found=type(value).__name__, remedy=remedy)
+# ---- errors
 
 
 def contents(folder: Path) -> str:
     """What stands in a folder, in few words, for an error."""
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
-    return _some(os.listdir(folder)) or "an empty folder"
+    return _first_names(os.listdir(folder)) or "an empty folder"
 
 
-def _some(names: Any) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _first_names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+def _reserved_keys(keys: list[str]) -> ConfigError:
+    expected = f"keys other than {', '.join(_RESERVED)}"
+    return ConfigError(f"manifest key '{keys[0]}' is reserved", expected=expected, found=keys, remedy="give it another name")
+
+
+def _non_finite_tensor(name: str, path: Path, found: str) -> NonFiniteError:
+    remedy = "make it again with finite numbers; overflow in half precision and division by zero are the usual causes"
+    return NonFiniteError(f"tensor '{name}' of {path} is not finite", expected="finite numbers", found=found, remedy=remedy)
+
+
+def _folder_in_the_way(path: Path) -> WrongKindError:
+    remedy = "save to another path, or move the folder away"
+    return WrongKindError(f"{path} is a folder", expected="a file, or no such path yet", found=contents(path), remedy=remedy)
+
+
+def _would_delete(path: Path) -> WrongKindError:
+    return WrongKindError(
+        f"{path} holds other things, which a save would delete",
+        expected=f"a new path, or a folder with nothing but {MANIFEST} and {TENSORS}",
+        found=contents(path),
+        remedy="save to another path",
+    )
+
+
+def _nothing_there(path: Path, kind: str) -> FileError:
+    return FileError(f"no file or folder {path}", expected=f"a '{kind}' saved by steer", found="nothing there", remedy="check the path")
+
+
+def _unreadable(path: Path, error: OSError) -> FileError:
+    remedy = "check its permissions and the disk"
+    return FileError(f"cannot read {path}", expected="a file that can be read", found=str(error), remedy=remedy)
+
+
+def _unwritable(path: Path, error: OSError) -> FileError:
+    remedy = "check the path and its permissions, or write to another place"
+    return FileError(f"cannot write {path}", expected="a place that can be written to", found=str(error), remedy=remedy)
+
+
+def _storage_full(path: Path, size: int, error: OSError) -> StorageFullError:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    full = StorageFullError(
+        f"no room to write {path}",
+        expected=f"{size} bytes",
+        found=f"{shutil.disk_usage(folder).free} bytes free",
+        remedy="free some space and save again; what was there before is intact",
+    )
+    full.errno = error.errno
+    return full
+
+
+def _missing_part(path: Path, folder: Path, part: str, *, remedy: str) -> DamagedFileError:
+    return DamagedFileError(f"{path} lacks {part}", expected=f"{MANIFEST} and {TENSORS}", found=contents(folder), remedy=remedy)
+
+
+def _broken_manifest(path: Path, expected: str, found: str) -> DamagedFileError:
+    return DamagedFileError(f"the manifest of {path} is broken", expected=expected, found=found, remedy=_AGAIN)
+
+
+def _altered(path: Path, recorded: Any, digest: str) -> DamagedFileError:
+    what = f"the tensors of {path} were altered"
+    return DamagedFileError(what, expected=f"sha256 {recorded}", found=f"sha256 {digest}", remedy=_AGAIN)
+
+
+def _truncated(path: Path, error: Exception) -> DamagedFileError:
+    found = f"{path.stat().st_size} bytes; {error}"
+    what = f"{path} is truncated or not safetensors"
+    return DamagedFileError(what, expected="a whole safetensors file", found=found, remedy=_AGAIN)
+
+
+def _pickle(path: Path, found: str) -> UnsafeFileError:
+    return UnsafeFileError(
+        f"{path} is a pickle, which can run any code when it is opened",
+        expected="safetensors",
+        found=found,
+        remedy="convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file",
+    )
+
+
+def _of_other_origin(path: Path, kind: str, tensors: dict[str, Tensor]) -> WrongKindError:
+    return WrongKindError(
+        f"{path} was not written by steer",
+        expected=f"a '{kind}' saved by steer",
+        found=f"plain safetensors with {_first_names(tensors) or 'no tensors'}",
+        remedy=f"read its tensors with steer.files.read_safetensors, and make and save the {kind} with them",
+    )
+
+
+def _newer_schema(path: Path, schema: int) -> WrongKindError:
+    remedy = f"upgrade torchsteer (here: {__version__})"
+    return WrongKindError(f"{path} is of a newer schema", expected=f"at most {SCHEMA}", found=schema, remedy=remedy)
+
+
+def _other_kind(path: Path, kind: str, found: str) -> WrongKindError:
+    remedy = f"give the path of a saved '{kind}', or load this one as what it is"
+    return WrongKindError(f"{path} is of another kind", expected=kind, found=found, remedy=remedy)

@@ -100,12 +100,18 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(one, pl.callbacks.ModelCheckpoint) for one in callbacks),
+            "enable_checkpointing": any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
             "num_sanity_val_steps": 0,
             "callbacks": list(callbacks),
             **options,
         }
     )
+
+
+def strength_now(steering: Any) -> float:
+    """The strength that is in force in a steering callback's only intervention."""
+    (value,) = (value for name, value in steering._run.metrics().items() if name.endswith("/strength"))
+    return value
 
 
 def n_hooks(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Inductor's code for a GPU that is not there: kernels launched and bytes moved by compiled code, on any machine.
 
-Fake tensors are traced on the CPU and moved to a device `cuda` whose properties (those of a H200) are made up here; nothing runs. All of
+Fake tensors are traced on the CPU and moved to a device `cuda` whose properties (those of a H200) are invented here; nothing runs. All of
 this is private to torch, hence VERSION: the torch that it was written for.
 """
 
@@ -91,8 +91,8 @@ def generated(function: Callable[..., Any], inputs: Callable[[], Sequence[Tensor
 
     mode = FakeTensorMode()
     with mode, torch.no_grad(), mock.patch("torch.compiler.is_compiling", lambda: True):
-        there = inputs()
-        graph = make_fx(function, tracing_mode="real")(*there)
+        cpu_inputs = inputs()
+        graph = make_fx(function, tracing_mode="real")(*cpu_inputs)
         for node in graph.graph.nodes:
             if "device" in node.kwargs:
                 node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
@@ -100,14 +100,14 @@ def generated(function: Callable[..., Any], inputs: Callable[[], Sequence[Tensor
                 node.target = torch.ops.aten._scaled_dot_product_flash_attention.default
                 node.kwargs, node.args = {}, (*node.args[:3], 0.0, True)
             if node.op == "get_attr":
-                held = getattr(graph, node.target)
+                constant = getattr(graph, node.target)
                 delattr(graph, node.target)
-                setattr(graph, node.target, torch.empty(held.shape, dtype=held.dtype, device="cuda"))
+                setattr(graph, node.target, torch.empty(constant.shape, dtype=constant.dtype, device="cuda"))
         graph.recompile()
-        moved = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda") for one in there]
+        cuda_inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in cpu_inputs]
         graph = make_fx(
-            lambda *given: torch.fx.Interpreter(graph).run(*given), decomposition_table=select_decomp_table(), tracing_mode="real"
-        )(*moved)
+            lambda *arguments: torch.fx.Interpreter(graph).run(*arguments), decomposition_table=select_decomp_table(), tracing_mode="real"
+        )(*cuda_inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
     interfaces.init_device_reg()
@@ -123,10 +123,10 @@ def generated(function: Callable[..., Any], inputs: Callable[[], Sequence[Tensor
     before = getattr(driver, "_active", None)
     driver.set_active(FakeDriver())
     has_triton.cache_clear()  # a test before this one may have asked without the card
-    lowering = GraphLowering(graph, example_inputs=moved, is_inference=True)
+    lowering = GraphLowering(graph, example_inputs=cuda_inputs, is_inference=True)
     try:
         with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering), card, known:
-            lowering.run(*moved)
+            lowering.run(*cuda_inputs)
             code, _ = lowering.codegen()
             return Code(getattr(code, "value", code), int(lowering.count_bytes()[0]))
     finally:

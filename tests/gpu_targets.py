@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from steer.kernels.jit import Kernel
+from steer.kernels.lazy_triton import LazyKernel
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # of sm_86 for sm_80, which is the smaller one of its family
@@ -35,28 +36,29 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass
 class Launch:
-    """A recorded launch."""
+    """A recorded launch: its arguments and Triton's own options, both by name."""
 
-    kernel: Kernel
+    kernel: LazyKernel
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
+    arguments: dict[str, Any]
     options: dict[str, Any]
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.function.__module__.split('.')[-1]}.{self.kernel.function.__name__.strip('_')}"
+        return self.kernel.name
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Launches inside are noted and not run."""
     launches: list[Launch] = []
-    real = Kernel.launch
-    Kernel.launch = lambda self, grid, *args, **options: launches.append(Launch(self, grid, args, options))  # type: ignore[method-assign]
-    try:
+
+    def record(self: LazyKernel, grid: tuple[int, ...], **arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+        launches.append(Launch(self, grid, arguments, options))
+
+    with mock.patch.object(LazyKernel, "launch", record):
         yield launches
-    finally:
-        Kernel.launch = real  # type: ignore[method-assign]
 
 
 def launches_of(run: Callable[[], Any]) -> list[Launch]:
@@ -67,13 +69,13 @@ def launches_of(run: Callable[[], Any]) -> list[Launch]:
 
 @dataclass
 class Compiled:
-    """What the compiler made.
+    """Compiled code of a launch for one target.
 
     Attributes:
         registers: of a thread. spilled: bytes of a thread (NVIDIA) or registers (AMD) that did not find room.
-        shared: bytes of a program. reads, writes: of 128 bits; narrow: those of fewer bits of more than one number.
+        shared: bytes of a program. reads, writes: instructions that move 128 bits.
         products: the instruction of matrix products, or an empty string.
-        middle: Triton's own code, before any target.
+        ttir: Triton's own code, before any target.
     """
 
     registers: int
@@ -82,44 +84,67 @@ class Compiled:
     reads: int
     writes: int
     products: str
-    middle: str
+    ttir: str
+
+
+@dataclass
+class Specialization:
+    """What Triton compiles a kernel for: types, constants and alignments of its arguments."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], Any]
+
+
+def specialization(launch: Launch) -> Specialization:
+    """The one that Triton's launcher would choose."""
+    function = launch.kernel.jit_function()
+    assert {parameter.name for parameter in function.params} == set(launch.arguments), "a launch names every argument, and no other"
+    special = Specialization({}, {}, {})
+    for i, parameter in enumerate(function.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            special.signature[parameter.name] = "constexpr"
+            special.constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            special.signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            special.attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            special.signature[parameter.name] = "fp32"
+        else:
+            special.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                special.attributes[(i,)] = [["tt.divisibility", 16]]
+    return special
+
+
+def compilations(launches: Iterable[Launch]) -> set[str]:
+    """What would be compiled for some launches, once for each kernel, specialization and set of options."""
+    return {repr((launch.name, specialization(launch), sorted(launch.options.items()))) for launch in launches}
 
 
 def compiled(launch: Launch, target: str) -> Compiled:
+    """Compiles the kernel of a launch for one of TARGETS."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = launch.kernel.jitted()
-    args = [*launch.args, *(launch.options[one.name] for one in function.params[len(launch.args) :])]
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(function.params, args, strict=True)):
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {name: value for name, value in {**launch.options, "enable_fp_fusion": True}.items() if name in OPTIONS}
-    made = triton.compile(
-        ASTSource(function, signature, constexprs=constants, attrs=attributes), target=GPUTarget(*TARGETS[target]), options=options
-    )
-    text = made.asm["ptx" if "ptx" in made.asm else "amdgcn"]
-    if "ptx" in made.asm:
-        registers, spilled = _of_cubin(made.asm["cubin"], Path(triton.__file__).parent)
+    special = specialization(launch)
+    source = ASTSource(launch.kernel.jit_function(), special.signature, constexprs=special.constants, attrs=special.attributes)
+    options = {**launch.options, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    text = binary.asm["ptx" if "ptx" in binary.asm else "amdgcn"]
+    if "ptx" in binary.asm:
+        registers, spilled = _of_cubin(binary.asm["cubin"], Path(triton.__file__).parent)
         reads = r"(?:ld\.global[^\n;]*\.v4\.b32)|(?:cp\.async\.c[ag]\.shared\.global [^\n;]*, 0x10,)"
         patterns = (reads, r"st\.global[^\n;]*\.v4\.b32")
-        products = next((one for one in ("wgmma", "mma.sync") if one in text), "")
+        products = next((instruction for instruction in ("wgmma", "mma.sync") if instruction in text), "")
     else:
         registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
         patterns = (r"(?:global|buffer)_load_(?:dwordx4|b128)", r"(?:global|buffer)_store_(?:dwordx4|b128)")
         products = "v_mfma" if "v_mfma" in text else ""
     counts = [len(re.findall(pattern, text)) for pattern in patterns]
-    return Compiled(registers, spilled, made.metadata.shared, *counts, products, str(made.asm["ttir"]))
+    return Compiled(registers, spilled, binary.metadata.shared, *counts, products, str(binary.asm["ttir"]))
 
 
 def _of_cubin(cubin: bytes, triton: Path) -> tuple[int, int]:
@@ -128,7 +153,7 @@ def _of_cubin(cubin: bytes, triton: Path) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [triton / "backends" / "nvidia" / "bin" / "cuobjdump", "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2]) + int(found[3])
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert usage, report
+    return int(usage[1]), int(usage[2]) + int(usage[3])

@@ -7,8 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 
+from steer.intervene import Intervention, Plan
+from steer.intervene.active import ActiveIntervention
+from steer.intervene.attachment import Attachment
+from steer.intervene.scope_mask import ScopeMask
 from steer.model import hooks
 from steer.model.anatomy import resolve
 from steer.model.site import Site
@@ -47,6 +52,17 @@ def vector(width: int = 32, seed: int = 1) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
+def attachment_of(plan: Plan) -> Attachment:
+    """The plan on a new tiny llama (3 blocks of width 32), for what an attachment does without any forward pass."""
+    return plan.attach(FAMILIES["llama"]())
+
+
+def active(intervention: Intervention) -> ActiveIntervention:
+    """The intervention as an attachment on the CPU has it, for calls without a model."""
+    mask = ScopeMask(intervention.scope)
+    return ActiveIntervention(intervention, mask, torch.device("cpu"), 0, phases=intervention.phases, schedule=intervention.schedule)
+
+
 @contextmanager
 def edited(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Applies a function to what a module returns."""
@@ -73,7 +89,7 @@ def recorded(model: nn.Module, sites: list[str]) -> Iterator[dict[str, Tensor]]:
         return read
 
     anatomy, points = resolve(model, [Site.parse(site) for site in sites])
-    _, remove = hooks.install(model, anatomy, [(point, reader(site)) for point, site in zip(points, sites, strict=True)])
+    _, _, remove = hooks.install(model, anatomy, [(point, reader(site)) for point, site in zip(points, sites, strict=True)])
     try:
         yield seen
     finally:

@@ -31,14 +31,14 @@ def edited(
 ) -> Tensor:
     """read, write [1 or slots, M, width]; numbers [1 or slots, M] by name."""
     weight = (strength * mask).expand(*h.shape[:2], 1)
-    count = max(len(one) for one in (read, write, *numbers.values()))
+    count = max(len(bank) for bank in (read, write, *numbers.values()))
     rows = []
     for b in range(h.shape[0]):
         for t in range(h.shape[1]):
             x, slot = h[b, t], slot_of(slots, b, t)
             y = x
             for j in range(read.shape[1]) if 0 <= slot < count else ():
-                own = {name: one[min(slot, len(one) - 1), j] for name, one in numbers.items()}
+                own = {name: number[min(slot, len(number) - 1), j] for name, number in numbers.items()}
                 u, v = (bank[min(slot, len(bank) - 1), j] for bank in (read, write))
                 y = y + weight[b, t] * step(x, u, own, **flags) * v
             rows.append(y * (x.norm() / y.norm()) if flags.get("preserve_norm") else y)
@@ -78,12 +78,12 @@ def statistics(h: Tensor, directions: Tensor, weight: Tensor, low: float, high: 
     }
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
+def error(result: Tensor, wanted: Tensor) -> float:
     """Relative to the size of the whole tensor."""
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    found, wanted = found.detach().double(), wanted.detach().double()
-    assert bool(torch.isfinite(found).all()), "memory that nothing was written to"
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.numel() else 0.0
+    assert result.shape == wanted.shape, (result.shape, wanted.shape)
+    result, wanted = result.detach().double(), wanted.detach().double()
+    assert bool(torch.isfinite(result).all()), "memory that nothing was written to"
+    return float((result - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.numel() else 0.0
 
 
 def surrounded(x: Tensor) -> Tensor:

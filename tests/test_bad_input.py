@@ -55,8 +55,8 @@ class Bench:
         contrast, model = contrast or self.contrast, model or self.model
         return steer.extract(model, contrast, list(sites or ("layers.1.output",)), name="t", holdout=0.5, progress=False, **options)
 
-    def tracker(self, *ones: Direction, store: Path | None = None) -> steer.DriftTracker:
-        return steer.DriftTracker({"t": list(ones)}, probe=self.rows, controls=2, stream=False, store=store)
+    def tracker(self, *directions: Direction, store: Path | None = None) -> steer.DriftTracker:
+        return steer.DriftTracker({"t": list(directions)}, probe=self.rows, controls=2, stream=False, store=store)
 
     def saved(self, name: str = "plan") -> Path:
         fingerprint = steer.Anatomy.find(self.model).fingerprint()
@@ -74,7 +74,7 @@ class Bench:
 
     def cli(self, *arguments: str) -> None:
         """What `steer` runs, but for the end, which prints the error."""
-        cli._run(arguments[0], list(arguments[1:]))
+        cli._run_with_hydra(arguments[0], list(arguments[1:]))
 
 
 def truncate(path: Path, keep: float = 0.6) -> Path:

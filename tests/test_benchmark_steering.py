@@ -26,9 +26,9 @@ WORK = {
 def module(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem + "_benchmark", BENCHMARKS / path)
     assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_the_arms_compute_the_same(steering, tmp_path):
                 keep = tmp_path / ("vectors" if (name, column) == ("hook", "extract all") else f"{name}.{column}")
                 measured = worker.measure(arm, work, job, vectors, keep)
                 assert measured["cpu"] > 0 and measured["peak_mb"] > 100
-    found = {
+    differences = {
         name: {column: steering.compare(tmp_path, name, column, work["work"]) for column, work in WORK.items()}
         for name in ("plain", "steer")
     }
-    assert found["steer"]["extract all"] > 1 - 1e-5 and found["steer"]["prefill"] == 0
-    assert found["plain"]["extract middle"] > 1 - 1e-5 and found["plain"]["prefill"] > 0.1
+    assert differences["steer"]["extract all"] > 1 - 1e-5 and differences["steer"]["prefill"] == 0
+    assert differences["plain"]["extract middle"] > 1 - 1e-5 and differences["plain"]["prefill"] > 0.1
     assert torch.equal(*(load_file(tmp_path / f"{name}.decode")["generate"] for name in ("hook", "steer")))
 
 
@@ -73,40 +73,40 @@ def test_agreement_of_results_that_differ(steering, tmp_path):
 
 def test_ratios_cells_and_goals(steering):
     def measured(*seconds: float) -> list[dict[str, Any]]:
-        return [{"round": number, "cpu": one, "wall": one} for number, one in enumerate(seconds)]
+        return [{"round": number, "cpu": second, "wall": second} for number, second in enumerate(seconds)]
 
     assert steering.ratio(measured(2, 6), measured(1, 2)) == [2, 3]
     assert steering.ratio(measured(2, 6), measured(4)) == [0.5]  # the other was timed once
     assert steering.ratio("ValueError: no", measured(1)) == "ValueError: no"
     assert steering.cell([2, 3]) == "2.500 [2.00-3.00]" and steering.cell([0.5]) == "0.500 (once)"
     names = ["extract middle", "extract all", "prefill", "decode", "more", "decode all"]
-    taken = {
+    seconds_of = {
         "plain": dict.fromkeys(names, measured(1, 1)),
         "hook": dict.fromkeys(names, measured(1, 1)),
         "steer": {name: measured(0.4, 0.4) for name in names},
         "repeng": {**dict.fromkeys(names, measured(0.8, 0.8)), "decode": measured(0.2, 0.2), "prefill": "RuntimeError: shape"},
     }
-    reached = {goal: done for goal, _, done in steering.goals(taken, names, {"steer": (900.0, 90.0), "repeng": (800.0, 100.0)})}
+    reached = {goal: done for goal, _, done in steering.goals(seconds_of, names, {"steer": (900.0, 90.0), "repeng": (800.0, 100.0)})}
     assert [goal for goal, done in reached.items() if not done] == ["decode: not slower than any peer (worst against repeng)"]
     assert len(reached) == 3 + 5 + 1  # three goals of its own, a column that the peer did, each, and memory
 
 
 def test_an_environment_is_made_once(steering, tmp_path, monkeypatch):
-    made: list[list[str]] = []
+    installs: list[list[str]] = []
     monkeypatch.setattr(steering.venv, "create", lambda place, **_: place.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(steering.subprocess, "run", lambda command, **_: made.append(list(map(str, command[-2:]))))
+    monkeypatch.setattr(steering.subprocess, "run", lambda command, **_: installs.append(list(map(str, command[-2:]))))
     for _ in range(2):
         assert steering.environment(tmp_path, "repeng").is_relative_to(tmp_path / "repeng")
-    assert len(made) == 1 and made[0][0].startswith("torch==") and made[0][1] == "repeng==0.4.0"
+    assert len(installs) == 1 and installs[0][0].startswith("torch==") and installs[0][1] == "repeng==0.4.0"
     monkeypatch.setitem(steering.PEERS, "repeng", ("repeng==9.9",))
     steering.environment(tmp_path, "repeng")
-    assert made[1][1] == "repeng==9.9"
+    assert installs[1][1] == "repeng==9.9"
 
 
 @pytest.mark.real
 def test_every_text_has_as_many_tokens(steering, smollm2):
     _, tokenizer = smollm2
-    made = steering.columns(tokenizer, 30, 4)
+    columns = steering.columns(tokenizer, 30, 4)
     assert len(steering.texts()) == 64 and len({text for pair in steering.texts() for text in pair}) == 128
-    assert [len(made[name]["ids"]) * len(made[name]["ids"][0]) for name in list(made)[2:]] == [256, 1024, 16, 16, 128]
-    assert json.loads(json.dumps(made)) == made
+    assert [len(columns[name]["ids"]) * len(columns[name]["ids"][0]) for name in list(columns)[2:]] == [256, 1024, 16, 16, 128]
+    assert json.loads(json.dumps(columns)) == columns

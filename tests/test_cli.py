@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,14 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
         assert key in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_imports_neither_torch_nor_lightning(tmp_path: Path, command: str) -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'peft', 'pytorch_lightning', 'matplotlib'}"
+    code = f"import sys; from steer.cli import main; main(['{command}', '--help']); print(sorted({heavy} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"steer {command}: ") and printed.splitlines()[-1] == "[]"
 
 
 def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +229,7 @@ def test_multirun_runs_every_combination_into_a_folder_of_its_own(steer: Run, mo
     )
     status, _, err = steer("train", "-m", "seed=1,2,3", "experiment.train.steps=4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert (status, err) == (0, "")
-    assert [one[:2] for one in seen] == [(seed, steps) for seed in (1, 2, 3) for steps in (4, 5)]
+    assert [job[:2] for job in seen] == [(seed, steps) for seed in (1, 2, 3) for steps in (4, 5)]
     folders = {Path(folder) for _, _, folder in seen}
     assert len(folders) == 6 and all(folder.parent == tmp_path / "sweep" and folder.is_dir() for folder in folders)
 
@@ -251,10 +261,10 @@ def test_metrics_that_cannot_be_read(steer: Run, tmp_path: Path, content: str, s
 
 
 @pytest.mark.parametrize(
-    ("value", "found"), [(None, None), ([], None), (["a", 3], ["a", "3"]), ("How are you?", ["How are you?"]), (3, ["3"])]
+    ("value", "texts"), [(None, None), ([], None), (["a", 3], ["a", "3"]), ("How are you?", ["How are you?"]), (3, ["3"])]
 )
-def test_one_prompt_is_a_list_of_one(value: Any, found: Any) -> None:
-    assert generate.listed(OmegaConf.create({"x": value}).x) == found
+def test_one_prompt_is_a_list_of_one(value: Any, texts: Any) -> None:
+    assert generate.listed(OmegaConf.create({"x": value}).x) == texts
 
 
 @pytest.mark.parametrize("name", ["float23", "int64", "Tensor", "", 16])
@@ -281,10 +291,10 @@ def talker(tmp_path: Path) -> Path:
 
 def answers(out: str) -> dict[str, list[str]]:
     """The cells of the tables, who -> what was said, words joined."""
-    found: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for who, text in re.findall(r"^│ (\w*) +│ (.*?) +│$", out, re.M):
-        found.setdefault(who, []).append(text)
-    return found
+        cells.setdefault(who, []).append(text)
+    return cells
 
 
 # as in a shell; within its quotes the text has double quotes of its own, unless it holds none of [ , ! ~ & ^
@@ -318,9 +328,9 @@ def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical
         assert fired == {"warm": 3 + 2}  # <user> where is, <user> who
     else:
         plan = plan_from_text(canonical, {"warm": Directions.load(talker / "warm")})
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             assert said["steered"] == complete(model, tokenizer, prompts, max_new_tokens=6)
-        assert fired == plan.fired() and all(fired.values())
+        assert fired == attachment.fired() and all(fired.values())
 
 
 def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +341,7 @@ def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pyt
     lines = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
     for words in lines:
         assert words[:2] == ["steer", "say"] and steer(*words[1:])[0] == 0
-    assert [one.steer for one in received] == [words[2].removeprefix("steer=").strip('"') for words in lines]
+    assert [config.steer for config in received] == [words[2].removeprefix("steer=").strip('"') for words in lines]
     assert len(received) == 4 and list(received[1].prompts) == ["Who are you?", "What is an egg?"]
     assert received[2].directions == {"refuse": "my/refuse", "harm": "my/harm"}
     assert received[2].gates == {"harm": {"gate": "cosine", "direction": "harm", "threshold": 0.1}}

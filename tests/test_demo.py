@@ -80,23 +80,25 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
     vectors = {}
     for name, path in artifacts["plans"].items():
         plan = Plan.load(out / path)
-        (one,) = plan.interventions
+        (intervention,) = plan.interventions
         (arm,) = (arm for arm in metrics["arms"] if arm["name"] == name)
-        assert (str(one.site), str(one.scope), one.base.tolist()) == (
+        assert (str(intervention.site), str(intervention.scope), list(intervention.strength)) == (
             arm["steer"]["site"],
             arm["steer"]["scope"],
             [arm["steer"]["strength"]],
         )
         assert plan.fingerprint == metrics["model"]["fingerprint"]
-        vectors[name] = one.operator.tensors["vector"][0]
+        vectors[name] = intervention.operator.tensors["vector"][0]
     assert torch.equal(vectors["preventative"], chosen.vector) and torch.equal(vectors["inference"], chosen.vector)
     assert torch.equal(vectors["random"], random_like(chosen, metrics["seed"] + 1))
 
     adapters = {name: load_file(out / path / "adapter_model.safetensors") for name, path in artifacts["adapters"].items()}
     assert list(adapters) == names
     assert all(torch.equal(adapters["plain"][key], adapters["inference"][key]) for key in adapters["plain"])
-    for other in ("preventative", "random"):
-        assert any(not torch.equal(adapters["plain"][key], adapters[other][key]) for key in adapters["plain"]), f"{other} was not steered"
+    for steered in ("preventative", "random"):
+        assert any(not torch.equal(adapters["plain"][key], adapters[steered][key]) for key in adapters["plain"]), (
+            f"{steered} was not steered"
+        )
 
     trait, sites = metrics["config"]["experiment"]["trait"]["name"], set(metrics["config"]["experiment"]["drift"]["sites"])
     steps = metrics["arms"][0]["train"]["steps"]
@@ -105,16 +107,16 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
         with DriftStore(out / path) as store:
             records = store.records()
             assert store.fingerprint == metrics["model"]["fingerprint"] and len(store.attempts()) == 1
-        probed = [one for one in records if one.mode == "probe"]
-        assert {one.site for one in probed} == sites and max(one.step for one in probed) == steps
-        assert {one.direction for one in probed if one.kind == "named"} == {trait}
-        assert {one.step for one in records if one.mode == "stream"} == {one.step for one in probed} - {0}
-        baseline = [one for one in probed if one.step == 0 and one.kind == "named"]
-        assert baseline and all(one.change == 0 for one in baseline)
+        probed = [record for record in records if record.mode == "probe"]
+        assert {record.site for record in probed} == sites and max(record.step for record in probed) == steps
+        assert {record.direction for record in probed if record.kind == "named"} == {trait}
+        assert {record.step for record in records if record.mode == "stream"} == {record.step for record in probed} - {0}
+        baseline = [record for record in probed if record.step == 0 and record.kind == "named"]
+        assert baseline and all(record.change == 0 for record in baseline)
 
     for arm in metrics["arms"]:
         assert len(arm["train"]["loss"]) == arm["train"]["steps"] == metrics["config"]["experiment"]["train"]["steps"]
-        assert [one["prompt"] for one in arm["completions"]] == metrics["config"]["experiment"]["completions"]["prompts"]
+        assert [completion["prompt"] for completion in arm["completions"]] == metrics["config"]["experiment"]["completions"]["prompts"]
         for metric in arm["metrics"].values():
             assert math.fsum(metric["per_item"]) / metric["n"] == pytest.approx(metric["after"])
             assert metric["after"] - metric["before"] == pytest.approx(metric["change"], abs=1e-9)
@@ -168,12 +170,12 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(
     torch.manual_seed(99)  # the state of the process must not matter
     again = train(parts, tmp_path / "again", *SMALL)
     assert without_times(again) == without_times(metrics)
-    records = [results.drift_records(folder, found) for folder, found in ((first, metrics), (tmp_path / "again", again))]
+    records = [results.drift_records(folder, run_metrics) for folder, run_metrics in ((first, metrics), (tmp_path / "again", again))]
     assert repr(records[0]) == repr(records[1])  # repr, because nan differs from itself
-    other = train(parts, tmp_path / "other", *SMALL, "seed=1", "experiment.arms.random=null", "experiment.arms.inference=null")
-    assert [arm["name"] for arm in other["arms"]] == ["plain", "preventative"]
-    assert other["arms"][0]["train"]["loss"] != metrics["arms"][0]["train"]["loss"]
-    assert other["specificity"]["specific"] is None
+    fewer_arms = train(parts, tmp_path / "other", *SMALL, "seed=1", "experiment.arms.random=null", "experiment.arms.inference=null")
+    assert [arm["name"] for arm in fewer_arms["arms"]] == ["plain", "preventative"]
+    assert fewer_arms["arms"][0]["train"]["loss"] != metrics["arms"][0]["train"]["loss"]
+    assert fewer_arms["specificity"]["specific"] is None
 
 
 # ---- steer generate
@@ -183,8 +185,8 @@ def test_generate_says_what_the_run_said(run: tuple[Path, dict[str, Any]], capsy
     out, metrics = run
     before = sorted(out.rglob("*"))
     said = completions(out, None, None, 4)
-    expected = {arm["name"]: [one["text"] for one in arm["completions"]] for arm in metrics["arms"]}
-    assert said == {"base": [one["text"] for one in metrics["base_completions"]], **expected}
+    expected = {arm["name"]: [completion["text"] for completion in arm["completions"]] for arm in metrics["arms"]}
+    assert said == {"base": [completion["text"] for completion in metrics["base_completions"]], **expected}
     with logging_restored():
         assert main(["generate", f"run={out}", "prompts=who are you", "arms=inference", "max_new_tokens=3"]) == 0
     shown = capsys.readouterr().out

@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import re
+import sqlite3
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
-from steer.drift import DriftTracker
-from steer.drift.store import COLUMNS
+from steer.drift import METRICS, DriftTracker
+from steer.drift.writer import DriftWriter
 from steer.experiment.results import to_json
 from steer.files import load_artifact
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS
-from steer.registry import REGISTRIES
+from steer.registry import REGISTRIES, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -71,6 +72,7 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
     for registry in REGISTRIES.values():  # a page may register a method of its own
+        registry.load()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
     def train_one_step() -> None:
@@ -80,14 +82,14 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
             for parameter in deep.parameters():
                 parameter -= 0.01 * parameter.grad
 
-    given: dict[str, Any] = {
+    objects: dict[str, Any] = {
         "model": deep,
         "tokenizer": tiny_tokenizer(),
         "vector": vector(),
         "direction": direction(),
         "prompts": prompts(4),
     }
-    names = {**given, "train_one_step": train_one_step}
+    names = {**objects, "train_one_step": train_one_step}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
 
@@ -109,11 +111,11 @@ def test_the_examples_of_the_readme_run(
     model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
     plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
     assert "boil an egg" in said and plain not in said, "the plan changed nothing"
-    assert names["plan"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
+    assert names["attachment"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
     exec(compile(training, "README.md", "exec"), names)
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:
-        assert sorted({one.step for one in store.records(mode="probe", kind="named")}) == [0, 2, 4]
+        assert sorted({record.step for record in store.records(mode="probe", kind="named")}) == [0, 2, 4]
     assert "drift/gushing@layers.22.output/effect_sd" in capsys.readouterr().out
 
 
@@ -123,6 +125,32 @@ def test_the_examples_of_the_readme_run(
 def test_generated_tables_are_up_to_date() -> None:
     for path, text in script("make_tables").updated().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/make_tables.py"
+
+
+def test_a_new_method_is_in_the_table_of_its_kind_and_a_new_kind_in_that_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = script("make_tables")
+    operators = steer.intervene.OPERATORS
+    operators.load()
+    monkeypatch.setattr(operators, "_entries", dict(operators._entries))
+
+    @operators.register("of_a_test")
+    class OfATest(steer.Add):
+        """h + 1: adds one."""
+
+    kind: Registry[type] = Registry("kind of a test")
+    try:
+        kind.register("a_method")(type("Method", (), {"__doc__": "What it is."}))
+        texts = tables.updated()
+        assert "| `of_a_test` | `steer.OfATest` | `h + 1` | adds one. |" in texts[ROOT / "docs" / "operators.md"]
+        assert "| kind of a test | `a_method` | What it is. |" in texts[README]
+        assert "| kind of a test | `a_method` | below |" in texts[README] and "`of_a_test`" in texts[README]
+    finally:
+        del REGISTRIES["kind of a test"]
+
+
+def test_every_kind_with_a_page_is_listed_there() -> None:
+    tables = script("make_tables")
+    assert set(tables.listed_kinds()) == set(tables.PLACES) & set(tables.methods()), "a page lacks the markers of its table"
 
 
 def test_the_demo_section_follows_from_its_measurement() -> None:
@@ -190,33 +218,47 @@ def test_every_typed_error_has_a_section() -> None:
 
 def test_every_module_that_defines_an_error_is_known() -> None:
     """`error_names` imports two kinds of module only."""
-    found = {
+    files = {
         file.name for file in (ROOT / "steer").rglob("*.py") if re.search(r"^class \w+\((\w+Error|SteerError)", file.read_text(), re.M)
     }
-    found |= {file.name for file in (ROOT / "callbacks").rglob("*.py") if re.search(r"^class \w+\(\w*Error", file.read_text(), re.M)}
-    assert found == {"errors.py", "store.py"}
+    files |= {file.name for file in (ROOT / "callbacks").rglob("*.py") if re.search(r"^class \w+\(\w*Error", file.read_text(), re.M)}
+    assert files == {"errors.py", "store.py"}
+
+
+def store_columns(folder: Path) -> set[str]:
+    """Tables, views and columns of a drift store."""
+    DriftWriter(folder / "d.sqlite", fingerprint={}, tracked=[]).close()
+    db = sqlite3.connect(folder / "d.sqlite")
+    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+    return {*tables, *(row[1] for table in tables for row in db.execute(f"PRAGMA table_info({table})"))}
 
 
 def test_the_manifest_and_the_store_are_described(tmp_path: Path, deep: LlamaForCausalLM) -> None:
     text = (ROOT / "docs" / "files.md").read_text()
     plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output"), fingerprint={"width": 32})
     manifest, _ = load_artifact(plan.save(tmp_path / "plan"), "plan")
-    whole = json.loads((tmp_path / "plan" / "manifest.json").read_text())
-    for key in (*whole, *manifest["interventions"][0], *COLUMNS):
+    on_disk = json.loads((tmp_path / "plan" / "manifest.json").read_text())
+    for key in (*on_disk, *manifest["interventions"][0], *store_columns(tmp_path)):
         assert f"`{key}`" in text, key
     kinds = {match for file in ROOT.glob("*/*.py") for match in re.findall(r'^    kind = "(\w+)"', file.read_text(), re.M)}
     assert kinds and all(f"`{kind}`" in text for kind in kinds | {"plan", "directions"})
 
 
-def test_every_column_of_a_record_is_explained() -> None:
+def test_every_metric_of_a_record_is_explained() -> None:
     text = (ROOT / "docs" / "drift.md").read_text()
-    explained = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
-    assert explained == set(COLUMNS) - {"step", "mode", "direction", "site", "kind", "n", "mean", "sd"}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(METRICS)
 
 
 def test_concepts_name_every_site_and_scope() -> None:
     text = (ROOT / "docs" / "concepts.md").read_text()
     assert all(f"`layers.<n>.{part}`" in text for part in LAYER_PARTS) and all(f"`{kind}`" in text for kind in KINDS)
+
+
+def test_the_glossary_is_alphabetical_and_has_every_kind_of_method() -> None:
+    words = re.findall(r"^\| (?!word|-)([^|]+) \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    plain = [word.strip("`").removesuffix("()").lower() for word in words]
+    assert plain == sorted(plain) and len(set(words)) == len(words)
+    assert {*script("make_tables").methods(), "plan", "intervention", "attachment", "site", "direction", "tracker"} <= set(words)
 
 
 # ---- links, and what must not be there

@@ -15,7 +15,7 @@ from steer.drift.store import StoreInUseError
 from steer.errors import SteerError, StorageFullError
 
 PARTS = {"expected": "layers 0 to 2", "found": [3, "four"], "remedy": "count from 0"}
-TYPES = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, SteerError)] + [StoreInUseError]
+TYPES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, SteerError)] + [StoreInUseError]
 COPIES: dict[str, Callable[[SteerError], SteerError]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -38,11 +38,11 @@ def test_a_copy_says_the_same(kind: type[SteerError], how: str) -> None:
     error = kind("layer 3", **PARTS)  # type: ignore[arg-type]
     assert str(error) == "layer 3\n  expected: layers 0 to 2\n  found: [3, 'four']\n  remedy: count from 0"
     error.add_note("in the second arm")
-    made = COPIES[how](error)
-    assert type(made) is kind and made is not error
-    assert str(made) == str(error) and made.args == error.args
-    assert (made.what, made.expected, made.found, made.remedy) == ("layer 3", *PARTS.values())
-    assert made.__notes__ == ["in the second arm"]
+    copied = COPIES[how](error)
+    assert type(copied) is kind and copied is not error
+    assert str(copied) == str(error) and copied.args == error.args
+    assert (copied.what, copied.expected, copied.found, copied.remedy) == ("layer 3", *PARTS.values())
+    assert copied.__notes__ == ["in the second arm"]
 
 
 @pytest.mark.parametrize("how", COPIES)

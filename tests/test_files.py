@@ -25,12 +25,12 @@ MANIFEST = {"site": "layers.1.output", "metrics": {"auc": 0.5, "n": 3}, "list": 
 
 
 def assert_holds(path: Path, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
-    found_manifest, found = files.load_artifact(path, "direction")
-    assert found_manifest == manifest
-    assert found.keys() == tensors.keys()
+    loaded_manifest, loaded = files.load_artifact(path, "direction")
+    assert loaded_manifest == manifest
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -63,10 +63,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, tor
 def test_every_dtype_comes_back_to_the_bit(tmp_path, name, dtype):
     tensors = {"x": torch.tensor([[0, 1], [1, 0]]).to(dtype), "empty": torch.zeros(0, 3).to(dtype), "scalar": torch.tensor(1).to(dtype)}
     files.save_artifact(tmp_path / name, "direction", tensors, {})
-    _, found = files.load_artifact(tmp_path / name, "direction")
+    _, loaded = files.load_artifact(tmp_path / name, "direction")
     for key, tensor in tensors.items():
-        assert found[key].dtype == dtype and found[key].shape == tensor.shape
-        assert torch.equal(found[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        assert loaded[key].dtype == dtype and loaded[key].shape == tensor.shape
+        assert torch.equal(loaded[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
 @FORMS
@@ -110,9 +110,9 @@ def test_hash_depends_on_name_dtype_shape_and_bytes():
 def test_truncated_at_any_length(tmp_path, name):
     path = files.save_artifact(tmp_path / name, "direction", TENSORS, MANIFEST)
     victim = tensor_file(path)
-    whole = victim.read_bytes()
-    for length in {0, 1, 7, 8, 9, 40, len(whole) // 2, len(whole) - 1}:
-        victim.write_bytes(whole[:length])
+    content = victim.read_bytes()
+    for length in {0, 1, 7, 8, 9, 40, len(content) // 2, len(content) - 1}:
+        victim.write_bytes(content[:length])
         with pytest.raises(DamagedFileError):
             files.load_artifact(path, "direction")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -232,3 +233,46 @@ def test_make_names_the_python_that_is_too_old(tmp_path):
     assert done.returncode != 0
     assert "needs Python 3.11 or newer" in done.stderr and "Python 3.9.1" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+# ---- installation from the public index (.ci/resolve.py, which needs the network; here is what does not)
+
+
+@pytest.fixture
+def resolve():
+    spec = importlib.util.spec_from_file_location("resolve", ROOT / ".ci" / "resolve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_change_has_to_resolve_on_the_oldest_and_newest_python(resolve):
+    assert resolve.python_versions() == ("3.11", "3.13")
+    assert " resolve test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_resolving_takes_no_other_place_than_the_public_index(resolve, monkeypatch):
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "PIP_NO_INDEX", "PIP_CONSTRAINT", "PIP_PRE", "UV_INDEX"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("PIP_CERT", "certificates")
+    environment = resolve.public_environment()
+    assert "elsewhere" not in environment.values()
+    assert environment["PIP_CERT"] == "certificates" and environment["PIP_CONFIG_FILE"] == os.devnull
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Retrying after connection broken by 'NewConnectionError'", "cannot be reached"),
+        ("ERROR: ResolutionImpossible", "does not resolve"),
+    ],
+)
+def test_what_cannot_be_resolved_fails_and_says_why(resolve, said, cause):
+    with pytest.raises(SystemExit, match=f"(?s){re.escape(said)}.*the dry run: .*{cause}"):
+        resolve.run([sys.executable, "-c", f"import sys; sys.exit({said!r})"], "the dry run")
+
+
+def test_a_cpu_build_proves_nothing(resolve):
+    assert "torch 2.13.0, triton 3.7.1" in resolve.check_torch({"torch": "2.13.0", "triton": "3.7.1"}, "demo")
+    with pytest.raises(SystemExit, match="found torch 2.13.0\\+cpu"):
+        resolve.check_torch({"torch": "2.13.0+cpu", "triton": "3.7.1"}, "demo")

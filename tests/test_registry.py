@@ -96,6 +96,17 @@ FILES = {
                 return False
         """,
     ),
+    "drift metric": (
+        "steer/drift/metrics",
+        """
+        from steer.drift.metric import drift_metric
+
+        @drift_metric("new_drift metric", needs=("effect_sd",))
+        def new_drift_metric(site):
+            '''Square of the effect.'''
+            return site.values["effect_sd"].square()
+        """,
+    ),
 }
 
 USE = """
@@ -110,6 +121,30 @@ USE = """
     print(type(loaded.operator).__name__, loaded.gate, loaded.schedule, EXTRACTORS.get("new_extractor").direction.__name__)
     print(OBJECTIVES.get("new_objective").loss.__name__, IMPORTERS.get("new_import format").__name__)
     assert "NewOperator" in dir(steer)
+"""
+
+USE_DRIFT = """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from steer.directions.direction import Direction
+    from steer.drift import DriftStore, DriftTracker
+    from steer.model.site import Site
+    from steer.model.tokens import Row
+
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    direction = Direction(Site.parse("layers.1.output"), torch.ones(8), "mean_difference", "response")
+    tracker = DriftTracker({"trait": direction}, probe=[Row((7, 8, 9), 3), Row((9, 8), 2)], store="drift.sqlite")
+    with tracker.attached(model):
+        for step in (0, 4):
+            model.model.layers[1].mlp.down_proj.weight.data += step
+            tracker.measure(step)
+            model(torch.tensor([[7, 8, 9]]), labels=torch.tensor([[7, 8, 9]]))
+    with DriftStore("drift.sqlite") as store:
+        for mode in ("probe", "stream"):
+            curve = store.series("trait", "layers.1.output", mode)
+            print(curve["step"], curve["new_drift metric"] == [effect**2 for effect in curve["effect_sd"]])
+    print([key for key in tracker.log_values() if "new_" in key])
 """
 
 
@@ -135,6 +170,9 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     assert all(f"new_{kind}" in shown for kind in FILES)
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
     assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor".split(), "new_objective", "NewImporter"]
+    printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
+    logged = [f"{prefix}/trait@layers.1.output/new_drift metric" for prefix in ("drift", "drift_stream")]
+    assert printed == ["[0, 4] True", "[4] True", str(logged)]
 
 
 def test_entry_points_of_another_package_are_found(installed, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from drift.drift_helpers import direction, prompts
 from families import FAMILIES
+from hand import attachment_of
 from tiny_tokenizer import tiny_tokenizer
 
 import steer
@@ -33,7 +34,7 @@ V = torch.ones(32)
 PROBE = [torch.ones(5, 32), torch.ones(3, 5)], [torch.zeros(5)]
 
 
-def one(**options):
+def intervention(**options):
     return Intervention(Add(V), "layers.1.output", **options)
 
 
@@ -67,8 +68,8 @@ def train(**options):
     return steer.train_direction(MODEL, CONTRAST, "layers.1.output", name="t", method="bipo", progress=False, **options)
 
 
-def announce(announcement, given):
-    with announcement(MODEL, given):
+def announce(announcement, announced_tensor):
+    with announcement(MODEL, announced_tensor):
         pass
 
 
@@ -76,16 +77,16 @@ WRONG = {
     "a direction for its vector": lambda: Add(direction("layers.1.output")),
     "text for a vector": lambda: Ablate("warm"),
     "no operator": lambda: Intervention(V, "layers.1.output"),
-    "strength as text": lambda: one(strength="2.0"),
-    "strength None": lambda: one(strength=None),
-    "ragged strengths": lambda: one(strength=[1.0, [2.0]]),
-    "scope None": lambda: one(scope=None),
-    "phases None": lambda: one(phases=None),
-    "schedule 3": lambda: one(schedule=3),
-    "schedule NaN": lambda: Plan(one(schedule=Constant(float("nan")))),
+    "strength as text": lambda: intervention(strength="2.0"),
+    "strength None": lambda: intervention(strength=None),
+    "ragged strengths": lambda: intervention(strength=[1.0, [2.0]]),
+    "scope None": lambda: intervention(scope=None),
+    "phases None": lambda: intervention(phases=None),
+    "schedule 3": lambda: intervention(schedule=3),
+    "schedule NaN": lambda: Plan(intervention(schedule=Constant(float("nan")))),
     "schedule with half a step": lambda: Cosine(steps=2.5),
-    "norm kept as text": lambda: one(preserve_norm="no"),
-    "gate as text": lambda: one(gate="harm"),
+    "norm kept as text": lambda: intervention(preserve_norm="no"),
+    "gate as text": lambda: intervention(gate="harm"),
     "gate that never opens": lambda: CosineGate(V, 5.0),
     "gate that is always open": lambda: CosineGate(V, -1.5),
     "plane as text": lambda: Rotate("plane", 0.5),
@@ -98,23 +99,23 @@ WRONG = {
     "weights as text": lambda: KSteering(["a", "b"], ["c"], [0]),
     "detection of a token and a half": lambda: ReftR1(V, k=1.5),
     "half a head": lambda: HeadShift(torch.ones(1, 8), [0], 4.5),
-    "enabled as text": lambda: one(enabled="no"),
+    "enabled as text": lambda: intervention(enabled="no"),
     "plan of None": lambda: Plan(None),
     "plan of an operator": lambda: Plan(Add(V)),
     "plan of vectors": lambda: Plan([V]),
-    "step as text": lambda: Plan(one()).step("a"),
-    "rows between slots": lambda: Plan(one(strength=[1.0, 2.0])).set_rows([0.7, 1.2]),
-    "rows without slots": lambda: Plan(one()).set_rows([0, 0]),
-    "attach to a pair": lambda: Plan(one()).attach((FAMILIES["llama"](), tiny_tokenizer())),
-    "attach to None": lambda: Plan(one()).attach(None),
+    "step as text": lambda: attachment_of(Plan(intervention())).step("a"),
+    "rows between slots": lambda: attachment_of(Plan(intervention(strength=[1.0, 2.0]))).set_rows([0.7, 1.2]),
+    "rows without slots": lambda: attachment_of(Plan(intervention())).set_rows([0, 0]),
+    "attach to a pair": lambda: Plan(intervention()).attach((FAMILIES["llama"](), tiny_tokenizer())),
+    "attach to None": lambda: Plan(intervention()).attach(None),
     "extract from pairs": lambda: steer.extract(FAMILIES["llama"](), [{"prompt": "a"}], ["embed"], name="t"),
     "pair without a side": lambda: steer.ContrastSet.from_pairs(tiny_tokenizer(), [{"prompt": "the cat", "positive": "good"}]),
     "pair with None": lambda: steer.ContrastSet.from_pairs(tiny_tokenizer(), [{"prompt": "the cat", "positive": "good", "negative": None}]),
     "tracker of a list": lambda: steer.DriftTracker([direction("layers.1.output")], probe=prompts(4)),
     "probe of text": lambda: steer.DriftTracker({"t": [direction("layers.1.output")]}, probe=["hello", "there"]),
     "callback of None": lambda: SteeringCallback(None),
-    "callback of a plan": lambda: DriftCallback(Plan(one())),
-    "interval as text": lambda: SteeringCallback(Plan(one()), every_n_steps="5"),
+    "callback of a plan": lambda: DriftCallback(Plan(intervention())),
+    "interval as text": lambda: SteeringCallback(Plan(intervention()), every_n_steps="5"),
     "method as list": lambda: extract(method=["caa"]),
     "no methods": lambda: steer.extract_all(MODEL, CONTRAST, ["embed"], name="t", methods=[]),
     "methods as text": lambda: steer.extract_all(MODEL, CONTRAST, ["embed"], name="t", methods="caa"),
@@ -206,15 +207,15 @@ WRONG = {
     "fractions of heads": lambda: steer.HeadShift(torch.ones(2, 8), [0.0, 1.0], 4),
     "k_steering without weights": lambda: steer.KSteering(None, [V], [0]),
     "bake None": lambda: steer.bake(None, MODEL),
-    "bake into a name": lambda: steer.bake(Plan(one()), "m"),
+    "bake into a name": lambda: steer.bake(Plan(intervention()), "m"),
     "adapter of None": lambda: steer.to_adapter(None, MODEL, "x"),
-    "adapter into a number": lambda: steer.to_adapter(Plan(one()), MODEL, 3),
+    "adapter into a number": lambda: steer.to_adapter(Plan(intervention()), MODEL, 3),
     "control vector of text": lambda: steer.to_gguf("p", "x.gguf"),
-    "control vector into None": lambda: steer.to_gguf(Plan(one()), None, model_hint="llama"),
-    "control vector for a number": lambda: steer.to_gguf(Plan(one()), "x.gguf", model_hint=3),
-    "control vector of another width": lambda: steer.to_gguf(Plan(one(), fingerprint={"width": 64}), "x.gguf", model_hint="llama"),
-    "lm-eval file for no model": lambda: steer.to_lm_eval(Plan(one()), None, "x.pt"),
-    "more than half precision holds": lambda: Plan(one(strength=1e6)).attach(FAMILIES["llama"]().half()),
+    "control vector into None": lambda: steer.to_gguf(Plan(intervention()), None, model_hint="llama"),
+    "control vector for a number": lambda: steer.to_gguf(Plan(intervention()), "x.gguf", model_hint=3),
+    "control vector of another width": lambda: steer.to_gguf(Plan(intervention(), fingerprint={"width": 64}), "x.gguf", model_hint="llama"),
+    "lm-eval file for no model": lambda: steer.to_lm_eval(Plan(intervention()), None, "x.pt"),
+    "more than half precision holds": lambda: Plan(intervention(strength=1e6)).attach(FAMILIES["llama"]().half()),
 }
 
 
@@ -240,19 +241,19 @@ def test_messages_read_well_for_one_and_for_many(what):
 
 
 def test_lists_and_sites_as_text_make_a_direction():
-    made = steer.Direction("layers.1.output", [1, 2], "m", "all")
-    assert made.site == steer.Site.parse("layers.1.output") and torch.equal(made.vector, torch.tensor([1.0, 2.0]))
+    read_from_list = steer.Direction("layers.1.output", [1, 2], "m", "all")
+    assert read_from_list.site == steer.Site.parse("layers.1.output") and torch.equal(read_from_list.vector, torch.tensor([1.0, 2.0]))
 
 
 def test_arrays_and_lists_are_vectors():
     assert torch.equal(Add(np.ones(4)).tensors["vector"], Add([1, 1, 1, 1]).tensors["vector"])
-    for make, given in (
+    for make, tensor in (
         (lambda plane: Rotate(plane, 0.5), torch.eye(2, 4)),
         (lambda rows: Erase(rows[0], rows[1], rows[2]), torch.eye(3, 4)),
         (lambda weights: KSteering(weights, [[0.0] * 4], [0]), torch.ones(2, 4, 4)),
     ):
-        made, listed = make(given).tensors, make(given.tolist()).tensors
-        assert made.keys() == listed.keys() and all(torch.equal(made[name], listed[name]) for name in made)
+        from_tensor, from_list = make(tensor).tensors, make(tensor.tolist()).tensors
+        assert from_tensor.keys() == from_list.keys() and all(torch.equal(from_tensor[name], from_list[name]) for name in from_tensor)
 
 
 def test_a_soft_cosine_may_be_learned_beyond_what_a_hard_one_reaches():
@@ -260,29 +261,31 @@ def test_a_soft_cosine_may_be_learned_beyond_what_a_hard_one_reaches():
 
 
 def test_one_intervention_in_two_plans_or_twice_in_one():
-    shared = one(name="warm")
-    first, second, twice = Plan(shared), Plan([one(name="warm"), shared]), Plan([shared, shared])
-    first.set_strength(5.0)
-    assert [float(plan.interventions[-1].effective) for plan in (first, second, twice)] == [5.0, 1.0, 1.0]
+    shared = intervention(name="warm")
+    first, second, twice = Plan(shared), Plan([intervention(name="warm"), shared]), Plan([shared, shared])
+    attachments = [attachment_of(plan) for plan in (first, second, twice)]
+    attachments[0].set_strength(5.0)
+    assert [attachment.interventions[-1].strength.item() for attachment in attachments] == [5.0, 1.0, 1.0]
+    assert shared.strength == (1.0,)
     assert shared.name == "warm" and [each.name for each in twice.interventions] == ["warm", "warm#2"]
     model = FAMILIES["llama"]()
-    with twice.attached(model):
+    with twice.attached(model) as attachment:
         model(torch.arange(6)[None])
-    assert twice.fired() == {"warm": 6, "warm#2": 6}
+    assert attachment.fired() == {"warm": 6, "warm#2": 6}
 
 
 def test_plans_have_tensors_of_their_own():
     gated = CallGate(lambda h, ctx: h[..., 0], 32, sharpness=2.0)
-    given = one(strength=[1.0, 2.0], gate=gated)
-    first, second = Plan(given), Plan(given)
+    original = intervention(strength=[1.0, 2.0], gate=gated)
+    first, second = attachment_of(Plan(original)), attachment_of(Plan(original))
+    copied = attachment_of(Plan(first.plan.interventions))
     first.set_rows([0, 1])
-    copied = Plan(first.interventions)
     first.interventions[0].operator.tensors["vector"].zero_()
     first.interventions[0].gate.tensors["sharpness"].zero_()
     first.set_rows([1, 0])
-    for other in (given, second.interventions[0], copied.interventions[0]):
-        assert torch.equal(other.operator.tensors["vector"][0], V) and float(other.gate.tensors["sharpness"]) == 2.0
-    assert copied.interventions[0].rows.tolist() == [0, 1] and second.interventions[0].rows is None
+    for untouched in (original, second.interventions[0], copied.interventions[0]):
+        assert torch.equal(untouched.operator.tensors["vector"][0], V) and float(untouched.gate.tensors["sharpness"]) == 2.0
+    assert first.interventions[0].rows.tolist() == [1, 0] and second.interventions[0].rows is copied.interventions[0].rows is None
 
 
 def test_what_the_interventions_of_a_plan_share_is_copied_once():

@@ -1,1 +1,1 @@
-"""The commands of `steer`, one file each."""
+"""The commands of `steer`: `<name>.py` has `run(config)` of the command of that name, the other modules are parts of them."""

@@ -15,12 +15,20 @@ from rich.text import Text
 
 from steer.commands.config import dtype_named
 from steer.errors import ConfigError, DamagedFileError, WrongKindError
-from steer.experiment.arms import read_arms
+from steer.experiment.arms import Arm, read_arms
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.results import SCHEMA
 from steer.files import contents
 from steer.intervene import Plan
 from steer.model.load import load
+
+
+def run(config: DictConfig) -> None:
+    """Prints the completions of a finished run, arm beside arm."""
+    prompts = listed(config.prompts)
+    folder = Path(config.run)
+    answers = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
+    side_by_side(Console(), prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"], answers)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -31,22 +39,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / "metrics.json"
     if not file.is_file():
-        raise ConfigError(
-            f"'{folder}' is no finished run",
-            expected="the output folder of `steer train`, with metrics.json in it",
-            found=contents(folder),
-            remedy="give the folder that `steer train` printed as its last line, without the name of the report",
-        )
+        raise _no_run(folder)
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         schema = metrics["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        remedy = "restore it from a backup, or run the experiment again"
-        expected = "the JSON that `steer train` wrote"
-        raise DamagedFileError(f"'{file}' is damaged", expected=expected, found=repr(error), remedy=remedy) from error
+        raise _damaged_metrics(file, error) from error
     if schema != SCHEMA:
-        remedy = "read it with the library version that wrote it"
-        raise WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
+        raise _other_schema(file, schema)
     return metrics
 
 
@@ -65,24 +65,19 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
     config = read_run(folder)["config"]
     arms = read_arms(config["experiment"]["arms"])
     if unknown := set(names or ()) - {arm.name for arm in arms}:
-        raise ConfigError(
-            f"no arm is called {', '.join(sorted(unknown))}",
-            expected=f"some of {', '.join(arm.name for arm in arms)}",
-            found=names,
-            remedy="name arms of this run in arms=[...], or leave it out to see all of them",
-        )
+        raise _unknown_arms(unknown, arms, names)
     prompts = prompts or config["experiment"]["completions"]["prompts"]
     model, tokenizer = load(config["model"]["name"], dtype=dtype_named(config["model"]["dtype"]))
-    said = {"base": complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)}
+    answers = {"base": complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)}
     for arm in arms:
         if names and arm.name not in names:
             continue
         adapted = PeftModel.from_pretrained(model, _adapter(folder, arm.uses or arm.name))
         steered = Plan.load(folder / "plans" / arm.name).attached(adapted) if arm.when == "inference" else nullcontext()
         with steered:
-            said[arm.name] = complete(adapted, tokenizer, prompts, max_new_tokens=max_new_tokens)
+            answers[arm.name] = complete(adapted, tokenizer, prompts, max_new_tokens=max_new_tokens)
         adapted.unload()
-    return said
+    return answers
 
 
 def _adapter(folder: Path, arm: str) -> Path:
@@ -90,32 +85,61 @@ def _adapter(folder: Path, arm: str) -> Path:
     adapter = folder / "adapters" / arm
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            raise DamagedFileError(
-                f"the run in '{folder}' lacks the adapter of '{arm}'",
-                expected=str(adapter / name),
-                found=contents(adapter),
-                remedy="run the experiment again, or leave that arm out with arms=[...]",
-            )
+            raise _missing_adapter(folder, arm, adapter / name)
     return adapter
 
 
 def listed(value: Any) -> list[str] | None:
     """A list of texts; one text alone counts as a list of it, null and an empty list as nothing."""
     if value is None or isinstance(value, ListConfig):
-        return [str(one) for one in value or ()] or None
+        return [str(text) for text in value or ()] or None
     return [str(value)]
 
 
-def side_by_side(console: Console, prompts: list[str], said: dict[str, list[str]]) -> None:
-    """One table for each prompt, one row for each who answers."""
+def side_by_side(console: Console, prompts: list[str], answers: dict[str, list[str]]) -> None:
+    """Prints one table for each prompt, one row for each who answers."""
     for number, prompt in enumerate(prompts):
         table = Table("arm", "completion", title=Text(prompt), title_justify="left", show_lines=True)
-        for name, texts in said.items():
+        for name, texts in answers.items():
             table.add_row(name, Text(texts[number]))  # square brackets are no markup here
         console.print(table)
 
 
-def run(config: DictConfig) -> None:
-    prompts, folder = listed(config.prompts), Path(config.run)
-    said = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
-    side_by_side(Console(), prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"], said)
+# ---- errors
+
+
+def _no_run(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"'{folder}' is no finished run",
+        expected="the output folder of `steer train`, with metrics.json in it",
+        found=contents(folder),
+        remedy="give the folder that `steer train` printed as its last line, without the name of the report",
+    )
+
+
+def _damaged_metrics(file: Path, error: Exception) -> DamagedFileError:
+    remedy = "restore it from a backup, or run the experiment again"
+    return DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=repr(error), remedy=remedy)
+
+
+def _other_schema(file: Path, schema: Any) -> WrongKindError:
+    remedy = "read it with the library version that wrote it"
+    return WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
+
+
+def _unknown_arms(unknown: set[str], arms: list[Arm], names: list[str] | None) -> ConfigError:
+    return ConfigError(
+        f"no arm is called {', '.join(sorted(unknown))}",
+        expected=f"some of {', '.join(arm.name for arm in arms)}",
+        found=names,
+        remedy="name arms of this run in arms=[...], or leave it out to see all of them",
+    )
+
+
+def _missing_adapter(folder: Path, arm: str, file: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"the run in '{folder}' lacks the adapter of '{arm}'",
+        expected=str(file),
+        found=contents(file.parent),
+        remedy="run the experiment again, or leave that arm out with arms=[...]",
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steer.directions
+import steer.drift
 import steer.intervene  # noqa: F401  (fills the registries)
 from steer import kernels
 from steer.intervene.scope import KINDS
@@ -22,13 +23,13 @@ PACKAGES = ("torchsteer", "torch", "pytorch-lightning", "transformers", "peft", 
 
 def versions() -> dict[str, str]:
     """Installed version of every package that matters to a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def methods() -> dict[str, list[tuple[str, str]]]:
@@ -41,15 +42,17 @@ def environment() -> dict[str, str]:
     kernel = kernels.status()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     reason = kernel["reason"] or ("no GPU" if kernel["device"] is None else None)
-    way = "Triton" if reason is None else f"PyTorch only, {reason}"
+    chosen_by_device = "Triton" if reason is None else f"PyTorch only, {reason}"
+    path = chosen_by_device if kernel["path"] == "auto" else f"{kernel['path']} forced"
     return {
         **versions(),
         "devices": ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus]),
-        "kernels": f"{', '.join(kernel['kernels'])} ({way if kernel['path'] == 'auto' else kernel['path'] + ' forced'})",
+        "kernels": f"{', '.join(kernel['kernels'])} ({path})",
     }
 
 
 def run(config: DictConfig) -> None:
+    """Prints the environment and a table of methods for each kind."""
     console = Console()
     table = Table("what", "value", title="environment")
     for name, value in environment().items():

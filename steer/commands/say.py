@@ -17,31 +17,32 @@ from steer.errors import ConfigError
 from steer.experiment.complete import complete
 from steer.experiment.steering import plan_from_config
 from steer.intervene import Plan
-from steer.model.hooks import chat_roles
+from steer.model.annotations import chat_roles
 from steer.model.load import load
 from steer.model.tokens import encode_chat
 
 
 def run(config: DictConfig) -> None:
+    """Prints what the plain and the steered model answer to each prompt, and on how many tokens each intervention acted."""
     prompts = listed(config.prompts)
     if prompts is None:
         raise ConfigError("'steer say' has nothing to answer", expected="prompts", found="none", remedy="e.g. 'prompts=[Who are you?]'")
     sections: Any = OmegaConf.to_container(config, resolve=True)
     plan, text = plan_from_config(str(config.steer), sections["directions"] or {}, sections["gates"] or {})
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
-    said = {"plain": complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)}
-    with plan.attached(model), _turns(model, tokenizer, prompts, plan):
-        said["steered"] = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+    answers = {"plain": complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)}
+    with plan.attached(model) as attachment, _announced_roles(model, tokenizer, prompts, plan):
+        answers["steered"] = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
     console = Console()
     console.print(Text(text))
-    console.print(Text(", ".join(f"{name} acted on {count} tokens" for name, count in plan.fired().items())))
-    side_by_side(console, prompts, said)
+    console.print(Text(", ".join(f"{name} acted on {count} tokens" for name, count in attachment.fired().items())))
+    side_by_side(console, prompts, answers)
 
 
-def _turns(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan) -> AbstractContextManager[None]:
-    """Announces whose turn each token is, where the plan asks; the prompts are padded on the left."""
-    if not any(selector.kind == "role" for one in plan.interventions for selector in one.scope.selectors):
+def _announced_roles(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan) -> AbstractContextManager[None]:
+    """Announces whose turn each token is, where a scope of the plan asks for it; the prompts are padded on the left."""
+    if not any(selector.kind == "role" for intervention in plan.interventions for selector in intervention.scope.selectors):
         return nullcontext()
-    rows = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1] for prompt in prompts]
-    width = max(map(len, rows))
-    return chat_roles(model, torch.tensor([(0,) * (width - len(row)) + row for row in rows]))
+    roles = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1] for prompt in prompts]
+    width = max(map(len, roles))
+    return chat_roles(model, torch.tensor([(0,) * (width - len(row)) + row for row in roles]))  # [prompts, width]

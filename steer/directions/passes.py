@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
+from steer.model.annotations import response_tokens
 from steer.model.prefix import CachedPrefix, empty_prefix, extended, prefix_batch, replaced_forwards
 from steer.model.resume import recorded_blocks, resumed
 from steer.model.tokens import Row, collate
-from steer.model.watcher import response_tokens
 
 
 @dataclass(frozen=True, eq=False)

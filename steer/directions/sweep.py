@@ -78,7 +78,7 @@ def sweep_plans(
 ) -> None:
     """Runs every text once with every row slot of every plan. Plans that are attached stay in force.
 
-    What is the same in several slots or texts runs once (see `steer.directions.passes`). This is tried on a few texts: where the results are
+    What is the same in several slots or texts runs once (see `steer.directions.passes`). It is tried on a few texts: where the results are
     not the same, and where another plan or somebody's hook is on the model, every text runs whole in every slot.
 
     Args:

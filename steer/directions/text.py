@@ -241,8 +241,8 @@ def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
         site_and_scope = f"{_name_of(one, names)}:{one.site}@{one.scope}"
         gate = "" if one.gate is None else f" ?{_gate_of(one, gates or {})}"
         texts += [
-            "-" if one.base[0] < 0 else "+",
-            " ".join([decimal(one.base[0].abs()), *words, site_and_scope]) + gate + " ^" * one.preserve_norm,
+            "-" if one.strength[0] < 0 else "+",
+            " ".join([decimal(abs(one.strength[0])), *words, site_and_scope]) + gate + " ^" * one.preserve_norm,
         ]
     lead = texts.pop(0).replace("+", "")  # no space after the first sign
     return lead + " ".join(texts)
@@ -294,7 +294,7 @@ def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) 
 
 def _same_gate(a: Gate, b: Gate) -> bool:
     """Plans work on copies of their gates."""
-    ours, theirs = list(a.leaves()), list(b.leaves())
+    ours, theirs = list(a.site_gates()), list(b.site_gates())
     try:
         return a.to_dict() == b.to_dict() and all(_same_tensors(x.tensors, y.tensors) for x, y in zip(ours, theirs, strict=True))
     except ConfigError:  # a Python function has no file form

@@ -26,11 +26,11 @@ from steer.intervene.operator import Operator
 from steer.intervene.operators.add import Add
 from steer.model.accumulator import TextAccumulator
 from steer.model.anatomy import Anatomy
+from steer.model.annotations import response_tokens
 from steer.model.capture import capture
 from steer.model.likelihood import response_logprobs, response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
-from steer.model.watcher import response_tokens
 from steer.registry import Registry
 
 SIDES = ("positive", "negative")

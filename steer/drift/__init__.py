@@ -1,7 +1,8 @@
 """Drift: how far a model moves along directions while it is post-trained, and whether that is real and about those directions."""
 
+from steer.drift.metric import METRICS
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
 from steer.drift.tracker import DriftTracker
 
-__all__ = ["DriftRecord", "DriftStore", "DriftTracker"]
+__all__ = ["METRICS", "DriftRecord", "DriftStore", "DriftTracker"]

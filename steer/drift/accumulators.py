@@ -17,9 +17,9 @@ from steer.errors import WidthError
 Reduce = Callable[[Tensor], Tensor]
 
 
-def identity(x: Tensor) -> Tensor:
-    """The sum over one rank."""
-    return x
+def identity(tensor: Tensor) -> Tensor:
+    """Sum over ranks where there is a single one."""
+    return tensor
 
 
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
@@ -38,7 +38,7 @@ class ProjectionMoments:
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         dtype = accumulation_dtype(device)
-        with torch.inference_mode(False):  # made during a validation run, changed during training
+        with torch.inference_mode(False):  # created during a validation run, changed during training
             self.n = torch.zeros((), dtype=dtype, device=device)
             self.mean = torch.zeros(k, dtype=dtype, device=device)
             self.m2 = torch.zeros(k, dtype=dtype, device=device)
@@ -49,23 +49,21 @@ class ProjectionMoments:
         Args:
             projections: [tokens, k], any float dtype. Where the weight is 0 they may be anything, nan too.
             weight: [tokens], bool or number.
+
+        Raises:
+            WidthError: projections of another shape.
         """
         if projections.dim() != 2 or projections.shape[1] != len(self.mean):
-            raise WidthError(
-                "wrong number of projections",
-                expected=f"the shape [tokens, {len(self.mean)}]",
-                found=list(projections.shape),
-                remedy="give a column for each direction that this accumulator was made for",
-            )
-        w = weight.to(self.n.dtype)[:, None]
-        p = torch.where(w > 0, projections.to(self.n.dtype), 0)
-        n = w.sum()
-        mean = (w * p).sum(0) / _positive(n)
-        self._merge(n, mean, (w * (p - mean).square()).sum(0))
+            raise _wrong_projections(len(self.mean), projections)
+        weights = weight.to(self.n.dtype)[:, None]  # [tokens, 1]
+        projections = torch.where(weights > 0, projections.to(self.n.dtype), 0)
+        n = weights.sum()
+        mean = (weights * projections).sum(0) / _positive(n)  # [k]
+        self._merge(n, mean, (weights * (projections - mean).square()).sum(0))
 
-    def merge(self, other: ProjectionMoments) -> None:
+    def merge(self, moments: ProjectionMoments) -> None:
         """Adds what another accumulator has seen."""
-        self._merge(*(tensor.to(self.n) for tensor in (other.n, other.mean, other.m2)))
+        self._merge(moments.n.to(self.n), moments.mean.to(self.n), moments.m2.to(self.n))
 
     def _merge(self, n: Tensor, mean: Tensor, m2: Tensor) -> None:
         total = self.n + n
@@ -80,19 +78,18 @@ class ProjectionMoments:
         Args:
             reduce: sum of a tensor over ranks; every rank must call this at the same time.
         """
-        k = len(self.mean)
-        sums = reduce(torch.cat([self.n[None], self.n * self.mean]))
-        out = ProjectionMoments(k, self.n.device)
-        out.n.copy_(sums[0])
-        out.mean.copy_(sums[1:] / _positive(sums[0]))
-        out.m2.copy_(reduce(self.m2 + self.n * (self.mean - out.mean).square()))
-        return out
+        sums = reduce(torch.cat([self.n[None], self.n * self.mean]))  # [1 + k]
+        total = ProjectionMoments(len(self.mean), self.n.device)
+        total.n.copy_(sums[0])
+        total.mean.copy_(sums[1:] / _positive(sums[0]))
+        total.m2.copy_(reduce(self.m2 + self.n * (self.mean - total.mean).square()))
+        return total
 
     def to(self, device: torch.device | str) -> ProjectionMoments:
         """A copy on another device, in that device's precision."""
-        out = ProjectionMoments(len(self.mean), device)
-        out.load_state_dict(self.state_dict())
-        return out
+        copy = ProjectionMoments(len(self.mean), device)
+        copy.load_state_dict(self.state_dict())
+        return copy
 
     def reset(self) -> None:
         """Forgets everything, in place."""
@@ -114,14 +111,9 @@ class ProjectionMoments:
         return {"n": self.n.clone(), "mean": self.mean.clone(), "m2": self.m2.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises WidthError when the state is of another number of projections."""
+        """Takes over saved tensors. Raises WidthError when the state is of another number of projections."""
         if state["mean"].shape != self.mean.shape:
-            raise WidthError(
-                "state of another accumulator",
-                expected=f"means of the shape {list(self.mean.shape)}",
-                found=list(state["mean"].shape),
-                remedy="track as many directions and controls as when the state was saved",
-            )
+            raise _wrong_state(self.mean, state["mean"])
         for name, tensor in (("n", self.n), ("mean", self.mean), ("m2", self.m2)):
             tensor.copy_(state[name])
 
@@ -129,3 +121,21 @@ class ProjectionMoments:
 def _positive(x: Tensor) -> Tensor:
     """A denominator that is never 0 (weights may be fractions, so clamping to 1 would be wrong)."""
     return torch.where(x > 0, x, 1)
+
+
+def _wrong_projections(k: int, projections: Tensor) -> WidthError:
+    return WidthError(
+        "wrong number of projections",
+        expected=f"the shape [tokens, {k}]",
+        found=list(projections.shape),
+        remedy="give a column for each direction that this accumulator was made for",
+    )
+
+
+def _wrong_state(mean: Tensor, saved: Tensor) -> WidthError:
+    return WidthError(
+        "state of another accumulator",
+        expected=f"means of the shape {list(mean.shape)}",
+        found=list(saved.shape),
+        remedy="track as many directions and controls as when the state was saved",
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
 
-from steer.drift.metrics import sign_flip_p, standardise, z_controls, z_covariance, z_isotropic
-from steer.drift.records import DriftRecord
-from steer.drift.watch import Watch
-from steer.model.capture import pool
+import torch
+from torch import Tensor, nn
+
+from steer.checks import of_type
+from steer.drift.measurement import SiteMeasurement
+from steer.drift.site_directions import SiteDirections
+from steer.model.capture import capture, pool
+from steer.model.tokens import Row
 
 
 class PooledStates:
@@ -22,50 +25,52 @@ class PooledStates:
         self.values = torch.full((texts, width), torch.nan)
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        """Takes a batch, h [batch, tokens, width]; rows [batch] says which texts these are."""
         self.values[rows] = pool(h, weight).cpu()
 
 
-def probe_records(watch: Watch, states: Tensor, baseline: Tensor, *, step: int, seed: int) -> list[DriftRecord]:
-    """Records of one site, without `q`.
+class Probe:
+    """Fixed prompts and their states at the first measurement.
 
     Args:
-        states, baseline: [prompts, width] of this check and of the first one.
-        seed: of the sign-flip test.
+        prompts: tokenised, two or more.
+        span: which tokens of a prompt are averaged, see `steer.model.capture.span_weight`.
+        seed: of the sign flips.
+
+    Attributes:
+        baseline: states of the first measurement by site, [prompts, width] fp32 on the CPU; empty before.
     """
-    states, baseline, k = states.double(), baseline.double(), watch.named
-    now, differences = states @ watch.units.mT, (states - baseline) @ watch.units.mT
-    change, shift = differences.mean(0), (states - baseline).mean(0)
-    effect = standardise(change, (baseline @ watch.units.mT).std(0))
-    tests = {
-        "p": sign_flip_p(differences[:, :k], seed=seed),
-        "z_controls": z_controls(effect[:k], effect[k:]),
-        "z_isotropic": z_isotropic(shift, watch.units[:k]),
-        "z_covariance": z_covariance(shift, watch.units[:k], baseline),
-    }
-    return records(watch, "probe", step, len(states), now.mean(0), now.std(0), change, effect, tests)
 
+    def __init__(self, prompts: Sequence[Row], span: str | int, seed: int) -> None:
+        for prompt in prompts:
+            of_type(prompt, Row, "a probe prompt", "tokenise it: steer.model.tokens.encode(tokenizer, prompt)")
+        self.prompts = list(prompts)
+        self.span = span
+        self.seed = seed
+        self.baseline: dict[str, Tensor] = {}
 
-def records(
-    watch: Watch, mode: str, step: int, n: int, mean: Tensor, sd: Tensor, change: Tensor, effect: Tensor, tests: dict[str, Tensor]
-) -> list[DriftRecord]:
-    """One record per direction of a site from columns over them; `tests` has entries for the named ones only."""
-    made = []
-    for i, name in enumerate(watch.names):
-        gap = watch.gap(i)
-        made.append(
-            DriftRecord(
-                step=step,
-                mode=mode,
-                direction=name,
-                site=str(watch.site),
-                kind=watch.kind(i),
-                n=n,
-                mean=float(mean[i]),
-                sd=float(sd[i]),
-                change=float(change[i]),
-                effect_sd=float(effect[i]),
-                effect_gap=None if gap is None else float(change[i]) / gap,
-                **({test: float(values[i]) for test, values in tests.items()} if gap is not None else {}),
-            )
-        )
-    return made
+    def measure(self, model: nn.Module, sites: Iterable[SiteDirections]) -> list[SiteMeasurement]:
+        """Runs the prompts through the model as it is now; the first call is the baseline.
+
+        Training mode and random state are left as they were. Raises NonFiniteError when the activations are not finite.
+        """
+        directions = {site.site: site for site in sites}
+        pooled = {site: PooledStates(len(self.prompts), own.width) for site, own in directions.items()}
+        device = next(model.parameters()).device
+        # Uncompiled, because probe batches have shapes of their own, for which compiled training code would be compiled again.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+            capture(model, self.prompts, dict(pooled), span=self.span)
+        measurements = []
+        for site, own in directions.items():
+            states = pooled[site].values
+            baseline = self.baseline.setdefault(str(site), states)
+            measurements.append(SiteMeasurement.of_states(own, states, baseline, self.seed))
+        return measurements
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the baseline, by site."""
+        return {site: states.clone() for site, states in self.baseline.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the baseline of a saved state."""
+        self.baseline = {site: states.cpu().clone() for site, states in state.items()}

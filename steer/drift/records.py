@@ -1,22 +1,22 @@
-"""What one measurement says about one direction at one site, and what a store must know about that direction."""
+"""Drift record: what one measurement says about one direction at one site."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
-
-MODES = ("probe", "stream")
-KINDS = ("named", "control")
+from steer.drift.measurement import SiteMeasurement
+from steer.drift.metric import METRICS
 
 
 @dataclass(frozen=True)
 class DriftRecord:
     """One direction at one site at one optimiser step.
 
-    Projections are taken on the direction at length 1, so `mean`, `sd` and `change` carry the units of the activation. A value is nan where
-    it is not defined (fewer than two observations, activations that are not finite), None where the mode or kind has no such value.
+    A metric can be read as an attribute too: `record.effect_sd` is `record.metrics["effect_sd"]`, or None where the mode or kind of the
+    record has no such value. A value is nan where it is not defined (fewer than two observations, activations that are not finite).
 
     Attributes:
         step: optimiser steps done before the measurement.
@@ -25,15 +25,12 @@ class DriftRecord:
         direction, site: which vector, and where.
         kind: `named`, or `control` for a random direction of the same site.
         n: prompts (probe) or labelled tokens (stream).
-        mean, sd: of the projection over prompts or tokens; `sd` with n - 1.
-        change: mean minus the baseline's mean.
-        effect_sd: change / the baseline's sd. Every fine-tune, a benign one too, makes this large at first: read it beside `z_controls`.
-        effect_gap: change / gap between the two classes the direction was read from (its own length); None for controls.
-        p: two-sided, paired sign-flip test of change = 0; probe mode, named directions.
-        q: `p` after Benjamini-Hochberg over the named directions of this measurement.
-        z_controls: effect_sd / root mean square of the controls' effect_sd at the same site; named directions.
-        z_isotropic: change against all isotropic random directions, cos(shift, direction) * sqrt(width); probe mode, named directions.
-        z_covariance: change against random directions with the covariance of the baseline states; probe mode, named directions.
+        metrics: value of each drift metric, by its name in `steer.drift.METRICS`.
+
+    Example:
+        >>> record = DriftRecord(10, "probe", "rude", "layers.3.output", "named", 20, {"effect_sd": 1.5})
+        >>> record.effect_sd, record.p
+        (1.5, None)
     """
 
     step: int
@@ -42,34 +39,39 @@ class DriftRecord:
     site: str
     kind: str
     n: int
-    mean: float
-    sd: float
-    change: float
-    effect_sd: float
-    effect_gap: float | None = None
-    p: float | None = None
-    q: float | None = None
-    z_controls: float | None = None
-    z_isotropic: float | None = None
-    z_covariance: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """The metric of that name. Raises AttributeError when it is neither in the record nor registered."""
+        if name.startswith("_") or name == "metrics":  # copies and pickles ask for these before there are any fields
+            raise AttributeError(name)
+        if name not in self.metrics and name not in METRICS:
+            raise AttributeError(f"a drift record has no '{name}'; its metrics are {', '.join(self.metrics) or 'none'}")
+        return self.metrics.get(name)
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """A direction as the store knows it.
+def records_of(step: int, measurement: SiteMeasurement) -> list[DriftRecord]:
+    """One record per direction of a site, the named ones first; its metrics must have been computed."""
+    directions = measurement.directions
+    columns = {name: values.tolist() for name, values in measurement.values.items()}
+    site = str(directions.site)
+    records = []
+    for i, name in enumerate(directions.names):
+        metrics = {metric: column[i] for metric, column in columns.items() if i < len(column)}  # controls stand last and have fewer
+        records.append(DriftRecord(step, measurement.mode, name, site, directions.kind(i), measurement.n, metrics))
+    return records
 
-    Attributes:
-        gap: class gap along a named direction, None for a control.
-        sha256: of the unit vector in fp32, so that a series never mixes two vectors.
+
+def log_values(records: Iterable[DriftRecord]) -> dict[str, float]:
+    """Records for a logger: `drift/<direction>@<site>/<metric>` of named directions, `drift_stream/...` in stream mode.
+
+    It has the metrics that are registered as logged, where they are not nan.
     """
-
-    direction: str
-    site: str
-    kind: str
-    gap: float | None
-    sha256: str
-
-    @classmethod
-    def of(cls, direction: str, site: str, kind: str, gap: float | None, unit: Tensor) -> Tracked:
-        """unit: [width]."""
-        return cls(direction, site, kind, gap, hashlib.sha256(unit.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest())
+    logged = {name for name in METRICS if METRICS.get(name).logged}
+    values = {}
+    for record in records:
+        prefix = f"{'drift' if record.mode == 'probe' else 'drift_stream'}/{record.direction}@{record.site}"
+        for name, value in record.metrics.items() if record.kind == "named" else ():
+            if name in logged and not math.isnan(value):
+                values[f"{prefix}/{name}"] = value
+    return values

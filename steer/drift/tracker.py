@@ -1,14 +1,12 @@
-"""DriftTracker: watches directions while a model is trained, without a framework. A callback calls `measure` after optimiser steps."""
+"""DriftTracker: measures directions while a model is trained, without a framework. A callback calls `measure` after optimiser steps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,32 @@ from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
-from steer.drift.metrics import benjamini_hochberg
-from steer.drift.probe import PooledStates, probe_records
-from steer.drift.records import DriftRecord
-from steer.drift.store import DriftWriter
+from steer.drift.measurement import SiteMeasurement
+from steer.drift.metric import compute_metrics
+from steer.drift.probe import Probe
+from steer.drift.records import DriftRecord, log_values, records_of
+from steer.drift.site_directions import DirectionsLike, SiteDirections, TrackedDirection, as_list, directions_by_site
 from steer.drift.stream import StreamReader, under
-from steer.drift.watch import Watched, listed, watches
+from steer.drift.writer import DriftWriter
 from steer.errors import AttachError, ConfigError, WidthError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
-from steer.model.capture import capture
+from steer.model.site import Site
 from steer.model.tokens import Row
-
-LOGGED = ("effect_sd", "change", "z_controls", "p")
 
 
 class DriftTracker:
-    """Projections of a model in training on named directions, beside random control directions of the same sites.
+    """Measures projections of a model in training on named directions, beside random control directions of the same sites.
 
     Two modes, both by default when there are probe prompts:
 
     * probe: a forward pass over fixed prompts at each `measure`, in evaluation mode and without gradients, compared prompt by prompt with
       the first `measure`. A plan that acts in training only is off in it; one that also acts in validation is part of what is measured.
     * stream: the response tokens of the training batches, read by hooks as they pass, hence with a training plan's edits when the tracker
-      is attached after the plan. A steered site tells little about behaviour: watch other sites too.
+      is attached after the plan. A steered site tells little about behaviour: track other sites too.
 
-    The controls are isotropic. Directions with the covariance of the states are not drawn: `z_covariance` is their limit in closed form.
+    The metrics are those of `steer.drift.METRICS`. The controls are isotropic. Directions with the covariance of the states are not drawn:
+    the metric `z_covariance` is their limit in closed form.
 
     Args:
         directions: name -> a direction, several of them, or a `Directions` (one concept at many sites).
@@ -54,17 +52,24 @@ class DriftTracker:
         span: which tokens of a probe text are averaged, see `steer.model.span.span_of`.
 
     Attributes:
+        sites: named directions and controls by site.
+        probe: the prompts and their baseline, None in stream mode alone.
         last_step: step of the last measurement, -1 before the first.
         latest: its records.
-        probe_seconds: wall time spent in probe passes so far.
+        probe_seconds: wall time spent in probe mode so far.
 
     Raises:
-        ConfigError: nothing to watch, or no mode. WidthError: directions of one site differ in width.
+        ConfigError: nothing to track, or no mode. WidthError: directions of one site differ in width.
+
+    Example:
+        tracker = DriftTracker({"rude": direction}, probe=prompts, store="drift.sqlite")
+        with tracker.attached(model):
+            tracker.measure(0)
     """
 
     def __init__(
         self,
-        directions: Mapping[str, Watched],
+        directions: Mapping[str, DirectionsLike],
         *,
         probe: Sequence[Row] = (),
         controls: int = 16,
@@ -74,31 +79,24 @@ class DriftTracker:
         span: str | int = "prompt_last",
     ) -> None:
         of_type(directions, Mapping, "the directions of a tracker", "pass {name: direction}")
-        for text in probe:
-            of_type(text, Row, "a probe prompt", "tokenise it: steer.model.tokens.encode(tokenizer, prompt)")
-        self.directions = {name: listed(given) for name, given in directions.items()}
-        self.watches = watches(self.directions, controls, seed)
-        self.probe, self.span, self.seed, self.store = list(probe), span, seed, store
-        if len(self.probe) == 1 or (not self.probe and not stream):
-            raise ConfigError(
-                "the tracker has nothing to measure on",
-                expected="two or more probe prompts, or none of them and stream=True",
-                found=f"{len(self.probe)} probe prompts, stream={stream}",
-                remedy="pass more prompts in probe=[...], or leave it out and pass stream=True",
-            )
-        self.readers = {site: StreamReader(watch) for site, watch in self.watches.items()} if stream else {}
-        self.baseline: dict[str, Tensor] = {}  # site -> [prompts, width] fp32
+        self.probe = Probe(probe, span, seed) if len(probe) else None
+        self.directions = {name: as_list(of_name) for name, of_name in directions.items()}
+        self.sites: dict[Site, SiteDirections] = directions_by_site(self.directions, controls, seed)
+        if len(probe) == 1 or (not len(probe) and not stream):
+            raise _nothing_to_measure(len(probe), stream)
+        self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
+        self.seed = seed
+        self.span = span
+        self.store = store
         self.fingerprint: dict[str, Any] | None = None
         self.last_step = -1
         self.latest: list[DriftRecord] = []
         self.probe_seconds = 0.0
         self._model: nn.Module | None = None
-        self._remove: Any = None
+        self._remove_hooks: Callable[[], None] | None = None
         self._writer: DriftWriter | None = None
         self._main = True
         self._reduce: Reduce = identity
-
-    # ---- attaching
 
     def attach(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> DriftTracker:
         """Installs the read-only hooks of stream mode and remembers the model for the probe.
@@ -112,40 +110,28 @@ class DriftTracker:
             AttachError: it is attached already. SiteError, WidthError: the directions do not fit the model.
         """
         if self._model is not None:
-            raise AttachError(
-                "this tracker is attached already",
-                expected="a tracker that is not",
-                found=f"one on a {type(self._model).__name__}",
-                remedy="call tracker.detach() first, or make another tracker",
-            )
-        sites = list(self.watches)
-        anatomy, points = resolve(model, sites)
-        for site, point in zip(sites, points, strict=True):
-            if point.width is not None and point.width != (width := self.watches[site].units.shape[1]):
-                raise WidthError(
-                    f"the directions at '{site}' do not fit the model",
-                    expected=f"width {point.width}",
-                    found=f"width {width}",
-                    remedy="extract them on this model and at this site",
-                )
+            raise _attached_already(self._model)
+        anatomy, points = resolve(model, list(self.sites))
+        for directions, point in zip(self.sites.values(), points, strict=True):
+            if point.width not in (None, directions.width):
+                raise _width_error(directions, point)
         if self.fingerprint is None:
             self.fingerprint = {"class": type(model).__name__} if anatomy is None else anatomy.fingerprint()
         if self.readers:
-            acts: list[tuple[HookPoint, hooks.Act]] = [(point, self.readers[site]) for point, site in zip(points, sites, strict=True)]
-            _, self._remove = hooks.install(model, anatomy, acts)
-        self._model, self._reduce, self._main = _callable(model, anatomy), reduce, main
+            _, _, self._remove_hooks = hooks.install(model, anatomy, list(zip(points, self.readers.values(), strict=True)))
+        self._model = _callable(model, anatomy)
+        self._reduce = reduce
+        self._main = main
         return self
 
     def detach(self) -> None:
-        """Takes the hooks off and closes the store; what was measured stays. Raises AttachError when it is not attached."""
+        """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
         self._attached_model()
         self._model = None
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._remove_hooks is not None:
+            self._remove_hooks()
+            self._remove_hooks = None
+        self._close_store()
 
     @contextmanager
     def attached(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> Iterator[DriftTracker]:
@@ -158,20 +144,13 @@ class DriftTracker:
 
     def _attached_model(self) -> nn.Module:
         if self._model is None:
-            raise AttachError(
-                "this tracker is not attached",
-                expected="a tracker that is on a model",
-                found="one that is on none",
-                remedy="call tracker.attach(model) first",
-            )
+            raise _not_attached()
         return self._model
-
-    # ---- measuring
 
     def measure(self, step: int) -> list[DriftRecord]:
         """Takes one measurement: the probe prompts as the model is now, and the window of training tokens since the last call.
 
-        The first call is the baseline, so make it before the first optimiser step. All ranks must call it together; each runs the whole
+        The first call is the baseline, so make it before the first optimiser step. All ranks must call it together; each runs the full
         probe, which keeps sharded models in step and needs no reduction. Training mode and random state are left as they were.
 
         Args:
@@ -181,66 +160,46 @@ class DriftTracker:
             The records, which are also in the store by then.
 
         Raises:
-            AttachError: not attached. ConfigError: the step was measured before. NonFiniteError: the model's activations are not finite.
-            FileError and what derives from it: the store cannot be written.
+            AttachError: not attached. ConfigError: the step was measured before, or a drift metric returns no column of values.
+            NonFiniteError: the model's activations are not finite. FileError and what derives from it: the store cannot be written.
         """
         model = self._attached_model()
         if step <= self.last_step:
-            raise ConfigError(
-                "this step was measured before",
-                expected=f"a step after {self.last_step}",
-                found=f"step {step}",
-                remedy="skip steps up to tracker.last_step",
-            )
-        records = self._run_probe(model, step)
-        for reader in self.readers.values():
-            records += reader.close_window(step, self._reduce)
+            raise _measured_before(step, self.last_step)
+        records: list[DriftRecord] = []
+        if self.probe is not None:
+            started = time.perf_counter()
+            records += _computed(step, self.probe.measure(model, self.sites.values()))
+            self.probe_seconds += time.perf_counter() - started
+        windows = [reader.close_window(self._reduce) for reader in self.readers.values()]
+        records += _computed(step, [window for window in windows if window is not None])
         if self.store is not None and self._main:
-            if self._writer is None:
-                tracked = [one for watch in self.watches.values() for one in watch.tracked()]
-                assert self.fingerprint is not None
-                self._writer = DriftWriter(self.store, fingerprint=self.fingerprint, tracked=tracked, from_step=self.last_step)
-            self._writer.append(records)
-        self.last_step, self.latest = step, records
+            self._opened(self.store).append(records)
+        self.last_step = step
+        self.latest = records
         return records
 
-    def _run_probe(self, model: nn.Module, step: int) -> list[DriftRecord]:
-        if not self.probe:
-            return []
-        started = time.perf_counter()
-        states = {site: PooledStates(len(self.probe), watch.units.shape[1]) for site, watch in self.watches.items()}
-        device = next(model.parameters()).device
-        # Uncompiled, because probe batches have shapes of their own, for which compiled training code would be compiled again.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-            capture(model, self.probe, dict(states), span=self.span)
-        records: list[DriftRecord] = []
-        for site, watch in self.watches.items():
-            first = self.baseline.setdefault(str(site), states[site].values)
-            records += probe_records(watch, states[site].values, first, step=step, seed=self.seed)
-        q = iter(benjamini_hochberg(torch.tensor([one.p for one in records if one.p is not None])).tolist())
-        records = [one if one.p is None else replace(one, q=next(q)) for one in records]
-        self.probe_seconds += time.perf_counter() - started
-        return records
+    def _opened(self, store: str | Path) -> DriftWriter:
+        if self._writer is None:
+            assert self.fingerprint is not None
+            self._writer = DriftWriter(store, fingerprint=self.fingerprint, tracked=_tracked(self.sites), from_step=self.last_step)
+        return self._writer
+
+    def _close_store(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def log_values(self) -> dict[str, float]:
-        """The latest measurement for a logger: `drift/<direction>@<site>/<value>` for named directions, `drift_stream/...` in stream mode;
-        the values are those of `LOGGED`."""
-        values = {}
-        for one in self.latest:
-            prefix = f"{'drift' if one.mode == 'probe' else 'drift_stream'}/{one.direction}@{one.site}"
-            for name in LOGGED if one.kind == "named" else ():
-                value = getattr(one, name)
-                if value is not None and not math.isnan(value):
-                    values[f"{prefix}/{name}"] = value
-        return values
-
-    # ---- keeping
+        """The latest measurement for a logger, see `steer.drift.records.log_values`."""
+        return log_values(self.latest)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact resume needs, as a flat dictionary of CPU tensors. All ranks must call it together."""
-        state = {"last_step": torch.tensor(self.last_step), "digest": self._digest()}
-        state["fingerprint"] = torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
-        state |= {f"probe/{site}": tensor.clone() for site, tensor in self.baseline.items()}
+        fingerprint = torch.tensor(list(json.dumps(self.fingerprint).encode()), dtype=torch.uint8)
+        state = {"last_step": torch.tensor(self.last_step), "digest": _digest(self), "fingerprint": fingerprint}
+        if self.probe is not None:
+            state |= {f"probe/{name}": tensor for name, tensor in self.probe.state_dict().items()}
         for site, reader in self.readers.items():
             state |= {f"stream/{site}/{name}": tensor for name, tensor in reader.state_dict(self._reduce).items()}
         return state
@@ -254,30 +213,34 @@ class DriftTracker:
         Raises:
             ConfigError: the state belongs to other directions, controls or prompts.
         """
-        own, saved = (bytes(digest.tolist()).hex() for digest in (self._digest(), state["digest"]))
-        if own != saved:
-            raise ConfigError(
-                "this state belongs to another tracker",
-                expected=f"the same directions, sites, controls, seed, probe prompts and span, with the digest {own[:16]}",
-                found=f"the digest {saved[:16]}",
-                remedy="build the tracker as it was when the checkpoint was saved, or start from a checkpoint without it",
-            )
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self.last_step, self.latest = int(state["last_step"]), []
+        if not torch.equal(_digest(self), state["digest"]):
+            raise _another_tracker(_digest(self), state["digest"])
+        self._close_store()
+        self.last_step = int(state["last_step"])
+        self.latest = []
         # Of the model at the baseline: full training moves the embeddings that a fingerprint taken now would describe.
         self.fingerprint = json.loads(bytes(state["fingerprint"].tolist()))
-        self.baseline = {site: tensor.cpu().clone() for site, tensor in under("probe/", state).items()}
+        if self.probe is not None:
+            self.probe.load_state_dict(under("probe/", state))
         for site, reader in self.readers.items():
             reader.load_state_dict(under(f"stream/{site}/", state), main)
 
-    def _digest(self) -> Tensor:
-        """[32] uint8, SHA-256 over what is watched and on what."""
-        tracked = [(one.direction, one.site, one.sha256) for watch in self.watches.values() for one in watch.tracked()]
-        rows = [(row.ids, row.prompt) for row in self.probe]
-        text = json.dumps([tracked, rows, self.span, self.seed, bool(self.readers)])
-        return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+def _computed(step: int, measurements: Sequence[SiteMeasurement]) -> list[DriftRecord]:
+    compute_metrics(measurements)
+    return [record for measurement in measurements for record in records_of(step, measurement)]
+
+
+def _tracked(sites: Mapping[Site, SiteDirections]) -> list[TrackedDirection]:
+    return [tracked for directions in sites.values() for tracked in directions.tracked()]
+
+
+def _digest(tracker: DriftTracker) -> Tensor:
+    """[32] uint8, SHA-256 over what is tracked and on which prompts."""
+    directions = [(tracked.direction, tracked.site, tracked.sha256) for tracked in _tracked(tracker.sites)]
+    prompts = [] if tracker.probe is None else [(prompt.ids, prompt.prompt) for prompt in tracker.probe.prompts]
+    text = json.dumps([directions, prompts, tracker.span, tracker.seed, bool(tracker.readers)])
+    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
 def _callable(model: nn.Module, anatomy: Anatomy | None) -> nn.Module:
@@ -285,3 +248,58 @@ def _callable(model: nn.Module, anatomy: Anatomy | None) -> nn.Module:
     chain = [model] if anatomy is None else anatomy.chain
     inner = [depth + 1 for depth, module in enumerate(chain[:-1]) if hasattr(module, "training_step")]
     return chain[max(inner, default=0)]
+
+
+def _nothing_to_measure(prompts: int, stream: bool) -> ConfigError:
+    return ConfigError(
+        "the tracker has nothing to measure on",
+        expected="two or more probe prompts, or none of them and stream=True",
+        found=f"{prompts} probe prompts, stream={stream}",
+        remedy="pass more prompts in probe=[...], or leave it out and pass stream=True",
+    )
+
+
+def _attached_already(model: nn.Module) -> AttachError:
+    return AttachError(
+        "this tracker is attached already",
+        expected="a tracker that is not",
+        found=f"one on a {type(model).__name__}",
+        remedy="call tracker.detach() first, or make another tracker",
+    )
+
+
+def _not_attached() -> AttachError:
+    return AttachError(
+        "this tracker is not attached",
+        expected="a tracker that is on a model",
+        found="one that is on none",
+        remedy="call tracker.attach(model) first",
+    )
+
+
+def _width_error(directions: SiteDirections, point: HookPoint) -> WidthError:
+    return WidthError(
+        f"the directions at '{directions.site}' do not fit the model",
+        expected=f"width {point.width}",
+        found=f"width {directions.width}",
+        remedy="extract them on this model and at this site",
+    )
+
+
+def _measured_before(step: int, last_step: int) -> ConfigError:
+    return ConfigError(
+        "this step was measured before",
+        expected=f"a step after {last_step}",
+        found=f"step {step}",
+        remedy="skip steps up to tracker.last_step",
+    )
+
+
+def _another_tracker(digest: Tensor, saved: Tensor) -> ConfigError:
+    own_hex, saved_hex = (bytes(hashed.tolist()).hex()[:16] for hashed in (digest, saved))
+    return ConfigError(
+        "this state belongs to another tracker",
+        expected=f"the same directions, sites, controls, seed, probe prompts and span, with the digest {own_hex}",
+        found=f"the digest {saved_hex}",
+        remedy="build the tracker as it was when the checkpoint was saved, or start from a checkpoint without it",
+    )

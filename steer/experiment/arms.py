@@ -39,27 +39,16 @@ class Arm:
     uses: str | None = None
 
     def __post_init__(self) -> None:
-        arm, keys = f"arm '{self.name}'", f"set experiment.arms.{self.name}"
-        for value, known, what in ((self.when, WHEN, "when"), (self.direction, DIRECTIONS, "direction")):
-            if value not in known:
-                raise ConfigError(
-                    f"{arm}: unknown {what} '{value}'", expected=", ".join(known), found=value, remedy=f"{keys}.{what} to one of these"
-                )
+        if self.when not in WHEN:
+            raise _unknown_word(self, "when", WHEN)
+        if self.direction not in DIRECTIONS:
+            raise _unknown_word(self, "direction", DIRECTIONS)
         if (self.when == "never") != (self.direction == "none"):
-            found = f"when={self.when}, direction={self.direction}"
-            raise ConfigError(
-                f"{arm} is contradictory",
-                expected="a direction exactly when it is steered",
-                found=found,
-                remedy=f"{keys}.when or .direction",
-            )
+            raise _contradiction(self, "direction", "a direction exactly when it is steered")
         if (self.when == "inference") != (self.uses is not None):
-            found = f"when={self.when}, uses={self.uses}"
-            raise ConfigError(
-                f"{arm} is contradictory", expected="`uses` exactly with when=inference", found=found, remedy=f"{keys}.when or .uses"
-            )
+            raise _contradiction(self, "uses", "`uses` exactly with when=inference")
         if isinstance(self.strength, bool) or not isinstance(self.strength, int | float) or not math.isfinite(self.strength):
-            raise ConfigError(f"{arm}: strength is no number", expected="a finite number", found=self.strength, remedy=f"{keys}.strength")
+            raise _no_strength(self)
 
     def plan(self, direction: Direction, *, scope: str, seed: int, fingerprint: dict[str, object] | None) -> Plan | None:
         """The plan of this arm, None for an arm that is never steered."""
@@ -67,8 +56,8 @@ class Arm:
             return None
         vector = direction.vector if self.direction == "trait" else random_like(direction, seed)
         phases = ("train",) if self.when == "train" else ("validate", "generate")
-        one = Intervention(Add(vector), direction.site, scope=scope, strength=self.strength, phases=phases, name=self.name)
-        return Plan(one, fingerprint=fingerprint)
+        intervention = Intervention(Add(vector), direction.site, scope=scope, strength=self.strength, phases=phases, name=self.name)
+        return Plan(intervention, fingerprint=fingerprint)
 
 
 def read_arms(specs: Any) -> list[Arm]:
@@ -77,29 +66,20 @@ def read_arms(specs: Any) -> list[Arm]:
     Raises:
         ConfigError: no arms, an unknown key, or an inference arm whose trained arm is missing.
     """
+    known = [field.name for field in fields(Arm) if field.name != "name"]
     arms = []
     for name, spec in (specs or {}).items():
         if spec is None:
             continue
-        known = [field.name for field in fields(Arm)][1:]
-        if not isinstance(spec, dict) or (unknown := sorted(set(spec) - set(known))):
-            found = unknown if isinstance(spec, dict) else spec
-            raise ConfigError(f"arm '{name}' has unknown keys", expected=known, found=found, remedy=f"correct experiment.arms.{name}")
+        if not isinstance(spec, dict) or set(spec) - set(known):
+            raise _unknown_keys(name, spec, known)
         arms.append(Arm(str(name), **{"label": str(name), **spec}))
     trained = [arm.name for arm in arms if arm.when != "inference"]
     if not trained:
-        remedy = "leave an arm with when=never or when=train in experiment.arms"
-        raise ConfigError(
-            "an experiment needs a trained arm", expected="at least one", found=[arm.name for arm in arms] or "no arm", remedy=remedy
-        )
+        raise _nothing_trained(arms)
     for arm in arms:
         if arm.uses is not None and arm.uses not in trained:
-            raise ConfigError(
-                f"arm '{arm.name}' uses '{arm.uses}', which is not trained",
-                expected=f"one of {', '.join(trained)}",
-                found=arm.uses,
-                remedy=f"set experiment.arms.{arm.name}.uses, or leave the arm out with experiment.arms.{arm.name}=null",
-            )
+            raise _untrained(arm, trained)
     return arms
 
 
@@ -107,3 +87,43 @@ def random_like(direction: Direction, seed: int) -> torch.Tensor:
     """[width] isotropic random vector of the same length as the direction."""
     vector = torch.randn(direction.vector.shape, generator=torch.Generator().manual_seed(seed))
     return vector * (direction.vector.norm() / vector.norm())
+
+
+# ---- errors
+
+
+def _unknown_word(arm: Arm, key: str, known: tuple[str, ...]) -> ConfigError:
+    word = getattr(arm, key)
+    remedy = f"set experiment.arms.{arm.name}.{key} to one of these"
+    return ConfigError(f"arm '{arm.name}': unknown {key} '{word}'", expected=", ".join(known), found=word, remedy=remedy)
+
+
+def _contradiction(arm: Arm, key: str, expected: str) -> ConfigError:
+    found = f"when={arm.when}, {key}={getattr(arm, key)}"
+    remedy = f"set experiment.arms.{arm.name}.when or .{key}"
+    return ConfigError(f"arm '{arm.name}' is contradictory", expected=expected, found=found, remedy=remedy)
+
+
+def _no_strength(arm: Arm) -> ConfigError:
+    remedy = f"set experiment.arms.{arm.name}.strength"
+    return ConfigError(f"arm '{arm.name}': strength is no number", expected="a finite number", found=arm.strength, remedy=remedy)
+
+
+def _unknown_keys(name: str, spec: Any, known: list[str]) -> ConfigError:
+    found = sorted(set(spec) - set(known)) if isinstance(spec, dict) else spec
+    return ConfigError(f"arm '{name}' has unknown keys", expected=known, found=found, remedy=f"correct experiment.arms.{name}")
+
+
+def _nothing_trained(arms: list[Arm]) -> ConfigError:
+    found = [arm.name for arm in arms] or "no arm"
+    remedy = "leave an arm with when=never or when=train in experiment.arms"
+    return ConfigError("an experiment needs a trained arm", expected="at least one", found=found, remedy=remedy)
+
+
+def _untrained(arm: Arm, trained: list[str]) -> ConfigError:
+    return ConfigError(
+        f"arm '{arm.name}' uses '{arm.uses}', which is not trained",
+        expected=f"one of {', '.join(trained)}",
+        found=arm.uses,
+        remedy=f"set experiment.arms.{arm.name}.uses, or leave the arm out with experiment.arms.{arm.name}=null",
+    )

@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from steer.errors import ConfigError, DamagedFileError
 
@@ -21,9 +22,8 @@ SPLITS = {
 
 def read_jsonl(file: Traversable, keys: tuple[str, ...]) -> list[dict[str, str]]:
     """One object a line, each with these keys; empty lines are skipped. Raises DamagedFileError naming the file and the line."""
-    wanted, fix = f"a JSON object a line with the texts {', '.join(keys)}", "write every line as one JSON object, in UTF-8"
     if not file.is_file():
-        raise DamagedFileError(f"{file.name} is missing", expected=wanted, found=f"no {file}", remedy="add the file to the folder")
+        raise _missing_file(file, keys)
     records = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -31,17 +31,14 @@ def read_jsonl(file: Traversable, keys: tuple[str, ...]) -> list[dict[str, str]]
         try:
             record = json.loads(line)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise DamagedFileError(f"{file.name}, line {number} is not JSON", expected=wanted, found=line[:80], remedy=fix) from error
+            raise _bad_line(file, number, keys, "is not JSON", found=line[:80]) from error
         if not isinstance(record, dict):
-            raise DamagedFileError(f"{file.name}, line {number} is no object", expected=wanted, found=type(record).__name__, remedy=fix)
+            raise _bad_line(file, number, keys, "is no object", found=type(record).__name__)
         if missing := [key for key in keys if not isinstance(record.get(key), str) or not record[key].strip()]:
-            lacks = f"{file.name}, line {number} lacks {', '.join(missing)}"
-            raise DamagedFileError(
-                lacks, expected=wanted, found=list(record) or "no keys", remedy="give it these texts, none of them empty"
-            )
+            raise _missing_texts(file, number, keys, missing, record)
         records.append(record)
     if not records:
-        raise DamagedFileError(f"{file.name} has no lines", expected=wanted, found="an empty file", remedy="add some")
+        raise _empty_file(file, keys)
     return records
 
 
@@ -57,10 +54,38 @@ def load_dataset(folder: str) -> dict[str, list[dict[str, str]]]:
     shipped = {entry.name: entry for entry in (files("steer.experiment") / "data").iterdir() if entry.is_dir()}
     root: Traversable = shipped.get(str(folder), Path(folder))
     if not root.is_dir():
-        raise ConfigError(
-            f"no data set '{folder}'",
-            expected=f"{', '.join(sorted(shipped))}, or a folder with {', '.join(f'{split}.jsonl' for split in SPLITS)}",
-            found="no folder there",
-            remedy="check experiment.data",
-        )
+        raise _no_data_set(folder, sorted(shipped))
     return {split: read_jsonl(root / f"{split}.jsonl", keys) for split, keys in SPLITS.items()}
+
+
+# ---- errors
+
+
+def _no_data_set(folder: str, shipped: list[str]) -> ConfigError:
+    files_of_a_set = ", ".join(f"{split}.jsonl" for split in SPLITS)
+    expected = f"{', '.join(shipped)}, or a folder with {files_of_a_set}"
+    return ConfigError(f"no data set '{folder}'", expected=expected, found="no folder there", remedy="check experiment.data")
+
+
+def _wanted(keys: tuple[str, ...]) -> str:
+    return f"a JSON object a line with the texts {', '.join(keys)}"
+
+
+def _missing_file(file: Traversable, keys: tuple[str, ...]) -> DamagedFileError:
+    remedy = "add the file to the folder"
+    return DamagedFileError(f"{file.name} is missing", expected=_wanted(keys), found=f"no {file}", remedy=remedy)
+
+
+def _empty_file(file: Traversable, keys: tuple[str, ...]) -> DamagedFileError:
+    return DamagedFileError(f"{file.name} has no lines", expected=_wanted(keys), found="an empty file", remedy="add some")
+
+
+def _bad_line(file: Traversable, number: int, keys: tuple[str, ...], fault: str, *, found: object) -> DamagedFileError:
+    remedy = "write every line as one JSON object, in UTF-8"
+    return DamagedFileError(f"{file.name}, line {number} {fault}", expected=_wanted(keys), found=found, remedy=remedy)
+
+
+def _missing_texts(file: Traversable, number: int, keys: tuple[str, ...], missing: list[str], record: dict[str, Any]) -> DamagedFileError:
+    what = f"{file.name}, line {number} lacks {', '.join(missing)}"
+    remedy = "give it these texts, none of them empty"
+    return DamagedFileError(what, expected=_wanted(keys), found=list(record) or "no keys", remedy=remedy)

@@ -37,20 +37,20 @@ def step_overhead(
         with context:
             started = time.perf_counter()
             model(**batch, use_cache=False).loss.backward()
-            taken = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
-        return taken
+        return elapsed
 
     ratios = []
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             model.train()
-            seconds(nullcontext())
+            seconds(nullcontext())  # the first pass allocates memory
             for number in range(rounds):
-                arms = [attached, nullcontext] if number % 2 else [nullcontext, attached]
-                taken = {arm is attached: seconds(arm()) for arm in arms}
-                ratios.append(taken[True] / taken[False])
+                order = [attached, nullcontext] if number % 2 else [nullcontext, attached]
+                elapsed = {context is attached: seconds(context()) for context in order}
+                ratios.append(elapsed[True] / elapsed[False])
     finally:
         for module, mode in modes:
             module.training = mode

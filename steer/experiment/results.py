@@ -32,7 +32,7 @@ def collect(
     direction: Direction,
     directions: Directions,
 ) -> dict[str, Any]:
-    """Everything that is computed from the measurements; run data (command, versions, wall time) is added by the caller.
+    """Computes metrics.json from the measurements; the caller adds the facts of the run (command, versions, wall time).
 
     Args:
         config: the resolved configuration.
@@ -43,9 +43,9 @@ def collect(
     experiment = config["experiment"]
     comparisons = holm(
         [
-            compare(metric, a.name, b.name, of_a[metric], of_b[metric], unit=UNITS[metric], seed=config["seed"])
-            for (a, _, of_a), (b, _, of_b) in combinations(arms, 2)
-            for metric in UNITS
+            compare(metric, a.name, b.name, measures_a[metric], measures_b[metric], unit=unit, seed=config["seed"])
+            for (a, _, measures_a), (b, _, measures_b) in combinations(arms, 2)
+            for metric, unit in UNITS.items()
         ]
     )
     return {
@@ -65,7 +65,7 @@ def collect(
             "auc_by_site": {str(site): entry.metrics["auc"] for site, entry in directions.items()},
         },
         "arms": [_arm(arm, record, measures, before, direction, config) for arm, record, measures in arms],
-        "comparisons": [one.to_dict() for one in comparisons],
+        "comparisons": [comparison.to_dict() for comparison in comparisons],
         "specificity": specificity([arm for arm, *_ in arms], comparisons),
     }
 
@@ -73,18 +73,6 @@ def collect(
 def _arm(
     arm: Arm, record: dict[str, Any], after: Measures, before: Measures, direction: Direction, config: dict[str, Any]
 ) -> dict[str, Any]:
-    measured = {}
-    for metric, unit in UNITS.items():
-        change = interval(after[metric] - before[metric], what=f"{metric} of {arm.name}", seed=config["seed"])
-        measured[metric] = {
-            "unit": unit,
-            "before": float(before[metric].mean()),
-            "after": float(after[metric].mean()),
-            "change": change.mean,
-            "ci": [change.low, change.high],
-            "n": change.n,
-            "per_item": after[metric].tolist(),
-        }
     steered = {"when": arm.when, "direction": arm.direction, "strength": arm.strength}
     if arm.when != "never":
         steered |= {
@@ -96,9 +84,22 @@ def _arm(
         "name": arm.name,
         "label": arm.label,
         "steer": steered,
-        "metrics": measured,
+        "metrics": {metric: _change(metric, arm, before[metric], after[metric], config["seed"]) for metric in UNITS},
         "train": record["train"],
         "completions": record["completions"],
+    }
+
+
+def _change(metric: str, arm: Arm, before: Tensor, after: Tensor, seed: int) -> dict[str, Any]:
+    change = interval(after - before, what=f"{metric} of {arm.name}", seed=seed)
+    return {
+        "unit": UNITS[metric],
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "change": change.mean,
+        "ci": [change.low, change.high],
+        "n": change.n,
+        "per_item": after.tolist(),
     }
 
 
@@ -110,47 +111,61 @@ def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[
     when its arm ends with a lower behaviour gap than both, after the correction for all comparisons. Another random vector might do more.
     """
     plain = next((arm for arm in arms if arm.when == "never"), None)
-    trained = {kind: [arm for arm in arms if (arm.when, arm.direction) == ("train", kind)] for kind in ("trait", "random")}
-    pairs = [
-        (one, other) for one in trained["trait"] for other in trained["random"] if math.isclose(abs(one.strength), abs(other.strength))
-    ]
+    trait_arms = _trained_along("trait", arms)
+    random_arms = _trained_along("random", arms)
+    pairs = [(trait, random) for trait in trait_arms for random in random_arms if math.isclose(abs(trait.strength), abs(random.strength))]
     if plain is None or not pairs:
-        there = [f"{kind} at {', '.join(f'{arm.strength:g}' for arm in found)}" for kind, found in trained.items() if found]
-        there += ["plain"] if plain else []
-        statement = (
-            "Not tested: that takes a plain arm, and a trait and a random arm that are steered in training with strengths of the same "
-            f"size; trained here: {'; '.join(there) or 'none of them'}."
-        )
-        return {"specific": None, "statement": statement}
+        return {"specific": None, "statement": _not_tested(trait_arms, random_arms, plain)}
     trait, random = pairs[0]
-    found = {frozenset((one.a, one.b)): one for one in comparisons if one.metric == "behaviour_gap"}
-
-    def change(other: Arm) -> tuple[float, Comparison]:
-        one = found[frozenset((trait.name, other.name))]
-        return (one.difference if one.a == trait.name else -one.difference), one
-
-    (of_plain, against_plain), (of_random, against_random) = change(plain), change(random)
-    specific = all(value < 0 and test.shown for value, test in ((of_plain, against_plain), (of_random, against_random)))
-    way = f"{'against' if trait.strength < 0 else 'along'} the trait direction during training (strength {trait.strength:g})"
-    other = f"one random direction of the same length (strength {random.strength:g})"
-    if specific:
-        statement = (
-            f"Steering {way} left the trait lower than plain training by {-of_plain:.2f} nat/token, and lower than {other} by "
-            f"{-of_random:.2f}: the effect is specific to the direction, as far as one random direction and one seed can show."
-        )
-    else:
-        statement = (
-            f"Not shown to be specific: steering {way} changed the gap by {of_plain:+.2f} nat/token against plain training, and by "
-            f"{of_random:+.2f} against {other}; not both are below zero after the correction."
-        )
+    minus_plain, against_plain = _gap_difference(trait, plain, comparisons)
+    minus_random, against_random = _gap_difference(trait, random, comparisons)
+    specific = minus_plain < 0 and against_plain.shown and minus_random < 0 and against_random.shown
     return {
         "specific": specific,
-        "statement": statement,
+        "statement": _statement(specific, trait, random, minus_plain, minus_random),
         "arms": {"trait": trait.name, "plain": plain.name, "random": random.name},
-        "trait_minus_plain": of_plain,
-        "trait_minus_random": of_random,
+        "trait_minus_plain": minus_plain,
+        "trait_minus_random": minus_random,
         "tests": [against_plain.verdict, against_random.verdict],
     }
+
+
+def _trained_along(direction: str, arms: Sequence[Arm]) -> list[Arm]:
+    return [arm for arm in arms if arm.when == "train" and arm.direction == direction]
+
+
+def _gap_difference(arm: Arm, reference: Arm, comparisons: Sequence[Comparison]) -> tuple[float, Comparison]:
+    """Behaviour gap of an arm minus that of another, and the test of it."""
+    names = {arm.name, reference.name}
+    test = next(test for test in comparisons if test.metric == "behaviour_gap" and {test.a, test.b} == names)
+    return (test.difference if test.a == arm.name else -test.difference), test
+
+
+def _statement(specific: bool, trait: Arm, random: Arm, minus_plain: float, minus_random: float) -> str:
+    way = f"{'against' if trait.strength < 0 else 'along'} the trait direction during training (strength {trait.strength:g})"
+    control = f"one random direction of the same length (strength {random.strength:g})"
+    if specific:
+        return (
+            f"Steering {way} left the trait lower than plain training by {-minus_plain:.2f} nat/token, and lower than {control} by "
+            f"{-minus_random:.2f}: the effect is specific to the direction, as far as one random direction and one seed can show."
+        )
+    return (
+        f"Not shown to be specific: steering {way} changed the gap by {minus_plain:+.2f} nat/token against plain training, and by "
+        f"{minus_random:+.2f} against {control}; not both are below zero after the correction."
+    )
+
+
+def _not_tested(trait_arms: Sequence[Arm], random_arms: Sequence[Arm], plain: Arm | None) -> str:
+    trained = [
+        f"{direction} at {', '.join(f'{arm.strength:g}' for arm in arms)}"
+        for direction, arms in (("trait", trait_arms), ("random", random_arms))
+        if arms
+    ]
+    trained += ["plain"] if plain else []
+    return (
+        "Not tested: that takes a plain arm, and a trait and a random arm that are steered in training with strengths of the same "
+        f"size; trained here: {'; '.join(trained) or 'none of them'}."
+    )
 
 
 def to_json(metrics: dict[str, Any]) -> str:
@@ -158,17 +173,7 @@ def to_json(metrics: dict[str, Any]) -> str:
     try:
         return json.dumps(metrics, indent=1, allow_nan=False)
     except ValueError:
-        name, value = next(_non_finite(metrics, ""))
-        remedy = "the training diverged: lower experiment.train.learning_rate or the strength"
-        raise NonFiniteError(f"metric '{name}' is not finite", expected="a finite number", found=value, remedy=remedy) from None
-
-
-def _non_finite(node: Any, name: str) -> Iterator[tuple[str, float]]:
-    if isinstance(node, dict | list | tuple):
-        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _non_finite(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(node, float) and not math.isfinite(node):
-        yield name, node
+        raise _diverged(metrics) from None
 
 
 def drift_records(folder: Path, metrics: dict[str, Any]) -> dict[str, list[DriftRecord]]:
@@ -178,3 +183,21 @@ def drift_records(folder: Path, metrics: dict[str, Any]) -> dict[str, list[Drift
         with DriftStore(folder / name) as store:
             records[arm] = list(store.records())
     return records
+
+
+# ---- errors
+
+
+def _diverged(metrics: dict[str, Any]) -> NonFiniteError:
+    name, value = next(_non_finite(metrics, ""))
+    remedy = "the training diverged: lower experiment.train.learning_rate or the strength"
+    return NonFiniteError(f"metric '{name}' is not finite", expected="a finite number", found=value, remedy=remedy)
+
+
+def _non_finite(node: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Place and value of every number that is not finite."""
+    if isinstance(node, dict | list | tuple):
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _non_finite(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield name, node

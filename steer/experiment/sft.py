@@ -15,6 +15,8 @@ from transformers import SchedulerType, get_scheduler
 from steer.errors import ConfigError
 from steer.model.tokens import Row, collate
 
+SCHEDULES = [scheduler.value for scheduler in SchedulerType]
+
 
 class SFTModule(pl.LightningModule):
     """Cross-entropy on the response tokens, AdamW, warm-up and a named transformers schedule.
@@ -30,15 +32,14 @@ class SFTModule(pl.LightningModule):
     def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
         super().__init__()
         if None in (steps, warmup_steps, learning_rate) or steps < 1 or warmup_steps < 0 or learning_rate <= 0:
-            found = f"steps={steps}, warmup_steps={warmup_steps}, learning_rate={learning_rate}"
-            remedy = "set these keys of experiment.train"
-            wanted = "steps >= 1, warmup_steps >= 0, learning_rate > 0"
-            raise ConfigError("this training does nothing", expected=wanted, found=found, remedy=remedy)
-        if schedule not in (known := [one.value for one in SchedulerType]):
-            unknown = f"unknown learning-rate schedule '{schedule}'"
-            raise ConfigError(unknown, expected=", ".join(known), found=schedule, remedy="set experiment.train.schedule=cosine")
+            raise _nothing_trained(steps, warmup_steps, learning_rate)
+        if schedule not in SCHEDULES:
+            raise _unknown_schedule(schedule)
         self.model = model
-        self.learning_rate, self.warmup_steps, self.steps, self.schedule = learning_rate, warmup_steps, steps, schedule
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.steps = steps
+        self.schedule = schedule
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -57,8 +58,7 @@ class SFTModule(pl.LightningModule):
 def check_batch(rows: int, batch_size: int | None) -> None:
     """Raises ConfigError when so many rows do not fill a batch."""
     if batch_size is None or not 1 <= batch_size <= rows:
-        remedy = "lower experiment.train.batch_size or add training rows"
-        raise ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {rows}", found=batch_size, remedy=remedy)
+        raise _batch_not_filled(rows, batch_size)
 
 
 def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
@@ -69,8 +69,7 @@ def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_len
     """
     check_batch(len(rows), batch_size)
     if (longest := max(row.prompt for row in rows)) >= max_length:
-        remedy = "raise experiment.train.max_length or shorten the prompts"
-        raise ConfigError("a prompt leaves no room for its answer", expected=f"max_length > {longest}", found=max_length, remedy=remedy)
+        raise _prompt_too_long(longest, max_length)
     return DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=batch_size,
@@ -79,3 +78,30 @@ def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_len
         generator=torch.Generator().manual_seed(seed),
         collate_fn=partial(collate, pad=pad, max_length=max_length),
     )
+
+
+# ---- errors
+
+
+def _nothing_trained(steps: Any, warmup_steps: Any, learning_rate: Any) -> ConfigError:
+    return ConfigError(
+        "this training does nothing",
+        expected="steps >= 1, warmup_steps >= 0, learning_rate > 0",
+        found=f"steps={steps}, warmup_steps={warmup_steps}, learning_rate={learning_rate}",
+        remedy="set these keys of experiment.train",
+    )
+
+
+def _unknown_schedule(schedule: str) -> ConfigError:
+    what = f"unknown learning-rate schedule '{schedule}'"
+    return ConfigError(what, expected=", ".join(SCHEDULES), found=schedule, remedy="set experiment.train.schedule=cosine")
+
+
+def _batch_not_filled(rows: int, batch_size: int | None) -> ConfigError:
+    remedy = "lower experiment.train.batch_size or add training rows"
+    return ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {rows}", found=batch_size, remedy=remedy)
+
+
+def _prompt_too_long(longest: int, max_length: int) -> ConfigError:
+    remedy = "raise experiment.train.max_length or shorten the prompts"
+    return ConfigError("a prompt leaves no room for its answer", expected=f"max_length > {longest}", found=max_length, remedy=remedy)

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from steer.drift.metrics import sign_flip_p
+from steer.drift.statistics import sign_flip_p
 from steer.errors import ConfigError, NonFiniteError
 
 LEVEL = 0.95
@@ -83,7 +83,7 @@ class Comparison:
 
 
 def written(*values: float, signed: bool = False) -> list[str]:
-    """Numbers that stand beside each other: two decimals, or three where two would hide on which side of zero one lies; no signed zero."""
+    """Numbers that stand beside each other: two decimals, three where two would hide the sign of one of them; no signed zero."""
     digits = 3 if any(x and not round(x, 2) for x in values) else 2
     texts = [f"{x:{'+' if signed else ''}.{digits}f}" for x in values]
     return [text if float(text) else text.lstrip("+-") for text in texts]
@@ -104,9 +104,10 @@ def interval(values: Values, *, what: str = "values", seed: int = 0) -> Interval
     if bool((x == x[0]).all()):
         return Interval(mean, mean, mean, len(x))
     scale = float((x - mean).abs().max())  # BCa cubes what it is given: keep that far from underflow
-    z = ((x - mean) / scale).numpy()
-    found = bootstrap((z,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(seed))
-    low, high = (mean + scale * float(bound) for bound in found.confidence_interval)
+    scaled = ((x - mean) / scale).numpy()
+    generator = np.random.default_rng(seed)
+    resampled = bootstrap((scaled,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=generator)
+    low, high = (mean + scale * float(bound) for bound in resampled.confidence_interval)
     return Interval(mean, low, high, len(x))
 
 
@@ -121,27 +122,24 @@ def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: st
     Raises:
         ConfigError: unequal lengths, or fewer than two pairs. NonFiniteError: a value that is nan or infinite.
     """
-    x, y = _checked(of_a, f"{metric} of {a}"), _checked(of_b, f"{metric} of {b}")
-    if len(x) != len(y):
-        raise ConfigError(
-            f"{metric} of {a} and {b} cannot be paired",
-            expected="one value per item in both",
-            found=f"{len(x)} and {len(y)}",
-            remedy="measure both on the same items, in the same order",
-        )
-    difference = x - y
+    values_a = _checked(of_a, f"{metric} of {a}")
+    values_b = _checked(of_b, f"{metric} of {b}")
+    if len(values_a) != len(values_b):
+        raise _unpaired(f"{metric} of {a} and {b}", len(values_a), len(values_b))
+    difference = values_a - values_b  # [n]
     bounds = interval(difference, seed=seed)
     p = float(sign_flip_p(difference[:, None], draws=RESAMPLES, seed=seed))
-    return Comparison(metric, a, b, bounds.mean, (bounds.low, bounds.high), p, len(x), unit, p_adjusted=p)
+    return Comparison(metric, a, b, bounds.mean, (bounds.low, bounds.high), p, bounds.n, unit, p_adjusted=p)
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons, in the same order, with p adjusted for being a family (Holm 1979: family-wise error, any dependence)."""
-    m, worst = len(comparisons), 0.0
+    family = len(comparisons)
     adjusted = list(comparisons)
-    for rank, i in enumerate(sorted(range(m), key=lambda i: comparisons[i].p)):
-        worst = max(worst, min(1.0, (m - rank) * comparisons[i].p))
-        adjusted[i] = replace(comparisons[i], p_adjusted=worst, family=m)
+    largest = 0.0  # adjusted p values may not fall as p rises
+    for rank, i in enumerate(sorted(range(family), key=lambda i: comparisons[i].p)):
+        largest = max(largest, min(1.0, (family - rank) * comparisons[i].p))
+        adjusted[i] = replace(comparisons[i], p_adjusted=largest, family=family)
     return adjusted
 
 
@@ -150,7 +148,20 @@ def _checked(values: Values, what: str) -> Tensor:
     if len(x) < 2:
         raise ConfigError(f"too few {what} for statistics", expected="at least two", found=len(x), remedy="measure more items")
     if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).nonzero()[0])
-        found, remedy = f"{float(x[bad])} at item {bad}", "look at that item and at the loss"
-        raise NonFiniteError(f"{what} are not finite", expected="a finite number for each item", found=found, remedy=remedy)
+        raise _non_finite(what, x)
     return x
+
+
+# ---- errors
+
+
+def _unpaired(what: str, n_a: int, n_b: int) -> ConfigError:
+    remedy = "measure both on the same items, in the same order"
+    return ConfigError(f"{what} cannot be paired", expected="one value per item in both", found=f"{n_a} and {n_b}", remedy=remedy)
+
+
+def _non_finite(what: str, values: Tensor) -> NonFiniteError:
+    item = int((~torch.isfinite(values)).nonzero()[0])
+    found = f"{float(values[item])} at item {item}"
+    remedy = "look at that item and at the loss"
+    return NonFiniteError(f"{what} are not finite", expected="a finite number for each item", found=found, remedy=remedy)

@@ -10,7 +10,7 @@ from steer.directions.direction import Directions
 from steer.directions.text import direction_at, plan_from_text, plan_to_text
 from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.intervene import GATES, Gate, Plan
-from steer.intervene.gate import Leaf
+from steer.intervene.gate import SiteGate
 from steer.model.site import Site
 
 
@@ -29,45 +29,73 @@ def plan_from_config(text: str, directions: Mapping[str, str], gates: Mapping[st
     Raises:
         ConfigError, FileError, WrongModelError.
     """
-    names = {name: Directions.load(path) for name, path in directions.items()}
-    known = {name: _gate(name, spec, names) for name, spec in gates.items()}
-    plan = plan_from_text(text, names, known)
-    return plan, plan_to_text(plan, names, known)
+    loaded = {name: Directions.load(path) for name, path in directions.items()}
+    named_gates = {name: _gate(name, spec, loaded) for name, spec in gates.items()}
+    plan = plan_from_text(text, loaded, named_gates)
+    return plan, plan_to_text(plan, loaded, named_gates)
 
 
-def _gate(name: str, spec: Mapping[str, Any], names: Mapping[str, Directions]) -> Gate:
-    example = f"e.g. gates.{name}.gate=cosine gates.{name}.direction=harm gates.{name}.threshold=0.1"
+def _gate(name: str, spec: Mapping[str, Any], directions: Mapping[str, Directions]) -> Gate:
+    """The gate that a section of the configuration describes."""
     if not isinstance(spec, Mapping) or not {"gate", "direction"} <= spec.keys():
-        raise ConfigError(
-            f"gate '{name}' is incomplete",
-            expected=f"gates.{name}.gate=<kind> and gates.{name}.direction=<name>",
-            found=", ".join(spec) if isinstance(spec, Mapping) else spec,
-            remedy=example,
-        )
+        raise _incomplete_gate(name, spec)
     options = dict(spec)
-    if (wanted := options.pop("gate")) not in (kinds := [one for one in GATES if one != "call"]):  # which takes a function
-        remedy = did_you_mean(str(wanted), kinds) or "choose one of these; a gate of your own is made in Python"
-        raise ConfigError(f"gate '{name}': unknown gate '{wanted}'", expected=f"one of {', '.join(kinds)}", found=wanted, remedy=remedy)
-    kind: Any = GATES.get(wanted)
-    if (called := options.pop("direction")) not in names:
-        expected = f"one of {', '.join(names)}" if names else "a direction, but none was given"
-        remedy = did_you_mean(str(called), names) or f"give its file with directions.{called}=<path>"
-        raise ConfigError(f"gate '{name}': no direction is called '{called}'", expected=expected, found=called, remedy=remedy)
-    own = list(inspect.signature(kind).parameters)
-    known = [one for one in (*own[1:], *inspect.signature(Leaf).parameters) if one not in ("options", "tensors", "width")]
-    if unknown := sorted(set(options) - set(known)):
-        remedy = did_you_mean(unknown[0], known) or f"leave gates.{name}.{unknown[0]} out"
-        raise ConfigError(f"gate '{name}' has no option '{unknown[0]}'", expected=", ".join(known), found=unknown[0], remedy=remedy)
+    kind = options.pop("gate")
+    kinds = [known for known in GATES if known != "call"]  # which takes a function
+    if kind not in kinds:
+        raise _unknown_gate(name, kind, kinds)
+    direction_name = options.pop("direction")
+    if direction_name not in directions:
+        raise _unknown_direction(name, direction_name, directions)
+    gate_class: Any = GATES.get(kind)
+    known_options = _option_names(gate_class)
+    if unknown := sorted(set(options) - set(known_options)):
+        raise _unknown_option(name, unknown[0], known_options)
     site = options.get("site")
-    direction, options["site"] = direction_at(names[called], None if site is None else Site.parse(site))
+    direction, options["site"] = direction_at(directions[direction_name], None if site is None else Site.parse(site))
     try:
-        return kind(direction.vector, **options)
+        return gate_class(direction.vector, **options)
     except SteerError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"gate '{name}' cannot be made",
-            expected="a kind that compares with a vector, and values that it can take",
-            found=error,
-            remedy=example,
-        ) from error
+        raise _impossible_gate(name, error) from error
+
+
+def _option_names(gate_class: Any) -> list[str]:
+    """Arguments of a kind of gate and of all gates, but for the vector and what the base class is given by its kinds."""
+    of_its_own = list(inspect.signature(gate_class).parameters)[1:]
+    return [name for name in (*of_its_own, *inspect.signature(SiteGate).parameters) if name not in ("options", "tensors", "width")]
+
+
+# ---- errors
+
+
+def _example(name: str) -> str:
+    return f"e.g. gates.{name}.gate=cosine gates.{name}.direction=harm gates.{name}.threshold=0.1"
+
+
+def _incomplete_gate(name: str, spec: Any) -> ConfigError:
+    expected = f"gates.{name}.gate=<kind> and gates.{name}.direction=<name>"
+    found = ", ".join(spec) if isinstance(spec, Mapping) else spec
+    return ConfigError(f"gate '{name}' is incomplete", expected=expected, found=found, remedy=_example(name))
+
+
+def _unknown_gate(name: str, kind: Any, kinds: list[str]) -> ConfigError:
+    remedy = did_you_mean(str(kind), kinds) or "choose one of these; a gate of your own is made in Python"
+    return ConfigError(f"gate '{name}': unknown gate '{kind}'", expected=f"one of {', '.join(kinds)}", found=kind, remedy=remedy)
+
+
+def _unknown_direction(name: str, wanted: Any, directions: Mapping[str, Directions]) -> ConfigError:
+    expected = f"one of {', '.join(directions)}" if directions else "a direction, but none was given"
+    remedy = did_you_mean(str(wanted), directions) or f"give its file with directions.{wanted}=<path>"
+    return ConfigError(f"gate '{name}': no direction is called '{wanted}'", expected=expected, found=wanted, remedy=remedy)
+
+
+def _unknown_option(name: str, option: str, known: list[str]) -> ConfigError:
+    remedy = did_you_mean(option, known) or f"leave gates.{name}.{option} out"
+    return ConfigError(f"gate '{name}' has no option '{option}'", expected=", ".join(known), found=option, remedy=remedy)
+
+
+def _impossible_gate(name: str, error: Exception) -> ConfigError:
+    expected = "a kind that compares with a vector, and values that it can take"
+    return ConfigError(f"gate '{name}' cannot be made", expected=expected, found=error, remedy=_example(name))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from steer.intervene.attachment import Attachment
 from steer.intervene.gate import GATES, Gate
 from steer.intervene.intervention import Intervention
 from steer.intervene.operator import OPERATORS, Operator
@@ -16,7 +17,7 @@ from steer.intervene.scope import Scope
 
 METHODS = (OPERATORS, GATES, SCHEDULES)
 
-__all__ = ["GATES", "METHODS", "OPERATORS", "SCHEDULES", "Gate", "Intervention", "Operator", "Plan", "Schedule", "Scope"]
+__all__ = ["GATES", "METHODS", "OPERATORS", "SCHEDULES", "Attachment", "Gate", "Intervention", "Operator", "Plan", "Schedule", "Scope"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank
-from steer.intervene.operator import Operator, Pick
+from steer.intervene.operator import Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,10 @@ class Affine:
     Attributes:
         right, left: [rank, width].
         shift: [width].
+
+    Example:
+        >>> edit = affine_form(steer.Ablate(direction), torch.tensor(1.0))
+        >>> edited = h + (h @ edit.right.mT) @ edit.left + edit.shift
     """
 
     right: Tensor
@@ -26,32 +30,37 @@ class Affine:
 
     @classmethod
     def adding(cls, shift: Tensor) -> Affine:
-        """h + shift."""
-        none = shift.new_empty(0, shift.shape[0])
-        return cls(none, none, shift)
+        """h + shift. shift: [width]."""
+        no_rows = shift.new_empty(0, shift.shape[0])  # [0, width]
+        return cls(no_rows, no_rows, shift)
 
     @property
     def rank(self) -> int:
         return self.right.shape[0]
 
+    @property
+    def shifts(self) -> bool:
+        """The shift is not 0."""
+        return bool((self.shift != 0).any())
+
     def then(self, later: Affine) -> Affine:
-        """This edit followed by another, as one."""
-        right = torch.cat([self.right, later.right + (later.right @ self.left.mT) @ self.right])
+        """This edit followed by another, as a single edit; the ranks add up."""
+        right = torch.cat([self.right, later.right + (later.right @ self.left.mT) @ self.right])  # [rank + later rank, width]
         shift = self.shift + (later.right @ self.shift) @ later.left + later.shift
         return Affine(right, torch.cat([self.left, later.left]), shift)
 
     def within(self, columns: slice | Tensor, width: int) -> Affine:
         """The same edit of some columns of a wider activation."""
 
-        def wide(part: Tensor) -> Tensor:
-            whole = part.new_zeros(*part.shape[:-1], width)
-            whole[..., columns] = part
-            return whole
+        def padded(part: Tensor) -> Tensor:
+            wider = part.new_zeros(*part.shape[:-1], width)
+            wider[..., columns] = part
+            return wider
 
-        return Affine(wide(self.right), wide(self.left), wide(self.shift))
+        return Affine(padded(self.right), padded(self.left), padded(self.shift))
 
     def read_by(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What is left to read along some rows afterwards: (h edited) rows^T = h X^T + c.
+        """X and c of (h edited) rows^T = h X^T + c: what can still be read along some rows after the edit.
 
         Args:
             rows: [rank, width].
@@ -71,11 +80,13 @@ def affine_form(operator: Operator, strength: Tensor) -> Affine | None:
     """
     if not operator.is_affine():
         return None
-    pick, scale = Pick(operator, None), strength.double().reshape(1, 1, 1)
-    if not isinstance(operator, LowRank):  # one that reads nothing adds a constant
-        return Affine.adding(operator.delta(scale.new_zeros(1, 1, operator.width), scale, pick).flatten().cpu())
-    right, write = (rows[0].double() for rows in operator.rows(pick))
+    strength = strength.double().reshape(1, 1, 1)
+    tensors = operator.tensors
+    if not isinstance(operator, LowRank):  # reads nothing, so that it adds a constant
+        return Affine.adding(operator.delta(strength.new_zeros(1, 1, operator.width), strength, tensors).flatten().cpu())
+    right, write = (rows[0].double() for rows in operator.read_and_write(tensors))  # [rank of R, width], [rank of W, width]
     rank = right.shape[0]
-    basis = torch.cat([right.new_zeros(1, rank), torch.eye(rank).to(right)])[None]
-    change = operator.change(basis, scale, pick).double().expand(1, rank + 1, -1)[0]
+    # the change is affine in the coordinates: its value at 0 is the constant, and that at each unit vector gives one row of the matrix
+    points = torch.cat([right.new_zeros(1, rank), torch.eye(rank).to(right)])[None]  # [1, 1 + rank, rank]
+    change = operator.change(points, strength, tensors).double().expand(1, rank + 1, -1)[0]  # [1 + rank, rank of W]
     return Affine(right.cpu(), ((change[1:] - change[0]) @ write).cpu(), (change[0] @ write).cpu())

@@ -1,11 +1,8 @@
 """Gates: whether an intervention acts, decided by the model's own activations.
 
 This is conditional steering (CAST: Lee et al. 2024, arXiv 2409.05907). A gate reads one site and gives every token or every row a number
-from 0 to 1, with which the edit is multiplied. Gates combine with `&`, `|` and `~`. A new kind is a file with one registered subclass of
-`Leaf`.
-
-What a gate says of a token is a pair: how far it is open, and how far closed. Both are 0 where there was nothing to decide by, so that the
-negation of a gate that had no prompt to look at does not open.
+from 0 to 1, with which the edit is multiplied. Gates combine with `&`, `|` and `~`. A new kind is a file in `steer.intervene.gates` with
+one registered subclass of `SiteGate`.
 """
 
 from __future__ import annotations
@@ -19,60 +16,60 @@ from torch import Tensor
 
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, did_you_mean
-from steer.intervene.operator import Driven
+from steer.intervene.operator import TensorHolder
 from steer.intervene.scope import Scope
-from steer.model.context import ForwardContext, Mask
+from steer.intervene.scope_mask import ScopeMask
+from steer.model.context import Decision, ForwardContext, Mask
 from steer.model.site import Site
 from steer.registry import Registry
 
-GATES: Registry[type[Leaf]] = Registry("gate", "steer.intervene.gates", "steer.gates")
+GATES: Registry[type[SiteGate]] = Registry("gate", "steer.intervene.gates", "steer.gates")
 PER = ("token", "row", "generation")
 POOLS = ("mean", "max")
 _NUMBERS = itertools.count()  # tells the gates of a process apart
 
 
 class Gate:
-    """A leaf, or a combination of gates."""
+    """A gate that reads one site, or a combination of gates."""
 
     def __and__(self, other: Gate) -> Gate:
-        return And(self, _gate(other))
+        return And(self, _checked_gate(other))
 
     def __or__(self, other: Gate) -> Gate:
-        return Or(self, _gate(other))
+        return Or(self, _checked_gate(other))
 
     def __invert__(self) -> Gate:
         return Not(self)
 
-    def leaves(self) -> Iterator[Leaf]:
-        """Its leaves, from left to right."""
+    def site_gates(self) -> Iterator[SiteGate]:
+        """The gates that it is made of, from left to right."""
         raise NotImplementedError
 
-    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        """[batch, tokens or 1, 2] from 0 to 1, how far open and how far closed.
+    def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
+        """How far it is open and closed in this pass.
 
         Args:
-            decisions: names under which the leaves left their decisions in this pass, from left to right.
+            names: under which its site gates left their decisions in this pass, from left to right.
         """
         raise NotImplementedError
 
-    def opened(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        """[batch, tokens or 1, 1]: how far open."""
-        return self.value(ctx, decisions)[..., :1]
+    def opened(self, ctx: ForwardContext, names: tuple[str, ...]) -> Tensor:
+        """[batch, tokens or 1, 1]: how far it is open in this pass."""
+        return self.decision(ctx, iter(names)).opened
+
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        """The same gate with tensors of its own. tensors: see `TensorHolder.copy`; gates: copies by id of the site gate."""
+        raise NotImplementedError
 
     def __bool__(self) -> bool:
-        raise ConfigError(
-            "gates do not combine by and, or, not",
-            expected="& for and, | for or, ~ for not",
-            found="Python's own words, which would drop one of the gates",
-            remedy="e.g. (first & ~second)",
-        )
+        raise _python_words()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form without the tensors."""
         raise NotImplementedError
 
 
-class Combined(Gate):
+class CombinedGate(Gate):
     """A gate made of gates."""
 
     word: ClassVar[str]
@@ -80,9 +77,12 @@ class Combined(Gate):
     def __init__(self, *parts: Gate) -> None:
         self.parts = parts
 
-    def leaves(self) -> Iterator[Leaf]:
+    def site_gates(self) -> Iterator[SiteGate]:
         for part in self.parts:
-            yield from part.leaves()
+            yield from part.site_gates()
+
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        return type(self)(*(part.copied(tensors, gates) for part in self.parts))
 
     def to_dict(self) -> dict[str, Any]:
         return {self.word: [part.to_dict() for part in self.parts]}
@@ -91,33 +91,39 @@ class Combined(Gate):
         return f"({f' {self.word} '.join(map(str, self.parts))})"
 
 
-class And(Combined):
+class And(CombinedGate):
+    """Open as far as both gates are, closed as far as either is."""
+
     word = "and"
 
-    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        a, b = [part.value(ctx, decisions) for part in self.parts]
-        return _both(a, b)
+    def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
+        first, second = [part.decision(ctx, names) for part in self.parts]
+        return _conjunction(first, second)
 
 
-class Or(Combined):
+class Or(CombinedGate):
+    """Open as far as either gate is, closed as far as both are."""
+
     word = "or"
 
-    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        a, b = [part.value(ctx, decisions) for part in self.parts]
-        return _both(a.flip(-1), b.flip(-1)).flip(-1)
+    def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
+        first, second = [part.decision(ctx, names) for part in self.parts]
+        return _negation(_conjunction(_negation(first), _negation(second)))
 
 
-class Not(Combined):
+class Not(CombinedGate):
+    """Open as far as the gate is closed."""
+
     word = "not"
 
-    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        return self.parts[0].value(ctx, decisions).flip(-1)
+    def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
+        return _negation(self.parts[0].decision(ctx, names))
 
     def __str__(self) -> str:
         return f"not {self.parts[0]}"
 
 
-class Leaf(Gate, Driven):
+class SiteGate(Gate, TensorHolder):
     """A gate that reads one site.
 
     Args:
@@ -152,114 +158,110 @@ class Leaf(Gate, Driven):
         if sharpness is not None:
             tensors = {**tensors, "sharpness": one_number(sharpness, f"sharpness of gate '{self.name}'")}
             if not tensors["sharpness"] > 0:
-                raise ConfigError(
-                    f"sharpness of gate '{self.name}'",
-                    expected="a positive number, or None for a comparison",
-                    found=sharpness,
-                    remedy="e.g. 10.0",
-                )
-        Driven.__init__(self, tensors, width)
+                raise _wrong_sharpness(self.name, sharpness)
+        TensorHolder.__init__(self, tensors, width)
         for name, tensor in tensors.items():
             if tensor.shape[0] != 1:
-                raise ConfigError(
-                    f"gate '{self.name}' has several entries of '{name}'",
-                    expected="one for all rows",
-                    found=list(tensor.shape),
-                    remedy="combine one gate for each of them with | or &",
-                )
+                raise _several_entries(self.name, name, tensor)
         self.site = None if site is None else Site.parse(site)
-        self.per, self.over, self.pool = _one_of(per, PER, "per"), Scope.parse(str(over)), _one_of(pool, POOLS, "pool")
+        self.per = _checked_choice(per, PER, "per")
+        self.pool = _checked_choice(pool, POOLS, "pool")
+        self.over = Scope.parse(over)
         if self.over.half_life is not None:
-            raise ConfigError(
-                f"gate '{self.name}' cannot look at tokens that fade",
-                expected="a scope without '~'",
-                found=str(self.over),
-                remedy="put the half-life into the scope of the intervention",
-            )
+            raise _fading_scope(self.name, self.over)
+        self._over_mask = ScopeMask(self.over)
         self.number = next(_NUMBERS)
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         """How far each token is beyond the threshold, [batch, tokens] fp32 or fp64; open above 0. h: [batch, tokens, width]."""
         raise NotImplementedError
 
-    def leaves(self) -> Iterator[Leaf]:
+    def site_gates(self) -> Iterator[SiteGate]:
         yield self
+
+    def copied(self, tensors: dict[int, Tensor], gates: dict[int, Gate]) -> Gate:
+        if id(self) not in gates:
+            gates[id(self)] = self.copy(tensors)
+        return gates[id(self)]
 
     @property
     def is_soft(self) -> bool:
+        """It opens by degrees."""
         return "sharpness" in self.tensors
 
     def train(self) -> Self:
         """Makes the learnable tensors parameters. Raises ConfigError for a comparison, which has no gradient."""
         if not self.is_soft:
-            raise ConfigError(
-                f"gate '{self.name}' compares, which cannot be learned",
-                expected="a soft gate",
-                found="sharpness=None",
-                remedy="make it with sharpness=..., e.g. 10.0",
-            )
+            raise _hard_gate(self.name)
         return super().train()
 
-    def read(self, h: Tensor, ctx: ForwardContext, decision: str) -> None:
-        """Decides, and leaves the decision in the pass under its name: [batch, tokens or 1, 2]."""
-        if next(iter(self.tensors.values()), h).device != h.device:
-            self.to(h.device)
-        if self.per == "generation" and ctx.phase == "generate":
+    def read(self, h: Tensor, ctx: ForwardContext, name: str) -> None:
+        """Decides, and leaves the decision in the scratch space of the pass under its name. h: [batch, tokens, width]."""
+        if self.per == "token":
+            decision = self._switch(self.margin(h, ctx))
+        elif self.per == "generation" and ctx.phase == "generate":
             # with the number, since a cache may outlive the plan: what another gate decided must not be taken for this one's
-            opened = ctx.remember(f"{decision} number {self.number}", lambda: self._of_rows(h, ctx)[:, -1:])
+            pair = ctx.remember(f"{name} number {self.number}", lambda: _as_pair(self._of_rows(h, ctx))[:, -1:])
+            decision = Decision(pair[..., :1], pair[..., 1:])
         else:
-            opened = self._switch(self.margin(h, ctx)) if self.per == "token" else self._of_rows(h, ctx)
-        ctx.opened[decision] = opened
+            decision = self._of_rows(h, ctx)
+        ctx.scratch.decisions[name] = decision
         if self.is_soft and ctx.phase == "train":
-            (ctx.blind.discard if torch.is_grad_enabled() else ctx.blind.add)(decision)
+            without_gradient = ctx.scratch.without_gradient
+            (without_gradient.discard if torch.is_grad_enabled() else without_gradient.add)(name)
 
-    def value(self, ctx: ForwardContext, decisions: Iterator[str]) -> Tensor:
-        decision = next(decisions)
-        found = ctx.opened.get(decision)
-        if decision in ctx.blind and torch.is_grad_enabled():
-            raise ContextError(
-                f"soft gate '{self.name}' decided where no gradients are recorded",
-                expected="a decision that gradients go through",
-                found="a site inside a block under reentrant gradient checkpointing, and a steered site outside of it",
-                remedy="use gradient_checkpointing_enable({'use_reentrant': False}), or read the output of a block",
-            )
-        if found is None:
-            raise ContextError(
-                f"gate '{self.name}' did not decide before the activation that it is for was reached",
-                expected="its site to run first" if self.site is None else f"'{self.site}' to run first",
-                found="it has not run in this pass",
-                remedy="let the gate read a site that comes before the steered one",
-            )
-        return found
+    def note_lengths(self, ctx: ForwardContext) -> None:
+        """See `ScopeMask.note_lengths`."""
+        if self.per != "token":
+            self._over_mask.note_lengths(ctx)
 
-    def _switch(self, margin: Tensor) -> Tensor:
+    def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
+        name = next(names)
+        decision = ctx.scratch.decisions.get(name)
+        if name in ctx.scratch.without_gradient and torch.is_grad_enabled():
+            raise _decided_without_gradient(self.name)
+        if decision is None:
+            raise _undecided(self.name, self.site)
+        return decision
+
+    def _switch(self, margin: Tensor) -> Decision:
+        """margin: [batch, tokens]; the decision has a last dimension of 1."""
         opened = torch.sigmoid(self.tensors["sharpness"] * margin) if self.is_soft else (margin > 0).to(margin.dtype)
-        return torch.stack((opened, 1 - opened), -1)
+        return Decision(opened.unsqueeze(-1))
 
-    def _of_rows(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        """[batch, 1, 2], or [batch, tokens, 2] where a row may hold several texts."""
-        margin, looked = self.margin(h, ctx), self._looked_at(ctx)
-        if looked.shape != margin.shape:
-            looked = ctx.kept_of(looked, margin.shape[1])
-        looked = looked.to(margin.device)  # a model may lie on several
+    def _of_rows(self, h: Tensor, ctx: ForwardContext) -> Decision:
+        """[batch, 1, 1], or [batch, tokens, 1] where a row may hold several texts."""
+        margin = self.margin(h, ctx)
+        counted = self._counted_tokens(ctx)
+        if counted.shape != margin.shape:
+            counted = ctx.at_unembedded(counted, margin.shape[1])
+        counted = counted.to(margin.device)  # a model may lie on several
         starts = None if ctx.phase == "generate" else ctx.starts
         if starts is None:
-            count = looked.sum(1, keepdim=True)
-            pooled = torch.where(looked, margin, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
-            if self.pool == "max":
-                pooled = margin.masked_fill(~looked, -torch.inf).amax(1, keepdim=True)
-            return torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
-        text = starts.to(margin.device).long().cumsum(1)
-        slots = margin.new_zeros(margin.shape[0], margin.shape[1] + 1)
-        count = slots.scatter_add(1, text, looked.to(margin.dtype))
-        pooled = slots.scatter_add(1, text, torch.where(looked, margin, 0.0)) / count.clamp_min(1)
-        if self.pool == "max":
-            pooled = slots.scatter_reduce(1, text, margin.masked_fill(~looked, -torch.inf), "amax", include_self=False)
-        decided = torch.where(count.unsqueeze(-1) > 0, self._switch(pooled), 0.0)
-        return decided.gather(1, text.unsqueeze(-1).expand(-1, -1, 2))
+            count, pooled = self._pooled_over_rows(margin, counted)
+            return _decided_where(count > 0, self._switch(pooled))
+        text = starts.to(margin.device).long().cumsum(1)  # [batch, tokens] number of the text of each token
+        count, pooled = self._pooled_over_texts(margin, counted, text)
+        decision = _decided_where(count > 0, self._switch(pooled))  # [batch, texts + 1, 1]
+        assert decision.closed is not None
+        per_token = text.unsqueeze(-1)  # [batch, tokens, 1]
+        return Decision(decision.opened.gather(1, per_token), decision.closed.gather(1, per_token))
 
-    def _looked_at(self, ctx: ForwardContext) -> Tensor:
-        mask: Mask = self.over.mask(ctx)
+    def _pooled_over_rows(self, margin: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        count = counted.sum(1, keepdim=True)  # [batch, 1]
+        if self.pool == "max":
+            return count, margin.masked_fill(~counted, -torch.inf).amax(1, keepdim=True)
+        return count, torch.where(counted, margin, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
+
+    def _pooled_over_texts(self, margin: Tensor, counted: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        per_text = margin.new_zeros(margin.shape[0], margin.shape[1] + 1)  # [batch, texts + 1]
+        count = per_text.scatter_add(1, text, counted.to(margin.dtype))
+        if self.pool == "max":
+            return count, per_text.scatter_reduce(1, text, margin.masked_fill(~counted, -torch.inf), "amax", include_self=False)
+        return count, per_text.scatter_add(1, text, torch.where(counted, margin, 0.0)) / count.clamp_min(1)
+
+    def _counted_tokens(self, ctx: ForwardContext) -> Tensor:
+        mask: Mask = self._over_mask.mask(ctx)
         return mask if isinstance(mask, Tensor) else ctx.real & mask
 
     def options(self) -> dict[str, Any]:
@@ -275,7 +277,7 @@ class Leaf(Gate, Driven):
 
 
 def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gate:
-    """Inverse of `Gate.to_dict`. tensors: those of each leaf, from left to right."""
+    """Inverse of `Gate.to_dict`. tensors: those of each site gate, from left to right."""
     if "gate" in spec:
         return GATES.get(spec["gate"]).restore(next(tensors), spec["options"])
     combined = {kind.word: kind for kind in (And, Or, Not)}
@@ -283,27 +285,113 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
     return combined[word](*(from_dict(part, tensors) for part in parts))
 
 
-def _gate(given: Any) -> Gate:
-    of_type(given, Gate, "a part of a combined gate", "combine gates with gates, e.g. first & ~second")
-    return given
-
-
 def one_number(value: float | Tensor, what: str) -> Tensor:
     """[1] fp32. Raises ConfigError for anything but one number."""
-    given = tensor_of(value, what, "pass a number")
-    if given.numel() != 1:
-        raise ConfigError(f"{what} is not one number", expected="one number for all rows", found=list(given.shape), remedy="pass a number")
-    return given.detach().to(torch.float32, copy=True).reshape(1)
+    number = tensor_of(value, what, "pass a number")
+    if number.numel() != 1:
+        raise ConfigError(f"{what} is not one number", expected="one number for all rows", found=list(number.shape), remedy="pass a number")
+    return number.detach().to(torch.float32, copy=True).reshape(1)
 
 
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    """Open as far as both are, closed as far as either is."""
-    b = b.to(a.device)
-    return torch.stack((a[..., 0] * b[..., 0], 1 - (1 - a[..., 1]) * (1 - b[..., 1])), -1)
+def _closed(decision: Decision) -> Tensor:
+    return 1 - decision.opened if decision.closed is None else decision.closed
 
 
-def _one_of(value: str, known: tuple[str, ...], what: str) -> str:
+def _negation(decision: Decision) -> Decision:
+    return Decision(_closed(decision), None if decision.closed is None else decision.opened)
+
+
+def _conjunction(a: Decision, b: Decision) -> Decision:
+    opened = a.opened * b.opened.to(a.opened.device)
+    if a.closed is None and b.closed is None:
+        return Decision(opened)
+    return Decision(opened, 1 - (1 - _closed(a)) * (1 - _closed(b).to(a.opened.device)))
+
+
+def _decided_where(has_tokens: Tensor, decision: Decision) -> Decision:
+    """Neither open nor closed where there was no token to decide by. has_tokens: [batch, texts]."""
+    has_tokens = has_tokens.unsqueeze(-1)
+    return Decision(torch.where(has_tokens, decision.opened, 0.0), torch.where(has_tokens, _closed(decision), 0.0))
+
+
+def _as_pair(decision: Decision) -> Tensor:
+    """[batch, tokens, 2]: how far open, how far closed."""
+    return torch.cat((decision.opened, _closed(decision)), -1)
+
+
+def _checked_gate(gate: Any) -> Gate:
+    of_type(gate, Gate, "a part of a combined gate", "combine gates with gates, e.g. first & ~second")
+    return gate
+
+
+def _checked_choice(value: str, known: tuple[str, ...], what: str) -> str:
     if value not in known:
         remedy = did_you_mean(str(value), known) or "choose one of these"
         raise ConfigError(f"unknown '{what}' of a gate", expected=f"one of {', '.join(known)}", found=value, remedy=remedy)
     return value
+
+
+# ---- errors
+
+
+def _python_words() -> ConfigError:
+    return ConfigError(
+        "gates do not combine by and, or, not",
+        expected="& for and, | for or, ~ for not",
+        found="Python's own words, which would drop one of the gates",
+        remedy="e.g. (first & ~second)",
+    )
+
+
+def _wrong_sharpness(name: str, sharpness: float | Tensor) -> ConfigError:
+    return ConfigError(
+        f"sharpness of gate '{name}'",
+        expected="a positive number, or None for a comparison",
+        found=sharpness,
+        remedy="e.g. 10.0",
+    )
+
+
+def _several_entries(gate: str, name: str, tensor: Tensor) -> ConfigError:
+    return ConfigError(
+        f"gate '{gate}' has several entries of '{name}'",
+        expected="one for all rows",
+        found=list(tensor.shape),
+        remedy="combine one gate for each of them with | or &",
+    )
+
+
+def _fading_scope(name: str, over: Scope) -> ConfigError:
+    return ConfigError(
+        f"gate '{name}' cannot look at tokens that fade",
+        expected="a scope without '~'",
+        found=str(over),
+        remedy="put the half-life into the scope of the intervention",
+    )
+
+
+def _hard_gate(name: str) -> ConfigError:
+    return ConfigError(
+        f"gate '{name}' compares, which cannot be learned",
+        expected="a soft gate",
+        found="sharpness=None",
+        remedy="make it with sharpness=..., e.g. 10.0",
+    )
+
+
+def _decided_without_gradient(name: str) -> ContextError:
+    return ContextError(
+        f"soft gate '{name}' decided where no gradients are recorded",
+        expected="a decision that gradients go through",
+        found="a site inside a block under reentrant gradient checkpointing, and a steered site outside of it",
+        remedy="use gradient_checkpointing_enable({'use_reentrant': False}), or read the output of a block",
+    )
+
+
+def _undecided(name: str, site: Site | None) -> ContextError:
+    return ContextError(
+        f"gate '{name}' did not decide before the activation that it is for was reached",
+        expected="its site to run first" if site is None else f"'{site}' to run first",
+        found="it has not run in this pass",
+        remedy="let the gate read a site that comes before the steered one",
+    )

@@ -1,11 +1,13 @@
 """Operators: what an intervention does to an activation.
 
-A new one is a file with one registered subclass of `Operator`; plan files, the CLI, the docs table and the tests find it in `OPERATORS`.
+A new one is a file in `steer.intervene.operators` with one registered subclass of `Operator`; plan files, the command line, the docs tables
+and the tests find it in `OPERATORS`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,12 +21,15 @@ from steer.registry import Registry
 
 OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators")
 
+RowTensors = Mapping[str, Tensor]  # tensors by name, [batch or 1, ...]: for each row of a batch those of its row slot
 
-class Driven:
-    """Holds the tensors that drive a hook.
+
+class TensorHolder:
+    """Holds the tensors that an operator or a gate works with.
 
     Attributes:
-        tensors: named fp32 tensors, the first dimension being row slots (1 when all rows share one).
+        name: under which it is registered.
+        tensors: fp32 tensors by name, [row slots, ...] each; 1 slot when all rows share them.
         width: size of the activation's last dimension.
         learnable: names of the tensors that `train` may turn into parameters.
     """
@@ -34,35 +39,19 @@ class Driven:
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         with torch.inference_mode(False):  # what inference mode made cannot have a part in training later
-            self.tensors = {name: one.clone() if one.is_inference() else one for name, one in tensors.items()}
+            self.tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
         self.width = width
         for name, tensor in tensors.items():
             check_finite(tensor, f"{name} of '{type(self).name}'")
 
-    def copy(self, memo: dict[int, Any]) -> Self:
-        """One like it with tensors of its own; parameters stay those that an optimiser knows.
-
-        Args:
-            memo: as of `copy.deepcopy`, which refuses tensors with a gradient history.
-        """
-        for tensor in self.tensors.values():
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-        made = copy.copy(self)
-        made.tensors = {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
-        return made
-
     def train(self) -> Self:
         """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
         if not self.learnable:
-            raise ConfigError(
-                f"'{self.name}' has nothing to learn",
-                expected="an operator or a gate with learnable tensors, such as add, loreft, scale or a soft probe",
-                found=self.name,
-                remedy="train one of those, or extract the vectors of this one",
-            )
-        learned = {name for name in self.learnable if not isinstance(self.tensors.get(name), nn.Parameter)}  # one may be in an optimiser
-        self.tensors = {name: nn.Parameter(one) if name in learned else one for name, one in self.tensors.items()}
+            raise _nothing_to_learn(self.name)
+        for name in self.learnable:
+            tensor = self.tensors.get(name)
+            if tensor is not None and not isinstance(tensor, nn.Parameter):  # a parameter may be in an optimiser already
+                self.tensors[name] = nn.Parameter(tensor)
         return self
 
     @property
@@ -70,13 +59,34 @@ class Driven:
         """The tensors that are being learned, by name, in the order of `learnable`: the state of an optimiser knows them by place, and
         a file returns them in another order than the constructor."""
         names = (*self.learnable, *sorted(self.tensors))
-        return {name: one for name in names if isinstance(one := self.tensors.get(name), nn.Parameter)}
+        return {name: tensor for name in names if isinstance(tensor := self.tensors.get(name), nn.Parameter)}
 
-    def to(self, device: torch.device) -> None:
-        """Moves every tensor; parameters stay the objects that the optimiser knows."""
+    def on(self, device: torch.device) -> Self:
+        """This holder when its tensors are on a device, else a copy with tensors there. Parameters are moved and stay the same objects,
+        which an optimiser may know."""
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.to(device)
-        self.tensors = {name: one if isinstance(one, nn.Parameter) else one.to(device) for name, one in self.tensors.items()}
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        if all(tensor.device == device for tensor in self.tensors.values()):
+            return self
+        moved = copy.copy(self)
+        with torch.inference_mode(False):  # training may follow a validation run
+            moved.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}  # a parameter is there, and stays itself
+        return moved
+
+    def copy(self, memo: dict[int, Tensor]) -> Self:
+        """One like it with tensors of its own; parameters stay those that an optimiser knows.
+
+        Args:
+            memo: copies by id of the original, one for all holders that are copied together: a tensor that they share stays one.
+        """
+        copied = copy.copy(self)
+        with torch.inference_mode(False):  # training may follow
+            for tensor in self.tensors.values():
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+        copied.tensors = {name: memo[id(tensor)] for name, tensor in self.tensors.items()}
+        return copied
 
     def options(self) -> dict[str, Any]:
         """Constructor arguments beyond the tensors, JSON-able, for the plan file."""
@@ -89,7 +99,7 @@ class Driven:
         return cls(**arguments)
 
 
-class Operator(Driven):
+class Operator(TensorHolder):
     """A pure, differentiable function of the activation, driven by tensors that may change between calls without recompilation.
 
     A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
@@ -98,6 +108,7 @@ class Operator(Driven):
         parts: names of the tensors it cannot do without, of which the first is as wide as its site.
         settings: names of its other attributes that a file has to hold, JSON-able.
         additive: its change is strength * `vector`, whatever the activation.
+        linear_in_strength: its change is strength times a function of the activation, so that a mask may be multiplied into the strength.
         slots: number of row slots, 1 when every row is treated alike.
 
     Raises:
@@ -107,36 +118,40 @@ class Operator(Driven):
     parts: ClassVar[tuple[str, ...]]
     settings: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = False
+    linear_in_strength: ClassVar[bool] = False
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         super().__init__(tensors, width)
         self.slots = same_slots(self.name, **tensors)
 
-    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
+    def delta(self, h: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
         """The change of an activation at full mask, in the dtype of h, [batch, tokens, width] or what broadcasts to it.
 
         Args:
             h: [batch, tokens, width].
             strength: [batch or 1, 1, 1] fp32; the change is exactly 0 where it is 0.
-            pick: gives a named tensor for this batch, [batch or 1, ...].
+            per_row: the tensors of each row of the batch.
         """
         raise NotImplementedError
 
-    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, per_row: RowTensors) -> Tensor:
         """The edited activation, in its own dtype.
 
         Args:
-            h, strength, pick: as in `delta`; strength 0 leaves h exactly as it is.
+            h, strength, per_row: as in `delta`; strength 0 leaves h exactly as it is.
             mask: [batch, tokens, 1] from 0 to 1 in the dtype of h, None for 1 everywhere. 0 leaves a token exactly as it is; values in
                 between, from soft gates and decay, add that share of the change.
         """
-        change = self.delta(h, strength, pick)
+        change = self.delta(h, strength, per_row)
         return h + change if mask is None else torch.addcmul(h, mask, change)
 
-    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, preserve_norm: bool) -> Tensor | None:
         """The same edit by a kernel of `steer.kernels`, which can also keep the norm of each token; None where there is no such kernel.
 
         Asked where `steer.kernels.wanted` says so: in eager code on a GPU, and in compiled code.
+
+        Args:
+            rows: [batch] row slot of each row; None when all rows share one.
         """
         return None
 
@@ -149,10 +164,10 @@ class Operator(Driven):
         missing = [name for name in (*cls.parts, *cls.settings) if name not in tensors and name not in options]
         if missing:
             raise KeyError(f"{missing[0]} of '{cls.name}'")
-        made = cls.__new__(cls)
-        vars(made).update({name: options[name] for name in cls.settings})
-        Operator.__init__(made, tensors, tensors[cls.parts[0]].shape[-1])
-        return made
+        restored = cls.__new__(cls)
+        vars(restored).update({name: options[name] for name in cls.settings})
+        Operator.__init__(restored, tensors, tensors[cls.parts[0]].shape[-1])
+        return restored
 
     def check_site(self, site: Site) -> None:
         """Raises SiteError where it would mean something else than it says."""
@@ -169,15 +184,14 @@ class Operator(Driven):
         return type(self).name
 
 
-class Pick:
-    """Row slots: hands each row of a batch its own vector."""
+def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTensors:
+    """The tensors of each row of a batch, [batch or 1, ...]. rows: [batch] row slots, None when all rows share one."""
+    if rows is None:
+        return tensors
+    return {name: tensor if tensor.shape[0] == 1 else tensor[rows] for name, tensor in tensors.items()}
 
-    def __init__(self, operator: Operator, rows: Tensor | None) -> None:
-        self.tensors, self.rows = operator.tensors, rows
 
-    def __call__(self, name: str) -> Tensor:
-        tensor = self.tensors[name]
-        return tensor if self.rows is None or tensor.shape[0] == 1 else tensor[self.rows]
+# ---- what constructors make of their arguments
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -197,12 +211,7 @@ def same_slots(what: str, **tensors: Tensor) -> int:
     sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
     most = max(sizes.values())
     if not set(sizes.values()) <= {1, most}:
-        raise ConfigError(
-            f"row slots of the tensors of '{what}' differ",
-            expected=f"1 or {most} in each",
-            found=", ".join(f"{size} in {name}" for name, size in sizes.items()),
-            remedy="give every tensor one entry per row slot, or one for all of them",
-        )
+        raise _different_slots(what, sizes, most)
     return most
 
 
@@ -210,13 +219,38 @@ def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
     """fp32 copy of a tensor with `ndim` dimensions, a slot dimension put in front where it is missing."""
     tensor = tensor_of(tensor, what, "pass the vector itself, e.g. Add(direction.vector)")
     if tensor.dim() == ndim - 1:
-        tensor = tensor[None]
+        tensor = tensor[None]  # [1, ...]
     if tensor.dim() != ndim or 0 in tensor.shape:
-        raise ConfigError(
-            f"{what} has the wrong shape",
-            expected=f"{ndim - 1} dimensions, or {ndim} with row slots, none of them empty",
-            found=list(tensor.shape),
-            remedy="reshape it so that the width of the site comes last, and row slots first",
-        )
+        raise _wrong_shape(what, ndim, tensor)
     check_finite(tensor, what)
     return tensor.detach().to(torch.float32, copy=True).contiguous()
+
+
+# ---- errors
+
+
+def _nothing_to_learn(name: str) -> ConfigError:
+    return ConfigError(
+        f"'{name}' has nothing to learn",
+        expected="an operator or a gate with learnable tensors, such as add, loreft, scale or a soft probe",
+        found=name,
+        remedy="train one of those, or extract the vectors of this one",
+    )
+
+
+def _different_slots(what: str, sizes: dict[str, int], most: int) -> ConfigError:
+    return ConfigError(
+        f"row slots of the tensors of '{what}' differ",
+        expected=f"1 or {most} in each",
+        found=", ".join(f"{size} in {name}" for name, size in sizes.items()),
+        remedy="give every tensor one entry per row slot, or one for all of them",
+    )
+
+
+def _wrong_shape(what: str, ndim: int, tensor: Tensor) -> ConfigError:
+    return ConfigError(
+        f"{what} has the wrong shape",
+        expected=f"{ndim - 1} dimensions, or {ndim} with row slots, none of them empty",
+        found=list(tensor.shape),
+        remedy="reshape it so that the width of the site comes last, and row slots first",
+    )

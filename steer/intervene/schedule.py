@@ -41,7 +41,7 @@ def check_finite(**values: float) -> None:
 
 def to_dict(schedule: Any) -> dict[str, Any]:
     """JSON form: the registered name and the arguments."""
-    name = getattr(type(schedule), "name", None)
+    name = str(getattr(type(schedule), "name", ""))
     if name not in SCHEDULES or SCHEDULES.get(name) is not type(schedule):
         raise ConfigError(
             f"schedule {schedule!r} is not registered",
@@ -49,7 +49,7 @@ def to_dict(schedule: Any) -> dict[str, Any]:
             found=type(schedule).__name__,
             remedy="decorate its class with @SCHEDULES.register('<name>')",
         )
-    return {"name": name, **asdict(schedule)}
+    return {"name": name, **asdict(schedule)}  # type: ignore[call-overload]
 
 
 def from_dict(spec: Any) -> Any:

@@ -1,54 +1,90 @@
-"""What is noted on a KV cache, and goes with it wherever it goes: no two generations are ever mixed up more than their caches are."""
+"""Notes on a KV cache, which go with it wherever it goes: two generations are mixed up no more than their caches are."""
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# attributes of a cache: what was worked out on its prompt, the passes so far, the phase of a prompt that was no generation's
-MEMORY, PASSES, OUTSIDE = "_steer_memory", "_steer_passes", "_steer_outside"
+# attributes that we put on a cache: what its prompt decided, the passes so far, the phase of a prompt that was no generation's
+MEMORY = "_steer_memory"
+PASSES = "_steer_passes"
+PROMPT_PHASE = "_steer_prompt_phase"
 
 
-class _Reordering:
-    """A method of one KV cache that moves its rows, and with them what is remembered of these."""
+@dataclass(eq=False)
+class GenerationMemory:
+    """What the prompt of a cache decided for the tokens decoded from it.
+
+    Attributes:
+        tensors: by name, [batch or 1, ...] each.
+        length: [batch, 1] number of real tokens in the cache when it held `length_at` entries; None where nobody counted.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    length: Tensor | None = None
+    length_at: int = -1
+
+    def length_before(self, past: int) -> Tensor | None:
+        """[batch, 1]: number of real tokens in a cache of `past` entries; None when that was not counted."""
+        return self.length if self.length_at == past else None
+
+    def set_length(self, length: Tensor, entries: int) -> None:
+        """Notes how many real tokens each row has. length: [batch, 1]; entries: of the cache after this pass."""
+        self.length = length
+        self.length_at = entries
+
+    def reorder(self, rows: Tensor | int, *, repeat: bool) -> None:
+        """Follows a cache whose rows are moved. rows: the new order, or how often each row is repeated."""
+        self.tensors = {name: _reordered(tensor, rows, repeat) for name, tensor in self.tensors.items()}
+        if self.length is not None:
+            self.length = _reordered(self.length, rows, repeat)
+
+
+def _reordered(tensor: Tensor, rows: Tensor | int, repeat: bool) -> Tensor:
+    if tensor.shape[0] == 1:
+        return tensor  # one entry for all rows stays one
+    return tensor.repeat_interleave(rows, 0) if repeat else tensor[rows.to(tensor.device)]  # type: ignore[union-attr]
+
+
+class _ReorderingMethod:
+    """Method of one KV cache that moves its rows, and with them what is remembered of these."""
 
     def __init__(self, cache: Any, name: str) -> None:
         # nothing may keep a cache alive but its user: it can be as large as the model
-        self.cache, self.name = weakref.ref(cache), name
+        self.cache = weakref.ref(cache)
+        self.name = name
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reordering:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReorderingMethod:
         cache = self.cache()
-        return _Reordering(memo.get(id(cache), cache), self.name)
+        return _ReorderingMethod(memo.get(id(cache), cache), self.name)
 
     def __call__(self, rows: Any) -> Any:
         cache = self.cache()
-        memory: dict[str, Tensor] = getattr(cache, MEMORY)
-        for key, held in memory.items():
-            if held.shape[0] > 1:
-                repeated = self.name == "batch_repeat_interleave"
-                memory[key] = held.repeat_interleave(rows, 0) if repeated else held[rows.to(held.device)]
+        memory: GenerationMemory = getattr(cache, MEMORY)
+        memory.reorder(rows, repeat=self.name == "batch_repeat_interleave")
         return getattr(type(cache), self.name)(cache, rows)
 
 
-def keep(cache: Any, memory: dict[str, Tensor]) -> None:
+def put_memory(cache: Any, memory: GenerationMemory) -> None:
     """Puts a memory on a KV cache, with which it is copied and reordered."""
     setattr(cache, MEMORY, memory)
     if not torch.compiler.is_compiling():
         for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
             if hasattr(type(cache), name):
-                setattr(cache, name, _Reordering(cache, name))
+                setattr(cache, name, _ReorderingMethod(cache, name))
 
 
-def memory_of(cache: Any) -> dict[str, Tensor]:
+def memory_of(cache: Any) -> GenerationMemory:
     """The memory that lives on a KV cache; made where there is none."""
     memory = getattr(cache, MEMORY, None)
     if memory is None:
-        memory = {}
+        memory = GenerationMemory({}, None, -1)
         if cache is not None:
-            keep(cache, memory)
+            put_memory(cache, memory)
     return memory
 
 
@@ -59,9 +95,9 @@ def note_pass(cache: Any, past: Tensor | int, tokens: int) -> bool:
         True when the passes so far are not those of a prompt and of tokens decoded one by one. A copied cache may hold the first part of
         the prompt.
     """
-    seen, follows, noted_on = getattr(cache, PASSES, (0, False, id(cache)))
+    seen, follows_prompt, noted_on = getattr(cache, PASSES, (0, False, id(cache)))
     # the length of a static cache is read, which waits for the device, only where a prompt follows a prompt
-    follows = follows and noted_on == id(cache) and tokens > 1 and bool(past > 0)
+    follows_prompt = follows_prompt and noted_on == id(cache) and tokens > 1 and bool(past > 0)
     if cache is not None:
         setattr(cache, PASSES, (past + tokens if isinstance(past, int) else 0, tokens > 1, id(cache)))
-    return follows or isinstance(past, int) and past < seen
+    return follows_prompt or isinstance(past, int) and past < seen

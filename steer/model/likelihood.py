@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import NonFiniteError
+from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.tokens import Row, collate
-from steer.model.watcher import response_tokens
 
 
 def response_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ from steer.model import embedded
 from steer.model.gguf import read_gguf
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
-_WHOLE, _AGAIN = "whole safetensors files", "download or copy them again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -56,8 +55,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
         _check_folder(path)
         model, tokenizer = _from_transformers(str(path), name, dtype)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        found = "a file that is not GGUF" if path.exists() else "nothing there"
-        raise ModelNotFoundError(f"no model at {name}", expected=_EXPECTED, found=found, remedy="check the path")
+        raise _no_model_at(name, "a file that is not GGUF" if path.exists() else "nothing there")
     else:
         model, tokenizer = _from_transformers(name, name, dtype)
     # An adapter saved from this model records where its base came from: by the name asked for, not by a path of this machine's cache.
@@ -68,9 +66,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
 def _check_name(name: str) -> None:
     """Raises ModelNotFoundError for no name, and for a misspelt one of the embedded model, before the hub is asked for that."""
     if not name.strip():
-        raise ModelNotFoundError(
-            "no model is named", expected=_EXPECTED, found=repr(name), remedy=f"give a name, such as '{embedded.NAME}'"
-        )
+        raise _no_name(name)
     if name == embedded.NAME or "/" in name or Path(name).expanduser().exists():
         return
     if difflib.get_close_matches(name.lower(), [embedded.NAME], cutoff=0.8):
@@ -78,13 +74,11 @@ def _check_name(name: str) -> None:
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Before the model is read, which can take minutes."""
+    """Raises ConfigError for a device that is not there, before the model is read, which can take minutes."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # a torch that was built without CUDA fails by an assertion
-        found = f"torch {torch.__version__} with {torch.cuda.device_count()} CUDA devices: {_brief(error)}"
-        remedy = "pass one that this machine has, e.g. device='cpu'"
-        raise ConfigError(f"no device {device!r}", expected="a device of torch", found=found, remedy=remedy) from error
+        raise _no_device(device, error) from error
 
 
 def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -94,91 +88,58 @@ def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any,
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
-        what = f"the weights of '{name}' are truncated or altered"
-        raise DamagedFileError(what, expected=_WHOLE, found=str(error), remedy=_AGAIN) from error
+        raise _damaged_weights(f"'{name}'", error) from error
     except (OSError, ValueError) as error:
         if is_local:
-            expected = "a folder as save_pretrained writes it, of an architecture that transformers knows"
-            remedy = "copy or save it again, or upgrade transformers if the model is newer"
-            raise DamagedFileError(f"cannot load the model in {name}", expected=expected, found=_brief(error), remedy=remedy) from error
+            raise _unloadable(name, error) from error
         if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
             raise _unsafe(name, "a repository without safetensors") from error
-        remedy = f"check the spelling and the network, or use '{embedded.NAME}', which needs none"
-        raise ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=_brief(error), remedy=remedy) from error
+        raise _not_on_the_hub(name, error) from error
     return model, tokenizer
 
 
 def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, Any]:
     from peft import PeftModel  # takes a second to import, and most loads do not need it
 
-    try:
-        base_name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        expected, remedy = "JSON with the key base_model_name_or_path", "correct the file, or save the adapter again with save_pretrained"
-        what = f"the adapter_config.json of {path} is broken"
-        raise DamagedFileError(what, expected=expected, found=_brief(error), remedy=remedy) from error
-    if not base_name:
-        raise ModelNotFoundError(
-            f"the adapter in {path} does not say which base it belongs to",
-            expected="a name or path as base_model_name_or_path in adapter_config.json",
-            found=repr(base_name),
-            remedy="write the base that it was trained on there",
-        )
+    base_name = _base_of(path)
     if not (path / "adapter_model.safetensors").is_file():
-        if any(path.glob("*.bin")):
-            raise _unsafe(str(path), contents(path))
-        raise DamagedFileError(
-            f"{path} lacks adapter_model.safetensors",
-            expected="adapter_config.json and adapter_model.safetensors",
-            found=contents(path),
-            remedy="copy it there, or save the adapter again with save_pretrained",
-        )
+        raise _unsafe(str(path), contents(path)) if any(path.glob("*.bin")) else _no_adapter_weights(path)
     base, tokenizer = load(base_name, dtype=dtype, device=device)
     try:
         model = PeftModel.from_pretrained(base, path)
     except SafetensorError as error:
-        what = f"the weights of {path} are truncated or altered"
-        raise DamagedFileError(what, expected=_WHOLE, found=str(error), remedy=_AGAIN) from error
+        raise _damaged_weights(str(path), error) from error
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DamagedFileError(
-            f"the adapter in {path} does not fit '{base_name}'",
-            expected="an adapter that was trained on this model",
-            found=_brief(error),
-            remedy="correct base_model_name_or_path in its adapter_config.json",
-        ) from error
+        raise _adapter_does_not_fit(path, base_name, error) from error
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path) if _has_tokenizer(path) else tokenizer
 
 
+def _base_of(adapter: Path) -> str:
+    """Name or path of the model that an adapter belongs to."""
+    try:
+        base_name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _broken_adapter_config(adapter, error) from error
+    if not base_name:
+        raise _no_base(adapter, base_name)
+    return base_name
+
+
 def _check_folder(path: Path) -> None:
+    """Raises ModelNotFoundError, UnsafeFileError or TokenizerError for a folder that lacks a part of a model."""
     if not (path / "config.json").is_file():
-        expected, remedy = "config.json and *.safetensors, or adapter_config.json", "give the folder that save_pretrained wrote"
-        raise ModelNotFoundError(f"no model in {path}", expected=expected, found=contents(path), remedy=remedy)
+        raise _no_model_in(path)
     if not any(path.glob("*.safetensors")):
         if any(file for pattern in _PICKLES for file in path.glob(pattern)):
             raise _unsafe(str(path), contents(path))
-        remedy = "copy the weights there, or save the model again with save_pretrained"
-        raise ModelNotFoundError(f"no weights in {path}", expected="*.safetensors", found=contents(path), remedy=remedy)
+        raise _no_weights_in(path)
     if not _has_tokenizer(path):
-        remedy = f"tokenizer.save_pretrained('{path}')"
-        raise TokenizerError(f"no tokenizer in {path}", expected="tokenizer.json", found=contents(path), remedy=remedy)
+        raise _no_tokenizer_in(path)
 
 
 def _has_tokenizer(path: Path) -> bool:
     # transformers would make an empty tokenizer where these are missing
     return any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"))
-
-
-def _unsafe(name: str, found: str) -> UnsafeFileError:
-    return UnsafeFileError(
-        f"the weights of '{name}' are a pickle, which can run any code when it is opened",
-        expected="*.safetensors",
-        found=found,
-        remedy="convert it where you trust it: load it with transformers, then save_pretrained, which writes safetensors",
-    )
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextmanager
@@ -192,3 +153,98 @@ def _quiet(quiet: bool) -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
+
+
+# ---- errors
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _no_name(name: str) -> ModelNotFoundError:
+    return ModelNotFoundError("no model is named", expected=_EXPECTED, found=repr(name), remedy=f"give a name, such as '{embedded.NAME}'")
+
+
+def _no_model_at(path: str, found: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"no model at {path}", expected=_EXPECTED, found=found, remedy="check the path")
+
+
+def _no_model_in(path: Path) -> ModelNotFoundError:
+    expected = "config.json and *.safetensors, or adapter_config.json"
+    remedy = "give the folder that save_pretrained wrote"
+    return ModelNotFoundError(f"no model in {path}", expected=expected, found=contents(path), remedy=remedy)
+
+
+def _no_weights_in(path: Path) -> ModelNotFoundError:
+    remedy = "copy the weights there, or save the model again with save_pretrained"
+    return ModelNotFoundError(f"no weights in {path}", expected="*.safetensors", found=contents(path), remedy=remedy)
+
+
+def _no_tokenizer_in(path: Path) -> TokenizerError:
+    remedy = f"tokenizer.save_pretrained('{path}')"
+    return TokenizerError(f"no tokenizer in {path}", expected="tokenizer.json", found=contents(path), remedy=remedy)
+
+
+def _not_on_the_hub(name: str, error: Exception) -> ModelNotFoundError:
+    remedy = f"check the spelling and the network, or use '{embedded.NAME}', which needs none"
+    return ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=_brief(error), remedy=remedy)
+
+
+def _no_device(device: str | torch.device, error: Exception) -> ConfigError:
+    found = f"torch {torch.__version__} with {torch.cuda.device_count()} CUDA devices: {_brief(error)}"
+    remedy = "pass one that this machine has, e.g. device='cpu'"
+    return ConfigError(f"no device {device!r}", expected="a device of torch", found=found, remedy=remedy)
+
+
+def _unloadable(name: str, error: Exception) -> DamagedFileError:
+    expected = "a folder as save_pretrained writes it, of an architecture that transformers knows"
+    remedy = "copy or save it again, or upgrade transformers if the model is newer"
+    return DamagedFileError(f"cannot load the model in {name}", expected=expected, found=_brief(error), remedy=remedy)
+
+
+def _damaged_weights(name: str, error: Exception) -> DamagedFileError:
+    what = f"the weights of {name} are truncated or altered"
+    return DamagedFileError(what, expected="whole safetensors files", found=str(error), remedy="download or copy them again")
+
+
+def _unsafe(name: str, found: str) -> UnsafeFileError:
+    return UnsafeFileError(
+        f"the weights of '{name}' are a pickle, which can run any code when it is opened",
+        expected="*.safetensors",
+        found=found,
+        remedy="convert it where you trust it: load it with transformers, then save_pretrained, which writes safetensors",
+    )
+
+
+def _broken_adapter_config(adapter: Path, error: Exception) -> DamagedFileError:
+    expected = "JSON with the key base_model_name_or_path"
+    remedy = "correct the file, or save the adapter again with save_pretrained"
+    return DamagedFileError(f"the adapter_config.json of {adapter} is broken", expected=expected, found=_brief(error), remedy=remedy)
+
+
+def _no_base(adapter: Path, base_name: object) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the adapter in {adapter} does not say which base it belongs to",
+        expected="a name or path as base_model_name_or_path in adapter_config.json",
+        found=repr(base_name),
+        remedy="write the base that it was trained on there",
+    )
+
+
+def _no_adapter_weights(adapter: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{adapter} lacks adapter_model.safetensors",
+        expected="adapter_config.json and adapter_model.safetensors",
+        found=contents(adapter),
+        remedy="copy it there, or save the adapter again with save_pretrained",
+    )
+
+
+def _adapter_does_not_fit(adapter: Path, base_name: str, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"the adapter in {adapter} does not fit '{base_name}'",
+        expected="an adapter that was trained on this model",
+        found=_brief(error),
+        remedy="correct base_model_name_or_path in its adapter_config.json",
+    )

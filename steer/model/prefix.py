@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.model.anatomy import Anatomy
+from steer.model.hook_registration import OwnHook
 from steer.model.tokens import Row, collate
-from steer.model.watcher import NotCopied, watcher_of
+from steer.model.watcher import watcher_of
 
 LEAST_TOKENS = 4  # a shorter prefix costs more in one more pass than it saves
 
@@ -186,7 +187,7 @@ def may_share(model: nn.Module) -> bool:
     if watcher_of(model) is not None or is_sharded(model):
         return False
     hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-    return all(isinstance(hook, NotCopied) or (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+    return all(isinstance(hook, OwnHook) or (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -4,113 +4,63 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from steer.errors import ContextError, HookDidNotRunError
-from steer.model import announced, context
-from steer.model import cache as notes
 from steer.model.anatomy import Anatomy, check_model
-from steer.model.context import SEEN, ForwardContext
+from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
+from steer.model.context import ForwardContext, in_backward
+from steer.model.context_builder import TOKEN_ARGUMENTS, build_context, context_beside_decoder, tokenless_context
+from steer.model.hook_registration import OwnHook, register_hook
+from steer.model.peft_state import PeftState
 
 if TYPE_CHECKING:
-    from steer.model.hooks import Tap
+    from steer.model.hooks import SiteHook
 
 IDLE = -1
-COPIED = "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be"
 
 
-def _inert(*_: Any) -> None:
-    """What a hook of ours becomes in a copied model."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
-
-
-class NotCopied:
-    """A hook that stays with its model: `copy.deepcopy` and pickling put a no-op in its place, and say so."""
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
-        if "steer" not in memo:  # once per copied model, not once per hook
-            memo["steer"] = True
-            warnings.warn(COPIED, stacklevel=3)
-        return _inert
-
-    def __reduce__(self) -> Any:
-        warnings.warn(COPIED, stacklevel=2)
-        return _make_inert, ()
-
-
-def register(module: nn.Module, hook: NotCopied, *, before: bool, always: bool = False, first: bool = False) -> Callable[[], None]:
-    """Puts a hook of ours on a module and returns the function that takes it off.
-
-    Done on the dictionaries themselves, because `register_forward_hook` numbers hooks through the process and compiled code is bound to
-    those numbers: every new attach would be compiled anew. Ours are -1, -2, ... on each module, so that the same plan finds its code again.
-
-    Args:
-        before: run before the forward, with keyword arguments.
-        always: run after a forward that raised, too.
-        first: run before everybody else's hooks (after ours that came earlier), so that whoever only looks sees what the model goes on
-            with. transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
-    """
-    hooks: Any = module._forward_pre_hooks if before else module._forward_hooks  # OrderedDicts, by number
-    marked: list[Any] = [module._forward_pre_hooks_with_kwargs] if before else [module._forward_hooks_always_called] if always else []
-    key = next(-n for n in range(1, len(hooks) + 2) if -n not in hooks)
-    hooks[key] = hook
-    for marks in marked:
-        marks[key] = True
-    if first:
-        ours = [known for known, one in hooks.items() if isinstance(one, NotCopied) and not isinstance(one, (_Enter, _Leave))]
-        for known in reversed(ours):
-            hooks.move_to_end(known, last=False)
-
-    def remove() -> None:
-        for entries in (hooks, *marked):
-            entries.pop(key, None)
-
-    return remove
-
-
-class _Enter(NotCopied):
-    """Pre-hook of one module between the given model and its decoder: notes the arguments that tell tokens apart."""
+class _EnterHook(OwnHook):
+    """Pre-hook of a module between the given model and its decoder: collects the arguments that tell tokens apart."""
 
     def __init__(self, watcher: Watcher, module: nn.Module, height: int) -> None:
-        self.watcher, self.height = watcher, height
+        self.watcher = watcher
+        self.height = height
         parameters = inspect.signature(module.forward).parameters.values()
-        self.positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        self.positional = [(place, name) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher = self.watcher
         if self.height >= watcher.height:  # not called by the module entered last: a new pass
             watcher.begin(self.height)
         watcher.height = self.height
-        given = watcher.given
+        arguments = watcher.arguments
         if args:
-            for name, value in zip(self.positional, args, strict=False):
-                if name in SEEN and value is not None:
-                    given[name] = value
-        for name in SEEN:
+            for place, name in self.positional:
+                if place < len(args) and args[place] is not None:
+                    arguments[name] = args[place]
+        for name in TOKEN_ARGUMENTS:
             value = kwargs.get(name)
             if value is not None:
-                given[name] = value
+                arguments[name] = value
                 if name == "inputs_embeds":  # a wrapper embeds the ids itself, perhaps with more tokens (prompt tuning)
-                    given.pop("input_ids", None)
+                    arguments.pop("input_ids", None)
         if self.height == 0:
             watcher.open()
 
 
-class _Leave(NotCopied):
+class _LeaveHook(OwnHook):
     """Hook of the same module that runs when its forward ends, by an exception too (`output` is None then)."""
 
     def __init__(self, watcher: Watcher, height: int) -> None:
-        self.watcher, self.height = watcher, height
+        self.watcher = watcher
+        self.height = height
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.watcher.is_foreign():
@@ -125,34 +75,43 @@ class Watcher:
 
     Attributes:
         root: the decoder; the model itself when it is none.
-        current: context of the pass that runs or ran last.
+        context: of the pass that runs or ran last.
         inside: the root's forward is running.
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
         thread: in which the running pass began.
-        outermost: height above the root of the module that the running pass began with; `height` that of the one entered last.
-        replays: compiled code with gradient checkpointing, where taps inside a block cannot note that they ran.
-        around: context of the running pass for modules beside the decoder, made when one asks.
-        adapter: a layer of PEFT's, which knows what is switched on; `prefixed`, the PEFT model that tunes a prefix.
-        announced: response mask from `response_tokens`; `turns`, chat roles from `chat_roles`.
+        outermost: height above the root of the module that the running pass began with; `height` that of the module entered last.
+        replays: compiled code with gradient checkpointing, where site hooks inside a block cannot note that they ran.
+        response, turns: annotations in force, see `steer.model.annotations`.
+        site_hooks: the hooks at sites, in the order in which they were attached.
+        amend: functions that may replace the facts of a pass when it opens, for callers who know more than its arguments say.
+        on_open, on_close: functions called with the context when the root is entered, and when it is left well.
+        on_end: functions called when the root is left, by an exception too.
     """
 
     def __init__(self, root: nn.Module, *, is_decoder: bool) -> None:
-        self.root, self.is_decoder = root, is_decoder
-        self.given: dict[str, Any] = {}
-        self.height = self.outermost = IDLE
-        self.announced, self.turns = announced.latest(root, "announced"), announced.latest(root, "turns")
-        self.current: ForwardContext | None = None
+        self.root = root
+        self.is_decoder = is_decoder
+        self.peft = PeftState()
+        self.arguments: dict[str, Any] = {}
+        self.height = IDLE
+        self.outermost = IDLE
+        self.thread = 0
+        self.response: Tensor | None = None
+        self.turns: Tensor | None = None
+        self.context: ForwardContext | None = None
         self.inside = False
         self.differentiated: ForwardContext | None = None
-        self.around: ForwardContext | None = None
-        self.taps: list[Tap] = []
+        self.replays = False
+        self.site_hooks: list[SiteHook] = []
+        self._hooks_by_place: dict[str, list[SiteHook]] = {}
+        self._has_marks = False  # some hook may hold the mark of an earlier pass that it ran
+        self.amend: list[Callable[[ForwardContext], ForwardContext]] = []
         self.on_open: list[Callable[[ForwardContext], None]] = []
         self.on_close: list[Callable[[ForwardContext], None]] = []
-        self.adapter: Any = None
-        self.prefixed: Any = None
-        self.thread = 0
-        self.block: nn.Module | None = None
-        self.replays = False
+        self.on_end: list[Callable[[], None]] = []
+        self._first_block: nn.Module | None = None
+        self._context_beside: ForwardContext | None = None
+        self._members: set[int] | None = None
         self._removals: dict[nn.Module, list[Callable[[], None]]] = {}
 
     def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
@@ -161,21 +120,31 @@ class Watcher:
         for height, module in enumerate(reversed(chain)):
             compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
             if module not in self._removals and not compiled:
-                enter = register(module, _Enter(self, module, height), before=True)
-                leave = register(module, _Leave(self, height), before=False, always=True)
+                enter = register_hook(module, _EnterHook(self, module, height), before=True)
+                leave = register_hook(module, _LeaveHook(self, height), before=False, always=True)
                 self._removals[module] = [enter, leave]
-        self.block = anatomy.blocks[0] if anatomy is not None else None
-        for module in chain:
-            if str(getattr(getattr(module, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
-                self.prefixed = module
-        if self.adapter is None:
-            # A property on PEFT's layers; transformers' own models have a method of that name.
-            self.adapter = next((m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)), None)
+        self._first_block = anatomy.blocks[0] if anatomy is not None else None
+        self._members = None
+        self.peft.find(model, chain)
+
+    def set_site_hooks(self, hooks: list[SiteHook]) -> None:
+        """Notes the hooks at sites, in the order in which they were attached."""
+        self.site_hooks = hooks
+        self._hooks_by_place = {}
+        for hook in hooks:
+            self._hooks_by_place.setdefault(hook.place, []).append(hook)
 
     def remove(self) -> None:
+        """Takes the hooks off that follow the passes."""
         for removals in self._removals.values():
             for removal in removals:
                 removal()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a module is the root or inside it."""
+        if self._members is None:
+            self._members = {id(member) for member in self.root.modules()}
+        return id(module) in self._members
 
     # ---- the course of a pass
 
@@ -186,149 +155,146 @@ class Watcher:
     def begin(self, height: int) -> None:
         """The outermost module of a pass is entered. Raises ContextError while another thread is in one."""
         if self.is_foreign():
-            raise ContextError(
-                "two threads call a steered model at a time",
-                expected="one forward pass after the other",
-                found=f"a pass in thread {threading.get_ident()} while one runs in thread {self.thread}",
-                remedy="put a lock around the calls, or give each thread a copy of the model and a plan of its own",
-            )
+            raise _two_threads(self.thread)
         self.thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
-        self.outermost, self.given, self.around, self.inside = height, {}, None, False
+        self.outermost = height
+        self.arguments = {}
+        self._context_beside = None
+        self.inside = False
 
     def open(self) -> None:
         """The root is entered: everything that tells tokens apart is known."""
         self.replays = torch.compiler.is_compiling() and self._is_checkpointed()
         if not self.replays:
-            for tap in self.taps:
-                tap.ran = False
-        self.current = ctx = context.build(
-            self.given, self.announced, self._is_reference(), turns=self.turns, decoder=self.is_decoder, virtual=self._virtual()
-        )
+            if self._has_marks:  # a pass that failed left them
+                for hook in self.site_hooks:
+                    hook.ran = False
+            self._has_marks = True
+        context = self._build_context()
+        for amend in self.amend:
+            context = amend(context)
+        self.context = context
         self.inside = True
-        if not context.in_backward():
+        if not in_backward():
             self.differentiated = None
         for prepare in self.on_open:
-            prepare(ctx)
+            prepare(context)
+
+    def _build_context(self) -> ForwardContext:
+        is_reference = self.peft.is_reference()
+        if not self.is_decoder:
+            return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
+        return build_context(self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=self.peft.prefix_length())
 
     def close(self, output: Any) -> None:
         """The root is left. Raises HookDidNotRunError when it ended well and an attached site was not reached."""
-        self.inside, ctx = False, self.current
-        if output is None or ctx is None:
+        self.inside = False
+        for end in self.on_end:
+            end()
+        context = self.context
+        if output is None or context is None:
             return
         if not self.replays:
-            self._check("decoder")
+            self._check_reached("decoder")
         if not torch.compiler.is_compiling():
             if torch.is_grad_enabled():
-                self._mark(output, ctx)
-            if context.in_backward():
+                self._mark_differentiated(output, context)
+            if in_backward():
                 return  # a recompute of the whole model: it was counted when it ran first
-        if self.given.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
-            self._note(cache, ctx)
-        for act in self.on_close:
-            act(ctx)
+        if self.arguments.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
+            self._note_new_cache(cache, context)
+        for finish in self.on_close:
+            finish(context)
 
-    def _note(self, cache: Any, ctx: ForwardContext) -> None:
-        """The decoder made its cache itself: what it could not be told before."""
-        if ctx.memory:
-            notes.keep(cache, ctx.memory)
+    def _note_new_cache(self, cache: Any, context: ForwardContext) -> None:
+        """The decoder made its cache itself, which could not be written to before."""
+        if context.memory.tensors:
+            put_memory(cache, context.memory)
         if torch.compiler.is_compiling():
             return
-        if ctx.phase != "generate":
-            setattr(cache, notes.OUTSIDE, ctx.phase)
+        if context.phase != "generate":
+            setattr(cache, PROMPT_PHASE, context.phase)
         else:
-            notes.note_pass(cache, 0, ctx.tokens)
+            note_pass(cache, 0, context.tokens)
 
     def leave(self, height: int, output: Any) -> None:
         """A watched module is left; the unembedding, which runs after the decoder, must have been called by then."""
-        if height > 0 and output is not None and not self.replays:
-            self._check("after")
+        if height > 0 and height >= self.outermost and output is not None and not self.replays:
+            self._check_reached("after")
         if height >= self.outermost:
-            self.height, self.outermost, self.given, self.around = IDLE, IDLE, {}, None
+            self.height = IDLE
+            self.outermost = IDLE
+            self.arguments = {}
+            self._context_beside = None
 
-    def _check(self, place: str) -> None:
-        missing = [tap.point for tap in self.taps if tap.place == place and not tap.ran]
-        if missing:
-            raise HookDidNotRunError(
-                f"the forward pass never reached {', '.join(str(point.site) for point in missing)}",
-                expected="every attached site to run once per pass",
-                found=f"modules {[point.path for point in missing]} were not called",
-                remedy="the model changed after the attach (adapters merged, modules replaced or bypassed): detach and attach again",
-            )
+    def _check_reached(self, place: str) -> None:
+        """Raises HookDidNotRunError for hooks of a place that have no mark, and takes the marks off again."""
+        hooks = self._hooks_by_place.get(place, ())
+        for hook in hooks:
+            if not hook.ran:
+                raise _unreached([hook for hook in hooks if not hook.ran])
+        for hook in hooks:
+            hook.ran = False
+        self._has_marks = place == "decoder" and "after" in self._hooks_by_place
 
-    def _mark(self, output: Any, ctx: ForwardContext) -> None:
+    def _mark_differentiated(self, output: Any, context: ForwardContext) -> None:
         """Autograd reaches the decoder's output before it recomputes any of its blocks: from then on, a replay belongs to this pass."""
 
         def reached(_: Tensor) -> None:
-            self.differentiated = ctx
+            self.differentiated = context
 
-        for tensor in _tensors(output):
+        for tensor in _tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(reached)
 
-    # ---- which pass
-
-    def context_of_decoder(self) -> ForwardContext:
-        """The pass that a module of the decoder runs in: the open one, or under gradient checkpointing the one being differentiated."""
-        if self.inside:
-            return self.current  # type: ignore[return-value]
-        if context.in_backward() and self.differentiated is not None:
-            return self.differentiated
-        raise ContextError(
-            "a site ran outside a forward pass of its model",
-            expected="a call of the model that it belongs to",
-            found="a backward pass that computes it again" if context.in_backward() else "a call of one of its parts",
-            remedy="call the model, or the wrapper that was attached to, and compute the loss from what that returns",
-        )
-
-    def context_after(self) -> ForwardContext:
-        """The pass that the unembedding runs in, which comes after the decoder."""
-        if self.current is None or context.in_backward():
-            raise ContextError(
-                "the unembedding ran without the decoder, or again in a backward pass",
-                expected="one call of it, after the decoder",
-                found="no pass of the decoder" if self.current is None else "a backward pass",
-                remedy="call the whole model, and leave the unembedding out of gradient checkpointing",
-            )
-        return self.current
-
-    def context_beside(self) -> ForwardContext:
-        """A pass without tokens, for modules that are no part of the decoder (a vision tower, an action head, any other network)."""
-        if self.around is not None:
-            return self.around
-        if self.outermost == IDLE and context.in_backward():
-            return ForwardContext(0, 0, "train")
-        ctx = context.build(self.given, self.announced, self._is_reference(), decoder=False)
-        if self.outermost != IDLE:
-            self.around = ctx
-        return ctx
-
     def _is_checkpointed(self) -> bool:
-        block = self.block
+        block = self._first_block
         if block is None or not block.training:
             return False
         return getattr(block, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in block._modules
 
-    def _virtual(self) -> int:
-        """Entries of a cache that prefix tuning puts before every text; none while the adapter is off."""
-        if self.prefixed is None or "forward" in vars(self.prefixed):
-            return 0
-        return int(self.prefixed.active_peft_config.num_virtual_tokens)
+    def compiles_blocks(self) -> bool:
+        """The blocks were compiled one by one, so that hooks on them run inside compiled code while the decoder's do not."""
+        block = self._first_block
+        return block is not None and (block._compiled_call_impl is not None or "_orig_mod" in block._modules)
 
-    def _is_reference(self) -> bool:
-        """True when PEFT's adapters are off, or TRL's copy of the initial adapter is on."""
-        adapter = self.adapter
-        return adapter is not None and (bool(adapter.disable_adapters) or "ref" in adapter.active_adapters)
+    # ---- which pass
+
+    def context_in_decoder(self) -> ForwardContext:
+        """The pass that a module of the decoder runs in: the open one, or under gradient checkpointing the one being differentiated."""
+        if self.inside:
+            return self.context  # type: ignore[return-value]
+        if in_backward() and self.differentiated is not None:
+            return self.differentiated
+        raise _outside_pass()
+
+    def context_after_decoder(self) -> ForwardContext:
+        """The pass that the unembedding runs in, which comes after the decoder."""
+        if self.context is None or in_backward():
+            raise _unembedding_alone(self.context)
+        return self.context
+
+    def context_beside(self) -> ForwardContext:
+        """A pass without tokens, for modules that are no part of the decoder (a vision tower, an action head, any other network)."""
+        if self._context_beside is not None:
+            return self._context_beside
+        if self.outermost == IDLE and in_backward():
+            return tokenless_context("train")
+        context = context_beside_decoder(self.arguments, self.response, is_reference=self.peft.is_reference())
+        if self.outermost != IDLE:
+            self._context_beside = context
+        return context
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors_in(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (tuple, list)):
         for entry in output:
-            yield from _tensors(entry)
+            yield from _tensors_in(entry)
     elif isinstance(output, dict):
         for entry in output.values():
-            yield from _tensors(entry)
+            yield from _tensors_in(entry)
 
 
 WATCHERS: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDictionary()
@@ -340,50 +306,40 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return next((WATCHERS[module] for module in model.modules() if module in WATCHERS), None)
 
 
-@contextmanager
-def response_tokens(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
-    """Says which tokens are the response, where the forward pass is not given labels (DPO, GRPO, a loss of one's own).
-
-    Args:
-        model: the model, or any wrapper around it; what is attached to it inside the block is told too.
-        mask: [batch, tokens] bool or 0/1, or [batch, completion tokens] belonging to the right end; labels with -100 are accepted too.
-
-    Raises:
-        ConfigError: no mask. NonFiniteError: NaN or infinity in it.
-    """
-    if mask is None:
-        yield
-        return
-    with _announced(model, "announced", announced.mask_of(mask)):
-        yield
+# ---- errors
 
 
-@contextmanager
-def chat_roles(model: nn.Module, roles: Tensor) -> Iterator[None]:
-    """Says whose turn each token belongs to, for scopes such as `role[user]`. Decoded tokens are the assistant's without saying so.
-
-    Args:
-        model: the model, or any wrapper around it; what is attached to it inside the block is told too.
-        roles: [batch, tokens] indices into `CHAT_ROLES`, as `steer.model.tokens.encode_chat` gives them.
-
-    Raises:
-        ConfigError: no indices of roles.
-    """
-    with _announced(model, "turns", announced.roles_of(roles)):
-        yield
+def _two_threads(thread: int) -> ContextError:
+    return ContextError(
+        "two threads call a steered model at a time",
+        expected="one forward pass after the other",
+        found=f"a pass in thread {threading.get_ident()} while one runs in thread {thread}",
+        remedy="put a lock around the calls, or give each thread a copy of the model and a plan of its own",
+    )
 
 
-@contextmanager
-def _announced(model: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    def tell() -> None:
-        if (watcher := watcher_of(model)) is not None:
-            setattr(watcher, name, announced.latest(watcher.root, name))
+def _unreached(hooks: list[SiteHook]) -> HookDidNotRunError:
+    return HookDidNotRunError(
+        f"the forward pass never reached {', '.join(str(hook.point.site) for hook in hooks)}",
+        expected="every attached site to run once per pass",
+        found=f"modules {[hook.point.path for hook in hooks]} were not called",
+        remedy="the model changed after the attach (adapters merged, modules replaced or bypassed): detach and attach again",
+    )
 
-    entry = announced.Announcement(model, name, value)
-    announced.IN_FORCE.append(entry)
-    try:
-        tell()
-        yield
-    finally:
-        announced.IN_FORCE.remove(entry)
-        tell()
+
+def _outside_pass() -> ContextError:
+    return ContextError(
+        "a site ran outside a forward pass of its model",
+        expected="a call of the model that it belongs to",
+        found="a backward pass that computes it again" if in_backward() else "a call of one of its parts",
+        remedy="call the model, or the wrapper that was attached to, and compute the loss from what that returns",
+    )
+
+
+def _unembedding_alone(context: ForwardContext | None) -> ContextError:
+    return ContextError(
+        "the unembedding ran without the decoder, or again in a backward pass",
+        expected="one call of it, after the decoder",
+        found="no pass of the decoder" if context is None else "a backward pass",
+        remedy="call the whole model, and leave the unembedding out of gradient checkpointing",
+    )

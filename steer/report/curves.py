@@ -84,8 +84,7 @@ def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd"
         ConfigError: an unknown unit.
     """
     if unit not in UNITS:
-        remedy = "choose sd (baseline standard deviations) or gap (class gaps)"
-        raise ConfigError(f"unknown unit of drift '{unit}'", expected=" or ".join(UNITS), found=unit, remedy=remedy)
+        raise _unknown_unit(unit)
     named: dict[tuple[str, str, str], dict[str, list[DriftRecord]]] = defaultdict(lambda: defaultdict(list))
     controls: dict[tuple[str, str, str, int], list[DriftRecord]] = defaultdict(list)
     for arm, records in drift.items():
@@ -94,22 +93,28 @@ def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd"
                 controls[arm, record.site, record.mode, record.step].append(record)
             else:
                 named[record.direction, record.site, record.mode][arm].append(record)
-
-    def arm_curve(arm: str, records: list[DriftRecord]) -> ArmCurve:
-        ordered = sorted(records, key=lambda record: record.step)
-        beside = [controls.get((arm, record.site, record.mode, record.step), []) for record in ordered]
-        scale = _gap(ordered) if unit == "gap" else None
-        return ArmCurve(
-            arm,
-            np.array([record.step for record in ordered]),
-            np.array([_effect(record, scale) for record in ordered]),
-            np.array([_band([_effect(control, scale) for control in of_step]) for of_step in beside]),
-            max(map(len, beside)),
-            tuple(ordered),
-        )
-
-    curves = [DriftCurve(*key, unit, tuple(arm_curve(*item) for item in arms.items())) for key, arms in named.items()]
+    curves = [
+        DriftCurve(*key, unit, tuple(_arm_curve(arm, records, controls, unit) for arm, records in arms.items()))
+        for key, arms in named.items()
+    ]
     return sorted(curves, key=lambda curve: (curve.direction, curve.mode, natural(curve.site)))
+
+
+def _arm_curve(
+    arm: str, records: list[DriftRecord], controls: Mapping[tuple[str, str, str, int], list[DriftRecord]], unit: str
+) -> ArmCurve:
+    """Records of one named direction in one arm, beside the controls of the same site, mode and step."""
+    ordered = sorted(records, key=lambda record: record.step)
+    controls_by_step = [controls.get((arm, record.site, record.mode, record.step), []) for record in ordered]
+    gap = _gap(ordered) if unit == "gap" else None
+    return ArmCurve(
+        arm,
+        np.array([record.step for record in ordered]),
+        np.array([_effect(record, gap) for record in ordered]),
+        np.array([_band([_effect(control, gap) for control in of_step]) for of_step in controls_by_step]),
+        max(map(len, controls_by_step)),
+        tuple(ordered),
+    )
 
 
 def _gap(records: list[DriftRecord]) -> float:
@@ -129,3 +134,8 @@ def _band(effects: list[float]) -> float:
 def natural(text: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 9 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _unknown_unit(unit: str) -> ConfigError:
+    remedy = "choose sd (baseline standard deviations) or gap (class gaps)"
+    return ConfigError(f"unknown unit of drift '{unit}'", expected=" or ".join(UNITS), found=unit, remedy=remedy)

@@ -92,10 +92,11 @@ def duration(seconds: Any) -> str:
     """`42 s`, `5 min 12 s`, `2 h 3 min`."""
     if not measured(seconds):
         return NOT_MEASURED
-    whole = round(seconds)
-    if whole < 10:
+    rounded = round(seconds)
+    if rounded < 10:
         return f"{seconds:.1f} s"
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    minutes, remaining_seconds = divmod(rounded, 60)
+    hours, remaining_minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return f"{hours} h {remaining_minutes} min"
+    return f"{minutes} min {remaining_seconds} s" if minutes else f"{remaining_seconds} s"

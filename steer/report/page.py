@@ -10,7 +10,9 @@ from typing import Any
 
 from steer.drift.records import DriftRecord
 from steer.files import atomic_write
-from steer.report import figures, numbers, palette, view
+from steer.report import drift_plot, numbers, palette, run_plots, view
+from steer.report.canvas import inline_svg
+from steer.report.caveats import caveats
 from steer.report.curves import BAND, ArmCurve, DriftCurve, chance_bound, drift_curves, natural
 from steer.report.extra import extra
 from steer.report.numbers import number
@@ -77,23 +79,23 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "separation": _separation(trait, markup),
         "losses": _losses(arms, labels, markup),
         "completions": view.completion_rows(metrics, labels),
-        "caveats": view.caveats(metrics, drift),
+        "caveats": caveats(metrics, drift),
     }
 
 
 def _curve(
-    curve: DriftCurve, i: int, arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str], looks: int, markup: Any
+    curve: DriftCurve, index: int, arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str], looks: int, markup: Any
 ) -> dict[str, Any]:
     """One figure of drift with its two tables: the last step in full, and every step."""
     steered = {arm["name"]: arm["steer"]["when"] for arm in arms if (arm.get("steer") or {}).get("site") == curve.site}
     notes = {name: STEERED_HERE.get(when, "") for name, when in steered.items()}
     order = list(labels)
-    last = [_last(arm, labels, order, looks) for arm in curve.arms]
+    last = [_last_step(arm, labels, order, looks) for arm in curve.arms]
     steps = sorted({int(step) for arm in curve.arms for step in arm.steps})
     by_step = [dict(zip(arm.steps.tolist(), zip(arm.effect.tolist(), arm.band.tolist(), strict=True), strict=True)) for arm in curve.arms]
     title = f"{curve.direction} at {curve.site}, {curve.mode} mode"
     description = f"Shift in baseline SD at the last measured step. {' '.join(_sentence(row) for row in last)}"
-    svg = figures.inline_svg(figures.draw_drift, curve, labels, notes, key=f"drift-{i}", title=f"Drift of {title}", description=description)
+    svg = inline_svg(drift_plot.draw_drift, curve, labels, notes, key=f"drift-{index}", title=f"Drift of {title}", description=description)
     missing = (math.nan, math.nan)
     return {
         "title": title,
@@ -104,7 +106,7 @@ def _curve(
         "steered": any(notes.values()),
         "svg": markup(svg),
         "last": last,
-        "steps": [{"step": step, "cells": [_shift_and_band(of.get(step, missing)) for of in by_step]} for step in steps],
+        "steps": [{"step": step, "cells": [_shift_and_band(of_arm.get(step, missing)) for of_arm in by_step]} for step in steps],
     }
 
 
@@ -112,8 +114,9 @@ def _shift_and_band(values: tuple[float, float]) -> tuple[str, str]:
     return number(values[0], signed=True, digits=2), number(values[1], digits=2)
 
 
-def _last(arm: ArmCurve, labels: Mapping[str, str], order: Sequence[str], looks: int) -> dict[str, Any]:
-    record, beyond = arm.last, arm.beyond(looks)
+def _last_step(arm: ArmCurve, labels: Mapping[str, str], order: Sequence[str], looks: int) -> dict[str, Any]:
+    record = arm.last
+    beyond = arm.beyond(looks)
     return {
         "label": labels.get(arm.arm, arm.arm),
         "index": (order.index(arm.arm) if arm.arm in order else len(order)) % len(palette.ARMS),
@@ -142,9 +145,10 @@ def _separation(trait: Mapping[str, Any], markup: Any) -> dict[str, Any] | None:
         return None
     rows = [(site, number(auc[site], digits=3)) for site in sorted(auc, key=natural)]
     used = trait.get("site")
-    worst, best = (number(of(auc.values()), digits=3) for of in (min, max))
+    worst = number(min(auc.values()), digits=3)
+    best = number(max(auc.values()), digits=3)
     description = f"From {worst} to {best} over {len(auc)} sites; 0.5 is chance. Site used: {used or 'not recorded'}."
-    svg = figures.inline_svg(figures.draw_separation, auc, used, key="auc", title="Held-out AUC by site", description=description)
+    svg = inline_svg(run_plots.draw_separation, auc, used, key="auc", title="Held-out AUC by site", description=description)
     return {"svg": markup(svg), "rows": rows}
 
 
@@ -155,11 +159,11 @@ def _losses(arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str], markup
         return None
     rows = [(label, len(loss), *(number(float(x)) for x in _ends(loss))) for label, _, loss in runs]
     description = " ".join(f"{label}: from {first} to {last} in {steps} steps." for label, steps, first, last in rows)
-    svg = figures.inline_svg(figures.draw_losses, runs, key="loss", title="Training loss by arm", description=description)
-    return {"svg": markup(svg), "rows": rows, "width": max(figures.running_width(len(loss)) for _, _, loss in runs)}
+    svg = inline_svg(run_plots.draw_losses, runs, key="loss", title="Training loss by arm", description=description)
+    return {"svg": markup(svg), "rows": rows, "width": max(run_plots.running_width(len(loss)) for _, _, loss in runs)}
 
 
 def _ends(loss: Sequence[float]) -> tuple[float, float]:
     """First and last value of the running mean."""
-    smooth = figures.running_mean(loss, figures.running_width(len(loss)))
+    smooth = run_plots.running_mean(loss, run_plots.running_width(len(loss)))
     return smooth[0], smooth[-1]

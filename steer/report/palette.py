@@ -24,7 +24,6 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2),
 def css() -> str:
     """The colours as custom properties of `:root`; paper stays white in print."""
 
-    def block(which: int) -> str:
-        return ":root{" + ";".join(f"--{role}:{pair[which]}" for role, pair in ROLES.items()) + "}"
-
-    return f"{block(0)}\n@media screen and (prefers-color-scheme: dark){{{block(1)}}}"
+    light = ";".join(f"--{role}:{colour}" for role, (colour, _) in ROLES.items())
+    dark = ";".join(f"--{role}:{colour}" for role, (_, colour) in ROLES.items())
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"

@@ -78,9 +78,7 @@ class Cell:
 def checked(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Raises WrongKindError for metrics of another schema."""
     if metrics.get("schema") != SCHEMA:
-        remedy = "read it with the library version that wrote it"
-        found = f"schema {metrics.get('schema')}"
-        raise WrongKindError("these metrics cannot be reported", expected=f"schema {SCHEMA}", found=found, remedy=remedy)
+        raise _other_schema(metrics.get("schema"))
     return metrics
 
 
@@ -91,29 +89,28 @@ def metric(key: str, unit: str | None = None) -> Metric:
 
 def metric_columns(arms: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
     """Metrics that any arm has, the known ones first."""
-    found = {key: (one or {}).get("unit") for arm in arms for key, one in (arm.get("metrics") or {}).items()}
-    ordered = sorted(found, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
-    return {key: metric(key, found[key]) for key in ordered}
+    units = {key: (values or {}).get("unit") for arm in arms for key, values in (arm.get("metrics") or {}).items()}
+    ordered = sorted(units, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
+    return {key: metric(key, units[key]) for key in ordered}
 
 
 def arm_cells(arms: Sequence[Mapping[str, Any]], key: str) -> list[Cell | None]:
     """One metric of every arm; None for an arm that lacks it."""
-    found = [(arm.get("metrics") or {}).get(key) for arm in arms]
-    estimates = [(one.get("change"), one.get("ci")) if one else (None, None) for one in found]
-    forests, digits = forest(estimates), common_digits(estimates)
-    return [
-        Cell(
-            number(one.get("before"), digits=digits),
-            number(one.get("after"), digits=digits),
-            number(one.get("change"), signed=True, digits=digits),
-            interval(one.get("ci"), signed=True, digits=digits),
-            number(one.get("n"), digits=0),
-            place,
-        )
-        if one
-        else None
-        for one, place in zip(found, forests, strict=True)
-    ]
+    values_of_arms = [(arm.get("metrics") or {}).get(key) for arm in arms]
+    estimates = [(values.get("change"), values.get("ci")) if values else (None, None) for values in values_of_arms]
+    digits = common_digits(estimates)
+    return [_cell(values, place, digits) if values else None for values, place in zip(values_of_arms, forest(estimates), strict=True)]
+
+
+def _cell(values: Mapping[str, Any], place: Forest | None, digits: int | None) -> Cell:
+    return Cell(
+        number(values.get("before"), digits=digits),
+        number(values.get("after"), digits=digits),
+        number(values.get("change"), signed=True, digits=digits),
+        interval(values.get("ci"), signed=True, digits=digits),
+        number(values.get("n"), digits=0),
+        place,
+    )
 
 
 def common_digits(estimates: Sequence[tuple[Any, Any]]) -> int | None:
@@ -132,17 +129,21 @@ def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:
     for value, ci in estimates:
         if measured(value):
             ends += [value, *(ci if is_interval(ci) else ())]
-    low, high = min(ends), max(ends)
+    low = min(ends)
+    high = max(ends)
     if low == high:
         return [None] * len(estimates)
 
     def place(x: float) -> float:
         return round(4 + 92 * (x - low) / (high - low), 2)
 
-    return [
-        Forest(place(0.0), place(value), *((place(ci[0]), place(ci[1])) if is_interval(ci) else (None, None))) if measured(value) else None
-        for value, ci in estimates
-    ]
+    def places(value: Any, ci: Any) -> Forest | None:
+        if not measured(value):
+            return None
+        ends = (place(ci[0]), place(ci[1])) if is_interval(ci) else (None, None)
+        return Forest(place(0.0), place(value), *ends)
+
+    return [places(value, ci) for value, ci in estimates]
 
 
 def steering(steer: Mapping[str, Any] | None) -> str:
@@ -152,8 +153,8 @@ def steering(steer: Mapping[str, Any] | None) -> str:
     if when is None:
         return "not steered"
     strength = steer.get("strength")
-    way = "against" if measured(strength) and strength < 0 else "along"
-    what = {"trait": f"{way} the trait direction", "random": "along a random direction"}.get(steer.get("direction", ""))
+    sense = "against" if measured(strength) and strength < 0 else "along"
+    what = {"trait": f"{sense} the trait direction", "random": "along a random direction"}.get(steer.get("direction", ""))
     details = [str(steer["site"])] if steer.get("site") else []
     details += [f"strength {number(strength).rstrip('0').rstrip('.')}"] if measured(strength) else []
     details += [f"relative dose {number(steer['relative_dose'], digits=2)}"] if measured(steer.get("relative_dose")) else []
@@ -177,59 +178,59 @@ def _quoted(arm: str, labels: Mapping[str, str]) -> str:
 def comparison_groups(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Comparisons by metric, in their first order."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for one in metrics.get("comparisons") or []:
-        groups.setdefault(str(one.get("metric")), []).append(one)
-    return [{"metric": metric(key, found[0].get("unit")), "rows": _comparison_rows(found, labels)} for key, found in groups.items()]
+    for comparison in metrics.get("comparisons") or []:
+        groups.setdefault(str(comparison.get("metric")), []).append(comparison)
+    return [{"metric": metric(key, group[0].get("unit")), "rows": _comparison_rows(group, labels)} for key, group in groups.items()]
 
 
-def _comparison_rows(found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _comparison_rows(comparisons: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Comparisons of one metric with their words; their forests share a scale."""
-    estimates = [(one.get("difference"), one.get("ci")) for one in found]
+    estimates = [(comparison.get("difference"), comparison.get("ci")) for comparison in comparisons]
     digits = common_digits(estimates)
     return [
         {
-            "a": labels.get(str(one.get("a")), str(one.get("a"))),
-            "b": labels.get(str(one.get("b")), str(one.get("b"))),
-            "difference": number(one.get("difference"), signed=True, digits=digits),
-            "ci": interval(one.get("ci"), signed=True, digits=digits),
-            "p_adjusted": p_value(one.get("p_adjusted", one.get("p"))),
-            "n": number(one.get("n"), digits=0),
-            "verdict": _labelled(one, labels),
+            "a": labels.get(str(comparison.get("a")), str(comparison.get("a"))),
+            "b": labels.get(str(comparison.get("b")), str(comparison.get("b"))),
+            "difference": number(comparison.get("difference"), signed=True, digits=digits),
+            "ci": interval(comparison.get("ci"), signed=True, digits=digits),
+            "p_adjusted": p_value(comparison.get("p_adjusted", comparison.get("p"))),
+            "n": number(comparison.get("n"), digits=0),
+            "verdict": _labelled_verdict(comparison, labels),
             "forest": place,
         }
-        for one, place in zip(found, forest(estimates), strict=True)
+        for comparison, place in zip(comparisons, forest(estimates), strict=True)
     ]
 
 
-def _labelled(one: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def _labelled_verdict(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The verdict of a comparison in the words of the page, where arms go by their labels and metrics by their names."""
-    key, a, b = (str(one.get(name)) for name in ("metric", "a", "b"))
-    label_a, label_b = (_quoted(arm, labels) for arm in (a, b))
-    text = str(one.get("verdict") or "")
+    key, a, b = (str(comparison.get(name)) for name in ("metric", "a", "b"))
+    text = str(comparison.get("verdict") or "")
     if text.startswith(f"{key}: "):
         text = f"{metric(key).name}{text.removeprefix(key)}"
     for form in ("{} is lower than {}", "{} is higher than {}", "between {} and {}"):
-        text = text.replace(form.format(a, b), form.format(label_a, label_b), 1)
+        text = text.replace(form.format(a, b), form.format(_quoted(a, labels), _quoted(b, labels)), 1)
     return text
 
 
 def completion_rows(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Prompts in their first order, each with the text of the base model and of every arm (None: not generated)."""
-    arms = [(labels[arm["name"]], i, arm.get("completions") or []) for i, arm in enumerate(metrics.get("arms") or [])]
-    every: list[tuple[str, int | None, list[Any]]] = [("Base model", None, metrics.get("base_completions") or []), *arms]
-    columns = [column for column in every if column[2]]
-    texts = [{one.get("prompt", ""): one.get("text") for one in found} for _, _, found in columns]
-    prompts = dict.fromkeys(prompt for of_column in texts for prompt in of_column)
+    columns: list[tuple[str, int | None, dict[str, Any]]] = [("Base model", None, _texts(metrics.get("base_completions")))]
+    columns += [(labels[arm["name"]], i, _texts(arm.get("completions"))) for i, arm in enumerate(metrics.get("arms") or [])]
+    columns = [column for column in columns if column[2]]
+    prompts = dict.fromkeys(prompt for _, _, texts in columns for prompt in texts)
     return [
         {
             "prompt": prompt,
-            "answers": [
-                {"label": label, "index": index, "text": of_column.get(prompt)}
-                for (label, index, _), of_column in zip(columns, texts, strict=True)
-            ],
+            "answers": [{"label": label, "index": index, "text": texts.get(prompt)} for label, index, texts in columns],
         }
         for prompt in prompts
     ]
+
+
+def _texts(completions: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+    """Prompt -> text."""
+    return {completion.get("prompt", ""): completion.get("text") for completion in completions or ()}
 
 
 def training_losses(arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[tuple[str, int, list[float]]]:
@@ -242,40 +243,6 @@ def training_losses(arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
     return [(" = ".join(labels[arms[i]["name"]] for i in members), members[0], list(losses)) for losses, members in runs.items()]
 
 
-def caveats(metrics: Mapping[str, Any], drift: Mapping[str, Any]) -> list[str]:
-    """What this run cannot show, said before anybody has to ask."""
-    arms = metrics.get("arms") or []
-    sizes = [one["n"] for arm in arms for one in (arm.get("metrics") or {}).values() if one and measured(one.get("n"))]
-    found = [
-        f"One seed ({metrics.get('seed', 'unknown')}): the intervals cover the choice of held-out items, not that of the seed, the batches "
-        "or the training texts. Repeat with other seeds before believing a small difference.",
-    ]
-    if sizes:
-        found.append(f"Small samples: the smallest number of items behind a mean is {number(min(sizes), digits=0)}.")
-    steers = [arm.get("steer") or {} for arm in arms]
-    if any(steer.get("direction") == "random" for steer in steers):
-        found.append(
-            "One random direction: that the trait direction does more than this one says little about others. Random directions differ "
-            "in what they do, and the random arm may itself act on the trait or on the task: look at its own change beside "
-            "that of plain training. Other seeds draw other random directions."
-        )
-    elif any(steer.get("when", "never") != "never" for steer in steers):
-        found.append(
-            "No arm was steered along a random direction: this run cannot tell an effect of the trait direction from an effect of any push."
-        )
-    if drift:
-        found.append(
-            "Where a direction is added during training, its reading and the behaviour come apart: look at sites that are not steered, and "
-            "at the behaviour gap, before trusting a low reading at the steered site."
-        )
-        found.append(
-            "Any fine-tune, a harmless one too, shifts every direction at first. One random direction in ten lies outside the grey band at "
-            "any step, so leaving it is no finding. A shift that is marked is larger than chance makes random directions shift; if the "
-            "behaviour changed with it, only the scores and the completions can say."
-        )
-        if any(record.mode == "stream" for records in drift.values() for record in records):
-            found.append(
-                "Stream mode begins at its first window of training tokens, when the model has been trained already; later windows "
-                "hold other texts: it cannot show the drift of the first steps, nor tell a change of the model from one of the data."
-            )
-    return found
+def _other_schema(schema: Any) -> WrongKindError:
+    remedy = "read it with the library version that wrote it"
+    return WrongKindError("these metrics cannot be reported", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)

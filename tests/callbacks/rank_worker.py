@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from callback_helpers import Module, examples, make_plan, make_tracker, make_trainer
+from callback_helpers import Module, examples, make_plan, make_tracker, make_trainer, strength_now
 from families import FAMILIES
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -68,9 +68,9 @@ def gathered(value: Any) -> list[Any]:
     """What every rank has."""
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None
 
     class Spy(pl.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
-            seen["strengths"].append(float(plan.interventions[0].effective[0]))
+            seen["strengths"].append(strength_now(steering))
 
         def on_train_end(self, *_: Any) -> None:
             seen["writes"] = tracker._writer is not None
@@ -102,7 +102,7 @@ def lightning(module: Module, store: Path, *, batch_size: int, save: Path | None
         "vectors": gathered(plan.parameters()[0].detach().clone()),
         "metrics": gathered({name: float(value) for name, value in trainer.callback_metrics.items()}),
         "states": gathered({**steering.state_dict(), **drift.state_dict()}),
-        "local tokens": gathered(sum(plan.fired().values())),
+        "local tokens": gathered(sum(steering.attachment.fired().values())),
         "seen": gathered(seen),
     }
 
@@ -138,7 +138,7 @@ def hugging_face(out: Path, store: Path, *, batch_size: int, epochs: int = 1, re
         "vectors": gathered(plan.parameters()[0].detach().clone()),
         "metrics": gathered(trainer.state.log_history[-2]),
         "states": gathered({**steering.state_dict(), **drift.state_dict()}),
-        "local tokens": gathered(sum(plan.fired().values())),
+        "local tokens": gathered(sum(steering.attachment.fired().values())),
     }
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.drift import DriftRecord, DriftStore, DriftTracker
 from steer.errors import ConfigError
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch
@@ -43,7 +43,7 @@ def records(path: Path) -> list[DriftRecord]:
 
 
 def steps(path: Path, mode: str = "probe") -> list[int]:
-    return sorted({one.step for one in records(path) if one.mode == mode})
+    return sorted({record.step for record in records(path) if record.mode == mode})
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_stream_windows_hold_every_training_token_once_and_no_other(tmp_path: Pa
     tracker = make_tracker(tmp_path / "d.sqlite")
     trainer = make_trainer(DriftCallback(tracker, every_n_steps=2), num_sanity_val_steps=2, val_check_interval=2)
     trainer.fit(Module(), loader(), loader())
-    counts = {one.step: one.n for one in records(tmp_path / "d.sqlite") if one.mode == "stream"}
+    counts = {record.step: record.n for record in records(tmp_path / "d.sqlite") if record.mode == "stream"}
     assert counts == {step: RESPONSE // 4 for step in (2, 4, 6, 8)}
 
 
@@ -82,20 +82,22 @@ def test_training_is_the_same_to_the_bit(plain: Module, tmp_path: Path) -> None:
 def test_stream_mode_when_the_module_computes_its_own_loss(tmp_path: Path) -> None:
     make_trainer(DriftCallback(make_tracker(tmp_path / "a.sqlite"), every_n_steps=4)).fit(OwnLoss(), loader())
     make_trainer(DriftCallback(make_tracker(tmp_path / "b.sqlite"), every_n_steps=4)).fit(Module(), loader())
-    own, given = ([(one.n, one.mean) for one in records(tmp_path / name) if one.mode == "stream"] for name in ("a.sqlite", "b.sqlite"))
-    assert [n for n, _ in own] == [n for n, _ in given] and len(own) == 10
-    assert [mean for _, mean in own] == pytest.approx([mean for _, mean in given], rel=1e-4, abs=1e-6)
+    own, labelled = (
+        [(record.n, record.mean) for record in records(tmp_path / name) if record.mode == "stream"] for name in ("a.sqlite", "b.sqlite")
+    )
+    assert [n for n, _ in own] == [n for n, _ in labelled] and len(own) == 10
+    assert [mean for _, mean in own] == pytest.approx([mean for _, mean in labelled], rel=1e-4, abs=1e-6)
 
 
 def test_after_a_steering_callback_the_stream_is_read_as_steered_and_the_probe_is_not() -> None:
     means = {}
     for name, strength in (("off", 0.0), ("on", 2.0)):
-        tracker = DriftTracker({"trait": direction("layers.1.output", seed=3)}, probe=make_tracker().probe)
+        tracker = DriftTracker({"trait": direction("layers.1.output", seed=3)}, probe=make_tracker().probe.prompts)
         make_trainer(SteeringCallback(make_plan(strength=strength)), DriftCallback(tracker, every_n_steps=1), max_steps=1).fit(
             Module(), loader()
         )
-        means[name] = {one.mode: one.mean for one in tracker.latest if one.kind == "named"}
-        means[name]["baseline"] = float(tracker.baseline["layers.1.output"].sum())
+        means[name] = {record.mode: record.mean for record in tracker.latest if record.kind == "named"}
+        means[name]["baseline"] = float(tracker.probe.baseline["layers.1.output"].sum())
     # the plan's vector has length 2 and the direction's seed
     assert means["on"]["stream"] - means["off"]["stream"] == pytest.approx(2.0 * 2.0, rel=0.01)
     assert means["on"]["baseline"] == means["off"]["baseline"]
@@ -122,7 +124,7 @@ def test_a_model_that_is_made_in_configure_model() -> None:
     tracker, early = make_tracker(), make_tracker()
     make_trainer(DriftCallback(tracker)).fit(Late(), loader())
     make_trainer(DriftCallback(early)).fit(Module(), loader())
-    assert [astuple(one) for one in tracker.latest] == [astuple(one) for one in early.latest]
+    assert [astuple(record) for record in tracker.latest] == [astuple(record) for record in early.latest]
 
 
 # ---- where the numbers go
@@ -132,8 +134,8 @@ def test_checkpoints_are_chosen_by_drift(tmp_path: Path) -> None:
     best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=f"{TRAIT}/effect_sd", mode="max", every_n_train_steps=2, filename="{step}")
     tracker = make_tracker(tmp_path / "d.sqlite")
     make_trainer(DriftCallback(tracker, every_n_steps=2), best).fit(Module(), loader())
-    found = [one for one in records(tmp_path / "d.sqlite") if one.kind == "named" and one.mode == "probe"]
-    effects = {one.step: one.effect_sd for one in found if one.step > 0}
+    named = [record for record in records(tmp_path / "d.sqlite") if record.kind == "named" and record.mode == "probe"]
+    effects = {record.step: record.effect_sd for record in named if record.step > 0}
     step = max(effects, key=lambda step: effects[step])
     assert best.best_model_path.endswith(f"step={step}.ckpt")
     assert float(best.best_model_score) == pytest.approx(effects[step], rel=1e-6)
@@ -171,7 +173,9 @@ def test_every_measurement_is_logged_at_its_own_step(tmp_path: Path) -> None:
     make_trainer(DriftCallback(tracker, every_n_steps=3), logger=logger, log_every_n_steps=50).fit(Module(), loader())
     rows = {int(row["step"]): row for row in csv.DictReader((tmp_path / "metrics.csv").open())}
     assert sorted(rows) == [0, 3, 6, 8]
-    effects = {one.step: one.effect_sd for one in records(tmp_path / "d.sqlite") if one.kind == "named" and one.mode == "probe"}
+    effects = {
+        record.step: record.effect_sd for record in records(tmp_path / "d.sqlite") if record.kind == "named" and record.mode == "probe"
+    }
     assert {step: float(row[f"{TRAIT}/effect_sd"]) for step, row in rows.items()} == pytest.approx(effects)
 
 
@@ -195,9 +199,11 @@ def test_a_killed_and_resumed_run_leaves_the_records_of_the_uninterrupted_one(tm
         run(Dies(), "killed")
     assert steps(tmp_path / "killed.sqlite") == [0, 3, 6]  # the checkpoint is from step 4
     resumed = run(Module(), "killed", ckpt_path=tmp_path / "killed.ckpt")
-    whole = run(Module(), "whole")
-    assert [astuple(one) for one in records(tmp_path / "killed.sqlite")] == [astuple(one) for one in records(tmp_path / "whole.sqlite")]
-    ours, theirs = resumed.state_dict(), whole.state_dict()
+    uninterrupted = run(Module(), "whole")
+    assert [astuple(record) for record in records(tmp_path / "killed.sqlite")] == [
+        astuple(record) for record in records(tmp_path / "whole.sqlite")
+    ]
+    ours, theirs = resumed.state_dict(), uninterrupted.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -243,7 +249,7 @@ def test_two_callbacks_keep_their_own_state(tmp_path: Path) -> None:
     assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]) == 2
     again = make_tracker(stream=False), make_tracker(probe=())
     make_trainer(*map(DriftCallback, again), max_steps=6).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
-    assert again[0].baseline.keys() == probe.baseline.keys() and again[0].last_step == 6
+    assert again[0].probe.baseline.keys() == probe.probe.baseline.keys() and again[0].last_step == 6
 
 
 def test_an_exception_takes_the_hooks_off_and_closes_the_store(tmp_path: Path) -> None:
@@ -270,4 +276,4 @@ def test_gradient_checkpointing_counts_tokens_once(tmp_path: Path) -> None:
     module = Module()
     module.model.train().activation_checkpointing_enable({"use_reentrant": False})
     make_trainer(DriftCallback(make_tracker(tmp_path / "d.sqlite"), every_n_steps=8)).fit(module, loader())
-    assert {one.n for one in records(tmp_path / "d.sqlite") if one.mode == "stream"} == {RESPONSE}
+    assert {record.n for record in records(tmp_path / "d.sqlite") if record.mode == "stream"} == {RESPONSE}

@@ -29,8 +29,8 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     spec.loader.exec_module(example)
     example.main()
     with DriftStore("drift.sqlite") as store:
-        assert {one.step for one in store.records() if one.mode == "probe"} == {0, 1}
-        assert {one.direction for one in store.records() if one.kind == "named"} == {"gushing"}
+        assert {record.step for record in store.records() if record.mode == "probe"} == {0, 1}
+        assert {record.direction for record in store.records() if record.kind == "named"} == {"gushing"}
     out = capsys.readouterr().out
     assert "drift" in out and (name == "lightning_sft" or "steered tokens" in out)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT, examples, make_plan, make_tracker, n_hooks, same_weights
+from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT, examples, make_plan, make_tracker, n_hooks, same_weights, strength_now
 from families import FAMILIES
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -19,8 +19,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from steer.callbacks import HFDriftCallback, HFSteeringCallback
 from steer.drift import DriftRecord, DriftStore
 from steer.errors import AttachError, ConfigError, DamagedFileError, HookDidNotRunError
-from steer.intervene import Constant, Linear, Plan
-from steer.model.hooks import watcher_of
+from steer.intervene import Constant, Linear
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
 NAME = f"add@{SITE}"
@@ -64,11 +64,11 @@ def records(path: Path) -> list[DriftRecord]:
 class Spy(TrainerCallback):
     """The strength that was in force at each backward pass, and the global step it belonged to."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.seen = plan, []
+    def __init__(self, steering: HFSteeringCallback) -> None:
+        self.steering, self.seen = steering, []
 
     def note(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen.append((state.global_step, float(self.plan.interventions[0].effective[0])))
+        self.seen.append((state.global_step, strength_now(self.steering)))
 
     on_substep_end = on_pre_optimizer_step = note
 
@@ -79,39 +79,41 @@ class Spy(TrainerCallback):
 def test_strength_zero_trains_to_the_same_bits(tmp_path: Path) -> None:
     bare, steered, plan = make_trainer(tmp_path), make_trainer(tmp_path), make_plan(strength=0.0)
     bare.train()
-    HFSteeringCallback(plan).attach(steered)
+    steering = HFSteeringCallback(plan).attach(steered)
     steered.train()
     assert losses(steered) == losses(bare) and same_weights(steered.model, bare.model)
-    assert plan.fired() == {NAME: 0} and n_hooks(steered.model) == 0
+    assert steering.attachment.fired() == {NAME: 0} and n_hooks(steered.model) == 0
 
 
 def test_strength_follows_optimiser_steps_under_accumulation(tmp_path: Path) -> None:
     plan = make_plan(schedule=Constant(3.0))
-    spy, trainer = Spy(plan), None
+    steering = HFSteeringCallback(plan, schedule=Linear(8))
+    spy = Spy(steering)
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, num_train_epochs=2, callbacks=[spy])
-    HFSteeringCallback(plan, schedule=Linear(8)).attach(trainer)
+    steering.attach(trainer)
     trainer.train()
     assert spy.seen == [(step, step / 8) for step in range(8) for _ in range(2)]
-    assert plan.fired() == {NAME: 2 * RESPONSE - 2 * STEP}  # step 0 has strength 0
-    assert plan.interventions[0].schedule == Constant(3.0)  # lent, not given
+    assert steering.attachment.fired() == {NAME: 2 * RESPONSE - 2 * STEP}  # step 0 has strength 0
+    assert plan.interventions[0].schedule == Constant(3.0)  # the plan's own stays as it is
+    assert steering.attachment[NAME].schedule == Linear(8) and float(steering.attachment[NAME].strength) == 1.0
 
 
 def test_evaluation_inside_training_is_not_steered(tmp_path: Path) -> None:
     plan, trainer = make_plan(strength=50.0), make_trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     trainer.train()
     inside = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert inside == trainer.evaluate()["eval_loss"]
-    assert plan.fired() == {NAME: STEP}
+    assert steering.attachment.fired() == {NAME: STEP}
 
 
 def test_evaluation_is_steered_when_asked_for(tmp_path: Path) -> None:
     plan, trainer = make_plan(strength=5.0), make_trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)
-    HFSteeringCallback(plan, phases=("train", "validate")).attach(trainer)
+    steering = HFSteeringCallback(plan, phases=("train", "validate")).attach(trainer)
     trainer.train()
     inside = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert inside != trainer.evaluate()["eval_loss"]
-    assert plan.fired() == {NAME: STEP + RESPONSE // 4}
+    assert steering.attachment.fired() == {NAME: STEP + RESPONSE // 4}
 
 
 def test_response_scope_when_the_trainer_computes_its_own_loss(tmp_path: Path) -> None:
@@ -121,16 +123,16 @@ def test_response_scope_when_the_trainer_computes_its_own_loss(tmp_path: Path) -
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
     plan, trainer = make_plan(), make_trainer(tmp_path, cls=OwnLoss)
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     trainer.train()
-    assert plan.fired() == {NAME: RESPONSE}
+    assert steering.attachment.fired() == {NAME: RESPONSE}
 
 
 def test_label_smoothing_takes_the_labels_away_from_the_model(tmp_path: Path) -> None:
     plan, trainer = make_plan(), make_trainer(tmp_path, label_smoothing_factor=0.1, max_steps=2)
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     trainer.train()
-    assert plan.fired() == {NAME: 2 * STEP}
+    assert steering.attachment.fired() == {NAME: 2 * STEP}
 
 
 def test_the_trainer_gets_its_methods_back(tmp_path: Path) -> None:
@@ -142,10 +144,10 @@ def test_the_trainer_gets_its_methods_back(tmp_path: Path) -> None:
 
 def test_training_twice_is_steered_twice(tmp_path: Path) -> None:
     plan, trainer = make_plan(), make_trainer(tmp_path, max_steps=2)
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     for _ in range(2):
         trainer.train()
-        assert plan.fired() == {NAME: 2 * STEP}
+        assert steering.attachment.fired() == {NAME: 2 * STEP}
 
 
 @pytest.mark.parametrize("where", ["training_step", "prediction_step"])
@@ -156,16 +158,16 @@ def test_an_exception_takes_the_hooks_off(tmp_path: Path, where: str) -> None:
         raise ValueError("stop")
 
     setattr(trainer, where, fail)
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     with pytest.raises(ValueError, match="stop"):
         trainer.train()
-    assert n_hooks(trainer.model) == 0 and not plan.is_attached and "compute_loss" not in vars(trainer)
+    assert n_hooks(trainer.model) == 0 and not steering.attachment.is_attached and "compute_loss" not in vars(trainer)
 
 
 def test_a_model_that_never_runs_is_noticed(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    other = copy.deepcopy(trainer.model)
-    trainer.compute_loss = lambda model, inputs, **_: other(**inputs).loss
+    copied = copy.deepcopy(trainer.model)
+    trainer.compute_loss = lambda model, inputs, **_: copied(**inputs).loss
     HFSteeringCallback(make_plan()).attach(trainer)
     with pytest.raises(HookDidNotRunError, match="first training batch"):
         trainer.train()
@@ -193,7 +195,7 @@ def test_attach_accepts_a_callback_that_is_in_the_list_already(tmp_path: Path) -
     callback.attach(trainer)
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
-    assert plan.fired() == {NAME: STEP}
+    assert callback.attachment.fired() == {NAME: STEP}
     with pytest.raises(AttachError, match="already"):
         callback.attach(make_trainer(tmp_path))
 
@@ -201,17 +203,16 @@ def test_attach_accepts_a_callback_that_is_in_the_list_already(tmp_path: Path) -
 def test_several_devices_in_one_process_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     callback = HFSteeringCallback(make_plan()).attach(trainer)
-    callback._inside = True  # as within trainer.train
+    callback._in_train = True  # as within trainer.train
     with pytest.raises(ConfigError, match="DataParallel"):
         callback.on_train_begin(SimpleNamespace(n_gpu=2), trainer.state, trainer.control, model=trainer.model)
 
 
 def test_two_plans(tmp_path: Path) -> None:
-    first, second, trainer = make_plan(), make_plan("layers.0.output", scope="all"), make_trainer(tmp_path, max_steps=2)
-    for plan in (first, second):
-        HFSteeringCallback(plan).attach(trainer)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    first, second = (HFSteeringCallback(plan).attach(trainer) for plan in (make_plan(), make_plan("layers.0.output", scope="all")))
     trainer.train()
-    assert first.fired() == {NAME: 2 * STEP} and second.fired() == {"add@layers.0.output": 2 * 2 * TOKENS}
+    assert first.attachment.fired() == {NAME: 2 * STEP} and second.attachment.fired() == {"add@layers.0.output": 2 * 2 * TOKENS}
     assert n_hooks(trainer.model) == 0 and "compute_loss" not in vars(trainer)
 
 
@@ -219,9 +220,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for on in (False, True):
         plan, trainer = make_plan(), make_trainer(tmp_path, gradient_checkpointing=on, max_steps=4)
-        HFSteeringCallback(plan).attach(trainer)
+        steering = HFSteeringCallback(plan).attach(trainer)
         trainer.train()
-        assert plan.fired() == {NAME: 4 * STEP}
+        assert steering.attachment.fired() == {NAME: 4 * STEP}
         runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
 
@@ -237,12 +238,12 @@ def test_metrics_join_the_trainers_own_entries(tmp_path: Path) -> None:
     trainer.add_callback(Logger())
     HFSteeringCallback(make_plan(), schedule=Linear(8), every_n_steps=2).attach(trainer)
     trainer.train()
-    found = {entry["step"]: entry for entry in trainer.state.log_history if f"steer/{NAME}/strength" in entry}
-    assert {step: (entry[f"steer/{NAME}/strength"], entry[f"steer/{NAME}/tokens"]) for step, entry in found.items()} == {
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if f"steer/{NAME}/strength" in entry}
+    assert {step: (entry[f"steer/{NAME}/strength"], entry[f"steer/{NAME}/tokens"]) for step, entry in entries.items()} == {
         2: (1 / 8, STEP),
         4: (3 / 8, 3 * STEP),
     }
-    assert all("loss" in entry for entry in found.values())
+    assert all("loss" in entry for entry in entries.values())
     assert sum(f"steer/{NAME}/strength" in logs for logs in heard) == 2
 
 
@@ -254,11 +255,13 @@ def test_drift_is_measured_every_n_steps_and_logged_when_it_is(tmp_path: Path) -
     tracker.store = tmp_path / "d.sqlite"
     HFDriftCallback(tracker, every_n_steps=3).attach(trainer)
     trainer.train()
-    found = records(tmp_path / "d.sqlite")
-    assert sorted({one.step for one in found if one.mode == "probe"}) == [0, 3, 6, 8]
-    assert {one.step: one.n for one in found if one.mode == "stream"} == {3: 6 * STEP, 6: 6 * STEP, 8: 4 * STEP}
+    stored = records(tmp_path / "d.sqlite")
+    assert sorted({record.step for record in stored if record.mode == "probe"}) == [0, 3, 6, 8]
+    assert {record.step: record.n for record in stored if record.mode == "stream"} == {3: 6 * STEP, 6: 6 * STEP, 8: 4 * STEP}
     logged = {entry["step"]: entry[f"{TRAIT}/effect_sd"] for entry in trainer.state.log_history if f"{TRAIT}/effect_sd" in entry}
-    assert logged == {one.step: one.effect_sd for one in found if one.kind == "named" and one.mode == "probe" and one.step}
+    assert logged == {
+        record.step: record.effect_sd for record in stored if record.kind == "named" and record.mode == "probe" and record.step
+    }
     assert n_hooks(trainer.model) == 0
 
 
@@ -290,7 +293,9 @@ def test_the_best_model_and_early_stopping_by_drift(tmp_path: Path) -> None:
         entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in trainer.state.log_history if f"eval_{TRAIT}/effect_sd" in entry
     }
     effects = {
-        one.step: one.effect_sd for one in records(tmp_path / "d.sqlite") if one.kind == "named" and one.mode == "probe" and one.step
+        record.step: record.effect_sd
+        for record in records(tmp_path / "d.sqlite")
+        if record.kind == "named" and record.mode == "probe" and record.step
     }
     assert evaluated == effects
     assert trainer.state.best_metric == min(effects.values())
@@ -306,20 +311,20 @@ def test_an_evaluation_after_a_resume_and_before_the_next_measurement(tmp_path: 
     second = make_trainer(tmp_path, max_steps=4, **options)
     HFDriftCallback(make_tracker(), every_n_steps=2).attach(second)
     second.train(resume_from_checkpoint=True)
-    found = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
-    assert found[3] == found[2] != found[4]
+    drifts = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
+    assert drifts[3] == drifts[2] != drifts[4]
 
 
 def test_last_measurement_is_of_the_last_weights_not_of_the_best(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
     best = {"load_best_model_at_end": True, "metric_for_best_model": f"{TRAIT}/effect_sd", "greater_is_better": False}
-    found = []
+    runs = []
     for extra in ({}, best):
         trainer, tracker = make_trainer(tmp_path / str(len(extra)), **options, **extra), make_tracker()
         HFDriftCallback(tracker, every_n_steps=2).attach(trainer)
         trainer.train()
-        found.append([astuple(one) for one in tracker.latest])
-    assert found[0] == found[1] and found[0][0][0] == 3
+        runs.append([astuple(record) for record in tracker.latest])
+    assert runs[0] == runs[1] and runs[0][0][0] == 3
 
 
 def test_after_a_steering_callback_the_stream_is_read_as_steered(tmp_path: Path) -> None:
@@ -329,7 +334,7 @@ def test_after_a_steering_callback_the_stream_is_read_as_steered(tmp_path: Path)
         HFSteeringCallback(make_plan(strength=strength)).attach(trainer)
         HFDriftCallback(tracker).attach(trainer)
         trainer.train()
-        means[strength] = {one.mode: one.mean for one in tracker.latest if one.kind == "named"}
+        means[strength] = {record.mode: record.mean for record in tracker.latest if record.kind == "named"}
     assert means[2.0]["stream"] != pytest.approx(means[0.0]["stream"], abs=0.05)
 
 
@@ -348,11 +353,11 @@ class Dies(Trainer):
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, by_name: bool) -> None:
     def run(name: str, cls: type[Trainer] = Trainer, resume: str | bool | None = None) -> tuple[Trainer, Spy, Any]:
-        plan = make_plan()
-        spy, tracker = Spy(plan), make_tracker(tmp_path / f"{name}.sqlite")
+        steering = HFSteeringCallback(make_plan(), schedule=Linear(8))
+        spy, tracker = Spy(steering), make_tracker(tmp_path / f"{name}.sqlite")
         options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
         trainer = make_trainer(tmp_path / name, cls=cls, callbacks=[spy], **options)
-        steering = HFSteeringCallback(plan, schedule=Linear(8)).attach(trainer)
+        steering.attach(trainer)
         HFDriftCallback(tracker, every_n_steps=3).attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, spy, steering
@@ -363,15 +368,17 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, b
     for later in (tmp_path / "killed").glob("checkpoint-6"):  # the kill came before this one was whole
         later.rename(tmp_path / "lost")
     resumed, tail, again = run("killed", resume=str(folder) if by_name else True)
-    whole, spy, steering = run("whole")
+    uninterrupted, spy, steering = run("whole")
 
     assert tail.seen == [entry for entry in spy.seen if entry[0] >= 4]
-    assert same_weights(resumed.model, whole.model)
-    for ours, theirs in zip(resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
+    assert same_weights(resumed.model, uninterrupted.model)
+    for ours, theirs in zip(resumed.optimizer.state.values(), uninterrupted.optimizer.state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = again.state_dict(), steering.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [astuple(one) for one in records(tmp_path / "killed.sqlite")] == [astuple(one) for one in records(tmp_path / "whole.sqlite")]
+    assert [astuple(record) for record in records(tmp_path / "killed.sqlite")] == [
+        astuple(record) for record in records(tmp_path / "whole.sqlite")
+    ]
 
 
 def test_a_damaged_state_is_not_trained_on(tmp_path: Path) -> None:
@@ -392,11 +399,11 @@ def test_a_checkpoint_without_state(tmp_path: Path) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, **options).train()
     (tmp_path / "checkpoint-2").joinpath("note").touch()
-    resumed, plan = make_trainer(tmp_path, **{**options, "max_steps": 4}), make_plan()
-    HFSteeringCallback(plan, schedule=Linear(8)).attach(resumed)
+    resumed = make_trainer(tmp_path, **{**options, "max_steps": 4})
+    steering = HFSteeringCallback(make_plan(), schedule=Linear(8)).attach(resumed)
     with pytest.warns(UserWarning, match="no state of this plan"):
         resumed.train(resume_from_checkpoint=True)
-    assert plan.current_step == 4
+    assert steering.attachment.current_step == 4
 
     tracked = make_trainer(tmp_path, **{**options, "max_steps": 4})
     tracker = make_tracker(tmp_path / "d.sqlite")

@@ -43,7 +43,7 @@ def hf(
         "seed": 1,
         "weight_decay": 0.1,
     }
-    given = options.pop("optimizers", (None, None))
+    optimizers = options.pop("optimizers", (None, None))
     callbacks = options.pop("callbacks", None)
     model = FAMILIES["llama"]().requires_grad_(not frozen)
     trainer = cls(
@@ -51,7 +51,7 @@ def hf(
         args=TrainingArguments(**{**arguments, **options}),
         train_dataset=examples(),  # type: ignore[arg-type]
         eval_dataset=examples(4),  # type: ignore[arg-type]
-        optimizers=given,
+        optimizers=optimizers,
         callbacks=callbacks,
     )
     if plan is not None:
@@ -76,7 +76,7 @@ def test_hf_frozen_model_and_a_plan_that_learns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_hf_learns_as_a_second_optimiser_beside_the_trainers_own_would(tmp_path: Path, clip: float) -> None:
-    plan, other, batches = learner(), learner(), []
+    plan, by_hand, batches = learner(), learner(), []
 
     class Noting(Trainer):
         def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +86,8 @@ def test_hf_learns_as_a_second_optimiser_beside_the_trainers_own_would(tmp_path:
     trainer = hf(tmp_path, plan, cls=Noting, max_grad_norm=clip, weight_decay=0.0)
     trainer.train()
     model = FAMILIES["llama"]()
-    groups = [torch.optim.SGD(model.parameters(), lr=0.05), torch.optim.SGD(other.parameters(), lr=0.2)]
-    with other.attached(model):
+    groups = [torch.optim.SGD(model.parameters(), lr=0.05), torch.optim.SGD(by_hand.parameters(), lr=0.2)]
+    with by_hand.attached(model):
         for step, batch in enumerate(batches):
             for optimizer, rate in zip(groups, (0.05, 0.2), strict=True):
                 optimizer.zero_grad()
@@ -95,10 +95,10 @@ def test_hf_learns_as_a_second_optimiser_beside_the_trainers_own_would(tmp_path:
             model(**batch, use_cache=False).loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
-                nn.utils.clip_grad_norm_(other.parameters(), clip)
+                nn.utils.clip_grad_norm_(by_hand.parameters(), clip)
             for optimizer in groups:
                 optimizer.step()
-    assert torch.allclose(only(plan), only(other), atol=1e-6) and only(plan).norm() > 0.001
+    assert torch.allclose(only(plan), only(by_hand), atol=1e-6) and only(plan).norm() > 0.001
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True))
 
 
@@ -108,10 +108,10 @@ def test_hf_parameters_in_an_optimiser_that_the_trainer_was_given(tmp_path: Path
     trainer = hf(tmp_path, None, frozen=True, optimizers=(optimizer, None))
     HFSteeringCallback(plan).attach(trainer)
     trainer.train()
-    other = learner()
-    beside = hf(tmp_path, other, frozen=True)
+    beside_plan = learner()
+    beside = hf(tmp_path, beside_plan, frozen=True)
     beside.train()
-    assert torch.allclose(only(plan), only(other), atol=1e-7) and only(plan).norm() > 0.001
+    assert torch.allclose(only(plan), only(beside_plan), atol=1e-7) and only(plan).norm() > 0.001
 
 
 class Killed(Trainer):
@@ -139,20 +139,20 @@ def test_hf_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path
     with pytest.raises(MemoryError):
         run("killed", Killed)
     resumed, second = run("killed", resume=True)
-    whole, first = run("whole")
-    assert torch.equal(only(resumed), only(whole)) and only(whole).norm() > 0.01
+    uninterrupted, first = run("whole")
+    assert torch.equal(only(resumed), only(uninterrupted)) and only(uninterrupted).norm() > 0.01
     assert same_weights(first.model, second.model)
 
 
 def test_hf_resumes_with_a_plan_that_was_loaded(tmp_path: Path) -> None:
-    whole = Plan(Intervention(LoReFT.initial(WIDTH, 2).train(), SITE, "response"))
-    half, resumed = copy.deepcopy(whole), Plan.load(whole.save(tmp_path / "made"))
+    uninterrupted = Plan(Intervention(LoReFT.initial(WIDTH, 2).train(), SITE, "response"))
+    half, resumed = copy.deepcopy(uninterrupted), Plan.load(uninterrupted.save(tmp_path / "made"))
     options = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
-    hf(tmp_path / "whole", whole, **options).train()
+    hf(tmp_path / "whole", uninterrupted, **options).train()
     with pytest.raises(MemoryError):
         hf(tmp_path / "killed", half, cls=Killed, **options).train()
     hf(tmp_path / "killed", resumed, **options).train(resume_from_checkpoint=True)
-    ours, theirs = whole.interventions[0].parameters, resumed.interventions[0].parameters
+    ours, theirs = uninterrupted.interventions[0].parameters, resumed.interventions[0].parameters
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -179,7 +179,7 @@ def test_nothing_is_left_untrained_without_a_word(tmp_path: Path) -> None:
 
     class Cut(Trainer):
         def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(model, *args, **kwargs).detach() + sum(one.sum() for one in model.parameters())
+            return super().compute_loss(model, *args, **kwargs).detach() + sum(parameter.sum() for parameter in model.parameters())
 
     with pytest.raises(ConfigError, match="got no gradient"):
         hf(tmp_path, learner(), cls=Cut).train()

@@ -59,13 +59,13 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Results:
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     out = tmp_path_factory.mktemp("single")
-    found: Results = {
+    results: Results = {
         "lightning": worker.lightning(worker.Plain(), out / "lightning.sqlite", batch_size=4),
         "lightning-2": worker.lightning(worker.Plain(), out / "lightning-2.sqlite", batch_size=4, max_epochs=2),
         "hf": worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4),
         "hf-2": worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4, epochs=2, resume=True),
     }
-    return found | {"folder": {"path": out}}
+    return results | {"folder": {"path": out}}
 
 
 def records(path: Path) -> list[DriftRecord]:
@@ -74,9 +74,11 @@ def records(path: Path) -> list[DriftRecord]:
 
 
 def assert_close_records(ours: list[DriftRecord], theirs: list[DriftRecord]) -> None:
-    assert [(one.step, one.mode, one.direction, one.n) for one in ours] == [(one.step, one.mode, one.direction, one.n) for one in theirs]
-    assert [one.mean for one in ours] == pytest.approx([one.mean for one in theirs], abs=2e-6)
-    assert [one.change for one in ours] == pytest.approx([one.change for one in theirs], abs=2e-6)
+    assert [(record.step, record.mode, record.direction, record.n) for record in ours] == [
+        (record.step, record.mode, record.direction, record.n) for record in theirs
+    ]
+    assert [record.mean for record in ours] == pytest.approx([record.mean for record in theirs], abs=2e-6)
+    assert [record.change for record in ours] == pytest.approx([record.change for record in theirs], abs=2e-6)
 
 
 PAIRS = [
@@ -126,14 +128,16 @@ def test_records_of_two_ranks_are_those_of_one(folder: Path, single: Results, st
 
 
 def test_a_resumed_run_of_two_ranks_equals_the_uninterrupted_one(ranks: Results, folder: Path) -> None:
-    resumed, whole = ranks["ddp-resumed"], ranks["ddp-whole"]
-    assert all(torch.equal(resumed["weights"][key], whole["weights"][key]) for key in whole["weights"])
-    for ours, theirs in zip(resumed["states"], whole["states"], strict=True):
+    resumed, uninterrupted = ranks["ddp-resumed"], ranks["ddp-whole"]
+    assert all(torch.equal(resumed["weights"][key], uninterrupted["weights"][key]) for key in uninterrupted["weights"])
+    for ours, theirs in zip(resumed["states"], uninterrupted["states"], strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = records(folder / "ddp.sqlite"), records(folder / "whole.sqlite")
-    assert [astuple(one) for one in ours if one.mode == "probe"] == [astuple(one) for one in theirs if one.mode == "probe"]
+    assert [astuple(record) for record in ours if record.mode == "probe"] == [
+        astuple(record) for record in theirs if record.mode == "probe"
+    ]
     # the window that was open at the checkpoint was added up in another order, which moves the last bit
-    assert [one.mean for one in ours] == pytest.approx([one.mean for one in theirs], rel=1e-12)
+    assert [record.mean for record in ours] == pytest.approx([record.mean for record in theirs], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "ddp-resumed"])

@@ -26,6 +26,7 @@ from callback_helpers import (
     make_trainer,
     n_hooks,
     same_weights,
+    strength_now,
     vector,
 )
 from families import FAMILIES
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.errors import AttachError, ConfigError, ContextError, HookDidNotRunError
 from steer.intervene import Add, Constant, Intervention, Linear, Plan
-from steer.model.hooks import response_tokens, watcher_of
+from steer.model.annotations import response_tokens
+from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch
@@ -44,11 +46,11 @@ NAME = f"add@{SITE}"
 class Spy(pl.Callback):
     """The strength that was in force in each training batch, and the global step it belonged to."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.seen = plan, []
+    def __init__(self, steering: SteeringCallback) -> None:
+        self.steering, self.seen = steering, []
 
     def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append((trainer.global_step, float(self.plan.interventions[0].effective[0])))
+        self.seen.append((trainer.global_step, strength_now(self.steering)))
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +66,19 @@ def plain() -> Module:
 
 def test_strength_zero_trains_to_the_same_bits(plain: Module) -> None:
     plan, module = make_plan(strength=0.0), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
     assert module.losses == plain.losses
     assert same_weights(module, plain)
-    assert plan.fired() == {NAME: 0}
+    assert steering.attachment.fired() == {NAME: 0}
 
 
 def test_training_is_steered_on_the_response_tokens_only(plain: Module) -> None:
     plan, module = make_plan(), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
     assert module.losses[0] != plain.losses[0]
-    assert plan.fired() == {NAME: RESPONSE}
+    assert steering.attachment.fired() == {NAME: RESPONSE}
     # the first loss is that of the same pass under the plan attached by hand
     model, batch = FAMILIES["llama"](), next(iter(loader()))
     with make_plan().attached(model):
@@ -103,16 +107,18 @@ def test_hooks_are_there_from_setup_to_teardown_and_leave_nothing(plain: Module)
 
 def test_strength_in_step_k_is_schedule_of_k_on_every_micro_batch() -> None:
     plan, schedule = make_plan(), Linear(4)
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan, schedule=schedule), spy, accumulate_grad_batches=2).fit(Module(), loader())
+    steering = SteeringCallback(plan, schedule=schedule)
+    spy = Spy(steering)
+    make_trainer(steering, spy, accumulate_grad_batches=2).fit(Module(), loader())
     assert [step for step, _ in spy.seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert spy.seen == [(step, schedule(step)) for step, _ in spy.seen]
 
 
 def test_accumulation_that_ends_short_at_the_end_of_an_epoch() -> None:
     plan, schedule = make_plan(), Linear(10)
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan, schedule=schedule), spy, accumulate_grad_batches=3, max_epochs=2).fit(Module(), loader(rows=8))
+    steering = SteeringCallback(plan, schedule=schedule)
+    spy = Spy(steering)
+    make_trainer(steering, spy, accumulate_grad_batches=3, max_epochs=2).fit(Module(), loader(rows=8))
     assert [step for step, _ in spy.seen] == [0, 0, 0, 1, 2, 2, 2, 3]
     assert all(strength == pytest.approx(schedule(step)) for step, strength in spy.seen)
 
@@ -128,7 +134,7 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
 
         def training_step(self, batch: dict[str, Tensor], index: int) -> None:
             for optimizer in self.optimizers():
-                self.strengths.append(float(plan.interventions[0].effective[0]))
+                self.strengths.append(strength_now(steering))
                 loss = self.loss(batch)
                 optimizer.zero_grad()
                 self.manual_backward(loss)
@@ -138,23 +144,28 @@ def test_manual_optimisation_with_two_steps_a_batch() -> None:
             parameters = list(self.parameters())
             return [torch.optim.SGD(parameters[:5], lr=0.01), torch.optim.SGD(parameters[5:], lr=0.01)]
 
-    plan, module = make_plan(), Manual()
-    make_trainer(SteeringCallback(plan, schedule=Linear(16))).fit(module, loader())
+    steering, module = SteeringCallback(make_plan(), schedule=Linear(16)), Manual()
+    make_trainer(steering).fit(module, loader())
     assert module.strengths == [2 * (i // 2) / 16 for i in range(16)]  # constant within a batch
 
 
-def test_a_schedule_and_phases_are_lent_not_given() -> None:
+def test_a_schedule_and_phases_are_of_the_attachment_not_of_the_plan() -> None:
     plan = make_plan(schedule=Linear(100))
-    make_trainer(SteeringCallback(plan, schedule="constant")).fit(Module(), loader())
-    one = plan.interventions[0]
-    assert one.schedule == Linear(100) and one.phases == ("train", "validate", "generate")
-    assert plan.current_step == 8 and float(one.effective[0]) == pytest.approx(0.08)
+    before = plan.explain()
+    steering = SteeringCallback(plan, schedule="constant")
+    make_trainer(steering).fit(Module(), loader())
+    intervention, attachment = plan.interventions[0], steering.attachment
+    assert intervention.schedule == Linear(100) and intervention.phases == ("train", "validate", "generate")
+    assert plan.step == 0 and plan.explain() == before
+    assert attachment.current_step == 8 and attachment[NAME].phases == ("train",)
+    assert float(attachment[NAME].strength) == 1.0 and float(intervention.strength_at(8)) == pytest.approx(0.08)
 
 
 def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
     plan = make_plan(schedule=Linear(8))
-    spy = Spy(plan)
-    make_trainer(SteeringCallback(plan), spy).fit(Module(), loader())
+    steering = SteeringCallback(plan)
+    spy = Spy(steering)
+    make_trainer(steering, spy).fit(Module(), loader())
     assert spy.seen == [(step, step / 8) for step in range(8)]
 
 
@@ -163,20 +174,22 @@ def test_the_plans_own_schedule_is_used_when_none_is_given() -> None:
 
 def test_validation_inside_training_is_not_steered() -> None:
     plan, module = make_plan(strength=50.0), Module()
-    make_trainer(SteeringCallback(plan), limit_train_batches=1).fit(module, loader(), loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering, limit_train_batches=1).fit(module, loader(), loader())
     bare = Module(module.model)
     make_trainer().validate(bare, loader(), verbose=False)
     assert module.val_losses == bare.val_losses
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}
 
 
 def test_validation_is_steered_when_asked_for() -> None:
     plan, module = make_plan(strength=5.0), Module()
-    make_trainer(SteeringCallback(plan, phases=("train", "validate")), limit_train_batches=1).fit(module, loader(), loader())
+    steering = SteeringCallback(plan, phases=("train", "validate"))
+    make_trainer(steering, limit_train_batches=1).fit(module, loader(), loader())
     bare = Module(module.model)
     make_trainer().validate(bare, loader(), verbose=False)
     assert module.val_losses != bare.val_losses
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT) + RESPONSE}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT) + RESPONSE}
 
 
 def test_generation_inside_training_is_not_steered_and_not_confused_with_the_batch() -> None:
@@ -189,10 +202,11 @@ def test_generation_inside_training_is_not_steered_and_not_confused_with_the_bat
             return super().training_step(batch, index)
 
     plan, module = make_plan(strength=50.0), Generating()
-    make_trainer(SteeringCallback(plan), max_steps=1).fit(module, loader())
+    steering = SteeringCallback(plan)
+    make_trainer(steering, max_steps=1).fit(module, loader())
     expected = FAMILIES["llama"]().generate(next(iter(loader()))["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(texts[0], expected)
-    assert plan.fired() == {NAME: 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}
 
 
 def test_the_sanity_check_is_ignored() -> None:
@@ -217,21 +231,23 @@ def test_validate_alone() -> None:
 
 def test_training_after_validation_in_inference_mode() -> None:
     plan, module, trainer = make_plan(), Module(), None
-    trainer = make_trainer(SteeringCallback(plan, phases=("train", "validate"), schedule=Linear(4)))
+    steering = SteeringCallback(plan, phases=("train", "validate"), schedule=Linear(4))
+    trainer = make_trainer(steering)
     trainer.validate(module, loader(), verbose=False)
     trainer.fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
 
 
 # ---- which tokens are the response
 
 
 def test_response_scope_when_the_module_computes_its_own_loss() -> None:
-    plan, module, given = make_plan(), OwnLoss(), Module()
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
-    make_trainer(SteeringCallback(make_plan())).fit(given, loader())
-    assert plan.fired() == {NAME: RESPONSE}
-    assert module.losses == pytest.approx(given.losses, rel=1e-5)
+    plan, module, with_labels = make_plan(), OwnLoss(), Module()
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
+    make_trainer(SteeringCallback(make_plan())).fit(with_labels, loader())
+    assert steering.attachment.fired() == {NAME: RESPONSE}
+    assert module.losses == pytest.approx(with_labels.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("key", ["completion_mask", "assistant_masks"])
@@ -242,8 +258,9 @@ def test_response_scope_from_masks(key: str) -> None:
 
     rows = [{"input_ids": row["input_ids"], key: (row["labels"] != -100).long()} for row in loader().dataset]
     plan = make_plan()
-    make_trainer(SteeringCallback(plan)).fit(Masked(), torch.utils.data.DataLoader(rows, batch_size=2))
-    assert plan.fired() == {NAME: RESPONSE}
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(Masked(), torch.utils.data.DataLoader(rows, batch_size=2))
+    assert steering.attachment.fired() == {NAME: RESPONSE}
 
 
 def test_other_rows_than_the_batch_need_an_announcement() -> None:
@@ -259,8 +276,9 @@ def test_other_rows_than_the_batch_need_an_announcement() -> None:
         make_trainer(SteeringCallback(make_plan())).fit(module, loader())
     assert n_hooks(module) == 0
     plan, module.announce = make_plan(), True
-    make_trainer(SteeringCallback(plan)).fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE // 2}
+    steering = SteeringCallback(plan)
+    make_trainer(steering).fit(module, loader())
+    assert steering.attachment.fired() == {NAME: RESPONSE // 2}
 
 
 # ---- two callbacks, several models, models made late
@@ -271,8 +289,8 @@ def test_two_callbacks_both_act_and_keep_their_states(tmp_path: Path) -> None:
     trainer = make_trainer(SteeringCallback(first), SteeringCallback(second))
     trainer.fit(both, loader())
     together = Module()
-    ones = [Intervention(Add(vector()), SITE, scope="response"), Intervention(Add(vector()), "layers.0.output", scope="all")]
-    make_trainer(SteeringCallback(Plan(ones))).fit(together, loader())
+    interventions = [Intervention(Add(vector()), SITE, scope="response"), Intervention(Add(vector()), "layers.0.output", scope="all")]
+    make_trainer(SteeringCallback(Plan(interventions))).fit(together, loader())
     assert both.losses == together.losses
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
@@ -337,7 +355,7 @@ def test_a_model_that_is_made_in_configure_model() -> None:
 
 def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -> None:
     """There is no second device here, so the callbacks are made to believe that they saw the model on another one."""
-    found = []
+    runs = []
     for moved in (False, True):
         steering, tracker = SteeringCallback(make_plan()), make_tracker()
         drift, hooks = DriftCallback(tracker), []
@@ -353,8 +371,8 @@ def test_a_model_that_lightning_moves_after_setup_is_attached_again_in_order() -
         module = Module()
         make_trainer(steering, drift, Move()).fit(module, loader())
         assert n_hooks(module) == 0
-        found.append((module.losses, hooks, steering.plan.fired(), [one.mean for one in tracker.latest]))
-    assert found[0] == found[1]
+        runs.append((module.losses, hooks, steering.attachment.fired(), [record.mean for record in tracker.latest]))
+    assert runs[0] == runs[1]
 
 
 def test_fit_twice_counts_anew() -> None:
@@ -378,16 +396,17 @@ def test_an_exception_takes_the_hooks_off(where: str, error: type[BaseException]
         raise error("stop")
 
     setattr(module, where, fail)
+    steering = SteeringCallback(plan, schedule=Constant())
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-        make_trainer(SteeringCallback(plan, schedule=Constant())).fit(module, loader(), loader())
-    assert n_hooks(module) == 0 and not plan.is_attached
+        make_trainer(steering).fit(module, loader(), loader())
+    assert n_hooks(module) == 0 and not steering.attachment.is_attached
     assert plan.interventions[0].schedule == Linear(3)
 
 
 def test_a_model_that_never_runs_is_noticed() -> None:
     module = Module()
-    object.__setattr__(module, "other", copy.deepcopy(module.model))
-    module.loss = lambda batch: module.other(**batch, use_cache=False).loss  # type: ignore[method-assign]
+    object.__setattr__(module, "bypass", copy.deepcopy(module.model))
+    module.loss = lambda batch: module.bypass(**batch, use_cache=False).loss  # type: ignore[method-assign]
     with pytest.raises(HookDidNotRunError, match="first training batch"):
         make_trainer(SteeringCallback(make_plan())).fit(module, loader())
     assert n_hooks(module) == 0
@@ -443,7 +462,8 @@ class Dies(Module):
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     def run(module: Module, plan: Plan, **options: Any) -> tuple[SteeringCallback, Spy, pl.Trainer]:
-        callback, spy = SteeringCallback(plan, schedule=Linear(8)), Spy(plan)
+        callback = SteeringCallback(plan, schedule=Linear(8))
+        spy = Spy(callback)
         save = pl.callbacks.ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
         trainer = make_trainer(callback, spy, save, max_epochs=2, accumulate_grad_batches=2)
         trainer.fit(module, loader(), **options)
@@ -451,12 +471,12 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -
 
     with pytest.raises(MemoryError):
         run(Dies(), make_plan())
-    resumed, whole = Module(), Module()
+    resumed, uninterrupted = Module(), Module()
     again, tail, second = run(resumed, make_plan(), ckpt_path=tmp_path / "last.ckpt")
-    callback, spy, trainer = run(whole, make_plan())
+    callback, spy, trainer = run(uninterrupted, make_plan())
 
     assert tail.seen == spy.seen[8:]
-    assert same_weights(resumed, whole)
+    assert same_weights(resumed, uninterrupted)
     for ours, theirs in zip(second.optimizers[0].state.values(), trainer.optimizers[0].state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = again.state_dict(), callback.state_dict()
@@ -468,33 +488,38 @@ def test_strength_after_a_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> No
     first.fit(Module(), loader())
     first.save_checkpoint(tmp_path / "x.ckpt")
     plan = make_plan()
-    spy = Spy(plan)
-    trainer = make_trainer(SteeringCallback(plan, schedule=Linear(8)), spy, max_steps=5, accumulate_grad_batches=2)
+    steering = SteeringCallback(plan, schedule=Linear(8))
+    spy = Spy(steering)
+    trainer = make_trainer(steering, spy, max_steps=5, accumulate_grad_batches=2)
     trainer.fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert {step for step, _ in spy.seen} == {3, 4}
     assert all(strength == step / 8 for step, strength in spy.seen)
 
 
 def test_strengths_set_by_hand_and_switches_survive_a_resume(tmp_path: Path) -> None:
-    plan, trainer = make_plan(), None
-    plan.set_strength(0.25)
-    plan.enable(False)
-    trainer = make_trainer(SteeringCallback(plan), max_steps=2)
-    trainer.fit(Module(), loader())
+    class ByHand(Module):
+        def on_train_start(self) -> None:
+            steering.attachment.set_strength(0.25)
+            steering.attachment.enable(False)
+
+    steering = SteeringCallback(make_plan())
+    trainer = make_trainer(steering, max_steps=2)
+    trainer.fit(ByHand(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = make_plan()
-    make_trainer(SteeringCallback(again), max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
-    assert float(again.interventions[0].base[0]) == 0.25 and not again.interventions[0].enabled
+    again = SteeringCallback(make_plan())
+    make_trainer(again, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert again.attachment[NAME].base == (0.25,) and not again.attachment[NAME].enabled
+    assert again.attachment.fired() == {NAME: 0}
 
 
 def test_a_checkpoint_without_state_is_said_so(tmp_path: Path) -> None:
     trainer = make_trainer(max_steps=2)
     trainer.fit(Module(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    plan = make_plan()
-    spy = Spy(plan)
+    steering = SteeringCallback(make_plan(), schedule=Linear(8))
+    spy = Spy(steering)
     with pytest.warns(UserWarning, match="no state of this plan"):
-        make_trainer(SteeringCallback(plan, schedule=Linear(8)), spy, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
+        make_trainer(steering, spy, max_steps=4).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert spy.seen == [(2, 2 / 8), (3, 3 / 8)]
 
 
@@ -505,9 +530,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     plain_run, module, plan = Module(), Module(), make_plan()
     make_trainer(SteeringCallback(make_plan(), schedule=Linear(4))).fit(plain_run, loader())
     module.model.train().activation_checkpointing_enable({"use_reentrant": False})
-    make_trainer(SteeringCallback(plan, schedule=Linear(4))).fit(module, loader())
+    steering = SteeringCallback(plan, schedule=Linear(4))
+    make_trainer(steering).fit(module, loader())
     assert module.losses == pytest.approx(plain_run.losses, rel=1e-6)
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}
 
 
 class Lean(Module):
@@ -525,8 +551,8 @@ class Losses(pl.Callback):
         self.seen.append(float(outputs["loss"]))
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["lightning module", "model inside"])
-def test_compiled_training_is_steered_and_compiles_once(whole: bool) -> None:
+@pytest.mark.parametrize("module_is_compiled", [True, False], ids=["lightning module", "model inside"])
+def test_compiled_training_is_steered_and_compiles_once(module_is_compiled: bool) -> None:
     eager, losses, module, plan, graphs = Losses(), Losses(), Lean(), make_plan(), []
     make_trainer(SteeringCallback(make_plan(), schedule=Linear(8)), eager).fit(Lean(), loader())
 
@@ -535,20 +561,22 @@ def test_compiled_training_is_steered_and_compiles_once(whole: bool) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    if not whole:
+    if not module_is_compiled:
         module.model.compile(backend=backend)
-    compiled = torch.compile(module, backend=backend) if whole else module
-    make_trainer(SteeringCallback(plan, schedule=Linear(8)), losses).fit(compiled, loader())
+    compiled = torch.compile(module, backend=backend) if module_is_compiled else module
+    steering = SteeringCallback(plan, schedule=Linear(8))
+    make_trainer(steering, losses).fit(compiled, loader())
     torch._dynamo.reset()
     assert losses.seen == pytest.approx(eager.seen, rel=1e-5)
-    assert plan.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+    assert steering.attachment.fired() == {NAME: RESPONSE - 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
     assert len(graphs) == 1 and n_hooks(module) == 0
 
 
 def test_bf16_autocast() -> None:
     module, plan = Module(), make_plan()
-    make_trainer(SteeringCallback(plan), precision="bf16-mixed").fit(module, loader())
-    assert plan.fired() == {NAME: RESPONSE} and all(torch.isfinite(torch.tensor(module.losses)))
+    steering = SteeringCallback(plan)
+    make_trainer(steering, precision="bf16-mixed").fit(module, loader())
+    assert steering.attachment.fired() == {NAME: RESPONSE} and all(torch.isfinite(torch.tensor(module.losses)))
 
 
 # ---- what is imported

@@ -16,7 +16,7 @@ from torch import nn
 
 from steer.callbacks import HFDriftCallback, HFSteeringCallback
 from steer.model.context import ForwardContext
-from steer.model.hooks import watcher_of
+from steer.model.watcher import watcher_of
 
 pytest.importorskip("trl", reason="trl is an extra: pip install 'torchsteer[dev]'")
 import trl  # noqa: E402
@@ -98,9 +98,9 @@ def test_sft_steers_the_completions(tmp_path: Path, packing: bool) -> None:
     HFDriftCallback(tracker).attach(trainer)
     passes = watched(steering)
     trainer.train()
-    (trained,) = [one for one in passes.seen if one[0] == "train"]
-    assert plan.fired() == {NAME: trained[3]} and trained[3] > 0
-    assert {one.n for one in tracker.latest if one.mode == "stream"} == {trained[3]}
+    (trained,) = [seen for seen in passes.seen if seen[0] == "train"]
+    assert steering.attachment.fired() == {NAME: trained[3]} and trained[3] > 0
+    assert {record.n for record in tracker.latest if record.mode == "stream"} == {trained[3]}
     assert n_hooks(trainer.model) == 0
 
 
@@ -113,9 +113,9 @@ def test_sft_on_conversations_steers_the_assistant(tmp_path: Path) -> None:
         train_dataset=Dataset.from_list([{"messages": talk}] * 4),
         processing_class=tiny_tokenizer(),
     )
-    HFSteeringCallback(plan).attach(trainer)
+    steering = HFSteeringCallback(plan).attach(trainer)
     trainer.train()
-    assert plan.fired() == {NAME: 2 * 4}  # "it is big <eos>", two rows
+    assert steering.attachment.fired() == {NAME: 2 * 4}  # "it is big <eos>", two rows
 
 
 # ---- preferences
@@ -147,10 +147,11 @@ def test_dpo_steers_the_policy_and_never_the_reference(tmp_path: Path, adapter: 
 
     plan, trainer = make_plan(strength=3.0), dpo(tmp_path, adapter=adapter)
     assert ("ref" in trainer.model.peft_config) == adapter
-    passes = watched(HFSteeringCallback(plan, phases=phases).attach(trainer))
+    steering = HFSteeringCallback(plan, phases=phases).attach(trainer)
+    passes = watched(steering)
     trainer.train()
     assert passes.seen == [("train", "policy", 4, COMPLETIONS), ("validate", "reference", 4, COMPLETIONS)]
-    assert plan.fired() == {NAME: COMPLETIONS}
+    assert steering.attachment.fired() == {NAME: COMPLETIONS}
     assert first(trainer, "loss") != pytest.approx(math.log(2), abs=1e-3)  # they would agree if both were steered, or neither
     assert n_hooks(trainer.model) == 0
 
@@ -164,9 +165,9 @@ def test_dpo_with_a_reference_model_of_its_own(tmp_path: Path) -> None:
         train_dataset=Dataset.from_list(DPO_ROWS),
         processing_class=tiny_tokenizer(),
     )
-    HFSteeringCallback(plan, phases=("train", "validate")).attach(trainer)
+    steering = HFSteeringCallback(plan, phases=("train", "validate")).attach(trainer)
     trainer.train()
-    assert plan.fired() == {NAME: COMPLETIONS}
+    assert steering.attachment.fired() == {NAME: COMPLETIONS}
     assert first(trainer, "loss") != pytest.approx(math.log(2), abs=1e-3)
 
 
@@ -174,19 +175,19 @@ def test_dpo_drift_reads_the_policy_only(tmp_path: Path) -> None:
     trainer, tracker = dpo(tmp_path, adapter=False, gradient_checkpointing=True), make_tracker()
     HFDriftCallback(tracker).attach(trainer)
     trainer.train()
-    assert {one.n for one in tracker.latest if one.mode == "stream"} == {COMPLETIONS}
+    assert {record.n for record in tracker.latest if record.mode == "stream"} == {COMPLETIONS}
 
 
 def test_strength_zero_dpo_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    found = []
+    trained = []
     for steered in (False, True):
         trainer = dpo(tmp_path, adapter=False)
         if steered:
             HFSteeringCallback(make_plan(strength=0.0)).attach(trainer)
             HFDriftCallback(make_tracker()).attach(trainer)
         trainer.train()
-        found.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        trained.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
 # ---- reinforcement
@@ -203,7 +204,7 @@ def test_grpo_steers_the_policy_pass_and_not_what_it_samples(tmp_path: Path) -> 
     plan, tracker = make_plan(strength=3.0), make_tracker()
     trainer = Noting(
         model=FAMILIES["llama"](),
-        reward_funcs=lambda completions, **_: [float(len(one)) for one in completions],
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
         args=trl.GRPOConfig(**options(tmp_path, num_generations=2, max_completion_length=4, beta=0.04)),
         train_dataset=Dataset.from_list([{"prompt": "the cat"}, {"prompt": "what is the moon"}] * 4),
         processing_class=tiny_tokenizer(),
@@ -213,9 +214,9 @@ def test_grpo_steers_the_policy_pass_and_not_what_it_samples(tmp_path: Path) -> 
     HFDriftCallback(tracker, every_n_steps=1).attach(trainer)
     passes = watched(steering)
     trainer.train()
-    assert {one[:2] for one in passes.seen} == {("generate", "policy"), ("validate", "reference"), ("train", "policy")}
-    assert [one[3] for one in passes.seen if one[0] == "train"] == masks and sum(masks) > 0
-    assert plan.fired() == {NAME: sum(masks)}
-    assert {one.n for one in tracker.latest if one.mode == "stream"} == {masks[-1]}
+    assert {seen[:2] for seen in passes.seen} == {("generate", "policy"), ("validate", "reference"), ("train", "policy")}
+    assert [seen[3] for seen in passes.seen if seen[0] == "train"] == masks and sum(masks) > 0
+    assert steering.attachment.fired() == {NAME: sum(masks)}
+    assert {record.n for record in tracker.latest if record.mode == "stream"} == {masks[-1]}
     assert first(trainer, f"steer/{NAME}/tokens") == masks[0]
     assert n_hooks(trainer.model) == 0

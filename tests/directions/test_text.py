@@ -40,9 +40,9 @@ def described(plan: Plan) -> list[object]:
     found: list[object] = [plan.fingerprint]
     for one in plan.interventions:
         settings = {name: getattr(one, name) for name in ("name", "site", "scope", "enabled", "phases", "roles", "preserve_norm")}
-        numbers = None if one.gate is None else (str(one.gate), [leaf.number for leaf in one.gate.leaves()])
+        numbers = None if one.gate is None else (str(one.gate), [leaf.number for leaf in one.gate.site_gates()])
         tensors = {name: tensor.tolist() for name, tensor in one.operator.tensors.items()}
-        found.append((settings, one.base.tolist(), one.operator.name, one.operator.options(), tensors, numbers))
+        found.append((settings, list(one.strength), one.operator.name, one.operator.options(), tensors, numbers))
     return found
 
 
@@ -215,9 +215,10 @@ def test_a_plan_from_a_file_or_made_by_hand(tmp_path, tiny):
     plan = plan_from_text("0.4 warm@generated[:8] - ablate verbose ^", NAMES)
     model = tiny("llama")
     plan.fingerprint = Anatomy.find(model).fingerprint()
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
         model(ids(), use_cache=True)
-        plan.set_window(2, 5, "warm")
+        attachment.set_window(2, 5, "warm")
+        plan = attachment.as_plan()
     text = "0.4 warm:layers.1.output@generated[2:5] - 1 ablate verbose:layers.0.output@all ^"
     assert plan_to_text(plan, NAMES) == plan_to_text(Plan.load(plan.save(tmp_path / "plan")), NAMES) == text
     by_hand = Plan(Intervention(Add(vector(seed=10)), "layers.2.attn.output", "last"))

@@ -11,7 +11,6 @@ from steer.directions.sweep import pair_gaps
 from steer.directions.trained import Objective, Scores
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.intervene import Add, ReftR1
-from steer.intervene.operator import Pick
 
 QUICK = {"name": "t", "steps": 30, "batch_size": 4, "learning_rate": 0.05, "progress": False}
 
@@ -86,10 +85,9 @@ def test_losses_are_those_of_the_papers():
 def test_suppression_takes_away_what_is_there_and_no_more():
     v, h = torch.tensor([3.0, 4.0]), torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
     operator = AddOrNull(v)
-    pick = Pick(operator, None)
-    added = operator.delta(h, torch.ones(1, 1, 1), pick)
+    added = operator.delta(h, torch.ones(1, 1, 1), operator.tensors)
     assert torch.equal(added.expand_as(h), v.expand_as(h))
-    nulled = h + operator.delta(h, -torch.ones(1, 1, 1), pick)
+    nulled = h + operator.delta(h, -torch.ones(1, 1, 1), operator.tensors)
     assert torch.allclose(nulled[0, 0] @ v, torch.tensor(0.0), atol=1e-6) and torch.equal(nulled[0, 1], h[0, 1])
 
 

@@ -95,7 +95,7 @@ def _train(rank: int, out: Path) -> None:
             model(**{name: tensor[:1] if rank else tensor[1:] for name, tensor in batch(step).items()}).loss.backward()
             if step == 1:
                 tracker.load_state_dict(tracker.state_dict(), main=rank == 0)
-        torch.save([vars(one) for one in tracker.measure(3)], out / f"{rank}.pt")
+        torch.save([vars(record) for record in tracker.measure(3)], out / f"{rank}.pt")
 
 
 def rank_main(rank: int, port: int, out: str) -> None:

@@ -30,12 +30,12 @@ def of(pieces: list[tuple[Tensor, Tensor]]) -> ProjectionMoments:
 
 
 def check(moments: ProjectionMoments, p: Tensor, w: Tensor, rtol: float = 1e-12) -> None:
-    kept = p[w].double()
-    assert int(moments.n) == len(kept)
-    torch.testing.assert_close(moments.mean, kept.mean(0) if len(kept) else torch.zeros(K).double(), rtol=rtol, atol=1e-12)
-    if len(kept) > 1:
-        torch.testing.assert_close(moments.variance, kept.var(0), rtol=rtol, atol=1e-12)
-        torch.testing.assert_close(moments.sd, kept.std(0), rtol=rtol, atol=1e-12)
+    counted = p[w].double()
+    assert int(moments.n) == len(counted)
+    torch.testing.assert_close(moments.mean, counted.mean(0) if len(counted) else torch.zeros(K).double(), rtol=rtol, atol=1e-12)
+    if len(counted) > 1:
+        torch.testing.assert_close(moments.variance, counted.var(0), rtol=rtol, atol=1e-12)
+        torch.testing.assert_close(moments.sd, counted.std(0), rtol=rtol, atol=1e-12)
     else:
         assert bool(moments.variance.isnan().all())
 
@@ -130,11 +130,11 @@ def test_counts_weigh_like_repeated_tokens() -> None:
 def test_state_goes_round_and_is_a_copy() -> None:
     moments = of([tokens(30)])
     state = moments.state_dict()
-    other = ProjectionMoments(K)
-    other.load_state_dict(state)
-    for m in (moments, other):
+    restored = ProjectionMoments(K)
+    restored.load_state_dict(state)
+    for m in (moments, restored):
         m.update(*tokens(10, seed=5))
-    assert all(torch.equal(a, b) for a, b in zip(moments.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments.state_dict().values(), restored.state_dict().values(), strict=True))
     assert int(state["n"]) != int(moments.n)
     moments.reset()
     check(moments, *(t[:0] for t in tokens(1)))

@@ -1,98 +1,58 @@
-"""Tests of the statistics against scipy, against simulation, and under the conditions they promise to survive."""
+"""The drift metrics against their limits and simulation, and what the base class asks of a new one."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from drift.drift_helpers import SITE, direction, prompts
 from scipy import stats
+from torch import Tensor
 
-from steer.drift.metrics import benjamini_hochberg, sign_flip_p, standardise, z_controls, z_covariance, z_isotropic
+from steer.drift import METRICS, DriftStore, DriftTracker
+from steer.drift.accumulators import ProjectionMoments
+from steer.drift.measurement import SiteMeasurement
+from steer.drift.metric import DriftMetric, compute_metrics, drift_metric, metrics_of
+from steer.drift.site_directions import SiteDirections
 from steer.errors import ConfigError
+from steer.model.site import Site
+
+Tiny = Callable[[str], Any]
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9, 14])
-def test_small_samples_are_enumerated(n: int) -> None:
-    d = normal(n, 3) + 0.4
-    every = torch.tensor(list(itertools.product([1.0, -1.0], repeat=n)), dtype=torch.float64)
-    expected = ((every @ d).abs() >= d.sum(0).abs() - 1e-12).double().mean(0)
-    torch.testing.assert_close(sign_flip_p(d), expected)
-    if 2 <= n <= 9:
-        scipy = stats.permutation_test(
-            (d[:, 0].numpy(),), lambda a, axis: abs(a.mean(axis)), permutation_type="samples", alternative="greater", n_resamples=10**4
-        )
-        assert float(sign_flip_p(d)[0]) == pytest.approx(scipy.pvalue)
+def named_only(units: Tensor) -> SiteDirections:
+    """units: [named directions, width]."""
+    return SiteDirections(Site.parse(SITE), tuple(f"d{i}" for i in range(len(units))), units, (1.0,) * len(units))
 
 
-def test_large_samples_agree_with_the_normal_limit() -> None:
-    d = normal(60, 4) + torch.tensor([0.0, 0.1, 0.2, 0.3])
-    z = d.sum(0) / d.square().sum(0).sqrt()
-    expected = torch.tensor(2 * stats.norm.sf(z.abs().numpy()))
-    torch.testing.assert_close(sign_flip_p(d, draws=40000), expected, rtol=0, atol=0.015)
+def shifted(shift: Tensor, units: Tensor, baseline: Tensor) -> SiteMeasurement:
+    """Every prompt's state is moved by the same vector. shift: [width], units: [named directions, width], baseline: [prompts, width]."""
+    return SiteMeasurement.of_states(named_only(units), baseline + shift, baseline)
 
 
-def test_p_is_seeded_never_zero_and_smallest_for_a_certain_shift() -> None:
-    d = normal(40, 2) + 10
-    assert sign_flip_p(d, draws=999).tolist() == [0.001, 0.001]
-    weak = normal(40, 2) * 3 + 0.5
-    assert torch.equal(sign_flip_p(weak, seed=1), sign_flip_p(weak, seed=1))
-    assert not torch.equal(sign_flip_p(weak, seed=1), sign_flip_p(weak, seed=2))
+def z_isotropic(shift: Tensor, units: Tensor) -> Tensor:
+    return METRICS.get("z_isotropic").compute([shifted(shift, units, normal(3, len(shift), seed=9))])[0]
 
 
-def test_equal_sums_count_as_equal_despite_rounding() -> None:
-    d = torch.tensor([[0.1], [0.2], [0.3], [-0.6]])  # observed sum 0 up to rounding: every pattern is at least as extreme
-    assert sign_flip_p(d).item() == 1.0
-    assert sign_flip_p(torch.full((5, 1), 0.1)).item() == 2 / 32
+def z_covariance(shift: Tensor, units: Tensor, baseline: Tensor) -> Tensor:
+    return METRICS.get("z_covariance").compute([shifted(shift, units, baseline)])[0]
 
 
-def test_degenerate_differences() -> None:
-    assert sign_flip_p(torch.zeros(8, 1)).item() == 1.0
-    assert sign_flip_p(torch.zeros(20, 1)).item() == 1.0
-    for n in (8, 20):
-        mixed = normal(n, 2)
-        mixed[3, 0] = float("nan")
-        p = sign_flip_p(mixed)
-        assert math.isnan(p[0]) and 0 < float(p[1]) <= 1
-    with pytest.raises(ConfigError, match="pairs"):
-        sign_flip_p(torch.zeros(0, 1))
-
-
-@pytest.mark.parametrize(("name", "n"), [("cauchy", 10), ("student3", 24), ("laplace", 10)])
-def test_the_size_holds_under_heavy_tails(name: str, n: int) -> None:
-    """2 000 tests of a true null at 5 %: between 3.5 % and 6.5 % reject (three standard errors)."""
-    law = {"cauchy": stats.cauchy(), "student3": stats.t(3), "laplace": stats.laplace()}[name]
-    d = torch.tensor(law.rvs(size=(n, 2000), random_state=7))
-    rejected = float((sign_flip_p(d, draws=999) <= 0.05).double().mean())
-    assert 0.035 <= rejected <= 0.065
-
-
-def test_pairing_gives_the_power() -> None:
-    """A shift of 0.2 between-prompt SD on 16 prompts: nearly certain when paired, hopeless when not."""
-    prompts, noise = normal(16, 300), 0.1 * normal(16, 300, seed=1)
-    paired = sign_flip_p(0.2 + noise, draws=999)
-    unpaired = stats.ttest_ind((prompts + 0.2).numpy(), normal(16, 300, seed=2).numpy()).pvalue
-    assert float((paired <= 0.05).double().mean()) > 0.99
-    assert (unpaired <= 0.05).mean() < 0.25
-
-
-def test_benjamini_hochberg_agrees_with_scipy() -> None:
-    p = torch.rand(37, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
-    torch.testing.assert_close(benjamini_hochberg(p), torch.tensor(stats.false_discovery_control(p.numpy())))
-    assert benjamini_hochberg(torch.tensor([0.03])).item() == pytest.approx(0.03)
-    q = benjamini_hochberg(torch.tensor([0.01, float("nan"), 0.04]))
-    assert q[0].item() == pytest.approx(0.02) and q[1].isnan() and q[2].item() == pytest.approx(0.04)
-    assert benjamini_hochberg(torch.tensor([])).shape == (0,)
-
-
-def test_standardise_where_nothing_moves() -> None:
-    sd = torch.tensor([2.0, 0.0, 0.0])
-    assert standardise(torch.tensor([1.0, 0.0, 1.0]), sd).tolist() == [0.5, 0.0, math.inf]
+def z_controls(effect: Tensor, controls: Tensor) -> Tensor:
+    """effect: [named directions] in baseline SD, controls: [controls] likewise."""
+    width = len(effect) + len(controls)
+    own = SiteDirections(Site.parse(SITE), tuple(map(str, range(width))), torch.eye(width).double(), (1.0,) * len(effect))
+    site = SiteMeasurement.of_states(own, normal(2, width), normal(2, width))
+    site.values["effect_sd"] = torch.cat([effect, controls]).double()
+    return METRICS.get("z_controls").compute([site])[0]
 
 
 def test_isotropic_z_is_the_limit_of_many_random_directions() -> None:
@@ -136,3 +96,116 @@ def test_control_z_holds_its_size() -> None:
     shifts = normal(4000, 17)
     z = torch.stack([z_controls(row[:1], row[1:])[0] for row in shifts])
     assert 0.04 <= float((z.abs() > stats.t(16).ppf(0.975)).double().mean()) <= 0.06
+
+
+# ---- what a measurement has in each mode
+
+
+def test_the_metrics_of_each_mode() -> None:
+    names = {mode: [metric.name for metric in metrics_of(mode)] for mode in ("probe", "stream")}
+    assert sorted(names["probe"]) == list(METRICS)
+    assert set(METRICS) - set(names["stream"]) == {"p", "q", "z_isotropic", "z_covariance"}
+    assert all(names["probe"].index(need) < names["probe"].index(name) for name in METRICS for need in METRICS.get(name).needs)
+
+
+def test_every_metric_says_what_it_is() -> None:
+    assert all(isinstance(METRICS.get(name), DriftMetric) and METRICS.get(name).name == name and what for name, what in METRICS.table())
+
+
+def test_values_of_controls_only_where_a_metric_has_them() -> None:
+    own = SiteDirections(Site.parse(SITE), ("a", "b", "random-00"), torch.eye(3).double(), (2.0, 4.0))
+    moments = ProjectionMoments(3)
+    moments.update(normal(20, 3), torch.ones(20))
+    later = ProjectionMoments(3)
+    later.update(normal(30, 3, seed=1) + 1, torch.ones(30))
+    stream = SiteMeasurement.of_moments(own, later, moments)
+    compute_metrics([stream])
+    assert {name: len(values) for name, values in stream.values.items()} == {
+        "mean": 3, "sd": 3, "change": 3, "effect_sd": 3, "effect_gap": 2, "z_controls": 2
+    }  # fmt: skip
+    torch.testing.assert_close(stream.values["effect_gap"], stream.values["change"][:2] / torch.tensor([2.0, 4.0]).double())
+    with pytest.raises(ConfigError, match="states that are not kept"):
+        _ = stream.shift
+
+
+# ---- a new metric
+
+
+@pytest.fixture
+def new() -> Iterator[Callable[..., Any]]:
+    """Registers metrics for a test, and takes them away after it."""
+    METRICS.load()
+    before = dict(METRICS._entries)
+    yield drift_metric
+    METRICS._entries.clear()
+    METRICS._entries.update(before)
+
+
+def test_a_new_metric_is_computed_logged_and_stored(tiny: Tiny, tmp_path: Path, new: Any) -> None:
+    @new("range", unit="of the activation", modes=("probe",), controls=False)
+    def spread(site: SiteMeasurement) -> Tensor:
+        """Largest projection minus the smallest."""
+        projections = site.named(site.states @ site.directions.units.mT)
+        return projections.max(0).values - projections.min(0).values
+
+    @new("largest", needs=("range",), across_sites=True, controls=False, logged=False)
+    def largest(sites: Any) -> Tensor:
+        """The same, as a share of the largest one at any site."""
+        ranges = torch.cat([site.values["range"] for site in sites])
+        return ranges / ranges.max()
+
+    watched = {"a": [direction(SITE), direction("layers.0.output", seed=1)], "b": direction(SITE, seed=2)}
+    tracker = DriftTracker(watched, probe=prompts(), controls=2, store=tmp_path / "d.sqlite")
+    with tracker.attached(tiny("llama")):
+        named = [record for record in tracker.measure(0) if record.kind == "named"]
+    assert all(record.range > 0 for record in named) and max(record.largest for record in named) == 1.0
+    assert [record.range for record in tracker.latest if record.kind == "control"] == [None] * 4
+    assert tracker.log_values()[f"drift/a@{SITE}/range"] == named[0].range
+    assert not any(key.endswith("largest") for key in tracker.log_values())
+    with DriftStore(tmp_path / "d.sqlite") as store:
+        assert store.series("b", SITE)["range"] == [record.range for record in named if record.direction == "b"]
+        assert sorted(store.records(), key=str) == sorted(tracker.latest, key=str)
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (torch.zeros(3), "torch.float32 of the shape \\[3\\]"),
+        (torch.zeros(2).double(), "torch.float64 of the shape \\[2\\]"),
+        (torch.zeros(3, 1).double(), "torch.float64 of the shape \\[3, 1\\]"),
+        (1.0, "float '1.0'"),
+        (None, "NoneType"),
+    ],
+)
+def test_anything_but_a_column_of_values_is_refused(tiny: Tiny, new: Any, returned: Any, found: str) -> None:
+    @new("wrong")
+    def wrong(site: SiteMeasurement) -> Any:
+        """Wrong."""
+        return returned
+
+    tracker = DriftTracker({"rude": direction()}, probe=prompts(), controls=2)
+    with tracker.attached(tiny("llama")):
+        with pytest.raises(ConfigError, match=f"'wrong' returned no column(.|\n)*shape \\[3\\], one value per direction(.|\n)*{found}"):
+            tracker.measure(0)
+        assert tracker.last_step == -1
+
+
+def test_needs_that_cannot_be_met_are_refused(new: Any) -> None:
+    new("a", needs=("b",))(lambda site: site.values["b"])
+    with pytest.raises(ConfigError, match="unknown drift metric 'b'"):
+        metrics_of("probe")
+    new("b", needs=("a",))(lambda site: site.values["a"])
+    with pytest.raises(ConfigError, match="needs itself(.|\n)*a -> b -> a"):
+        metrics_of("probe")
+
+
+def test_registrations_that_cannot_work_are_refused(new: Any) -> None:
+    for reserved in ("step", "n", "metrics"):
+        with pytest.raises(ConfigError, match="name of a field"):
+            new(reserved)
+    for modes in ((), ("dream",)):
+        with pytest.raises(ConfigError, match="unknown mode"):
+            new("odd", modes=modes)
+    METRICS.register("bare")(lambda site: site.mean)
+    with pytest.raises(ConfigError, match="drift metric 'bare'(.|\n)*drift_metric"):
+        metrics_of("probe")

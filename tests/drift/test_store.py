@@ -18,21 +18,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.drift.records import DriftRecord, Tracked
-from steer.drift.store import DriftStore, DriftWriter, StoreInUseError
+from steer.drift.records import DriftRecord
+from steer.drift.site_directions import TrackedDirection
+from steer.drift.store import DriftStore, StoreInUseError
+from steer.drift.writer import DriftWriter
 from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError, WrongModelError
 
 MODEL = {"model_type": "llama", "width": 4, "embedding_digest": None}
 SITE = "layers.1.output"
 TRACKED = [
-    Tracked.of("rude", SITE, "named", 2.5, torch.tensor([1.0, 0, 0, 0])),
-    Tracked.of("random-00", SITE, "control", None, torch.tensor([0, 1.0, 0, 0])),
+    TrackedDirection.of("rude", SITE, "named", 2.5, torch.tensor([1.0, 0, 0, 0])),
+    TrackedDirection.of("random-00", SITE, "control", None, torch.tensor([0, 1.0, 0, 0])),
 ]
 
 
 def measurement(step: int, value: float = 0.5) -> list[DriftRecord]:
-    named = DriftRecord(step, "probe", "rude", SITE, "named", 8, value, 1.0, value, value, value / 2.5, 0.01, 0.02, 3.0, 2.0, 1.0)
-    return [named, DriftRecord(step, "probe", "random-00", SITE, "control", 8, 0.1, 1.0, 0.1, 0.1)]
+    shift = {"mean": value, "sd": 1.0, "change": value, "effect_sd": value, "effect_gap": value / 2.5}
+    tests = {"p": 0.01, "q": 0.02, "z_controls": 3.0, "z_isotropic": 2.0, "z_covariance": 1.0}
+    named = DriftRecord(step, "probe", "rude", SITE, "named", 8, shift | tests)
+    control = {"mean": 0.1, "sd": 1.0, "change": 0.1, "effect_sd": 0.1}
+    return [named, DriftRecord(step, "probe", "random-00", SITE, "control", 8, control)]
 
 
 def writer(path: Path, from_step: int = -1, **changes: object) -> DriftWriter:
@@ -56,7 +61,7 @@ def test_records_come_back_as_they_went_in(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_come_back(tmp_path: Path) -> None:
-    odd = replace(measurement(0)[0], mean=math.nan, sd=math.inf, p=None)
+    odd = replace(measurement(0)[0], metrics={"mean": math.nan, "sd": math.inf})
     with writer(tmp_path / "d.sqlite") as store:
         store.append([odd])
         back = store.records()[0]
@@ -180,7 +185,14 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         assert len(store.records()) == 4
 
 
-CHANGES = ["UPDATE records SET mean = 0", "DELETE FROM records", "DELETE FROM attempts", "UPDATE meta SET value = ''"]
+CHANGES = [
+    "UPDATE metrics SET value = 0",
+    "DELETE FROM metrics",
+    "UPDATE records SET n = 0",
+    "DELETE FROM records",
+    "DELETE FROM attempts",
+    "UPDATE meta SET value = ''",
+]
 
 
 @pytest.mark.parametrize("statement", CHANGES)
@@ -203,11 +215,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_another_vector_under_the_same_name_is_refused(tmp_path: Path) -> None:
     writer(tmp_path / "d.sqlite").close()
-    other = Tracked.of("rude", SITE, "named", 2.5, torch.tensor([0.0, 0, 1, 0]))
+    another_vector = TrackedDirection.of("rude", SITE, "named", 2.5, torch.tensor([0.0, 0, 1, 0]))
     with pytest.raises(ConfigError, match="another vector as 'rude' at 'layers.1.output'"):
-        writer(tmp_path / "d.sqlite", tracked=[other])
-    with writer(tmp_path / "d.sqlite", tracked=[Tracked.of("new", SITE, "named", 1.0, torch.ones(4))], from_step=5) as store:
-        assert [one.direction for one in store.tracked()] == ["rude", "random-00", "new"]
+        writer(tmp_path / "d.sqlite", tracked=[another_vector])
+    with writer(tmp_path / "d.sqlite", tracked=[TrackedDirection.of("new", SITE, "named", 1.0, torch.ones(4))], from_step=5) as store:
+        assert [known.direction for known in store.tracked()] == ["rude", "random-00", "new"]
 
 
 @pytest.mark.parametrize("opens", [DriftStore, writer])
@@ -238,9 +250,9 @@ def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "empty.sqlite").touch()
     with pytest.raises(DamagedFileError, match="empty file"):
         DriftStore(tmp_path / "empty.sqlite")
-    other = sqlite3.connect(tmp_path / "other.sqlite")
-    other.execute("CREATE TABLE t (x)")
-    other.close()
+    database = sqlite3.connect(tmp_path / "other.sqlite")
+    database.execute("CREATE TABLE t (x)")
+    database.close()
     for opens in (DriftStore, writer):
         with pytest.raises(WrongKindError):
             opens(tmp_path / "other.sqlite")
@@ -256,11 +268,11 @@ def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
         for step in range(1, 1000):
             store.append(measurement(step))
     assert isinstance(error.value, OSError)
-    kept = store.series("rude", SITE)["step"]
-    assert kept == list(range(len(kept))) == store.series("random-00", SITE)["step"]
+    recorded = store.series("rude", SITE)["step"]
+    assert recorded == list(range(len(recorded))) == store.series("random-00", SITE)["step"]
     store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
-    store.append(measurement(len(kept)))  # goes on once there is room
-    assert store.series("rude", SITE)["step"] == [*kept, len(kept)]
+    store.append(measurement(len(recorded)))  # goes on once there is room
+    assert store.series("rude", SITE)["step"] == [*recorded, len(recorded)]
     store.close()
 
 

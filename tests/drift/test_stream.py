@@ -20,7 +20,7 @@ from steer.drift.records import DriftRecord
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.kernels import force
-from steer.model.hooks import response_tokens
+from steer.model.annotations import response_tokens
 
 Tiny = Callable[[str], Any]
 
@@ -30,18 +30,20 @@ def counted(tracker: DriftTracker) -> int:
 
 
 def responses(*batches: dict[str, Tensor]) -> int:
-    return sum(int((one["labels"] != -100).sum()) for one in batches)
+    return sum(int((inputs["labels"] != -100).sum()) for inputs in batches)
 
 
-def states(model: nn.Module, one: dict[str, Tensor], layer: int = 2) -> Tensor:
+def states(model: nn.Module, inputs: dict[str, Tensor], layer: int = 2) -> Tensor:
     """[response tokens, width], read without any hook."""
     with torch.no_grad():
-        hidden = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"], output_hidden_states=True).hidden_states[layer]
-    return hidden[one["labels"] != -100].double()
+        hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True).hidden_states[
+            layer
+        ]
+    return hidden[inputs["labels"] != -100].double()
 
 
 def named(records: list[DriftRecord]) -> DriftRecord:
-    return next(one for one in records if one.kind == "named" and one.mode == "stream")
+    return next(record for record in records if record.kind == "named" and record.mode == "stream")
 
 
 @pytest.mark.parametrize("path", ["auto", "op"])
@@ -49,49 +51,49 @@ def test_the_numbers_are_those_of_the_labelled_tokens(tiny: Tiny, path: str) -> 
     """Also those of the kernel that reads an activation on a GPU."""
     model, tracker = tiny("llama"), stream()
     first, later = [batch(0), batch(1)], [batch(2)]
-    expected = [torch.cat([states(model, one) for one in ones]) @ direction().unit.double() for ones in (first, later)]
-    found = []
+    expected = [torch.cat([states(model, inputs) for inputs in window]) @ direction().unit.double() for window in (first, later)]
+    records = []
     with force(path), tracker.attached(model):
         assert tracker.measure(0) == []
-        for step, ones in ((2, first), (3, later)):
-            for one in ones:
-                model(**one)
-            found.append(named(tracker.measure(step)))
-    for record, p in zip(found, expected, strict=True):
+        for step, window in ((2, first), (3, later)):
+            for inputs in window:
+                model(**inputs)
+            records.append(named(tracker.measure(step)))
+    for record, p in zip(records, expected, strict=True):
         assert record.n == len(p)
         assert (record.mean, record.sd) == pytest.approx((p.mean().item(), p.std().item()), rel=1e-4)
-    assert found[0].change == found[0].effect_sd == 0.0
-    assert found[1].change == pytest.approx((expected[1].mean() - expected[0].mean()).item(), rel=1e-3)
-    assert found[1].effect_sd == pytest.approx(found[1].change / expected[0].std().item(), rel=1e-3)
-    assert found[1].z_controls is not None and found[1].p is found[1].z_isotropic is None
+    assert records[0].change == records[0].effect_sd == 0.0
+    assert records[1].change == pytest.approx((expected[1].mean() - expected[0].mean()).item(), rel=1e-3)
+    assert records[1].effect_sd == pytest.approx(records[1].change / expected[0].std().item(), rel=1e-3)
+    assert records[1].z_controls is not None and records[1].p is records[1].z_isotropic is None
     assert set(tracker.log_values()) == {f"drift_stream/rude@{SITE}/{name}" for name in ("effect_sd", "change", "z_controls")}
 
 
 def test_only_the_policys_training_passes_count(tiny: Tiny) -> None:
     """Validation, generation in training mode (as GRPO does) and the probe are left out; micro-batches all count."""
-    model, tracker, one = tiny("llama").train(), stream(probe=prompts()), batch(0)
+    model, tracker, inputs = tiny("llama").train(), stream(probe=prompts()), batch(0)
     with tracker.attached(model):
         tracker.measure(0)
         with torch.no_grad():
-            model(**one)
-            model.generate(one["input_ids"][:1], max_new_tokens=3, do_sample=False)
+            model(**inputs)
+            model.generate(inputs["input_ids"][:1], max_new_tokens=3, do_sample=False)
         assert counted(tracker) == 0
-        model(**one).loss.backward()
+        model(**inputs).loss.backward()
         model(**batch(1)).loss.backward()
-        assert counted(tracker) == responses(one, batch(1))
+        assert counted(tracker) == responses(inputs, batch(1))
 
 
 def test_the_reference_pass_of_dpo_is_left_out(tiny: Tiny) -> None:
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-    tracker, one = stream(), batch(0)
+    tracker, inputs = stream(), batch(0)
     with tracker.attached(model):
-        model(**one)
+        model(**inputs)
         with torch.no_grad(), model.disable_adapter():
-            model(**one)
-        assert counted(tracker) == responses(one)
+            model(**inputs)
+        assert counted(tracker) == responses(inputs)
         with model.disable_adapter():  # a reference pass that forgot no_grad
-            model(**one)
-        assert counted(tracker) == responses(one)
+            model(**inputs)
+        assert counted(tracker) == responses(inputs)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -100,14 +102,14 @@ def test_gradient_checkpointing_counts_once(tiny: Tiny, site: str, width: int, r
     plain, recomputed = tiny("llama").train(), tiny("llama").train()
     recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     recomputed.enable_input_require_grads()
-    found = []
+    records = []
     for model in (plain, recomputed):
         tracker = stream(site, width=width)
         with tracker.attached(model):
             for step in range(2):
                 model(**batch(step), use_cache=False).loss.backward()
-            found.append(named(tracker.measure(2)))
-    assert found[0] == found[1] and found[0].n == responses(batch(0), batch(1))
+            records.append(named(tracker.measure(2)))
+    assert records[0] == records[1] and records[0].n == responses(batch(0), batch(1))
 
 
 def test_the_hooks_change_no_gradient(tiny: Tiny) -> None:
@@ -122,14 +124,14 @@ def test_the_hooks_change_no_gradient(tiny: Tiny) -> None:
 
 
 def test_announced_responses_stand_in_for_labels(tiny: Tiny) -> None:
-    model, tracker, one = tiny("llama"), stream(), batch(0)
-    given = {"input_ids": one["input_ids"], "attention_mask": one["attention_mask"], "use_cache": False}
+    model, tracker, inputs = tiny("llama"), stream(), batch(0)
+    unlabelled = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
     with tracker.attached(model):
-        with response_tokens(model, one["labels"] != -100):
-            model(**given)
-        assert counted(tracker) == responses(one)
+        with response_tokens(model, inputs["labels"] != -100):
+            model(**unlabelled)
+        assert counted(tracker) == responses(inputs)
         with pytest.raises(ContextError, match="cannot tell the response"):
-            model(**given)
+            model(**unlabelled)
 
 
 def test_a_plan_attached_before_is_seen(tiny: Tiny) -> None:
@@ -139,42 +141,44 @@ def test_a_plan_attached_before_is_seen(tiny: Tiny) -> None:
     for steered in (False, True):
         tracker = stream()
         if steered:
-            plan.attach(model)
+            attachment = plan.attach(model)
         with tracker.attached(model):
             model(**batch(0))
             means.append(named(tracker.measure(1)).mean)
-    plan.detach()
+    attachment.detach()
     assert means[1] - means[0] == pytest.approx(2.0, rel=1e-4)
 
 
 def test_mixed_precision_does_not_blur_the_projection(tiny: Tiny) -> None:
     """Under bf16 autocast the residual stream stays fp32, and so must the projection on the direction."""
-    model, tracker, one = tiny("llama"), stream(), batch(0)
-    kept: list[Tensor] = []
-    handle = model.model.layers[1].register_forward_hook(lambda module, args, out: kept.append(out if isinstance(out, Tensor) else out[0]))
+    model, tracker, inputs = tiny("llama"), stream(), batch(0)
+    hidden: list[Tensor] = []
+    handle = model.model.layers[1].register_forward_hook(
+        lambda module, args, out: hidden.append(out if isinstance(out, Tensor) else out[0])
+    )
     with tracker.attached(model), torch.autocast("cpu", torch.bfloat16):
-        model(**one)
+        model(**inputs)
         record = named(tracker.measure(1))
     handle.remove()
-    exact = kept[0].detach()[one["labels"] != -100].double() @ direction().unit.double()
+    exact = hidden[0].detach()[inputs["labels"] != -100].double() @ direction().unit.double()
     assert record.mean == pytest.approx(exact.mean().item(), rel=1e-5)
     tracker = stream()
     with tracker.attached(model.to(torch.bfloat16)):
-        model(**one)
-        assert named(tracker.measure(1)).n == responses(one)
+        model(**inputs)
+        assert named(tracker.measure(1)).n == responses(inputs)
 
 
 def test_a_window_survives_a_checkpoint(tiny: Tiny) -> None:
     """Saved in the middle of a window: the records after the resume are those of the run that went on."""
-    model, kept = tiny("llama"), stream()
-    with kept.attached(model):
+    model, uninterrupted = tiny("llama"), stream()
+    with uninterrupted.attached(model):
         for step in range(2):
             model(**batch(step))
-        kept.measure(2)
+        uninterrupted.measure(2)
         model(**batch(2))
-        state = kept.state_dict()
+        state = uninterrupted.state_dict()
         model(**batch(3))
-        expected = kept.measure(4)
+        expected = uninterrupted.measure(4)
     resumed = stream()
     resumed.load_state_dict(state)  # before the attach, as Lightning may do it
     with resumed.attached(model):
@@ -202,10 +206,10 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         for step in range(3):
             model(**batch(step))
         alone = tracker.measure(3)
-    assert [one.direction for one in alone] == [one.direction for one in ranks[0]]
-    for one, two in zip(alone, ranks[0], strict=True):
-        assert (one.mode, one.n) == (two.mode, two.n)
-        assert (one.mean, one.sd) == pytest.approx((two.mean, two.sd), rel=1e-6)
+    assert [record.direction for record in alone] == [record.direction for record in ranks[0]]
+    for single, double in zip(alone, ranks[0], strict=True):
+        assert (single.mode, single.n) == (double.mode, double.n)
+        assert (single.mean, single.sd) == pytest.approx((double.mean, double.sd), rel=1e-6)
     assert named(alone).n == responses(*map(batch, range(3)))
 
 

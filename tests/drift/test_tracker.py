@@ -16,11 +16,12 @@ from torch import nn
 
 from steer.directions.direction import Directions
 from steer.drift import DriftStore, DriftTracker
-from steer.drift.watch import random_units
+from steer.drift.site_directions import random_units
 from steer.errors import AttachError, ConfigError, NonFiniteError, SiteError, WidthError, WrongModelError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.hooks import arm, watcher_of
+from steer.model.hooks import arm
 from steer.model.site import Site
+from steer.model.watcher import watcher_of
 
 Tiny = Callable[[str], Any]
 
@@ -33,7 +34,7 @@ def shift(model: nn.Module, vector: torch.Tensor, layer: int = 1) -> None:
 
 
 def by_name(tracker: DriftTracker, name: str, site: str = SITE, mode: str = "probe") -> Any:
-    return next(one for one in tracker.latest if (one.direction, one.site, one.mode) == (name, site, mode))
+    return next(record for record in tracker.latest if (record.direction, record.site, record.mode) == (name, site, mode))
 
 
 def test_the_numbers_are_those_of_the_hidden_states(tiny: Tiny) -> None:
@@ -55,22 +56,22 @@ def test_the_numbers_are_those_of_the_hidden_states(tiny: Tiny) -> None:
         model.eval()
         after = projections()
         tracker.measure(3)
-    found = by_name(tracker, "rude")
+    later = by_name(tracker, "rude")
     assert (first.mean, first.sd) == pytest.approx((before.mean().item(), before.std().item()), rel=1e-5)
     assert (first.change, first.effect_sd, first.p, first.z_controls, first.z_isotropic) == (0.0, 0.0, 1.0, 0.0, 0.0)
     change = (after - before).mean().item()
     assert abs(change) > 1e-3
-    assert (found.mean, found.sd) == pytest.approx((after.mean().item(), after.std().item()), rel=1e-5) and found.n == len(rows)
-    assert found.change == pytest.approx(change, rel=1e-4)
-    assert found.effect_sd == pytest.approx(change / before.std().item(), rel=1e-4)
-    assert found.effect_gap == pytest.approx(change / 2.0, rel=1e-4)
+    assert (later.mean, later.sd) == pytest.approx((after.mean().item(), after.std().item()), rel=1e-5) and later.n == len(rows)
+    assert later.change == pytest.approx(change, rel=1e-4)
+    assert later.effect_sd == pytest.approx(change / before.std().item(), rel=1e-4)
+    assert later.effect_gap == pytest.approx(change / 2.0, rel=1e-4)
 
 
 def test_a_shift_along_the_direction_is_specific_and_one_across_it_is_not(tiny: Tiny) -> None:
     v = direction()
     across = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
     across -= (across @ v.unit) * v.unit
-    found = {}
+    records = {}
     for name, moved in (("along", 3 * v.unit), ("across", 3 * across / across.norm())):
         model = tiny("llama")
         tracker = DriftTracker({"rude": v}, probe=prompts(), stream=False)
@@ -78,8 +79,8 @@ def test_a_shift_along_the_direction_is_specific_and_one_across_it_is_not(tiny: 
             tracker.measure(0)
             shift(model, moved)
             tracker.measure(1)
-        found[name] = by_name(tracker, "rude")
-    along, across_it = found["along"], found["across"]
+        records[name] = by_name(tracker, "rude")
+    along, across_it = records["along"], records["across"]
     assert along.change == pytest.approx(3.0, rel=1e-4) and along.effect_gap == pytest.approx(1.5, rel=1e-4)
     assert along.p == 2 / 2**10 and along.q == along.p
     assert along.z_isotropic == pytest.approx(WIDTH**0.5, rel=1e-3)
@@ -91,12 +92,12 @@ def test_controls_are_always_beside_and_never_change(tiny: Tiny) -> None:
     tracker = DriftTracker({"rude": direction(), "calm": direction(seed=1)}, probe=prompts(), stream=False)
     with tracker.attached(tiny("llama")):
         records = tracker.measure(0)
-    controls = [one for one in records if one.kind == "control"]
-    assert [one.direction for one in controls] == [f"random-{i:02d}" for i in range(16)]
-    assert all((one.p, one.q, one.z_controls, one.effect_gap) == (None, None, None, None) for one in controls)
+    controls = [record for record in records if record.kind == "control"]
+    assert [record.direction for record in controls] == [f"random-{i:02d}" for i in range(16)]
+    assert all((record.p, record.q, record.z_controls, record.effect_gap) == (None, None, None, None) for record in controls)
     site = Site.parse(SITE)
     torch.testing.assert_close(random_units(16, WIDTH, site, 0).norm(dim=1), torch.ones(16).double())
-    assert torch.equal(tracker.watches[site].units[2:], random_units(16, WIDTH, site, 0))
+    assert torch.equal(tracker.sites[site].units[2:], random_units(16, WIDTH, site, 0))
     assert not torch.equal(random_units(16, WIDTH, site, 0), random_units(16, WIDTH, site, 1))
     assert not torch.equal(random_units(16, WIDTH, site, 0), random_units(16, WIDTH, Site.parse("layers.0.output"), 0))
 
@@ -108,12 +109,12 @@ def test_q_corrects_over_all_named_directions_and_sites(tiny: Tiny) -> None:
     with tracker.attached(loop.model):
         tracker.measure(0)
         list(loop.train(1))
-        named = [one for one in tracker.measure(1) if one.kind == "named"]
-    assert len(named) == 4 and {(one.direction, one.site) for one in named} == {
+        named = [record for record in tracker.measure(1) if record.kind == "named"]
+    assert len(named) == 4 and {(record.direction, record.site) for record in named} == {
         ("a", "layers.0.output"), ("a", "layers.1.output"), ("a", "layers.2.output"), ("b", "layers.1.output")
     }  # fmt: skip
-    assert max(one.q for one in named) == max(one.p for one in named)
-    assert all(one.q >= one.p for one in named) and any(one.q > one.p for one in named)
+    assert max(record.q for record in named) == max(record.p for record in named)
+    assert all(record.q >= record.p for record in named) and any(record.q > record.p for record in named)
 
 
 def test_log_values_have_stable_keys(tiny: Tiny) -> None:
@@ -183,7 +184,7 @@ def test_prompts_with_answers_can_be_read_over_the_response(tiny: Tiny) -> None:
         tracker.measure(0)
     with torch.no_grad():
         states = [model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2][0, 1:].mean(0) for row in rows]
-    torch.testing.assert_close(tracker.baseline[SITE], torch.stack(states), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tracker.probe.baseline[SITE], torch.stack(states), rtol=1e-4, atol=1e-5)
 
 
 # ---- store and state
@@ -204,10 +205,10 @@ def test_an_exact_resume_equals_the_uninterrupted_run(tiny: Tiny, tmp_path: Path
             if step % 2 == 0:
                 tracker.measure(step)
 
-    whole, tracker = Loop(tiny("llama")), make(tmp_path / "a")
-    with tracker.attached(whole.model):
+    uninterrupted, tracker = Loop(tiny("llama")), make(tmp_path / "a")
+    with tracker.attached(uninterrupted.model):
         tracker.measure(0)
-        go(whole, tracker, 8)
+        go(uninterrupted, tracker, 8)
 
     loop, tracker = Loop(tiny("llama")), make(tmp_path / "b")
     with tracker.attached(loop.model):
@@ -230,7 +231,7 @@ def test_an_exact_resume_equals_the_uninterrupted_run(tiny: Tiny, tmp_path: Path
         assert a.series("rude", SITE)["step"] == [0, 2, 4, 6, 8]
         assert a.series("rude", SITE, "stream")["step"] == [2, 4, 6, 8]
         assert list(map(astuple, a.records())) == list(map(astuple, b.records()))
-    assert all(torch.equal(tensor, loop.state()["model"][name]) for name, tensor in whole.state()["model"].items())
+    assert all(torch.equal(tensor, loop.state()["model"][name]) for name, tensor in uninterrupted.state()["model"].items())
 
 
 def test_full_training_that_moves_the_embeddings_still_resumes_into_its_store(tiny: Tiny, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_the_store_is_free_after_the_detach(tiny: Tiny, tmp_path: Path) -> None:
             tracker.measure(step)
     with DriftStore(tmp_path / "d.sqlite") as store:
         assert store.series("calm", "layers.2.output")["step"] == [0, 1]
-        assert [(one.direction, one.kind) for one in store.tracked()][:2] == [("rude", "named"), ("random-00", "control")]
+        assert [(tracked.direction, tracked.kind) for tracked in store.tracked()][:2] == [("rude", "named"), ("random-00", "control")]
         json.dumps(store.fingerprint)
 
 
@@ -277,9 +278,9 @@ def test_a_state_of_another_tracker_is_refused(tiny: Tiny) -> None:
     ]
     state = trackers[0].state_dict()
     trackers[0].load_state_dict(state)
-    for other in trackers[1:]:
+    for another in trackers[1:]:
         with pytest.raises(ConfigError, match="another tracker"):
-            other.load_state_dict(state)
+            another.load_state_dict(state)
 
 
 # ---- compiled, wrapped, wrong
@@ -303,12 +304,12 @@ def test_measuring_does_not_make_compiled_training_compile_again(tiny: Tiny) -> 
         tracker.measure(4)
     assert before > 0 and compilations["unique_graphs"] == before
     reference = Loop(tiny("llama"))
-    other = DriftTracker({"rude": direction()}, probe=prompts())
-    with other.attached(reference.model):
+    uncompiled = DriftTracker({"rude": direction()}, probe=prompts())
+    with uncompiled.attached(reference.model):
         list(reference.train(2))
-        other.measure(2)
-    assert window.n == by_name(other, "rude", mode="stream").n
-    assert window.mean == pytest.approx(by_name(other, "rude", mode="stream").mean, rel=1e-5)
+        uncompiled.measure(2)
+    assert window.n == by_name(uncompiled, "rude", mode="stream").n
+    assert window.mean == pytest.approx(by_name(uncompiled, "rude", mode="stream").mean, rel=1e-5)
 
 
 def test_a_lightning_module_without_forward_is_probed(tiny: Tiny) -> None:

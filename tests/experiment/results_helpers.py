@@ -49,13 +49,13 @@ RECORD: dict[str, Any] = {
 
 def collect(*arms: tuple[Arm, float]) -> dict[str, Any]:
     """Arms with the behaviour gap that each ends with; the base model has 0."""
-    found = directions()
+    loud = directions()
     return results.collect(
         config=CONFIG,
         arms=[(arm, copy.deepcopy(RECORD), measures(gap, seed=i + 2)) for i, (arm, gap) in enumerate(arms)],
         before=measures(0.0),
-        direction=found["layers.1.output"],
-        directions=found,
+        direction=loud["layers.1.output"],
+        directions=loud,
     )
 
 

@@ -77,8 +77,8 @@ def test_plans() -> None:
     assert during is not None and random is not None and later is not None
     (of_during,), (of_random,), (of_later,) = (plan.interventions for plan in (during, random, later))
     assert (of_during.name, of_during.site, str(of_during.scope), of_during.phases) == ("a", SITE, "response", ("train",))
-    assert of_during.base.tolist() == [1.5] and during.fingerprint == fingerprint
-    assert of_later.phases == ("validate", "generate") and of_later.base.tolist() == [-2.0]
+    assert list(of_during.strength) == [1.5] and during.fingerprint == fingerprint
+    assert of_later.phases == ("validate", "generate") and list(of_later.strength) == [-2.0]
     assert torch.equal(of_during.operator.tensors["vector"][0], trait.vector)
     assert torch.equal(of_random.operator.tensors["vector"][0], random_like(trait, 5))
 

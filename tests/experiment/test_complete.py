@@ -52,9 +52,9 @@ def test_a_plan_acts_on_the_decoded_tokens() -> None:
     model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
     plain = complete(model, tokenizer, PROMPTS, max_new_tokens=6)
     plan = Plan(Intervention(Add(vector(length=40.0)), SITE, scope="response", phases=("generate",)))
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         steered = complete(model, tokenizer, PROMPTS, max_new_tokens=6)
-        assert 0 < plan.fired()["add@layers.1.output"] <= 5 * len(PROMPTS), "the first token comes from the prompt"
+        assert 0 < attachment.fired()["add@layers.1.output"] <= 5 * len(PROMPTS), "the first token comes from the prompt"
     assert steered != plain
     assert complete(model, tokenizer, PROMPTS, max_new_tokens=6) == plain
 

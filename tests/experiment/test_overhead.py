@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steer.experiment import overhead
 from steer.experiment.overhead import step_overhead
+from steer.intervene import Attachment
 
 BATCH = {"input_ids": torch.full((2, 6), 9), "labels": torch.full((2, 6), 9)}
 
@@ -71,8 +72,8 @@ def test_a_slow_spell_is_not_charged_to_the_hooks_but_shown(monkeypatch: pytest.
 
     monkeypatch.setattr(clock, "step", slower)
     monkeypatch.setattr(overhead, "time", clock)
-    found = step_overhead(Model(clock), BATCH, clock.attached, rounds=5)
-    assert found == pytest.approx((0.1, 0.1, highest))
+    cost = step_overhead(Model(clock), BATCH, clock.attached, rounds=5)
+    assert cost == pytest.approx((0.1, 0.1, highest))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -83,8 +84,16 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     weights = [p.clone() for p in model.parameters()]
     state = torch.get_rng_state()
     plan = make_plan()
-    found = step_overhead(model, BATCH, lambda: plan.attached(model), rounds=2)
-    assert -1 < found.low <= found.median <= found.high and plan.passes == 1, "each attach counts anew; the last step was a steered one"
+    attachments: list[Attachment] = []
+
+    @contextmanager
+    def attached() -> Iterator[None]:
+        with plan.attached(model) as attachment:
+            attachments.append(attachment)
+            yield
+
+    cost = step_overhead(model, BATCH, attached, rounds=2)
+    assert -1 < cost.low <= cost.median <= cost.high and attachments[-1].passes == 1, "the last step was a steered one"
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())

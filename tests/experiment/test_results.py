@@ -23,12 +23,12 @@ def test_numbers_follow_from_the_measures() -> None:
     metrics = collect(*ALL)
     assert [arm["name"] for arm in metrics["arms"]] == ["plain", "steered", "noise", "later"]
     before, after = measures(0.0), measures(0.5, seed=3)
-    for name, found in metrics["arms"][1]["metrics"].items():
+    for name, values in metrics["arms"][1]["metrics"].items():
         change = after[name] - before[name]
-        assert found["change"] == pytest.approx(float(change.mean()))
-        assert found["after"] - found["before"] == pytest.approx(found["change"])
-        assert found["ci"][0] < found["change"] < found["ci"][1]
-        assert (found["n"], found["per_item"]) == (len(change), after[name].tolist())
+        assert values["change"] == pytest.approx(float(change.mean()))
+        assert values["after"] - values["before"] == pytest.approx(values["change"])
+        assert values["ci"][0] < values["change"] < values["ci"][1]
+        assert (values["n"], values["per_item"]) == (len(change), after[name].tolist())
     assert metrics["trait"]["site"] == "layers.1.output" and metrics["trait"]["relative_dose"] == pytest.approx(0.2)
     assert set(metrics["trait"]["auc_by_site"]) == {f"layers.{layer}.output" for layer in range(3)}
     steer = {arm["name"]: arm["steer"] for arm in metrics["arms"]}
@@ -38,10 +38,10 @@ def test_numbers_follow_from_the_measures() -> None:
 
 def test_every_pair_is_compared_in_every_metric_as_one_family() -> None:
     comparisons = collect(*ALL)["comparisons"]
-    pairs = {(one["metric"], frozenset((one["a"], one["b"]))) for one in comparisons}
+    pairs = {(comparison["metric"], frozenset((comparison["a"], comparison["b"]))) for comparison in comparisons}
     assert len(comparisons) == len(pairs) == 6 * len(results.UNITS)
-    assert all(one["p_adjusted"] >= one["p"] for one in comparisons)
-    assert all("18 comparisons" in one["verdict"] for one in comparisons)
+    assert all(comparison["p_adjusted"] >= comparison["p"] for comparison in comparisons)
+    assert all("18 comparisons" in comparison["verdict"] for comparison in comparisons)
 
 
 def test_strict_json_that_the_report_can_read(tmp_path: Path) -> None:
@@ -67,11 +67,11 @@ def test_a_number_that_is_not_finite_is_named(bad: float) -> None:
 
 
 def test_specific_when_it_beats_both_the_plain_and_the_random_arm() -> None:
-    found = collect(*ALL)["specificity"]
-    assert found["specific"] is True and "specific to the direction" in found["statement"]
-    assert found["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and found["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
-    assert all(f"{-found[name]:.2f}" in found["statement"] for name in ("trait_minus_plain", "trait_minus_random"))
-    assert len(found["tests"]) == 2
+    verdict = collect(*ALL)["specificity"]
+    assert verdict["specific"] is True and "specific to the direction" in verdict["statement"]
+    assert verdict["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and verdict["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
+    assert all(f"{-verdict[name]:.2f}" in verdict["statement"] for name in ("trait_minus_plain", "trait_minus_random"))
+    assert len(verdict["tests"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -85,42 +85,42 @@ def test_specific_when_it_beats_both_the_plain_and_the_random_arm() -> None:
     ],
 )
 def test_not_specific_otherwise(plain: float, steered: float, noise: float) -> None:
-    found = collect((PLAIN, plain), (TRAIT, steered), (RANDOM, noise))["specificity"]
-    assert found["specific"] is False and found["statement"].startswith("Not shown to be specific")
-    assert found["trait_minus_plain"] == pytest.approx(steered - plain, abs=0.1)
-    assert found["trait_minus_random"] == pytest.approx(steered - noise, abs=0.1)
+    verdict = collect((PLAIN, plain), (TRAIT, steered), (RANDOM, noise))["specificity"]
+    assert verdict["specific"] is False and verdict["statement"].startswith("Not shown to be specific")
+    assert verdict["trait_minus_plain"] == pytest.approx(steered - plain, abs=0.1)
+    assert verdict["trait_minus_random"] == pytest.approx(steered - noise, abs=0.1)
 
 
 def test_the_order_of_the_arms_changes_no_sign() -> None:
-    one, other = (collect(*arms)["specificity"] for arms in (ALL[:3], (ALL[2], ALL[1], ALL[0])))
-    assert one["specific"] is other["specific"] is True
+    in_order, reversed_order = (collect(*arms)["specificity"] for arms in (ALL[:3], (ALL[2], ALL[1], ALL[0])))
+    assert in_order["specific"] is reversed_order["specific"] is True
     for name in ("trait_minus_plain", "trait_minus_random"):
-        assert one[name] < -1 and other[name] < -1
+        assert in_order[name] < -1 and reversed_order[name] < -1
 
 
 @pytest.mark.parametrize("missing", ["plain", "steered", "noise"])
 def test_without_one_of_the_arms_nothing_is_claimed(missing: str) -> None:
-    found = collect(*(entry for entry in ALL if missing not in (entry[0].name, entry[0].uses)))["specificity"]
-    assert found.keys() == {"specific", "statement"} and found["specific"] is None and found["statement"].startswith("Not tested")
-    there = found["statement"].partition("trained here: ")[2]
-    assert [word in there for word in ("trait at 2", "random at 2", "plain")] == [missing != one for one in ("steered", "noise", "plain")]
+    verdict = collect(*(entry for entry in ALL if missing not in (entry[0].name, entry[0].uses)))["specificity"]
+    assert verdict.keys() == {"specific", "statement"} and verdict["specific"] is None and verdict["statement"].startswith("Not tested")
+    there = verdict["statement"].partition("trained here: ")[2]
+    assert [word in there for word in ("trait at 2", "random at 2", "plain")] == [missing != name for name in ("steered", "noise", "plain")]
 
 
 def test_a_random_arm_of_another_strength_is_no_control() -> None:
     """Its push is weaker, so that it does less says nothing about the direction."""
     weak = replace(RANDOM, strength=0.5)
-    found = collect((PLAIN, 2.0), (TRAIT, 0.5), (weak, 1.9))["specificity"]
-    assert found["specific"] is None and "trait at 2" in found["statement"] and "random at 0.5" in found["statement"]
+    verdict = collect((PLAIN, 2.0), (TRAIT, 0.5), (weak, 1.9))["specificity"]
+    assert verdict["specific"] is None and "trait at 2" in verdict["statement"] and "random at 0.5" in verdict["statement"]
 
 
 def test_the_arms_that_are_compared_are_those_of_equal_strength_and_are_named() -> None:
     weak_trait, weak = Arm("weak", "weak", "train", "trait", 0.5), Arm("whisper", "whisper", "train", "random", 0.1)
     opposite = replace(RANDOM, strength=-2.0)
     arms = ((PLAIN, 2.0), (weak_trait, 1.5), (weak, 0.1), (TRAIT, 0.5), (opposite, 1.9), (replace(PLAIN, name="last"), 0.0))
-    found = collect(*arms)["specificity"]
-    assert found["arms"] == {"trait": "steered", "plain": "plain", "random": "noise"} and found["specific"] is True
-    assert found["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and found["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
-    assert "(strength 2)" in found["statement"] and "(strength -2)" in found["statement"]
+    verdict = collect(*arms)["specificity"]
+    assert verdict["arms"] == {"trait": "steered", "plain": "plain", "random": "noise"} and verdict["specific"] is True
+    assert verdict["trait_minus_plain"] == pytest.approx(-1.5, abs=0.1) and verdict["trait_minus_random"] == pytest.approx(-1.4, abs=0.1)
+    assert "(strength 2)" in verdict["statement"] and "(strength -2)" in verdict["statement"]
 
 
 @pytest.mark.parametrize(("strength", "word"), [(2.0, "along"), (-2.0, "against")])
@@ -146,6 +146,6 @@ def test_records_are_read_from_the_stores_that_the_metrics_name(tmp_path: Path) 
     )
     with tracker.attached(model):
         written = tracker.measure(0)
-    found = results.drift_records(tmp_path, {"drift": {"stores": {"a": "d/a.sqlite"}}})
-    assert list(found) == ["a"] and {one.direction for one in found["a"]} == {one.direction for one in written}
-    assert len(found["a"]) == len(written) == 4
+    records = results.drift_records(tmp_path, {"drift": {"stores": {"a": "d/a.sqlite"}}})
+    assert list(records) == ["a"] and {record.direction for record in records["a"]} == {record.direction for record in written}
+    assert len(records["a"]) == len(written) == 4

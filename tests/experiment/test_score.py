@@ -24,28 +24,28 @@ def rows(n: int = 7, seed: int = 0) -> list[Row]:
 def naive(model: nn.Module, row: Row) -> float:
     """Mean over the response of log softmax, one unpadded text at a time."""
     logits = model(torch.tensor([row.ids])).logits[0].double()
-    found = [logits[t - 1].log_softmax(-1)[row.ids[t]] for t in range(row.prompt, len(row.ids))]
-    return float(torch.stack(found).mean())
+    logprobs = [logits[t - 1].log_softmax(-1)[row.ids[t]] for t in range(row.prompt, len(row.ids))]
+    return float(torch.stack(logprobs).mean())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "falcon", "mixtral"])
 @pytest.mark.parametrize("max_tokens", [2048, 20])
 def test_scores_equal_a_naive_log_softmax(family: str, max_tokens: int) -> None:
     model, texts = FAMILIES[family](), rows()
-    found = response_logprobs(model, texts, pad=0, max_tokens=max_tokens)
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx([naive(model, row) for row in texts], rel=1e-4)
+    logprobs = response_logprobs(model, texts, pad=0, max_tokens=max_tokens)
+    assert logprobs.dtype == torch.float64
+    assert logprobs.tolist() == pytest.approx([naive(model, row) for row in texts], rel=1e-4)
 
 
 def test_measures_of_an_arm() -> None:
     model = FAMILIES["llama"]()
     suite = Suite(styled=rows(5, 1), neutral=rows(5, 2), texts=rows(3, 3))
-    found = measure(model, suite, pad=0)
+    measures = measure(model, suite, pad=0)
     styled, neutral, texts = (torch.tensor([naive(model, row) for row in part]) for part in (suite.styled, suite.neutral, suite.texts))
     expected = {"behaviour_gap": styled - neutral, "task_logprob": neutral, "neutral_loss": -texts}
-    assert list(found) == list(expected)
+    assert list(measures) == list(expected)
     for name, values in expected.items():
-        assert found[name].tolist() == pytest.approx(values.tolist(), rel=1e-3, abs=1e-4), name
+        assert measures[name].tolist() == pytest.approx(values.tolist(), rel=1e-3, abs=1e-4), name
 
 
 def edited_by_hand(model: nn.Module, row: Row, edit: Tensor) -> float:
@@ -65,10 +65,10 @@ def test_an_attached_plan_is_in_the_scores_on_the_response_tokens() -> None:
     model, texts = FAMILIES["llama"](), rows()
     plan = make_plan(strength=1.5, phases=("validate", "generate"))
     plain = response_logprobs(model, texts, pad=0)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         steered = response_logprobs(model, texts, pad=0)
-        assert plan.fired() == {"add@layers.1.output": sum(row.response for row in texts)}
-        plan.set_strength(0.0)
+        assert attachment.fired() == {"add@layers.1.output": sum(row.response for row in texts)}
+        attachment.set_strength(0.0)
         assert torch.equal(response_logprobs(model, texts, pad=0), plain)
     edit = 1.5 * plan.interventions[0].operator.tensors["vector"][0]
     assert steered.tolist() == pytest.approx([edited_by_hand(model, row, edit) for row in texts], rel=1e-4)

@@ -23,19 +23,19 @@ def normal(n: int, seed: int = 0) -> torch.Tensor:
 
 def test_the_interval_is_scipys_bca_and_near_students() -> None:
     x = normal(40) + 3
-    found = interval(x, seed=1)
+    bounds = interval(x, seed=1)
     scipy = stats.bootstrap((x.numpy(),), np.mean, n_resamples=9999, rng=np.random.default_rng(1)).confidence_interval
-    assert (found.low, found.high) == pytest.approx(scipy)
+    assert (bounds.low, bounds.high) == pytest.approx(scipy)
     student = stats.t.interval(0.95, 39, loc=x.mean().item(), scale=float(x.std()) / 40**0.5)
-    assert found.mean == pytest.approx(float(x.mean())) and found.n == 40
-    assert (found.low, found.high) == pytest.approx(student, abs=0.05)
-    assert found == interval(x.tolist(), seed=1) and found != interval(x, seed=2)
+    assert bounds.mean == pytest.approx(float(x.mean())) and bounds.n == 40
+    assert (bounds.low, bounds.high) == pytest.approx(student, abs=0.05)
+    assert bounds == interval(x.tolist(), seed=1) and bounds != interval(x, seed=2)
 
 
 def test_the_interval_covers_the_truth() -> None:
     """200 samples of 30: 95 % intervals of a skewed law (exponential) cover its mean in 90 % or more."""
     samples = np.random.default_rng(0).exponential(size=(200, 30))
-    covered = [found.low <= 1 <= found.high for found in map(interval, samples)]
+    covered = [bounds.low <= 1 <= bounds.high for bounds in map(interval, samples)]
     assert 0.9 <= np.mean(covered) <= 0.99
 
 
@@ -62,27 +62,29 @@ def test_a_difference_is_only_claimed_when_it_is_there() -> None:
     """400 comparisons of equal arms at 5 %, heavy tails: at most 7.5 % claimed; Holm over families of four brings that per family."""
     law = stats.t(2)
     equal = [compare("m", "a", "b", *law.rvs(size=(2, 12), random_state=i)) for i in range(400)]
-    assert np.mean([one.shown for one in equal]) <= 0.075
-    families = [any(one.shown for one in holm(equal[i : i + 4])) for i in range(0, 400, 4)]
+    assert np.mean([comparison.shown for comparison in equal]) <= 0.075
+    families = [any(comparison.shown for comparison in holm(equal[i : i + 4])) for i in range(0, 400, 4)]
     assert np.mean(families) <= 0.1
 
 
 def test_json_form_is_stable() -> None:
-    found = json.loads(json.dumps(compare("gap", "a", "b", normal(9), normal(9, 1), unit="nat").to_dict()))
-    assert set(found) == {"metric", "a", "b", "difference", "ci", "p", "p_adjusted", "n", "unit", "verdict"}
-    assert found["ci"][0] < found["difference"] < found["ci"][1]
+    as_json = json.loads(json.dumps(compare("gap", "a", "b", normal(9), normal(9, 1), unit="nat").to_dict()))
+    assert set(as_json) == {"metric", "a", "b", "difference", "ci", "p", "p_adjusted", "n", "unit", "verdict"}
+    assert as_json["ci"][0] < as_json["difference"] < as_json["ci"][1]
 
 
 @settings(deadline=None)
 @given(p=st.lists(st.floats(0.0001, 1), min_size=1, max_size=8))
 def test_holm(p: list[float]) -> None:
     """The textbook form: the k-th smallest p times (m - k + 1), made monotone, at most 1; order is kept."""
-    given = [Comparison("m", str(i), "b", 1.0, (0.5, 1.5), value, 20, "", p_adjusted=value) for i, value in enumerate(p)]
-    found = holm(given)
+    comparisons = [Comparison("m", str(i), "b", 1.0, (0.5, 1.5), value, 20, "", p_adjusted=value) for i, value in enumerate(p)]
+    adjusted = holm(comparisons)
     expected = np.minimum(1, np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)))[np.argsort(np.argsort(p, kind="stable"))]
-    np.testing.assert_allclose([one.p_adjusted for one in found], expected)
-    assert [one.a for one in found] == [one.a for one in given] and {one.family for one in found} == {len(p)}
-    assert all(one.p_adjusted >= one.p for one in found)
+    np.testing.assert_allclose([comparison.p_adjusted for comparison in adjusted], expected)
+    assert [comparison.a for comparison in adjusted] == [comparison.a for comparison in comparisons] and {
+        comparison.family for comparison in adjusted
+    } == {len(p)}
+    assert all(comparison.p_adjusted >= comparison.p for comparison in adjusted)
 
 
 def test_numbers_keep_their_sign_near_zero() -> None:
@@ -105,9 +107,9 @@ def test_no_variation() -> None:
 @settings(deadline=None, max_examples=40)
 @given(x=st.lists(st.sampled_from([0.0, 1.0, 1e-300, -5.0, 1e12]), min_size=2, max_size=5))
 def test_tiny_samples_give_a_finite_interval_around_the_mean(x: list[float]) -> None:
-    found = interval(x)
+    bounds = interval(x)
     slack = 1e-9 * max(map(abs, x))
-    assert min(x) - slack <= found.low <= found.mean + slack and found.mean - slack <= found.high <= max(x) + slack
+    assert min(x) - slack <= bounds.low <= bounds.mean + slack and bounds.mean - slack <= bounds.high <= max(x) + slack
 
 
 def test_bad_input() -> None:

@@ -27,10 +27,10 @@ def warm(tmp_path: Path) -> dict[str, str]:
 
 def test_a_gate_reads_where_its_direction_was_read(warm: dict[str, str]) -> None:
     spec = {"gate": "cosine", "direction": "warm", "threshold": 0.25, "per": "generation", "sharpness": 4.0}
-    other = {"gate": "cosine", "direction": "warm", "site": "layers.1.output"}
-    plan, text = plan_from_config("2 warm@response ?loud - warm ?late", warm, {"loud": spec, "late": other})
+    late = {"gate": "cosine", "direction": "warm", "site": "layers.1.output"}
+    plan, text = plan_from_config("2 warm@response ?loud - warm ?late", warm, {"loud": spec, "late": late})
     assert text == "2 warm:layers.0.output@response ?loud - 1 warm:layers.0.output@all ?late"
-    first, second = (one.gate for one in plan.interventions)
+    first, second = (intervention.gate for intervention in plan.interventions)
     assert isinstance(first, CosineGate) and isinstance(second, CosineGate)
     assert torch.equal(first.tensors["vector"][0], vector(seed=0)) and torch.equal(second.tensors["vector"][0], vector(seed=1))
     assert (str(first.site), str(second.site), first.per) == ("layers.0.output", "layers.1.output", "generation")

@@ -25,7 +25,7 @@ from steer.intervene import (
     Scale,
     TargetProjection,
 )
-from steer.intervene.operator import Operator, Pick
+from steer.intervene.operator import Operator, tensors_of_rows
 
 
 class Draw:
@@ -45,11 +45,11 @@ class Draw:
         """shared: all row slots have the same."""
         self.drawn.add(number)
         seeds = [0] if shared else self.seeds
-        ones = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + number)) for seed in seeds]
-        made = ones[0] if len(ones) == 1 else torch.stack(ones)
+        per_slot = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + number)) for seed in seeds]
+        tensor = per_slot[0] if len(per_slot) == 1 else torch.stack(per_slot)
         if number == self.spoil:
-            made.view(-1)[0] = float("nan")
-        return made.to(self.dtype)
+            tensor.view(-1)[0] = float("nan")
+        return tensor.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def applied(operator: Operator, h: Tensor, strength: float | Sequence[float] = 1
     strengths = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
     rows = None if rows is None else torch.tensor(rows)
     strengths = strengths if rows is None or len(strengths) == 1 else strengths[rows]
-    return operator.apply(h, strengths.view(-1, 1, 1), mask, Pick(operator, rows))
+    return operator.apply(h, strengths.view(-1, 1, 1), mask, tensors_of_rows(operator.tensors, rows))
 
 
 def projection(h: Tensor, v: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def reach(h: Tensor, v: Tensor) -> Tensor:
 
 
 def gram_schmidt(rows: Tensor) -> Tensor:
-    done: list[Tensor] = []
+    orthonormal: list[Tensor] = []
     for row in rows:
-        for other in done:
-            row = row - (row @ other) * other
-        done.append(row / row.norm())
-    return torch.stack(done)
+        for earlier in orthonormal:
+            row = row - (row @ earlier) * earlier
+        orthonormal.append(row / row.norm())
+    return torch.stack(orthonormal)
 
 
 def set_reach(h: Tensor, v: Tensor, strength: float, where: Callable[[float], float]) -> Tensor:
@@ -164,8 +164,8 @@ def reft_r1(h: Tensor, strength: float, d: Draw) -> Tensor:
     w = d(0, d.width) / d(0, d.width).norm()
     new = h.clone()
     for row in range(h.shape[0]):
-        found = sorted((max(float(token @ w), 0.0) for token in h[row]), reverse=True)[:2]
-        new[row] += strength * sum(found) / len(found) * w
+        largest = sorted((max(float(token @ w), 0.0) for token in h[row]), reverse=True)[:2]
+        new[row] += strength * sum(largest) / len(largest) * w
     return new
 
 

@@ -12,8 +12,9 @@ from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, CallGate, Intervention, Plan
+from steer.intervene.attachment import Attachment
+from steer.model.annotations import response_tokens
 from steer.model.cache import note_pass
-from steer.model.hooks import response_tokens
 
 SITE = "layers.1.output"
 
@@ -22,8 +23,8 @@ def plan_on(scope="all", **options) -> Plan:
     return Plan(Intervention(Add(vector()), SITE, scope, **options))
 
 
-def fired(plan: Plan) -> int:
-    [count] = plan.fired().values()
+def fired(attachment: Attachment) -> int:
+    [count] = attachment.fired().values()
     return count
 
 
@@ -42,15 +43,15 @@ def test_a_mask_as_long_as_a_static_cache(scope, compiled, tiny):
     def run(full: bool) -> tuple[list[torch.Tensor], int]:
         torch._dynamo.reset()
         call = torch.compile(model, backend="eager") if compiled and full else model
-        cache, seen, plan = StaticCache(config=model.config, max_cache_len=whole.shape[1]), [], plan_on(scope)
-        with torch.no_grad(), plan.attached(model):
+        cache, seen = StaticCache(config=model.config, max_cache_len=whole.shape[1]), []
+        with torch.no_grad(), plan_on(scope).attached(model) as attachment:
             for step in range(steps + 1):
                 tokens = batch["input_ids"] if step == 0 else torch.full((rows, 1), 5 + step)
                 mask = torch.cat([given, torch.ones(rows, step, dtype=torch.long)], 1)
                 positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
                 mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1])) if full else mask
                 seen.append(call(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
-            return seen, fired(plan)
+            return seen, fired(attachment)
 
     (wanted, count), (found, counted) = run(False), run(True)
     assert count == counted > 0
@@ -63,10 +64,10 @@ def test_a_mask_as_long_as_a_static_cache(scope, compiled, tiny):
 def test_positions_that_count_padding(scope, count, tiny):
     model, batch = tiny("llama").eval(), padded("left")
     rows, width = batch["input_ids"].shape
-    with torch.no_grad(), plan_on(scope).attached(model) as plan:
+    with torch.no_grad(), plan_on(scope).attached(model) as attachment:
         mask = batch["attention_mask"]
         model(batch["input_ids"], attention_mask=mask, position_ids=torch.arange(width).expand(rows, -1), use_cache=True)
-        assert fired(plan) == count
+        assert fired(attachment) == count
 
 
 # ---- caches
@@ -75,16 +76,16 @@ def test_positions_that_count_padding(scope, count, tiny):
 def test_a_cache_that_the_model_made_of_its_own_accord(tiny):
     """Without use_cache=True the prompt is no part of a generation; a plan for generations only must not begin in its middle."""
     model = tiny("llama").eval()
-    with torch.no_grad(), plan_on(phases=("generate",)).attached(model) as plan:
+    with torch.no_grad(), plan_on(phases=("generate",)).attached(model) as attachment:
         cache = model(ids(1, 4)).past_key_values
         with pytest.raises(ContextError, match=r"phase validate[\s\S]*use_cache=True"):
             model(ids(1, 1), past_key_values=cache)
         cache = model(ids(1, 4), use_cache=True).past_key_values
         model(ids(1, 1), past_key_values=cache)
-        assert fired(plan) == 5
-    with torch.no_grad(), plan_on().attached(model) as plan:
+        assert fired(attachment) == 5
+    with torch.no_grad(), plan_on().attached(model) as attachment:
         model(ids(1, 1), past_key_values=model(ids(1, 4)).past_key_values)
-        assert fired(plan) == 5
+        assert fired(attachment) == 5
 
 
 def gated(model) -> Plan:
@@ -148,19 +149,19 @@ def test_the_length_of_a_static_cache_is_read_only_where_a_prompt_follows_a_prom
 def test_a_tuned_prefix_is_no_part_of_the_text(scope, count, tiny):
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     tokens, options = ids(2, 6), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    with plan_on(scope).attached(model) as plan:
+    with plan_on(scope).attached(model) as attachment:
         model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
-        assert fired(plan) == count
+        assert fired(attachment) == count
         with model.disable_adapter():
             model.generate(input_ids=tokens, **options)
-        assert fired(plan) == 2 * count
+        assert fired(attachment) == 2 * count
 
 
 def test_training_with_a_tuned_prefix_and_a_loss_of_ones_own(tiny):
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).train()
-    with plan_on(phases=("train",)).attached(model) as plan:
+    with plan_on(phases=("train",)).attached(model) as attachment:
         model(input_ids=ids(2, 5)).logits.sum().backward()
-        assert fired(plan) == 10
+        assert fired(attachment) == 10
 
 
 # ---- several devices
@@ -182,6 +183,6 @@ def test_blocks_on_another_device(scope, tiny):
     for block in model.model.layers[1:]:
         block.register_forward_pre_hook(lambda m, a, k: (over(a), {n: over(x) for n, x in k.items()}), with_kwargs=True)
     batch = padded("left")
-    with torch.no_grad(), plan_on(scope).attached(model) as plan, response_tokens(model, batch["labels"] != -100):
+    with torch.no_grad(), plan_on(scope).attached(model) as attachment, response_tokens(model, batch["labels"] != -100):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    assert logits.device.type == "meta" and fired(plan) > 0
+    assert logits.device.type == "meta" and fired(attachment) > 0

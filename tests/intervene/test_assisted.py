@@ -77,13 +77,13 @@ def test_prompts_after_each_other_on_one_cache(implementation, tiny):
     model = tiny("llama").eval()
     plan = Plan(Intervention(Add(vector()), "layers.1.output", scope="prompt[-2:]"))
     cache = StaticCache(config=model.config, max_cache_len=32) if implementation == "static" else DynamicCache(config=model.config)
-    with torch.no_grad(), plan.attached(model):
+    with torch.no_grad(), plan.attached(model) as attachment:
         for part in (IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]):
             model(part, past_key_values=cache)
-        assert list(plan.fired().values()) == [4]
+        assert list(attachment.fired().values()) == [4]
         if implementation == "static":
             cache.reset()
             model(IDS, past_key_values=cache)
             cache.reset()
             model(IDS, past_key_values=cache)
-            assert list(plan.fired().values()) == [8]
+            assert list(attachment.fired().values()) == [8]

@@ -409,14 +409,14 @@ def test_compiled_code_sees_the_bake_and_its_end(tiny):
 
 def test_training_modes_and_counts_are_left_alone(tiny):
     model, plan = tiny("llama"), adding("layers.1.attn.output")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         logits(model)
-    counted = plan.fired()
+    counted = attachment.fired()
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     bake(plan, model, savable=False).undo()
-    assert [module.training for module in model.modules()] == modes and plan.fired() == counted
+    assert [module.training for module in model.modules()] == modes and attachment.fired() == counted
     with evaluating(model):
         assert not any(module.training for module in model.modules())
 

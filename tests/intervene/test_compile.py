@@ -9,7 +9,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from steer.errors import HookDidNotRunError
 from steer.intervene import Ablate, Add, Intervention, Linear, Plan
-from steer.model.hooks import arm, chat_roles, disarm
+from steer.model.annotations import chat_roles
+from steer.model.hooks import arm, disarm
 
 
 def steered(scope: str = "all", **options) -> Plan:
@@ -39,16 +40,16 @@ def test_changes_trace_nothing_again(family, scope, tiny, backend):
         del batch["labels"]
     plan = steered(scope, schedule=Linear(10, 1.0, 0.0))
     seen = []
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         for change in (
             lambda: None,
-            lambda: plan.set_strength(0.5),
-            lambda: plan.set_strength(-2.0, "add@layers.0.output"),
-            lambda: plan.step(3),
-            lambda: plan.enable(False, "ablate@layers.1.output"),
-            lambda: plan.enable(False),
-            lambda: plan.enable(True),
+            lambda: attachment.set_strength(0.5),
+            lambda: attachment.set_strength(-2.0, "add@layers.0.output"),
+            lambda: attachment.step(3),
+            lambda: attachment.enable(False, "ablate@layers.1.output"),
+            lambda: attachment.enable(False),
+            lambda: attachment.enable(True),
             lambda: plan.interventions[0].operator.tensors["vector"].copy_(vector(seed=7)[None]),
         ):
             change()
@@ -56,7 +57,7 @@ def test_changes_trace_nothing_again(family, scope, tiny, backend):
         assert backend.graphs == 1
         changed = [not torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, seen[1:], strict=False)]
         assert all(changed)
-        fired = plan.fired()["add@layers.0.output"]
+        fired = attachment.fired()["add@layers.0.output"]
     with steered(scope).attached(model) as eager:  # 8 compiled and 8 eager passes, one of each switched off
         model(**batch)
         assert fired == 14 * eager.fired()["add@layers.0.output"]
@@ -65,12 +66,12 @@ def test_changes_trace_nothing_again(family, scope, tiny, backend):
 def test_rows_and_their_strengths_trace_nothing_again(tiny, backend):
     model = tiny("llama")
     plan = Plan(Intervention(Add(torch.stack([vector(), vector(seed=2)])), "layers.1.output", strength=[1.0, 2.0]))
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         seen = []
         for rows, strength in (([0, 1], [1.0, 2.0]), ([1, 1], [1.0, 2.0]), ([1, 0], [0.0, 3.0])):
-            plan.set_rows(rows)
-            plan.set_strength(strength)
+            attachment.set_rows(rows)
+            attachment.set_strength(strength)
             seen.append(agree(compiled, model, {"input_ids": ids()}))
         assert backend.graphs == 1 and not torch.allclose(seen[0], seen[1])
 
@@ -82,11 +83,11 @@ def test_a_window_that_moves_traces_nothing_again(train, tiny, backend):
     windows = ["response[:2]!tokens[7]~2", "prompt[1:]|positions[-1]&role[user]", "positions[3:]"]
     plan = Plan([Intervention(Add(vector(seed=i)), f"layers.{i}.output", window) for i, window in enumerate(windows)])
     batch = padded("left")
-    with plan.attached(model), torch.set_grad_enabled(train), chat_roles(model, batch["input_ids"] % 4):
+    with plan.attached(model) as attachment, torch.set_grad_enabled(train), chat_roles(model, batch["input_ids"] % 4):
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         seen = []
         for window in ((0, 2), (1, 3), (None, 5), (-3, None), (-2, -1), (2, None)):
-            plan.set_window(*window)
+            attachment.set_window(*window)
             seen.append(compiled(**batch).logits.detach())
             assert torch.allclose(seen[-1], model(**batch).logits, atol=1e-5)
         assert backend.graphs == 1
@@ -102,12 +103,12 @@ def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(checkpointi
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         plan = steered("response")
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             call = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_ else model
             for strength in (1.0, 0.5):
-                plan.set_strength(strength)
+                attachment.set_strength(strength)
                 call(**padded("right")).loss.backward()
-        found.append([p.grad for p in model.parameters()] + [torch.tensor(list(plan.fired().values()))])
+        found.append([p.grad for p in model.parameters()] + [torch.tensor(list(attachment.fired().values()))])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -118,12 +119,12 @@ def test_blocks_compiled_one_by_one(tiny, backend):
     sites = [f"layers.{layer}.{part}" for layer in range(3) for part in ("output", "mlp.output")]
     plan = Plan([Intervention(Add(vector()), site, "response") for site in sites])
     plans = []
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
         eager = model(**padded("left")).logits
         for block in model.model.layers:
             block.compile(backend=backend, fullgraph=True)
         for strength in (1.0, 1.0, 1.0, 0.5):
-            plan.set_strength(strength)
+            attachment.set_strength(strength)
             plans.append((model(**padded("left")).logits, backend.graphs))
     assert torch.allclose(plans[0][0], eager, atol=1e-5) and not torch.allclose(plans[3][0], eager, atol=1e-3)
     assert plans[1][1] == plans[3][1]  # nothing is traced again from the second pass on
@@ -135,9 +136,9 @@ def test_through_the_compiled_wrapper(tiny, backend):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     batch = padded("left")
     plan = steered("response")
-    with plan.attached(compiled):
+    with plan.attached(compiled) as attachment:
         for strength in (1.0, 2.0, 3.0):
-            plan.set_strength(strength)
+            attachment.set_strength(strength)
             with torch.no_grad():
                 found = compiled(**batch).logits
                 assert torch.allclose(found, model(**batch).logits, atol=1e-5)
@@ -165,22 +166,22 @@ def test_an_ab_comparison_in_any_order(sequence, armed, tiny, backend):
             assert not torch.allclose(agree(torch.compile(model, backend=backend, fullgraph=True), model, batch), plain, atol=1e-3)
         return
     plan = steered()
-    plan.attach(model)
+    attachment = plan.attach(model)
     first = agree(compiled, model, batch)
     assert not torch.allclose(first, plain, atol=1e-3)
     if sequence == "strength":
-        plan.set_strength(0.5)
+        attachment.set_strength(0.5)
         assert not torch.allclose(agree(compiled, model, batch), first, atol=1e-3)
     elif sequence == "second layer":
         with Plan(Intervention(Add(vector(seed=5)), "layers.2.output")).attached(model, stack=True):
             assert not torch.allclose(agree(compiled, model, batch), first, atol=1e-3)
-    plan.detach()
+    attachment.detach()
     if sequence in ("detach", "attach again"):
         assert torch.equal(agree(compiled, model, batch), plain)
     if sequence == "attach again":
-        plan.attach(model)
+        attachment = plan.attach(model)
         assert torch.equal(agree(compiled, model, batch), first)
-        plan.detach()
+        attachment.detach()
 
 
 @pytest.mark.parametrize(("how", "armed"), [("wrapper", False), ("wrapper", True), ("in place", False), ("call", False)])
@@ -208,19 +209,19 @@ def test_attach_after_a_compiled_run_without_hooks(how, armed, tiny, backend, mo
 
     plain = agree(call, eager, batch)
     plan = steered()
-    plan.attach(model)
+    attachment = plan.attach(model)
     first = agree(call, eager, batch)
-    plan.detach()
+    attachment.detach()
     assert torch.equal(agree(call, eager, batch), plain)
-    plan.attach(model)
+    attachment = plan.attach(model)
     assert torch.equal(agree(call, eager, batch), first) and not torch.allclose(first, plain, atol=1e-3)
     graphs = backend.graphs
     for _ in range(2):  # everything has been traced by now
-        plan.detach()
+        attachment.detach()
         assert torch.equal(agree(call, eager, batch), plain)
-        plan.attach(model)
+        attachment = plan.attach(model)
         assert torch.equal(agree(call, eager, batch), first)
-    plan.detach()
+    attachment.detach()
     assert backend.graphs == graphs and len(resets) == (0 if armed else 1)
 
 
@@ -314,11 +315,11 @@ def test_compiled_decoding_with_a_static_cache(scope, armed, tiny, backend):
     plain = generate(model, backend)
     assert torch.equal(plain, generate(model, None))
     plan = steered(scope)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         first = generate(model, backend)
         graphs = backend.graphs
         assert torch.equal(first, generate(model, None))
-        plan.set_strength(-3.0)
+        attachment.set_strength(-3.0)
         second = generate(model, backend)
         assert torch.equal(second, generate(model, None)) and backend.graphs == graphs
     assert torch.equal(generate(model, backend), plain)
@@ -331,14 +332,14 @@ def test_a_window_that_moves_traces_no_compiled_decode_again(tiny, backend):
         [Intervention(Add(4 * vector(seed=i)), "layers.1.output", scope) for i, scope in enumerate(("generated[:2]~3", "response[2:]"))]
     )
     said, traced = [], []
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         for window in ((0, 2), (None, 3), (1, 2), (4, None)):
-            plan.set_window(*window)
+            attachment.set_window(*window)
             said.append(generate(model, backend))
             traced.append(backend.graphs)
             assert torch.equal(said[-1], generate(model, None))
         assert set(traced) == {traced[0]} != {0} and len({str(one) for one in said}) > 1
-        plan.set_window(0, 3, "add@layers.1.output")  # these two go their own ways from the start: they never shared a window
+        attachment.set_window(0, 3, "add@layers.1.output")  # these two go their own ways from the start: they never shared a window
         generate(model, backend)
         assert backend.graphs == traced[0]
 

@@ -1,4 +1,4 @@
-"""A decoded token: what many additions add to it is worked out together when its pass opens, and is what each would have added itself."""
+"""A decoded token: what edits do to it is worked out together when its pass opens, and is what each would have done itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from steer.intervene import Ablate, Add, HeadShift, Intervention, Plan
-from steer.model.hooks import watcher_of
+from steer.intervene.attachment import Attachment
+from steer.model.watcher import watcher_of
 
 LATER = "generated"
 
@@ -44,24 +45,55 @@ def step(model, cache: DynamicCache, batch: dict[str, Tensor], token: int, grad:
         return model(torch.full((rows, 1), token), attention_mask=mask, past_key_values=cache, use_cache=True).logits.detach()
 
 
-def talk(model, steered: Plan, batch: dict[str, Tensor], grad: bool, between: Callable[[], Any] = lambda: None) -> tuple[list[Tensor], int]:
-    """Logits of three tokens, and for how many interventions a sum was known at the last. With gradients each works for itself."""
-    cache, logits = DynamicCache(config=model.config), []
-    with steered.attached(model):
-        for token in (5, 6, 7):
-            logits.append(step(model, cache, batch, token, grad))
-            between()
-        return logits, len(watcher_of(model).current.sums)
+def ordinary(model, attachment: Attachment) -> None:
+    """Takes what is prepared away: from now on each edit is made at its site."""
+    for active in attachment.interventions:
+        active.prepared = None
+    for hook in watcher_of(model).site_hooks:
+        hook.prepared = None
+
+
+def live(attachment: Attachment) -> int:
+    """How many prepared edits hold for the pass that runs."""
+    return sum(active.prepared is not None and active.prepared.group.live is not None for active in attachment.interventions)
+
+
+def talk(
+    model,
+    steered: Plan,
+    batch: dict[str, Tensor],
+    *,
+    prepared: bool = True,
+    grad: bool = False,
+    rows: list[int] | None = None,
+    between: Callable[[Attachment], Any] = lambda _: None,
+) -> tuple[list[Tensor], int]:
+    """Logits of three tokens, and how many edits were prepared for the last. With gradients each works for itself."""
+    cache, logits, known = DynamicCache(config=model.config), [], []
+    with steered.attached(model) as attachment:
+        if rows is not None:
+            attachment.set_rows(rows)
+        if not prepared:
+            ordinary(model, attachment)
+        handle = model.model.norm.register_forward_hook(lambda *_: known.append(live(attachment)))
+        try:
+            for token in (5, 6, 7):
+                logits.append(step(model, cache, batch, token, grad))
+                between(attachment)
+        finally:
+            handle.remove()
+        assert live(attachment) == 0  # they end with their pass
+    return logits, known[-1]
 
 
 @pytest.mark.parametrize("batch", [{"input_ids": ids(1, 4), "attention_mask": torch.ones(1, 4, dtype=torch.long)}, padded("left")])
-def test_sums_are_what_each_would_have_added(batch, tiny):
+def test_prepared_edits_are_what_each_would_have_made(batch, tiny):
     model = tiny("llama").eval()
-    together, known = talk(model, plan(), batch, False)
-    alone, none = talk(model, plan(), batch, True)
-    assert known == 6 and none == 0  # not the ablation, not the edit that keeps norms; nothing where gradients are recorded
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    together, known = talk(model, plan(), batch)
+    for alone, none in (talk(model, plan(), batch, prepared=False), talk(model, plan(), batch, grad=True)):
+        assert known == 8 and none == 0  # nothing where gradients are recorded
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     plain = step(model, DynamicCache(config=model.config), batch, 5, False)
     assert (together[0] - plain).abs().max() > 0.1
 
@@ -70,30 +102,63 @@ def test_nothing_is_remembered_from_one_token_to_the_next(tiny):
     """Strengths, switches and vectors that change between two tokens hold from the next one on, however they were changed."""
     model, batch = tiny("llama").eval(), padded("left")
     found = []
-    for grad in (False, True):
+    for options in ({}, {"prepared": False}, {"grad": True}):
         steered = plan()
+        steered.interventions[2].operator.train()
 
-        def change(steered: Plan = steered) -> None:
-            first, second, third = steered.interventions[:3]
-            steered.set_strength(first.base * -2, first.name)
-            steered.enable(not second.enabled, second.name)
+        def change(attachment: Attachment) -> None:
+            first, second, third, fourth = attachment.interventions[:4]
+            attachment.set_strength([-2 * base for base in first.base], first.name)
+            attachment.enable(not second.enabled, second.name)
             third.operator.tensors["vector"].data.mul_(-1)  # which leaves no trace in the tensor's version
+            for tensor in fourth.operator.tensors.values():
+                tensor.copy_(tensor.roll(1, -1))
 
-        found.append(talk(model, steered, batch, grad, change)[0])
-    unchanged, _ = talk(model, plan(), batch, False)
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        found.append(talk(model, steered, batch, between=change, **options)[0])
+    unchanged, _ = talk(model, plan(), batch)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert torch.equal(found[0][0], unchanged[0])
     assert all((one - other).abs().max() > 1e-2 for one, other in zip(found[0][1:], unchanged[1:], strict=True))
+
+
+def test_rows_may_change_between_tokens(tiny):
+    model, batch = tiny("llama").eval(), padded("left")
+    vectors = torch.stack([vector(seed=n) for n in range(3)])
+
+    def slotted() -> Plan:
+        strengths = [0.5, -1.0, 2.0]
+        return Plan(
+            [
+                Intervention(kind(vectors if kind is Add else vectors.unsqueeze(1)), f"layers.{n}.output", LATER, strengths)
+                for n, kind in enumerate((Add, Ablate))
+            ]
+        )
+
+    def change(attachment: Attachment) -> None:
+        attachment.set_rows((attachment.interventions[0].rows + 1) % 3)
+
+    together, known = talk(model, slotted(), batch, rows=[0, 1, 2], between=change)
+    alone, none = talk(model, slotted(), batch, rows=[0, 1, 2], between=change, prepared=False)
+    assert (known, none) == (2, 0)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    unchanged, _ = talk(model, slotted(), batch, rows=[0, 1, 2])
+    assert torch.equal(together[0], unchanged[0])
+    assert all((one - other).abs().max() > 1e-2 for one, other in zip(together[1:], unchanged[1:], strict=True))
 
 
 def test_stacked_plans_with_the_same_names_add_their_own(tiny):
     model, batch = tiny("llama").eval(), padded("left")
     plans = [Plan([Intervention(Add(k * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)]) for k in (1, 3)]
     merged = Plan([Intervention(Add(4 * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)])
-    with plans[0].attached(model), plans[1].attached(model, stack=True):
+    known = []
+    with plans[0].attached(model) as one, plans[1].attached(model, stack=True) as other:
+        handle = model.model.norm.register_forward_hook(lambda *_: known.append(live(one) + live(other)))
         found = step(model, DynamicCache(config=model.config), batch, 5, False)
-        assert len(watcher_of(model).current.sums) == 4
+        handle.remove()
+        assert known[-1] == 4
     with merged.attached(model):
         torch.testing.assert_close(step(model, DynamicCache(config=model.config), batch, 5, False), found, rtol=1e-5, atol=1e-5)
 
@@ -102,6 +167,6 @@ def test_stacked_plans_with_the_same_names_add_their_own(tiny):
 def test_half_precision_rounds_as_a_single_intervention_does(dtype, tiny):
     model, batch = tiny("llama").to(dtype).eval(), padded("left")
     both = Plan([Intervention(Add(vector(seed=n)), f"layers.{n}.output", strength=0.3) for n in (0, 1)])
-    together, known = talk(model, both, batch, False)
-    alone, none = talk(model, both, batch, True)
-    assert (known, none) == (2, 0) and all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    together, known = talk(model, both, batch)
+    for alone, none in (talk(model, both, batch, prepared=False), talk(model, both, batch, grad=True)):
+        assert (known, none) == (2, 0) and all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))

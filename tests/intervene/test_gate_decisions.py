@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, CallGate, Intervention, Plan, ProbeGate
-from steer.model.context import build
+from steer.model.context_builder import build_context
 
 
 def opened(open_: bool, **options) -> ProbeGate:
@@ -25,10 +25,10 @@ def test_stacked_plans_may_share_a_gate(tiny):
         # in the second plan the shared gate is not the first one
         other = Intervention(Add(vector(seed=2)), "layers.0.output", gate=opened(False))
         first, second = gated(gate), Plan([other, *gated(gate, -1.0).interventions])
-        with first.attached(model), second.attached(model, stack=True):
+        with first.attached(model) as first_attachment, second.attached(model, stack=True) as second_attachment:
             assert torch.allclose(model(ids()).logits, plain, atol=1e-5)
-            assert first.fired() == {"add@layers.1.output": 14}
-            assert second.fired() == {"add@layers.0.output": 0, "add@layers.1.output": 14}
+            assert first_attachment.fired() == {"add@layers.1.output": 14}
+            assert second_attachment.fired() == {"add@layers.0.output": 0, "add@layers.1.output": 14}
 
 
 def test_a_cache_does_not_carry_a_decision_to_another_plan(tiny):
@@ -36,16 +36,17 @@ def test_a_cache_does_not_carry_a_decision_to_another_plan(tiny):
     new = torch.tensor([[9], [9]])
     per = {"per": "generation"}
     with torch.no_grad():
-        with gated(opened(True, **per)).attached(model) as first:
+        first = gated(opened(True, **per))
+        with first.attached(model) as attachment:
             model(ids(), past_key_values=cache)
             model(new, past_key_values=cache)
-            assert first.fired() == {"add@layers.1.output": 16}
+            assert attachment.fired() == {"add@layers.1.output": 16}
         second = gated(opened(False, **per))
         with second.attached(model), pytest.raises(ContextError, match="prompt of this generation was not seen"):
             model(new, past_key_values=cache)
-        with first.attached(model):  # its own decision, it finds again
+        with first.attached(model) as attachment:  # its own decision, it finds again
             model(new, past_key_values=cache)
-            assert first.fired() == {"add@layers.1.output": 2}
+            assert attachment.fired() == {"add@layers.1.output": 2}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -58,6 +59,6 @@ def test_padding_may_hold_anything(pool, packed):
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if packed:
         given["position_ids"] = batch["attention_mask"].cumsum(1) - 1
-    ctx = build(given, None, False)
+    ctx = build_context(given, None)
     gate.read(h, ctx, "it")
-    assert torch.equal(gate.opened(ctx, iter(["it"]))[:, 0], torch.ones(3, 1))
+    assert torch.equal(gate.opened(ctx, ("it",))[:, 0], torch.ones(3, 1))

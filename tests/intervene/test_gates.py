@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from hand import ids, padded, vector
+from hand import attachment_of, ids, padded, vector
 
 from steer.errors import ConfigError, ContextError, NonFiniteError, WidthError
 from steer.intervene import GATES, Ablate, Add, CallGate, CosineGate, FeatureGate, Intervention, Plan, ProbeGate
-from steer.intervene.gate import Gate, Leaf
-from steer.model.context import build
-from steer.model.hooks import chat_roles
+from steer.intervene.gate import Gate, SiteGate
+from steer.model.annotations import chat_roles
+from steer.model.context_builder import build_context
 
 SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)
@@ -23,11 +23,11 @@ def gated(gate: Gate, scope: str = "all", **options) -> Plan:
 def decided(gate: Gate, h: torch.Tensor, **given) -> torch.Tensor:
     """What a gate says of activations, [batch, tokens or 1]."""
     given = {"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **given}
-    ctx = build(given, None, False)
-    leaves = list(gate.leaves())
-    for number, leaf in enumerate(leaves):
-        leaf.read(h, ctx, str(number))
-    return gate.opened(ctx, map(str, range(len(leaves)))).squeeze(-1)
+    ctx = build_context(given, None)
+    site_gates = list(gate.site_gates())
+    for number, site_gate in enumerate(site_gates):
+        site_gate.read(h, ctx, str(number))
+    return gate.opened(ctx, tuple(map(str, range(len(site_gates))))).squeeze(-1)
 
 
 # ---- every kind
@@ -53,7 +53,7 @@ def test_every_kind_of_gate_is_tested():
 def test_a_gate_compares_what_its_formula_says(name):
     make, margins = BY_HAND[name]
     margins = torch.tensor(margins)
-    assert torch.allclose(make().margin(H, build({"input_ids": torch.ones(2, 2)}, None, False)), margins, atol=1e-6)
+    assert torch.allclose(make().margin(H, build_context({"input_ids": torch.ones(2, 2)}, None)), margins, atol=1e-6)
     assert torch.equal(decided(make(), H), (margins > 0).float())
     assert torch.allclose(decided(make(sharpness=3.0), H), torch.sigmoid(3 * margins), atol=1e-6)
     for pool, pooled in (("mean", margins.mean(1)), ("max", margins.max(1).values)):
@@ -84,9 +84,9 @@ def test_the_tokens_that_are_looked_at():
             gate = ProbeGate(torch.ones(1), per="row", over=over, pool=pool, sharpness=1.0)
             assert torch.allclose(decided(gate, h, labels=labels)[:, 0], torch.sigmoid(torch.tensor(pooled)))
     with_roles = ProbeGate(torch.ones(1), per="row", over="role[user]")
-    ctx = build({"input_ids": torch.ones(1, 4)}, None, False, turns=torch.tensor([[0, 1, 1, 2]]))
+    ctx = build_context({"input_ids": torch.ones(1, 4)}, None, turns=torch.tensor([[0, 1, 1, 2]]))
     with_roles.read(h[:1], ctx, "it")
-    assert with_roles.opened(ctx, iter(["it"])).flatten().tolist() == [1.0]  # 5 and -1
+    assert with_roles.opened(ctx, ("it",)).flatten().tolist() == [1.0]  # 5 and -1
 
 
 # ---- combinations
@@ -143,7 +143,7 @@ def test_saved_and_loaded_to_the_bit(form, tiny, tmp_path):
     loaded = Plan.load(plan.save(tmp_path / form))
     assert loaded.explain() == plan.explain()
     assert loaded.interventions[0].to_dict() == plan.interventions[0].to_dict() and loaded.interventions[1].gate is None
-    ours, theirs = (one.interventions[0].files() for one in (plan, loaded))
+    ours, theirs = (one.interventions[0].tensors for one in (plan, loaded))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     found = []
     for each in (plan, loaded):
@@ -164,10 +164,11 @@ def test_a_learned_gate_stays_one_and_stays_shared(tmp_path):
     first, second, third = ({name: id(one) for name, one in i.parameters.items()} for i in loaded.interventions)
     assert first == second and not set(first.values()) & set(third.values())
     assert not isinstance(third["gate0.bias"], torch.nn.Parameter) and loaded.interventions[2].operator.parameters == {}
-    state = plan.state_dict()
+    attachment = attachment_of(plan)
+    state = attachment.state_dict()
     with torch.no_grad():
         plan.parameters()[0].zero_()
-    plan.load_state_dict(state)
+    attachment.load_state_dict(state)
     assert torch.equal(plan.parameters()[0][0], V)
 
 
@@ -232,13 +233,13 @@ def test_a_prompt_that_cannot_be_told(tiny):
     with gated(ProbeGate(W, per="row")).attached(model), pytest.raises(ContextError, match="cannot tell prompt from response"):
         model(ids(), use_cache=False)
     gate = ProbeGate(torch.zeros(32), 1.0, per="row", over="role[user]")
-    with gated(gate).attached(model) as plan, chat_roles(model, torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 2, 2, 2]])):
+    with gated(gate).attached(model) as attachment, chat_roles(model, torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 2, 2, 2]])):
         model(ids(), use_cache=False)
-        assert plan.fired() == {"add@layers.1.output": 7}  # the second row has no user
+        assert attachment.fired() == {"add@layers.1.output": 7}  # the second row has no user
 
 
 def test_a_kind_of_ones_own():
-    class Norm(Leaf):
+    class Norm(SiteGate):
         """Opens where an activation is long."""
 
         name = "norm"

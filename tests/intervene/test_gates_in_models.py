@@ -60,13 +60,13 @@ def test_every_row_of_a_batch_decides_for_itself(side, tiny):
         plan, opened = per_generation(model, batch, per=per, over="all")
         given = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"position_ids": positions(batch)}
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(**given).logits
             with edited(model.model.layers[1], lambda h, o=opened: h + o[:, None, None] * V):
                 wanted = model(**given).logits
         real = batch["attention_mask"].bool()
         assert torch.allclose(found[real], wanted[real], atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": int(real[opened].sum())}
+        assert attachment.fired() == {"add@layers.1.output": int(real[opened].sum())}
 
 
 def test_packed_texts_decide_for_themselves(tiny):
@@ -82,11 +82,11 @@ def test_packed_texts_decide_for_themselves(tiny):
         wanted = (pooled > threshold).gather(1, text) & ~prompt
         assert 0 < wanted.sum() < (~prompt).sum()
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(**batch).logits
             with edited(model.model.layers[1], lambda h, w=wanted: h + w.unsqueeze(-1) * V):
                 assert torch.allclose(found, model(**batch).logits, atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": int(wanted.sum())}
+        assert attachment.fired() == {"add@layers.1.output": int(wanted.sum())}
 
 
 MODES = {
@@ -103,8 +103,8 @@ def test_what_a_prompt_decides_holds_for_its_generation(family, mode, tiny):
     """Open rows are generated as with the plan without its gate, closed ones as without the plan, each as if it were alone."""
     model, batch = tiny(family), padded("left", (7, 4, 6, 5))
     plan, opened = per_generation(model, batch)
-    plan.set_strength(8.0)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        attachment.set_strength(8.0)
         found = generate(model, batch, **MODES[mode])
     ungated = Plan(Intervention(Add(V), SITE, strength=8.0))
     rows = len(found) // 4
@@ -123,12 +123,12 @@ def test_nothing_is_left_of_an_open_gate_in_the_next_call(tiny):
     plain = generate(model, batch)
     for per in ("token", "row", "generation"):
         plan = gated(ProbeGate(torch.zeros(32), 1.0, per=per))
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             assert not torch.equal(generate(model, batch), plain)
-            before = plan.fired()
+            before = attachment.fired()
             plan.interventions[0].gate.tensors["bias"].fill_(-1e9)
             assert torch.equal(generate(model, batch), plain)
-            assert plan.fired() == before
+            assert attachment.fired() == before
 
 
 def step(model, cache, tokens) -> torch.Tensor:
@@ -168,14 +168,15 @@ def test_two_models_share_a_gate(tiny):
     batch = padded("left", (7, 5))
     margins = [pooled_prompt(model, batch) for model in (one, two)]
     gate = ProbeGate(W, -split(torch.cat(margins)), site=READ, per="generation")
-    plans = [gated(gate).attach(model) for model in (one, two)]
+    plans = [gated(gate), gated(gate)]
+    attachments = [plan.attach(model) for plan, model in zip(plans, (one, two), strict=True)]
     alone = [generate(model, batch) for model in (one, two)]
     caches = [DynamicCache(), DynamicCache()]
     for model, cache in zip((one, two), caches, strict=True):
         step(model, cache, ids(2, 5))
     again = [step(model, cache, ids(2, 1)) for model, cache in zip((one, two), caches, strict=True)]
-    for plan in plans:
-        plan.detach()
+    for attachment in attachments:
+        attachment.detach()
     for model, plan, text, logits in zip((one, two), plans, alone, again, strict=True):
         with plan.attached(model):
             assert torch.equal(generate(model, batch), text)
@@ -190,9 +191,9 @@ def test_a_prompt_of_one_token(tiny):
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         plan, opened = per_generation(model, batch)
         for mode in ("dynamic cache", "static cache"):
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = generate(model, batch, **MODES[mode])
-                assert plan.fired() == {"add@layers.1.output": int(opened.sum()) * (tokens.shape[1] + 5)}
+                assert attachment.fired() == {"add@layers.1.output": int(opened.sum()) * (tokens.shape[1] + 5)}
             plain = generate(model, batch, **MODES[mode])
             assert torch.equal(found[~opened], plain[~opened]) and not torch.equal(found[opened], plain[opened])
 
@@ -200,9 +201,9 @@ def test_a_prompt_of_one_token(tiny):
 def test_the_negation_of_a_prompts_gate_leaves_decoded_tokens_alone(tiny):
     """Each decoded token is a pass of its own, which has no prompt: that is no reason to open."""
     model, closed = tiny("llama"), ~ProbeGate(torch.zeros(32), 1.0, per="row")
-    with gated(closed).attached(model) as plan:
+    with gated(closed).attached(model) as attachment:
         generate(model, padded("left"))
-        assert plan.fired() == {"add@layers.1.output": 0}
+        assert attachment.fired() == {"add@layers.1.output": 0}
 
 
 # ---- which activation is read
@@ -291,9 +292,9 @@ def test_a_function_of_the_tokens(tiny):
     model, x = tiny("llama"), ids()
     found = []
     for function in (lambda h, ctx: ctx.ids % 2 == 0, lambda h, ctx: 0.5 - (ctx.ids % 2)):
-        with torch.no_grad(), gated(CallGate(function, 32)).attached(model) as plan:
+        with torch.no_grad(), gated(CallGate(function, 32)).attached(model) as attachment:
             found.append(model(x).logits)
-            assert plan.fired() == {"add@layers.1.output": int((x % 2 == 0).sum())}
+            assert attachment.fired() == {"add@layers.1.output": int((x % 2 == 0).sum())}
     with torch.no_grad(), edited(model.model.layers[1], lambda h: h + (x % 2 == 0).unsqueeze(-1) * V):
         assert all(torch.allclose(one, model(x).logits, atol=1e-5) for one in found)
 

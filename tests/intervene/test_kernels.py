@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand import ids, vector
+from hand import active, ids, vector
 from intervene.operator_cases import CASES
 from torch import Tensor
 
 from steer import kernels
 from steer.intervene import Ablate, Add, Clamp, HeadShift, Intervention, LoReFT, Plan, Scale
-from steer.intervene.operator import Operator, Pick
+from steer.intervene.operator import Operator, tensors_of_rows
 
 WITHOUT = {"k_steering", "k_steering, deep", "reft_r1", "rotate", "rotate towards"}  # no kernel does what they do
 
@@ -21,7 +21,7 @@ def states(*shape: int) -> Tensor:
 
 def fused(operator: Operator, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, norm: bool) -> Tensor | None:
     with kernels.force("op"):
-        return operator.fused(h, strength, mask, Pick(operator, rows), norm)
+        return operator.fused(h, strength, mask, rows, norm)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -58,7 +58,7 @@ def test_strengths_of_rows_and_one_vector_for_all(operator: Operator, norm: bool
     h, rows = states(3, 2, 32), torch.tensor([2, 0, 1])
     strengths = torch.tensor([0.0, 1.0, -0.5])[rows].view(-1, 1, 1)
     found = fused(operator, h, strengths, None, rows, norm)
-    wanted = operator.apply(h, strengths, None, Pick(operator, rows))
+    wanted = operator.apply(h, strengths, None, tensors_of_rows(operator.tensors, rows))
     if norm:
         wanted = wanted * (h.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True))
     assert found is None if operator.name == "add" and not norm else torch.allclose(found, wanted, atol=1e-5)
@@ -75,11 +75,11 @@ def test_what_is_learned_gets_its_gradient(name: str) -> None:
     found = []
     for path in ("op", "aten"):
         operator, strength = made[name]().train(), torch.full((1, 1, 1), 0.6)
-        pick = Pick(operator, torch.tensor([1, 0]) if operator.slots > 1 else None)
+        rows = torch.tensor([1, 0]) if operator.slots > 1 else None
         with kernels.force(path):
-            out = operator.fused(h, strength, None, pick, True)
+            out = operator.fused(h, strength, None, rows, True)
             if path == "aten":
-                out = Intervention(operator, "layers.0.output")._with_norm(h, strength, None, pick)
+                out = active(Intervention(operator, "layers.0.output", preserve_norm=True))._edited(h, strength, None, rows)
         assert out is not None
         found.append([out, *torch.autograd.grad((out * pull).sum(), list(operator.parameters.values()))])
     for a, b in zip(*found, strict=True):

@@ -133,16 +133,16 @@ def test_peft_in_either_order(first, tiny):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     steered = plan(vector(), LAYER)
     if first == "plan":
-        steered.attach(model)
+        attachment = steered.attach(model)
     torch.manual_seed(0)
     peft = get_peft_model(model, config)
     if first == "adapter":
-        steered.attach(peft)
+        attachment = steered.attach(peft)
     batch = padded("right")
     found = peft(**batch)
     found.loss.backward()
     gradients = {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
-    steered.detach()
+    attachment.detach()
     peft.zero_grad()
     with edited(block, lambda h: h + vector()):
         wanted = peft(**batch)

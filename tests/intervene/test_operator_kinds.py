@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hand import ids, padded, recorded, vector
+from hand import hook_count, ids, padded, recorded, vector
 from hypothesis import given
 from hypothesis import strategies as st
 from intervene.operator_cases import CASES, applied, projection, reach
@@ -29,6 +29,7 @@ from steer.intervene import (
     Scale,
     TargetProjection,
 )
+from steer.model.watcher import watcher_of
 
 
 def states(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -191,10 +192,11 @@ def test_heads_are_shifted_where_there_are_heads(site):
 @pytest.mark.parametrize(("width", "heads"), [(4, 8), (16, 2)])
 def test_the_heads_are_those_of_the_model(width, heads, tiny):
     """Of 4 heads of 8 channels, a shift of 8 heads would move half of one."""
+    model = tiny("llama")
     plan = Plan(Intervention(HeadShift(states(1, width), [0], heads), "layers.1.attn.z"))
     with pytest.raises(ConfigError, match=rf"4 heads of 8 channels[\s\S]*{heads} heads of {width}"):
-        plan.attach(tiny("llama"))
-    assert not plan.is_attached
+        plan.attach(model)
+    assert hook_count(model) == 0 and watcher_of(model) is None
 
 
 # ---- probes and detection

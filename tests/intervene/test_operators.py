@@ -213,7 +213,7 @@ def test_strength_zero_changes_no_bit_of_a_model(scope, dtype, tiny):
         off = Intervention(Ablate(vector()), "layers.1.mlp.output", scope, strength=3.0, enabled=False)
         plan = Plan([*every(scope=scope, strength=0.0), off])
         if steered:
-            plan.attach(model)
+            attachment = plan.attach(model)
         with torch.no_grad():
             forward = model(**batch).logits
         text = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False)
@@ -228,7 +228,7 @@ def test_strength_zero_changes_no_bit_of_a_model(scope, dtype, tiny):
             losses.append(loss.detach())
         found.append([forward, text, *losses, *model.state_dict().values()])
         if steered:
-            assert set(plan.fired().values()) == {0}
+            assert set(attachment.fired().values()) == {0}
     assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from steer.intervene import Ablate, HeadShift, Intervention, LoReFT, Plan, ReftR1
 from steer.intervene.low_rank import orthonormalised
-from steer.intervene.operator import Operator, Pick
+from steer.intervene.operator import Operator, tensors_of_rows
 
 LEARNED = [name for name, case in CASES.items() if case.make().learnable]
 THREE = (0, 1, 2)
@@ -67,7 +67,7 @@ def test_loreft_keeps_its_rows_orthonormal(tiny):
     assert losses[-1] < losses[0] - 0.05
     learned = operator.tensors["rotation"].detach()
     assert (learned @ learned.mT - torch.eye(3)).abs().max() > 1e-2 and (learned - start).abs().max() > 1e-2
-    read, rows = operator.rows(lambda name: operator.tensors[name])
+    read, rows = operator.read_and_write(operator.tensors)
     assert (rows @ rows.mT - torch.eye(3)).abs().max() < 1e-5
     assert torch.allclose(applied(Ablate(rows.detach()), learned), torch.zeros(3, 32), atol=1e-4)  # the same span
     assert torch.allclose(read, operator.tensors["weight"] - rows)
@@ -108,16 +108,16 @@ def test_a_whole_graph_that_is_not_traced_again(tiny, unbroken):
     model, batch = tiny("llama"), padded("left")
     options = {"scope": "response", "strength": [0.1, 0.2, 0.1]}
     plan = Plan([Intervention(case.make(seeds=THREE), site_of(name), name=name, **options) for name, case in CASES.items()])
-    plan.set_rows([0, 1, 2])
     seen = []
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
+        attachment.set_rows([0, 1, 2])
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         for change in (
             lambda: None,
-            lambda: plan.set_strength(0.2),
-            lambda: plan.set_strength(-0.3, "rotate"),
+            lambda: attachment.set_strength(0.2),
+            lambda: attachment.set_strength(-0.3, "rotate"),
             lambda: changed(one.operator for one in plan.interventions),
-            lambda: plan.set_rows([2, 2, 0]),
+            lambda: attachment.set_rows([2, 2, 0]),
         ):
             change()
             found, wanted = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
@@ -141,7 +141,7 @@ def test_gradients_of_a_compiled_graph(unbroken):
 
     def run(h: torch.Tensor, strength: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for operator in operators:
-            h = operator.apply(h, strength, mask, Pick(operator, None))
+            h = operator.apply(h, strength, mask, tensors_of_rows(operator.tensors, None))
         return h
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=False)

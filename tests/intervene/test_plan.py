@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hand import edited, hook_count, ids, padded, vector
+from hand import attachment_of, edited, hook_count, ids, padded, vector
 
 from steer.errors import (
     AttachError,
@@ -18,6 +18,7 @@ from steer.errors import (
     WrongModelError,
 )
 from steer.intervene import Ablate, Add, Intervention, Linear, Plan, ProbeGate, WarmupDecay
+from steer.intervene.attachment import Attachment
 from steer.model.anatomy import Anatomy
 from steer.model.context import ROLES
 
@@ -37,9 +38,9 @@ def logits(model):
 def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
     model = tiny("llama")
     plan = steered()
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         wanted = logits(model)
-        with pytest.raises(AttachError, match="attached already"):
+        with pytest.raises(AttachError, match="another plan is attached"):
             plan.attach(model)
         with pytest.raises(AttachError, match=r"another plan[\s\S]*stack=True"):
             steered().attach(model)
@@ -47,7 +48,7 @@ def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
             steered().attach(torch.nn.ModuleList([model]))  # through a wrapper
         assert torch.equal(logits(model), wanted)
     with pytest.raises(AttachError, match="not attached"):
-        plan.detach()
+        attachment.detach()
 
 
 def test_stacked_plans_act_in_the_order_of_their_attach(tiny):
@@ -67,11 +68,11 @@ def test_stacked_plans_may_leave_in_any_order(tiny):
     model = tiny("llama")
     plain = logits(model)
     first, second = steered().attach(model), steered(strength=-1.0)
-    second.attach(model, stack=True)
+    attachment = second.attach(model, stack=True)
     assert torch.allclose(logits(model), plain, atol=1e-5)
     first.detach()
     steered_once = logits(model)
-    second.detach()
+    attachment.detach()
     with edited(model.model.layers[1], lambda h: h - vector()):
         assert torch.allclose(logits(model), steered_once, atol=1e-6)
     assert torch.equal(logits(model), plain) and hook_count(model) == 0
@@ -95,11 +96,11 @@ def test_an_exception_leaves_no_hook(where, tiny):
 
 def test_a_block_may_detach_early(tiny):
     model = tiny("llama")
-    with steered().attached(model) as plan:
+    with steered().attached(model) as attachment:
         logits(model)
-        plan.detach()
+        attachment.detach()
         logits(model)
-    assert plan.fired() == {"add@layers.1.output": 14} and hook_count(model) == 0
+    assert not attachment.is_attached and attachment.fired() == {"add@layers.1.output": 14} and hook_count(model) == 0
 
 
 def test_an_attach_that_fails_leaves_nothing_behind(tiny):
@@ -107,8 +108,8 @@ def test_an_attach_that_fails_leaves_nothing_behind(tiny):
     plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Add(vector()), "layers.9.output")])
     with pytest.raises(SiteError, match="out of range"):
         plan.attach(model)
-    assert hook_count(model) == 0 and not plan.is_attached
-    steered().attach(model).detach()
+    assert hook_count(model) == 0
+    steered().attach(model).detach()  # nothing says that another plan is attached
 
 
 def test_a_plan_that_nothing_ran_through_says_so(tiny):
@@ -120,13 +121,31 @@ def test_a_plan_that_nothing_ran_through_says_so(tiny):
 def test_a_plan_may_move_to_another_model_and_touches_only_its_own(tiny):
     plan, llama, gpt2 = steered(), tiny("llama"), tiny("gpt2")
     plain = logits(gpt2)
-    with plan.attached(llama):
+    with plan.attached(llama) as attachment:
         logits(llama)
         assert torch.equal(logits(gpt2), plain)
-    with plan.attached(gpt2):
+    with plan.attached(gpt2) as attachment:
         assert not torch.allclose(logits(gpt2), plain, atol=1e-3)
         logits(llama)
-        assert plan.fired() == {"add@layers.1.output": 14}
+        assert attachment.fired() == {"add@layers.1.output": 14}
+
+
+def test_one_plan_lives_on_two_models_at_once(tiny):
+    plan, llama, gpt2 = steered(strength=2.0), tiny("llama"), tiny("gpt2")
+    with edited(llama.model.layers[1], lambda h: h + 0.5 * vector()):
+        wanted = logits(llama)
+    with edited(gpt2.transformer.h[1], lambda h: h + 2 * vector()):
+        wanted_gpt2 = logits(gpt2)
+    said = plan.explain()
+    with plan.attached(llama) as first, plan.attached(gpt2) as second:
+        first.set_strength(0.5)
+        first.step(3)
+        assert torch.allclose(logits(llama), wanted, atol=1e-5) and torch.allclose(logits(gpt2), wanted_gpt2, atol=1e-5)
+        logits(gpt2)
+        assert first.fired() == {"add@layers.1.output": 14} and second.fired() == {"add@layers.1.output": 28}
+        assert (first.current_step, second.current_step) == (3, 0)
+        assert plan.explain() == said and plan["add@layers.1.output"].strength == (2.0,) and plan.step == 0
+    assert hook_count(llama) == hook_count(gpt2) == 0
 
 
 def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
@@ -136,13 +155,13 @@ def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
         gate = ProbeGate(vector(seed=3), sharpness=1.0)
         add = Intervention(Add(vector()), "layers.1.output", "response[:2]~4", gate=gate)
         plan = Plan([add, Intervention(Ablate(vector(seed=2)), "layers.1.output", "positions[1:]")])
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             model(ids(), use_cache=True)
-    plan.set_strength(0.5)
-    plan.set_window(0, 3)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        attachment.set_strength(0.5)
+        attachment.set_window(0, 3)
         model(ids(), labels=ids()).loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and all(plan.fired().values())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and all(attachment.fired().values())
 
 
 # ---- what does not fit
@@ -167,8 +186,8 @@ def test_a_plan_for_another_model_is_refused(tiny):
         other = tiny("llama")
         other.get_input_embeddings().weight.mul_(1.1)
     with pytest.warns(UserWarning, match="embeddings differ"):
-        plan.attach(other)
-    plan.detach()
+        attachment = plan.attach(other)
+    attachment.detach()
     plan.attach(tiny("llama")).detach()
 
 
@@ -193,9 +212,7 @@ def test_an_empty_plan_and_unknown_names():
     with pytest.raises(ConfigError, match="steers nothing"):
         Plan([])
     with pytest.raises(ConfigError, match=r"no intervention is called 'x'[\s\S]*add@layers.1.output"):
-        steered().set_strength(2.0, "x")
-    with pytest.raises(AttachError, match="never attached"):
-        steered().fired()
+        attachment_of(steered()).set_strength(2.0, "x")
 
 
 def test_repeated_names_are_numbered_and_given_ones_kept():
@@ -210,52 +227,52 @@ def test_repeated_names_are_numbered_and_given_ones_kept():
 def test_strength_switch_and_schedule_drive_one_buffer(tiny):
     model = tiny("llama")
     plan = steered(strength=2.0, schedule=Linear(10, 0.0, 1.0))
-    buffer = plan.interventions[0].effective
 
     def by_hand(strength):
         with edited(model.model.layers[1], lambda h: h + strength * vector()):
             return logits(model)
 
     wanted = {strength: by_hand(strength) for strength in (0.0, 0.5, 1.0, 2.0, 4.0)}
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        buffer = attachment.interventions[0].strength
         for act, strength in [
             (lambda: None, 0.0),
-            (lambda: plan.step(5), 1.0),
-            (lambda: plan.set_strength(4.0), 2.0),
-            (lambda: plan.enable(False), 0.0),
-            (lambda: plan.step(10), 0.0),
-            (lambda: plan.enable(), 4.0),
-            (lambda: plan.set_strength(0.5, "add@layers.1.output"), 0.5),
+            (lambda: attachment.step(5), 1.0),
+            (lambda: attachment.set_strength(4.0), 2.0),
+            (lambda: attachment.enable(False), 0.0),
+            (lambda: attachment.step(10), 0.0),
+            (lambda: attachment.enable(), 4.0),
+            (lambda: attachment.set_strength(0.5, "add@layers.1.output"), 0.5),
         ]:
             act()
-            assert buffer.tolist() == [strength] and plan.interventions[0].effective is buffer
+            assert buffer.tolist() == [[[strength]]] and attachment.interventions[0].strength is buffer
             assert torch.allclose(logits(model), wanted[strength], atol=1e-5)
 
 
 def test_one_of_two_can_be_driven_alone(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(vector()), "layers.0.output", name="a"), Intervention(Add(vector()), "layers.1.output", name="b")])
-    plan.enable(False, "a")
-    plan.set_strength(3.0, "b")
     with edited(model.model.layers[1], lambda h: h + 3 * vector()):
         wanted = logits(model)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        attachment.enable(False, "a")
+        attachment.set_strength(3.0, "b")
         assert torch.allclose(logits(model), wanted, atol=1e-5)
-        assert plan.fired() == {"a": 0, "b": 14}
+        assert attachment.fired() == {"a": 0, "b": 14}
     with pytest.raises(NonFiniteError):
-        plan.set_strength(float("nan"))
-    assert plan.interventions[1].effective.item() == 3.0
+        attachment.set_strength(float("nan"))
+    assert attachment.interventions[1].strength.item() == attachment["b"].strength.item() == 3.0
 
 
 def test_phases_choose_passes(tiny):
     model = tiny("llama")
     counts = {}
     for phase in ("train", "validate", "generate"):
-        with steered(phases=phase).attached(model) as plan:
+        with steered(phases=phase).attached(model) as attachment:
             model(ids(), labels=ids())
             logits(model)
             model.generate(ids(), attention_mask=torch.ones(2, 7), max_new_tokens=3, min_new_tokens=3)
-        counts[phase] = plan.fired()["add@layers.1.output"]
+        counts[phase] = attachment.fired()["add@layers.1.output"]
     assert counts == {"train": 14, "validate": 14, "generate": 14 + 2 + 2}
 
 
@@ -267,30 +284,30 @@ def test_fired_counts_tokens_exactly(tiny):
     batch = padded("left")
     scopes = {"all": 17, "prompt": 6, "response": 11, "last": 3, "positions[0,-1]": 6, "generated": 0}
     plan = Plan([Intervention(Add(vector()), "layers.1.output", scope, name=scope) for scope in scopes])
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         for _ in range(3):
             model(**batch)
-        assert plan.fired() == {scope: 3 * count for scope, count in scopes.items()} and plan.passes == 3
-        plan.set_strength(0.0, "all")
+        assert attachment.fired() == {scope: 3 * count for scope, count in scopes.items()} and attachment.passes == 3
+        attachment.set_strength(0.0, "all")
         model(**batch)
-        assert plan.fired()["all"] == 51 and plan.fired()["prompt"] == 24
-    assert plan.fired()["prompt"] == 24  # readable after the detach
-    plan.attach(model)
-    assert set(plan.fired().values()) == {0}  # counted anew
-    plan.detach()
+        assert attachment.fired()["all"] == 51 and attachment.fired()["prompt"] == 24
+    assert attachment.fired()["prompt"] == 24  # readable after the detach
+    attachment = plan.attach(model)
+    assert set(attachment.fired().values()) == {0}  # counted anew
+    attachment.detach()
 
 
 def test_fired_counts_under_inference_mode_and_training_alike(tiny):
     model = tiny("llama")
     plan = steered()
     with torch.inference_mode():
-        plan.attach(model)
-        plan.step(3)
+        attachment = plan.attach(model)
+        attachment.step(3)
         model(ids())
     model(ids(), labels=ids()).loss.backward()
-    plan.step(4)
-    assert plan.fired() == {"add@layers.1.output": 28}
-    plan.detach()
+    attachment.step(4)
+    assert attachment.fired() == {"add@layers.1.output": 28}
+    attachment.detach()
 
 
 def test_explain_says_what_acts_where_when_and_how(tiny):
@@ -300,10 +317,10 @@ def test_explain_says_what_acts_where_when_and_how(tiny):
             Intervention(Ablate(torch.eye(32)[:2]), "layers.-1.attn.output", "positions[0,-1]", roles=ROLES, enabled=False),
         ]
     )
-    plan.step(1)
-    plan.attach(tiny("llama"))
-    text = plan.explain()
-    plan.detach()
+    attachment = plan.attach(tiny("llama"))
+    attachment.step(1)
+    text = attachment.explain()
+    attachment.detach()
     for words in (
         "plan of 2 intervention(s), attached, step 1",
         "1. add@layers.1.output: add v, |v| = 16.97 at layers.1.output (model.layers.1), width 32",
@@ -314,7 +331,7 @@ def test_explain_says_what_acts_where_when_and_how(tiny):
         "on positions[0,-1] tokens, in train, validate, generate, for the policy and reference pass",
     ):
         assert words in text, text
-    assert "not attached" in plan.explain()
+    assert "not attached" in attachment.explain() and "not attached" in plan.explain()
 
 
 # ---- keeping
@@ -339,10 +356,10 @@ def test_a_saved_plan_comes_back_to_the_bit(name, tmp_path, tiny):
     assert loaded.fingerprint == plan.fingerprint and loaded.explain() == plan.explain()
     outputs = []
     for one in (plan, loaded):
-        one.enable()
-        one.step(3)
-        one.set_rows([1, 0, 1])
-        with one.attached(model):
+        with one.attached(model) as attachment:
+            attachment.enable()
+            attachment.step(3)
+            attachment.set_rows([1, 0, 1])
             outputs.append(model(**padded("left")).logits)
     assert torch.equal(*outputs)
     for ours, theirs in zip(plan.interventions, loaded.interventions, strict=True):
@@ -396,31 +413,32 @@ def test_files_that_are_no_plan_are_refused(tmp_path, tiny):
 
 
 def test_a_resumed_plan_goes_on_where_it_was():
-    plan, resumed = (steered(strength=2.0, schedule=Linear(10)) for _ in range(2))
-    plan.step(4)
-    plan.set_strength(3.0)
-    plan.enable(False)
-    resumed.load_state_dict(plan.state_dict())
+    attachment, resumed = (attachment_of(steered(strength=2.0, schedule=Linear(10))) for _ in range(2))
+    attachment.step(4)
+    attachment.set_strength(3.0)
+    attachment.enable(False)
+    resumed.load_state_dict(attachment.state_dict())
     assert resumed.state_dict()["step"] == 4
-    for one in (plan, resumed):
+    for one in (attachment, resumed):
         one.enable()
-        assert one.interventions[0].effective.item() == pytest.approx(1.2)
-    plan.set_strength(9.0)
-    assert resumed.interventions[0].base.item() == 3.0  # no shared tensors
+        assert one.interventions[0].strength.item() == pytest.approx(1.2)
+    attachment.set_strength(9.0)
+    assert resumed.interventions[0].base == (3.0,)  # nothing shared
     with pytest.raises(ConfigError, match="another plan"):
-        resumed.load_state_dict(Plan(Intervention(Add(vector()), "embed")).state_dict())
+        resumed.load_state_dict(attachment_of(Plan(Intervention(Add(vector()), "embed"))).state_dict())
 
 
 @pytest.mark.parametrize(("scope", "strength"), [("generated[:8]", 2.0), ("all", [2.0, 3.0])])
 def test_a_state_that_does_not_fit_changes_nothing(scope, strength):
     """Not even the interventions before the one that it does not fit."""
 
-    def made(scope, strength) -> Plan:
+    def made(scope, strength) -> Attachment:
         second = Intervention(Add(vector()), "layers.0.output", scope, strength=strength, name="b")
-        return Plan([Intervention(Add(vector()), "embed", name="a"), second])
+        return attachment_of(Plan([Intervention(Add(vector()), "embed", name="a"), second]))
 
-    plan, other = made("all", 2.0), made(scope, strength)
+    attachment, other = made("all", 2.0), made(scope, strength)
     other.set_strength(7.0, "a")
     with pytest.raises(ConfigError, match=r"the state of 'b' does not fit"):
-        plan.load_state_dict(other.state_dict())
-    assert [one.base.tolist() for one in plan.interventions] == [[1.0], [2.0]]
+        attachment.load_state_dict(other.state_dict())
+    assert [one.base for one in attachment.interventions] == [(1.0,), (2.0,)]
+    assert [one.strength.item() for one in attachment.interventions] == [1.0, 2.0]

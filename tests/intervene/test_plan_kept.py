@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hand import hook_count, ids, vector
+from hand import attachment_of, hook_count, ids, vector
 from intervene.operator_cases import CASES
 
 from steer.errors import ConfigError, DamagedFileError
@@ -112,32 +112,42 @@ def test_a_frozen_tensor_that_is_not_there(tmp_path):
 
 
 def test_the_step_is_saved(tmp_path):
-    plan = steered(strength=2.0, schedule=WarmupDecay(5, 1, 10))
-    plan.step(4)
-    path = plan.save(tmp_path / "plan")
+    attachment = attachment_of(steered(strength=2.0, schedule=WarmupDecay(5, 1, 10)))
+    attachment.step(4)
+    path = attachment.as_plan().save(tmp_path / "plan")
     loaded = Plan.load(path)
-    assert loaded.current_step == 4 and loaded.interventions[0].effective.item() == pytest.approx(1.6)
+    again = attachment_of(loaded)
+    assert loaded.step == again.current_step == 4 and again.interventions[0].strength.item() == pytest.approx(1.6)
+    assert loaded.interventions[0].strength_at(loaded.step).item() == pytest.approx(1.6)
     old = Plan.load(without(path, "step"))
-    assert old.current_step == 0 and old.interventions[0].effective.item() == 0.0
+    again = attachment_of(old)
+    assert old.step == again.current_step == 0 and again.interventions[0].strength.item() == 0.0
 
 
 @pytest.mark.parametrize("step", [np.int64(3), np.array(3), torch.tensor(3)])
 def test_integers_of_other_libraries(step, tmp_path):
-    plan = steered(scope="generated[:8]")
-    plan.step(step)
-    plan.set_window(step, None)
-    assert plan.interventions[0].window == (3, None) and type(plan.current_step) is int
-    assert Plan.load(plan.save(tmp_path / "plan")).interventions[0].window == (3, None)
+    attachment = attachment_of(steered(scope="generated[:8]"))
+    attachment.step(step)
+    attachment.set_window(step, None)
+    window = attachment.interventions[0].scope_mask.scope.window
+    assert (window.start, window.stop) == (3, None) and type(attachment.current_step) is int
+    loaded = Plan.load(attachment.as_plan().save(tmp_path / "plan"))
+    assert loaded.interventions[0].scope.window == window and loaded.step == 3
+    given = Plan(loaded.interventions, step=step)
+    assert given.step == 3 and type(given.step) is int
 
 
 @pytest.mark.parametrize("wrong", [True, np.bool_(True), torch.tensor(True), 1.0, torch.tensor(1.0), "1", None, torch.tensor([1, 2])])
 def test_what_is_no_integer(wrong):
     plan = steered(scope="generated[:8]")
+    attachment = attachment_of(plan)
     with pytest.raises(ConfigError, match="optimiser step of a plan"):
-        plan.step(wrong)
+        attachment.step(wrong)
+    with pytest.raises(ConfigError, match="optimiser step of a plan"):
+        Plan(plan.interventions, step=wrong)
     if wrong is not None:
         with pytest.raises(ConfigError, match="no such bound"):
-            plan.set_window(wrong, 4)
+            attachment.set_window(wrong, 4)
 
 
 # ---- copies
@@ -152,20 +162,19 @@ def test_a_copy_of_an_attached_plan_is_on_no_model(how, tiny):
     model = tiny("llama")
     gate = ProbeGate(vector(seed=3), sharpness=1.0).train()
     plan = Plan([Intervention(Add(vector()).train(), SITE, "response[:2]~4", gate=gate), Intervention(Ablate(vector()), "embed")])
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model(ids(), labels=ids())
-        count, fired = hook_count(model), plan.fired()
+        count, fired = hook_count(model), attachment.fired()
         other = copied(plan, how)
-        assert not other.is_attached and "not attached" in other.explain()
-        other.set_strength(0.0)
-        assert hook_count(model) == count and plan.is_attached and plan.interventions[0].effective.item() == 1.0
+        assert "not attached" in other.explain()
+        attachment_of(other).set_strength(0.0)  # on a model of its own
+        assert hook_count(model) == count and attachment.is_attached and attachment.interventions[0].strength.item() == 1.0
         model(ids(), labels=ids())
-        assert plan.fired() == {name: 2 * number for name, number in fired.items()}
-    assert hook_count(model) == 0 and plan.fired() == {name: 2 * number for name, number in fired.items()}
-    other.set_strength(1.0)
-    with other.attached(model):
+        assert attachment.fired() == {name: 2 * number for name, number in fired.items()}
+    assert hook_count(model) == 0 and attachment.fired() == {name: 2 * number for name, number in fired.items()}
+    with other.attached(model) as other_attachment:
         model(ids(), labels=ids()).loss.backward()
-        assert other.fired() == fired
+        assert other_attachment.fired() == fired
     assert all(one.grad is not None for one in other.parameters()) and all(one.grad is None for one in plan.parameters())
 
 
@@ -173,9 +182,9 @@ def test_copies_of_a_plan_that_was_never_attached(tiny):
     model = tiny("llama")
     for how in ("copy", "pickle"):
         other = copied(steered(strength=0.5), how)
-        with other.attached(model):
+        with other.attached(model) as attachment:
             model(ids())
-        assert set(other.fired().values()) == {14}
+        assert set(attachment.fired().values()) == {14}
 
 
 # ---- wrong types
@@ -184,8 +193,8 @@ def test_copies_of_a_plan_that_was_never_attached(tiny):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: steered().enable("off"),
-        lambda: steered().enable(f"add@{SITE}"),
+        lambda: attachment_of(steered()).enable("off"),
+        lambda: attachment_of(steered()).enable(f"add@{SITE}"),
         lambda: steered(name=3),
         lambda: Plan(Intervention(Add(vector()), SITE), fingerprint="x"),
     ],
@@ -196,7 +205,9 @@ def test_the_call_names_the_wrong_type(call):
 
 
 def test_a_refused_switch_leaves_the_plan_as_it_was(tmp_path):
-    plan = steered()
+    attachment = attachment_of(steered())
     with pytest.raises(ConfigError):
-        plan.enable("off")
-    assert Plan.load(plan.save(tmp_path / "plan")).interventions[0].effective.item() == 1.0
+        attachment.enable("off")
+    assert attachment.interventions[0].strength.item() == 1.0
+    loaded = Plan.load(attachment.as_plan().save(tmp_path / "plan"))
+    assert attachment_of(loaded).interventions[0].strength.item() == 1.0

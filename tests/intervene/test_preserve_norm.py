@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hand import edited, ids, packed, padded, vector
+from hand import active, edited, ids, packed, padded, vector
 from intervene.operator_cases import CASES
 
 from steer.intervene import OPERATORS, Add, Intervention, Plan, ProbeGate
-from steer.model.context import build
+from steer.intervene.active import ActiveIntervention
+from steer.model.context_builder import build_context
 
 SITE = "layers.1.output"
 HALF = [torch.bfloat16, torch.float16]
@@ -21,8 +22,9 @@ def intervention(operator, strength=1.0, **options) -> Intervention:
     return Intervention(operator, site, **{"strength": strength, "preserve_norm": True, **options})
 
 
-def called(one: Intervention, h: torch.Tensor, **given) -> torch.Tensor:
-    return one(h, build({"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **given}, None, False))
+def called(one: Intervention | ActiveIntervention, h: torch.Tensor, **given) -> torch.Tensor:
+    acting = one if isinstance(one, ActiveIntervention) else active(one)
+    return acting(h, build_context({"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **given}, None))
 
 
 def test_every_operator_is_among_the_cases():
@@ -75,7 +77,7 @@ def test_strength_zero_and_closed_gates_keep_every_bit(name, dtype):
 
 def test_rows_of_strength_zero_keep_every_bit():
     h = (30 * states(3, 7, 32)).to(torch.bfloat16)
-    one = intervention(Add(vector()), [0.0, 1.0])
+    one = active(intervention(Add(vector()), [0.0, 1.0]))
     one.rows = torch.tensor([0, 1, 0])
     found = called(one, h)
     assert torch.equal(found[[0, 2]], h[[0, 2]]) and not torch.equal(found[1], h[1])

@@ -29,9 +29,9 @@ def test_each_row_equals_its_single_run(kind, scope, rows, tiny):
     model = tiny("llama")
     batch = padded("left")
     plan = slotted(kind, scope)
-    plan.set_rows(rows)
     with torch.no_grad():
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
+            attachment.set_rows(rows)
             together = model(**batch).logits
         for row, slot in enumerate(rows):
             with single(kind, slot, scope).attached(model):
@@ -50,8 +50,8 @@ def test_generation_row_by_row(options, cache, tiny):
     options = {**options, "max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     rows = [2, 0, 1]
     plan = slotted("add")
-    plan.set_rows(rows)
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        attachment.set_rows(rows)
         together = model.generate(**inputs, **options)
     for row, slot in enumerate(rows):
         with single("add", slot).attached(model):
@@ -64,17 +64,17 @@ def test_generation_row_by_row(options, cache, tiny):
 def test_one_vector_with_a_strength_per_row(tiny):
     model = tiny("llama")
     plan = Plan(Intervention(Add(vector()), "layers.1.output", strength=[0.0, 1.0]))
-    plan.set_rows([1, 0])
     with torch.no_grad():
         plain = model(ids()).logits
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
+            attachment.set_rows([1, 0])
             steered = model(ids()).logits
-            assert plan.fired() == {"add@layers.1.output": 7}  # the row of strength 0 does not count
-            plan.set_rows([0, 0])
+            assert attachment.fired() == {"add@layers.1.output": 7}  # the row of strength 0 does not count
+            attachment.set_rows([0, 0])
             assert torch.equal(model(ids()).logits, plain)
-            plan.set_strength([1.0, 0.0])
+            attachment.set_strength([1.0, 0.0])
             assert torch.allclose(model(ids()).logits[0], steered[0], atol=1e-6)
-            assert plan.fired() == {"add@layers.1.output": 7 + 14}
+            assert attachment.fired() == {"add@layers.1.output": 7 + 14}
     assert torch.equal(steered[1], plain[1]) and not torch.allclose(steered[0], plain[0], atol=1e-3)
 
 
@@ -88,7 +88,6 @@ def test_each_row_has_a_plan_of_its_own(task, tiny):
         {"operator": Ablate(vector(seed=2)), "site": "layers.0.attn.output", "scope": "prompt[-2:]"},
     ]
     plan = Plan([Intervention(**edits[0], strength=[1.0, 0.0, 0.0]), Intervention(**edits[1], strength=[0.0, 1.0, 0.0])])
-    plan.set_rows([1, 0, 2])  # the ablation, the addition, and nothing
 
     def run():
         if task == "forward":
@@ -98,7 +97,8 @@ def test_each_row_has_a_plan_of_its_own(task, tiny):
 
     with torch.no_grad():
         plain = run()
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
+            attachment.set_rows([1, 0, 2])  # the ablation, the addition, and nothing
             together = run()
         for row, slot in ((0, 1), (1, 0), (2, None)):
             alone = plain
@@ -114,10 +114,10 @@ def test_gradients_of_a_slotted_batch(tiny):
     batch = padded("right")
     rows = [1, 2, 0]
     plan = slotted("add")
-    plan.set_rows(rows)
     weight = "model.layers.0.mlp.up_proj.weight"
     model = tiny("llama")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
+        attachment.set_rows(rows)
         model(**batch).logits[batch["attention_mask"].bool()].sum().backward()
     together = model.get_parameter(weight).grad.clone()
     total = torch.zeros_like(together)
@@ -133,43 +133,43 @@ def test_gradients_of_a_slotted_batch(tiny):
 def test_rows_must_be_said_and_fit(tiny):
     model = tiny("llama")
     plan = slotted("add")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         with pytest.raises(ContextError, match=r"3 row slots[\s\S]*set_rows"):
             model(ids(3))
-        plan.set_rows([0, 1, 2])
+        attachment.set_rows([0, 1, 2])
         model(ids(3))
         for batch in (2, 6):
             with pytest.raises(ContextError, match=rf"do not fit[\s\S]*{batch} rows[\s\S]*found: 3"):
                 model(ids(batch), use_cache=False)
     for rows in ([0, 3], [-1], []):
         with pytest.raises(ConfigError, match="expected: 0 to 2"):
-            plan.set_rows(rows)
+            attachment.set_rows(rows)
     with pytest.raises(ConfigError, match=r"wrong number of strengths[\s\S]*1 or 3"):
         Intervention(Add(VECTORS), "layers.1.output", strength=[1.0, 2.0])
     with pytest.raises(ConfigError, match="strengths"):
-        plan.set_strength([1.0, 2.0])
+        attachment.set_strength([1.0, 2.0])
 
 
 def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
     model = tiny("llama")
     plan = slotted("add")
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         with torch.inference_mode():
-            plan.set_rows([0, 1])
-            plan.set_strength(2.0)
+            attachment.set_rows([0, 1])
+            attachment.set_strength(2.0)
             model(ids())
-        plan.set_rows([1, 2])
-        plan.set_strength(1.0)
+        attachment.set_rows([1, 2])
+        attachment.set_strength(1.0)
         model(ids(), labels=ids()).loss.backward()
-        [one] = plan.interventions
-        assert one.rows.tolist() == [1, 2] and set(one.effective.tolist()) == {1.0} and not one.rows.is_inference()
+        [one] = attachment.interventions
+        assert one.rows.tolist() == [1, 2] and set(one.strength.flatten().tolist()) == {1.0} and not one.rows.is_inference()
 
 
 def test_interventions_without_slots_are_left_alone_by_set_rows(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(VECTORS), "layers.0.output", strength=0.0), Intervention(Add(vector()), "layers.1.output")])
-    plan.set_rows([0, 1])
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
+        attachment.set_rows([0, 1])
         steered = model(ids()).logits
     with Plan(Intervention(Add(vector()), "layers.1.output")).attached(model), torch.no_grad():
         assert torch.equal(model(ids()).logits, steered)

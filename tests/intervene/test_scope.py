@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from hand import attachment_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
 from steer.intervene import Add, Intervention, Plan
+from steer.intervene.attachment import Attachment
 from steer.intervene.scope import KINDS, Scope
-from steer.model.context import CHAT_ROLES, ForwardContext, build
+from steer.intervene.scope_mask import ScopeMask
+from steer.model.context import CHAT_ROLES, ForwardContext, Mask
+from steer.model.context_builder import build_context
 
 # ---- the reference: what is known about a token, and what each part of a scope says about it
 
@@ -152,8 +156,19 @@ GAP = Token(0, None, "none", 0, None, False, 0, "system", real=False)
 TEXTS = st.lists(st.builds(Text, st.integers(1, 4), st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=3)
 
 
+class Tokens(ScopeMask):
+    """The tokens of a scope, whose lengths are noted when the pass opens, as an attachment does it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(Scope.parse(text))
+
+    def mask(self, ctx: ForwardContext) -> Mask:
+        self.note_lengths(ctx)
+        return super().mask(ctx)
+
+
 def agrees(wanted: Wanted, rows: list[list[Token]], ctx: ForwardContext, generating: bool) -> None:
-    scope = Scope.parse(wanted.text)
+    scope = Tokens(wanted.text)
     mask, fade = scope.mask(ctx), scope.fade(ctx)
     mask = torch.full((ctx.batch, ctx.tokens), mask) if isinstance(mask, bool) else mask
     assert mask.tolist() == [[wanted.wants(token, generating) for token in row] for row in rows], wanted.text
@@ -184,9 +199,9 @@ def test_training_batches(texts, wanted, side, with_positions):
     if with_positions:
         given_["position_ids"] = columns(rows, lambda token: token.index)
     response = columns(rows, lambda token: token.part == "response")
-    agrees(wanted, rows, build(given_, response, False, turns=turns_of(rows)), False)
+    agrees(wanted, rows, build_context(given_, response, turns=turns_of(rows)), False)
     given_["labels"] = torch.where(response, 5, -100)
-    agrees(wanted, rows, build(given_, None, False, turns=turns_of(rows)), False)
+    agrees(wanted, rows, build_context(given_, None, turns=turns_of(rows)), False)
 
 
 @given(TEXTS, scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))))
@@ -194,7 +209,7 @@ def test_packed_rows(texts, wanted):
     row = [token for text in texts for token in text.tokens()]
     given_ = {"input_ids": columns([row], lambda token: token.id), "position_ids": columns([row], lambda token: token.index)}
     given_["labels"] = columns([row], lambda token: 5 if token.part == "response" else -100)
-    agrees(wanted, [row], build(given_, None, False, turns=turns_of([row])), False)
+    agrees(wanted, [row], build_context(given_, None, turns=turns_of([row])), False)
 
 
 class Cache:
@@ -241,7 +256,7 @@ class Generation:
         mask = columns([row[:stop] for row in self.rows for _ in range(self.beams)], lambda token: int(token.real))
         if not bool(mask.all()):
             given_["attention_mask"] = mask
-        ctx = build(given_, None, False, turns=turns_of(rows))
+        ctx = build_context(given_, None, turns=turns_of(rows))
         self.cache.length = stop
         return ctx, many
 
@@ -277,7 +292,7 @@ def test_a_prompt_in_copied_parts(texts, wanted, static, chunk):
 
 def test_a_second_turn_on_the_same_cache_begins_a_new_response():
     one = Generation([Text(4, 0, 1), Text(3, 0, 2)], "left", False)
-    scope = Scope.parse("generated[:1]|prompt[5:]")
+    scope = Tokens("generated[:1]|prompt[5:]")
     scope.mask(one.context(4)[0])
     for _ in range(2):
         one.decode()
@@ -296,7 +311,7 @@ def test_the_first_token_of_a_prompt_of_one_on_a_static_cache_is_no_decoded_one(
     for name, first, second in (("generated[:1]", False, True), ("prompt", True, False), ("positions[-1]", True, False)):
         one = Generation([Text(1, 0, 1), Text(1, 0, 2)], "left", True)
         one.cache.get_seq_length = lambda one=one: torch.tensor(one.cache.length)
-        scope = Scope.parse(name)
+        scope = Tokens(name)
         for _ in range(2):  # reused for a second generation
             one.cache.length, one.rows = 0, [row[:1] for row in one.rows]
             assert scope.mask(one.context(1)[0]).tolist() == [[first], [first]]
@@ -312,12 +327,12 @@ def test_a_cache_that_was_filled_before_says_so(name, static):
     one.decode()
     ctx, _ = one.context(1)
     with pytest.raises(ContextError, match=r"prompt of this generation was not seen[\s\S]*cache from before the attach"):
-        Scope.parse(name).mask(ctx)
+        Tokens(name).mask(ctx)
 
 
 def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
     long, short = Generation([Text(5, 0, 1)], "left", False), Generation([Text(2, 0, 1)], "left", False)
-    scope = Scope.parse("generated[:2]")
+    scope = Tokens("generated[:2]")
     for one in (long, short):
         scope.mask(one.context(len(one.rows[0]))[0])
     twin = copy.deepcopy(long)
@@ -331,7 +346,7 @@ def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
 
 def test_a_cache_of_other_rows_is_refused():
     one = Generation([Text(3, 0, 1), Text(2, 0, 2)], "left", False)
-    scope = Scope.parse("generated[:2]")
+    scope = Tokens("generated[:2]")
     scope.mask(one.context(3)[0])
     one.rows = one.rows[:1] * 3
     one.texts = one.texts[:1] * 3
@@ -421,23 +436,23 @@ def test_mistakes_are_named(text, says):
 
 
 def context_of(**extra) -> ForwardContext:
-    return build({"input_ids": torch.ones(1, 3, dtype=torch.long), **extra}, None, False)
+    return build_context({"input_ids": torch.ones(1, 3, dtype=torch.long), **extra}, None)
 
 
 @pytest.mark.parametrize("name", ["prompt", "response", "generated", "prompt[:2]", "response&last", "all!generated"])
 def test_a_pass_that_does_not_tell_prompt_from_response(name):
     with pytest.raises(ContextError, match=rf"scope '{name.translate({91: chr(92) + '[', 93: chr(92) + ']'})}' cannot tell prompt"):
-        Scope.parse(name).mask(context_of())
+        Tokens(name).mask(context_of())
 
 
 def test_a_decay_needs_to_know_where_the_response_begins():
     with pytest.raises(ContextError, match=r"scope 'all~8' cannot tell where the response begins"):
-        Scope.parse("all~8").fade(context_of())
+        Tokens("all~8").fade(context_of())
 
 
 @pytest.mark.parametrize("tokens", [3, 1])
 def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
-    scope = Scope.parse("response[-2:]")
+    scope = Tokens("response[-2:]")
     one = Generation([Text(3, 0, 1)], "left", False)
     ctx, _ = one.context(3)
     if tokens == 1:
@@ -449,17 +464,17 @@ def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
 
 
 def test_token_ids_need_ids():
-    ctx = build({"inputs_embeds": torch.ones(1, 3, 8)}, None, False)
+    ctx = build_context({"inputs_embeds": torch.ones(1, 3, 8)}, None)
     with pytest.raises(ContextError, match=r"'tokens\[5\]' needs token ids[\s\S]*inputs_embeds"):
-        Scope.parse("tokens[5]").mask(ctx)
+        Tokens("tokens[5]").mask(ctx)
 
 
 @pytest.mark.parametrize("turns", [None, torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), torch.zeros(3)])
 @pytest.mark.parametrize("generating", [False, True])
 def test_roles_need_an_announcement_that_fits(turns, generating):
-    ctx = build({"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": generating}, None, False, turns=turns)
+    ctx = build_context({"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": generating}, None, turns=turns)
     with pytest.raises(ContextError, match=rf"cannot tell whose turn[\s\S]*found: {'none' if turns is None else ''}[\s\S]*chat_roles"):
-        Scope.parse("role[user]").mask(ctx)
+        Tokens("role[user]").mask(ctx)
 
 
 def test_roles_may_be_announced_with_those_of_the_cache():
@@ -467,80 +482,88 @@ def test_roles_may_be_announced_with_those_of_the_cache():
     one.context(3)
     given_ = {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": one.cache}
     turns = torch.tensor([[0, 1, 1, 2, 1]])
-    assert Scope.parse("role[user]").mask(build(given_, None, False, turns=turns)).tolist() == [[False, True]]
+    assert Tokens("role[user]").mask(build_context(given_, None, turns=turns)).tolist() == [[False, True]]
 
 
 def test_a_module_beside_a_decoder_has_no_tokens():
     ctx = ForwardContext(0, 0, "train")
-    assert Scope.parse("all").mask(ctx) is True
+    assert Tokens("all").mask(ctx) is True
     for name in ("prompt", "all!last", "all~3"):
         with pytest.raises(ContextError, match=r"needs tokens[\s\S]*scope='all'"):
-            Scope.parse(name).mask(ctx)
+            Tokens(name).mask(ctx)
 
 
 # ---- windows that move
 
 
-def plan_of(*names: str) -> Plan:
-    return Plan([Intervention(Add(torch.ones(4)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)])
+def attached_to(*names: str) -> Attachment:
+    ones = [Intervention(Add(torch.ones(32)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)]
+    return attachment_of(Plan(ones))
 
 
-def windows_of(plan: Plan) -> list[str]:
-    return [str(one.scope) for one in plan.interventions]
+def windows_of(attachment: Attachment) -> list[str]:
+    windows = [str(one.scope_mask.scope) for one in attachment.interventions]
+    assert [str(one.scope) for one in attachment.as_plan().interventions] == windows
+    return windows
 
 
 def test_windows_move_together_or_one_by_one():
-    plan = plan_of("generated[:8]", "generated[:8]", "generated[:8]")
-    assert len({id(one.scope) for one in plan.interventions}) == 1  # their tokens are worked out once
-    plan.set_window(2, None)
-    assert windows_of(plan) == ["generated[2:]"] * 3 and len({id(one.scope) for one in plan.interventions}) == 1
-    plan.set_window(None, 4, "b")
-    assert windows_of(plan) == ["generated[2:]", "generated[:4]", "generated[2:]"]
-    plan.set_window(1, 2)
-    assert windows_of(plan) == ["generated[1:2]"] * 3
+    attachment = attached_to("generated[:8]", "generated[:8]", "generated[:8]")
+    assert len({id(one.scope_mask) for one in attachment.interventions}) == 1  # their tokens are worked out once
+    attachment.set_window(2, None)
+    assert windows_of(attachment) == ["generated[2:]"] * 3 and len({id(one.scope_mask) for one in attachment.interventions}) == 1
+    attachment.set_window(None, 4, "b")
+    assert windows_of(attachment) == ["generated[2:]", "generated[:4]", "generated[2:]"]
+    attachment.set_window(1, 2)
+    assert windows_of(attachment) == ["generated[1:2]"] * 3
 
 
 def test_another_plan_is_left_alone():
     scope = Scope.parse("generated[:8]")
-    first, second = (Plan(Intervention(Add(torch.ones(4)), "layers.0.output", scope)) for _ in range(2))
+    plan = Plan(Intervention(Add(torch.ones(32)), "layers.0.output", scope))
+    first, second = attachment_of(plan), attachment_of(Plan(plan.interventions))
     first.set_window(0, 2)
     assert (windows_of(first), windows_of(second), str(scope)) == (["generated[0:2]"], ["generated[:8]"], "generated[:8]")
+    assert windows_of(attachment_of(plan)) == ["generated[:8]"] and str(plan.interventions[0].scope) == "generated[:8]"
     # an intervention whose window was moved does not lend it to one that has the old one
-    both = Plan([first.interventions[0], Intervention(Add(torch.ones(4)), "layers.1.output", "generated[:8]")])
-    assert windows_of(both) == ["generated[0:2]", "generated[:8]"]
+    both = Plan([*first.as_plan().interventions, Intervention(Add(torch.ones(32)), "layers.1.output", "generated[:8]")])
+    assert windows_of(attachment_of(both)) == ["generated[0:2]", "generated[:8]"]
 
 
 def test_windows_made_in_inference_mode_can_be_moved_in_training():
     with torch.inference_mode():
-        plan = plan_of("prompt[:8]~3")
-    plan.set_window(1, 2)
-    assert plan.interventions[0].scope.slices[0].bounds.tolist() == [1, 2]
+        attachment = attached_to("prompt[:8]~3")
+    [part] = attachment.interventions[0].scope_mask._parts
+    bounds = part.window.bounds
+    attachment.set_window(1, 2)
+    assert bounds.tolist() == [1, 2] and part.window.bounds is bounds and not bounds.is_inference()
 
 
 def test_a_window_is_not_moved_to_where_it_holds_nothing():
-    plan = plan_of("generated[:8]", "prompt[2:4]")
+    attachment = attached_to("generated[:8]", "prompt[2:4]")
     with pytest.raises(ConfigError, match="a window is empty"):
-        plan.set_window(4, 4)
-    assert windows_of(plan) == ["generated[:8]", "prompt[2:4]"]
+        attachment.set_window(4, 4)
+    assert windows_of(attachment) == ["generated[:8]", "prompt[2:4]"]
 
 
 def test_windows_are_kept():
-    plan = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
-    plan.set_window(3, None, "b")
-    state = plan.state_dict()
-    fresh = plan_of("generated[:8]", "generated[:8]", "prompt[0,1]")
+    attachment = attached_to("generated[:8]", "generated[:8]", "prompt[0,1]")
+    attachment.set_window(3, None, "b")
+    state = attachment.state_dict()
+    fresh = attached_to("generated[:8]", "generated[:8]", "prompt[0,1]")
     fresh.load_state_dict(state)
-    assert windows_of(fresh) == windows_of(plan) == ["generated[:8]", "generated[3:]", "prompt[0,1]"]
-    plan.set_window(5, 6, "a")
-    plan.set_window(5, 6, "b")
-    fresh.load_state_dict(plan.state_dict())
+    assert windows_of(fresh) == windows_of(attachment) == ["generated[:8]", "generated[3:]", "prompt[0,1]"]
+    attachment.set_window(5, 6, "a")
+    attachment.set_window(5, 6, "b")
+    fresh.load_state_dict(attachment.state_dict())
     assert windows_of(fresh) == ["generated[5:6]", "generated[5:6]", "prompt[0,1]"]
 
 
 def test_windows_survive_a_file(tmp_path):
-    plan = plan_of("generated[:8]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]")
-    plan.set_window(3, 9, "a")
-    assert windows_of(Plan.load(plan.save(tmp_path / "plan"))) == ["generated[3:9]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]"]
+    attachment = attached_to("generated[:8]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]")
+    attachment.set_window(3, 9, "a")
+    loaded = attachment_of(Plan.load(attachment.as_plan().save(tmp_path / "plan")))
+    assert windows_of(loaded) == ["generated[3:9]!tokens[5]~3", "role[user]|prompt[-4:]&tokens[7]"]
 
 
 @pytest.mark.parametrize(
@@ -558,9 +581,9 @@ def test_windows_survive_a_file(tmp_path):
     ],
 )
 def test_windows_that_cannot_move(scope, window, says):
-    plan = plan_of(scope)
+    attachment = attached_to(scope)
     with pytest.raises(ConfigError, match=says):
-        plan.set_window(*window)
-    assert windows_of(plan) == [scope]
+        attachment.set_window(*window)
+    assert windows_of(attachment) == [scope]
     with pytest.raises(ConfigError, match="no intervention is called 'x'"):
-        plan.set_window(0, 1, "x")
+        attachment.set_window(0, 1, "x")

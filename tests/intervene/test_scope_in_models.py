@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.hooks import chat_roles, response_tokens
+from steer.model.annotations import chat_roles, response_tokens
 from steer.model.tokens import encode_chat
 
 V = 3 * vector()
@@ -88,13 +88,13 @@ def test_each_decoded_token_is_steered_as_it_should_be(scope, weights, steered, 
     """Rows of 7, 4 and 6 prompt tokens; the second one reaches its fifth position with its second decoded token."""
     model = tiny("llama")
     wanted = weights_by_hand(model, static, weights)
-    with plan_on(scope).attached(model) as plan, chat_roles(model, torch.full_like(PROMPT, 1)):
+    with plan_on(scope).attached(model) as attachment, chat_roles(model, torch.full_like(PROMPT, 1)):
         talk = Talk(model, static)
         for step in range(1, 4):
             talk.say(20 + step)
     for found, expected in zip(talk.logits, wanted, strict=True):
         assert torch.allclose(found, expected, atol=1e-4)
-    assert plan.fired() == {NAME: steered}
+    assert attachment.fired() == {NAME: steered}
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -119,13 +119,13 @@ def test_two_generations_take_turns(static, tiny):
 def test_a_copied_cache_goes_on_as_the_original(static, tiny):
     """As one does to continue one prompt in several ways."""
     model = tiny("llama")
-    with plan_on("generated[1:2]").attached(model) as plan:
+    with plan_on("generated[1:2]").attached(model) as attachment:
         first = Talk(model, static)
         second = copy.deepcopy(first, {id(model): model})
         assert second.cache is not first.cache
         for token in (9, 10, 11):
             assert torch.equal(first.say(token), second.say(token))
-    assert plan.fired() == {NAME: 6}
+    assert attachment.fired() == {NAME: 6}
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -135,19 +135,19 @@ def test_a_plan_that_comes_after_the_prompt_says_so(static, tiny):
     with plan_on("generated[:2]").attached(model), pytest.raises(ContextError, match="prompt of this generation was not seen"):
         talk.say(9)
     talk = Talk(model, static)
-    with plan_on("generated").attached(model) as plan:  # needs to know nothing of the prompt
+    with plan_on("generated").attached(model) as attachment:  # needs to know nothing of the prompt
         talk.say(9)
-    assert plan.fired() == {NAME: 3}
+    assert attachment.fired() == {NAME: 3}
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize(("scope", "steered"), [("prompt", 2), ("generated[:2]", 4), ("positions[0]", 2), ("positions[-1]", 2)])
 def test_prompts_of_one_token(scope, steered, cache, tiny):
     model = tiny("llama")
-    with plan_on(scope).attached(model) as plan:
+    with plan_on(scope).attached(model) as attachment:
         for turn in (1, 2):  # generate keeps the static cache and resets it
             model.generate(ids(2, 1), max_new_tokens=4, do_sample=False, cache_implementation=cache, disable_compile=True)
-            assert plan.fired() == {NAME: turn * steered}
+            assert attachment.fired() == {NAME: turn * steered}
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -166,8 +166,8 @@ def test_beams_of_batched_rows_with_slots_equal_single_runs(scope, cache, tiny):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     roles = batch["input_ids"] % 4
     plan = Plan(Intervention(Add(vectors), "layers.1.output", scope))
-    plan.set_rows([2, 0, 1])
-    with plan.attached(model), chat_roles(model, roles):
+    with plan.attached(model) as attachment, chat_roles(model, roles):
+        attachment.set_rows([2, 0, 1])
         together = model.generate(**inputs, **options)
     for row, slot in enumerate([2, 0, 1]):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
@@ -208,20 +208,20 @@ def test_turns_in_training(tiny, tiny_tokenizer):
     tokens, roles = (torch.tensor([one]) for one in encode_chat(tiny_tokenizer, turns))
     with by_hand(model, (roles == 1).float()):
         wanted = model(tokens, use_cache=False).logits
-    with plan_on("role[user]").attached(model) as plan:
+    with plan_on("role[user]").attached(model) as attachment:
         with chat_roles(model, roles):
             assert torch.allclose(model(tokens, use_cache=False).logits, wanted, atol=1e-5)
         with pytest.raises(ContextError, match="cannot tell whose turn"):  # only inside the block
             model(tokens, use_cache=False)
-    assert plan.fired() == {NAME: 2 + 4}
+    assert attachment.fired() == {NAME: 2 + 4}
 
 
 def test_announced_windows_of_a_completion(tiny):
     model = tiny("llama")
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with plan_on("response[-2:]").attached(model) as plan, response_tokens(model, mask):
+    with plan_on("response[-2:]").attached(model) as attachment, response_tokens(model, mask):
         model(ids(2, 6), use_cache=False)
-    assert plan.fired() == {NAME: 4}
+    assert attachment.fired() == {NAME: 4}
 
 
 @pytest.mark.parametrize("scope", ["all", "response"])
@@ -242,15 +242,15 @@ def test_what_moved_is_steered_and_counted(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(V), f"layers.{layer}.output", "generated[:1]", name=str(layer)) for layer in range(3)])
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 2, "1": 2, "2": 2}
-        plan.set_window(0, 3, "1")
+        assert attachment.fired() == {"0": 2, "1": 2, "2": 2}
+        attachment.set_window(0, 3, "1")
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 4, "1": 8, "2": 4}
-        plan.set_window(2, 4)
+        assert attachment.fired() == {"0": 4, "1": 8, "2": 4}
+        attachment.set_window(2, 4)
         model.generate(ids(2, 4), **options)
-        assert plan.fired() == {"0": 8, "1": 12, "2": 8}
+        assert attachment.fired() == {"0": 8, "1": 12, "2": 8}
 
 
 @pytest.mark.real
@@ -263,7 +263,8 @@ def test_a_turn_of_the_real_chat_template(smollm2):
     assert said[0].startswith("<|im_start|>system") and said[0].endswith("<|im_end|>\n")
     assert said[1:] == ["<|im_start|>user\nName a colour.<|im_end|>\n", "<|im_start|>assistant\n"]
     width = model.config.hidden_size
-    with Plan(Intervention(Add(torch.zeros(width)), "layers.9.output", "role[user]|generated[:2]", name="it")).attached(model) as plan:
+    plan = Plan(Intervention(Add(torch.zeros(width)), "layers.9.output", "role[user]|generated[:2]", name="it"))
+    with plan.attached(model) as attachment:
         with chat_roles(model, roles):
             model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        assert plan.fired() == {"it": int((roles == 1).sum()) + 2}
+        assert attachment.fired() == {"it": int((roles == 1).sum()) + 2}

@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from steer.errors import ContextError
 from steer.intervene import Add, CosineGate, FeatureGate, Intervention, Plan, ProbeGate
 from steer.intervene.gate import Gate
-from steer.model.context import build
+from steer.model.context_builder import build_context
 
 SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)
@@ -34,7 +34,7 @@ def gated(gate: Gate, **options) -> Plan:
 
 
 def learned(gate: Gate) -> Gate:
-    for leaf in gate.leaves():
+    for leaf in gate.site_gates():
         leaf.train()
     return gate
 
@@ -46,7 +46,7 @@ def learned(gate: Gate) -> Gate:
 @pytest.mark.parametrize("batch", [padded("left"), packed((3, 4), prompt=2)], ids=["padded", "packed"])
 def test_gradients_against_finite_differences(name, batch):
     gate = leaves()[name]
-    parts = list(gate.leaves())
+    parts = list(gate.site_gates())
     names = [(leaf, key) for leaf in parts for key in leaf.learnable if key in leaf.tensors]
     values = [leaf.tensors[key].double().requires_grad_() for leaf, key in names]
     h = torch.randn(*batch["input_ids"].shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -54,10 +54,12 @@ def test_gradients_against_finite_differences(name, batch):
     def value(h, *values):
         for (leaf, key), tensor in zip(names, values, strict=True):
             leaf.tensors[key] = tensor
-        ctx = build(batch, None, False)
+        ctx = build_context(batch, None)
         for number, leaf in enumerate(parts):
             leaf.read(h, ctx, str(number))
-        return gate.value(ctx, map(str, range(len(parts))))
+        decision = gate.decision(ctx, map(str, range(len(parts))))
+        closed = 1 - decision.opened if decision.closed is None else decision.closed
+        return torch.cat((decision.opened, closed), -1)
 
     assert torch.autograd.gradcheck(value, (h, *values))
 
@@ -90,9 +92,9 @@ def run(model, plan, batch) -> list[torch.Tensor]:
     model.zero_grad()
     for parameter in plan.parameters():
         parameter.grad = None
-    with plan.attached(model):
+    with plan.attached(model) as attachment:
         model(**batch, use_cache=False).loss.backward()
-        fired = torch.tensor(list(plan.fired().values()))
+        fired = torch.tensor(list(attachment.fired().values()))
     return [*(one.grad for one in plan.parameters()), *(one.grad for one in model.parameters()), fired]
 
 
@@ -145,11 +147,11 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
     last = Intervention(Add(W), "layers.2.output", gate=row | soft, preserve_norm=True)
     plan = Plan([Intervention(Add(V), SITE, gate=hard & ~row), last])
     first, second = plan.interventions
-    probe, cosine = first.gate.leaves()
-    shared, other = second.gate.leaves()
+    probe, cosine = first.gate.site_gates()
+    shared, other = second.gate.site_gates()
     assert shared is cosine
     seen, fired = [], []
-    with plan.attached(model), torch.no_grad():
+    with plan.attached(model) as attachment, torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         for change in (
             lambda: None,
@@ -157,15 +159,15 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
             lambda: cosine.tensors["threshold"].fill_(-0.2),
             lambda: other.tensors["sharpness"].fill_(20.0),
             lambda: probe.tensors["vector"].copy_(-W[None]),
-            lambda: plan.set_strength(0.5),
+            lambda: attachment.set_strength(0.5),
         ):
             change()
-            before = plan.fired()
+            before = attachment.fired()
             found = compiled(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
-            between = plan.fired()
+            between = attachment.fired()
             wanted = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
             assert torch.allclose(found, wanted, atol=1e-5)
-            after = plan.fired()
+            after = attachment.fired()
             assert all(after[name] - between[name] == between[name] - before[name] for name in after)
             seen.append(found)
             fired.append(after)
@@ -182,7 +184,7 @@ def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(tiny, backe
         gradients = []
         with plan.attached(model):
             for bias in (0.2, -0.4):
-                list(plan.interventions[0].gate.leaves())[0].tensors["bias"].data.fill_(bias)
+                list(plan.interventions[0].gate.site_gates())[0].tensors["bias"].data.fill_(bias)
                 call(**padded("right"), use_cache=False).loss.backward()
                 gradients += [one.grad.clone() for one in (*plan.parameters(), *model.parameters())]
         found.append(gradients)
@@ -211,7 +213,7 @@ def test_compiled_decoding_with_a_static_cache(tiny, backend):
 
     plain = generate(False)
     plan = Plan(Intervention(Add(8 * V), SITE, gate=ProbeGate(W, 0.0, site=READ, per="generation")))
-    tensors = next(plan.interventions[0].gate.leaves()).tensors
+    tensors = next(plan.interventions[0].gate.site_gates()).tensors
     changed, graphs = [], []
     with plan.attached(model):
         for bias in (-1e9, 1e9, 0.0, 1.0, -1.0):
@@ -231,17 +233,17 @@ def test_gates_on_a_peft_model(tiny):
     from peft import LoraConfig, get_peft_model
 
     batch, gate = padded("left"), ProbeGate(W, 0.1, site=READ, per="row") & ProbeGate(V, 0.1)
-    with torch.no_grad(), gated(gate).attached(plain := tiny("llama")) as plan:
-        wanted, fired = plain(**batch).logits, plan.fired()
+    with torch.no_grad(), gated(gate).attached(plain := tiny("llama")) as attachment:
+        wanted, fired = plain(**batch).logits, attachment.fired()
     wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
-    with gated(copy.deepcopy(gate)).attached(wrapped) as plan:
+    with gated(copy.deepcopy(gate)).attached(wrapped) as attachment:
         out = wrapped(**batch)
-        assert torch.allclose(out.logits, wanted, atol=1e-5) and plan.fired() == fired and 0 < fired["add@layers.1.output"] < 17
+        assert torch.allclose(out.logits, wanted, atol=1e-5) and attachment.fired() == fired and 0 < fired["add@layers.1.output"] < 17
         out.loss.backward()
-        assert plan.parameters()[0].grad.abs().max() > 0
+        assert attachment.parameters()[0].grad.abs().max() > 0
         with torch.no_grad(), wrapped.disable_adapter():  # the reference of DPO and GRPO
             wrapped(**batch, use_cache=False)
-        assert plan.fired() == fired
+        assert attachment.fired() == fired
 
 
 def test_values_between_open_and_closed_steer_by_that_share(tiny):
@@ -249,8 +251,8 @@ def test_values_between_open_and_closed_steer_by_that_share(tiny):
     for bias in (-2.0, 0.0, 1.0):
         plan = gated(ProbeGate(torch.zeros(32), bias, sharpness=1.5))
         with torch.no_grad():
-            with plan.attached(model):
+            with plan.attached(model) as attachment:
                 found = model(x).logits
             with edited(model.model.layers[1], lambda h, b=bias: h + torch.sigmoid(torch.tensor(1.5 * b)) * V):
                 assert torch.allclose(found, model(x).logits, atol=1e-5)
-        assert plan.fired() == {"add@layers.1.output": 14 * (bias > 0)}
+        assert attachment.fired() == {"add@layers.1.output": 14 * (bias > 0)}

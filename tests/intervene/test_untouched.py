@@ -54,12 +54,12 @@ def test_a_model_looks_the_same_while_attached_and_afterwards(family, peft, tiny
     model(ids())  # transformers sets attributes of its own in the first pass
     before = portrait(model)
     count = hook_count(model)
-    plan = everywhere(model).attach(model)
+    attachment = everywhere(model).attach(model)
     with torch.no_grad():
         model(ids())
     same(portrait(model), before)
     assert hook_count(model) > count
-    plan.detach()
+    attachment.detach()
     same(portrait(model), before)
     assert hook_count(model) == count
 
@@ -101,7 +101,7 @@ def test_a_copy_of_a_steered_model_is_plain_and_says_so(how, tiny):
     model = tiny("llama")
     with torch.no_grad():
         plain = model(ids()).logits
-        with everywhere(model).attached(model) as plan:
+        with everywhere(model).attached(model) as attachment:
             steered = model(ids()).logits
             if how == "deepcopy":
                 with pytest.warns(UserWarning, match="neither steered nor monitored") as caught:
@@ -115,8 +115,8 @@ def test_a_copy_of_a_steered_model_is_plain_and_says_so(how, tiny):
                 with pytest.warns(UserWarning, match="neither steered nor monitored"):
                     torch.save(model, stream)
                 other = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
-            fired = plan.fired()
-            assert torch.equal(other(ids()).logits, plain) and plan.fired() == fired
+            fired = attachment.fired()
+            assert torch.equal(other(ids()).logits, plain) and attachment.fired() == fired
             assert torch.equal(model(ids()).logits, steered)
         with everywhere(other).attached(other):  # the copy can be steered on its own
             assert torch.equal(other(ids()).logits, steered)

@@ -17,11 +17,11 @@ from kernel_formulas import added, edited, error, statistics, surrounded
 from torch import Tensor
 
 from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
-from steer.kernels.jit import Kernel
+from steer.kernels.lazy_triton import LazyKernel
 
 # the functions of a package hide its modules of the same name
-steer_add_file, edit_file, drift_file, weighted_sum_file, scalar_file = (
-    importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "edit", "drift_stats", "weighted_sum", "edit_scalar")
+steer_add_file, drift_file, weighted_sum_file, scalar_file, tiles_file = (
+    importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "drift_stats", "weighted_sum", "edit_scalar", "edit_tiles")
 )
 torch.set_num_threads(1)
 ZONE = 64
@@ -37,31 +37,31 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, float
     def poisoned(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
         value = 1e30 if dtype.is_floating_point else 77
-        whole = torch.full((size.numel() + 2 * ZONE,), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
-        whole[:ZONE] = whole[size.numel() + ZONE :] = value
-        zones.append((whole, value))
-        return whole[ZONE : size.numel() + ZONE].view(size)
+        buffer = torch.full((size.numel() + 2 * ZONE,), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+        buffer[:ZONE] = buffer[size.numel() + ZONE :] = value
+        zones.append((buffer, value))
+        return buffer[ZONE : size.numel() + ZONE].view(size)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     with force("triton"):
         yield zones
     monkeypatch.setattr(torch, "empty", real)
-    for whole, value in zones:
-        assert bool((whole[:ZONE] == value).all() and (whole[-ZONE:] == value).all()), "a write beside the memory that is meant"
+    for buffer, value in zones:
+        assert bool((buffer[:ZONE] == value).all() and (buffer[-ZONE:] == value).all()), "a write beside the memory that is meant"
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that run."""
     names: list[str] = []
-    real = Kernel.launch
+    real = LazyKernel.launch
 
-    def launch(self: Kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        names.append(f"{self.function.__module__.split('.')[-1]}.{self.function.__name__.strip('_')}")
+    def launch(self: LazyKernel, grid: tuple[int, ...], **arguments: Any) -> None:
+        names.append(self.name)
         assert len(grid) <= 3 and torch.Size(grid).numel() <= 64, "slow in the interpreter"
-        real(self, grid, *args, **options)
+        real(self, grid, **arguments)
 
-    monkeypatch.setattr(Kernel, "launch", launch)
+    monkeypatch.setattr(LazyKernel, "launch", launch)
     return names
 
 
@@ -85,18 +85,18 @@ def against(
     kernel: Callable[..., Tensor], formula: Callable[..., Tensor], tensors: dict[str, Tensor], fixed: frozenset[str] = frozenset()
 ) -> Tensor:
     """Values and gradients of both; the kernel gets its activation and incoming gradient from the midst of not-a-numbers."""
-    single = {name: one.clone().requires_grad_(name not in fixed) for name, one in tensors.items()}
+    single = {name: tensor.clone().requires_grad_(name not in fixed) for name, tensor in tensors.items()}
     single["h"] = surrounded(tensors["h"]).requires_grad_()
-    double = {name: one.double().requires_grad_(name not in fixed) for name, one in tensors.items()}
-    found, wanted = kernel(**single), formula(**double)
+    double = {name: tensor.double().requires_grad_(name not in fixed) for name, tensor in tensors.items()}
+    result, wanted = kernel(**single), formula(**double)
     pull = random(*wanted.shape, seed=9)
     learned = [name for name in tensors if name not in fixed]
-    g_found = torch.autograd.grad(found, [single[name] for name in learned], surrounded(pull))
+    g_result = torch.autograd.grad(result, [single[name] for name in learned], surrounded(pull))
     g_wanted = torch.autograd.grad(wanted, [double[name] for name in learned], pull.double())
-    assert error(found, wanted) <= OUT
-    for name, a, b in zip(learned, g_found, g_wanted, strict=True):
+    assert error(result, wanted) <= OUT
+    for name, a, b in zip(learned, g_result, g_wanted, strict=True):
         assert error(a, b) <= (OUT if name == "h" else SMALL), name
-    return found.detach()
+    return result.detach()
 
 
 # ---- steer_add
@@ -107,23 +107,23 @@ def against(
 def test_steer_add(which: str, norm: bool, launched: list[str]) -> None:
     slots = SLOTS[which]
     tensors = {"h": random(3, 5, 33), "bank": random(3, 33, seed=1), "strength": random(3, 1, 1, seed=2), "mask": sparse_mask(3, 5)}
-    found = against(
+    result = against(
         lambda h, bank, strength, mask: steer_add(h, bank, strength, mask, slots, norm),
         lambda h, bank, strength, mask: added(h, bank, strength, mask, slots, norm),
         tensors,
     )
     untouched = (tensors["mask"][..., 0] == 0) | (slots is not None and (slots.view(3, -1) < 0) | (slots.view(3, -1) > 2))
-    assert torch.equal(found[untouched], tensors["h"][untouched]) and not torch.equal(found[~untouched], tensors["h"][~untouched])
+    assert torch.equal(result[untouched], tensors["h"][untouched]) and not torch.equal(result[~untouched], tensors["h"][~untouched])
     assert launched == ["steer_add.forward", *["steer_add.backward"] * norm, "weighted_sum.sum"]
 
 
 def test_steer_add_goes_over_a_wide_row_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steer_add_file, "BLOCK", 32)
+    monkeypatch.setattr(steer_add_file, "MAX_BLOCK_SIZE", 32)
     tensors = {"h": random(2, 3, 100), "bank": random(1, 100, seed=1), "strength": random(1, 1, 1, seed=2)}
-    ones = torch.ones(2, 3, 1)
+    mask = torch.ones(2, 3, 1)
     against(
         lambda h, bank, strength: steer_add(h, bank, strength, None, None, True),
-        lambda h, bank, strength: added(h, bank, strength, ones, None, True),
+        lambda h, bank, strength: added(h, bank, strength, mask, None, True),
         tensors,
     )
 
@@ -187,10 +187,10 @@ KINDS: dict[str, tuple[dict[str, float], dict[str, bool]]] = {
 NEVER = frozenset({"threshold"})  # is learned
 
 
-def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 33, banks: int = 3) -> None:
+def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 33) -> None:
     values, flags = KINDS[kind]
     flags = {**flags, "preserve_norm": norm}
-    count = 1 if slots is None else banks
+    count = 1 if slots is None else 3
     numbers = {name: value + 0.05 * random(count, m, seed=20 + i) for i, (name, value) in enumerate(values.items())}
     tensors = {
         "h": random(3, 5, width),
@@ -200,20 +200,20 @@ def edit_case(kind: str, m: int, slots: Tensor | None, norm: bool, width: int = 
         "mask": sparse_mask(3, 5),
         **numbers,
     }
-    found = against(
+    result = against(
         lambda h, read, write, strength, mask, **own: edit(h, read, write, strength=strength, mask=mask, slots=slots, **own, **flags),
         lambda h, read, write, strength, mask, **own: edited(h, read, write, own, strength, mask, slots, **flags),
         tensors,
         NEVER,
     )
-    assert torch.equal(found[tensors["mask"][..., 0] == 0], tensors["h"][tensors["mask"][..., 0] == 0])
+    assert torch.equal(result[tensors["mask"][..., 0] == 0], tensors["h"][tensors["mask"][..., 0] == 0])
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit_along_few_directions(kind: str, norm: bool, launched: list[str]) -> None:
     edit_case(kind, 2, SLOTS["rows"] if norm else None, norm)
-    assert launched == ["edit_scalar.edit"] * 2 + ["weighted_sum.sum"] * 2
+    assert launched == ["edit_scalar.forward", "edit_scalar.backward"] + ["weighted_sum.sum"] * 2
 
 
 def test_edit_with_slots_of_tokens() -> None:
@@ -223,18 +223,44 @@ def test_edit_with_slots_of_tokens() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit_along_many_directions(kind: str, launched: list[str]) -> None:
     edit_case(kind, 19, SLOTS["rows"] if kind in ("clamp", "everything") else None, False, width=70)
-    assert launched == ["edit_tiles.edit"] * 2 + ["weighted_sum.sum"] * 2
+    assert launched == ["edit_tiles.forward", "edit_tiles.backward"] + ["weighted_sum.sum"] * 2
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tile_size", [16, 32, 64])
+def test_edit_in_tiles_of_every_size_and_order(tile_size: int, reverse: bool, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """Launch parameters that benchmarks/gpu.py sweeps; the last tile of a row is not full."""
+    parameters = tiles_file.TilesLaunch(tile_size, 32, reverse, 4, 2)
+    monkeypatch.setattr(tiles_file, "default_launch", lambda tokens, m, dtype: parameters)
+    read, write = random(3, 19, 70, seed=1) / 9, random(3, 19, 70, seed=2) / 19
+    tensors = {"h": random(3, 20, 70), "read": read, "write": write, "low": random(19, seed=3)}
+
+    def formula(**tensors: Tensor) -> Tensor:
+        with force("aten"):  # in float64; test_formulas.py compares it with the formula by hand, which for so many tokens takes seconds
+            return edit(slots=SLOTS["rows"], **tensors)
+
+    against(lambda **tensors: edit(slots=SLOTS["rows"], **tensors), formula, tensors, frozenset({"read", "write"}))
+    assert launched[:2] == ["edit_tiles.forward", "edit_tiles.backward"]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("tile_size", [2, 4])
+def test_edit_of_several_tokens_in_a_program(tile_size: int, norm: bool, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.setattr(scalar_file, "default_launch", lambda width: scalar_file.ScalarLaunch(tile_size, 4))
+    edit_case("everything", 2, SLOTS["rows"], norm)
+    edit_case("ablate", 2, None, norm)
+    assert launched[:2] == ["edit_scalar.forward", "edit_scalar.backward"]
 
 
 def test_many_tokens_along_more_directions_than_the_cache_holds_go_to_tiles(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     h, u = random(2, 10, 16), random(5, 16, seed=1)
     few = edit(h, u, scale=0.5)
-    monkeypatch.setattr(scalar_file, "MANY", 20)
+    monkeypatch.setattr(scalar_file, "MIN_TILED_TOKENS", 20)
     assert error(edit(h, u, scale=0.5), few) <= OUT and error(few, h.double() - 0.5 * (h @ u.T @ u).double()) <= 2e-6
-    assert launched == ["edit_scalar.edit", "edit_tiles.edit"]
+    assert launched == ["edit_scalar.forward", "edit_tiles.forward"]
 
 
-@pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.edit"])])
+@pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.forward"])])
 def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[str], launched: list[str]) -> None:
     h, u = random(1, 2, 20), random(m, 20, seed=1) / 9
     wanted = edited(
@@ -246,13 +272,13 @@ def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[s
 @pytest.mark.parametrize("m", [2, 20])
 def test_slots_with_vectors_of_their_own_and_numbers_in_common(m: int) -> None:
     h, pull, u, low = random(3, 5, 33), random(3, 5, 33, seed=1), random(3, m, 33, seed=2), random(m, seed=3)
-    made = []
+    results = []
     for path in ("triton", "aten"):
         with force(path):
-            given = h.clone().requires_grad_()
-            out = edit(given, u, low=low, slots=torch.tensor([2, 1, 0]))
-            made.append((out, *torch.autograd.grad(out, given, pull)))
-    assert all(error(a, b) <= OUT for a, b in zip(*made, strict=True))
+            own_h = h.clone().requires_grad_()
+            out = edit(own_h, u, low=low, slots=torch.tensor([2, 1, 0]))
+            results.append((out, *torch.autograd.grad(out, own_h, pull)))
+    assert all(error(a, b) <= OUT for a, b in zip(*results, strict=True))
 
 
 def test_edit_of_nothing() -> None:
@@ -272,9 +298,9 @@ def test_half_precision_keeps_the_accuracy_of_its_directions(m: int) -> None:
     """fp16, which the interpreter can do: products with fp32 directions are not rounded to fp16."""
     h, u = random(2, 8, 64).half(), random(m, 64, seed=1) / 8
     exact = h.double() + (0.7 - h.double() @ u.double().mT) @ u.double()
-    found = edit(h, u, scale=0.0, shift=0.7)
-    assert found.dtype is torch.float16
-    assert (found.double() - exact).abs().max() <= 0.51 * 2**-10 * exact.abs().max(), "more than one rounding of the result"
+    result = edit(h, u, scale=0.0, shift=0.7)
+    assert result.dtype is torch.float16
+    assert (result.double() - exact).abs().max() <= 0.51 * 2**-10 * exact.abs().max(), "more than one rounding of the result"
     q = torch.linalg.qr(random(64, m, seed=2)).Q.mT.contiguous()
     h = (random(2, 8, m, seed=3) @ q * 8).half()  # of which nothing is left, so that the result is rounded finely
     exact = h.double() - h.double() @ q.double().mT @ q.double()
@@ -290,7 +316,7 @@ def test_operators_run_the_kernels(launched: list[str]) -> None:
         out = edit(h, u, low=0.0)
         drift_stats(h, u)
     grads = torch.autograd.grad(out.square().sum(), (h, u))
-    assert launched[:4] == ["edit_tiles.edit", "drift_stats.stats", "drift_stats.merge", "edit_tiles.edit"]
+    assert launched[:4] == ["edit_tiles.forward", "drift_stats.stats", "drift_stats.merge", "edit_tiles.backward"]
     with force("aten"):
         wanted = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
     assert all(error(a, b) <= SMALL for a, b in zip(grads, wanted, strict=True))
@@ -304,17 +330,17 @@ def test_operators_run_the_kernels(launched: list[str]) -> None:
 
 def saved_bytes(run: Callable[[], Tensor], known: list[Tensor]) -> float:
     """Bytes kept for backward, without the activation and the vectors themselves."""
-    kept: dict[int, int] = {}
-    own = {one.untyped_storage().data_ptr() for one in known}
+    n_bytes: dict[int, int] = {}
+    known_storages = {tensor.untyped_storage().data_ptr() for tensor in known}
 
-    def pack(one: Tensor) -> Tensor:
-        if one.untyped_storage().data_ptr() not in own:
-            kept[one.untyped_storage().data_ptr()] = one.numel() * one.element_size()
-        return one
+    def pack(saved: Tensor) -> Tensor:
+        if saved.untyped_storage().data_ptr() not in known_storages:
+            n_bytes[saved.untyped_storage().data_ptr()] = saved.numel() * saved.element_size()
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         run()
-    return sum(kept.values())
+    return sum(n_bytes.values())
 
 
 @pytest.mark.parametrize("case", ["add", "add, norm kept", "clamp, norm kept", "clamp", "ablate", "set features"])
@@ -340,8 +366,8 @@ def test_backward_keeps_little(case: str) -> None:
         "add": lambda: steer_add(h, bank.clone().requires_grad_(), 1.0, mask, slots),
     }
     if case in linear:
-        kept = saved_bytes(linear[case], [bank, directions, bound])
-        assert kept <= limit * tokens + 2 * 64 * 4, "an edit whose norm is not kept keeps no activation"
+        n_bytes = saved_bytes(linear[case], [bank, directions, bound])
+        assert n_bytes <= limit * tokens + 2 * 64 * 4, "an edit whose norm is not kept keeps no activation"
 
 
 def test_twice_the_same_bits() -> None:
@@ -356,18 +382,20 @@ def test_twice_the_same_bits() -> None:
 # ---- drift statistics
 
 
+@pytest.mark.parametrize("tile_size", [16, 64])
 @pytest.mark.parametrize(("tokens", "width", "k"), [(5, 33, 3), (70, 130, 17)])
-def test_drift_stats(tokens: int, width: int, k: int, launched: list[str]) -> None:
+def test_drift_stats(tokens: int, width: int, k: int, tile_size: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows, k: drift_file.StatsLaunch(tile_size, 4, 3))
     h, directions = random(2, tokens, width), random(k, width, seed=1) / width**0.5
     h[..., 3] += 3000  # a channel whose mean is 3,000 times its deviation
     weight = (sparse_mask(2, tokens) * 0.7)[..., 0]
     h[weight == 0] = torch.nan
-    found = drift_stats(surrounded(h), directions, weight[..., None], bins=6, low=-1.5, high=1.5 * torch.ones(k))
+    result = drift_stats(surrounded(h), directions, weight[..., None], bins=6, low=-1.5, high=1.5 * torch.ones(k))
     wanted = statistics(h, directions, weight, -1.5, 1.5, 6)
     limits = {"n": 1e-6, "sum": 1e-6, "m2": 1e-5, "norms": OUT, "projections": OUT, "histogram": 0}
     for name in DriftStats._fields:
-        assert error(getattr(found, name), wanted[name]) <= limits[name], name
-    assert error(found.m2[3], wanted["m2"][3]) <= 1e-3, "squares that are not centred lose everything here"
+        assert error(getattr(result, name), wanted[name]) <= limits[name], name
+    assert error(result.m2[3], wanted["m2"][3]) <= 1e-3, "squares that are not centred lose everything here"
     assert launched == ["drift_stats.stats", "drift_stats.merge"]
 
 
@@ -385,10 +413,10 @@ def test_drift_stats_computes_what_is_asked_for() -> None:
 
 
 def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_file, "TILE", 1)
+    monkeypatch.setattr(drift_file, "default_launch", lambda n_rows, k: drift_file.StatsLaunch(1, 4, 3))
     h, weight = random(2, 65, 20) + 30 * random(20, seed=1), sparse_mask(2, 65)
-    found, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
-    assert error(found.n, wanted["n"]) <= 1e-6 and error(found.sum, wanted["sum"]) <= 1e-6 and error(found.m2, wanted["m2"]) <= 1e-5
+    result, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
+    assert error(result.n, wanted["n"]) <= 1e-6 and error(result.sum, wanted["sum"]) <= 1e-6 and error(result.m2, wanted["m2"]) <= 1e-5
 
 
 # ---- weighted sums
@@ -398,24 +426,25 @@ def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("which", SLOTS)
 def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the tokens are divided among programs and steps."""
-    monkeypatch.setattr(weighted_sum_file, "TILE", 8)
-    monkeypatch.setattr(weighted_sum_file, "plan", lambda tokens, vectors, width: (32, 2 // tiles, tiles))
+    monkeypatch.setattr(weighted_sum_file, "TILE_SIZE", 8)
+    division = weighted_sum_file.WorkDivision(block_size=32, n_parts=2 // tiles, tiles_per_part=tiles)
+    monkeypatch.setattr(weighted_sum_file, "divide_work", lambda n_rows, n_vectors, width: division)
     x, c, slots = random(3, 5, 40), random(3, 5, 2, seed=1), SLOTS[which]
     rows_and_tokens = None if slots is None else slots.view(3, -1)
-    found = weighted_sum_file.weighted_sum(surrounded(x), c, rows_and_tokens, 3)
+    result = weighted_sum_file.weighted_sum(surrounded(x), c, rows_and_tokens, 3)
     wanted = torch.zeros(3, 2, 40, dtype=torch.float64)
     for b in range(3):
         for t in range(5):
             slot = 0 if slots is None else int(slots[b] if slots.dim() == 1 else slots[b, t])
             if 0 <= slot < 3:
                 wanted[slot] += c[b, t, :, None].double() * x[b, t].double()
-    assert error(found, wanted) <= OUT
-    assert error(weighted_sum_file.reference(x, c, rows_and_tokens, 3), wanted) <= OUT
+    assert error(result, wanted) <= OUT
+    assert error(weighted_sum_file.weighted_sum_reference(x, c, rows_and_tokens, 3), wanted) <= OUT
 
 
 def test_a_weighted_sum_of_nothing() -> None:
-    found = weighted_sum_file.weighted_sum(random(2, 0, 8), random(2, 0, 3), None, 2)
-    assert found.shape == (2, 3, 8) and not bool(found.any())
+    result = weighted_sum_file.weighted_sum(random(2, 0, 8), random(2, 0, 3), None, 2)
+    assert result.shape == (2, 3, 8) and not bool(result.any())
 
 
 # ---- all of them
@@ -430,12 +459,12 @@ def test_activations_whose_columns_lie_apart(norm: bool) -> None:
         lambda h, u: steer_add(h, u, 0.5, slots=torch.tensor([1, 0]), preserve_norm=norm),
         lambda h, u: edit(h, u, low=0.1, preserve_norm=norm),
     ):
-        made = []
+        results = []
         for lie in (torch.Tensor.detach, torch.Tensor.contiguous):
-            given = [lie(one).requires_grad_() for one in (h, u)]
-            out = run(*given)
-            made.append((out, *torch.autograd.grad(out, given, lie(pull))))
-        assert all(error(a, b) <= OUT for a, b in zip(*made, strict=True))
+            inputs = [lie(tensor).requires_grad_() for tensor in (h, u)]
+            out = run(*inputs)
+            results.append((out, *torch.autograd.grad(out, inputs, lie(pull))))
+        assert all(error(a, b) <= OUT for a, b in zip(*results, strict=True))
     for a, b in zip(drift_stats(h, u, bins=3), drift_stats(h.contiguous(), u, bins=3), strict=True):
         assert torch.equal(a, b)
     c = random(2, 3, 5, seed=3).mT
@@ -450,13 +479,13 @@ def test_tokens_that_are_left_alone_hand_their_gradient_on_as_it_is(which: str) 
         lambda: steer_add(h, random(3, 33, seed=2), 2.0, slots=slots, preserve_norm=True),
         lambda: edit(h, random(3, 1, 33, seed=2), low=0.5, slots=slots, preserve_norm=True),
     ):
-        [found] = torch.autograd.grad(run(), h, pull)
-        assert torch.equal(found[alone], pull[alone]) and not torch.equal(found[~alone], pull[~alone])
+        [result] = torch.autograd.grad(run(), h, pull)
+        assert torch.equal(result[alone], pull[alone]) and not torch.equal(result[~alone], pull[~alone])
 
 
 def test_the_division_of_a_sum_covers_all_tokens() -> None:
     for tokens in (1, 31, 33, 8192, 100_000):
         for vectors in (1, 16, 256):
-            block, parts, steps = weighted_sum_file.plan(tokens, vectors, 4096)
-            assert parts * steps * weighted_sum_file.TILE >= tokens and (parts - 1) * steps * weighted_sum_file.TILE < tokens
-            assert steps & (steps - 1) == 0 and parts * vectors <= max(vectors, weighted_sum_file.PROGRAMS) and block == 256
+            block, parts, steps = weighted_sum_file.divide_work(tokens, vectors, 4096)
+            assert parts * steps * weighted_sum_file.TILE_SIZE >= tokens and (parts - 1) * steps * weighted_sum_file.TILE_SIZE < tokens
+            assert steps & (steps - 1) == 0 and parts * vectors <= max(vectors, weighted_sum_file.MAX_PROGRAMS) and block == 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,19 +18,19 @@ def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProces
 
 
 def test_a_dry_run_fills_every_table(tmp_path: Path) -> None:
-    done = run(SCRIPT, "--dry", "--out", tmp_path / "found.json")
+    done = run(SCRIPT, "--dry", "--out", tmp_path / "results.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["card"] == "CPU (dry)" and found["versions"]["torch"] and found["date"]
-    assert len(found["correctness"]) > 40 and all(row["right"] for row in found["correctness"])
-    assert all(row["us"] > 0 and row["eager us"] > 0 for row in found["kernels"]) and len(found["kernels"]) > 20
-    assert {row["features"] for row in found["features"]} >= {1, 16, 64, 256} and found["features"][-1]["path"] == "whole dictionary"
-    assert all(row["operations us"] > 0 and row["kernel us"] > 0 for row in found["small"])
-    works = {row["work"] for row in found["model"]}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["card"] == "CPU (dry)" and results["versions"]["torch"] and results["date"]
+    assert len(results["correctness"]) > 40 and all(row["right"] for row in results["correctness"])
+    assert all(row["us"] > 0 and row["eager us"] > 0 for row in results["kernels"]) and len(results["kernels"]) > 20
+    assert {row["features"] for row in results["features"]} >= {1, 16, 64, 256} and results["features"][-1]["path"] == "whole dictionary"
+    assert all(row["operations us"] > 0 and row["kernel us"] > 0 for row in results["small"])
+    works = {row["work"] for row in results["model"]}
     assert works == {"prefill", "decode", "decode, CUDA graph", "decode 256 rows, CUDA graph", "training step"}
-    assert not [row for row in found["model"] if "failed" in row]
-    assert [row["ratio"] for row in found["model"] if row["arm"] == "bare"] == [1.0] * 5
-    unmeasured = [row["goal"] for row in found["goals"] if row["worst"] is None]
+    assert not [row for row in results["model"] if "failed" in row]
+    assert [row["ratio"] for row in results["model"] if row["arm"] == "bare"] == [1.0] * 5
+    unmeasured = [row["goal"] for row in results["goals"] if row["worst"] is None]
     assert unmeasured == ["time of peers against ours, same inputs"]
     for name in ("against float64", "clamping features", "decoder", "goals"):
         assert name in done.stdout
@@ -44,8 +45,22 @@ real = gpu_kernels.edit
 gpu_kernels.edit = lambda *args, **options: real(*args, **options) * (1.01 if args[0].dtype.itemsize < 8 else 1)
 sys.exit(gpu.main(["--dry", "--out", sys.argv[1]]))
 """
-    done = run("-c", code, tmp_path / "found.json")
+    done = run("-c", code, tmp_path / "results.json")
     assert done.returncode == 1 and "a kernel is wrong; nothing was timed" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_dry_sweep_has_a_row_for_every_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = importlib.import_module("gpu")
+    assert gpu.main(["--dry", "--only", "sweep", "--out", str(tmp_path / "sweep.json")]) == 0
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    rows = results["sweep"]
+    assert len(rows) == 2 * 2 * (12 + 2 + 2) and all(row["us"] > 0 and row["fraction"] > 0 for row in rows)
+    assert [row["against default"] for row in rows if row["default"]] == [1.0] * (2 * 2 * 3)
+    printed = capsys.readouterr().out
+    assert "launch parameters" in printed and "reverse True" in printed and "the fastest" in printed
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -16,7 +16,7 @@ from steer import kernels
 from steer.commands.info import environment
 from steer.errors import ConfigError, WidthError
 from steer.kernels import dispatch, drift_stats, edit, force, steer_add, wanted
-from steer.kernels.dispatch import choose
+from steer.kernels.dispatch import choose_path
 
 H, U = torch.randn(2, 3, 8), torch.randn(2, 8)
 
@@ -37,16 +37,16 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_off_a_gpu_everything_is_pytorch() -> None:
-    assert choose(H) == choose(H, opaque=True) == "aten" and not wanted(torch.empty(1, 256, 4096))
+    assert choose_path(H) == choose_path(H, opaque=True) == "aten" and not wanted(torch.empty(1, 256, 4096))
 
 
 def test_on_a_gpu(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(H) == choose(H.bfloat16()) == choose(torch.nn.Parameter(H)) == "triton"
-    assert choose(H.double()) == "aten", "no kernel takes fp64"
+    assert choose_path(H) == choose_path(H.bfloat16()) == choose_path(torch.nn.Parameter(H)) == "triton"
+    assert choose_path(H.double()) == "aten", "no kernel takes fp64"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert (choose(H), choose(H, opaque=True)) == ("aten", "op")
-    monkeypatch.setattr(dispatch, "_triton", False)
-    assert choose(H, opaque=True) == "aten"
+    assert (choose_path(H), choose_path(H, opaque=True)) == ("aten", "op")
+    monkeypatch.setattr(dispatch, "_has_triton", False)
+    assert choose_path(H, opaque=True) == "aten"
 
 
 def test_operators_ask_for_kernels_where_they_pay(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_what_wants_to_see_operations_gets_them(on_a_gpu: None) -> None:
     seen: list[str] = []
 
     def note(h: Tensor) -> Tensor:
-        seen.append(choose(h))
+        seen.append(choose_path(h))
         return h
 
     note(H.as_subclass(Own))
@@ -81,39 +81,39 @@ def test_what_wants_to_see_operations_gets_them(on_a_gpu: None) -> None:
         note(torch.autograd.forward_ad.make_dual(H, H))
     with FlopCounterMode(display=False):
         note(H)
-    assert seen == ["aten"] * 4 and choose(H) == "triton"
+    assert seen == ["aten"] * 4 and choose_path(H) == "triton"
 
 
 @pytest.mark.parametrize("name", ["aten", "op"])
 def test_force(name: str) -> None:
     with force(name):
-        assert choose(H) == name
+        assert choose_path(H) == name
         with force("auto"):
-            assert choose(H) == "aten"
-        assert choose(H) == name
-    assert choose(H) == "aten"
+            assert choose_path(H) == "aten"
+        assert choose_path(H) == name
+    assert choose_path(H) == "aten"
 
 
 def test_forced_triton_says_why_it_cannot_run(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with force("triton"):
-        assert choose(H) == "triton"
+        assert choose_path(H) == "triton"
         with pytest.raises(ConfigError, match="float64 on cpu"):
-            choose(H.double())
+            choose_path(H.double())
         with FlopCounterMode(display=False):
-            assert choose(H) == "op"
-        monkeypatch.setattr(dispatch, "_triton", False)
+            assert choose_path(H) == "op"
+        monkeypatch.setattr(dispatch, "_has_triton", False)
         with pytest.raises(ConfigError, match="Triton missing"):
-            choose(H)
+            choose_path(H)
 
 
 def test_an_unknown_path_is_refused_and_nothing_changes() -> None:
     with pytest.raises(ConfigError, match="one of auto, aten, triton, op"), force("cuda"):
         pass
-    assert choose(H) == "aten"
+    assert choose_path(H) == "aten"
 
 
 def test_the_variable_of_the_environment() -> None:
-    code = "import torch; from steer.kernels.dispatch import choose; print(choose(torch.ones(2, 3, 4)))"
+    code = "import torch; from steer.kernels.dispatch import choose_path; print(choose_path(torch.ones(2, 3, 4)))"
     assert python(code, STEER_KERNELS="op").stdout.split() == ["op"]
     done = python(code, STEER_KERNELS="fast")
     assert done.returncode != 0 and "unknown path 'fast' for kernels" in done.stderr
@@ -162,7 +162,7 @@ def test_status_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steer.kernels.jit import Kernel
+    from steer.kernels.lazy_triton import LazyKernel
 
     entered: list[Any] = []
 
@@ -176,15 +176,16 @@ def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch: pytest.MonkeyPat
         def __exit__(self, *_: object) -> None:
             pass
 
-    runs: list[tuple[Any, ...]] = []
-    kernel = Kernel(lambda: None)
-    kernel.made = {(4,): lambda *args, **options: runs.append((*args, options))}
+    runs: list[dict[str, Any]] = []
+    kernel = LazyKernel(lambda: None)
+    kernel._jit_function = {(4,): lambda **arguments: runs.append(arguments)}
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Device)
     for index in (0, 1):
-        kernel.launch((4,), SimpleNamespace(device=torch.device("cuda", index)), 7, num_warps=2)
+        kernel[(4,)](x_ptr=SimpleNamespace(device=torch.device("cuda", index)), n=7, num_warps=2)
     assert entered == [torch.device("cuda", 1)]
-    assert [run[1:] for run in runs] == [(7, {"num_warps": 2, "enable_fp_fusion": True})] * 2
+    assert [run.pop("x_ptr").device.index for run in runs] == [0, 1]
+    assert runs == [{"n": 7, "num_warps": 2, "enable_fp_fusion": True}] * 2
 
 
 # ---- arguments that do not fit

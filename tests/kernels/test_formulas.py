@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from kernel_formulas import added, edited, error, statistics
 from torch import Tensor
 
 from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
-from steer.kernels.layout import per_slot, picked, power_of_two, sum_to
+from steer.kernels.edit_task import EditNumbers, EditOptions
+from steer.kernels.layout import gather_slots, next_power_of_2, sum_per_slot, sum_to_broadcast
 
-edit_file = importlib.import_module("steer.kernels.edit")
 ROWS, BY_TOKEN = torch.tensor([2, -1, 0]), torch.tensor([[0, 1, 2, 7], [2, 2, -1, 2], [1, 0, -5, 1]])
 
 
@@ -49,14 +47,14 @@ def task(kind: str, count: int, m: int = 3, width: int = 10) -> tuple[list[Tenso
 @pytest.mark.parametrize("slots", [None, ROWS, BY_TOKEN], ids=["one", "rows", "tokens"])
 def test_steer_add(slots: Tensor | None, norm: bool) -> None:
     tensors = [random(3, 4, 10), random(3, 10, seed=1), random(3, 1, 1, seed=2), mask()]
-    tensors = [one.requires_grad_() for one in tensors]
-    found, wanted = steer_add(*tensors[:2], *tensors[2:], slots, norm), added(*tensors, slots, norm)
-    assert error(found, wanted) <= 1e-14
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    result, wanted = steer_add(*tensors[:2], *tensors[2:], slots, norm), added(*tensors, slots, norm)
+    assert error(result, wanted) <= 1e-14
     pull = random(3, 4, 10, seed=9)
-    for a, b in zip(torch.autograd.grad(found, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
+    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
         assert error(a, b) <= 1e-13
     still = torch.autograd.gradgradcheck(lambda h, v: steer_add(h, v, slots=slots, preserve_norm=norm), (tensors[0], tensors[1]))
-    assert still and torch.equal(found[0, 0], tensors[0][0, 0])
+    assert still and torch.equal(result[0, 0], tensors[0][0, 0])
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -64,12 +62,13 @@ def test_steer_add(slots: Tensor | None, norm: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit(kind: str, slots: Tensor | None, norm: bool) -> None:
     (h, read, write, strength), numbers, flags = task(kind, 1 if slots is None else 3)
-    tensors = [one.requires_grad_() for one in (h, read, write, strength, *(one for name, one in numbers.items() if name != "threshold"))]
-    found = edit(h, read, write, strength=strength, mask=mask(), slots=slots, preserve_norm=norm, **numbers, **flags)
+    learned = [number for name, number in numbers.items() if name != "threshold"]
+    tensors = [tensor.requires_grad_() for tensor in (h, read, write, strength, *learned)]
+    result = edit(h, read, write, strength=strength, mask=mask(), slots=slots, preserve_norm=norm, **numbers, **flags)
     wanted = edited(h, read, write, numbers, strength, mask(), slots, preserve_norm=norm, **flags)
-    assert error(found, wanted) <= 1e-14 and torch.equal(found[0, 0], h[0, 0])
+    assert error(result, wanted) <= 1e-14 and torch.equal(result[0, 0], h[0, 0])
     pull = random(3, 4, 10, seed=9)
-    for a, b in zip(torch.autograd.grad(found, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
+    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
         assert error(a, b) <= 1e-12
 
 
@@ -93,12 +92,12 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     h, u = (1e3 * random(2, 9, 64)).to(dtype), random(2, 64, seed=1, dtype=torch.float32) / 8
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            cut, kept, stats = edit(h, u, scale=0.0), steer_add(h, u[0], 1e4, preserve_norm=True), drift_stats(h, u)
-        for found, wanted in (
+            cut, added_to, stats = edit(h, u, scale=0.0), steer_add(h, u[0], 1e4, preserve_norm=True), drift_stats(h, u)
+        for result, wanted in (
             (cut, h.double() - h.double() @ u.double().mT @ u.double()),
-            (kept, added(h.double(), u.double(), torch.full((1, 1, 1), 1e4), torch.ones(2, 9, 1), None, True)),
+            (added_to, added(h.double(), u.double(), torch.full((1, 1, 1), 1e4), torch.ones(2, 9, 1), None, True)),
         ):
-            assert found.dtype is dtype and (found != wanted.to(dtype)).float().mean() <= 0.02
+            assert result.dtype is dtype and (result != wanted.to(dtype)).float().mean() <= 0.02
         assert error(stats.projections, h.double() @ u.double().mT) <= 1e-6 and error(stats.sum, h.double().sum((0, 1))) <= 1e-6
 
 
@@ -108,10 +107,10 @@ def test_drift_stats() -> None:
     h[weight == 0] = torch.nan
     for path in ("aten", "op"):
         with force(path):
-            found = drift_stats(h, u, weight[..., None], bins=5, low=-1.0, high=torch.ones(2))
+            result = drift_stats(h, u, weight[..., None], bins=5, low=-1.0, high=torch.ones(2))
         wanted = statistics(h, u, weight, -1.0, 1.0, 5)
         for name in DriftStats._fields:
-            assert error(getattr(found, name), wanted[name]) <= (1e-5 if name == "m2" else 5e-7), name
+            assert error(getattr(result, name), wanted[name]) <= (1e-5 if name == "m2" else 5e-7), name
         empty = drift_stats(h[:0], u, bins=5)
         assert float(empty.n) == 0 and not empty.m2.any() and empty.projections.shape == (0, 4, 2) and not empty.histogram.any()
         nobody = drift_stats(h, u, torch.zeros(3, 4, 1), bins=5)
@@ -138,7 +137,8 @@ def test_norms_of_0() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backward_pass_written_by_hand(kind: str, slots: Tensor | None, norm: bool) -> None:
     (h, read, write, strength), numbers, flags = task(kind, 1 if slots is None else 3)
-    tensors = [one.requires_grad_() for one in (h, read, write, strength, *(one for name, one in numbers.items() if name != "threshold"))]
+    learned = [number for name, number in numbers.items() if name != "threshold"]
+    tensors = [tensor.requires_grad_() for tensor in (h, read, write, strength, *learned)]
     results = []
     for path in ("aten", "op"):
         with force(path):
@@ -151,10 +151,11 @@ def test_the_backward_pass_written_by_hand(kind: str, slots: Tensor | None, norm
 def test_the_operators_keep_their_promises() -> None:
     """Shapes, aliases, and what autograd does with them under tracing."""
     (h, read, write, _), numbers, flags = task("everything", 1)
-    given = [numbers.get(name) for name in edit_file.NAMES]
+    own_numbers = [numbers.get(name) for name in EditNumbers._fields]
     weight = torch.ones(1, 1, dtype=torch.float64)
     for norm in (False, True):
-        arguments = (h.requires_grad_(), read.requires_grad_(), write, weight, None, *given, 0.0, flags.get("relative", False), False, norm)
+        options = EditOptions(0.0, flags.get("relative", False), False, norm)
+        arguments = (h.requires_grad_(), read.requires_grad_(), write, weight, None, *own_numbers, *options)
         torch.library.opcheck(torch.ops.steer.edit, arguments)
     few = h.detach().float()
     u, ends = read[0].detach().float(), (torch.zeros(3), torch.ones(3))
@@ -183,8 +184,8 @@ def test_compiled_code_gets_one_graph_and_the_same_numbers() -> None:
     for path in ("auto", "op"):
         torch._dynamo.reset()
         with force(path):
-            found = gradients(torch.compile(edits, backend="aot_eager", fullgraph=True))
-        assert all(error(a, b) <= 1e-5 for a, b in zip(found, wanted, strict=True))
+            result = gradients(torch.compile(edits, backend="aot_eager", fullgraph=True))
+        assert all(error(a, b) <= 1e-5 for a, b in zip(result, wanted, strict=True))
     torch._dynamo.reset()
 
 
@@ -199,8 +200,8 @@ def test_new_shapes_are_traced_as_any_shape() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(edits, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True)
     for batch, tokens in ((2, 4), (2, 7), (2, 9), (3, 5), (4, 6)):
-        given = random(batch, tokens, 16, dtype=torch.float32), torch.ones(batch, tokens, 1), torch.arange(batch) % 2
-        assert error(compiled(*given), edits(*given)) <= 1e-5
+        inputs = random(batch, tokens, 16, dtype=torch.float32), torch.ones(batch, tokens, 1), torch.arange(batch) % 2
+        assert error(compiled(*inputs), edits(*inputs)) <= 1e-5
     assert len(graphs) == 3
     torch._dynamo.reset()
 
@@ -218,12 +219,12 @@ def test_sums_of_slots(slots: Tensor | None, count: int) -> None:
             slot = 0 if slots is None else int(slots[b, t % slots.shape[1]])
             if 0 <= slot < count:
                 wanted[slot] += x[b, t]
-    assert error(per_slot(x, slots, count), wanted) <= 1e-14
-    assert picked(random(3, 5), slots).shape == ((1, 1, 5) if slots is None else (*slots.shape, 5))
+    assert error(sum_per_slot(x, slots, count), wanted) <= 1e-14
+    assert gather_slots(random(3, 5), slots).shape == ((1, 1, 5) if slots is None else (*slots.shape, 5))
 
 
 def test_sums_to_what_was_broadcast() -> None:
     x = random(3, 4)
     for shape in ((1, 1), (3, 1), (1, 4), (3, 4)):
-        assert error(sum_to(x, random(*shape)), x.sum_to_size(shape)) <= 1e-14
-    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]
+        assert error(sum_to_broadcast(x, random(*shape)), x.sum_to_size(shape)) <= 1e-14
+    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]

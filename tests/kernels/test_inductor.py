@@ -127,7 +127,7 @@ def test_behind_an_operator_it_would_cost_both(script: ModuleType) -> None:
 def test_many_directions_and_statistics_are_one_operator(
     m: int, operators: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steer.kernels.dispatch.runs_triton", lambda h: True)
+    monkeypatch.setattr("steer.kernels.dispatch.can_run_triton", lambda h: True)
     monkeypatch.setattr("torch.Tensor.is_cuda", property(lambda self: True))
 
     def inputs() -> list[Tensor]:

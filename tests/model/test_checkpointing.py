@@ -8,7 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from steer.errors import ContextError
 from steer.intervene import Ablate, Add, Intervention, Plan
-from steer.model.hooks import response_tokens
+from steer.model.annotations import response_tokens
 
 MODES = ["none", "reentrant", "non-reentrant", "wrapper", "reentrant wrapper"]
 LAYER = "LlamaDecoderLayer"

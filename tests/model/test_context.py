@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, StaticCache
 from steer.errors import ContextError
 from steer.intervene import Add, Intervention, Plan
 from steer.model import context
-from steer.model.hooks import chat_roles, response_tokens, watcher_of
+from steer.model.annotations import chat_roles, response_tokens
+from steer.model.watcher import watcher_of
 
 
 class Trace:
@@ -22,19 +23,19 @@ class Trace:
         self.tokens: list[list[list[int]]] = []
 
     def __enter__(self):
-        self.plan.attach(self.model)
+        self.attachment = self.plan.attach(self.model)
         watcher_of(self.model).on_close.append(self._note)
         return self
 
     def _note(self, ctx: context.ForwardContext) -> None:
-        mask = self.plan.interventions[0].tokens(ctx)
+        mask = self.attachment.interventions[0].tokens(ctx)
         mask = torch.as_tensor(mask).expand(ctx.batch, ctx.tokens) if isinstance(mask, bool) else mask
         self.contexts.append(ctx)
         self.tokens.append(mask.int().tolist())
 
     def __exit__(self, *_):
         watcher_of(self.model).on_close.remove(self._note)
-        self.plan.detach()
+        self.attachment.detach()
 
     @property
     def phases(self) -> list[str]:
@@ -86,7 +87,7 @@ def test_generation_with_a_growing_cache(training, tiny):
     assert trace.phases == ["generate"] * 4
     assert [ctx.decoding for ctx in trace.contexts] == [False, True, True, True]
     assert trace.tokens == [[[0] * 7] * 3] + [[[1]] * 3] * 3
-    assert trace.plan.fired() == {"add@layers.1.output": 9}
+    assert trace.attachment.fired() == {"add@layers.1.output": 9}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "falcon"])
@@ -102,7 +103,7 @@ def test_a_static_cache_says_the_same_as_a_growing_one(family, scope, tokens, ti
             text = model.generate(
                 batch["input_ids"], attention_mask=batch["attention_mask"], cache_implementation=kind, disable_compile=True, **GENERATE
             )
-        found[kind] = (text.tolist(), trace.tokens, trace.plan.fired())
+        found[kind] = (text.tolist(), trace.tokens, trace.attachment.fired())
     assert found["static"] == found["dynamic"]
 
 
@@ -208,7 +209,7 @@ def test_announced_masks_nest_and_end_with_their_block(tiny):
             model(ids(), use_cache=False)
         with pytest.raises(RuntimeError, match="stop"), response_tokens(model, torch.ones(2, 7)):
             raise RuntimeError("stop")
-        assert watcher_of(model).announced is None
+        assert watcher_of(model).response is None
     assert [sum(map(sum, rows)) for rows in trace.tokens] == [0, 14]
 
 

@@ -39,11 +39,11 @@ def test_modules_beside_the_decoder():
     ones = [Intervention(Add(vector()), "module:vision.1:output"), Intervention(Add(vector(4)), "module:action:output")]
     text = Intervention(Add(vector()), "layers.0.output", strength=0.0)
     plan = Plan([*ones, text])
-    with plan.attached(robot), torch.no_grad():
+    with plan.attached(robot) as attachment, torch.no_grad():
         assert torch.allclose(robot(pixels, ids(), use_cache=True), wanted, atol=1e-6)
-        assert plan.fired() == {"add@module:vision.1:output": 1, "add@module:action:output": 1, "add@layers.0.output": 0}
+        assert attachment.fired() == {"add@module:vision.1:output": 1, "add@module:action:output": 1, "add@layers.0.output": 0}
         robot.language(ids())  # the tower and the head have no part in this pass
-    assert plan.fired()["add@module:vision.1:output"] == 1
+    assert attachment.fired()["add@module:vision.1:output"] == 1
     with torch.no_grad():
         assert torch.equal(robot(pixels, ids()), plain)
     only = Plan(Intervention(Add(vector()), "module:vision.1:output", scope="last"))
@@ -56,13 +56,13 @@ def test_phases_reach_modules_beside_the_decoder():
     counted = {}
     for phase in context.PHASES:
         plan = Plan([Intervention(Add(vector()), "module:vision.1:output", phases=phase, name=phase)])
-        with plan.attached(robot):
+        with plan.attached(robot) as attachment:
             robot(torch.randn(2, 8), ids(), use_cache=False)
             with torch.no_grad():
                 robot(torch.randn(2, 8), ids(), use_cache=False)
                 robot(torch.randn(2, 8), ids(), use_cache=True)
                 robot(torch.randn(2, 8), ids(), use_cache=True)
-        counted |= plan.fired()
+        counted |= attachment.fired()
     assert counted == {"train": 1, "validate": 1, "generate": 2}
 
 
@@ -81,10 +81,10 @@ def test_a_network_that_is_no_decoder():
     with edited(net[0], lambda h: h + vector(6)):
         wanted = net(x)
     plan = Plan([Intervention(Add(vector(6)), "module:0:output"), Intervention(Add(vector(4)), "module:0:input", strength=0.0)])
-    with plan.attached(net):
+    with plan.attached(net) as attachment:
         assert torch.allclose(net(x), wanted, atol=1e-6)
         net[0](x)  # called on its own: it acts there too
-        assert plan.fired() == {"add@module:0:output": 2, "add@module:0:input": 0}
+        assert attachment.fired() == {"add@module:0:output": 2, "add@module:0:input": 0}
     assert torch.equal(net(x), plain)
     with Plan(Intervention(Add(vector(4)), "module:0:input")).attached(net.double()) as doubled:
         assert net(x.double()).dtype == torch.float64
@@ -106,12 +106,12 @@ def test_what_a_module_gives_must_hold_a_tensor():
             return "words"
 
     net = nn.Sequential(Words())
-    plan = Plan(Intervention(Add(vector(4)), "module:0:output")).attach(net)
+    attachment = Plan(Intervention(Add(vector(4)), "module:0:output")).attach(net)
     with pytest.raises(SiteError, match=r"gives no tensor[\s\S]*str"):
         net(torch.zeros(1, 4))
-    plan.enable(False)
+    attachment.enable(False)
     with pytest.warns(UserWarning, match="never ran"):
-        plan.detach()
+        attachment.detach()
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
@@ -141,11 +141,11 @@ def test_a_vision_language_model():
     plan = Plan(ones)
     with torch.no_grad():
         plain = model(**batch).logits
-        with plan.attached(model):
+        with plan.attached(model) as attachment:
             labels = batch["input_ids"].clone()
             labels[:, :6] = -100
             assert not torch.allclose(model(**batch, labels=labels).logits, plain, atol=1e-3)
-            assert plan.fired() == {"text": 2, "tower": 1}
+            assert attachment.fired() == {"text": 2, "tower": 1}
             model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-            assert plan.fired() == {"text": 4, "tower": 2}
+            assert attachment.fired() == {"text": 4, "tower": 2}
         assert torch.equal(model(**batch).logits, plain)

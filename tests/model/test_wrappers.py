@@ -143,12 +143,13 @@ def test_an_unembedding_that_was_replaced_is_noticed(tiny):
 
 def test_copies_for_modules_to_save_are_not_hooked(tiny):
     model = tiny("llama")
-    steered = plan("logits", widths={"logits": 96}).attach(model)
+    steered = plan("logits", widths={"logits": 96})
+    attachment = steered.attach(model)
     with pytest.warns(UserWarning, match="neither steered nor monitored"):
         peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(HookDidNotRunError):
         peft(ids())
-    steered.detach()
+    attachment.detach()
     with steered.attached(peft), torch.no_grad():
         inside = peft(ids()).logits
     with torch.no_grad():

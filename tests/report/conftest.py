@@ -126,12 +126,16 @@ def synthetic_metrics() -> dict[str, Any]:
 
 
 def _named(step: int, site: str, effect: float) -> DriftRecord:
-    tests = (0.09 * effect, 0.002, 0.004, effect / 1.7, 0.9 * effect) if step else (0.0, 1.0, 1.0, 0.0, 0.0)
-    return DriftRecord(step, "probe", "condescension", site, "named", 20, 1.0 + 0.4 * effect, 0.41, 0.4 * effect, effect, *tests)
+    shift = {"mean": 1.0 + 0.4 * effect, "sd": 0.41, "change": 0.4 * effect, "effect_sd": effect}
+    tests = {"effect_gap": 0.0, "p": 1.0, "q": 1.0, "z_controls": 0.0, "z_isotropic": 0.0}
+    if step:
+        tests = {"effect_gap": 0.09 * effect, "p": 0.002, "q": 0.004, "z_controls": effect / 1.7, "z_isotropic": 0.9 * effect}
+    return DriftRecord(step, "probe", "condescension", site, "named", 20, shift | tests)
 
 
 def _control(step: int, site: str, effect: float, number: int) -> DriftRecord:
-    return DriftRecord(step, "probe", f"control-{number}", site, "control", 20, 0.3 * effect, 0.3, 0.3 * effect, effect)
+    shift = {"mean": 0.3 * effect, "sd": 0.3, "change": 0.3 * effect, "effect_sd": effect}
+    return DriftRecord(step, "probe", f"control-{number}", site, "control", 20, shift)
 
 
 @pytest.fixture

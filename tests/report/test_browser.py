@@ -21,10 +21,10 @@ HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
         pytest.skip(f"no browser on the PATH (looked for {', '.join(NAMES)})")
-    return found
+    return path
 
 
 def browse(chromium: str, page: Path, profile: Path, *arguments: str) -> tuple[str, str]:

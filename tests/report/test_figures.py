@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,22 @@ from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
 from steer.report import drift_figure, numbers, summary_table
 from steer.report.curves import chance_bound, drift_curves, natural
-from steer.report.figures import running_mean, running_width
 from steer.report.palette import ROLES
+from steer.report.run_plots import running_mean, running_width
 from steer.report.view import Forest, common_digits, forest
 
 Drift = dict[str, list[DriftRecord]]
 
 
-def record(step: int, effect: float, *, kind: str = "named", direction: str = "trait", gap: float | None = None) -> DriftRecord:
-    return DriftRecord(step, "probe", direction, "layers.1.output", kind, 8, 0.0, 1.0, 2 * effect, effect, effect_gap=gap)
+def record(step: int, effect: float, *, kind: str = "named", direction: str = "trait", **metrics: float) -> DriftRecord:
+    metrics = {"mean": 0.0, "sd": 1.0, "change": 2 * effect, "effect_sd": effect, **metrics}
+    return DriftRecord(step, "probe", direction, "layers.1.output", kind, 8, metrics)
 
 
 def test_band_is_symmetric_and_belongs_to_arm_and_step() -> None:
     controls = [record(4, effect, kind="control", direction=f"c{i}") for i, effect in enumerate((-1.0, 0.5, 0.2, -0.1))]
-    other = [record(4, 9.0, kind="control", direction="c0")]
-    (curve,) = drift_curves({"a": [record(4, 3.0), *controls, record(0, 0.0)], "b": [record(4, 3.0), *other]})
+    controls_of_b = [record(4, 9.0, kind="control", direction="c0")]
+    (curve,) = drift_curves({"a": [record(4, 3.0), *controls, record(0, 0.0)], "b": [record(4, 3.0), *controls_of_b]})
     first, second = curve.arms
     assert first.steps.tolist() == [0, 4] and first.effect.tolist() == [0.0, 3.0]
     assert math.isnan(first.band[0]) and first.band[1] == pytest.approx(np.quantile([1.0, 0.5, 0.2, 0.1], 0.9))
@@ -42,9 +42,10 @@ def test_beyond_chance_asks_for_more_the_more_is_looked_at() -> None:
     """The bound that docs/drift.md gives for one look, and what becomes of random directions under it."""
     assert round(chance_bound(16, 1), 1) == 2.1 and chance_bound(16, 1) < chance_bound(16, 24) < chance_bound(4, 24)
     controls = [record(4, 1.0, kind="control", direction=f"c{i}") for i in range(16)]
-    found = {z: drift_curves({"a": [replace(record(4, z), z_controls=z), *controls]})[0].arms[0] for z in (-3.0, 2.0, math.nan)}
-    assert (found[-3.0].beyond(1), found[-3.0].beyond(24), found[2.0].beyond(1), found[math.nan].beyond(1)) == (True, False, False, None)
-    assert drift_curves({"a": [replace(record(4, 9.0), z_controls=9.0)]})[0].arms[0].beyond(1) is None, "without controls"
+    curves = {z: drift_curves({"a": [record(4, z, z_controls=z), *controls]})[0].arms[0] for z in (-3.0, 2.0, math.nan)}
+    assert (curves[-3.0].beyond(1), curves[-3.0].beyond(24)) == (True, False)
+    assert (curves[2.0].beyond(1), curves[math.nan].beyond(1)) == (False, None)
+    assert drift_curves({"a": [record(4, 9.0, z_controls=9.0)]})[0].arms[0].beyond(1) is None, "without controls"
     noise = np.random.default_rng(0).standard_normal((4000, 24, 17))  # runs, looks, a direction and its controls
     z = np.abs(noise[..., 0]) / np.sqrt((noise[..., 1:] ** 2).mean(-1))
     assert 0.03 < (z > chance_bound(16, 24)).any(1).mean() < 0.06
@@ -52,7 +53,7 @@ def test_beyond_chance_asks_for_more_the_more_is_looked_at() -> None:
 
 def test_class_gaps_put_controls_on_the_scale_of_the_direction() -> None:
     # the direction moved by 6 in units of the activation, which is half a class gap: a gap is 12
-    (curve,) = drift_curves({"a": [record(1, 3.0, gap=0.5), record(1, -6.0, kind="control", direction="c")]}, unit="gap")
+    (curve,) = drift_curves({"a": [record(1, 3.0, effect_gap=0.5), record(1, -6.0, kind="control", direction="c")]}, unit="gap")
     assert curve.arms[0].effect.tolist() == [pytest.approx(0.5)]
     assert curve.arms[0].band.tolist() == [pytest.approx(1.0)]
     with pytest.raises(ConfigError, match="unknown unit"):

@@ -172,7 +172,7 @@ def test_escapes_everything_that_is_text(tmp_path: Path, synthetic_metrics: dict
     arm["completions"][0] = {"prompt": HOSTILE, "text": HOSTILE}
     arm["metrics"][HOSTILE] = {"before": 1.0, "after": 2.0, "change": 1.0, "ci": [0.5, 1.5], "n": 3, "unit": HOSTILE}
     drift = {
-        arm: [DriftRecord(**{**vars(record), "direction": HOSTILE}) if record.kind == "named" else record for record in records]
+        arm: [replace(record, direction=HOSTILE) if record.kind == "named" else record for record in records]
         for arm, records in synthetic_drift.items()
     }
     html, page = render(tmp_path, metrics, drift)
@@ -207,7 +207,8 @@ def test_a_number_that_is_missing_is_not_measured(
         arm["train"]["callback_overhead"] = missing
     metrics["comparisons"][0] |= {"difference": missing, "ci": [missing, 1.0], "p": missing, "p_adjusted": missing}
     metrics["trait"] |= {"auc_heldout": missing, "vector_norm": missing, "auc_by_site": {"layers.3.output": missing}}
-    records = [DriftRecord(**{**vars(record), "effect_sd": math.nan, "p": missing, "q": missing}) for record in synthetic_drift["plain"]]
+    undefined: dict[str, Any] = {"effect_sd": math.nan, "p": missing, "q": missing}
+    records = [replace(record, metrics={**record.metrics, **undefined}) for record in synthetic_drift["plain"]]
     html, page = render(tmp_path, metrics, {**synthetic_drift, "plain": records})
     arm_row = page.row("Plain fine-tune not steered")
     assert arm_row[2].startswith("not measured") and arm_row[3] == "not measured"
@@ -233,7 +234,7 @@ def test_says_what_one_random_direction_cannot_show(tmp_path: Path, synthetic_me
 
 
 def test_the_stream_starts_at_its_first_window(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    stream = {arm: [replace(one, mode="stream") for one in records if one.step] for arm, records in synthetic_drift.items()}
+    stream = {arm: [replace(record, mode="stream") for record in records if record.step] for arm, records in synthetic_drift.items()}
     _, probed = render(tmp_path, synthetic_metrics, synthetic_drift)
     _, page = render(tmp_path, synthetic_metrics, stream)
     caption, caveat = "since the window that ended at step 4", "Stream mode begins at its first window"

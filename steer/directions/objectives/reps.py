@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from steer.directions.trained import Scores, objective
-from steer.intervene.operator import Operator, Pick, slotted
+from steer.intervene.operator import Operator, RowTensors, slotted
 
 
 class AddOrNull(Operator):
@@ -23,8 +23,8 @@ class AddOrNull(Operator):
         vector = slotted(vector, 2, "vector")
         super().__init__({"vector": vector}, vector.shape[-1])
 
-    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        v = pick("vector").unsqueeze(1)
+    def delta(self, h: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        v = per_row["vector"].unsqueeze(1)
         along = (h.float() * v).sum(-1, keepdim=True).relu() / v.square().sum(-1, keepdim=True)
         return torch.where(strength < 0, -along * v, strength * v).to(h.dtype)
 

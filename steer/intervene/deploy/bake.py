@@ -13,12 +13,14 @@ from steer.errors import DeployError
 from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
 from steer.intervene.deploy.constant import AT_RUN_TIME, cannot_carry, constant_edits
-from steer.intervene.deploy.fold import Fold, check_sites, fold
+from steer.intervene.deploy.placement import check_sites, weight_edits
 from steer.intervene.deploy.savable import make_savable
+from steer.intervene.deploy.weight_edit import WeightEdit
+from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
 
-_UNTIE = "load it with tie_word_embeddings=False and give it a copy of the embedding as head, or use steer.to_adapter"
+_CARRIER = "a bake"
 
 
 def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
@@ -29,7 +31,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
     embed, the residual stream, attention and MLP; ablation and other projections at embed, attention and MLP.
 
     Args:
-        plan: not attached.
+        plan: not attached to this model.
         model: dense weights, raw or wrapped. Under PEFT, constants only, and only for interventions with the role `reference`, since
             the pass without adapters has the same weights.
         savable: refuse what `save_pretrained` and `from_pretrained` would lose: a bias that the family has no setting for. Where it
@@ -43,24 +45,28 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
         DeployError: a plan, model or site for which it would not be exact; the model is as it was.
         AttachError: something is attached to the model.
         SiteError, WidthError, WrongModelError: the plan does not fit the model.
+
+    Example:
+        >>> steer.bake(steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output")), model)
+        >>> model.save_pretrained("baked")
     """
-    anatomy, carrier = Anatomy.find(model), "a bake"
-    edits = constant_edits(plan, carrier)
-    check_sites(edits, carrier)
-    check = Check(anatomy, [one for one, _ in edits], plan.fingerprint, carrier)
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        for one, _ in edits:
-            if "reference" not in one.roles:
-                expected = "roles=('policy', 'reference'): the pass without adapters has the same weights"
-                raise cannot_carry(one, carrier, expected, f"only {', '.join(one.roles)} on a PEFT model", "give it both roles")
-    folds = fold(anatomy, edits, carrier)
-    for made in folds:
-        _check_untied(model, made)
-    check.prove(folds)
+    anatomy = Anatomy.find(model)
+    edits = constant_edits(plan, _CARRIER)
+    check_sites(edits, _CARRIER)
+    interventions = [intervention for intervention, _ in edits]
+    check = Check(anatomy, interventions, plan.fingerprint, _CARRIER)
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # PEFT's
+        for intervention in interventions:
+            if "reference" not in intervention.roles:
+                raise _reference_not_steered(intervention)
+    edits_of_weights = weight_edits(anatomy, edits, _CARRIER)
+    for weight_edit in edits_of_weights:
+        _check_untied(model, weight_edit)
+    check.prove(edits_of_weights)
     baked = Baked()
     try:
-        for made in folds:
-            baked.apply(made)
+        for weight_edit in edits_of_weights:
+            baked.apply(weight_edit)
         if savable:
             make_savable(anatomy, baked)
         baked.error = check.compare()
@@ -71,15 +77,36 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
     return baked
 
 
-def _check_untied(model: nn.Module, made: Fold) -> None:
+def _check_untied(model: nn.Module, weight_edit: WeightEdit) -> None:
     """Raises DeployError when a weight that changes is used by another module too."""
-    if made.keeps_weight:
+    if weight_edit.changes_bias_only:
         return
-    users = [path for path, module in model.named_modules() if any(one is made.parameter for one in module._parameters.values())]
+    users = []
+    for path, module in model.named_modules():
+        if any(parameter is weight_edit.parameter for parameter in module._parameters.values()):
+            users.append(path)
     if len(users) > 1:
-        raise DeployError(
-            f"a bake cannot change '{made.path}', whose weight other modules use too",
-            expected="a weight of its own",
-            found=f"one weight in {' and '.join(users)}",
-            remedy=f"{_UNTIE}, or {AT_RUN_TIME}",
-        )
+        raise _tied_weight(weight_edit, users)
+
+
+# ---- errors
+
+
+def _reference_not_steered(intervention: Intervention) -> DeployError:
+    return cannot_carry(
+        intervention,
+        _CARRIER,
+        expected="roles=('policy', 'reference'): the pass without adapters has the same weights",
+        found=f"only {', '.join(intervention.roles)} on a PEFT model",
+        remedy="give it both roles",
+    )
+
+
+def _tied_weight(weight_edit: WeightEdit, users: list[str]) -> DeployError:
+    untie = "load it with tie_word_embeddings=False and give it a copy of the embedding as head, or use steer.to_adapter"
+    return DeployError(
+        f"{_CARRIER} cannot change '{weight_edit.path}', whose weight other modules use too",
+        expected="a weight of its own",
+        found=f"one weight in {' and '.join(users)}",
+        remedy=f"{untie}, or {AT_RUN_TIME}",
+    )

@@ -9,23 +9,27 @@ from torch import Tensor, nn
 
 from steer.errors import DeployError
 from steer.files import tensor_hash
-from steer.intervene.deploy.fold import Fold
+from steer.intervene.deploy.weight_edit import WeightEdit
 
 
 class Baked:
-    """A plan in the weights.
+    """A plan in the weights, which `undo` takes out again.
 
     Attributes:
-        changed: names of the parameters that it changed or made.
+        changed: names of the parameters that it changed or added.
         error: relative difference of the final hidden states from those of the plan, when it was tried.
+
+    Example:
+        >>> with steer.bake(plan, model) as baked:
+        ...     print(baked.changed, baked.error)
     """
 
     def __init__(self) -> None:
         self.error = 0.0
-        self._weights: list[tuple[str, nn.Module, str, Tensor]] = []
-        self._biases: list[tuple[str, nn.Module]] = []
-        self._settings: list[tuple[object, str, object]] = []
-        self._written: dict[str, object] = {}
+        self._weights: list[tuple[str, nn.Module, str, Tensor]] = []  # name, module, attribute, old value
+        self._biases: list[tuple[str, nn.Module]] = []  # those that are new
+        self._settings: list[tuple[object, str, object]] = []  # configuration, name, old value
+        self._sealed: dict[str, object] = {}  # digests of what was written, by name
 
     @property
     def changed(self) -> list[str]:
@@ -37,19 +41,16 @@ class Baked:
         return [name.removesuffix(".bias") for name, _ in self._biases]
 
     @torch.no_grad()
-    def apply(self, made: Fold) -> None:
-        """Puts one fold into its map."""
-        a, b, shift = made.change()
-        if not made.keeps_weight:
-            new = made.weight.to(a) + b @ a
-            if made.kind == "table":
-                new += shift[:, None]
-            self._write(made, "down_proj" if made.kind == "experts" else "weight", new.mT if made.transposed else new)
-        if made.kind == "linear" and bool((shift != 0).any()):
-            if made.bias is None:
-                self.add_bias(made.path, made.module, shift)
+    def apply(self, weight_edit: WeightEdit) -> None:
+        """Writes a weight edit into its map."""
+        change = weight_edit.change()
+        if not weight_edit.changes_bias_only:
+            self._write(weight_edit, weight_edit.weight_name, weight_edit.changed_weight(change))
+        if weight_edit.kind == "linear" and change.shifts:
+            if weight_edit.bias is None:
+                self.add_bias(weight_edit.path, weight_edit.module, change.bias)
             else:
-                self._write(made, "bias", made.bias.to(shift) + shift)
+                self._write(weight_edit, "bias", weight_edit.bias.to(change.bias) + change.bias)
 
     def add_bias(self, path: str, module: nn.Module, value: Tensor | float) -> None:
         """Gives a map without a bias one that is not trained. value: [out], or a number for all of it."""
@@ -67,7 +68,7 @@ class Baked:
 
     def seal(self) -> None:
         """Remembers what it wrote; from now on `undo` refuses to throw anything else away."""
-        self._written = self._found()
+        self._sealed = self._digests()
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -76,32 +77,32 @@ class Baked:
         Raises:
             DeployError: a weight, a new bias or a setting was changed since, and would lose that; nothing is undone.
         """
-        found = self._found() if self._written else {}
-        if moved := [name for name, written in self._written.items() if found[name] != written]:
-            raise DeployError(
-                "weights or settings were changed after the bake",
-                expected="what the bake wrote",
-                found=f"{len(moved)} others, e.g. {moved[0]}",
-                remedy="undo before training, loading or converting weights; what was changed since would be lost",
-            )
-        for _, module, name, old in self._weights:
-            module._parameters[name].copy_(old)  # type: ignore[union-attr]
+        current = self._digests() if self._sealed else {}
+        changed_since = [name for name, digest in self._sealed.items() if current[name] != digest]
+        if changed_since:
+            raise _changed_after_bake(changed_since)
+        for _, module, attribute, old in self._weights:
+            module._parameters[attribute].copy_(old)  # type: ignore[union-attr]
         for _, module in self._biases:
             module.register_parameter("bias", None)
         for config, name, value in reversed(self._settings):
             setattr(config, name, value)
-        self._weights, self._biases, self._settings, self._written = [], [], [], {}
+        self._weights.clear()
+        self._biases.clear()
+        self._settings.clear()
+        self._sealed.clear()
 
-    def _write(self, made: Fold, name: str, new: Tensor) -> None:
-        parameter: nn.Parameter = getattr(made.module, name)
-        self._weights.append((f"{made.path}.{name}", made.module, name, parameter.detach().clone()))
+    def _write(self, weight_edit: WeightEdit, attribute: str, new: Tensor) -> None:
+        parameter: nn.Parameter = getattr(weight_edit.module, attribute)
+        self._weights.append((f"{weight_edit.path}.{attribute}", weight_edit.module, attribute, parameter.detach().clone()))
         parameter.copy_(new)
 
-    def _found(self) -> dict[str, object]:
+    def _digests(self) -> dict[str, object]:
         """What now stands where it wrote. Versions of tensors would not do: they do not count what is written through `.data`."""
-        held = [(name, module, kind) for name, module, kind, _ in self._weights] + [(name, module, "bias") for name, module in self._biases]
-        found: dict[str, object] = {name: _digest(module._parameters.get(kind)) for name, module, kind in held}
-        return found | {f"config.{name}": getattr(config, name, None) for config, name, _ in self._settings}
+        digests: dict[str, object] = {name: _digest(module, attribute) for name, module, attribute, _ in self._weights}
+        digests |= {name: _digest(module, "bias") for name, module in self._biases}
+        digests |= {f"config.{name}": getattr(config, name, None) for config, name, _ in self._settings}
+        return digests
 
     def __enter__(self) -> Baked:
         return self
@@ -110,6 +111,19 @@ class Baked:
         self.undo()
 
 
-def _digest(parameter: nn.Parameter | None) -> str | None:
-    """None for one that is gone, or is held elsewhere."""
+def _digest(module: nn.Module, attribute: str) -> str | None:
+    """Hash of a parameter; None for one that is gone, or is held elsewhere."""
+    parameter = module._parameters.get(attribute)
     return None if parameter is None or parameter.is_meta else tensor_hash({"": parameter.detach().cpu()})
+
+
+# ---- errors
+
+
+def _changed_after_bake(names: list[str]) -> DeployError:
+    return DeployError(
+        "weights or settings were changed after the bake",
+        expected="what the bake wrote",
+        found=f"{len(names)} others, e.g. {names[0]}",
+        remedy="undo before training, loading or converting weights; what was changed since would be lost",
+    )

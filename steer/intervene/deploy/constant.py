@@ -1,4 +1,4 @@
-"""Which plans are the same function in every pass: only those can leave the hooks."""
+"""Constant edits: the plans that are the same function in every pass. Only those can leave the hooks."""
 
 from __future__ import annotations
 
@@ -28,36 +28,86 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
     """
     of_type(plan, Plan, "the plan", "pass a steer.Plan first")
     edits = []
-    for one in plan.interventions:
-        steady = isinstance(one.schedule, Constant)
-        if not one.enabled or not bool((one.base != 0).any()) or steady and not bool((one.effective != 0).any()):
-            continue  # switched off
-        missing = [phase for phase in PHASES if phase in phases and phase not in one.phases]
-        for wrong, expected, found, remedy in (
-            (one.slots > 1, "one vector and strength for every row", f"{one.slots} row slots", "export one plan for each slot"),
-            (str(one.scope) != "all", "scope 'all'", f"scope '{one.scope}'", "give it scope='all'"),
-            (one.gate is not None, "no gate", f"gate {one.gate}", "leave the gate out"),
-            (one.preserve_norm, "preserve_norm=False", "preserve_norm=True", "leave it out"),
-            (not steady, "a constant schedule", one.schedule, "set the strength that it is to have for good"),
-            (bool(missing), f"the phases {', '.join(sorted(phases))}", f"only {', '.join(one.phases)}", "give it all of them"),
-            ("policy" not in one.roles, "the role policy", ", ".join(one.roles), "add it to the roles"),
-        ):
-            if wrong:
-                raise cannot_carry(one, carrier, expected, found, remedy)
-        edit = affine_form(one.operator, one.effective)
+    for intervention in plan.interventions:
+        if not _acts(intervention, plan.step):
+            continue
+        _check_constant(intervention, carrier, phases)
+        edit = affine_form(intervention.operator, intervention.strength_at(plan.step))
         if edit is None:
-            expected = "an edit that is an affine function of the activation"
-            raise cannot_carry(one, carrier, expected, f"'{one.operator.name}'", "choose another operator")
-        edits.append((one, edit))
+            raise _not_affine(intervention, carrier)
+        edits.append((intervention, edit))
     if not edits:
-        raise DeployError(
-            f"there is nothing to put into {carrier}",
-            expected="an intervention that is switched on, with a strength other than 0",
-            found=f"{len(plan.interventions)} that do nothing",
-            remedy="call plan.enable() or plan.set_strength(...) first",
-        )
+        raise _nothing_to_carry(plan, carrier)
     return edits
 
 
-def cannot_carry(one: Intervention, carrier: str, expected: object, found: object, remedy: str) -> DeployError:
-    return DeployError(f"{carrier} cannot carry '{one.name}'", expected=expected, found=found, remedy=f"{remedy}, or {AT_RUN_TIME}")
+def _acts(intervention: Intervention, step: int) -> bool:
+    """It is switched on, with a strength other than 0 now or under its schedule later."""
+    if not intervention.enabled or not any(intervention.strength):
+        return False
+    return not isinstance(intervention.schedule, Constant) or bool(intervention.strength_at(step).any())
+
+
+def _check_constant(intervention: Intervention, carrier: str, phases: Collection[str]) -> None:
+    """Raises DeployError for an intervention that acts differently on some rows, tokens, phases or steps."""
+    if intervention.slots > 1:
+        raise _depends_on_row(intervention, carrier)
+    if str(intervention.scope) != "all":
+        raise _depends_on_token(intervention, carrier)
+    if intervention.gate is not None:
+        raise cannot_carry(intervention, carrier, "no gate", f"gate {intervention.gate}", "leave the gate out")
+    if intervention.preserve_norm:
+        raise cannot_carry(intervention, carrier, "preserve_norm=False", "preserve_norm=True", "leave it out")
+    if not isinstance(intervention.schedule, Constant):
+        raise _depends_on_step(intervention, carrier)
+    if not set(phases) <= set(intervention.phases):
+        raise _depends_on_phase(intervention, carrier, phases)
+    if "policy" not in intervention.roles:
+        raise cannot_carry(intervention, carrier, "the role policy", ", ".join(intervention.roles), "add it to the roles")
+
+
+# ---- errors
+
+
+def cannot_carry(intervention: Intervention, carrier: str, expected: object, found: object, remedy: str) -> DeployError:
+    """The error of an intervention that a carrier cannot carry exactly; every remedy ends in keeping it at run time."""
+    what = f"{carrier} cannot carry '{intervention.name}'"
+    return DeployError(what, expected=expected, found=found, remedy=f"{remedy}, or {AT_RUN_TIME}")
+
+
+def _depends_on_row(intervention: Intervention, carrier: str) -> DeployError:
+    found = f"{intervention.slots} row slots"
+    return cannot_carry(intervention, carrier, "one vector and strength for every row", found, "export one plan for each slot")
+
+
+def _depends_on_token(intervention: Intervention, carrier: str) -> DeployError:
+    return cannot_carry(intervention, carrier, "scope 'all'", f"scope '{intervention.scope}'", "give it scope='all'")
+
+
+def _depends_on_step(intervention: Intervention, carrier: str) -> DeployError:
+    remedy = "set the strength that it is to have for good"
+    return cannot_carry(intervention, carrier, "a constant schedule", intervention.schedule, remedy)
+
+
+def _depends_on_phase(intervention: Intervention, carrier: str, phases: Collection[str]) -> DeployError:
+    expected = f"the phases {', '.join(sorted(phases))}"
+    return cannot_carry(intervention, carrier, expected, f"only {', '.join(intervention.phases)}", "give it all of them")
+
+
+def _not_affine(intervention: Intervention, carrier: str) -> DeployError:
+    return cannot_carry(
+        intervention,
+        carrier,
+        expected="an edit that is an affine function of the activation",
+        found=f"'{intervention.operator.name}'",
+        remedy="choose another operator",
+    )
+
+
+def _nothing_to_carry(plan: Plan, carrier: str) -> DeployError:
+    return DeployError(
+        f"there is nothing to put into {carrier}",
+        expected="an intervention that is switched on, with a strength other than 0",
+        found=f"{len(plan.interventions)} that do nothing",
+        remedy="give it a strength, or attachment.as_plan() of one that was switched on",
+    )

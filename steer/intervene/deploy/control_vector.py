@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steer.checks import of_type
-from steer.errors import ConfigError, WidthError
+from steer.errors import ConfigError, DeployError, WidthError
 from steer.files import atomic_write, place_of, storage_errors
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
@@ -41,50 +41,42 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
         DeployError: anything but constants at the outputs of blocks 1 to the last.
         ConfigError: no model hint; the package `gguf` is missing.
         StorageFullError: no room; a file that was there is untouched.
+
+    Example:
+        >>> steer.to_gguf(plan, "happy.gguf", model_hint=model.config.model_type)
     """
     edits = constant_edits(plan, _CARRIER, phases=("generate",))
     known = plan.fingerprint or {}
     hint = model_hint or known.get("model_type")
     if hint is None:
-        raise ConfigError(
-            "a control vector names the architecture of its model",
-            expected="model_hint, or a plan with a fingerprint",
-            found="neither",
-            remedy="pass model_hint=model.config.model_type",
-        )
+        raise _no_model_hint()
     of_type(hint, str, "`model_hint`", "pass the architecture as text, e.g. model.config.model_type")
     width = known.get("width", edits[0][0].operator.width)
     layers: dict[int, Tensor] = {}
-    for one, edit in edits:
-        layer = _layer(one, edit, known.get("n_layers"))
-        if one.operator.width != width:
-            raise WidthError(
-                f"'{one.name}' does not fit the model of a control vector",
-                expected=f"{width} numbers at every layer",
-                found=one.operator.width,
-                remedy="export a plan for one model",
-            )
-        layers[layer] = layers.get(layer, torch.zeros_like(edit.shift)) + edit.shift
+    for intervention, edit in edits:
+        layer = _block_number(intervention, edit, known.get("n_layers"))
+        if intervention.operator.width != width:
+            raise _other_width(intervention, width)
+        layers[layer] = layers.get(layer, torch.zeros_like(edit.shift)) + edit.shift  # [width]
     return _write(place_of(path), hint, layers)
 
 
-def _layer(one: Intervention, edit: Affine, n_layers: int | None) -> int:
-    site = one.site
+def _block_number(intervention: Intervention, edit: Affine, n_layers: int | None) -> int:
+    """The block to whose output an edit adds. Raises DeployError for anything else than an addition there, and for block 0."""
+    site = intervention.site
     if edit.rank or site.part not in ("input", "output") or site.layer is None:
-        expected, found = "an addition at layers.<n>.output", f"'{one.operator.name}' at '{site}'"
-        raise cannot_carry(one, _CARRIER, expected, found, "use steer.to_adapter")
+        raise _no_addition_to_stream(intervention)
     layer = site.layer
     if layer < 0:
         if n_layers is None:
-            expected = "a layer counted from 0, or a plan with a fingerprint"
-            raise cannot_carry(one, _CARRIER, expected, f"'{site}' of a model of unknown depth", "count the layer from 0")
+            raise _unknown_depth(intervention)
         layer += n_layers
-    layer -= site.part == "input"  # the same tensor as the output of the block before
+    if site.part == "input":
+        layer -= 1  # the same tensor as the output of the block before
     if n_layers is not None and layer >= n_layers:
-        raise cannot_carry(one, _CARRIER, f"a block from 1 to {n_layers - 1}", f"'{site}'", "steer an earlier block")
+        raise _block_out_of_range(intervention, n_layers)
     if layer < 1:
-        expected = "the output of block 1 or a later one: llama.cpp has no control vector for block 0"
-        raise cannot_carry(one, _CARRIER, expected, f"'{site}'", "steer a later block")
+        raise _block_zero(intervention)
     return layer
 
 
@@ -93,8 +85,7 @@ def gguf_package(what: str) -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        install = "pip install 'torchsteer[gguf]'"
-        raise ConfigError(what, expected="the package gguf", found="not installed", remedy=install) from error
+        raise _no_gguf_package(what) from error
 
 
 def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
@@ -117,3 +108,48 @@ def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
             return atomic_write(path, Path(name).read_bytes())
         finally:
             os.unlink(name)
+
+
+# ---- errors
+
+
+def _no_model_hint() -> ConfigError:
+    return ConfigError(
+        "a control vector names the architecture of its model",
+        expected="model_hint, or a plan with a fingerprint",
+        found="neither",
+        remedy="pass model_hint=model.config.model_type",
+    )
+
+
+def _other_width(intervention: Intervention, width: int) -> WidthError:
+    return WidthError(
+        f"'{intervention.name}' does not fit the model of a control vector",
+        expected=f"{width} numbers at every layer",
+        found=intervention.operator.width,
+        remedy="export a plan for one model",
+    )
+
+
+def _no_addition_to_stream(intervention: Intervention) -> DeployError:
+    found = f"'{intervention.operator.name}' at '{intervention.site}'"
+    return cannot_carry(intervention, _CARRIER, "an addition at layers.<n>.output", found, "use steer.to_adapter")
+
+
+def _unknown_depth(intervention: Intervention) -> DeployError:
+    expected = "a layer counted from 0, or a plan with a fingerprint"
+    return cannot_carry(intervention, _CARRIER, expected, f"'{intervention.site}' of a model of unknown depth", "count the layer from 0")
+
+
+def _block_out_of_range(intervention: Intervention, n_layers: int) -> DeployError:
+    return cannot_carry(intervention, _CARRIER, f"a block from 1 to {n_layers - 1}", f"'{intervention.site}'", "steer an earlier block")
+
+
+def _block_zero(intervention: Intervention) -> DeployError:
+    expected = "the output of block 1 or a later one: llama.cpp has no control vector for block 0"
+    return cannot_carry(intervention, _CARRIER, expected, f"'{intervention.site}'", "steer a later block")
+
+
+def _no_gguf_package(what: str) -> ConfigError:
+    install = "pip install 'torchsteer[gguf]'"
+    return ConfigError(what, expected="the package gguf", found="not installed", remedy=install)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -9,53 +10,66 @@ import torch
 from torch import Tensor
 
 from steer.errors import ConfigError, ContextError
-from steer.intervene.gate import GATES, Leaf
-from steer.intervene.scope import Scope
+from steer.intervene.gate import GATES, SiteGate
 from steer.model.context import ForwardContext
 
 
 @GATES.register("call")
-class CallGate(Leaf):
+class CallGate(SiteGate):
     """Opens where a function of the activation is above 0. It cannot be saved with a plan.
 
     Args:
         function: takes h [batch, tokens, width] and the forward context, returns [batch, tokens]; booleans count as 1 and -1.
         width: of the activation it reads.
-        options: site, per, over, pool, sharpness, see `Leaf`.
+        options: site, per, over, pool, sharpness, see `SiteGate`.
     """
 
     def __init__(self, function: Callable[[Tensor, ForwardContext], Tensor], width: int, **options: Any) -> None:
         if not callable(function):
-            raise ConfigError(
-                "gate 'call' has no function",
-                expected="a function of the activation and the forward context",
-                found=repr(function),
-                remedy="e.g. CallGate(lambda h, ctx: h[..., 0], width)",
-            )
+            raise _no_function(function)
         super().__init__({}, width, **options)
         self.function = function
 
     def margin(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        said = self.function(h, ctx)
-        if not isinstance(said, Tensor) or said.shape != h.shape[:-1]:
-            raise ContextError(
-                "the function of gate 'call' does not decide for each token",
-                expected=f"a tensor of shape {list(h.shape[:-1])}",
-                found=list(said.shape) if isinstance(said, Tensor) else type(said).__name__,
-                remedy="return one number per token; the gate's `per` and `pool` make rows of them",
-            )
-        return said.float() * 2 - 1 if said.dtype is torch.bool else said.float()
+        decided = self.function(h, ctx)  # [batch, tokens]
+        if not isinstance(decided, Tensor) or decided.shape != h.shape[:-1]:
+            raise _no_decision_per_token(decided, h)
+        return decided.float() * 2 - 1 if decided.dtype is torch.bool else decided.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A plan copies its gates; the function, which may be the method of a model, stays the one that was given."""
-        made = memo[id(self)] = self.copy(memo)
-        made.over = Scope.parse(str(self.over))
-        return made
+        """The function, which may be the method of a model, stays the one that was given."""
+        copied = memo[id(self)] = copy.copy(self)
+        return copied
 
     def to_dict(self) -> dict[str, Any]:
-        raise ConfigError(
-            "a gate made of a Python function cannot be saved",
-            expected="a gate of tensors: probe, cosine or feature",
-            found=getattr(self.function, "__name__", repr(self.function)),
-            remedy="express it as one of those, or add the gate again after loading the plan",
-        )
+        raise _not_saved(self.function)
+
+
+# ---- errors
+
+
+def _no_function(function: Any) -> ConfigError:
+    return ConfigError(
+        "gate 'call' has no function",
+        expected="a function of the activation and the forward context",
+        found=repr(function),
+        remedy="e.g. CallGate(lambda h, ctx: h[..., 0], width)",
+    )
+
+
+def _no_decision_per_token(decided: Any, h: Tensor) -> ContextError:
+    return ContextError(
+        "the function of gate 'call' does not decide for each token",
+        expected=f"a tensor of shape {list(h.shape[:-1])}",
+        found=list(decided.shape) if isinstance(decided, Tensor) else type(decided).__name__,
+        remedy="return one number per token; the gate's `per` and `pool` make rows of them",
+    )
+
+
+def _not_saved(function: Any) -> ConfigError:
+    return ConfigError(
+        "a gate made of a Python function cannot be saved",
+        expected="a gate of tensors: probe, cosine or feature",
+        found=getattr(function, "__name__", repr(function)),
+        remedy="express it as one of those, or add the gate again after loading the plan",
+    )

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.intervene.gate import GATES, Leaf, one_number
+from steer.intervene.gate import GATES, SiteGate, one_number
 from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
 
 @GATES.register("cosine")
-class CosineGate(Leaf):
+class CosineGate(SiteGate):
     """Opens where cos(h, c) exceeds a threshold; `~CosineGate(...)` where it does not.
 
     Not CAST's own number, so its thresholds do not carry over: CAST takes the mean activation of the prompt, or that of its last token, and
@@ -25,7 +25,7 @@ class CosineGate(Leaf):
     Args:
         vector: [width] c.
         threshold: from -1 to 1; with a sharpness, any number.
-        options: site, per, over, pool, sharpness, see `Leaf`.
+        options: site, per, over, pool, sharpness, see `SiteGate`.
 
     Raises:
         ConfigError: a zero vector, which has no direction; a threshold that no cosine reaches.

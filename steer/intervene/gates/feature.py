@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.intervene.gate import GATES, Leaf, one_number
+from steer.intervene.gate import GATES, SiteGate, one_number
 from steer.intervene.low_rank import same_width, widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
 
 @GATES.register("feature")
-class FeatureGate(Leaf):
+class FeatureGate(SiteGate):
     """Opens where the pre-activation (h - b_dec)·W_enc[f] + b_enc[f] of a ReLU or JumpReLU feature exceeds a threshold.
 
     Args:
@@ -21,7 +21,7 @@ class FeatureGate(Leaf):
         bias: b_enc[f].
         threshold: activation above which it counts as active; at least the feature's own JumpReLU threshold.
         center: [width] b_dec where the dictionary subtracts it first, else None.
-        options: site, per, over, pool, sharpness, see `Leaf`.
+        options: site, per, over, pool, sharpness, see `SiteGate`.
     """
 
     learnable = ("encoder", "bias")

@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.intervene.gate import GATES, Leaf, one_number
+from steer.intervene.gate import GATES, SiteGate, one_number
 from steer.intervene.low_rank import widened
 from steer.intervene.operator import slotted
 from steer.model.context import ForwardContext
 
 
 @GATES.register("probe")
-class ProbeGate(Leaf):
+class ProbeGate(SiteGate):
     """Opens where h·w + b > 0, e.g. a logistic regression's weights.
 
     Args:
         vector: [width] w.
         bias: b; minus the threshold.
-        options: site, per, over, pool, sharpness, see `Leaf`.
+        options: site, per, over, pool, sharpness, see `SiteGate`.
     """
 
     learnable = ("vector", "bias")

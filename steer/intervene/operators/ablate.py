@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.intervene.low_rank import LowRank, orthonormal
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.low_rank import LinearLowRank, orthonormal
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("ablate")
-class Ablate(LowRank):
-    """h - strength * (h Q) Q^T: removes the part of h in the span of the given directions; strength 1 removes all of it.
+class Ablate(LinearLowRank):
+    """h - strength * (h Q) Q^T: removes what h has in the span of the directions; strength 1 removes all of it.
 
     Args:
         directions: [width], [rank, width] or [slots, rank, width]; made orthonormal here.
@@ -28,14 +28,11 @@ class Ablate(LowRank):
         rows = orthonormal(directions, "directions to ablate")
         super().__init__({"directions": rows}, rows.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return -strength * x
+    def factor(self, per_row: RowTensors) -> float:
+        return -1.0
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
         return {"scale": 0.0}
-
-    def is_affine(self) -> bool:
-        return True
 
     def describe(self) -> str:
         return f"ablate a span of rank {self.tensors['directions'].shape[1]}"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, listed, unit
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("ablate_then_add")
@@ -31,13 +31,13 @@ class AblateThenAdd(LowRank):
         direction, length = unit(vector, "vector to ablate, then add")
         super().__init__({"direction": direction, "step": length}, direction.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return strength * pick("step") - strength.abs().clamp(max=1.0) * x
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        return strength * per_row["step"] - strength.abs().clamp(max=1.0) * x
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
         if strength.shape[0] > 1:  # of rows, and these numbers are of slots
             return None
-        share, steps = 1.0 - strength.abs().clamp(max=1.0).view(1, 1), strength.view(1, 1) * bank("step").flatten(1)
+        share, steps = 1.0 - strength.abs().clamp(max=1.0).view(1, 1), strength.view(1, 1) * bank["step"].flatten(1)
         return {"scale": share, "shift": steps, "strength": 1.0}
 
     def is_affine(self) -> bool:

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from steer.intervene.low_rank import listed, numbers, same_width, unit
-from steer.intervene.operator import OPERATORS, Operator, Pick, same_slots, slotted
+from steer.intervene.operator import OPERATORS, Operator, RowTensors, same_slots, slotted
 from steer.intervene.operators.ablate_then_add import AblateThenAdd
 
 
 @OPERATORS.register("ace")
 class Ace(AblateThenAdd):
-    """h - proj(h) + proj(reference) + alpha r along r, at strength 1: affine concept editing (ACE).
+    """h - proj(h) + proj(reference) + alpha r along r: removes (alpha 0) or sets (alpha 1) a concept where plain ablation harms text (ACE).
 
     Ablation is measured from the reference, an activation without the concept, not from 0. alpha 0 takes the concept out of every token,
     alpha 1 puts it into every token. Strength s, as in `AblateThenAdd`, has min(|s|, 1) of the replacement and s alpha of r.
@@ -38,12 +38,12 @@ class Ace(AblateThenAdd):
         tensors = {"direction": direction, "step": share * length, "origin": origin}
         Operator.__init__(self, tensors, direction.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return super().change(x - pick("origin"), strength, pick)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        return super().change(x - per_row["origin"], strength, per_row)
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
-        found = super().edit(strength, bank)
-        return None if found is None else {**found, "bias": -bank("origin").flatten(1)}
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
+        found = super().kernel_arguments(strength, bank)
+        return None if found is None else {**found, "bias": -bank["origin"].flatten(1)}
 
     def describe(self) -> str:
         return f"set what h has along r to {listed(self.tensors['origin'])}, that of the reference, plus {listed(self.tensors['step'])}"

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, listed, numbers, unit
-from steer.intervene.operator import OPERATORS, Pick, same_slots
+from steer.intervene.operator import OPERATORS, RowTensors, same_slots
 
 
 @OPERATORS.register("clamp")
 class Clamp(LowRank):
-    """h + strength * (clamp(h·u, low, high) - h·u) u: keeps the projection on a direction in a range, or at a value.
+    """h + strength * (clamp(h·u, low, high) - h·u) u: keeps the projection on a direction in a range, or at a value such as its mean.
 
     Args:
         direction: [width] or [slots, width]; only its direction counts.
@@ -27,6 +27,7 @@ class Clamp(LowRank):
     """
 
     parts = ("direction",)
+    linear_in_strength = True
     reads = writes = "direction"
 
     def __init__(
@@ -51,12 +52,12 @@ class Clamp(LowRank):
             raise ConfigError("the range of 'clamp' is empty", expected="low <= high", found=found, remedy="exchange the two")
         super().__init__({"direction": u, **tensors}, u.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        low, high = (pick(name) if name in self.tensors else None for name in ("low", "high"))
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        low, high = (per_row[name] if name in self.tensors else None for name in ("low", "high"))
         return strength * (x.clamp(low, high) - x)
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
-        return {name: bank(name).flatten(1) for name in ("low", "high") if name in self.tensors}
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
+        return {name: bank[name].flatten(1) for name in ("low", "high") if name in self.tensors}
 
     def is_affine(self) -> bool:
         return "low" in self.tensors and "high" in self.tensors and torch.equal(self.tensors["low"], self.tensors["high"])

@@ -9,12 +9,12 @@ from torch import Tensor
 from steer.checks import tensor_of
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, same_width
-from steer.intervene.operator import OPERATORS, Pick, same_slots, slotted
+from steer.intervene.operator import OPERATORS, RowTensors, same_slots, slotted
 
 
 @OPERATORS.register("erase")
 class Erase(LowRank):
-    """h - strength * (h - mean) right^T left: what a linear probe could read of a concept is gone at strength 1 (LEACE).
+    """h - strength * (h - mean) right^T left: removes all that linear probes read of a concept, at the least change (LEACE).
 
     Unlike ablation, it reads along other rows than it writes, and from the mean of the activations, not from 0.
     `steer.directions.leace.fit_erasure` fits its tensors.
@@ -29,6 +29,7 @@ class Erase(LowRank):
     """
 
     parts = ("left", "right", "origin")
+    linear_in_strength = True
     reads, writes = "right", "left"
 
     def __init__(self, left: Tensor, right: Tensor, mean: Tensor) -> None:
@@ -47,11 +48,11 @@ class Erase(LowRank):
         origin = (mean.double().unsqueeze(1) @ right.double().mT).float()
         super().__init__({"left": left, "right": right, "origin": origin}, left.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return strength * (pick("origin") - x)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        return strength * (per_row["origin"] - x)
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
-        return {"scale": 0.0, "bias": -bank("origin").flatten(1)}
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
+        return {"scale": 0.0, "bias": -bank["origin"].flatten(1)}
 
     def is_affine(self) -> bool:
         return True

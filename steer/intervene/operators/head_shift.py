@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from steer.checks import integer, of_type, whole_number
 from steer.errors import ConfigError, SiteError
-from steer.intervene.operator import OPERATORS, Pick, slotted
+from steer.intervene.operator import OPERATORS, RowTensors, slotted
 from steer.intervene.operators.add import Add
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
@@ -17,7 +17,7 @@ from steer.model.site import Site
 
 @OPERATORS.register("head_shift")
 class HeadShift(Add):
-    """z_i + strength * v_i on chosen heads i, at `layers.<n>.attn.z`: shifts what some heads hand to the output projection (ITI).
+    """z_i + strength * v_i on chosen heads i, at `layers.<n>.attn.z`: shifts what attention heads put out (inference-time intervention).
 
     The paper's v_i is sigma_i theta_i: a direction of length 1 times the standard deviation of the activations along it; alpha is the
     strength. When the shifts are learned, the other heads stay alone.
@@ -70,16 +70,16 @@ class HeadShift(Add):
                 remedy="give n_heads the number of query heads of the model, and directions as wide as one head",
             )
 
-    def delta(self, h: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        vector = pick("vector")
+    def delta(self, h: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        vector = per_row["vector"]
         if isinstance(self.tensors["vector"], nn.Parameter):  # no gradient beside the chosen heads
             blocks = vector.unflatten(-1, (self.n_heads, -1)).unbind(1)
             vector = torch.cat([one if head in self.heads else one.detach() for head, one in enumerate(blocks)], dim=-1)
         return (strength * vector.unsqueeze(1)).to(h.dtype)
 
-    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick, preserve_norm: bool) -> Tensor | None:
+    def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, preserve_norm: bool) -> Tensor | None:
         learned = isinstance(self.tensors["vector"], nn.Parameter)  # of which a kernel would change the other heads too
-        return None if learned else super().fused(h, strength, mask, pick, preserve_norm)
+        return None if learned else super().fused(h, strength, mask, rows, preserve_norm)
 
     def describe(self) -> str:
         return f"shift heads {', '.join(map(str, self.heads))} of {self.n_heads}"

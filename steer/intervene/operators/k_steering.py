@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from steer.checks import finite_number, of_type, tensor_of, whole_number
 from steer.errors import ConfigError, WidthError
 from steer.intervene.low_rank import widened, without_autocast
-from steer.intervene.operator import OPERATORS, Operator, Pick, same_slots, slotted
+from steer.intervene.operator import OPERATORS, Operator, RowTensors, same_slots, slotted
 
 Labels = Sequence[int] | Sequence[Sequence[int]]
 
@@ -87,10 +87,10 @@ class KSteering(Operator):
         self.steps, self.decay = steps, decay
         super().__init__(tensors, sizes[0])
 
-    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, pick: Pick) -> Tensor:
+    def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, per_row: RowTensors) -> Tensor:
         wide = widened(h)
-        layers = [(pick(f"weight{i}")[0].to(wide.dtype), pick(f"bias{i}")[0].to(wide.dtype)) for i in range(len(self.tensors) // 2)]
-        readout = pick("readout").to(wide.dtype)
+        layers = [(per_row[f"weight{i}"][0].to(wide.dtype), per_row[f"bias{i}"][0].to(wide.dtype)) for i in range(len(self.tensors) // 2)]
+        readout = per_row["readout"].to(wide.dtype)
         with without_autocast(h):
             change = strength * _gradient(wide, layers, readout)
             for k in range(1, self.steps):

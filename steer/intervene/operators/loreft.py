@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from steer.checks import whole_number
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, orthonormal, orthonormalised, same_width
-from steer.intervene.operator import OPERATORS, Pick, slotted
+from steer.intervene.operator import OPERATORS, RowTensors, slotted
 
 
 @OPERATORS.register("loreft")
 class LoReFT(LowRank):
-    """h + strength * (W h + b - R h) R^T: what h has in a learned subspace is set to a learned affine function of h (LoReFT).
+    """h + strength * (W h + b - R h) R^T: learns an edit in a small subspace, an affine function of h (LoReFT).
 
     The rows of R stay orthonormal while they are learned: the parameter A may be any matrix, and R = L^-1 A with L L^T = A A^T, which is
     Gram-Schmidt, smooth in A, and A itself as long as that is orthonormal.
@@ -30,6 +30,7 @@ class LoReFT(LowRank):
     """
 
     parts = learnable = ("rotation", "weight", "bias")
+    linear_in_strength = True
 
     def __init__(self, rotation: Tensor, weight: Tensor, bias: Tensor) -> None:
         rotation, weight = orthonormal(rotation, "rows of the rotation"), slotted(weight, 3, "weight")
@@ -53,17 +54,17 @@ class LoReFT(LowRank):
         rows = orthonormal(torch.randn(rank, width, generator=torch.Generator().manual_seed(seed)), "rows of the rotation")
         return cls(rows, rows[0], torch.zeros(rank))
 
-    def rows(self, pick: Pick) -> tuple[Tensor, Tensor]:
-        rotation = pick("rotation")
+    def read_and_write(self, per_row: RowTensors) -> tuple[Tensor, Tensor]:
+        rotation = per_row["rotation"]
         if isinstance(self.tensors["rotation"], nn.Parameter):
             rotation = orthonormalised(rotation)
-        return pick("weight") - rotation, rotation
+        return per_row["weight"] - rotation, rotation
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return strength * (x + pick("bias"))
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        return strength * (x + per_row["bias"])
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
-        return {"scale": 2.0, "bias": bank("bias").flatten(1)}
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
+        return {"scale": 2.0, "bias": bank["bias"].flatten(1)}
 
     def is_affine(self) -> bool:
         return True

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, listed, numbers, unit
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("mirror")
 class Mirror(LowRank):
-    """h + 2 strength * (boundary - h·u) u where h·u < threshold: reflects tokens on the wrong side of a boundary (StMP).
+    """h + 2 strength * (boundary - h·u) u where h·u < threshold: reflects only tokens on the wrong side of a boundary or probe (StMP).
 
     Tokens beyond the threshold are left alone. Strengths below 1 stop on the way, 0.5 at the boundary.
 
@@ -28,6 +28,7 @@ class Mirror(LowRank):
     """
 
     parts = ("direction", "boundary", "threshold")
+    linear_in_strength = True
     reads = writes = "direction"
 
     def __init__(self, direction: Tensor, boundary: float | Tensor = 0.0, threshold: float | Tensor | None = None) -> None:
@@ -36,17 +37,17 @@ class Mirror(LowRank):
         tensors["threshold"] = numbers(boundary if threshold is None else threshold, "threshold")
         super().__init__(tensors, u.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        way = 2.0 * strength * (pick("boundary") - x)
-        return torch.where(x < pick("threshold"), way, 0.0)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        way = 2.0 * strength * (per_row["boundary"] - x)
+        return torch.where(x < per_row["threshold"], way, 0.0)
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
         return {
-            "read": -bank("direction"),  # so that being below a threshold is being above its negative
-            "threshold": -bank("threshold").flatten(1),
+            "read": -bank["direction"],  # so that being below a threshold is being above its negative
+            "threshold": -bank["threshold"].flatten(1),
             "gated": True,
             "scale": 3.0,
-            "shift": 2.0 * bank("boundary").flatten(1),
+            "shift": 2.0 * bank["boundary"].flatten(1),
         }
 
     def describe(self) -> str:

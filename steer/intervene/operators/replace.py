@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.intervene.low_rank import LowRank, listed, same_width, unit
-from steer.intervene.operator import OPERATORS, Pick, same_slots, slotted
+from steer.intervene.low_rank import LinearLowRank, listed, same_width, unit
+from steer.intervene.operator import OPERATORS, RowTensors, same_slots, slotted
 
 
 @OPERATORS.register("replace")
-class Replace(LowRank):
-    """h + strength * (h·a / |a|^2) (b - a): what h has of vector a, it gets of vector b instead.
+class Replace(LinearLowRank):
+    """h + strength * (h·a / |a|^2) (b - a): turns one concept into another; what h has of vector a, it gets of vector b instead.
 
     Args:
         source: [width] or [slots, width] a. Lengths count: one |a| of the old becomes one |b| of the new.
@@ -35,14 +35,11 @@ class Replace(LowRank):
         same_slots(self.name, source=direction, target=target)
         super().__init__({"reader": direction / length, "turn": target - direction * length}, direction.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return strength * x
+    def factor(self, per_row: RowTensors) -> float:
+        return 1.0
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
         return {"scale": 2.0}
-
-    def is_affine(self) -> bool:
-        return True
 
     def describe(self) -> str:
         return f"replace a by b, |a| = {listed(1 / self.tensors['reader'].norm(dim=-1))}"

@@ -10,12 +10,12 @@ from torch import Tensor
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank, listed, numbers, orthonormal
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("rotate")
 class Rotate(LowRank):
-    """Turns what h has in a plane, by strength * angle or towards an angle; its norm and the rest of h stay (angular steering).
+    """h - proj(h) + rotated(proj(h)): turns h in a plane by strength * angle, or towards an angle, and keeps its norm (angular steering).
 
     With the coordinates (x, y) = (h·b1, h·b2) in the plane and a = strength * angle:
 
@@ -50,8 +50,8 @@ class Rotate(LowRank):
         self.towards = towards
         super().__init__({"plane": rows, "angle": numbers(angle, "angle")}, rows.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        angle, (x, y) = pick("angle"), x.split(1, dim=-1)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        angle, (x, y) = per_row["angle"], x.split(1, dim=-1)
         if self.towards:
             angle = torch.remainder(angle - torch.atan2(y, x) + math.pi, 2 * math.pi) - math.pi
         turn = strength * angle

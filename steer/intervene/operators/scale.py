@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.intervene.low_rank import LowRank, listed, numbers, unit
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.low_rank import LinearLowRank, listed, numbers, unit
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("scale")
-class Scale(LowRank):
-    """h + strength * (factor - 1) (h·u) u: multiplies what h has along a direction; 0 ablates it, -1 reflects it, 2 doubles it.
+class Scale(LinearLowRank):
+    """h + strength * (factor - 1) (h·u) u: damps, doubles or reflects what h has along a direction; factor 0 ablates it.
 
     Args:
         direction: [width] or [slots, width]; only its direction counts.
@@ -30,14 +30,11 @@ class Scale(LowRank):
         u, _ = unit(direction, "direction of 'scale'")
         super().__init__({"direction": u, "factor": numbers(factor, "factor")}, u.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return strength * (pick("factor") - 1.0) * x
+    def factor(self, per_row: RowTensors) -> Tensor:
+        return per_row["factor"] - 1.0
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
-        return {"scale": bank("factor").flatten(1)}
-
-    def is_affine(self) -> bool:
-        return True
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
+        return {"scale": bank["factor"].flatten(1)}
 
     def describe(self) -> str:
         return f"multiply the projection by {listed(self.tensors['factor'])}"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from steer.intervene.low_rank import LowRank, listed, numbers, unit
-from steer.intervene.operator import OPERATORS, Pick
+from steer.intervene.operator import OPERATORS, RowTensors
 
 
 @OPERATORS.register("target_projection")
 class TargetProjection(LowRank):
-    """h + strength * (target - h·u) u where h·u < threshold: brings tokens that fall short up to a target (StTP).
+    """h + strength * (target - h·u) u where h·u < threshold: lifts only tokens that fall short, up to a target (StTP).
 
     Tokens beyond the threshold are left alone.
 
@@ -27,6 +27,7 @@ class TargetProjection(LowRank):
     """
 
     parts = ("direction", "target", "threshold")
+    linear_in_strength = True
     reads = writes = "direction"
 
     def __init__(self, direction: Tensor, target: float | Tensor, threshold: float | Tensor | None = None) -> None:
@@ -35,16 +36,16 @@ class TargetProjection(LowRank):
         tensors["threshold"] = numbers(target if threshold is None else threshold, "threshold")
         super().__init__(tensors, u.shape[-1])
 
-    def change(self, x: Tensor, strength: Tensor, pick: Pick) -> Tensor:
-        return torch.where(x < pick("threshold"), strength * (pick("target") - x), 0.0)
+    def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
+        return torch.where(x < per_row["threshold"], strength * (per_row["target"] - x), 0.0)
 
-    def edit(self, strength: Tensor, bank: Pick) -> dict[str, Any] | None:
+    def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
         return {
-            "read": -bank("direction"),  # so that being below a threshold is being above its negative
-            "threshold": -bank("threshold").flatten(1),
+            "read": -bank["direction"],  # so that being below a threshold is being above its negative
+            "threshold": -bank["threshold"].flatten(1),
             "gated": True,
             "scale": 2.0,
-            "shift": bank("target").flatten(1),
+            "shift": bank["target"].flatten(1),
         }
 
     def describe(self) -> str:

@@ -1,0 +1,99 @@
+"""Measurement of one site at one step: the statistics from which drift metrics are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from steer.drift.accumulators import ProjectionMoments
+from steer.drift.site_directions import SiteDirections
+from steer.errors import ConfigError
+
+MODES = ("probe", "stream")
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMeasurement:
+    """Projections on the directions of one site, now and at the baseline; every tensor is fp64 on the CPU.
+
+    Columns are in the order of `directions.names`: the named directions first, then the controls.
+
+    Attributes:
+        directions: the named directions and controls of the site, with their unit vectors and class gaps.
+        mode: `probe` (fixed prompts) or `stream` (training tokens).
+        n: prompts (probe) or labelled tokens (stream).
+        mean, sd: [directions] of the projection over prompts or tokens; sd with n - 1, nan where n is 1.
+        baseline_mean, baseline_sd: [directions], the same at the first measurement.
+        seed: of whatever a metric draws at random.
+        values: metrics computed so far, by name: [directions], or [named directions] of those that controls do not have.
+    """
+
+    directions: SiteDirections
+    mode: str
+    n: int
+    mean: Tensor
+    sd: Tensor
+    baseline_mean: Tensor
+    baseline_sd: Tensor
+    seed: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+    _states: Tensor | None = None
+    _baseline_states: Tensor | None = None
+
+    @classmethod
+    def of_states(cls, directions: SiteDirections, states: Tensor, baseline: Tensor, seed: int = 0) -> SiteMeasurement:
+        """Probe mode: from the states of the prompts now and at the baseline, [prompts, width] each."""
+        states = states.double()
+        baseline = baseline.double()
+        now = states @ directions.units.mT  # [prompts, directions]
+        before = baseline @ directions.units.mT
+        moments = (now.mean(0), now.std(0), before.mean(0), before.std(0))
+        return cls(directions, "probe", len(states), *moments, seed, _states=states, _baseline_states=baseline)
+
+    @classmethod
+    def of_moments(cls, directions: SiteDirections, window: ProjectionMoments, baseline: ProjectionMoments) -> SiteMeasurement:
+        """Stream mode: from the moments of a window and of the first one."""
+        return cls(directions, "stream", int(window.n), window.mean, window.sd, baseline.mean, baseline.sd)
+
+    @property
+    def states(self) -> Tensor:
+        """[prompts, width] of each prompt now. Raises ConfigError in stream mode, which has none."""
+        if self._states is None:
+            raise _no_states(self.mode)
+        return self._states
+
+    @property
+    def baseline_states(self) -> Tensor:
+        """[prompts, width] of each prompt at the baseline. Raises ConfigError in stream mode, which has none."""
+        if self._baseline_states is None:
+            raise _no_states(self.mode)
+        return self._baseline_states
+
+    @cached_property
+    def shift(self) -> Tensor:
+        """[width], mean state minus baseline mean state; probe mode."""
+        return (self.states - self.baseline_states).mean(0)
+
+    @cached_property
+    def differences(self) -> Tensor:
+        """[prompts, directions], projection of each prompt now minus its own at the baseline; probe mode."""
+        return (self.states - self.baseline_states) @ self.directions.units.mT
+
+    def named(self, columns: Tensor) -> Tensor:
+        """Columns of the named directions, [..., named directions] from [..., directions]."""
+        return columns[..., : self.directions.named_count]
+
+    def controls(self, columns: Tensor) -> Tensor:
+        """Columns of the controls, [..., controls] from [..., directions]."""
+        return columns[..., self.directions.named_count :]
+
+
+def _no_states(mode: str) -> ConfigError:
+    return ConfigError(
+        "a drift metric reads states that are not kept",
+        expected="a measurement in probe mode, which keeps the state of each prompt",
+        found=f"one in {mode} mode",
+        remedy="register the metric with modes=('probe',)",
+    )

@@ -1,0 +1,169 @@
+"""Drift metrics: from the statistics of a measurement to one value per direction. A new one is a file with one registered function.
+
+    # steer/drift/metrics/spread.py
+    @drift_metric("spread", unit="of the baseline")
+    def spread(site: SiteMeasurement) -> Tensor:
+        '''Standard deviation of the projection over that of the baseline.'''
+        return site.sd / site.baseline_sd
+
+It is computed at every measurement from then on, kept in the store and in the records, and sent to the loggers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.checks import of_type
+from steer.drift.measurement import MODES, SiteMeasurement
+from steer.errors import ConfigError
+from steer.registry import Registry
+
+METRICS: Registry[Any] = Registry("drift metric", "steer.drift.metrics", "steer.drift_metrics")
+
+RECORD_FIELDS = ("step", "mode", "direction", "site", "kind", "n", "metrics")
+
+
+@dataclass(frozen=True)
+class DriftMetric:
+    """A function of the measurement at one site, and when it is defined.
+
+    Attributes:
+        function: takes a `SiteMeasurement`, or with `across_sites` a sequence of them, one per site. It gives fp64 values in the order of
+            the directions, concatenated over the sites with `across_sites`; nan where a value is not defined.
+        unit: what the values are counted in, for the documentation.
+        modes: modes of reading in which it is defined: `probe`, which has the states of each prompt, and `stream`, which has moments only.
+        controls: the random control directions have a value too: [directions] of values, otherwise [named directions].
+        needs: other metrics, which are in `values` by then. It is not computed in a mode in which one of them is not.
+        across_sites: it compares directions of all sites, as a correction for many tests does.
+        logged: it is sent to the loggers.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    unit: str = ""
+    modes: tuple[str, ...] = MODES
+    controls: bool = True
+    needs: tuple[str, ...] = ()
+    across_sites: bool = False
+    logged: bool = True
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.function.__doc__
+
+    def compute(self, sites: Sequence[SiteMeasurement]) -> list[Tensor]:
+        """The values at each site, fp64. Raises ConfigError when the function returns anything else."""
+        counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
+        if self.across_sites:
+            return list(self._checked(self.function(sites), sum(counts)).split(counts))
+        return [self._checked(self.function(site), count) for site, count in zip(sites, counts, strict=True)]
+
+    def _checked(self, values: Any, count: int) -> Tensor:
+        if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != (count,):
+            raise _wrong_values(self, values, count)
+        return values.detach().cpu()
+
+
+def drift_metric(
+    name: str,
+    *,
+    unit: str = "",
+    modes: tuple[str, ...] = MODES,
+    controls: bool = True,
+    needs: tuple[str, ...] = (),
+    across_sites: bool = False,
+    logged: bool = True,
+) -> Callable[[Callable[..., Tensor]], DriftMetric]:
+    """Registers a function as the drift metric of that name; the options are those of `DriftMetric`.
+
+    Raises:
+        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode.
+    """
+    if name in RECORD_FIELDS:
+        raise _reserved_name(name)
+    if not modes or not set(modes) <= set(MODES):
+        raise _unknown_modes(name, modes)
+
+    def add(function: Callable[..., Tensor]) -> DriftMetric:
+        return METRICS.register(name)(DriftMetric(name, function, unit, modes, controls, needs, across_sites, logged))
+
+    return add
+
+
+def metrics_of(mode: str) -> list[DriftMetric]:
+    """Metrics that are defined in a mode, each after those that it needs.
+
+    Raises:
+        ConfigError: a metric needs one that does not exist, or that needs it in turn.
+    """
+    is_defined: dict[str, bool] = {}
+
+    def visit(name: str, needed_by: tuple[str, ...]) -> None:
+        if name in needed_by:
+            raise _circular_needs((*needed_by, name))
+        if name in is_defined:
+            return
+        metric = METRICS.get(name)
+        of_type(metric, DriftMetric, f"drift metric '{name}'", f"register it with @drift_metric('{name}')")
+        for need in metric.needs:
+            visit(need, (*needed_by, name))
+        is_defined[name] = mode in metric.modes and all(is_defined[need] for need in metric.needs)
+
+    for name in METRICS:
+        visit(name, ())
+    return [METRICS.get(name) for name, defined in is_defined.items() if defined]
+
+
+def compute_metrics(sites: Sequence[SiteMeasurement]) -> None:
+    """Fills `values` of the sites of one measurement, all of them read in the same mode."""
+    if not sites:
+        return
+    for metric in metrics_of(sites[0].mode):
+        for site, values in zip(sites, metric.compute(sites), strict=True):
+            site.values[metric.name] = values
+
+
+def _wrong_values(metric: DriftMetric, values: Any, count: int) -> ConfigError:
+    which = "direction, controls included," if metric.controls else "named direction"
+    where = "all sites" if metric.across_sites else "the site"
+    found = f"{type(values).__name__} {str(values)[:60]!r}"
+    if isinstance(values, Tensor):
+        found = f"{values.dtype} of the shape {list(values.shape)}"
+    return ConfigError(
+        f"drift metric '{metric.name}' returned no column of values",
+        expected=f"a tensor of torch.float64 and the shape [{count}], one value per {which} of {where}",
+        found=found,
+        remedy="return such a tensor; a metric that controls do not have is registered with controls=False",
+    )
+
+
+def _reserved_name(name: str) -> ConfigError:
+    return ConfigError(
+        f"drift metric '{name}' has the name of a field of the records",
+        expected=f"another name than {', '.join(RECORD_FIELDS)}",
+        found=name,
+        remedy="give the metric another name",
+    )
+
+
+def _unknown_modes(name: str, modes: tuple[str, ...]) -> ConfigError:
+    return ConfigError(
+        f"drift metric '{name}' is for an unknown mode",
+        expected=f"modes among {', '.join(MODES)}",
+        found=repr(modes),
+        remedy="register it with modes=('probe',), or leave modes out for both",
+    )
+
+
+def _circular_needs(chain: tuple[str, ...]) -> ConfigError:
+    return ConfigError(
+        f"drift metric '{chain[-1]}' needs itself",
+        expected="metrics that do not need each other in a circle",
+        found=" -> ".join(chain),
+        remedy="take one of them out of `needs`",
+    )

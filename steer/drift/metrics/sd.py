@@ -1,0 +1,14 @@
+"""Spread of the projection."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from steer.drift.measurement import SiteMeasurement
+from steer.drift.metric import drift_metric
+
+
+@drift_metric("sd", unit="of the activation", logged=False)
+def sd(site: SiteMeasurement) -> Tensor:
+    """Standard deviation of the projection over prompts or tokens, with n - 1."""
+    return site.sd

@@ -1,0 +1,236 @@
+"""Attaching: from a plan and a model to hooks, with every check that can be made before a forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import AttachError, ConfigError, WidthError, WrongModelError
+from steer.intervene import schedule as schedules
+from steer.intervene.active import ActiveIntervention
+from steer.intervene.attachment import Attachment
+from steer.intervene.gate import SiteGate
+from steer.intervene.intervention import checked_names, width_error
+from steer.intervene.pass_events import PassEvents
+from steer.intervene.plan import Plan
+from steer.intervene.prepared import PreparedEdits, prepared_for
+from steer.intervene.schedule import Schedule
+from steer.intervene.scope_mask import ScopeMask
+from steer.intervene.site_edits import SiteEdits
+from steer.intervene.token_counter import TokenCounter
+from steer.model import hooks
+from steer.model.anatomy import Anatomy, HookPoint, resolve
+from steer.model.context import PHASES
+from steer.model.site import Site
+from steer.model.watcher import watcher_of
+
+
+class _Resolved:
+    """Where a plan meets a model.
+
+    Attributes:
+        anatomy: of the model; None when it is no decoder.
+        points: hook point of each intervention.
+        readers: every site gate with its site, the name of its decision and its hook point; one that several interventions share reads
+            once.
+        decisions: names of the decisions that the gate of each intervention is made of, from left to right.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, plan_number: int) -> None:
+        readers, self.decisions = _named_decisions(plan, plan_number)
+        sites = [intervention.site for intervention in plan.interventions]
+        self.anatomy, points = resolve(model, [*sites, *(site for _, site, _ in readers)])
+        self.points = points[: len(sites)]
+        self.readers = [(*reader, point) for reader, point in zip(readers, points[len(sites) :], strict=True)]
+        _check_widths(plan, self.anatomy, self.points)
+        _check_fingerprint(plan, self.anatomy)
+        _check_gates(plan, self)
+
+
+def validate(plan: Plan, model: nn.Module) -> None:
+    """Raises as `attach` does where a plan does not fit a model, and leaves the model alone."""
+    resolved = _Resolved(plan, model, 0)
+    first = next(model.parameters(), torch.empty(0))
+    for intervention, point in zip(plan.interventions, resolved.points, strict=True):
+        like = next(point.module.parameters(), first)
+        active = ActiveIntervention(
+            intervention, ScopeMask(intervention.scope), torch.device("cpu"), 0, phases=intervention.phases, schedule=intervention.schedule
+        )
+        active.check_range(like.dtype)
+
+
+def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] | None, schedule: Any) -> Attachment:
+    """See `Plan.attach`."""
+    allowed = PHASES if phases is None else checked_names(phases, PHASES, "phase")
+    replacement = None if schedule is None else schedules.from_dict(schedule)
+    stacked = _stacked_edits(model)
+    if stacked and not stack:
+        raise _another_plan(stacked)
+    plan_number = 1 + max((edits.plan_number for edits in stacked), default=-1)
+    resolved = _Resolved(plan, model, plan_number)
+    first = next(model.parameters(), torch.empty(0))
+    active = _activate(plan, resolved, first, plan_number, allowed, replacement)
+    counter = TokenCounter(active, first.device)
+    functions = _edits_by_point(active, resolved, first, counter, plan_number)
+    events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
+    paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
+    attachment = Attachment(plan, active, events, paths)
+    watcher, site_hooks, remove_hooks = hooks.install(model, resolved.anatomy, functions)
+    events.connect(watcher)
+
+    def remove() -> None:
+        events.disconnect()
+        remove_hooks()
+
+    attachment.installed(site_hooks, remove)
+    return attachment
+
+
+def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
+    watcher = watcher_of(model)
+    return [] if watcher is None else [hook.function for hook in watcher.site_hooks if isinstance(hook.function, SiteEdits)]
+
+
+def _named_decisions(plan: Plan, plan_number: int) -> tuple[list[tuple[SiteGate, Site, str]], list[tuple[str, ...]]]:
+    readers: dict[str, tuple[SiteGate, Site, str]] = {}
+    numbers: dict[int, int] = {}
+    decisions = []
+    for intervention in plan.interventions:
+        names = []
+        for gate in intervention.gate.site_gates() if intervention.gate is not None else ():
+            site = gate.site or intervention.site
+            # strings alone: torch.compile writes other objects in its own way
+            name = f"plan {plan_number} gate {numbers.setdefault(id(gate), len(numbers))}@{site}"
+            names.append(name)
+            readers[name] = (gate, site, name)
+        decisions.append(tuple(names))
+    return list(readers.values()), decisions
+
+
+def _activate(
+    plan: Plan, resolved: _Resolved, first: Tensor, plan_number: int, allowed: Sequence[str], replacement: Schedule | None
+) -> list[ActiveIntervention]:
+    """The interventions with their buffers, each on the device of its module. Those that name the same tokens share a scope mask."""
+    scope_masks: dict[str, ScopeMask] = {}
+    activated = []
+    for intervention, point, decisions in zip(plan.interventions, resolved.points, resolved.decisions, strict=True):
+        like = next(point.module.parameters(), first)
+        text = str(intervention.scope)
+        if text not in scope_masks:
+            scope_masks[text] = ScopeMask(intervention.scope)
+        active = ActiveIntervention(
+            intervention,
+            scope_masks[text],
+            like.device,
+            plan_number,
+            phases=tuple(phase for phase in intervention.phases if phase in allowed),
+            schedule=replacement or intervention.schedule,
+        )
+        active.decisions = decisions
+        active.check_range(like.dtype)
+        active.prepared = prepared_for(active, first.dtype)
+        activated.append(active)
+    return activated
+
+
+def _edits_by_point(
+    active: list[ActiveIntervention], resolved: _Resolved, first: Tensor, counter: TokenCounter, plan_number: int
+) -> list[tuple[HookPoint, SiteEdits]]:
+    by_point: dict[Any, tuple[HookPoint, SiteEdits]] = {}
+
+    def edits_at(point: HookPoint) -> SiteEdits:
+        key = (id(point.module), point.side, None if point.columns is None else str(point.site))
+        return by_point.setdefault(key, (point, SiteEdits(counter, plan_number)))[1]
+
+    for intervention, point in zip(active, resolved.points, strict=True):
+        edits = edits_at(point)
+        edits.interventions.append(intervention)
+        edits.counts_calls |= intervention.counts_in_calls
+    for gate, _, name, point in resolved.readers:
+        device = next(point.module.parameters(), first).device
+        edits_at(point).gates.append((gate.on(device), name))
+    return list(by_point.values())
+
+
+# ---- checks
+
+
+def _check_widths(plan: Plan, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
+    for intervention, point in zip(plan.interventions, points, strict=True):
+        if point.width is not None and point.width != intervention.operator.width:
+            raise width_error(intervention, point.width)
+        if anatomy is not None and point.site.module is None:
+            intervention.operator.check_model(anatomy)
+
+
+def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
+    if plan.fingerprint is None or anatomy is None:
+        return
+    fingerprint = anatomy.fingerprint()
+    differing = {
+        key: (value, fingerprint.get(key))
+        for key, value in plan.fingerprint.items()
+        if key != "embedding_digest" and value != fingerprint.get(key)
+    }
+    if differing:
+        raise _another_model(differing)
+    digests = {plan.fingerprint.get("embedding_digest"), fingerprint["embedding_digest"]}
+    if None not in digests and len(digests) == 2:
+        warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=6)
+
+
+def _check_gates(plan: Plan, resolved: _Resolved) -> None:
+    """A gate fits the site that it reads, and does not decide after the edit that it is for."""
+    read_at = {name: point for _, _, name, point in resolved.readers}
+    for gate, site, _, point in resolved.readers:
+        if point.width not in (None, gate.width):
+            raise _gate_width(gate, site, point)
+    for intervention, steered, names in zip(plan.interventions, resolved.points, resolved.decisions, strict=True):
+        for name in names:
+            read = read_at[name].site
+            if read.module is None and steered.site.module is None and read.order > steered.site.order:
+                raise _late_gate(intervention.name, read, steered.site)
+
+
+# ---- errors
+
+
+def _another_plan(stacked: list[SiteEdits]) -> AttachError:
+    names = ", ".join(intervention.name for edits in stacked for intervention in edits.interventions)
+    return AttachError(
+        "another plan is attached to this model",
+        expected="a model without a plan, or stack=True",
+        found=f"a plan of {names}",
+        remedy="detach it, or pass stack=True to have both",
+    )
+
+
+def _another_model(differing: dict[str, tuple[Any, Any]]) -> WrongModelError:
+    return WrongModelError(
+        "this plan was made for another model",
+        expected={key: pair[0] for key, pair in differing.items()},
+        found={key: pair[1] for key, pair in differing.items()},
+        remedy="load the model named in the plan, or extract the vectors again on this one",
+    )
+
+
+def _gate_width(gate: SiteGate, site: Site, point: HookPoint) -> WidthError:
+    return WidthError(
+        f"gate '{gate.name}' does not fit site '{site}'",
+        expected=f"width {point.width}",
+        found=f"width {gate.width}",
+        remedy="give the gate a vector that was made for this site",
+    )
+
+
+def _late_gate(name: str, read: Site, steered: Site) -> ConfigError:
+    return ConfigError(
+        f"the gate of '{name}' would decide after the edit it is for",
+        expected=f"a site at or before {steered}",
+        found=str(read),
+        remedy="let the gate read an earlier site, or steer a later one",
+    )

@@ -1,0 +1,306 @@
+"""Attachment: the life of a plan on one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.checks import integer, of_type, tensor_of, whole_number
+from steer.errors import AttachError, ConfigError
+from steer.intervene import attachment_state
+from steer.intervene.active import ActiveIntervention
+from steer.intervene.intervention import Intervention, checked_strengths
+from steer.intervene.pass_events import PassEvents
+from steer.intervene.plan import Plan, explained, unknown_intervention
+from steer.intervene.scope import Scope
+from steer.intervene.scope_mask import ScopeMask
+from steer.model.hooks import SiteHook
+
+
+class Attachment:
+    """A plan on one model, as `Plan.attach` gives it: strengths, switches, row slots, windows, step and counts.
+
+    Attributes:
+        plan: as it was attached; nothing of it changes.
+        interventions: the plan's, with the buffers that drive their hooks.
+        paths: name of the hooked module of each intervention, by its name.
+        current_step: optimiser step that the schedules are at.
+
+    Example:
+        >>> attachment = plan.attach(model)
+        >>> attachment.set_strength(0.5)
+        >>> model.generate(**prompt)
+        >>> attachment.detach()
+    """
+
+    def __init__(self, plan: Plan, active: list[ActiveIntervention], events: PassEvents, paths: dict[str, str]) -> None:
+        self.plan = plan
+        self.interventions = active
+        self.paths = paths
+        self.current_step = plan.step
+        self._by_name = {intervention.name: intervention for intervention in active}
+        self._events = events
+        self._remove: Callable[[], None] | None = None
+        self._hooks: list[SiteHook] = []
+        self.step(plan.step)
+
+    def __getitem__(self, name: str) -> ActiveIntervention:
+        """The intervention of that name. Raises ConfigError with the known names."""
+        return self._named(name)[0]
+
+    # ---- hooks on and off
+
+    def installed(self, hooks: list[SiteHook], remove: Callable[[], None]) -> None:
+        """Notes the hooks, and the function that takes them off."""
+        self._hooks = hooks
+        self._remove = remove
+
+    @property
+    def is_attached(self) -> bool:
+        """Its hooks are on the model."""
+        return self._remove is not None
+
+    def detach(self) -> None:
+        """Takes the hooks off; `fired()` stays readable. Raises AttachError when they are off already."""
+        if self._remove is None:
+            raise _detached()
+        remove, self._remove = self._remove, None
+        missed = [str(hook.point.site) for hook in self._hooks if hook.place == "anywhere" and not hook.ever_ran]
+        replays = any(hook.watcher.replays for hook in self._hooks)
+        remove()
+        if missed and self._events.counter.reached and not replays:
+            warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
+
+    def warn_if_idle(self) -> None:
+        """Warns when no forward pass of the model ran while it was attached."""
+        if not self._events.counter.reached:
+            warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=4)
+
+    # ---- driving
+
+    def step(self, step: int) -> None:
+        """Sets every strength to what its schedule says at this optimiser step, counted from 0. A callback calls it after each step."""
+        step = integer(step)
+        whole_number(step, "the optimiser step of a plan")
+        self.current_step = step
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for intervention in self.interventions:
+            intervention.refresh(self.current_step)
+        self._events.strengths_changed()
+
+    def enable(self, on: bool = True, name: str | None = None) -> None:
+        """Switches the plan, or one intervention, on or off without touching a hook."""
+        of_type(on, bool, "the switch of a plan", "pass True or False; the name of an intervention comes second")
+        for intervention in self._named(name):
+            intervention.enabled = on
+        self._refresh()
+
+    def set_strength(self, strength: float | Sequence[float] | Tensor, name: str | None = None) -> None:
+        """Sets the base strength of the plan or of one intervention; a list gives one per row slot.
+
+        Raises:
+            ConfigError: another number of strengths than the intervention has row slots. NonFiniteError.
+        """
+        chosen = self._named(name)
+        checked = [checked_strengths(strength, active.operator.slots, active.name) for active in chosen]
+        for active, base in zip(chosen, checked, strict=True):
+            if len(base) not in (1, len(active.base)):
+                raise _wrong_number_of_strengths(active.name, len(active.base), len(base))
+        for active, base in zip(chosen, checked, strict=True):
+            active.set_base(base)
+        self._refresh()
+
+    def set_rows(self, rows: Sequence[int] | Tensor) -> None:
+        """Says which slot each row of the next batches uses.
+
+        Args:
+            rows: [batch] integers; beams and returned sequences follow the row of their prompt. So a generation over twice as many rows
+                counts as two sequences for each: nothing tells it from a batch of other prompts, for which rows have to be set again.
+
+        Raises:
+            ConfigError: numbers that are no row slots.
+        """
+        with_slots = [active for active in self.interventions if active.slots > 1]
+        slots = _checked_rows(rows, with_slots)
+        self._events.rows_about_to_change()
+        for active in with_slots:
+            active.set_rows(slots)
+
+    def set_window(self, start: int | None, stop: int | None, name: str | None = None) -> None:
+        """Moves the window of the scopes, such as `generated[:32]`, without touching a hook.
+
+        Args:
+            start, stop: as in a slice, None for an open end.
+            name: one intervention, None for all.
+
+        Raises:
+            ConfigError: a scope without a slice, or with several; a negative bound where the end is not known.
+        """
+        start, stop = integer(start), integer(stop)
+        self.move_windows({active: (start, stop) for active in self._named(name)})
+
+    def move_windows(self, windows: dict[ActiveIntervention, tuple[int | None, int | None]]) -> None:
+        """Sets windows; interventions that shared one and do so no longer part."""
+        moved: dict[tuple[int, int | None, int | None], Scope] = {}  # by scope mask and bounds
+        for active, (start, stop) in windows.items():
+            place = (id(active.scope_mask), start, stop)
+            if place not in moved:
+                moved[place] = _moved_scope(active, start, stop)
+        users: dict[int, list[ActiveIntervention]] = {}
+        for active in self.interventions:
+            users.setdefault(id(active.scope_mask), []).append(active)
+        parted: dict[ActiveIntervention, Scope] = {}
+        for members in users.values():
+            bounds = {windows.get(member) for member in members}
+            if bounds == {None}:
+                continue
+            if len(bounds) == 1:
+                members[0].scope_mask.set_window(moved[(id(members[0].scope_mask), *windows[members[0]])])
+            else:
+                parted |= {member: moved[(id(member.scope_mask), *windows[member])] for member in members if member in windows}
+        for active, scope in parted.items():
+            active.share(ScopeMask(scope), f"{scope} of {active.name}")
+        self._events.windows_moved(parted=bool(parted))
+
+    def _named(self, name: str | None) -> list[ActiveIntervention]:
+        if name is None:
+            return self.interventions
+        if name not in self._by_name:
+            raise unknown_intervention(name, list(self._by_name))
+        return [self._by_name[name]]
+
+    # ---- looking
+
+    def fired(self) -> dict[str, int]:
+        """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
+        return self._events.counter.read()
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that went through the plan since the attach."""
+        return self._events.counter.passes
+
+    def explain(self) -> str:
+        """The plan in words, with the strengths, switches and windows of now and the modules that are hooked."""
+        state = "attached" if self.is_attached else "not attached"
+        now = {active.name: active.strength.flatten().tolist() for active in self.interventions}
+        return explained(self.as_plan().interventions, f"{state}, step {self.current_step}", self.paths, now)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is being learned, see `Plan.parameters`."""
+        return self.plan.parameters()
+
+    # ---- keeping
+
+    def as_plan(self) -> Plan:
+        """The plan as it is now: with the strengths, switches and windows that were set, at this step."""
+        return Plan([_as_it_is(active) for active in self.interventions], fingerprint=self.plan.fingerprint, step=self.current_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while a plan runs: step, strengths, switches, windows, and tensors that are being learned. `Plan.save` has all."""
+        return attachment_state.state_dict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state. Raises ConfigError, before anything changes, when it belongs to a plan with other interventions."""
+        attachment_state.load_state_dict(self, state)
+
+
+def _as_it_is(active: ActiveIntervention) -> Intervention:
+    return dataclasses.replace(active.description, strength=active.base, enabled=active.enabled, scope=active.scope_mask.scope)
+
+
+def _checked_rows(rows: Sequence[int] | Tensor, with_slots: list[ActiveIntervention]) -> Tensor:
+    """[batch] row slots, which every intervention with row slots has."""
+    slots = tensor_of(rows, "the row slots of a batch", "pass the slot of every row, counted from 0")
+    if slots.numel() and (slots.is_floating_point() or slots.is_complex()):
+        raise _no_whole_numbers(rows)
+    if not with_slots:
+        raise _no_row_slots()
+    slots = slots.to(torch.long).reshape(-1)
+    fewest = min(with_slots, key=lambda active: active.slots)
+    if slots.numel() == 0 or int(slots.min()) < 0 or int(slots.max()) >= fewest.slots:
+        raise _rows_out_of_range(fewest, slots)
+    return slots
+
+
+def _moved_scope(active: ActiveIntervention, start: int | None, stop: int | None) -> Scope:
+    for bound in (start, stop):
+        if bound is not None and (type(bound) is not int or abs(bound) >= 10**9):
+            raise _no_bound(active.name, bound)
+    scope = active.scope_mask.scope
+    if scope.window is None:
+        raise _no_window(active.name, scope)
+    return scope.with_window(start, stop)
+
+
+# ---- errors
+
+
+def _detached() -> AttachError:
+    return AttachError(
+        "this plan is not attached",
+        expected="an attachment whose hooks are on its model",
+        found="one that was detached",
+        remedy="call plan.attach(model) again",
+    )
+
+
+def _wrong_number_of_strengths(name: str, slots: int, found: int) -> ConfigError:
+    return ConfigError(
+        f"wrong number of strengths for '{name}'",
+        expected="1" if slots == 1 else f"1 or {slots}",
+        found=found,
+        remedy="give one number for all rows, or make a new Intervention with that many row slots",
+    )
+
+
+def _no_whole_numbers(rows: Any) -> ConfigError:
+    return ConfigError(
+        "row slots are no whole numbers",
+        expected="the slot of every row, counted from 0",
+        found=rows,
+        remedy="e.g. set_rows([0, 1, 1])",
+    )
+
+
+def _no_row_slots() -> ConfigError:
+    return ConfigError(
+        "this plan has no row slots",
+        expected="an intervention with several vectors or strengths",
+        found="one vector and one strength in each",
+        remedy="make it with strength=[...] or with vectors of shape [slots, width]",
+    )
+
+
+def _rows_out_of_range(active: ActiveIntervention, rows: Tensor) -> ConfigError:
+    return ConfigError(
+        f"row slots of '{active.name}' are out of range",
+        expected=f"0 to {active.slots - 1}",
+        found=rows.tolist() or "no rows",
+        remedy="give the slot of every row of the batch, counted from 0",
+    )
+
+
+def _no_bound(name: str, bound: Any) -> ConfigError:
+    return ConfigError(
+        f"the window of '{name}' has no such bound",
+        expected="whole numbers of tokens, or None for an open end",
+        found=repr(bound),
+        remedy="e.g. attachment.set_window(0, 32)",
+    )
+
+
+def _no_window(name: str, scope: Scope) -> ConfigError:
+    return ConfigError(
+        f"'{name}' has no window to move",
+        expected="a scope with one slice, e.g. generated[:32]",
+        found=str(scope),
+        remedy="make the intervention with such a scope",
+    )

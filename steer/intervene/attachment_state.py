@@ -1,0 +1,114 @@
+"""The state of an attachment, or of a plan before its first attach: what a checkpoint of a training run has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError
+from steer.intervene.intervention import Intervention
+from steer.intervene.scope import Scope
+
+if TYPE_CHECKING:
+    from steer.intervene.attachment import Attachment
+    from steer.intervene.plan import Plan
+
+
+def state_dict(attachment: Attachment) -> dict[str, Any]:
+    """Step, and for each intervention its strengths (`base`), switch (`enabled`), window and learned tensors."""
+    return {
+        "step": attachment.current_step,
+        "interventions": {
+            active.name: _state_of(active.description, active.base, active.enabled, active.scope_mask.scope)
+            for active in attachment.interventions
+        },
+    }
+
+
+def initial_state(plan: Plan) -> dict[str, Any]:
+    """The state that an attachment of this plan begins with."""
+    return {"step": plan.step, "interventions": {intervention.name: _initial_state(intervention) for intervention in plan.interventions}}
+
+
+def check_state(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a state that belongs to a plan with other interventions."""
+    saved = state["interventions"]
+    names = [intervention.name for intervention in plan.interventions]
+    if set(saved) != set(names):
+        raise _other_plan(names, list(saved))
+    for intervention in plan.interventions:
+        own = saved[intervention.name]
+        _check_alike(intervention, _signature(_initial_state(intervention)), _signature(own))
+        if own["window"] is not None:
+            intervention.scope.with_window(*own["window"])  # raises where it may not have these bounds
+
+
+def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
+    """Takes over a state. Raises ConfigError, before anything changes, when it belongs to a plan with other interventions."""
+    check_state(attachment.plan, state)
+    windows = {}
+    for active in attachment.interventions:
+        own = state["interventions"][active.name]
+        active.set_base(own["base"].reshape(-1).tolist())
+        active.enabled = bool(own["enabled"])
+        load_learned(active.description, own["learned"])
+        if own["window"] is not None:
+            windows[active] = tuple(own["window"])
+    attachment.move_windows(windows)
+    attachment.step(int(state["step"]))
+
+
+def load_learned(intervention: Intervention, tensors: Mapping[str, Tensor]) -> None:
+    """Puts saved values into the parameters. Raises ConfigError when they are those of another intervention."""
+    parameters = intervention.parameters
+    _check_alike(intervention, _shapes(parameters), _shapes(tensors))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _initial_state(intervention: Intervention) -> dict[str, Any]:
+    return _state_of(intervention, intervention.strength, intervention.enabled, intervention.scope)
+
+
+def _state_of(intervention: Intervention, base: Sequence[float], enabled: bool, scope: Scope) -> dict[str, Any]:
+    window = scope.window
+    return {
+        "base": torch.tensor(base),
+        "enabled": enabled,
+        "window": None if window is None else (window.start, window.stop),
+        "learned": {name: parameter.detach().cpu().clone() for name, parameter in intervention.parameters.items()},
+    }
+
+
+def _signature(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {"strengths": len(state["base"]), "window": state["window"] is not None, "learned": _shapes(state["learned"])}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_alike(intervention: Intervention, here: dict[str, Any], saved: dict[str, Any]) -> None:
+    if here != saved:
+        raise _unfitting_state(intervention.name, here, saved)
+
+
+# ---- errors
+
+
+def _other_plan(names: list[str], saved: list[str]) -> ConfigError:
+    return ConfigError(
+        "this state belongs to another plan",
+        expected=f"the interventions {', '.join(names)}",
+        found=", ".join(saved) or "no interventions",
+        remedy="load it into the plan that it was saved from, or one made in the same way",
+    )
+
+
+def _unfitting_state(name: str, here: dict[str, Any], saved: dict[str, Any]) -> ConfigError:
+    remedy = "load it into the plan that it was saved from, or one made in the same way"
+    return ConfigError(f"the state of '{name}' does not fit", expected=here or "none", found=saved or "none", remedy=remedy)

@@ -1,0 +1,73 @@
+"""Registration of our hooks on a module: in front of everybody else's, numbered so that compiled code finds itself again, never copied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+COPY_WARNING = "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be"
+
+
+class OwnHook:
+    """A hook that stays with its model: `copy.deepcopy` and pickling put a no-op in its place, and warn.
+
+    Attributes:
+        at_site: it edits or reads an activation; False for the hooks that only follow the passes.
+    """
+
+    at_site = False
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
+        if "steer" not in memo:  # once per copied model, not once per hook
+            memo["steer"] = True
+            warnings.warn(COPY_WARNING, stacklevel=3)
+        return _no_op
+
+    def __reduce__(self) -> Any:
+        warnings.warn(COPY_WARNING, stacklevel=2)
+        return _make_no_op, ()
+
+
+def _no_op(*_: Any) -> None:
+    """What a hook of ours becomes in a copied model."""
+
+
+def _make_no_op() -> Callable[..., None]:
+    return _no_op
+
+
+def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: bool = False) -> Callable[[], None]:
+    """Puts a hook of ours on a module and returns the function that takes it off.
+
+    Written to the hook dictionaries themselves, because `register_forward_hook` numbers hooks through the process and compiled code is
+    bound to those numbers: every new attach would be compiled anew. Ours are -1, -2, ... on each module, so that the same plan finds its
+    code again. Hooks at sites run before everybody else's (after ours that came earlier), so that whoever only looks sees what the model
+    goes on with: transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
+
+    Args:
+        before: run before the forward, with keyword arguments.
+        always: run after a forward that raised, too.
+    """
+    hooks: Any = module._forward_pre_hooks if before else module._forward_hooks  # OrderedDicts, by number
+    flags: list[Any] = []
+    if before:
+        flags.append(module._forward_pre_hooks_with_kwargs)
+    elif always:
+        flags.append(module._forward_hooks_always_called)
+    number = next(-n for n in range(1, len(hooks) + 2) if -n not in hooks)
+    hooks[number] = hook
+    for flag in flags:
+        flag[number] = True
+    if hook.at_site:
+        ours = [known for known, registered in hooks.items() if isinstance(registered, OwnHook) and registered.at_site]
+        for known in reversed(ours):
+            hooks.move_to_end(known, last=False)
+
+    def remove() -> None:
+        for entries in (hooks, *flags):
+            entries.pop(number, None)
+
+    return remove

@@ -1,0 +1,102 @@
+"""What every drawing of the report shares: style, sizes, text beside a point, and SVG that can stand in the page."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from steer.report.extra import extra
+from steer.report.palette import LIGHT
+
+WIDTH = 11.4  # inches; the page shows an inch as 98 pixels, so this fills its column
+ROUND_STEPS = [1, 2, 5, 10]  # of matplotlib's locator: distances between ticks
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8.0,
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.edgecolor": LIGHT["rule"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "xtick.color": LIGHT["rule"],
+    "ytick.color": LIGHT["rule"],
+    "xtick.labelcolor": LIGHT["muted"],
+    "ytick.labelcolor": LIGHT["muted"],
+    "figure.facecolor": LIGHT["paper"],
+    "legend.frameon": False,
+    "legend.labelcolor": LIGHT["muted"],
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,
+    "text.color": LIGHT["ink"],
+    "svg.fonttype": "none",
+    "svg.hashsalt": "steer",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draws in the colours and fonts of the report."""
+    with extra("matplotlib").rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, outside of pyplot's global state."""
+    return extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def whole_number_ticks(count: int | None = None) -> Any:
+    """Ticks at round whole numbers, at most so many and one more; None leaves the number to matplotlib."""
+    return extra("matplotlib.ticker").MaxNLocator(count, integer=True, steps=ROUND_STEPS)
+
+
+def annotate(ax: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Writes text some points away from a place in the axes."""
+    ax.annotate(text, at, xytext=offset, textcoords="offset points", **style)
+
+
+def inline_svg(draw: Any, *args: Any, key: str, title: str, description: str) -> str:
+    """Draws and returns SVG to be put into HTML: coloured by the page's custom properties, labelled, with ids that begin with `key`.
+
+    Args:
+        draw: one of the `draw_` functions; args: its arguments.
+        key: unique in the page.
+        title, description: what a screen reader says.
+    """
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with fonts of its own
+        buffer = io.StringIO()
+        draw(*args).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head, _, body = svg.partition(">")
+    view_box = re.search(r'viewBox="([^"]+)"', head)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    width = 1.36 * float(view_box[1].split()[2])  # points to the pixels of the page
+    return (
+        f'<svg class="plot" viewBox="{view_box[1]}" style="max-width:{width:.0f}px" role="img" aria-labelledby="{key}-title {key}-desc">'
+        f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-desc">{html.escape(description)}</desc>'
+        f"{_recoloured(_prefixed(body, key))}"
+    )
+
+
+def _prefixed(body: str, key: str) -> str:
+    """Gives ids and references to them a prefix, since several drawings share a page."""
+    body = re.sub(r'(<[^<>]*?\sid=")', rf"\g<1>{key}-", body)
+    return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{key}-", body).replace("xlink:href=", "href=")
+
+
+def _recoloured(body: str) -> str:
+    """Puts the custom properties of the page in the place of the light colours."""
+    for role, colour in LIGHT.items():
+        body = re.sub(rf"{colour}\b", f"var(--{role})", body, flags=re.IGNORECASE)
+    return body

@@ -1,0 +1,143 @@
+"""DriftRun: what a drift tracker does at each event of a training run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from steer.checks import of_type
+from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError
+from steer.training.batches import BatchResponseMask
+from steer.training.interval import Interval
+from steer.training.ranks import Ranks
+
+LOGGED = "logged/"  # prefix of the last measurement's values in a checkpoint
+
+
+class DriftRun:
+    """A tracker in a training run: a baseline before the first step, then a measurement every so many optimiser steps, and at the end.
+
+        run = DriftRun(tracker, every_n_steps=10)
+        run.attach(model, Ranks())
+        run.start(step=0)  # the baseline
+        for step, batch in enumerate(batches, 1):
+            train(batch)
+            if run.is_due(step):
+                print(run.measure(step))
+        run.detach()
+
+    Attributes:
+        values: the last measurement, as a logger gets it; kept over a resume, for monitors that ask before the next one.
+
+    Raises:
+        ConfigError: no tracker, or no interval.
+    """
+
+    def __init__(self, tracker: DriftTracker, every_n_steps: int) -> None:
+        of_type(tracker, DriftTracker, "the tracker of a callback", "pass DriftTracker({name: direction}, ...)")
+        self.tracker = tracker
+        self.interval = Interval(every_n_steps)
+        self.response_mask = BatchResponseMask()
+        self.ranks = Ranks()
+        self.is_attached = False
+        self.values: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """What tells this tracker from another one in the same run."""
+        modes = [mode for mode, is_on in (("probe", self.tracker.probe), ("stream", self.tracker.readers)) if is_on]
+        watched = [f"{name}@{direction.site}" for name, directions in self.tracker.directions.items() for direction in directions]
+        return f"{'+'.join(modes)}:{','.join(watched)}"
+
+    def attach(self, model: nn.Module, ranks: Ranks) -> None:
+        """Attaches the tracker, anew when it is attached already; raises as `DriftTracker.attach`."""
+        self.detach()
+        self.tracker.attach(model, reduce=ranks.sum, main=ranks.writes_files)
+        self.response_mask.install(model)
+        self.ranks = ranks
+        self.is_attached = True
+
+    def detach(self) -> None:
+        """Detaches the tracker; may be called at any time."""
+        if self.is_attached:
+            self.is_attached = False
+            self.response_mask.remove()
+            self.tracker.detach()
+
+    def start(self, step: int) -> bool:
+        """Takes the baseline, unless the tracker has one, before training starts, or goes on, after `step` optimiser steps.
+
+        Returns:
+            True when the baseline was taken.
+
+        Raises:
+            ConfigError: the tracker knows later steps than this one, or the records go on from a checkpoint that does not.
+        """
+        tracker = self.tracker
+        if tracker.last_step > step:
+            raise _measured_another_run(tracker.last_step, step)
+        if tracker.last_step >= 0:
+            return False
+        if step > 0 and tracker.store is not None and Path(tracker.store).exists():
+            raise _no_drift_state(tracker.store, step)
+        if step > 0:
+            warnings.warn(f"the checkpoint holds no drift state: the baseline is the model after step {step}", stacklevel=2)
+        self.measure(step)
+        return True
+
+    def is_due(self, step: int, *, is_last: bool = False) -> bool:
+        """True when a measurement is to be made after `step` optimiser steps; `is_last` when no more will follow."""
+        last_step = self.tracker.last_step
+        return step > last_step and (is_last or self.interval.is_due(step, last_step))
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Measures, on all ranks together, and returns the values for a logger."""
+        self.response_mask.clear()  # the probe's passes are no part of the batch
+        self.tracker.measure(step)
+        self.values = self.tracker.log_values()
+        return self.values
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat CPU tensors. All ranks must call it together."""
+        logged = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.values.items() if math.isfinite(value)}
+        return self.tracker.state_dict() | {f"{LOGGED}{name}": value for name, value in logged.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, is_first_rank: bool) -> None:
+        """Goes on from a saved state.
+
+        Args:
+            is_first_rank: this rank takes over what was summed over the ranks.
+
+        Raises:
+            ConfigError: the state belongs to another tracker.
+        """
+        tracker_state = {name: tensor for name, tensor in state.items() if not name.startswith(LOGGED)}
+        self.tracker.load_state_dict(tracker_state, main=is_first_rank)
+        self.values = {name.removeprefix(LOGGED): float(value) for name, value in state.items() if name.startswith(LOGGED)}
+
+
+# ---- errors
+
+
+def _measured_another_run(last_step: int, step: int) -> ConfigError:
+    return ConfigError(
+        "this tracker has measured another run",
+        expected=f"no measurement after step {step}, where training starts",
+        found=f"step {last_step}",
+        remedy="make a new DriftTracker for each run, or resume from the checkpoint that belongs to its state",
+    )
+
+
+def _no_drift_state(store: str | Path, step: int) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint of step {step} holds no drift state",
+        expected="a checkpoint saved with this callback, which holds the baseline of the records",
+        found=f"records of an earlier run in {store}, and no baseline to go on from",
+        remedy="resume from another checkpoint, or give the tracker a new store to begin a new series",
+    )
