@@ -59,7 +59,7 @@ class Workload:
         self._forward(prompts)  # brings the weights into memory
 
     def measure(self, case: str) -> dict[str, Any]:
-        """CPU seconds of the work and their ratio to one plain pass over its texts, the most memory held meanwhile in MiB, what came out."""
+        """CPU seconds of the work and their ratio to a plain pass over its texts, the most memory held meanwhile in MiB, what came out."""
         work, texts = self.cases[case]
         started = time.process_time()
         self._forward(texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from steer.intervene.scope import Scope
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import batches_of, check_vocabulary, evaluating
 from steer.model.likelihood import target_logprobs
-from steer.model.prefix import SharedPrefixes, agree, may_nest, may_share, share_prefixes, trial_groups
+from steer.model.prefix import PROVEN, SharedPrefixes, agree, may_nest, may_share, share_prefixes, structure_of, trial_groups
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -149,6 +149,14 @@ class _Sweep:
             own = [len(self.shared.prefixes[i]) // group for i in self.shared.of]
             self.lengths = [length + extra for length, extra in zip(self.lengths, own, strict=True)]
 
+    @property
+    def way(self) -> Hashable:
+        """What it shares, and of what: one that has been tried need not be tried again."""
+        passes = self.passes
+        assert passes.anatomy is not None
+        prefixes = None if self.shared is None else (bool(self.shared.common), self.shared.nested, passes.steers_prefix)
+        return "sweep", any(passes.depths), prefixes, passes.head is not None, structure_of(passes.anatomy)
+
     @cached_property
     def common(self) -> ReadPrefixes:
         """What all texts begin with, read once for all batches."""
@@ -187,6 +195,10 @@ def _cheapest(
     head = anatomy.unembedding
     gather = not (head._forward_hooks or head._forward_pre_hooks) and not any(reads_logits(anatomy, entry.plan) for entry in plans)
     sharing = _Sweep(model, anatomy, plans, rows, predict, group, share=may_share(model), gather=gather)
+    way = sharing.way
+    proven = PROVEN.setdefault(model, set())
+    if way in proven:
+        return sharing
     chosen = [number * group for number in trial_groups(rows, sharing.shared, group)]
     # of each kind one, and those that have least in common
     slots = {number: torch.tensor(sorted({0, plans[number].slots - 1})) for number in sorted({0, len(plans) - 1})}
@@ -197,6 +209,7 @@ def _cheapest(
         log.info("texts run whole, since sharing their passes failed: %s: %s", type(error).__name__, error)
         return whole_passes
     if all(agree(plain, shared) for plain, shared in zip(expected, reached, strict=True)):
+        proven.add(way)
         return sharing
     log.info("texts run whole, since sharing their passes changes the results of this model")
     return whole_passes

@@ -19,6 +19,7 @@ from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
 from steer.model.prefix import (
+    PROVEN,
     CachedPrefix,
     SharedPrefixes,
     agree,
@@ -29,6 +30,7 @@ from steer.model.prefix import (
     may_share,
     prefix_batch,
     share_prefixes,
+    structure_of,
     trial_groups,
 )
 from steer.model.resume import StoppedPass
@@ -310,7 +312,15 @@ class _Capture:
 
 def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
     """The capture that shares prefixes, if on a few texts it reads what whole passes do; else the plain one."""
-    chosen = [number * group + i for number in trial_groups(plain.rows, sharing.shared, group) for i in range(group)]
+    shared, anatomy = sharing.shared, sharing.anatomy
+    assert shared is not None and anatomy is not None
+    way = ("capture", bool(shared.common), shared.nested, structure_of(anatomy))
+    proven = PROVEN.setdefault(plain.model, set())
+    if way in proven:
+        return sharing
+    chosen = [number * group + i for number in trial_groups(plain.rows, shared, group) for i in range(group)]
+    if shared.saved < 1.5 * sum(len(plain.rows[i].ids) for i in chosen):
+        return plain  # both ways of reading these texts cost more than would be saved
     reader = plain.reader
     accumulators = reader.accumulators
     read: list[dict[Site, _Means]] = []
@@ -327,6 +337,7 @@ def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
     finally:
         reader.accumulators = accumulators
     if all(agree(read[0][site].values, read[1][site].values) for site in accumulators):
+        proven.add(way)
         return sharing
     log.info("texts run whole, since sharing their prefixes changes the activations of this model")
     return plain
