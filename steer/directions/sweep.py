@@ -234,13 +234,8 @@ def sweep_plan(site: Site, vectors: Tensor, scope: str) -> Plan:
 def check_scope(scope: str) -> None:
     """Raises ConfigError for a scope with decoded tokens, of which there are none where whole texts are read: it would measure nothing, or
     another edit than generation sees."""
-    if any(one.kind == "generated" for one in Scope.parse(scope).selectors):
-        raise ConfigError(
-            f"scope '{scope}' means decoded tokens, and nothing is decoded here: whole texts are read",
-            expected="a scope of the tokens of a text",
-            found=str(scope),
-            remedy="use 'response', which means the answer here and the decoded tokens in generation",
-        )
+    if any(selector.kind == "generated" for selector in Scope.parse(scope).selectors):
+        raise _scope_error(scope)
 
 
 def pair_gaps(
@@ -277,12 +272,25 @@ def check_pairs(contrast: ContrastSet, what: str) -> None:
     """Raises ContrastError when the texts are not pairs of answers."""
     of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs)")
     if not contrast.paired or any(row.response == 0 for row in (*contrast.positive, *contrast.negative)):
-        raise ContrastError(
-            what,
-            expected="pairs of answers, as ContrastSet.from_pairs makes them",
-            found="texts without answers" if contrast.paired else "two sets of unrelated texts",
-            remedy="give pairs with the keys prompt, positive and negative",
-        )
+        raise _pairs_error(what, contrast)
+
+
+def _scope_error(scope: str) -> ConfigError:
+    return ConfigError(
+        f"scope '{scope}' means decoded tokens, and nothing is decoded here: whole texts are read",
+        expected="a scope of the tokens of a text",
+        found=str(scope),
+        remedy="use 'response', which means the answer here and the decoded tokens in generation",
+    )
+
+
+def _pairs_error(what: str, contrast: ContrastSet) -> ContrastError:
+    return ContrastError(
+        what,
+        expected="pairs of answers, as ContrastSet.from_pairs makes them",
+        found="texts without answers" if contrast.paired else "two sets of unrelated texts",
+        remedy="give pairs with the keys prompt, positive and negative",
+    )
 
 
 def _logits_error(logits: Tensor) -> NonFiniteError:
