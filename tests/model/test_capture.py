@@ -35,15 +35,15 @@ class Pooled:
 
 def rows(count: int = 9) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    made = []
+    texts = []
     for text in range(count):
         size = int(torch.randint(4, 12, (), generator=generator))
-        made.append(Row(tuple(ids(1, size, text)[0].tolist()), int(torch.randint(1, size - 1, (), generator=generator))))
-    return made
+        texts.append(Row(tuple(ids(1, size, text)[0].tolist()), int(torch.randint(1, size - 1, (), generator=generator))))
+    return texts
 
 
 def naive(model, row: Row, site: int, span) -> torch.Tensor:
-    """One text at a time, without padding, everything kept."""
+    """One text at a time, without padding, everything means."""
     with torch.no_grad():
         states = model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states[site][0]
     picked = {
@@ -62,20 +62,20 @@ def naive(model, row: Row, site: int, span) -> torch.Tensor:
 def test_streaming_equals_keeping_everything(span, max_tokens, tiny):
     model, texts = tiny("llama"), rows()
     sites = {Site.parse("layers.0.output"): 1, Site.parse("layers.2.input"): 2, Site.parse("final_norm"): 3}
-    kept = {site: Pooled(len(texts)) for site in sites}
-    capture(model, texts, dict(kept), span=span, max_tokens=max_tokens)
+    means = {site: Pooled(len(texts)) for site in sites}
+    capture(model, texts, dict(means), span=span, max_tokens=max_tokens)
     for site, index in sites.items():
         for text, row in enumerate(texts):
-            assert torch.allclose(kept[site].texts[text], naive(model, row, index, span), atol=1e-5)
+            assert torch.allclose(means[site].texts[text], naive(model, row, index, span), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_with_padding(family, tiny):
     model, texts = tiny(family), rows(4)
-    kept = Pooled(4)
-    capture(model, texts, {Site.parse("layers.1.output"): kept})
+    means = Pooled(4)
+    capture(model, texts, {Site.parse("layers.1.output"): means})
     for text, row in enumerate(texts):
-        assert torch.allclose(kept.texts[text], naive(model, row, 2, "response"), atol=1e-4)
+        assert torch.allclose(means.texts[text], naive(model, row, 2, "response"), atol=1e-4)
 
 
 def calls(model) -> list[int]:
@@ -113,12 +113,12 @@ def test_the_forward_stops_after_the_deepest_site(sites, wanted, tiny):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 100), st.sampled_from([1, 2]))
 def test_batches_hold_every_text_once_and_keep_groups_together(lengths, max_tokens, group):
     lengths = lengths * group
-    made = list(batches([Row((1,) * length, 1) for length in lengths], max_tokens, group))
-    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
-    for batch in made:
+    chosen = list(batches([Row((1,) * length, 1) for length in lengths], max_tokens, group))
+    assert sorted(index for batch in chosen for index in batch) == list(range(len(lengths)))
+    for batch in chosen:
         assert all(batch[i] + 1 == batch[i + 1] for i in range(0, len(batch), group) if group == 2)
         assert len(batch) == group or len(batch) * max(lengths[i] for i in batch) <= max_tokens
-    longest = [max(lengths[i] for i in batch) for batch in made]
+    longest = [max(lengths[i] for i in batch) for batch in chosen]
     assert longest == sorted(longest, reverse=True)  # similar lengths together, the largest batch first
 
 
@@ -128,11 +128,11 @@ def test_the_model_is_left_as_it_was(tiny):
     modes = [module.training for module in model.modules()]
     model(ids(), labels=ids()).loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    kept = Pooled(3)
-    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
+    means = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): means})
     assert [module.training for module in model.modules()] == modes and hook_count(model) == 0
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert not kept.texts[0].requires_grad
+    assert not means.texts[0].requires_grad
     model(ids(), labels=ids()).loss.backward()
 
 
@@ -168,18 +168,18 @@ def test_an_accumulator_that_fails_leaves_no_hook(error, tiny):
 def test_a_plan_stays_in_force_and_knows_the_response(tiny):
     model, texts = tiny("llama"), rows(4)
     plan = Plan([Intervention(Add(vector()), "layers.1.output", "response")])
-    means = {}
+    by_case = {}
     for span in ("prompt", "response"):
         for steered in (False, True):
-            kept = means[span, steered] = Pooled(4)
+            means = by_case[span, steered] = Pooled(4)
             if steered:
                 with plan.attached(model):
-                    capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+                    capture(model, texts, {Site.parse("layers.1.output"): means}, span=span)
             else:
-                capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+                capture(model, texts, {Site.parse("layers.1.output"): means}, span=span)
     for text in range(4):
-        assert torch.equal(means["prompt", True].texts[text], means["prompt", False].texts[text])
-        assert torch.allclose(means["response", True].texts[text], means["response", False].texts[text] + vector(), atol=1e-5)
+        assert torch.equal(by_case["prompt", True].texts[text], by_case["prompt", False].texts[text])
+        assert torch.allclose(by_case["response", True].texts[text], by_case["response", False].texts[text] + vector(), atol=1e-5)
 
 
 def test_through_a_compiled_model_nothing_is_compiled(tiny):
@@ -187,18 +187,18 @@ def test_through_a_compiled_model_nothing_is_compiled(tiny):
     graphs = []
     model = tiny("llama")
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph)
-    kept = Pooled(3)
-    capture(compiled, rows(3), {Site.parse("layers.1.output"): kept})
-    assert not graphs and torch.allclose(kept.texts[0], naive(model, rows(3)[0], 2, "response"), atol=1e-5)
+    means = Pooled(3)
+    capture(compiled, rows(3), {Site.parse("layers.1.output"): means})
+    assert not graphs and torch.allclose(means.texts[0], naive(model, rows(3)[0], 2, "response"), atol=1e-5)
     compiled(ids())
     assert graphs == [1]
 
 
 def test_bfloat16_is_pooled_in_float32(tiny):
     model = tiny("llama").bfloat16()
-    kept = Pooled(3)
-    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
-    assert kept.texts[0].dtype is torch.float32
+    means = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): means})
+    assert means.texts[0].dtype is torch.float32
 
 
 def test_bad_input_is_named(tiny):
