@@ -97,18 +97,18 @@ def german(folder: Path) -> Pairs:
     pairs = []
     for name in ("cities", "element_symb", "animal_class", "sp_en_trans"):
         for kind in (name, f"neg_{name}"):
-            with (folder / f"{kind}.csv").open(encoding="utf-8") as english, (folder / f"{kind}_de.csv").open(encoding="utf-8") as other:
-                rows = zip(csv.DictReader(other), csv.DictReader(english), strict=False)
+            with (folder / f"{kind}.csv").open(encoding="utf-8") as english, (folder / f"{kind}_de.csv").open(encoding="utf-8") as german:
+                rows = zip(csv.DictReader(german), csv.DictReader(english), strict=False)
                 pairs += [(de["statement"], en["statement"]) for de, en in rows if de["label"] == en["label"] == "1"]
     return [{"prompt": "State a fact.", "positive": de, "negative": en} for de, en in pairs]
 
 
 def loaders(truthfulqa: Path | None, statements: Path | None) -> dict[str, Callable[[], Pairs]]:
-    """Concepts by name; those whose files were not given are left out."""
-    found: dict[str, Callable[[], Pairs]] = {"sycophancy": sycophancy, "refusal": refusal, "hallucination": hallucination}
+    """Concepts by name; those whose files are missing are left out."""
+    concepts: dict[str, Callable[[], Pairs]] = {"sycophancy": sycophancy, "refusal": refusal, "hallucination": hallucination}
     if truthfulqa is not None:
-        found["truthfulness"] = lambda: truthfulness(truthfulqa)
-    found["sentiment"] = sentiment
+        concepts["truthfulness"] = lambda: truthfulness(truthfulqa)
+    concepts["sentiment"] = sentiment
     if statements is not None:
-        found["german"] = lambda: german(statements)
-    return found
+        concepts["german"] = lambda: german(statements)
+    return concepts

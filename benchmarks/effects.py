@@ -54,19 +54,20 @@ def parts_of(pairs: Pairs, tokenizer: Any, seed: int) -> dict[str, steer.Contras
     """Disjoint sets by prompt and answers, drawn at random."""
     drawn = list(pairs)
     random.Random(seed).shuffle(drawn)
-    kept: Pairs = []
+    chosen: Pairs = []
     seen: set[str] = set()
     for pair in drawn:
         answers = {pair["positive"], pair["negative"]}
-        whole = "".join(pair.values())
-        if len(kept) < sum(PARTS.values()) and whole not in seen and len(tokenizer(whole).input_ids) <= MAX_TOKENS and len(answers) == 2:
-            kept.append(pair)
-            seen.add(whole)
-    made, start = {}, 0
+        text = "".join(pair.values())
+        if len(chosen) < sum(PARTS.values()) and text not in seen and len(tokenizer(text).input_ids) <= MAX_TOKENS and len(answers) == 2:
+            chosen.append(pair)
+            seen.add(text)
+    parts = {}
+    start = 0
     for name, size in PARTS.items():
-        made[name] = steer.ContrastSet.from_pairs(tokenizer, kept[start : start + size])
+        parts[name] = steer.ContrastSet.from_pairs(tokenizer, chosen[start : start + size])
         start += size
-    return made
+    return parts
 
 
 def concept_row(
@@ -77,11 +78,11 @@ def concept_row(
     parts = parts_of(pairs, tokenizer, seed)
     directions = steer.extract(model, parts["extract"], ["layers.*.output"], name=name, method=method, seed=seed)
     candidates = spread(list(directions.values()))
-    curves = [calibrate(model, one, parts["calibrate"], neutral["calibrate"], doses=DOSES) for one in candidates]
+    curves = [calibrate(model, candidate, parts["calibrate"], neutral["calibrate"], doses=DOSES) for candidate in candidates]
     row: dict[str, Any] = {
         "concept": name,
-        "pairs": {part: len(one.positive) for part, one in parts.items()},
-        "auc": [{"site": str(one.site), "auc": one.metrics["auc"], "dprime": one.metrics["dprime"]} for one in directions.values()],
+        "pairs": {part: len(contrast.positive) for part, contrast in parts.items()},
+        "auc": [{"site": str(site), "auc": entry.metrics["auc"], "dprime": entry.metrics["dprime"]} for site, entry in directions.items()],
         "curves": [curve.to_dict() for curve in curves],
     }
     direction, point, within = choice(candidates, curves)
@@ -103,10 +104,10 @@ def concept_row(
         "before": described(gaps[0]),
         "effect": described(gained[0]),
         "wrong_way": float((gained[0] < 0).double().mean()),
-        "random": [float(one.mean()) for one in gained[1:]],
+        "random": [float(changes.mean()) for changes in gained[1:]],
         "over_random": described(gained[0] - gained[1:].mean(0)),
         "kl": float(kl[1]),
-        "random_kl": [float(one) for one in kl[2:]],
+        "random_kl": kl[2:].tolist(),
         "perplexity_ratio": float((loss[1] - loss[0]).exp()),
         "seconds": time.perf_counter() - started,
     }
@@ -118,7 +119,9 @@ def choice(candidates: list[steer.Direction], curves: list[DoseCurve]) -> tuple[
     if working:
         best = max(working)[1]
         return candidates[best], curves[best].chosen, True
-    _, best, point = max(((point.effect, i, point) for i, curve in enumerate(curves) for point in curve.points), key=lambda one: one[:2])
+    _, best, point = max(
+        ((point.effect, i, point) for i, curve in enumerate(curves) for point in curve.points), key=lambda entry: entry[:2]
+    )
     return candidates[best], point, False
 
 
@@ -126,15 +129,14 @@ def spread(directions: list[steer.Direction]) -> list[steer.Direction]:
     """The best layer by held-out AUC of each third of the middle of the model: many layers separate alike, and few of them steer."""
     n = len(directions)
     edges = [round(n * (0.1 + 0.8 * k / LAYERS)) for k in range(LAYERS + 1)]
-    return [
-        max(directions[a:b], key=lambda one: (one.metrics["auc"], one.metrics["dprime"])) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    thirds = [directions[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [max(third, key=lambda direction: (direction.metrics["auc"], direction.metrics["dprime"])) for third in thirds]
 
 
 def described(values: Tensor) -> dict[str, float]:
     """Mean over pairs with its bootstrap interval."""
-    found = interval(values)
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
+    estimate = interval(values)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
 def main() -> None:
@@ -148,36 +150,39 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "steering.json")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    known = loaders(given.truthfulqa, given.statements)
-    wanted = given.concepts or [*known, "successor"]
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    known = loaders(options.truthfulqa, options.statements)
+    wanted = options.concepts or [*known, "successor"]
     if unknown := set(wanted) - set(known) - {"successor"}:
         remedy = "leave them out, or give --truthfulqa and --statements"
         raise ConfigError(f"no data for {', '.join(sorted(unknown))}", expected=", ".join(known), found=wanted, remedy=remedy)
-    model, tokenizer = steer.load(given.model)
-    texts = passages(given.neutral, tokenizer, 32, given.seed)
+    model, tokenizer = steer.load(options.model)
+    texts = passages(options.neutral, tokenizer, 32, options.seed)
     neutral = {"calibrate": texts[:12], "test": texts[12:]}
-    before = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.is_file() else []
+    before = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
     rows = {row["concept"]: row for row in before}
     for name in wanted:
         print(f"== {name}", flush=True)
         if name == "successor":
             rows[name] = successor_row(model, tokenizer)
         else:
-            rows[name] = concept_row(model, tokenizer, known[name](), neutral, name, given.method, given.seed)
+            rows[name] = concept_row(model, tokenizer, known[name](), neutral, name, options.method, options.seed)
         print(json.dumps({key: value for key, value in rows[name].items() if key not in ("auc", "curves")}, indent=1), flush=True)
-        made = {
-            "model": given.model,
-            "method": given.method,
-            "seed": given.seed,
+        words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+        record = {
+            "model": options.model,
+            "method": options.method,
+            "seed": options.seed,
             "date": date.today().isoformat(),
-            "command": shlex.join(["python", "benchmarks/effects.py", *(Path(one).name if "/" in one else one for one in sys.argv[1:])]),
+            "command": shlex.join(
+                ["python", "benchmarks/effects.py", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
+            ),
             "versions": versions(),
             "rows": list(rows.values()),
         }
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 import steer
 from steer.directions.sweep import Predictions, sweep
 from steer.intervene import Add, Intervention, Plan
-from steer.model.capture import pool
+from steer.model.accumulator import pool
 from steer.model.tokens import Row
 
 SITE = "layers.0.mlp.output"
@@ -51,11 +51,11 @@ def successor_row(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Share of edits after which the successor of the other item is the likeliest item."""
     started = time.perf_counter()
     tokens = {kind: [tokenizer(f" {item}", add_special_tokens=False).input_ids for item in items] for kind, items in ITEMS.items()}
-    ids = {kind: [one[0] for one in all_ if len(one) == 1] for kind, all_ in tokens.items()}
+    ids = {kind: [ids[0] for ids in of_kind if len(ids) == 1] for kind, of_kind in tokens.items()}
     outputs = {kind: _outputs(model, tokenizer, kind, ids[kind]) for kind in ids}
     kinds: dict[str, Any] = {}
     for kind in ids:
-        features = _features({other: outputs[other] for other in ids if other != kind})
+        features = _features({source: outputs[source] for source in ids if source != kind})
         kinds[kind] = _edits(model, tokenizer, kind, ids[kind], outputs[kind], features, cyclic=kind != "number")
     return {"concept": "successor", "site": SITE, "kinds": kinds, "seconds": time.perf_counter() - started}
 
@@ -68,10 +68,10 @@ def _prompt(tokenizer: Any, kind: str, item: int) -> tuple[Row, int]:
 
 def _outputs(model: Any, tokenizer: Any, kind: str, items: list[int]) -> Tensor:
     """[items, width], what MLP 0 gives on the item's token in the prompt."""
-    found = _Pooled(len(items))
+    pooled = _Pooled(len(items))
     rows, places = zip(*(_prompt(tokenizer, kind, item) for item in items), strict=True)
-    steer.capture(model, rows, {steer.Site.parse(SITE): found}, span=places[0])
-    return found.values
+    steer.capture(model, rows, {steer.Site.parse(SITE): pooled}, span=places[0])
+    return pooled.values
 
 
 def _features(outputs: dict[str, Tensor]) -> Tensor:
@@ -112,7 +112,7 @@ def _named(model: Any, tokenizer: Any, kind: str, items: list[int], of: list[int
     """[edits, settings] index of the likeliest item after each edited prompt. of: the item edited; vectors: [edits, settings, width]."""
     named = torch.zeros(vectors.shape[:2], dtype=torch.long)
     for item in sorted(set(of)):
-        edits = [k for k, one in enumerate(of) if one == item]
+        edits = [k for k, edited in enumerate(of) if edited == item]
         flat = vectors[edits].flatten(0, 1)
         row, place = _prompt(tokenizer, kind, items[item])
         plan = Plan(Intervention(Add(flat), SITE, scope=f"positions[{place}]"))

@@ -38,37 +38,18 @@ class ContrastSet:
         check_rows(self.negative, "the negative texts of a contrast set")
         of_type(self.paired, bool, "`paired` of a contrast set", "pass True or False")
         if not self.positive or not self.negative:
-            raise ContrastError(
-                "contrast set is empty on one side",
-                expected="at least two texts on each side",
-                found=f"{len(self.positive)} positive, {len(self.negative)} negative",
-                remedy="give texts for both sides: a direction is the difference between them",
-            )
+            raise _empty_side_error(self)
         if self.paired and len(self.positive) != len(self.negative):
-            raise ContrastError(
-                "pairs do not match",
-                expected="a positive and a negative text for every prompt",
-                found=f"{len(self.positive)} positive, {len(self.negative)} negative",
-                remedy="add the missing texts, or pass paired=False when the two sides answer different prompts",
-            )
-        if set(self.positive) & set(self.negative):
-            same = next(i for i, row in enumerate(self.positive) if row in set(self.negative))
-            raise ContrastError(
-                "a text is on both sides of the contrast",
-                expected="every text on one side only",
-                found=f"positive text {same}, which is a negative one too",
-                remedy="remove it from one side",
-            )
+            raise _unmatched_error(self)
+        negative = set(self.negative)
+        for i, row in enumerate(self.positive):
+            if row in negative:
+                raise _both_sides_error(i)
         for side, rows in (("positive", self.positive), ("negative", self.negative)):
             first: dict[Row, int] = {}
             for i, row in enumerate(rows):
                 if first.setdefault(row, i) != i:  # a copy among the held-out texts would be judged by what it was learned from
-                    raise ContrastError(
-                        f"{side} text {i} repeats another one",
-                        expected="every text once: held-out texts say something only when the direction was not made from them",
-                        found=f"{side} texts {first[row]} and {i} are the same",
-                        remedy=f"remove text {i}" + (" and its partner" if self.paired else ""),
-                    )
+                    raise _repeated_error(side, first[row], i, self.paired)
 
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
@@ -76,16 +57,9 @@ class ContrastSet:
         of_type(pairs, (list, tuple), "the pairs of a contrast set", "pass a list of {'prompt': ..., 'positive': ..., 'negative': ...}")
         for i, pair in enumerate(pairs):
             of_type(pair, Mapping, f"pair {i} of a contrast set", "pass {'prompt': ..., 'positive': ..., 'negative': ...}")
-            wrong = {
-                key: pair.get(key) for key in ("prompt", "positive", "negative") if not isinstance(pair.get(key), str) or not pair[key]
-            }
-            if wrong:
-                raise ContrastError(
-                    f"pair {i} of a contrast set lacks a part",
-                    expected="text under each of prompt, positive and negative",
-                    found=wrong,
-                    remedy="complete the pair, or leave it out",
-                )
+            parts = {key: pair.get(key) for key in ("prompt", "positive", "negative")}
+            if wrong := {key: part for key, part in parts.items() if not isinstance(part, str) or not part}:
+                raise _part_error(i, wrong)
         positive = tuple(encode(tokenizer, pair["prompt"], pair["positive"]) for pair in pairs)
         negative = tuple(encode(tokenizer, pair["prompt"], pair["negative"]) for pair in pairs)
         return cls(positive, negative, paired=True)
@@ -95,51 +69,32 @@ class ContrastSet:
         """Two unrelated sets of prompts; read them with a span other than `response`."""
         for side, texts in (("positive", positive), ("negative", negative)):
             of_type(texts, (list, tuple), f"the {side} texts of a contrast set", "pass a list of texts")
-        sides = [tuple(encode(tokenizer, text) for text in texts) for texts in (positive, negative)]
-        return cls(sides[0], sides[1], paired=False)
+        return cls(
+            tuple(encode(tokenizer, text) for text in positive),
+            tuple(encode(tokenizer, text) for text in negative),
+            paired=False,
+        )
 
     def split(self, holdout: float, seed: int) -> tuple[ContrastSet, ContrastSet]:
         """Training and held-out part; pairs stay together. Raises ContrastError when either would have fewer than two texts a side."""
         number_within(holdout, "the held-out share of the texts", 0, 1)
         of_type(seed, int, "the seed", "pass a whole number such as 0")
-
-        def parts(n: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-            order = torch.randperm(n, generator=generator).tolist()
-            held = round(n * holdout)
-            if held < 2 or n - held < 2:
-                remedy = f"{'raise' if held < 2 else 'lower'} holdout, which is {holdout}"
-                if 0 < holdout < 1:
-                    lower = max(4, int(1.5 / min(holdout, 1 - holdout)))
-                    enough = next(k for k in itertools.count(lower) if 2 <= round(k * holdout) <= k - 2)
-                    remedy = f"give at least {enough} texts a side" + (f", or {remedy}" if n >= 4 else f": holdout is {holdout}")
-                raise ContrastError(
-                    "too few texts to hold some out",
-                    expected="at least 2 in either part",
-                    found=f"{n - held} of {n} to learn from, {held} held out",
-                    remedy=remedy,
-                )
-            return sorted(order[held:]), sorted(order[:held])
-
         generator = torch.Generator().manual_seed(seed)
-        of_positive = parts(len(self.positive), generator)
-        of_negative = of_positive if self.paired else parts(len(self.negative), generator)
-        made = [
-            ContrastSet(tuple(self.positive[i] for i in p), tuple(self.negative[i] for i in n), self.paired)
-            for p, n in zip(of_positive, of_negative, strict=True)
-        ]
-        return made[0], made[1]
+        positive = _drawn(len(self.positive), holdout, generator)
+        negative = positive if self.paired else _drawn(len(self.negative), holdout, generator)
+        train = self._subset(positive[0], negative[0])
+        held_out = self._subset(positive[1], negative[1])
+        return train, held_out
+
+    def _subset(self, positive: Sequence[int], negative: Sequence[int]) -> ContrastSet:
+        return ContrastSet(tuple(self.positive[i] for i in positive), tuple(self.negative[i] for i in negative), self.paired)
 
     def rows(self) -> tuple[list[Row], list[bool]]:
         """All texts and whether each is positive; a pair's two texts stand side by side."""
         if self.paired:
-            both = [
-                (row, side)
-                for pair in zip(self.positive, self.negative, strict=True)
-                for row, side in zip(pair, (True, False), strict=True)
-            ]
-        else:
-            both = [(row, True) for row in self.positive] + [(row, False) for row in self.negative]
-        return [row for row, _ in both], [side for _, side in both]
+            pairs = zip(self.positive, self.negative, strict=True)
+            return [row for pair in pairs for row in pair], [True, False] * len(self.positive)
+        return [*self.positive, *self.negative], [True] * len(self.positive) + [False] * len(self.negative)
 
     def __len__(self) -> int:
         """Number of texts, both sides together."""
@@ -153,3 +108,71 @@ class ContrastSet:
         """SHA-256 over all token ids."""
         ids = [[row.ids for row in side] for side in (self.positive, self.negative)]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def _drawn(n: int, holdout: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Which of n texts to learn from, and which are held out."""
+    order = torch.randperm(n, generator=generator).tolist()
+    held_out = round(n * holdout)
+    if held_out < 2 or n - held_out < 2:
+        raise _split_error(n, held_out, holdout)
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _empty_side_error(contrast: ContrastSet) -> ContrastError:
+    return ContrastError(
+        "contrast set is empty on one side",
+        expected="at least two texts on each side",
+        found=f"{len(contrast.positive)} positive, {len(contrast.negative)} negative",
+        remedy="give texts for both sides: a direction is the difference between them",
+    )
+
+
+def _unmatched_error(contrast: ContrastSet) -> ContrastError:
+    return ContrastError(
+        "pairs do not match",
+        expected="a positive and a negative text for every prompt",
+        found=f"{len(contrast.positive)} positive, {len(contrast.negative)} negative",
+        remedy="add the missing texts, or pass paired=False when the two sides answer different prompts",
+    )
+
+
+def _both_sides_error(index: int) -> ContrastError:
+    return ContrastError(
+        "a text is on both sides of the contrast",
+        expected="every text on one side only",
+        found=f"positive text {index}, which is a negative one too",
+        remedy="remove it from one side",
+    )
+
+
+def _repeated_error(side: str, first: int, second: int, paired: bool) -> ContrastError:
+    return ContrastError(
+        f"{side} text {second} repeats another one",
+        expected="every text once: held-out texts say something only when the direction was not made from them",
+        found=f"{side} texts {first} and {second} are the same",
+        remedy=f"remove text {second}" + (" and its partner" if paired else ""),
+    )
+
+
+def _part_error(index: int, wrong: dict[str, Any]) -> ContrastError:
+    return ContrastError(
+        f"pair {index} of a contrast set lacks a part",
+        expected="text under each of prompt, positive and negative",
+        found=wrong,
+        remedy="complete the pair, or leave it out",
+    )
+
+
+def _split_error(n: int, held_out: int, holdout: float) -> ContrastError:
+    remedy = f"{'raise' if held_out < 2 else 'lower'} holdout, which is {holdout}"
+    if 0 < holdout < 1:
+        least = max(4, int(1.5 / min(holdout, 1 - holdout)))
+        enough = next(count for count in itertools.count(least) if 2 <= round(count * holdout) <= count - 2)
+        remedy = f"give at least {enough} texts a side" + (f", or {remedy}" if n >= 4 else f": holdout is {holdout}")
+    return ContrastError(
+        "too few texts to hold some out",
+        expected="at least 2 in either part",
+        found=f"{n - held_out} of {n} to learn from, {held_out} held out",
+        remedy=remedy,
+    )

@@ -1,4 +1,4 @@
-"""Direction: a vector that stands for a concept at one site, with how it was made and how well it separates."""
+"""Direction: a vector that stands for a concept at one site, with how it was read and how well it separates."""
 
 from __future__ import annotations
 
@@ -44,20 +44,10 @@ class Direction:
         vector = tensor_of(self.vector, f"the vector of a direction at '{self.site}'", "pass [width] numbers")
         object.__setattr__(self, "vector", vector if vector.is_floating_point() else vector.float())
         if self.vector.dim() != 1:
-            raise WidthError(
-                f"direction at '{self.site}' is not a vector",
-                expected="the shape [width]",
-                found=list(self.vector.shape),
-                remedy="make one Direction of each row",
-            )
+            raise _shape_error(self)
         check_finite(self.vector, f"direction at '{self.site}'")
         if float(self.vector.norm()) == 0:
-            raise ConfigError(
-                f"direction at '{self.site}' is zero",
-                expected="a vector with a length",
-                found=f"|v| = 0 over {len(self.vector)} entries",
-                remedy="the two classes have the same mean here: choose another site or span",
-            )
+            raise _zero_error(self)
 
     @property
     def unit(self) -> Tensor:
@@ -75,24 +65,14 @@ class Direction:
     def metric(self, name: str) -> float:
         """One of the metrics. Raises ConfigError when it was not measured, as for vectors from elsewhere."""
         if name not in self.metrics:
-            raise ConfigError(
-                f"'{name}' of the direction at '{self.site}' was not measured",
-                expected="a direction that steer.extract made",
-                found=f"one by '{self.method}' with {', '.join(self.metrics) or 'no metrics'}",
-                remedy="choose site and strength yourself, or extract the direction here",
-            )
+            raise _metric_error(self, name)
         return self.metrics[name]
 
     def check_unseen(self, rows: Iterable[Row], what: str) -> None:
         """Raises ContrastError when a text that is to judge the direction had a part in making it."""
         seen = sum(text_digest(row) in self.fitted_on for row in rows)
         if seen:
-            raise ContrastError(
-                f"{what} use texts that the direction was made from",
-                expected="texts that it has not seen",
-                found=f"{seen} that it has",
-                remedy="split the texts before you extract: `made_of, rest = contrast.split(0.5, seed)`, and give the rest here",
-            )
+            raise _seen_error(what, seen)
 
 
 def check_direction(value: Any) -> None:
@@ -115,13 +95,9 @@ class Directions(Mapping[Site, Direction]):
         for entry in entries:
             check_direction(entry)
             if self.entries.setdefault(entry.site, entry) is not entry:
-                raise ConfigError(
-                    f"'{name}' has two directions at '{entry.site}'",
-                    expected="one direction per site",
-                    found=f"one by '{self.entries[entry.site].method}' and one by '{entry.method}'",
-                    remedy="leave one out, or make Directions of each",
-                )
-        self.name, self.provenance = name, provenance
+                raise _site_twice_error(name, self.entries[entry.site], entry)
+        self.name = name
+        self.provenance = provenance
 
     def __contains__(self, site: object) -> bool:
         return isinstance(site, Site | str) and Site.parse(site) in self.entries
@@ -133,12 +109,7 @@ class Directions(Mapping[Site, Direction]):
         try:
             return self.entries[Site.parse(site)]
         except KeyError:
-            raise SiteError(
-                f"'{self.name}' was not read at '{site}'",
-                expected=f"one of {', '.join(map(str, self.entries))}",
-                found=str(site),
-                remedy="choose one of these, or name that site too when you extract",
-            ) from None
+            raise _unread_error(self, site) from None
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.entries)
@@ -153,7 +124,9 @@ class Directions(Mapping[Site, Direction]):
     def save(self, path: str | Path) -> Path:
         """Writes manifest and safetensors, atomically."""
         tensors = {str(site): entry.vector for site, entry in self.entries.items()}
-        described = {str(site): {"method": e.method, "span": e.span, "metrics": e.metrics} for site, e in self.entries.items()}
+        described = {
+            str(site): {"method": entry.method, "span": entry.span, "metrics": entry.metrics} for site, entry in self.entries.items()
+        }
         return files.save_artifact(path, "directions", tensors, {"name": self.name, "directions": described, "provenance": self.provenance})
 
     @classmethod
@@ -165,9 +138,67 @@ class Directions(Mapping[Site, Direction]):
             entries = [Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen) for site, spec in manifest["directions"].items()]
             return cls(entries, manifest["name"], manifest["provenance"])
         except (KeyError, TypeError) as error:
-            raise DamagedFileError(
-                f"directions '{path}' lack a part",
-                expected="name and provenance, and for every site its tensor, method, span and metrics",
-                found=repr(error),
-                remedy="restore them from a backup, or extract and save them again",
-            ) from error
+            raise _part_error(path, error) from error
+
+
+def _shape_error(direction: Direction) -> WidthError:
+    return WidthError(
+        f"direction at '{direction.site}' is not a vector",
+        expected="the shape [width]",
+        found=list(direction.vector.shape),
+        remedy="make one Direction of each row",
+    )
+
+
+def _zero_error(direction: Direction) -> ConfigError:
+    return ConfigError(
+        f"direction at '{direction.site}' is zero",
+        expected="a vector with a length",
+        found=f"|v| = 0 over {len(direction.vector)} entries",
+        remedy="the two classes have the same mean here: choose another site or span",
+    )
+
+
+def _metric_error(direction: Direction, name: str) -> ConfigError:
+    return ConfigError(
+        f"'{name}' of the direction at '{direction.site}' was not measured",
+        expected="a direction that steer.extract made",
+        found=f"one by '{direction.method}' with {', '.join(direction.metrics) or 'no metrics'}",
+        remedy="choose site and strength yourself, or extract the direction here",
+    )
+
+
+def _seen_error(what: str, seen: int) -> ContrastError:
+    return ContrastError(
+        f"{what} use texts that the direction was made from",
+        expected="texts that it has not seen",
+        found=f"{seen} that it has",
+        remedy="split the texts before you extract: `made_of, rest = contrast.split(0.5, seed)`, and give the rest here",
+    )
+
+
+def _site_twice_error(name: str, first: Direction, second: Direction) -> ConfigError:
+    return ConfigError(
+        f"'{name}' has two directions at '{second.site}'",
+        expected="one direction per site",
+        found=f"one by '{first.method}' and one by '{second.method}'",
+        remedy="leave one out, or make Directions of each",
+    )
+
+
+def _unread_error(directions: Directions, site: Site | str) -> SiteError:
+    return SiteError(
+        f"'{directions.name}' was not read at '{site}'",
+        expected=f"one of {', '.join(map(str, directions.entries))}",
+        found=str(site),
+        remedy="choose one of these, or name that site too when you extract",
+    )
+
+
+def _part_error(path: str | Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"directions '{path}' lack a part",
+        expected="name and provenance, and for every site its tensor, method, span and metrics",
+        found=repr(error),
+        remedy="restore them from a backup, or extract and save them again",
+    )

@@ -1,8 +1,8 @@
 """Dose calibration: how strongly to steer.
 
-The relative dose is |strength x v| / mean |h| at the site. Over a range of doses the curve tells, on pairs that the direction was not
-made from, how far the edit shifts the answers, and on neutral text what it breaks. What is chosen is not the dose with the largest
-effect, which usually lies where the model falls apart, but the one that does least damage among those that work.
+The relative dose is |strength x v| / mean |h| at the site. The curve over a range of doses tells how far the edit shifts the answers of
+pairs that the direction was not read from, and what it breaks in neutral text. The dose with the largest effect usually lies where the
+model falls apart; the one that is chosen does least damage among those that work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from steer.directions.sweep import Predictions, pair_gaps, sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError
 from steer.model.tokens import Row, check_rows
 
+_NEUTRAL = "give running text made with steer.model.tokens.plain"
 DOSES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
 
@@ -86,12 +87,7 @@ class DoseCurve:
     def chosen(self) -> DosePoint:
         """The point of the working range that does the least damage. Raises ConfigError when the range is empty."""
         if not self.working:
-            raise ConfigError(
-                f"no dose at '{self.site}' works within the budget",
-                expected=f"an effect beyond two standard errors at KL <= {self.max_kl} and perplexity ratio <= {self.max_perplexity_ratio}",
-                found="; ".join(f"dose {p.dose:g}: effect {p.effect:.3g} +- {p.effect_se:.2g}, KL {p.kl:.3g}" for p in self.points),
-                remedy="try another site or method, smaller doses, more pairs, or a larger budget",
-            )
+            raise _budget_error(self)
         return min(self.working, key=lambda point: (point.kl, point.dose))
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,12 +129,7 @@ def calibrate(
     for dose in doses:
         finite_number(dose, "a dose")
     if not doses or min(doses) <= 0:
-        raise ConfigError(
-            "doses must be above 0",
-            expected="relative doses such as 0.1 or 0.5; 0 is measured in any case",
-            found=list(doses),
-            remedy="leave out the others; to steer the other way, swap the two sides of the contrast",
-        )
+        raise _doses_error(doses)
     _check_neutral(direction, neutral)
     number_within(max_kl, "max_kl", 0)
     number_within(max_perplexity_ratio, "max_perplexity_ratio", 0)
@@ -217,19 +208,40 @@ def side_effects(
 def _check_neutral(direction: Direction, neutral: Sequence[Row]) -> None:
     check_rows(neutral, "the neutral texts")
     direction.check_unseen(neutral, "the neutral texts")
-    remedy = "give running text made with steer.model.tokens.plain"
     if not neutral:
-        raise ContrastError("no neutral text", expected="at least one", found="none", remedy=remedy)
+        raise ContrastError("no neutral text", expected="at least one", found="none", remedy=_NEUTRAL)
     for i, row in enumerate(neutral):
         if len(row.ids) < 2 or row.response == 0:
-            raise ContrastError(
-                f"neutral text {i} has no token to predict",
-                expected="two tokens or more, of which some are the response",
-                found=f"{len(row.ids)} tokens, {row.response} of them response",
-                remedy=remedy,
-            )
+            raise _short_error(i, row)
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
     """KL divergence of log-probabilities over the last dimension, in nat, fp64."""
     return (before.exp() * (before - after)).sum(-1, dtype=torch.float64)
+
+
+def _budget_error(curve: DoseCurve) -> ConfigError:
+    return ConfigError(
+        f"no dose at '{curve.site}' works within the budget",
+        expected=f"an effect beyond two standard errors at KL <= {curve.max_kl} and perplexity ratio <= {curve.max_perplexity_ratio}",
+        found="; ".join(f"dose {p.dose:g}: effect {p.effect:.3g} +- {p.effect_se:.2g}, KL {p.kl:.3g}" for p in curve.points),
+        remedy="try another site or method, smaller doses, more pairs, or a larger budget",
+    )
+
+
+def _doses_error(doses: Sequence[float]) -> ConfigError:
+    return ConfigError(
+        "doses must be above 0",
+        expected="relative doses such as 0.1 or 0.5; 0 is measured in any case",
+        found=list(doses),
+        remedy="leave out the others; to steer the other way, swap the two sides of the contrast",
+    )
+
+
+def _short_error(index: int, row: Row) -> ContrastError:
+    return ContrastError(
+        f"neutral text {index} has no token to predict",
+        expected="two tokens or more, of which some are the response",
+        found=f"{len(row.ids)} tokens, {row.response} of them response",
+        remedy=_NEUTRAL,
+    )

@@ -72,27 +72,28 @@ def extract_all(
     if not methods:
         raise ConfigError("no methods to read with", expected="at least one", found="none", remedy="e.g. methods=['mean_difference']")
     extractors = {method: EXTRACTORS.get(method) for method in methods}
-    for method, one in extractors.items():
-        one.check(method, contrast.paired)
+    for method, extractor in extractors.items():
+        extractor.check(method, contrast.paired)
     anatomy = Anatomy.find(model)
-    chosen = list(dict.fromkeys(anatomy.sites(*map(str, sites))))
-    train, held = contrast.split(holdout, seed)
-    needs = {need for one in extractors.values() for need in one.needs}
-    moments = read_moments(model, train, chosen, span, needs, progress)
-    vectors = {
-        site: torch.stack([scaled(one.direction(moments[site]), moments[site], site) for one in extractors.values()]) for site in chosen
-    }
-    metrics = heldout_metrics(model, held, vectors, span, progress)
+    chosen_sites = list(dict.fromkeys(anatomy.sites(*map(str, sites))))
+    train, held_out = contrast.split(holdout, seed)
+    needs = {need for extractor in extractors.values() for need in extractor.needs}
+    moments = read_moments(model, train, chosen_sites, span, needs, progress)
+    vectors: dict[Site, Tensor] = {}
+    for site, at_site in moments.items():
+        raw = [extractor.read(method, at_site) for method, extractor in extractors.items()]
+        vectors[site] = torch.stack([scaled(vector, at_site, site) for vector in raw])  # [methods, width]
+    metrics = heldout_metrics(model, held_out, vectors, span, progress)
     provenance = provenance_of(anatomy, contrast, train, holdout, seed)
-    made = {}
-    for k, method in enumerate(methods):
+    by_method = {}
+    for k, method in enumerate(extractors):
         entries = []
-        for site in chosen:
+        for site in chosen_sites:
             vector = vectors[site][k].float().cpu()
             known = {**moments[site].along(vector), "n_train": float(len(train))}
             entries.append(Direction(site, vector, method, span, {**metrics[site][k], **known}, train.digests()))
-        made[method] = Directions(entries, name, {**provenance, "method": method})
-    return made
+        by_method[method] = Directions(entries, name, {**provenance, "method": method})
+    return by_method
 
 
 def read_moments(
@@ -122,10 +123,14 @@ def scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
     unit = raw / raw.norm()
     along = torch.dot(moments.gap, unit)
     if not bool(torch.isfinite(along)) or float(along.abs()) <= 1e-9 * moments.activation_norm:
-        raise ContrastError(
-            f"the two classes do not differ at '{site}'",
-            expected="class means that are apart",
-            found=f"a gap of {float(along.abs().nan_to_num()):.3g} beside activations of length {moments.activation_norm:.3g}",
-            remedy="use another site or span, or texts that differ there",
-        )
+        raise _gap_error(site, along, moments)
     return unit * along
+
+
+def _gap_error(site: Site, along: Tensor, moments: ContrastMoments) -> ContrastError:
+    return ContrastError(
+        f"the two classes do not differ at '{site}'",
+        expected="class means that are apart",
+        found=f"a gap of {float(along.abs().nan_to_num()):.3g} beside activations of length {moments.activation_norm:.3g}",
+        remedy="use another site or span, or texts that differ there",
+    )

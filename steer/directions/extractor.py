@@ -10,16 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from steer.directions.moments import ContrastMoments
-from steer.errors import ConfigError, ContrastError
+from steer.errors import ConfigError, ContrastError, WidthError
+from steer.intervene.operator import check_finite
 from steer.registry import Registry
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A method.
+    """A method that reads a direction off contrast moments.
 
     Attributes:
-        direction: gives a [width] vector of any length and sign.
+        direction: gives a [width] vector of any length and sign, in floating point.
         needs: what it reads beyond the class means, keys of `moments.NEEDS`.
         pairs: it is only defined on pairs.
         package: a module of the extra `directions` that it imports.
@@ -37,17 +38,29 @@ class Extractor:
     def check(self, name: str, paired: bool) -> None:
         """Says what is missing before a pass is run. Raises ContrastError for want of pairs, ConfigError for want of a package."""
         if self.pairs and not paired:
-            raise ContrastError(
-                f"'{name}' compares the two texts of a pair",
-                expected="a paired contrast set",
-                found="two sets of unrelated texts",
-                remedy="make pairs with ContrastSet.from_pairs, or choose another method",
-            )
+            raise _pairs_error(name)
         if self.package is not None:
             extra(self.package)
 
+    def read(self, name: str, moments: ContrastMoments) -> Tensor:
+        """[width] fp64, what `direction` gives.
 
-EXTRACTORS: Registry[Any] = Registry("extractor", "steer.directions.extractors", "steer.extractors")
+        Args:
+            name: what the errors call the extractor.
+
+        Raises:
+            ConfigError: it gives no tensor, or one of whole numbers. WidthError: another shape. NonFiniteError: NaN or infinity.
+        """
+        vector = self.direction(moments)
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            raise _kind_error(name, vector)
+        if vector.shape != moments.gap.shape:
+            raise _vector_error(name, vector, len(moments.gap))
+        check_finite(vector, f"what the extractor '{name}' gives")
+        return vector.detach().double().cpu()
+
+
+EXTRACTORS: Registry[Extractor] = Registry("extractor", "steer.directions.extractors", "steer.extractors")
 
 
 def extractor(
@@ -66,9 +79,40 @@ def extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"this method needs '{module.partition('.')[0]}'",
-            expected="scikit-learn and concept-erasure, which the extra `directions` installs",
-            found=f"no module '{error.name}'",
-            remedy="pip install 'torchsteer[directions]'",
-        ) from error
+        raise _package_error(module, error) from error
+
+
+def _pairs_error(name: str) -> ContrastError:
+    return ContrastError(
+        f"'{name}' compares the two texts of a pair",
+        expected="a paired contrast set",
+        found="two sets of unrelated texts",
+        remedy="make pairs with ContrastSet.from_pairs, or choose another method",
+    )
+
+
+def _kind_error(name: str, vector: object) -> ConfigError:
+    return ConfigError(
+        f"the extractor '{name}' gives no direction",
+        expected="a [width] tensor in floating point",
+        found=f"a tensor of {vector.dtype}" if isinstance(vector, Tensor) else f"{type(vector).__name__} {str(vector)[:60]!r}",
+        remedy="let its function return a vector such as `moments.gap`",
+    )
+
+
+def _vector_error(name: str, vector: Tensor, width: int) -> WidthError:
+    return WidthError(
+        f"the extractor '{name}' gives no direction of this site",
+        expected=f"the shape [{width}], one number for each dimension",
+        found=list(vector.shape),
+        remedy="let its function return one vector as wide as `moments.gap`",
+    )
+
+
+def _package_error(module: str, error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"this method needs '{module.partition('.')[0]}'",
+        expected="scikit-learn and concept-erasure, which the extra `directions` installs",
+        found=f"no module '{error.name}'",
+        remedy="pip install 'torchsteer[directions]'",
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from steer.checks import of_type, whole_number
 from steer.directions.direction import Directions
-from steer.directions.importer import Source, choose
+from steer.directions.importer import Importer, Source, choose
 from steer.errors import ConfigError, WrongKindError
 from steer.intervene.plan import Plan
 from steer.intervene.scope import Scope
@@ -62,25 +62,34 @@ def _source(path: str | Path, site: str | None, n_layers: int | None, scope: str
     try:
         (site or "").format(layer=0)
     except (IndexError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read the site '{site}'",
-            expected="a site with {layer} in place of the layer",
-            found=f"{type(error).__name__}: {error}",
-            remedy="e.g. site='layers.{layer}.output'",
-        ) from error
+        raise _site_error(site, error) from error
     return Source(Path(path), n_layers, site, scope)
 
 
-def _read(source: Source, format: str | None, wanted: str, other: str) -> Directions | Plan:
+def _read(source: Source, format: str | None, kind: str, alternative: str) -> Directions | Plan:
+    """Reads what is to be of this kind; `alternative` reads the other one."""
     importer = choose(source, format)
-    if importer.makes != wanted:
-        raise WrongKindError(
-            f"'{source.path}' holds something else",
-            expected=wanted,
-            found=f"{importer.makes}: {importer.looks_for}",
-            remedy=f"read it with {other}",
-        )
+    if importer.makes != kind:
+        raise _kind_error(source, importer, kind, alternative)
     return importer.read(source)
+
+
+def _site_error(site: str | None, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot read the site '{site}'",
+        expected="a site with {layer} in place of the layer",
+        found=f"{type(error).__name__}: {error}",
+        remedy="e.g. site='layers.{layer}.output'",
+    )
+
+
+def _kind_error(source: Source, importer: type[Importer], kind: str, alternative: str) -> WrongKindError:
+    return WrongKindError(
+        f"'{source.path}' holds something else",
+        expected=kind,
+        found=f"{importer.makes}: {importer.looks_for}",
+        remedy=f"read it with {alternative}",
+    )
 
 
 __all__ = ["import_directions", "import_plan"]

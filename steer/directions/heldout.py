@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from steer.directions.contrast import ContrastSet
-from steer.model.capture import capture, pool
+from steer.model.accumulator import TextAccumulator, pool
+from steer.model.capture import capture
 from steer.model.site import Site
 
 
-class Projections:
+class Projections(TextAccumulator):
     """Accumulator: projection of every text's pooled activation onto fixed vectors.
 
     Args:
@@ -24,8 +25,12 @@ class Projections:
         self.vectors = vectors
         self.values = torch.full((texts, vectors.shape[0]), float("nan"), dtype=torch.float64)
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        self.values[rows] = (pool(h, weight) @ self.vectors.to(h.device).float().mT).double().cpu()
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, k]."""
+        return pool(h, weight) @ self.vectors.to(h.device).float().mT
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.values[rows] = values.double()
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
@@ -47,13 +52,15 @@ def heldout_metrics(
     readers = {site: Projections(v / v.norm(dim=-1, keepdim=True), len(rows)) for site, v in vectors.items()}
     capture(model, rows, dict(readers), span=span, group=2 if held.paired else 1, progress="held-out check" if progress else None)
     side = torch.tensor(sides)
-    made: dict[Site, list[dict[str, float]]] = {}
-    for site, reader in readers.items():
-        made[site] = []
-        for values in reader.values.unbind(1):
-            p, q = values[side], values[~side]
-            sd = float(((p.var() + q.var()) / 2).sqrt())
-            made[site].append(
-                {"auc": auc(p, q), "dprime": float(p.mean() - q.mean()) / max(sd, 1e-12), "sd": sd, "n_heldout": float(len(rows))}
-            )
-    return made
+    return {site: [separation(values[side], values[~side]) for values in reader.values.unbind(1)] for site, reader in readers.items()}
+
+
+def separation(positive: Tensor, negative: Tensor) -> dict[str, float]:
+    """`auc`, `dprime`, `sd` and `n_heldout` of the projections of the texts of either class, [texts] each."""
+    sd = float(((positive.var() + negative.var()) / 2).sqrt())
+    return {
+        "auc": auc(positive, negative),
+        "dprime": float(positive.mean() - negative.mean()) / max(sd, 1e-12),
+        "sd": sd,
+        "n_heldout": float(len(positive) + len(negative)),
+    }

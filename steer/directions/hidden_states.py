@@ -17,11 +17,15 @@ def after_block(source: Source, layer: int) -> Site:
     if source.site is not None:
         return source.place(layer, source.site)
     if source.n_layers is None:
-        raise ConfigError(
-            f"'{source.path.name}' does not say which layer is the last",
-            expected="n_layers=, the number of blocks: vectors of the last one were read after the final norm",
-            found="neither n_layers nor site",
-            remedy="pass n_layers=model.config.num_hidden_layers",
-        )
+        raise _n_layers_error(source)
     source.check_layer(layer)
     return Site("final_norm") if layer == source.n_layers - 1 else Site("output", layer)
+
+
+def _n_layers_error(source: Source) -> ConfigError:
+    return ConfigError(
+        f"'{source.path.name}' does not say which layer is the last",
+        expected="n_layers=, the number of blocks: vectors of the last one were read after the final norm",
+        found="neither n_layers nor site",
+        remedy="pass n_layers=model.config.num_hidden_layers",
+    )

@@ -74,35 +74,20 @@ class Source:
             DamagedFileError: no layer of the model. ConfigError: two layers at one site.
         """
         self.check_layer(layer)
-        place = Site.parse((site if self.site is None else self.site).format(layer=layer))
-        if self.placed.setdefault(place, layer) != layer:
-            raise ConfigError(
-                f"'{self.path.name}' has vectors of several layers, and site= one place for all",
-                expected="a site with {layer} in place of the layer",
-                found=f"'{self.site}' for the layers {self.placed[place]} and {layer}",
-                remedy="e.g. site='layers.{layer}.output'",
-            )
-        return place
+        placed = Site.parse((site if self.site is None else self.site).format(layer=layer))
+        if self.placed.setdefault(placed, layer) != layer:
+            raise _one_site_error(self, placed, layer)
+        return placed
 
     def check_layer(self, layer: int) -> None:
         """Raises DamagedFileError for a layer that the model does not have, as far as the caller said how many there are."""
         if layer < 0 or (self.n_layers is not None and layer >= self.n_layers):
-            raise DamagedFileError(
-                f"'{self.path.name}' holds a layer that the model does not have",
-                expected="0 or more" if self.n_layers is None else f"0 to {self.n_layers - 1}",
-                found=layer,
-                remedy="check n_layers; the file may be for another model",
-            )
+            raise _layer_error(self, layer)
 
     def asked_site(self, why: str, suggestion: str) -> str:
         """The caller's conversion. Raises ConfigError, saying why it is needed, when there is none."""
         if self.site is None:
-            raise ConfigError(
-                f"'{self.path.name}' does not say at which tensor its vectors belong",
-                expected="site=, a site with {layer} in place of the layer",
-                found=why,
-                remedy=f"e.g. site='{suggestion}'",
-            )
+            raise _no_site_error(self, why, suggestion)
         return self.site
 
 
@@ -135,48 +120,52 @@ def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: st
         vectors: [width] each, of any number type. Zero vectors, with which some programs fill the layers they did not read, are left out.
         method, span: as far as the file says.
         notes: what else it says, JSON-able.
+
+    Raises:
+        DamagedFileError, WidthError.
     """
-    if source.is_torch and (other := next((vector for vector in vectors.values() if not isinstance(vector, Tensor)), None)) is not None:
-        raise incomplete(source, "a tensor for each layer", type(other).__name__)
+    if source.is_torch:
+        for vector in vectors.values():
+            if not isinstance(vector, Tensor):
+                raise incomplete(source, "a tensor for each layer", type(vector).__name__)
     try:
         tensors = {site: torch.as_tensor(vector).detach().float() for site, vector in vectors.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise incomplete(source, "a vector of numbers for each layer", str(error)) from error
-    kept = {site: vector for site, vector in tensors.items() if bool((vector != 0).any())}
-    if not kept:
-        raise DamagedFileError(
-            f"'{source.path}' holds no vector",
-            expected="at least one that is not zero",
-            found=f"{len(tensors)} zero vectors",
-            remedy="look at what wrote it",
-        )
-    entries = [Direction(site, vector, method, span) for site, vector in kept.items()]
+    entries = [Direction(site, vector, method, span) for site, vector in tensors.items() if bool((vector != 0).any())]
+    if not entries:
+        raise _zeros_error(source, len(tensors))
     if len({len(entry.vector) for entry in entries}) > 1:
-        raise WidthError(
-            f"'{source.path.name}' has vectors of different widths",
-            expected="one width, that of the model",
-            found=", ".join(f"{entry.site}: {len(entry.vector)}" for entry in entries),
-            remedy="get it again from where it came",
-        )
-    left_out = [str(site) for site in tensors if site not in kept]
+        raise _widths_error(source, entries)
+    read = {entry.site for entry in entries}
+    left_out = [str(site) for site in tensors if site not in read]
     return Directions(entries, source.path.stem, {"imported": {"file": source.path.name, "left_out": left_out, **notes}})
 
 
-def whole_of(source: Source, value: Any, what: str) -> int:
-    """A whole number of a file, which may be written as text. Raises DamagedFileError."""
+def integer_of(source: Source, value: Any, what: str) -> int:
+    """An integer of a file, which may be written as text. Raises DamagedFileError."""
     try:
         return int(value) if isinstance(value, str) else operator.index(value)
     except (TypeError, ValueError) as error:
         raise incomplete(source, f"a whole number as {what}", repr(value)[:60]) from error
 
 
+def matrix_of(source: Source) -> Tensor:
+    """[rows, width] of a torch file. Raises DamagedFileError when it holds something else."""
+    content = source.content
+    if not isinstance(content, Tensor) or content.ndim != 2 or len(content) < 2:
+        held = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
+        raise incomplete(source, "one matrix, [layers, width]", held)
+    return content
+
+
 def by_layer(source: Source, part: str) -> dict[int, Any]:
     """What a part of the content has for each layer, in their order. Raises DamagedFileError."""
-    given = source.content[part]
-    if not isinstance(given, Mapping):
-        raise incomplete(source, f"{part} by layer", type(given).__name__)
-    known = {whole_of(source, layer, f"layer in {part}"): value for layer, value in given.items()}
-    return {layer: known[layer] for layer in sorted(known)}
+    entries = source.content[part]
+    if not isinstance(entries, Mapping):
+        raise incomplete(source, f"{part} by layer", type(entries).__name__)
+    layers = {integer_of(source, layer, f"layer in {part}"): value for layer, value in entries.items()}
+    return {layer: layers[layer] for layer in sorted(layers)}
 
 
 def read_torch(path: Path) -> Any:
@@ -189,16 +178,9 @@ def read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise UnsafeFileError(
-            f"{path} is a pickle of more than tensors, which can run any code when it is opened",
-            expected="tensors, numbers, text, lists and dictionaries",
-            found=f"an object of {named[1]}" if named else str(error).split("\n")[0],
-            remedy="where you trust it, load it and save its attributes: torch.save(vars(loaded), path)",
-        ) from error
+        raise _pickle_error(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        wanted, found = "a whole file of torch.save", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing'}"
-        raise DamagedFileError(f"cannot read {path}", expected=wanted, found=found, remedy="get it again from where it came") from error
+        raise _torch_error(path, error) from error
 
 
 def read_json(path: Path) -> Any:
@@ -206,13 +188,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedFileError(
-            f"cannot read {path}", expected="JSON", found=str(error), remedy="get it again from where it came"
-        ) from error
-
-
-def incomplete(source: Source, expected: str, found: object) -> DamagedFileError:
-    return DamagedFileError(f"'{source.path}' lacks a part", expected=expected, found=found, remedy="get it again from where it came")
+        raise _json_error(path, error) from error
 
 
 def choose(source: Source, format: str | None) -> type[Importer]:
@@ -222,37 +198,124 @@ def choose(source: Source, format: str | None) -> type[Importer]:
         FileError: nothing there. ConfigError: an unknown name, or content that fits several. WrongKindError: content that fits none.
     """
     if not source.path.exists():
-        raise FileError(f"no file or folder {source.path}", expected="a vector file", found="nothing there", remedy="check the path")
+        raise _missing_error(source)
     if format is not None:
         chosen = IMPORTERS.get(format)
         if not chosen.recognises(Source(source.path)):
-            raise WrongKindError(
-                f"'{source.path}' is not of the format '{format}'",
-                expected=chosen.looks_for,
-                found=_looks(source),
-                remedy="leave format= out to have it told by its content",
-            )
+            raise _format_error(source, format, chosen)
         return chosen
     fitting = [name for name in sorted(IMPORTERS) if IMPORTERS.get(name).recognises(source)]
     if len(fitting) == 1:
         return IMPORTERS.get(fitting[0])
-    if fitting:
-        raise ConfigError(
-            f"'{source.path}' could be of several formats",
-            expected="content that only one of them has",
-            found=", ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in fitting),
-            remedy=f"pass format='{fitting[0]}' or another of these, or n_layers= to tell them apart",
-        )
-    looked = "; ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in sorted(IMPORTERS))
-    raise WrongKindError(
+    raise _several_error(source, fitting) if fitting else _none_error(source)
+
+
+def incomplete(source: Source, expected: str, found: object) -> DamagedFileError:
+    """The error of a file that lacks a part."""
+    return DamagedFileError(f"'{source.path}' lacks a part", expected=expected, found=found, remedy="get it again from where it came")
+
+
+def _one_site_error(source: Source, site: Site, layer: int) -> ConfigError:
+    return ConfigError(
+        f"'{source.path.name}' has vectors of several layers, and site= one place for all",
+        expected="a site with {layer} in place of the layer",
+        found=f"'{source.site}' for the layers {source.placed[site]} and {layer}",
+        remedy="e.g. site='layers.{layer}.output'",
+    )
+
+
+def _layer_error(source: Source, layer: int) -> DamagedFileError:
+    return DamagedFileError(
+        f"'{source.path.name}' holds a layer that the model does not have",
+        expected="0 or more" if source.n_layers is None else f"0 to {source.n_layers - 1}",
+        found=layer,
+        remedy="check n_layers; the file may be for another model",
+    )
+
+
+def _no_site_error(source: Source, why: str, suggestion: str) -> ConfigError:
+    return ConfigError(
+        f"'{source.path.name}' does not say at which tensor its vectors belong",
+        expected="site=, a site with {layer} in place of the layer",
+        found=why,
+        remedy=f"e.g. site='{suggestion}'",
+    )
+
+
+def _zeros_error(source: Source, count: int) -> DamagedFileError:
+    return DamagedFileError(
+        f"'{source.path}' holds no vector",
+        expected="at least one that is not zero",
+        found=f"{count} zero vectors",
+        remedy="look at what wrote it",
+    )
+
+
+def _widths_error(source: Source, entries: list[Direction]) -> WidthError:
+    return WidthError(
+        f"'{source.path.name}' has vectors of different widths",
+        expected="one width, that of the model",
+        found=", ".join(f"{entry.site}: {len(entry.vector)}" for entry in entries),
+        remedy="get it again from where it came",
+    )
+
+
+def _pickle_error(path: Path, error: Exception) -> UnsafeFileError:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return UnsafeFileError(
+        f"{path} is a pickle of more than tensors, which can run any code when it is opened",
+        expected="tensors, numbers, text, lists and dictionaries",
+        found=f"an object of {named[1]}" if named else str(error).split("\n")[0],
+        remedy="where you trust it, load it and save its attributes: torch.save(vars(loaded), path)",
+    )
+
+
+def _torch_error(path: Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"cannot read {path}",
+        expected="a whole file of torch.save",
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing'}",
+        remedy="get it again from where it came",
+    )
+
+
+def _json_error(path: Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(f"cannot read {path}", expected="JSON", found=str(error), remedy="get it again from where it came")
+
+
+def _missing_error(source: Source) -> FileError:
+    return FileError(f"no file or folder {source.path}", expected="a vector file", found="nothing there", remedy="check the path")
+
+
+def _format_error(source: Source, format: str, chosen: type[Importer]) -> WrongKindError:
+    return WrongKindError(
+        f"'{source.path}' is not of the format '{format}'",
+        expected=chosen.looks_for,
+        found=_looks(source),
+        remedy="leave format= out to have it told by its content",
+    )
+
+
+def _several_error(source: Source, fitting: list[str]) -> ConfigError:
+    return ConfigError(
+        f"'{source.path}' could be of several formats",
+        expected="content that only one of them has",
+        found=", ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in fitting),
+        remedy=f"pass format='{fitting[0]}' or another of these, or n_layers= to tell them apart",
+    )
+
+
+def _none_error(source: Source) -> WrongKindError:
+    return WrongKindError(
         f"'{source.path}' is of no format that can be imported",
-        expected=looked,
+        expected="; ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in sorted(IMPORTERS)),
         found=_looks(source),
         remedy="pass format= if it is one of these, or make a steer.Direction of its vector; steer's own files load with Directions.load",
     )
 
 
 def _looks(source: Source) -> str:
+    """What a file or folder holds, in words."""
     if source.path.is_dir():
         return f"a folder with {contents(source.path)}"
     if isinstance(source.content, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.directions.scatter import Scatter
 from steer.errors import ConfigError
-from steer.model.capture import TextAccumulator, pool
+from steer.model.accumulator import TextAccumulator, pool
 
 # what an extractor may ask for beyond the class means; nothing of it is kept unless a chosen method does
 NEEDS = {

@@ -22,7 +22,7 @@ from steer.model.capture import capture
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """The tensors of a sparse autoencoder.
+    """Tensors of a sparse autoencoder.
 
     Attributes:
         w_enc: [width, features]; b_enc: [features]. w_dec: [features, width].
@@ -46,20 +46,21 @@ class FeatureMoments(ContrastMoments):
     def __init__(self, dictionary: Dictionary, is_positive: Tensor, paired: bool) -> None:
         super().__init__(is_positive, paired)
         self.dictionary = dictionary
-        self.amplitude, self.fired = torch.zeros(2, 2, dictionary.w_dec.shape[0], dtype=torch.float64)
+        self.amplitude = torch.zeros(2, dictionary.w_dec.shape[0], dtype=torch.float64)
+        self.fired = torch.zeros_like(self.amplitude)
 
     def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
-        """[batch, ... + features]: what class means need of each text, and the mean activation of each feature over its span."""
-        means = [self.dictionary.encode(text[tokens > 0]).mean(0) for text, tokens in zip(h, weight, strict=True)]
-        return torch.cat([super().reduce(h, weight), torch.stack(means)], 1)
+        """[batch, features + width + 2]: the mean activation of each feature over the span, and what `ContrastMoments` reads."""
+        means = [self.dictionary.encode(text).mul(tokens[:, None]).sum(0) / tokens.sum() for text, tokens in zip(h, weight, strict=True)]
+        return torch.cat([torch.stack(means), super().reduce(h, weight)], 1)
 
     def add(self, values: Tensor, rows: Tensor) -> None:
-        n_features = self.amplitude.shape[1]
-        super().add(values[:, :-n_features], rows)
-        for mean, row in zip(values[:, -n_features:].double(), rows.tolist(), strict=True):
-            side = int(self.is_positive[row])
-            self.amplitude[side] += mean
-            self.fired[side] += mean > 0
+        features = self.amplitude.shape[1]
+        super().add(values[:, features:], rows)
+        means = values[:, :features].double()
+        side = self.is_positive[rows].long()
+        self.amplitude.index_add_(0, side, means)
+        self.fired.index_add_(0, side, (means > 0).double())
 
     def gaps(self) -> tuple[Tensor, Tensor]:
         """[features] difference of the classes' mean activation, and of the shares of texts in which a feature is on."""
@@ -109,16 +110,11 @@ def sae_refined(
         ContrastError: other texts than those of the extraction are held out, or no feature accounts for the direction.
     """
     if dictionary.w_dec.shape[-1] != len(direction.vector):
-        raise WidthError(
-            f"the dictionary does not fit '{direction.site}'",
-            expected=f"width {len(direction.vector)}",
-            found=f"w_dec {list(dictionary.w_dec.shape)}",
-            remedy="use the dictionary that was trained at this site; w_dec is [features, width]",
-        )
+        raise _width_error(dictionary, direction)
     if top < 1:
         raise ConfigError("no feature is kept", expected="top >= 1", found=top, remedy="keep at least one, e.g. top=16")
-    train, held = contrast.split(holdout, seed)
-    direction.check_unseen((*held.positive, *held.negative), "the held-out texts")
+    train, held_out = contrast.split(holdout, seed)
+    direction.check_unseen((*held_out.positive, *held_out.negative), "the held-out texts")
     rows, sides = train.rows()
     moments = FeatureMoments(dictionary, torch.tensor(sides), train.paired)
     group = 2 if train.paired else 1
@@ -129,14 +125,28 @@ def sae_refined(
     features = part.topk(min(top, len(part))).indices
     features = features[part[features] > 0]
     if not len(features):
-        raise ContrastError(
-            f"no feature accounts for the direction at '{direction.site}'",
-            expected="features that are more active in one class and write along the direction",
-            found=f"none of {len(part)}",
-            remedy="check that the dictionary was trained at this site of this model",
-        )
+        raise _features_error(direction, len(part))
     vector = scaled(amplitude[features] @ dictionary.w_dec[features].double().cpu(), moments, direction.site).float()
-    metrics = heldout_metrics(model, held, {direction.site: vector[None]}, direction.span, progress)[direction.site][0]
+    metrics = heldout_metrics(model, held_out, {direction.site: vector[None]}, direction.span, progress)[direction.site][0]
     known = {**moments.along(vector), "n_train": float(len(train))}
-    made = Direction(direction.site, vector, "sae_refined", direction.span, {**metrics, **known}, train.digests() | direction.fitted_on)
-    return Refined(made, features, part[features] / direction.vector.norm().double())
+    fitted_on = train.digests() | direction.fitted_on
+    refined = Direction(direction.site, vector, "sae_refined", direction.span, {**metrics, **known}, fitted_on)
+    return Refined(refined, features, part[features] / direction.vector.norm().double())
+
+
+def _width_error(dictionary: Dictionary, direction: Direction) -> WidthError:
+    return WidthError(
+        f"the dictionary does not fit '{direction.site}'",
+        expected=f"width {len(direction.vector)}",
+        found=f"w_dec {list(dictionary.w_dec.shape)}",
+        remedy="use the dictionary that was trained at this site; w_dec is [features, width]",
+    )
+
+
+def _features_error(direction: Direction, features: int) -> ContrastError:
+    return ContrastError(
+        f"no feature accounts for the direction at '{direction.site}'",
+        expected="features that are more active in one class and write along the direction",
+        found=f"none of {features}",
+        remedy="check that the dictionary was trained at this site of this model",
+    )

@@ -61,7 +61,7 @@ def screen(
     check_direction(direction)
     finite_number(dose, "the dose of a screen", above=0)
     doses = (-dose, -dose / 2, 0.0, dose / 2, dose)
-    vectors = torch.tensor([direction.strength_of(one) for one in doses])[:, None] * direction.vector
+    vectors = torch.tensor([direction.strength_of(relative) for relative in doses])[:, None] * direction.vector
     gaps = pair_gaps(model, direction, contrast, vectors, "screening" if progress else None, scope=scope)
     x = torch.tensor(doses, dtype=torch.float64)  # of mean 0
     slopes = (x @ gaps) / (x @ x)

@@ -66,21 +66,16 @@ class Selection:
     @property
     def chosen(self) -> Direction:
         """The candidate with the lowest bypass score among those that were not rejected. Raises ConfigError when all were."""
-        left = [i for i, one in enumerate(self.candidates) if not one.rejected]
-        if not left:
-            raise ConfigError(
-                "no candidate may be chosen",
-                expected="one that induces the behaviour, is not too late in the model and leaves neutral prompts alone",
-                found="; ".join(f"{one.site} ({one.span}): {one.rejected}" for one in self.candidates),
-                remedy="give more candidates (sites, spans), other prompts, or a larger max_kl",
-            )
-        return self.directions[min(left, key=lambda i: self.candidates[i].bypass)]
+        eligible = [i for i, candidate in enumerate(self.candidates) if not candidate.rejected]
+        if not eligible:
+            raise _rejected_error(self.candidates)
+        return self.directions[min(eligible, key=lambda i: self.candidates[i].bypass)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        made = [asdict(one) for one in self.candidates]
-        chosen = None if all(one.rejected for one in self.candidates) else self.directions.index(self.chosen)
-        return {"candidates": made, "chosen": chosen, "showing": self.showing, "lacking": self.lacking}
+        candidates = [asdict(candidate) for candidate in self.candidates]
+        chosen = None if all(candidate.rejected for candidate in self.candidates) else self.directions.index(self.chosen)
+        return {"candidates": candidates, "chosen": chosen, "showing": self.showing, "lacking": self.lacking}
 
 
 def select(
@@ -121,20 +116,20 @@ def select(
     before_showing, bypass, before_neutral, kl = _ablation_scores(model, anatomy, candidates, showing, neutral, opening, progress)
     induce, before_lacking = _addition_scores(model, anatomy, candidates, lacking, opening, progress, unsteered=neutral is not lacking)
     limit = int(anatomy.n_layers * (1 - last))
-    made = tuple(
+    measured = tuple(
         Candidate(
-            site=str(one.site),
-            span=one.span,
-            method=one.method,
+            site=str(direction.site),
+            span=direction.span,
+            method=direction.method,
             bypass=float(bypass[i]),
             induce=float(induce[i]),
             kl=float(kl[i]),
-            rejected=_rejected(_depth(anatomy, one.site) >= limit, float(induce[i]), float(kl[i]), max_kl),
+            rejected=_rejected(_depth(anatomy, direction.site) >= limit, float(induce[i]), float(kl[i]), max_kl),
         )
-        for i, one in enumerate(candidates)
+        for i, direction in enumerate(candidates)
     )
     showing_score, lacking_score = before_showing, before_neutral if before_lacking is None else before_lacking
-    return Selection(made, tuple(candidates), showing_score, lacking_score)
+    return Selection(measured, tuple(candidates), showing_score, lacking_score)
 
 
 def _rejected(late: bool, induce: float, kl: float, max_kl: float) -> str:
@@ -146,8 +141,11 @@ def _rejected(late: bool, induce: float, kl: float, max_kl: float) -> str:
 
 
 def _depth(anatomy: Anatomy, site: Site) -> int:
-    found = anatomy.point(site).site
-    return found.layer if found.layer is not None else -1 if found.part == "embed" else anatomy.n_layers
+    """Block that a site belongs to: -1 before the first, the number of blocks after the last."""
+    site = anatomy.point(site).site
+    if site.layer is not None:
+        return site.layer
+    return -1 if site.part == "embed" else anatomy.n_layers
 
 
 def log_odds(logprobs: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -238,32 +236,21 @@ def _addition_scores(
 def _check(anatomy: Anatomy, candidates: Sequence[Direction], tokens: Sequence[int], prompts: dict[str, Sequence[Row]]) -> None:
     of_type(candidates, (list, tuple), "the candidates", "pass a list of Direction; of Directions, list(directions.values())")
     of_type(tokens, (list, tuple), "the tokens that open the behaviour", "pass a list of token ids")
-    for one in candidates:
-        check_direction(one)
+    for candidate in candidates:
+        check_direction(candidate)
     for what, rows in prompts.items():
         check_rows(rows, f"the prompts in `{what}`")
     if not candidates or not tokens:
-        raise ConfigError(
-            "nothing to select" if not candidates else "no token opens the behaviour",
-            expected="at least one candidate and one token id",
-            found=f"{len(candidates)} candidates, {len(tokens)} tokens",
-            remedy="extract directions at several sites, and look up the first tokens of answers that show the behaviour",
-        )
+        raise _nothing_error(len(candidates), len(tokens))
     _check_tokens(tokens, anatomy.point("logits").width or anatomy.config.vocab_size)
-    for one in candidates:
-        if len(one.vector) != anatomy.width:
-            raise WidthError(
-                f"'{one.site}' is no direction of the residual stream",
-                expected=f"width {anatomy.width}, since it is ablated wherever the model writes to it",
-                found=len(one.vector),
-                remedy="give candidates of layers.<n>.output, input, attn.output or mlp.output",
-            )
+    for candidate in candidates:
+        if len(candidate.vector) != anatomy.width:
+            raise _stream_error(candidate, anatomy.width)
         for what, rows in prompts.items():
-            one.check_unseen(rows, f"the prompts in `{what}`")
-    if empty := [what for what, rows in prompts.items() if not rows]:
-        raise ContrastError(
-            f"no prompts in `{empty[0]}`", expected="at least one", found="none", remedy="give prompts made with steer.model.tokens.encode"
-        )
+            candidate.check_unseen(rows, f"the prompts in `{what}`")
+    for what, rows in prompts.items():
+        if not rows:
+            raise _prompts_error(what)
 
 
 def _check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
@@ -271,9 +258,46 @@ def _check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
         whole_number(token, "a token that opens the behaviour")
     beyond = sorted({token for token in tokens if token >= vocabulary})
     if beyond or len(set(tokens)) == vocabulary:
-        raise ConfigError(
-            "tokens that the model does not have" if beyond else "every token opens the behaviour, and none is left to tell it from",
-            expected=f"some of the ids 0 to {vocabulary - 1}",
-            found=beyond or f"all {vocabulary}",
-            remedy="look up the first tokens of answers that show the behaviour, with the tokenizer of this model",
-        )
+        raise _vocabulary_error(beyond, vocabulary)
+
+
+def _rejected_error(candidates: Sequence[Candidate]) -> ConfigError:
+    return ConfigError(
+        "no candidate may be chosen",
+        expected="one that induces the behaviour, is not too late in the model and leaves neutral prompts alone",
+        found="; ".join(f"{candidate.site} ({candidate.span}): {candidate.rejected}" for candidate in candidates),
+        remedy="give more candidates (sites, spans), other prompts, or a larger max_kl",
+    )
+
+
+def _nothing_error(candidates: int, tokens: int) -> ConfigError:
+    return ConfigError(
+        "nothing to select" if not candidates else "no token opens the behaviour",
+        expected="at least one candidate and one token id",
+        found=f"{candidates} candidates, {tokens} tokens",
+        remedy="extract directions at several sites, and look up the first tokens of answers that show the behaviour",
+    )
+
+
+def _stream_error(candidate: Direction, width: int) -> WidthError:
+    return WidthError(
+        f"'{candidate.site}' is no direction of the residual stream",
+        expected=f"width {width}, since it is ablated wherever the model writes to it",
+        found=len(candidate.vector),
+        remedy="give candidates of layers.<n>.output, input, attn.output or mlp.output",
+    )
+
+
+def _prompts_error(what: str) -> ContrastError:
+    return ContrastError(
+        f"no prompts in `{what}`", expected="at least one", found="none", remedy="give prompts made with steer.model.tokens.encode"
+    )
+
+
+def _vocabulary_error(beyond: list[int], vocabulary: int) -> ConfigError:
+    return ConfigError(
+        "tokens that the model does not have" if beyond else "every token opens the behaviour, and none is left to tell it from",
+        expected=f"some of the ids 0 to {vocabulary - 1}",
+        found=beyond or f"all {vocabulary}",
+        remedy="look up the first tokens of answers that show the behaviour, with the tokenizer of this model",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from steer.intervene.scope import Scope
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import batches_of, check_vocabulary, evaluating
 from steer.model.likelihood import target_logprobs
-from steer.model.prefix import SharedPrefixes, agree, may_nest, may_share, share_prefixes
+from steer.model.prefix import PROVEN, SharedPrefixes, agree, may_nest, may_share, share_prefixes, structure_of, trial_groups
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -78,8 +78,8 @@ def sweep_plans(
 ) -> None:
     """Runs every text once with every row slot of every plan. Plans that are attached stay in force.
 
-    What is the same in several slots runs once (see `steer.directions.passes`), where the model allows it: this is tried on one text, and
-    every pass is run as a whole where the results are not the same, or where another plan or somebody's hook is on the model.
+    What is the same in several slots or texts runs once (see `steer.directions.passes`). It is tried on a few texts: where the results are
+    not the same, and where another plan or somebody's hook is on the model, every text runs whole in every slot.
 
     Args:
         plans: not attached.
@@ -149,6 +149,14 @@ class _Sweep:
             own = [len(self.shared.prefixes[i]) // group for i in self.shared.of]
             self.lengths = [length + extra for length, extra in zip(self.lengths, own, strict=True)]
 
+    @property
+    def way(self) -> Hashable:
+        """What it shares, and of what: one that has been tried need not be tried again."""
+        passes = self.passes
+        assert passes.anatomy is not None
+        prefixes = None if self.shared is None else (bool(self.shared.common), self.shared.nested, passes.steers_prefix)
+        return "sweep", any(passes.depths), prefixes, passes.head is not None, structure_of(passes.anatomy)
+
     @cached_property
     def common(self) -> ReadPrefixes:
         """What all texts begin with, read once for all batches."""
@@ -180,14 +188,18 @@ class _Sweep:
 def _cheapest(
     model: nn.Module, anatomy: Anatomy | None, plans: Sequence[SlottedPlan], rows: Sequence[Row], predict: str, group: int
 ) -> _Sweep:
-    """The way that shares what it can, if on a text it gives what whole passes give; else whole passes."""
+    """The way that shares what it can, if on a few texts it gives what whole passes give; else whole passes."""
     whole_passes = _Sweep(model, anatomy, plans, rows, predict, group, share=False, gather=False)
     if anatomy is None or anatomy.unembedding is None:
         return whole_passes
     head = anatomy.unembedding
     gather = not (head._forward_hooks or head._forward_pre_hooks) and not any(reads_logits(anatomy, entry.plan) for entry in plans)
     sharing = _Sweep(model, anatomy, plans, rows, predict, group, share=may_share(model), gather=gather)
-    chosen = [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
+    way = sharing.way
+    proven = PROVEN.setdefault(model, set())
+    if way in proven:
+        return sharing
+    chosen = [number * group for number in trial_groups(rows, sharing.shared, group)]
     # of each kind one, and those that have least in common
     slots = {number: torch.tensor(sorted({0, plans[number].slots - 1})) for number in sorted({0, len(plans) - 1})}
     expected = [predictions.logits for predictions in whole_passes.predictions(chosen, slots)]
@@ -197,6 +209,7 @@ def _cheapest(
         log.info("texts run whole, since sharing their passes failed: %s: %s", type(error).__name__, error)
         return whole_passes
     if all(agree(plain, shared) for plain, shared in zip(expected, reached, strict=True)):
+        proven.add(way)
         return sharing
     log.info("texts run whole, since sharing their passes changes the results of this model")
     return whole_passes
@@ -221,13 +234,8 @@ def sweep_plan(site: Site, vectors: Tensor, scope: str) -> Plan:
 def check_scope(scope: str) -> None:
     """Raises ConfigError for a scope with decoded tokens, of which there are none where whole texts are read: it would measure nothing, or
     another edit than generation sees."""
-    if any(one.kind == "generated" for one in Scope.parse(scope).selectors):
-        raise ConfigError(
-            f"scope '{scope}' means decoded tokens, and nothing is decoded here: whole texts are read",
-            expected="a scope of the tokens of a text",
-            found=str(scope),
-            remedy="use 'response', which means the answer here and the decoded tokens in generation",
-        )
+    if any(selector.kind == "generated" for selector in Scope.parse(scope).selectors):
+        raise _scope_error(scope)
 
 
 def pair_gaps(
@@ -264,12 +272,25 @@ def check_pairs(contrast: ContrastSet, what: str) -> None:
     """Raises ContrastError when the texts are not pairs of answers."""
     of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs)")
     if not contrast.paired or any(row.response == 0 for row in (*contrast.positive, *contrast.negative)):
-        raise ContrastError(
-            what,
-            expected="pairs of answers, as ContrastSet.from_pairs makes them",
-            found="texts without answers" if contrast.paired else "two sets of unrelated texts",
-            remedy="give pairs with the keys prompt, positive and negative",
-        )
+        raise _pairs_error(what, contrast)
+
+
+def _scope_error(scope: str) -> ConfigError:
+    return ConfigError(
+        f"scope '{scope}' means decoded tokens, and nothing is decoded here: whole texts are read",
+        expected="a scope of the tokens of a text",
+        found=str(scope),
+        remedy="use 'response', which means the answer here and the decoded tokens in generation",
+    )
+
+
+def _pairs_error(what: str, contrast: ContrastSet) -> ContrastError:
+    return ContrastError(
+        what,
+        expected="pairs of answers, as ContrastSet.from_pairs makes them",
+        found="texts without answers" if contrast.paired else "two sets of unrelated texts",
+        remedy="give pairs with the keys prompt, positive and negative",
+    )
 
 
 def _logits_error(logits: Tensor) -> NonFiniteError:

@@ -61,7 +61,8 @@ class Term:
 
 class _Reader:
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text = text
+        self.at = 0
 
     def fail(self, what: str, expected: str, remedy: str, at: int | None = None) -> NoReturn:
         at = self.at if at is None else at
@@ -102,7 +103,7 @@ class _Reader:
         self.skip()
         return True
 
-    def wanted(self, pattern: re.Pattern[str], what: str, remedy: str) -> str:
+    def required(self, pattern: re.Pattern[str], what: str, remedy: str) -> str:
         return self.take(pattern) or self.fail(f"no {what}", what, remedy)
 
     def known(self, what: str, word: str, known: Iterable[str], at: int) -> None:
@@ -113,13 +114,13 @@ class _Reader:
 
     def terms(self) -> list[Term]:
         self.skip()
-        found = [self.term(self.sign() or 1)]
+        terms = [self.term(self.sign() or 1)]
         while self.at < len(self.text):
             sign = self.sign()
             if sign is None:
                 self.fail("the plan cannot be read", GRAMMAR, "put a + or - between terms, and a space between a number and a word")
-            found.append(self.term(sign))
-        return found
+            terms.append(self.term(sign))
+        return terms
 
     def sign(self) -> int | None:
         return 1 if self.mark("+") else -1 if self.mark("-") else None
@@ -128,21 +129,26 @@ class _Reader:
         at = {"number": self.at}
         number = self.take(_NUMBER)
         at["name"] = self.at
-        name = self.wanted(_WORD, "name of a direction", "write e.g. '0.4 warm@response', with a space after a number")
-        operator, at["operator"] = "add", at["name"]
+        name = self.required(_WORD, "name of a direction", "write e.g. '0.4 warm@response', with a space after a number")
+        operator = "add"
+        at["operator"] = at["name"]
         second = self.at
         if word := self.take(_WORD):
-            operator, name, at["name"] = name, word, second
-        site, scope, gate = None, "all", None
+            operator = name
+            name = word
+            at["name"] = second
+        site = None
+        scope = "all"
+        gate = None
         if self.mark(":"):
             at["site"] = self.at
-            site = self.wanted(_SITE, "site", "write e.g. ':layers.12.output', or leave the ':' out")
+            site = self.required(_SITE, "site", "write e.g. ':layers.12.output', or leave the ':' out")
         if self.mark("@"):
             at["scope"] = self.at
-            scope = self.wanted(_SCOPE, "scope", "write e.g. '@response', or leave the '@' out").strip()
+            scope = self.required(_SCOPE, "scope", "write e.g. '@response', or leave the '@' out").strip()
         if self.mark("?"):
             at["gate"] = self.at
-            gate = self.wanted(_WORD, "name of a gate", "write e.g. '?harmful', or leave the '?' out")
+            gate = self.required(_WORD, "name of a gate", "write e.g. '?harmful', or leave the '?' out")
         return Term(sign * float(number or 1), operator, name, site, scope, gate, self.mark("^"), at)
 
 
@@ -159,14 +165,18 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     """
     of_type(text, str, "a plan as text", "write e.g. '0.4 warm@response'")
     gates = {} if gates is None else gates
-    for what, given, kinds in (("direction", names, (Direction, Directions)), ("gate", gates, Gate)):
-        of_type(given, Mapping, f"the named {what}s", f"pass {{name: {what}}}")
-        for name, one in given.items():
-            of_type(one, kinds, f"'{name}' among the named {what}s", f"pass a steer.{what.title()}")
+    _check_names("direction", names, (Direction, Directions))
+    _check_names("gate", gates, Gate)
     reader = _Reader(text)
     terms = reader.terms()
-    ones = [_intervention(reader, term, names, gates) for term in terms]
-    return Plan(ones, fingerprint=_fingerprint({term.name: names[term.name] for term in terms}))
+    interventions = [_intervention(reader, term, names, gates) for term in terms]
+    return Plan(interventions, fingerprint=_fingerprint({term.name: names[term.name] for term in terms}))
+
+
+def _check_names(what: str, named: Any, kinds: type | tuple[type, ...]) -> None:
+    of_type(named, Mapping, f"the named {what}s", f"pass {{name: {what}}}")
+    for name, value in named.items():
+        of_type(value, kinds, f"'{name}' among the named {what}s", f"pass a steer.{what.title()}")
 
 
 def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> Intervention:
@@ -183,50 +193,47 @@ def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> In
     if term.gate is not None:
         reader.known("gate", term.gate, gates, term.at["gate"])
     with reader.located(term.at["operator"]):
-        edit = _made(operator, direction)
+        edit = _operator_of(operator, direction)
         edit.check_site(site)
     with reader.located(term.at["number"]):
         gate = None if term.gate is None else gates[term.gate]
         return Intervention(edit, site, scope, term.strength, gate=gate, preserve_norm=term.preserve_norm, name=term.name)
 
 
-def direction_at(given: Direction | Directions, site: Site | None) -> tuple[Direction, Site]:
+def direction_at(named: Direction | Directions, site: Site | None) -> tuple[Direction, Site]:
     """The direction that is meant, and where it acts."""
-    if isinstance(given, Directions):
-        given = given[site or next(iter(given))] if site or len(given) == 1 else given.best()
-    return given, site or given.site
+    if isinstance(named, Directions):
+        named = named[site or next(iter(named))] if site or len(named) == 1 else named.best()
+    return named, site or named.site
 
 
-def _made(operator: type[Operator], direction: Direction) -> Operator:
+def _operator_of(operator: type[Operator], direction: Direction) -> Operator:
+    """The operator that is made of nothing but a direction. Raises ConfigError when it needs more."""
     make: Any = operator
     try:
         return make(direction.vector)
     except TypeError as error:
-        raise ConfigError(
-            f"operator '{operator.name}' needs more than a direction",
-            expected="one that needs nothing but a vector, such as add or ablate",
-            found=str(error),
-            remedy=f"build the plan in Python, with an Intervention({operator.__name__}(...), ...)",
-        ) from None
+        raise _operator_error(operator, error) from None
 
 
 def _fingerprint(used: Names) -> dict[str, Any] | None:
-    """Of the model that the directions were read from, where that is known."""
-    first = None
-    for name, given in used.items():
-        found = given.provenance.get("model") if isinstance(given, Directions) else None
-        if found is None:
-            continue
-        first = first or (name, found)
-        ours, theirs = ({key: value for key, value in one.items() if key != "embedding_digest"} for one in (first[1], found))
-        if ours != theirs:
-            raise WrongModelError(
-                f"'{first[0]}' and '{name}' were read from different models",
-                expected=ours,
-                found=theirs,
-                remedy="extract both on the model that is to be steered",
-            )
-    return None if first is None else first[1]
+    """Fingerprint of the model that the directions were read from, where that is known. Raises WrongModelError for several models."""
+    known = {
+        name: directions.provenance["model"]
+        for name, directions in used.items()
+        if isinstance(directions, Directions) and directions.provenance.get("model") is not None
+    }
+    if not known:
+        return None
+    first = next(iter(known))
+    for name, fingerprint in known.items():
+        if _without_digest(fingerprint) != _without_digest(known[first]):
+            raise _models_error(first, known[first], name, fingerprint)
+    return known[first]
+
+
+def _without_digest(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fingerprint.items() if key != "embedding_digest"}
 
 
 def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
@@ -236,56 +243,49 @@ def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
         ConfigError: an intervention that has no text form, or whose vector or gate is none of those that are named.
     """
     texts = []
-    for one in plan.interventions:
-        words = [] if one.operator.name == "add" else [one.operator.name]
-        site_and_scope = f"{_name_of(one, names)}:{one.site}@{one.scope}"
-        gate = "" if one.gate is None else f" ?{_gate_of(one, gates or {})}"
+    for intervention in plan.interventions:
+        words = [] if intervention.operator.name == "add" else [intervention.operator.name]
+        site_and_scope = f"{_name_of(intervention, names)}:{intervention.site}@{intervention.scope}"
+        gate = "" if intervention.gate is None else f" ?{_gate_of(intervention, gates or {})}"
+        strength = intervention.strength[0]
         texts += [
-            "-" if one.strength[0] < 0 else "+",
-            " ".join([decimal(abs(one.strength[0])), *words, site_and_scope]) + gate + " ^" * one.preserve_norm,
+            "-" if strength < 0 else "+",
+            " ".join([decimal(abs(strength)), *words, site_and_scope]) + gate + " ^" * intervention.preserve_norm,
         ]
     lead = texts.pop(0).replace("+", "")  # no space after the first sign
     return lead + " ".join(texts)
 
 
-def _name_of(one: Intervention, names: Names) -> str:
+def _name_of(intervention: Intervention, names: Names) -> str:
+    """The name of the direction that an intervention is made of. Raises ConfigError."""
     extras = {
-        "row slots": one.slots > 1,
-        "a schedule": one.schedule != Constant(),
-        f"phases {one.phases}": one.phases != PHASES,
-        f"roles {one.roles}": one.roles != ("policy",),
-        "a switch that is off": not one.enabled,
-        "tensors that are learned": bool(one.parameters),
+        "row slots": intervention.slots > 1,
+        "a schedule": intervention.schedule != Constant(),
+        f"phases {intervention.phases}": intervention.phases != PHASES,
+        f"roles {intervention.roles}": intervention.roles != ("policy",),
+        "a switch that is off": not intervention.enabled,
+        "tensors that are learned": bool(intervention.parameters),
     }
     if any(extras.values()):
-        raise ConfigError(
-            f"'{one.name}' has no text form",
-            expected="an operator, a direction, a site, a scope, a strength and a gate alone",
-            found=", ".join(what for what, has in extras.items() if has),
-            remedy="keep the plan in a file: plan.save(path)",
-        )
-    own = one.name.split("#")[0]  # plans number names that repeat
+        raise _extras_error(intervention, [what for what, present in extras.items() if present])
+    own = intervention.name.split("#")[0]  # plans number names that repeat
     for name in sorted(names, key=lambda name: name != own):
-        given = names[name]
-        if isinstance(given, Directions) and one.site not in given.entries:
+        named = names[name]
+        if isinstance(named, Directions) and intervention.site not in named.entries:
             continue
-        direction, _ = direction_at(given, one.site)
-        if len(direction.vector) == one.operator.width and _same_operator(one.operator, direction):
+        direction, _ = direction_at(named, intervention.site)
+        if len(direction.vector) == intervention.operator.width and _same_operator(intervention.operator, direction):
             return name
-    raise ConfigError(
-        f"'{one.name}' has no text form",
-        expected=f"what '{one.operator.name}' makes of one of {', '.join(names) or 'the directions, of which there are none'}",
-        found=f"other tensors or settings, at {one.site}",
-        remedy="give the direction that it was made of, or keep the plan in a file: plan.save(path)",
-    )
+    raise _unnamed_error(intervention, names)
 
 
 def _same_operator(operator: Operator, direction: Direction) -> bool:
+    """True when the operator is what its class makes of the direction."""
     try:
-        made = _made(type(operator), direction)
+        expected = _operator_of(type(operator), direction)
     except ConfigError:
         return False
-    return made.options() == operator.options() and _same_tensors(made.tensors, operator.tensors)
+    return expected.options() == operator.options() and _same_tensors(expected.tensors, operator.tensors)
 
 
 def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
@@ -294,21 +294,63 @@ def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) 
 
 def _same_gate(a: Gate, b: Gate) -> bool:
     """Plans work on copies of their gates."""
-    ours, theirs = list(a.site_gates()), list(b.site_gates())
+    of_a = list(a.site_gates())
+    of_b = list(b.site_gates())
     try:
-        return a.to_dict() == b.to_dict() and all(_same_tensors(x.tensors, y.tensors) for x, y in zip(ours, theirs, strict=True))
+        return a.to_dict() == b.to_dict() and all(_same_tensors(x.tensors, y.tensors) for x, y in zip(of_a, of_b, strict=True))
     except ConfigError:  # a Python function has no file form
-        return str(a) == str(b) and [leaf.number for leaf in ours] == [leaf.number for leaf in theirs]
+        return str(a) == str(b) and [gate.number for gate in of_a] == [gate.number for gate in of_b]
 
 
-def _gate_of(one: Intervention, gates: Gates) -> str:
-    assert one.gate is not None
+def _gate_of(intervention: Intervention, gates: Gates) -> str:
+    assert intervention.gate is not None
     for name, gate in gates.items():
-        if _same_gate(gate, one.gate):
+        if _same_gate(gate, intervention.gate):
             return name
-    raise ConfigError(
-        f"the gate of '{one.name}' has no name",
+    raise _gate_error(intervention, gates)
+
+
+def _operator_error(operator: type[Operator], error: TypeError) -> ConfigError:
+    return ConfigError(
+        f"operator '{operator.name}' needs more than a direction",
+        expected="one that needs nothing but a vector, such as add or ablate",
+        found=str(error),
+        remedy=f"build the plan in Python, with an Intervention({operator.__name__}(...), ...)",
+    )
+
+
+def _models_error(first: str, expected: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> WrongModelError:
+    return WrongModelError(
+        f"'{first}' and '{name}' were read from different models",
+        expected=_without_digest(expected),
+        found=_without_digest(found),
+        remedy="extract both on the model that is to be steered",
+    )
+
+
+def _extras_error(intervention: Intervention, extras: list[str]) -> ConfigError:
+    return ConfigError(
+        f"'{intervention.name}' has no text form",
+        expected="an operator, a direction, a site, a scope, a strength and a gate alone",
+        found=", ".join(extras),
+        remedy="keep the plan in a file: plan.save(path)",
+    )
+
+
+def _unnamed_error(intervention: Intervention, names: Names) -> ConfigError:
+    known = ", ".join(names) or "the directions, of which there are none"
+    return ConfigError(
+        f"'{intervention.name}' has no text form",
+        expected=f"what '{intervention.operator.name}' makes of one of {known}",
+        found=f"other tensors or settings, at {intervention.site}",
+        remedy="give the direction that it was made of, or keep the plan in a file: plan.save(path)",
+    )
+
+
+def _gate_error(intervention: Intervention, gates: Gates) -> ConfigError:
+    return ConfigError(
+        f"the gate of '{intervention.name}' has no name",
         expected=f"one of {', '.join(gates)}" if gates else "a named gate",
-        found=str(one.gate),
+        found=str(intervention.gate),
         remedy="give it in gates={name: gate}",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from steer.errors import ConfigError, NonFiniteError
 from steer.intervene import Intervention, Plan
 from steer.intervene.operator import Operator
 from steer.intervene.operators.add import Add
+from steer.model.accumulator import TextAccumulator
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
 from steer.model.capture import capture
@@ -71,8 +72,22 @@ class Objective:
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.loss.__doc__
 
+    def value(self, name: str, scores: Scores) -> Tensor:
+        """[] what `loss` gives.
 
-OBJECTIVES: Registry[Any] = Registry("objective", "steer.directions.objectives", "steer.objectives")
+        Args:
+            name: what the error calls the objective.
+
+        Raises:
+            ConfigError: it gives something else than one number with a gradient.
+        """
+        loss = self.loss(scores)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            raise _loss_error(name, loss)
+        return loss
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", "steer.directions.objectives", "steer.objectives")
 
 
 def objective(
@@ -80,10 +95,10 @@ def objective(
 ) -> Callable[[Callable[[Scores], Tensor]], Objective]:
     """Registers a loss as the objective of that name."""
 
-    def add(loss: Callable[[Scores], Tensor]) -> Objective:
+    def register(loss: Callable[[Scores], Tensor]) -> Objective:
         return OBJECTIVES.register(name)(Objective(loss, runs, operator, detects))
 
-    return add
+    return register
 
 
 def train_direction(
@@ -123,115 +138,151 @@ def train_direction(
     Raises:
         ContrastError: no pairs, or too few. ConfigError, SiteError. NonFiniteError: the training diverged.
     """
-    aim: Objective = OBJECTIVES.get(method)
+    objective: Objective = OBJECTIVES.get(method)
     check_pairs(contrast, f"'{method}' compares the two answers of a pair")
     check_scope(scope)
     whole_number(steps, "the number of training steps", least=1)
     whole_number(batch_size, "the number of pairs in a step", least=1)
     finite_number(learning_rate, "the learning rate", above=0)
     anatomy = Anatomy.find(model)
-    place = Site.parse(site)
-    train, held = contrast.split(holdout, seed)
-    moments = read_moments(model, train, [place], span, set(), progress)[place]
+    site = Site.parse(site)
+    train, held_out = contrast.split(holdout, seed)
+    moments = read_moments(model, train, [site], span, set(), progress)[site]
     width = len(moments.gap)
-    size = moments.activation_norm / width**0.5
+    size = moments.activation_norm / width**0.5  # root mean square of the activation
     generator = torch.Generator().manual_seed(seed)
-    operator = aim.operator(0.01 * size * torch.randn(width, generator=generator)).train()
-    signs = sorted({sign for _, sign in aim.runs}, reverse=True)
-    plan = Plan(Intervention(operator, place, scope=scope, strength=signs))
-    rate = learning_rate * (width**-0.5 if aim.detects else size)
-    losses = _optimise(model, aim, plan, signs, train, steps, batch_size, rate, generator, progress)
+    operator = objective.operator(0.01 * size * torch.randn(width, generator=generator)).train()
+    signs = sorted({sign for _, sign in objective.runs}, reverse=True)
+    training = _Training(
+        model=model,
+        method=method,
+        objective=objective,
+        signs=signs,
+        plan=Plan(Intervention(operator, site, scope=scope, strength=signs)),
+        pairs=train,
+        batch_size=batch_size,
+        generator=generator,
+    )
+    losses = training.run(steps, learning_rate * (width**-0.5 if objective.detects else size), progress)
     vector = operator.parameters["vector"].detach()[0].float().cpu()
-    if aim.detects:
-        vector = vector / vector.norm()
-        largest = _Largest(vector)
-        capture(model, train.rows()[0], {place: largest}, span=span, progress="largest detection" if progress else None)
-        if largest.value == 0:
-            raise ConfigError(
-                f"'{method}' learned a vector at '{place}' that detects nothing",
-                expected=f"a token of the {len(train)} training texts, in the span '{span}', that it finds the concept in",
-                found="no positive projection on the vector",
-                remedy="train for more steps or at a higher learning rate, or use another seed or span",
-            )
-        vector = vector * largest.value
+    if objective.detects:
+        vector = _with_largest_detection(model, vector, train, site, span, method, progress)
     tenth = max(steps // 10, 1)
     metrics = {
-        **heldout_metrics(model, held, {place: vector[None]}, span, progress)[place][0],
+        **heldout_metrics(model, held_out, {site: vector[None]}, span, progress)[site][0],
         **moments.along(vector),
         "n_train": float(len(train)),
         "loss_first": sum(losses[:tenth]) / tenth,
         "loss_last": sum(losses[-tenth:]) / tenth,
     }
-    made = Direction(place, vector, method, span, metrics, train.digests())
+    direction = Direction(site, vector, method, span, metrics, train.digests())
     settings = {"scope": scope, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     provenance = provenance_of(anatomy, contrast, train, holdout, seed)
-    return Directions([made], name, {**provenance, "method": method, **settings})
+    return Directions([direction], name, {**provenance, "method": method, **settings})
 
 
-class _Largest:
-    """Accumulator: the largest projection of any token on a vector of length 1."""
+def _with_largest_detection(
+    model: nn.Module, vector: Tensor, train: ContrastSet, site: Site, span: str | int, method: str, progress: bool
+) -> Tensor:
+    """[width], the vector at the length of its largest detection on the training texts. Raises ConfigError when it detects nothing."""
+    unit = vector / vector.norm()
+    largest = _Largest(unit)
+    capture(model, train.rows()[0], {site: largest}, span=span, progress="largest detection" if progress else None)
+    if largest.value == 0:
+        raise _detection_error(method, site, span, len(train))
+    return unit * largest.value
+
+
+class _Largest(TextAccumulator):
+    """Accumulator: the largest projection of any token on a vector of length 1, and 0 where none is positive."""
 
     def __init__(self, unit: Tensor) -> None:
-        self.unit, self.value = unit, 0.0
+        self.unit = unit
+        self.value = 0.0
 
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        self.value = max(self.value, float((h.float() @ self.unit.to(h.device))[weight > 0].max()))
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[batch, 1], the largest of each text."""
+        along = h.float() @ self.unit.to(h.device)  # [batch, tokens]
+        return along.masked_fill(weight == 0, -torch.inf).amax(1, keepdim=True)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.value = max(self.value, float(values.max()))
 
 
-def _optimise(
-    model: nn.Module,
-    aim: Objective,
-    plan: Plan,
-    signs: list[int],
-    train: ContrastSet,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    progress: bool,
-) -> list[float]:
-    rows = {"positive": train.positive, "negative": train.negative}
-    tokens = {side: torch.tensor([row.response for row in rows[side]]) for side in SIDES}
-    with torch.compiler.set_stance("force_eager"):  # a shape of its own for nearly every batch, here and below
-        base = {side: response_logprobs(model, rows[side], pad=0) * tokens[side] for side in SIDES}
-    optimizer = torch.optim.AdamW(plan.parameters(), lr=learning_rate, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    order: list[int] = []
-    losses: list[float] = []
-    with (
-        frozen(model),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-        plan.attached(model, stack=True) as attachment,
-        tqdm(total=steps, desc=f"training {aim.loss.__name__}", disable=not progress, leave=False) as bar,
-    ):
-        for step in range(steps):
-            if len(order) < batch_size:
-                order += torch.randperm(len(train.positive), generator=generator).tolist()
-            chosen, order = order[:batch_size], order[batch_size:]
-            if len(signs) > 1:
-                attachment.set_rows([signs.index(sign) for _, sign in aim.runs for _ in chosen])
-            sums = _answer_sums(model, [rows[side][i] for side, _ in aim.runs for i in chosen])
-            scores = Scores(
-                dict(zip(aim.runs, sums.unflatten(0, (len(aim.runs), -1)), strict=True)),
-                {side: base[side][chosen].to(sums) for side in SIDES},
-                {side: tokens[side][chosen].to(sums) for side in SIDES},
-            )
-            loss = aim.loss(scores)
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(
-                    "the training of the vector diverged",
-                    expected="a finite loss",
-                    found=f"{float(loss.detach())} at step {step}",
-                    remedy="lower the learning rate, or run the model in float32",
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
-            losses.append(float(loss.detach()))
-            bar.update()
-    return losses
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """The training of one vector.
+
+    Attributes:
+        signs: strength of each row slot of the plan.
+        generator: draws the order of the pairs.
+    """
+
+    model: nn.Module
+    method: str
+    objective: Objective
+    signs: list[int]
+    plan: Plan
+    pairs: ContrastSet
+    batch_size: int
+    generator: torch.Generator
+
+    def run(self, steps: int, learning_rate: float, progress: bool) -> list[float]:
+        """Loss of every step."""
+        with torch.compiler.set_stance("force_eager"):  # a shape of its own for nearly every batch, here and below
+            base = {side: response_logprobs(self.model, self.rows[side], pad=0) * self.tokens[side] for side in SIDES}
+        optimizer = torch.optim.AdamW(self.plan.parameters(), lr=learning_rate, weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        losses: list[float] = []
+        with (
+            frozen(self.model),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            self.plan.attached(self.model, stack=True) as attachment,
+            tqdm(total=steps, desc=f"training {self.method}", disable=not progress, leave=False) as bar,
+        ):
+            for step, chosen in zip(range(steps), self.batches(), strict=False):
+                if len(self.signs) > 1:
+                    attachment.set_rows([self.signs.index(sign) for _, sign in self.objective.runs for _ in chosen])
+                loss = self.objective.value(self.method, self.scores(chosen, base))
+                if not bool(torch.isfinite(loss)):
+                    raise _divergence_error(loss, step)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                losses.append(float(loss.detach()))
+                bar.update()
+        return losses
+
+    @property
+    def rows(self) -> dict[str, tuple[Row, ...]]:
+        """The texts, by side."""
+        return {"positive": self.pairs.positive, "negative": self.pairs.negative}
+
+    @cached_property
+    def tokens(self) -> dict[str, Tensor]:
+        """[pairs] number of answer tokens, by side."""
+        return {side: torch.tensor([row.response for row in self.rows[side]]) for side in SIDES}
+
+    def batches(self) -> Iterator[list[int]]:
+        """Indices of the pairs of each step, without an end; every pair once before any comes again."""
+        order: list[int] = []
+        while True:
+            if len(order) < self.batch_size:
+                order += torch.randperm(len(self.pairs.positive), generator=self.generator).tolist()
+            yield order[: self.batch_size]
+            order = order[self.batch_size :]
+
+    def scores(self, chosen: list[int], base: dict[str, Tensor]) -> Scores:
+        """Runs the chosen pairs as the objective asks for. base: [pairs] log-probabilities without the vector, by side."""
+        runs = self.objective.runs
+        sums = _answer_sums(self.model, [self.rows[side][i] for side, _ in runs for i in chosen])
+        return Scores(
+            steered=dict(zip(runs, sums.unflatten(0, (len(runs), -1)), strict=True)),
+            base={side: base[side][chosen].to(sums) for side in SIDES},
+            tokens={side: self.tokens[side][chosen].to(sums) for side in SIDES},
+        )
 
 
 def _answer_sums(model: nn.Module, rows: list[Row]) -> Tensor:
@@ -257,3 +308,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
+
+
+def _loss_error(name: str, loss: object) -> ConfigError:
+    found = f"{type(loss).__name__} {str(loss)[:60]!r}"
+    if isinstance(loss, Tensor):
+        found = f"a tensor of the shape {list(loss.shape)}{'' if loss.requires_grad else ', without a gradient'}"
+    return ConfigError(
+        f"the objective '{name}' gives no loss to train with",
+        expected="one number, a tensor of the shape [] that depends on `scores.steered`",
+        found=found,
+        remedy="take the mean over the pairs, and detach nothing of `scores.steered`",
+    )
+
+
+def _detection_error(method: str, site: Site, span: str | int, texts: int) -> ConfigError:
+    return ConfigError(
+        f"'{method}' learned a vector at '{site}' that detects nothing",
+        expected=f"a token of the {texts} training texts, in the span '{span}', that it finds the concept in",
+        found="no positive projection on the vector",
+        remedy="train for more steps or at a higher learning rate, or use another seed or span",
+    )
+
+
+def _divergence_error(loss: Tensor, step: int) -> NonFiniteError:
+    return NonFiniteError(
+        "the training of the vector diverged",
+        expected="a finite loss",
+        found=f"{float(loss.detach())} at step {step}",
+        remedy="lower the learning rate, or run the model in float32",
+    )

@@ -49,7 +49,7 @@ class DriftTracker:
         stream: read the training batches too.
         store: file of the records (see `steer.drift.store`), opened at the first measurement; None keeps none.
         seed: of the controls and of the sign flips.
-        span: which tokens of a probe text are averaged, see `steer.model.capture.span_weight`.
+        span: which tokens of a probe text are averaged, see `steer.model.span.span_of`.
 
     Attributes:
         sites: named directions and controls by site.

@@ -6,18 +6,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, SteerError, did_you_mean
+from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError, SteerError
 from steer.model import hooks
+from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
 from steer.model.prefix import (
+    PROVEN,
     CachedPrefix,
     SharedPrefixes,
     agree,
@@ -28,52 +30,17 @@ from steer.model.prefix import (
     may_share,
     prefix_batch,
     share_prefixes,
+    structure_of,
+    trial_groups,
 )
 from steer.model.resume import StoppedPass
 from steer.model.site import Site
+from steer.model.span import span_of
 from steer.model.tokens import Row, check_rows, collate
 
 log = logging.getLogger(__name__)
 
 FULL = 512  # tokens that keep a processor busy: padding a batch beyond that costs more than a further pass
-
-
-class Accumulator(Protocol):
-    """Takes the activations of one site, batch by batch. A statistic is one class with this method."""
-
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """Takes one batch. Tensors may be reused by the model afterwards: what is kept must be copied.
-
-        Args:
-            h: [batch, tokens, width] in the model's dtype, from the first to the last token at which any text of the batch has its span.
-            weight: [batch, tokens], 1 on the span's tokens.
-            rows: [batch] indices of the texts.
-        """
-
-
-class TextAccumulator:
-    """Accumulator of a few numbers a text, which `capture` brings to the CPU once a batch: no pass waits for the device at every site.
-
-    A subclass says which numbers these are (`reduce`) and what becomes of them (`add`).
-    """
-
-    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
-        """[batch, n] fp32 on the device of h, without waiting for it. Arguments as of `Accumulator.update`."""
-        raise NotImplementedError
-
-    def add(self, values: Tensor, rows: Tensor) -> None:
-        """Takes what `reduce` gave for a batch, on the CPU, and the indices of its texts."""
-        raise NotImplementedError
-
-    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """Takes one batch at once, see `Accumulator`."""
-        self.add(self.reduce(h, weight).cpu(), rows)
-
-
-def pool(h: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the span of each text: [batch, tokens, width], [batch, tokens] -> [batch, width] in fp32."""
-    weight = weight.to(torch.float32)
-    return torch.einsum("btd,bt->bd", h.to(torch.float32), weight / weight.sum(1, keepdim=True).clamp_min(1))
 
 
 class _Reader:
@@ -192,49 +159,6 @@ def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
         raise _vocabulary_error(size, largest)
 
 
-SPANS = ("response", "prompt", "all", "last", "prompt_last")
-
-
-def span_of(row: Row, span: str | int) -> tuple[int, int]:
-    """First token of a span in a text, and the one after its last.
-
-    Args:
-        span: `response`, `prompt`, `all`, `last` (last token), `prompt_last` (last token of the prompt), or a token index (negative
-            from the end).
-
-    Raises:
-        ContrastError: a text without any token in the span. ConfigError: an unknown span.
-    """
-    size = len(row.ids)
-    if isinstance(span, int):
-        index = span if span >= 0 else size + span
-        start, stop = index, index + 1
-    elif span == "response":
-        start, stop = row.prompt, size
-    elif span == "prompt":
-        start, stop = 0, row.prompt
-    elif span == "all":
-        start, stop = 0, size
-    elif span == "last":
-        start, stop = size - 1, size
-    elif span == "prompt_last":
-        start, stop = row.prompt - 1, row.prompt
-    else:
-        raise _span_error(span)
-    if not 0 <= start < stop <= size:
-        raise _empty_span_error(row, span, start, stop)
-    return start, stop
-
-
-def span_weight(rows: Sequence[Row], span: str | int, length: int) -> Tensor:
-    """[batch, length] fp32, 1 on the tokens of a span, see `span_of`."""
-    weight = torch.zeros(len(rows), length)
-    for i, row in enumerate(rows):
-        start, stop = span_of(row, span)
-        weight[i, start:stop] = 1
-    return weight
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the mode of every module is restored on every exit path."""
@@ -269,7 +193,7 @@ def capture(
             force and are told which tokens are the response.
         rows: the texts; order is kept through the indices that accumulators get.
         accumulators: one per site.
-        span: see `span_weight`.
+        span: see `steer.model.span.span_of`.
         pad: any token id; padding is masked.
         max_tokens: padded tokens per batch.
         group: runs of this many consecutive texts share a batch (2 for pairs).
@@ -388,8 +312,15 @@ class _Capture:
 
 def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
     """The capture that shares prefixes, if on a few texts it reads what whole passes do; else the plain one."""
-    start = group * min(range(len(plain.rows) // group), key=lambda unit: len(plain.rows[unit * group].ids))
-    chosen = list(range(start, start + group))
+    shared, anatomy = sharing.shared, sharing.anatomy
+    assert shared is not None and anatomy is not None
+    way = ("capture", bool(shared.common), shared.nested, structure_of(anatomy))
+    proven = PROVEN.setdefault(plain.model, set())
+    if way in proven:
+        return sharing
+    chosen = [number * group + i for number in trial_groups(plain.rows, shared, group) for i in range(group)]
+    if shared.saved < 1.5 * sum(len(plain.rows[i].ids) for i in chosen):
+        return plain  # both ways of reading these texts cost more than would be saved
     reader = plain.reader
     accumulators = reader.accumulators
     read: list[dict[Site, _Means]] = []
@@ -406,6 +337,7 @@ def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:
     finally:
         reader.accumulators = accumulators
     if all(agree(read[0][site].values, read[1][site].values) for site in accumulators):
+        proven.add(way)
         return sharing
     log.info("texts run whole, since sharing their prefixes changes the activations of this model")
     return plain
@@ -445,25 +377,6 @@ def _finite_error(site: Site, count: int, tokens: int) -> NonFiniteError:
         expected="finite numbers",
         found=f"NaN or infinite ones in {count} of {tokens} tokens",
         remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
-    )
-
-
-def _span_error(span: object) -> ConfigError:
-    return ConfigError(
-        f"unknown span '{span}'",
-        expected=f"one of {', '.join(SPANS)}, or a token index",
-        found=repr(span),
-        remedy=did_you_mean(str(span), SPANS) or "choose one of these, e.g. 'response'",
-    )
-
-
-def _empty_span_error(row: Row, span: str | int, start: int, stop: int) -> ContrastError:
-    size = len(row.ids)
-    return ContrastError(
-        f"a text of {size} tokens ({row.response} of them response) has no token in the span '{span}'",
-        expected="at least one token of every text",
-        found=f"tokens {start}:{stop} of {size}",
-        remedy="choose another span, or give the text an answer",
     )
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts."""
+"""Log-probabilities of texts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def response_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         [batch] fp32 and [batch].
     """
     targets = labels[:, 1:]
-    wanted = targets != -100
-    picked = logits[:, :-1][wanted].float().log_softmax(-1).gather(-1, targets[wanted][:, None])[:, 0]
-    return torch.zeros(wanted.shape, device=logits.device).masked_scatter(wanted, picked).sum(1), wanted.sum(1)
+    in_response = targets != -100
+    logprobs = logits[:, :-1][in_response].float().log_softmax(-1).gather(-1, targets[in_response][:, None])[:, 0]
+    per_token = torch.zeros(in_response.shape, device=logits.device).masked_scatter(in_response, logprobs)  # [batch, tokens - 1]
+    return per_token.sum(1), in_response.sum(1)
 
 
 def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of given tokens, in nat, without a table of all of them.
+    """Log-probability of one token a row, in nat, without a table of all of them.
 
     Args:
         logits: [n, vocabulary]. targets: [n] token ids.
@@ -45,7 +46,7 @@ def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_tokens: int = 2048) -> Tensor:
     """Mean log-probability per response token, in nat.
 
-    A plan that is attached stays in force; the response tokens are announced to it.
+    A plan that is attached stays in force, and is told which tokens are the response.
 
     Args:
         model: a causal language model.
@@ -70,10 +71,14 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
             total, count = response_sums(logits, labels)
             scores[chosen] = (total / count).double().cpu()
     if not bool(torch.isfinite(scores).all()):
-        raise NonFiniteError(
-            "log-probabilities are not finite",
-            expected="a finite number for each text",
-            found=f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} are NaN or infinite",
-            remedy="the model diverged: lower the learning rate or the strength",
-        )
+        raise _scores_error(scores)
     return scores
+
+
+def _scores_error(scores: Tensor) -> NonFiniteError:
+    return NonFiniteError(
+        "log-probabilities are not finite",
+        expected="a finite number for each text",
+        found=f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} are NaN or infinite",
+        remedy="the model diverged: lower the learning rate or the strength",
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,14 @@ class SharedPrefixes:
         prefixes: what follows in each group, likewise.
         of: index of each text's group.
         rest: what is left of each text, with at least one token.
+        saved: how many tokens less are run than by whole texts.
     """
 
     common: tuple[int, ...]
     prefixes: list[tuple[int, ...]]
     of: list[int]
     rest: list[Row]
+    saved: int
 
     @property
     def nested(self) -> bool:
@@ -66,7 +69,7 @@ def share_prefixes(rows: Sequence[Row], limits: Sequence[int], group: int, *, ne
     saved = common * (len(starts) - 1) + sum(length + common for length in own) * (group - 1)
     if saved < max(0.1 * sum(len(row.ids) for row in rows), LEAST_TOKENS):
         return None
-    return SharedPrefixes(rows[0].ids[:common], prefixes, of, rest)
+    return SharedPrefixes(rows[0].ids[:common], prefixes, of, rest, saved)
 
 
 def _common(texts: Sequence[Row], limit: int) -> int:
@@ -74,6 +77,21 @@ def _common(texts: Sequence[Row], limit: int) -> int:
     first = min(row.ids for row in texts)
     last = max(row.ids for row in texts)
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
+
+
+def trial_groups(rows: Sequence[Row], shared: SharedPrefixes | None, group: int) -> list[int]:
+    """Numbers of the groups on which sharing is tried: the shortest, and the next that has to be padded to be read beside it."""
+    order = sorted(range(len(rows) // group), key=lambda number: len(rows[number * group].ids))
+    if shared is None:
+        return order[:1]
+
+    def lengths(number: int) -> tuple[int, int]:
+        return len(shared.prefixes[number]), len(shared.rest[number * group].ids)
+
+    shortest = lengths(order[0])
+    by_prefix = [number for number in order if lengths(number)[0] != shortest[0]]
+    by_rest = [number for number in order if lengths(number)[1] != shortest[1]]
+    return order[:1] + (by_prefix or by_rest)[:1]
 
 
 @dataclass(eq=False)
@@ -179,6 +197,15 @@ def is_sharded(model: nn.Module) -> bool:
     """True under FSDP2, which keeps state from the start of a forward pass to its end."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def structure_of(anatomy: Anatomy) -> Hashable:
+    """Changes when a model gets other modules or another `forward`, after which it has to be tried again whether it can share passes."""
+    return sum(1 for _ in anatomy.model.modules()), tuple(vars(module).get("forward") for module in anatomy.chain)
+
+
+# by model, the ways of sharing that gave what whole passes give
+PROVEN: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
 def agree(plain: Tensor, shared: Tensor) -> bool:

@@ -28,12 +28,7 @@ class Row:
                 whole_number(token, "a token id of a row")
         whole_number(self.prompt, "the number of prompt tokens of a row")
         if self.prompt > len(self.ids):
-            raise ConfigError(
-                "a row has fewer tokens than its prompt",
-                expected=f"0 to {len(self.ids)} prompt tokens",
-                found=self.prompt,
-                remedy="`ids` holds prompt and response; `prompt` says how many of them are the prompt",
-            )
+            raise _prompt_error(self)
 
     @property
     def response(self) -> int:
@@ -56,23 +51,13 @@ def check_rows(rows: Any, what: str) -> None:
 def check_tokenizer(tokenizer: Any) -> None:
     """Raises ConfigError unless this can tokenise."""
     if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
-        raise ConfigError(
-            "wrong type for the tokenizer",
-            expected="a tokenizer of transformers",
-            found=type(tokenizer).__name__,
-            remedy="pass the second of what steer.load returns, which is (model, tokenizer)",
-        )
+        raise _type_error(tokenizer)
 
 
 def pad_id(tokenizer: Any) -> int:
     """Raises TokenizerError when the tokenizer has no pad token."""
     if tokenizer.pad_token_id is None:
-        raise TokenizerError(
-            f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no pad token",
-            expected="a pad token, to batch texts of different length",
-            found="tokenizer.pad_token_id is None",
-            remedy="set tokenizer.pad_token = tokenizer.eos_token (padding is masked, so its identity does not matter)",
-        )
+        raise _pad_error(tokenizer)
     return tokenizer.pad_token_id
 
 
@@ -101,12 +86,7 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
         if tokenizer.eos_token_id is not None:
             tail = [*tail, tokenizer.eos_token_id]
     if not ids or (answer is not None and not tail):
-        raise TokenizerError(
-            "text gives no tokens",
-            expected="at least one token in the prompt, and in the answer if there is one",
-            found={"prompt": prompt, "answer": answer},
-            remedy="leave this text out, or say something in it",
-        )
+        raise _empty_error(prompt, answer)
     return Row(tuple(ids) + tuple(tail), len(ids))
 
 
@@ -136,31 +116,16 @@ def encode_chat(
         if not {"role", "content"} <= message.keys():
             raise ConfigError("a turn of a conversation lacks a part", expected="role and content", found=message, remedy=example)
     if not getattr(tokenizer, "chat_template", None):
-        raise TokenizerError(
-            f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template",
-            expected="a chat template, to tell the turns of a conversation apart",
-            found="none",
-            remedy="set tokenizer.chat_template, or announce response tokens only",
-        )
+        raise _template_error(tokenizer)
     ids: list[int] = []
     roles: list[int] = []
     for stop, message in enumerate(messages, 1):
         if message["role"] not in CHAT_ROLES:
-            raise TokenizerError(
-                "unknown chat role",
-                expected=f"one of {', '.join(CHAT_ROLES)}",
-                found=message["role"],
-                remedy="rename the role of this turn",
-            )
+            raise _role_error(message["role"])
         opened = add_generation_prompt and stop == len(messages)
         longer = _rendered(tokenizer, messages[:stop], opened)[1]
         if longer[: len(ids)] != ids:
-            raise TokenizerError(
-                "the chat template rewrites earlier turns",
-                expected="a template that only appends",
-                found=f"another text before turn {stop}",
-                remedy="announce the roles of its tokens yourself with steer.chat_roles",
-            )
+            raise _rewritten_error(stop)
         closed = len(_rendered(tokenizer, messages[:stop])[1]) if opened else len(longer)
         roles += [CHAT_ROLES.index(message["role"])] * (closed - len(ids)) + [CHAT_ROLES.index("assistant")] * (len(longer) - closed)
         ids = longer
@@ -192,12 +157,7 @@ def plain(tokenizer: Any, text: str) -> Row:
     of_type(text, str, "running text", "pass one text; for several, call it for each")
     ids = tokenizer(text).input_ids
     if len(ids) < 2:
-        raise TokenizerError(
-            "text gives fewer than two tokens",
-            expected="two or more: the first is predicted from nothing",
-            found=f"{len(ids)} in {text!r}",
-            remedy="leave this text out, or join it with the next",
-        )
+        raise _short_error(text, len(ids))
     return Row(tuple(ids), 1)
 
 
@@ -224,3 +184,72 @@ def collate(rows: Sequence[Row], pad: int, *, side: str = "right", max_length: i
         mask[i, start : start + len(tokens)] = 1
         labels[i, start + row.prompt : start + len(tokens)] = torch.tensor(tokens[row.prompt :], dtype=torch.long)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _prompt_error(row: Row) -> ConfigError:
+    return ConfigError(
+        "a row has fewer tokens than its prompt",
+        expected=f"0 to {len(row.ids)} prompt tokens",
+        found=row.prompt,
+        remedy="`ids` holds prompt and response; `prompt` says how many of them are the prompt",
+    )
+
+
+def _type_error(tokenizer: object) -> ConfigError:
+    return ConfigError(
+        "wrong type for the tokenizer",
+        expected="a tokenizer of transformers",
+        found=type(tokenizer).__name__,
+        remedy="pass the second of what steer.load returns, which is (model, tokenizer)",
+    )
+
+
+def _pad_error(tokenizer: Any) -> TokenizerError:
+    return TokenizerError(
+        f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no pad token",
+        expected="a pad token, to batch texts of different length",
+        found="tokenizer.pad_token_id is None",
+        remedy="set tokenizer.pad_token = tokenizer.eos_token (padding is masked, so its identity does not matter)",
+    )
+
+
+def _empty_error(prompt: str, answer: str | None) -> TokenizerError:
+    return TokenizerError(
+        "text gives no tokens",
+        expected="at least one token in the prompt, and in the answer if there is one",
+        found={"prompt": prompt, "answer": answer},
+        remedy="leave this text out, or say something in it",
+    )
+
+
+def _template_error(tokenizer: Any) -> TokenizerError:
+    return TokenizerError(
+        f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template",
+        expected="a chat template, to tell the turns of a conversation apart",
+        found="none",
+        remedy="set tokenizer.chat_template, or announce response tokens only",
+    )
+
+
+def _role_error(role: object) -> TokenizerError:
+    return TokenizerError(
+        "unknown chat role", expected=f"one of {', '.join(CHAT_ROLES)}", found=role, remedy="rename the role of this turn"
+    )
+
+
+def _rewritten_error(turn: int) -> TokenizerError:
+    return TokenizerError(
+        "the chat template rewrites earlier turns",
+        expected="a template that only appends",
+        found=f"another text before turn {turn}",
+        remedy="announce the roles of its tokens yourself with steer.chat_roles",
+    )
+
+
+def _short_error(text: str, tokens: int) -> TokenizerError:
+    return TokenizerError(
+        "text gives fewer than two tokens",
+        expected="two or more: the first is predicted from nothing",
+        found=f"{tokens} in {text!r}",
+        remedy="leave this text out, or join it with the next",
+    )

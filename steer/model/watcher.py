@@ -184,9 +184,7 @@ class Watcher:
         is_reference = self.peft.is_reference()
         if not self.is_decoder:
             return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
-        return build_context(
-            self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=self.peft.prefix_length()
-        )
+        return build_context(self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=self.peft.prefix_length())
 
     def close(self, output: Any) -> None:
         """The root is left. Raises HookDidNotRunError when it ended well and an attached site was not reached."""

@@ -14,10 +14,11 @@ from sklearn.linear_model import LogisticRegression
 
 from steer.directions import EXTRACTORS, ContrastSet, Erasure, extract, fit_erasure
 from steer.directions.erasure import erasure
+from steer.directions.extractor import Extractor
 from steer.directions.extractors.ccs import consistency
 from steer.directions.heldout import auc
 from steer.directions.moments import NEEDS, ContrastMoments
-from steer.errors import ConfigError, ContrastError
+from steer.errors import ConfigError, ContrastError, NonFiniteError, WidthError
 from steer.intervene import Erase, Intervention, Plan
 from steer.model.tokens import Row
 
@@ -196,3 +197,29 @@ def test_a_missing_package_is_named_before_a_pass(method, package, tiny, monkeyp
     contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), paired=True)
     with pytest.raises(ConfigError, match=rf"needs '{package}'[\s\S]*pip install 'torchsteer\[directions\]'"):
         extract(model, contrast, ["layers.1.output"], name="x", method=method, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, ConfigError, r"the extractor 'odd' gives no direction[\s\S]*NoneType"),
+        (torch.ones(32, dtype=torch.long), ConfigError, r"the extractor 'odd' gives no direction[\s\S]*torch.int64"),
+        (torch.ones(1, 32), WidthError, r"the extractor 'odd'[\s\S]*shape \[32\][\s\S]*\[1, 32\]"),
+        (torch.full((32,), torch.nan), NonFiniteError, "what the extractor 'odd' gives"),
+    ],
+)
+def test_what_an_extractor_gives_is_checked(given, error, message, tiny, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS._entries, "odd", Extractor(lambda moments: given))
+    rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
+    with pytest.raises(error, match=message):
+        extract(
+            tiny("llama"), ContrastSet(tuple(rows[:8]), tuple(rows[8:]), True), ["layers.1.output"], name="x", method="odd", progress=False
+        )
+
+
+def test_an_extractor_may_give_any_floating_point(tiny, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS._entries, "half", Extractor(lambda moments: moments.gap.bfloat16()))
+    rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
+    contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), True)
+    half, whole = (extract(tiny("llama"), contrast, ["layers.1.output"], name="x", method=m, progress=False) for m in ("half", "caa"))
+    assert aligned(half["layers.1.output"].vector, whole["layers.1.output"].vector) > 0.999

@@ -126,3 +126,19 @@ def test_a_vector_that_detects_nothing_is_not_made_a_direction(monkeypatch):
     monkeypatch.setitem(OBJECTIVES._entries, "opposed", opposed)
     with pytest.raises(ConfigError, match=r"detects nothing[\s\S]*of the 12 training texts"):
         train_direction(model, pairs(8), SITE, method="opposed", **{**QUICK, "steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda scores: scores.steered["positive", 1], r"a tensor of the shape \[4\]"),
+        (lambda scores: scores.steered["positive", 1].sum().detach(), r"a tensor of the shape \[\], without a gradient"),
+        (lambda scores: 1.0, "float '1.0'"),
+    ],
+)
+def test_what_an_objective_gives_is_checked(loss, found, monkeypatch):
+    model, _ = controlled()
+    monkeypatch.setitem(OBJECTIVES._entries, "odd", Objective(loss, (("positive", 1),), Add))
+    with pytest.raises(ConfigError, match=rf"the objective 'odd' gives no loss to train with[\s\S]*found: {found}"):
+        train_direction(model, pairs(8), SITE, method="odd", **QUICK)
+    assert hook_count(model) == 0

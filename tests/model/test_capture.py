@@ -1,5 +1,7 @@
 """Capture: streams what the naive way would keep, stops early, and leaves the model as it was."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.capture import batches, capture, pool, span_weight
+from steer.model.accumulator import TextAccumulator, pool
+from steer.model.capture import batches, capture
 from steer.model.site import Site
+from steer.model.span import span_of
 from steer.model.tokens import Row
 
 SPANS = ["response", "prompt", "all", "last", "prompt_last", 0, 2, -1, -3]
@@ -31,15 +35,15 @@ class Pooled:
 
 def rows(count: int = 9) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    made = []
+    texts = []
     for text in range(count):
         size = int(torch.randint(4, 12, (), generator=generator))
-        made.append(Row(tuple(ids(1, size, text)[0].tolist()), int(torch.randint(1, size - 1, (), generator=generator))))
-    return made
+        texts.append(Row(tuple(ids(1, size, text)[0].tolist()), int(torch.randint(1, size - 1, (), generator=generator))))
+    return texts
 
 
 def naive(model, row: Row, site: int, span) -> torch.Tensor:
-    """One text at a time, without padding, everything kept."""
+    """One text at a time, without padding, everything means."""
     with torch.no_grad():
         states = model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states[site][0]
     picked = {
@@ -58,20 +62,20 @@ def naive(model, row: Row, site: int, span) -> torch.Tensor:
 def test_streaming_equals_keeping_everything(span, max_tokens, tiny):
     model, texts = tiny("llama"), rows()
     sites = {Site.parse("layers.0.output"): 1, Site.parse("layers.2.input"): 2, Site.parse("final_norm"): 3}
-    kept = {site: Pooled(len(texts)) for site in sites}
-    capture(model, texts, dict(kept), span=span, max_tokens=max_tokens)
+    means = {site: Pooled(len(texts)) for site in sites}
+    capture(model, texts, dict(means), span=span, max_tokens=max_tokens)
     for site, index in sites.items():
         for text, row in enumerate(texts):
-            assert torch.allclose(kept[site].texts[text], naive(model, row, index, span), atol=1e-5)
+            assert torch.allclose(means[site].texts[text], naive(model, row, index, span), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_with_padding(family, tiny):
     model, texts = tiny(family), rows(4)
-    kept = Pooled(4)
-    capture(model, texts, {Site.parse("layers.1.output"): kept})
+    means = Pooled(4)
+    capture(model, texts, {Site.parse("layers.1.output"): means})
     for text, row in enumerate(texts):
-        assert torch.allclose(kept.texts[text], naive(model, row, 2, "response"), atol=1e-4)
+        assert torch.allclose(means.texts[text], naive(model, row, 2, "response"), atol=1e-4)
 
 
 def calls(model) -> list[int]:
@@ -109,12 +113,12 @@ def test_the_forward_stops_after_the_deepest_site(sites, wanted, tiny):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 100), st.sampled_from([1, 2]))
 def test_batches_hold_every_text_once_and_keep_groups_together(lengths, max_tokens, group):
     lengths = lengths * group
-    made = list(batches([Row((1,) * length, 1) for length in lengths], max_tokens, group))
-    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
-    for batch in made:
+    chosen = list(batches([Row((1,) * length, 1) for length in lengths], max_tokens, group))
+    assert sorted(index for batch in chosen for index in batch) == list(range(len(lengths)))
+    for batch in chosen:
         assert all(batch[i] + 1 == batch[i + 1] for i in range(0, len(batch), group) if group == 2)
         assert len(batch) == group or len(batch) * max(lengths[i] for i in batch) <= max_tokens
-    longest = [max(lengths[i] for i in batch) for batch in made]
+    longest = [max(lengths[i] for i in batch) for batch in chosen]
     assert longest == sorted(longest, reverse=True)  # similar lengths together, the largest batch first
 
 
@@ -124,11 +128,11 @@ def test_the_model_is_left_as_it_was(tiny):
     modes = [module.training for module in model.modules()]
     model(ids(), labels=ids()).loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    kept = Pooled(3)
-    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
+    means = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): means})
     assert [module.training for module in model.modules()] == modes and hook_count(model) == 0
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert not kept.texts[0].requires_grad
+    assert not means.texts[0].requires_grad
     model(ids(), labels=ids()).loss.backward()
 
 
@@ -164,18 +168,18 @@ def test_an_accumulator_that_fails_leaves_no_hook(error, tiny):
 def test_a_plan_stays_in_force_and_knows_the_response(tiny):
     model, texts = tiny("llama"), rows(4)
     plan = Plan([Intervention(Add(vector()), "layers.1.output", "response")])
-    means = {}
+    by_case = {}
     for span in ("prompt", "response"):
         for steered in (False, True):
-            kept = means[span, steered] = Pooled(4)
+            means = by_case[span, steered] = Pooled(4)
             if steered:
                 with plan.attached(model):
-                    capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+                    capture(model, texts, {Site.parse("layers.1.output"): means}, span=span)
             else:
-                capture(model, texts, {Site.parse("layers.1.output"): kept}, span=span)
+                capture(model, texts, {Site.parse("layers.1.output"): means}, span=span)
     for text in range(4):
-        assert torch.equal(means["prompt", True].texts[text], means["prompt", False].texts[text])
-        assert torch.allclose(means["response", True].texts[text], means["response", False].texts[text] + vector(), atol=1e-5)
+        assert torch.equal(by_case["prompt", True].texts[text], by_case["prompt", False].texts[text])
+        assert torch.allclose(by_case["response", True].texts[text], by_case["response", False].texts[text] + vector(), atol=1e-5)
 
 
 def test_through_a_compiled_model_nothing_is_compiled(tiny):
@@ -183,18 +187,18 @@ def test_through_a_compiled_model_nothing_is_compiled(tiny):
     graphs = []
     model = tiny("llama")
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph)
-    kept = Pooled(3)
-    capture(compiled, rows(3), {Site.parse("layers.1.output"): kept})
-    assert not graphs and torch.allclose(kept.texts[0], naive(model, rows(3)[0], 2, "response"), atol=1e-5)
+    means = Pooled(3)
+    capture(compiled, rows(3), {Site.parse("layers.1.output"): means})
+    assert not graphs and torch.allclose(means.texts[0], naive(model, rows(3)[0], 2, "response"), atol=1e-5)
     compiled(ids())
     assert graphs == [1]
 
 
 def test_bfloat16_is_pooled_in_float32(tiny):
     model = tiny("llama").bfloat16()
-    kept = Pooled(3)
-    capture(model, rows(3), {Site.parse("layers.1.output"): kept})
-    assert kept.texts[0].dtype is torch.float32
+    means = Pooled(3)
+    capture(model, rows(3), {Site.parse("layers.1.output"): means})
+    assert means.texts[0].dtype is torch.float32
 
 
 def test_bad_input_is_named(tiny):
@@ -215,10 +219,89 @@ def test_bad_input_is_named(tiny):
 
 def test_spans_are_checked():
     texts = [Row((1, 2, 3, 4), 3), Row((1, 2), 2)]
-    assert span_weight(texts[:1], "response", 5).tolist() == [[0, 0, 0, 1, 0]]
-    assert span_weight(texts, -2, 4).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert span_of(texts[0], "response") == (3, 4)
+    assert [span_of(text, -2) for text in texts] == [(2, 3), (0, 1)]
     for span in ("response", 2, -3):
         with pytest.raises(ContrastError, match=rf"a text of 2 tokens \(0 of them response\) has no token in the span '{span}'"):
-            span_weight(texts, span, 4)
+            span_of(texts[1], span)
     with pytest.raises(ConfigError, match=r"unknown span 'respons'[\s\S]*did you mean 'response'"):
-        span_weight(texts, "respons", 4)
+        span_of(texts[0], "respons")
+
+
+def chat(pairs: int = 8) -> list[Row]:
+    """Pairs of answers to one prompt each, all of which begin alike."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for pair in range(pairs):
+        prompt = (*range(20, 26), *ids(1, 5 + pair % 5, pair)[0].tolist())
+        for side in range(2):
+            size = int(torch.randint(2, 5, (), generator=generator))
+            texts.append(Row((*prompt, 10 + side, *ids(1, size, 50 + 2 * pair + side)[0].tolist()), len(prompt)))
+    return texts
+
+
+def tokens_seen(model) -> list[tuple[int, ...]]:
+    """The shape of what every pass embeds."""
+    shapes: list[tuple[int, ...]] = []
+    forward = model.get_input_embeddings().forward
+
+    def counting(input_ids):
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids)
+
+    model.get_input_embeddings().forward = counting
+    return shapes
+
+
+@pytest.mark.parametrize("span", ["response", "last", "prompt_last", -2])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_shared_prefixes_are_read_once(family, span, tiny):
+    """The prompt of a pair, and what all prompts begin with: every text gives what it gives alone."""
+    model, texts = tiny(family), chat()
+    shapes = tokens_seen(model)
+    pooled = Pooled(len(texts))
+    capture(model, texts, {Site.parse("layers.1.output"): pooled}, span=span, group=2, max_tokens=100)
+    read = sum(rows * tokens for rows, tokens in shapes[1:])  # after the texts that are read whole, to compare
+    assert shapes[0] == (4, 16) and read < sum(len(row.ids) for row in texts)
+    model.get_input_embeddings().__dict__.pop("forward")
+    for text, row in enumerate(texts):
+        assert torch.allclose(pooled.texts[text], naive(model, row, 2, span), atol=1e-4)
+
+
+@pytest.mark.parametrize("reason", ["a span in the prompt", "a plan", "a hook", "no positions", "a model that reads its cache otherwise"])
+def test_texts_run_whole_where_a_prefix_cannot_be_shared(reason, tiny):
+    model, texts = tiny("llama"), chat()
+    span = "prompt" if reason == "a span in the prompt" else "response"
+    plan = Plan(Intervention(Add(vector()), "layers.0.output", "prompt[-2:]")) if reason == "a plan" else None
+    if reason == "a hook":
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.arange(output.shape[1])[:, None])
+    forward = model.forward
+    if reason == "no positions":
+        model.forward = lambda input_ids, attention_mask, use_cache=False: forward(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        )
+    if reason == "a model that reads its cache otherwise":
+        model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    expected, shared = Pooled(len(texts)), Pooled(len(texts))
+    with plan.attached(model) if plan is not None else nullcontext():
+        capture(model, texts, {Site.parse("layers.1.output"): expected}, span=span)
+        capture(model, texts, {Site.parse("layers.1.output"): shared}, span=span, group=2)
+    for a, b in zip(expected.texts, shared.texts, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_numbers_of_texts_are_handed_over_when_a_batch_is_over(tiny):
+    """No site makes the pass wait for the device: what all of them read comes after the last of them has run."""
+
+    class Counted(TextAccumulator):
+        def reduce(self, h, weight):
+            events.append("reduce")
+            return pool(h, weight)
+
+        def add(self, values, rows):
+            assert values.shape == (len(rows), 32) and values.device.type == "cpu"
+            events.append("add")
+
+    events: list[str] = []
+    capture(tiny("llama"), rows(4), {Site.parse(f"layers.{layer}.output"): Counted() for layer in range(3)})
+    assert events == ["reduce"] * 3 + ["add"] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from torch import Tensor
 
@@ -21,35 +22,43 @@ class EasyEdit(Importer):
 
     @staticmethod
     def recognises(source: Source) -> bool:
-        folder = source.path.is_dir() and any(_FILE.fullmatch(one.name) for one in source.path.iterdir())
+        folder = source.path.is_dir() and any(_FILE.fullmatch(file.name) for file in source.path.iterdir())
         return folder or source.is_torch and _FILE.fullmatch(source.path.name) is not None
 
     @staticmethod
     def read(source: Source) -> Directions:
-        here = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
-        files = [(int(match[1]), one) for one in here if (match := _FILE.fullmatch(one.name))]
+        entries = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
+        files = [(int(match[1]), file) for file in entries if (match := _FILE.fullmatch(file.name))]
         if not files:
             raise incomplete(source, "files layer_<n>.pt", "none")
         layers = [layer for layer, _ in files]
         if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
-            raise ConfigError(
-                f"'{source.path}' has several vectors for one layer",
-                expected="one file for each layer",
-                found=", ".join(one.name for layer, one in files if layer == twice[0]),
-                remedy="import the file that you mean",
-            )
+            raise _several_error(source, [file.name for layer, file in files if layer == twice[0]])
         vectors = {}
         for layer, file in sorted(files):
             vector = read_torch(file)
             if not isinstance(vector, Tensor):
-                found = f"a {type(vector).__name__} in {file.name}: the weights of another intervention method"
-                raise incomplete(source, "a vector", found)
+                kind = type(vector).__name__
+                raise incomplete(source, "a vector", f"a {kind} in {file.name}: the weights of another intervention method")
             if vector.ndim != 1:
-                raise WidthError(
-                    f"'{file.name}' holds several concepts",
-                    expected="the shape [width]",
-                    found=list(vector.shape),
-                    remedy="save the one you mean: torch.save(torch.load(path)[concept], path)",
-                )
+                raise _concepts_error(file, vector)
             vectors[source.place(layer, "layers.{layer}.output")] = vector
         return gathered(source, vectors, method="easyedit")
+
+
+def _several_error(source: Source, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"'{source.path}' has several vectors for one layer",
+        expected="one file for each layer",
+        found=", ".join(names),
+        remedy="import the file that you mean",
+    )
+
+
+def _concepts_error(file: Path, vector: Tensor) -> WidthError:
+    return WidthError(
+        f"'{file.name}' holds several concepts",
+        expected="the shape [width]",
+        found=list(vector.shape),
+        remedy="save the one you mean: torch.save(torch.load(path)[concept], path)",
+    )

@@ -36,21 +36,16 @@ class Gguf(Importer):
         reader = _reader(source)
         architecture, hint = (_text(reader, key) for key in ("general.architecture", f"{ARCHITECTURE}.model_hint"))
         if architecture != ARCHITECTURE:
-            raise WrongKindError(
-                f"'{source.path}' is no control vector",
-                expected=f"the architecture '{ARCHITECTURE}'",
-                found=f"'{architecture}'",
-                remedy="a model in GGUF is loaded with steer.load",
-            )
-        found: dict[int, Tensor] = {}
+            raise _architecture_error(source, architecture)
+        by_layer: dict[int, Tensor] = {}
         for tensor in reader.tensors:
             if match := _NAME.fullmatch(tensor.name):
                 if tensor.data.dtype.kind != "f":
                     raise incomplete(source, f"{tensor.name} in floating point", tensor.tensor_type.name)
-                found[int(match[1])] = torch.from_numpy(tensor.data.copy()).flatten()
-        if not found:
+                by_layer[int(match[1])] = torch.from_numpy(tensor.data.copy()).flatten()
+        if not by_layer:
             raise incomplete(source, "tensors direction.<n>", [tensor.name for tensor in reader.tensors] or "no tensors")
-        vectors = {source.place(layer, "layers.{layer}.output"): vector for layer, vector in sorted(found.items())}
+        vectors = {source.place(layer, "layers.{layer}.output"): vector for layer, vector in sorted(by_layer.items())}
         return gathered(source, vectors, method="gguf control vector", model_hint=hint)
 
 
@@ -65,3 +60,12 @@ def _reader(source: Source) -> Any:
 def _text(reader: Any, key: str) -> str | None:
     field = reader.get_field(key)
     return None if field is None or not len(field.parts) else bytes(field.parts[-1]).decode("utf-8", "replace")
+
+
+def _architecture_error(source: Source, architecture: str | None) -> WrongKindError:
+    return WrongKindError(
+        f"'{source.path}' is no control vector",
+        expected=f"the architecture '{ARCHITECTURE}'",
+        found=f"'{architecture}'",
+        remedy="a model in GGUF is loaded with steer.load",
+    )

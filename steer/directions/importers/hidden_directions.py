@@ -9,8 +9,7 @@ from torch import Tensor
 
 from steer.directions.direction import Directions
 from steer.directions.hidden_states import after_block
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, whole_of
-from steer.directions.importers.persona import matrix_of
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, integer_of, matrix_of
 from steer.errors import WidthError
 
 
@@ -35,15 +34,19 @@ class HiddenDirections(Importer):
     def read(source: Source) -> Directions:
         if isinstance(source.content, Mapping):
             baked: Mapping[str, Any] = source.content
-            site = source.place(whole_of(source, baked["layer"], "layer"), "layers.{layer}.mlp.output")
+            site = source.place(integer_of(source, baked["layer"], "layer"), "layers.{layer}.mlp.output")
             return gathered(source, {site: baked["bias"]}, method="baked bias", base_model=str(baked["base_model"]))
         rows = matrix_of(source)
         source.n_layers = len(rows) if source.n_layers is None else source.n_layers
         if len(rows) != source.n_layers:
-            raise WidthError(
-                f"'{source.path.name}' has a row for other layers than the model's",
-                expected=f"{source.n_layers} rows, one for each block",
-                found=len(rows),
-                remedy="check n_layers; with one row more the format is 'persona'",
-            )
+            raise _rows_error(source, len(rows))
         return gathered(source, {after_block(source, layer): row for layer, row in enumerate(rows)}, method="hidden-directions")
+
+
+def _rows_error(source: Source, rows: int) -> WidthError:
+    return WidthError(
+        f"'{source.path.name}' has a row for other layers than the model's",
+        expected=f"{source.n_layers} rows, one for each block",
+        found=rows,
+        remedy="check n_layers; with one row more the format is 'persona'",
+    )

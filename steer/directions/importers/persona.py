@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steer.directions.direction import Directions
 from steer.directions.hidden_states import after_block
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, matrix_of
 from steer.errors import WidthError
 from steer.model.site import Site
 
@@ -36,21 +36,17 @@ class Persona(Importer):
         rows = matrix_of(source)
         source.n_layers = len(rows) - 1 if source.n_layers is None else source.n_layers
         if len(rows) != source.n_layers + 1:
-            raise WidthError(
-                f"'{source.path.name}' has a row for other layers than the model's",
-                expected=f"{source.n_layers + 1} rows, one for each entry of hidden_states",
-                found=len(rows),
-                remedy="check n_layers; with one row for each block the format is 'hidden-directions'",
-            )
+            raise _rows_error(source, source.n_layers, len(rows))
         sites = [Site("embed"), *(after_block(source, layer) for layer in range(len(rows) - 1))]
         part = _PART.search(source.path.stem)
         span = _SPANS[part[1]] if part else "unknown"
         return gathered(source, dict(zip(sites, rows, strict=True)), method="mean_difference", span=span)
 
 
-def matrix_of(source: Source) -> Tensor:
-    """[rows, width] of a torch file. Raises DamagedFileError when it holds something else."""
-    if not isinstance(source.content, Tensor) or source.content.ndim != 2 or len(source.content) < 2:
-        found = list(source.content.shape) if isinstance(source.content, Tensor) else type(source.content).__name__
-        raise incomplete(source, "one matrix, [layers, width]", found)
-    return source.content
+def _rows_error(source: Source, n_layers: int, rows: int) -> WidthError:
+    return WidthError(
+        f"'{source.path.name}' has a row for other layers than the model's",
+        expected=f"{n_layers + 1} rows, one for each entry of hidden_states",
+        found=rows,
+        remedy="check n_layers; with one row for each block the format is 'hidden-directions'",
+    )

@@ -77,74 +77,102 @@ class Pyvene(Importer):
     def read(source: Source) -> Plan:
         if not source.has(CONFIG):
             raise incomplete(source, CONFIG, "no such file")
-        ones = [_intervention(source, one) for one in _representations(source)]
-        return Plan(ones)
+        return Plan([_intervention(source, representation) for representation in _representations(source)])
 
 
 def _representations(source: Source) -> list[Representation]:
     """Raises DamagedFileError when the configuration lacks a part."""
-    config, made, seen = read_json(source.path / CONFIG), [], Counter[str]()
+    config = read_json(source.path / CONFIG)
+    representations = []
+    seen = Counter[str]()
     try:
         for spec, kind in zip(config["representations"], config["intervention_types"], strict=True):
-            one: dict[str, Any] = spec if isinstance(spec, dict) else dict(zip(_FIELDS, spec, strict=False))
-            component, unit, partition = str(one["component"]), str(one["unit"]), one.get("subspace_partition")
-            where = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{one['layer']}_comp_{component}"
-            key = f"{where}_unit_{unit.replace('.', '_')}_nunit_{one['max_number_of_units']}"
-            file, name = f"intkey_{key}#{seen[key]}.bin", str(kind).rstrip("'>").split(".")[-1]
-            made.append(Representation(int(one["layer"]), component, name, file, unit if partition is None else f"{unit} in {partition}"))
+            fields: dict[str, Any] = spec if isinstance(spec, dict) else dict(zip(_FIELDS, spec, strict=False))
+            component = str(fields["component"])
+            unit = str(fields["unit"])
+            partition = fields.get("subspace_partition")
+            where = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{fields['layer']}_comp_{component}"
+            key = f"{where}_unit_{unit.replace('.', '_')}_nunit_{fields['max_number_of_units']}"
+            representations.append(
+                Representation(
+                    layer=int(fields["layer"]),
+                    component=component,
+                    kind=str(kind).rstrip("'>").split(".")[-1],
+                    file=f"intkey_{key}#{seen[key]}.bin",
+                    parts=unit if partition is None else f"{unit} in {partition}",
+                )
+            )
             seen[key] += 1
     except (KeyError, TypeError, ValueError) as error:
         raise incomplete(source, "representations and intervention_types, one for one", repr(error)) from error
-    return made
+    return representations
 
 
-def _intervention(source: Source, one: Representation) -> Intervention:
-    if one.parts != "pos":
-        raise ConfigError(
-            f"'{source.path}' acts on parts of a token",
-            expected="the unit 'pos', and no subspace partition",
-            found=one.parts,
-            remedy="make the operator by hand from the tensors of its .bin file",
-        )
-    make = OPERATORS.get(one.kind)
+def _intervention(source: Source, representation: Representation) -> Intervention:
+    if representation.parts != "pos":
+        raise _parts_error(source, representation)
+    make = OPERATORS.get(representation.kind)
     if make is None:
-        raise WrongKindError(
-            f"'{source.path}' holds a {one.kind}",
-            expected=", ".join(OPERATORS),
-            found=one.kind,
-            remedy="train it as an operator of steer, or keep it in pyvene",
-        )
-    if not source.has(one.file):
-        raise incomplete(source, one.file, ", ".join(sorted(file.name for file in source.path.glob("*.bin"))) or "no .bin file")
-    state = read_torch(source.path / one.file)
+        raise _operator_error(source, representation)
+    if not source.has(representation.file):
+        files = sorted(file.name for file in source.path.glob("*.bin"))
+        raise incomplete(source, representation.file, ", ".join(files) or "no .bin file")
+    state = read_torch(source.path / representation.file)
     try:
         operator = make(state)
     except (KeyError, AttributeError) as error:
-        raise incomplete(source, f"the tensors of a {one.kind} in {one.file}", sorted(state)) from error
+        raise incomplete(source, f"the tensors of a {representation.kind} in {representation.file}", sorted(state)) from error
     if int(state.get("interchange_dim", operator.width)) != operator.width:
-        raise ConfigError(
-            f"'{one.file}' edits a part of the activation",
-            expected=f"all {operator.width} dimensions",
-            found=f"the first {int(state['interchange_dim'])}",
-            remedy="make the vector by hand, with zeros in the other dimensions",
-        )
+        raise _dimensions_error(representation, operator.width, int(state["interchange_dim"]))
     if source.scope is None:
-        raise ConfigError(
-            f"'{source.path}' does not say on which tokens it acts",
-            expected="scope=",
-            found="none",
-            remedy="e.g. scope='prompt[:4]|prompt[-4:]' for positions f4+l4 of pyreft",
-        )
-    return Intervention(operator, _site(source, one), scope=source.scope)
+        raise _scope_error(source)
+    return Intervention(operator, _site(source, representation), scope=source.scope)
 
 
-def _site(source: Source, one: Representation) -> Site:
-    if match := _BLOCK.fullmatch(one.component):
+def _site(source: Source, representation: Representation) -> Site:
+    component = representation.component
+    if match := _BLOCK.fullmatch(component):
         return source.place(int(match[1]), f"layers.{{layer}}.{match[2]}")
-    if "." in one.component and (match := _MODULE.fullmatch(one.component)):
+    if "." in component and (match := _MODULE.fullmatch(component)):
         path = re.sub(r"\[(\d+)\]", r".\1", match[1])
-        return source.place(one.layer, f"module:{path}:{match[2]}")
-    pattern = _COMPONENTS.get(one.component)
+        return source.place(representation.layer, f"module:{path}:{match[2]}")
+    pattern = _COMPONENTS.get(component)
     if pattern is None:
-        pattern = source.asked_site(f"component '{one.component}'", "layers.{layer}.mlp.output")
-    return source.place(one.layer, pattern)
+        pattern = source.asked_site(f"component '{component}'", "layers.{layer}.mlp.output")
+    return source.place(representation.layer, pattern)
+
+
+def _parts_error(source: Source, representation: Representation) -> ConfigError:
+    return ConfigError(
+        f"'{source.path}' acts on parts of a token",
+        expected="the unit 'pos', and no subspace partition",
+        found=representation.parts,
+        remedy="make the operator by hand from the tensors of its .bin file",
+    )
+
+
+def _operator_error(source: Source, representation: Representation) -> WrongKindError:
+    return WrongKindError(
+        f"'{source.path}' holds a {representation.kind}",
+        expected=", ".join(OPERATORS),
+        found=representation.kind,
+        remedy="train it as an operator of steer, or keep it in pyvene",
+    )
+
+
+def _dimensions_error(representation: Representation, width: int, dimensions: int) -> ConfigError:
+    return ConfigError(
+        f"'{representation.file}' edits a part of the activation",
+        expected=f"all {width} dimensions",
+        found=f"the first {dimensions}",
+        remedy="make the vector by hand, with zeros in the other dimensions",
+    )
+
+
+def _scope_error(source: Source) -> ConfigError:
+    return ConfigError(
+        f"'{source.path}' does not say on which tokens it acts",
+        expected="scope=",
+        found="none",
+        remedy="e.g. scope='prompt[:4]|prompt[-4:]' for positions f4+l4 of pyreft",
+    )

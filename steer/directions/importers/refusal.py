@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from steer.directions.direction import Directions
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_json, read_torch, whole_of
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of, read_json, read_torch
 
 VECTOR, METADATA = "direction.pt", "direction_metadata.json"
 
@@ -33,5 +33,5 @@ class Refusal(Importer):
         metadata, vector = read_json(folder / METADATA), read_torch(folder / VECTOR)
         if not isinstance(vector, Tensor) or not isinstance(metadata, dict) or not {"layer", "pos"} <= metadata.keys():
             raise incomplete(source, "a vector, and its layer and pos", f"{type(vector).__name__} and {metadata}")
-        site = source.place(whole_of(source, metadata["layer"], "layer"), "layers.{layer}.input")
-        return gathered(source, {site: vector}, method="mean_difference", span=whole_of(source, metadata["pos"], "pos"))
+        site = source.place(integer_of(source, metadata["layer"], "layer"), "layers.{layer}.input")
+        return gathered(source, {site: vector}, method="mean_difference", span=integer_of(source, metadata["pos"], "pos"))

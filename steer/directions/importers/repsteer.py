@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from steer.directions.direction import Directions
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_json, whole_of
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of, read_json
 from steer.errors import ConfigError, DamagedFileError, WrongKindError
 from steer.files import read_safetensors
 from steer.model.site import Site
@@ -43,12 +46,7 @@ class Repsteer(Importer):
         name = _KINDS.get(kind)
         vector = None if name is None else tensors.get(name)
         if vector is None or (vector.ndim > 1 and len(vector) > 1):
-            raise WrongKindError(
-                f"'{source.path}' is not one direction",
-                expected=f"one of {', '.join(_KINDS)} with a vector",
-                found=f"'{kind}' with {', '.join(f'{key} {list(one.shape)}' for key, one in tensors.items())}",
-                remedy="make an operator of its tensors, e.g. steer.Ablate(basis)",
-            )
+            raise _kind_error(source, kind, tensors)
         notes = {key: manifest[key] for key in ("model", "dataset_fingerprint", "normalization", "seed") if manifest.get(key) is not None}
         return gathered(source, {_site(source, manifest): vector.flatten()}, method=str(manifest.get("method") or "repsteer"), **notes)
 
@@ -56,26 +54,19 @@ class Repsteer(Importer):
 def _check_hashes(source: Source) -> None:
     listed = read_json(source.path / CHECKSUMS).get("files", {})
     for name in (MANIFEST, TENSORS):
-        wanted, found = str(listed.get(name)).removeprefix("sha256:"), hashlib.sha256((source.path / name).read_bytes()).hexdigest()
-        if wanted != found:
-            raise DamagedFileError(
-                f"{name} of '{source.path}' was altered",
-                expected=f"sha256 {wanted}",
-                found=f"sha256 {found}",
-                remedy="get it again from where it came",
-            )
+        expected = str(listed.get(name)).removeprefix("sha256:")
+        digest = hashlib.sha256((source.path / name).read_bytes()).hexdigest()
+        if digest != expected:
+            raise _altered_error(source, name, expected, digest)
 
 
 def _site(source: Source, manifest: dict[str, Any]) -> Site:
-    site, architecture = manifest.get("site") or {}, str((manifest.get("model") or {}).get("architecture") or "").lower()
-    component, layer = str(site.get("component")), site.get("layer")
+    site = manifest.get("site") or {}
+    architecture = str((manifest.get("model") or {}).get("architecture") or "").lower()
+    component = str(site.get("component"))
+    layer = site.get("layer")
     if site.get("unit") is not None or site.get("stream", "language") != "language":
-        raise ConfigError(
-            f"'{source.path}' belongs to a part of an activation, or to another stream",
-            expected="a site of the language model, without a unit",
-            found=site,
-            remedy="make a steer.Direction of its vector at a site of your choice",
-        )
+        raise _unit_error(source, site)
     if component == "logits":
         return Site("logits")
     pattern = _COMPONENTS.get(component)
@@ -88,4 +79,31 @@ def _site(source: Source, manifest: dict[str, Any]) -> Site:
         pattern = f"module:layers.{{layer}}.{norm}:input"
     if pattern is None or layer is None:
         pattern = source.asked_site(f"component {component!r} of architecture {architecture!r}", "layers.{layer}.output")
-    return source.place(0 if layer is None else whole_of(source, layer, "layer"), pattern)
+    return source.place(0 if layer is None else integer_of(source, layer, "layer"), pattern)
+
+
+def _kind_error(source: Source, kind: object, tensors: Mapping[str, Tensor]) -> WrongKindError:
+    return WrongKindError(
+        f"'{source.path}' is not one direction",
+        expected=f"one of {', '.join(_KINDS)} with a vector",
+        found=f"'{kind}' with {', '.join(f'{name} {list(tensor.shape)}' for name, tensor in tensors.items())}",
+        remedy="make an operator of its tensors, e.g. steer.Ablate(basis)",
+    )
+
+
+def _altered_error(source: Source, name: str, expected: str, digest: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{name} of '{source.path}' was altered",
+        expected=f"sha256 {expected}",
+        found=f"sha256 {digest}",
+        remedy="get it again from where it came",
+    )
+
+
+def _unit_error(source: Source, site: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"'{source.path}' belongs to a part of an activation, or to another stream",
+        expected="a site of the language model, without a unit",
+        found=site,
+        remedy="make a steer.Direction of its vector at a site of your choice",
+    )
