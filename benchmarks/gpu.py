@@ -8,7 +8,7 @@ operations and Inductor, as a fraction of the bandwidth that a copy reaches in t
 of a random decoder with 32 layers of width 4,096, bare and with each kind of intervention, in turns. Weights are random: only times are
 read.
 
-`--only sweep` does something else, in less than four minutes: it tries other launch parameters than the defaults, see gpu_sweep.py.
+`--only sweep` does something else, meant to take less than four minutes: it tries other launch parameters than the defaults (gpu_sweep.py).
 
 `--dry` goes through all of it on a CPU with tiny sizes, to test this script; its numbers mean nothing. The package must be installed,
 if need be with `pip install --no-deps --no-build-isolation .`: of its dependencies only torch, Triton, transformers and safetensors are

@@ -2,8 +2,8 @@
 
 The defaults follow from reading and compiling (see `default_launch` in the files of the kernels); this table says where others are faster.
 All kernels run without gradients: the backward kernels move the same bytes with the same parameters. There are at most 40 compilations, and
-nothing is begun after BUDGET seconds, so that the whole stays below four minutes. Scalar tiles of 4 tokens at width 8,192 are left out:
-compiled for sm_90 they spill 960 bytes a thread.
+nothing is begun after BUDGET seconds, so that the whole should stay below four minutes. Scalar tiles of 4 tokens at width 8,192 are left
+out: compiled for sm_90 they spill 960 bytes a thread.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 from steer.kernels import edit_scalar, edit_tiles
 from steer.kernels.dispatch import choose_path
 from steer.kernels.edit_reference import evaluate_phi, phi_slope
-from steer.kernels.edit_task import EditNumbers, EditOptions, EditTask, contiguous_directions, count_slots
+from steer.kernels.edit_task import EditNumbers, EditOptions, EditTask, count_slots
 from steer.kernels.layout import (
     contiguous_rows,
     empty_output,
@@ -226,7 +226,7 @@ class Edit(torch.autograd.Function):
     ) -> Tensor:
         numbers = EditNumbers(bias, scale, shift, low, high, threshold)
         options = EditOptions(scale_minus_1, relative, gated, preserve_norm)
-        task = contiguous_directions(EditTask(read, write, weight, slots, numbers, options))
+        task = EditTask(read.contiguous(), write.contiguous(), weight, slots, numbers, options)
         needs = NeedsGrad.of(ctx)
         is_linear = low is None and high is None and threshold is None  # then phi' does not depend on p
         keep = needs.any_but_h or (needs.h and (not is_linear or preserve_norm))

@@ -188,10 +188,11 @@ def launch_forward(
     batch, tokens, width = h.shape
     tile_size, num_warps = parameters or default_launch(width)
     arguments = kernel_arguments(task)
+    bias = task.numbers.bias
     _forward_kernel[(batch * -(-tokens // tile_size),)](
         h_ptr=h,
         out_ptr=out,
-        bias_ptr=contiguous_number(task.numbers.bias, arguments["n_slots"]),
+        bias_ptr=None if bias is None else contiguous_number(bias, arguments["n_slots"]),
         p_ptr=p,
         h_norm_ptr=h_norm,
         n_tokens=tokens,

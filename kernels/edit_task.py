@@ -54,25 +54,29 @@ def contiguous_directions(task: EditTask) -> EditTask:
     return task._replace(read=task.read.contiguous(), write=task.write.contiguous())
 
 
-def contiguous_number(number: Tensor | None, n_slots: int) -> Tensor | None:
+def contiguous_number(number: Tensor, n_slots: int) -> Tensor:
     """A number of the directions as kernels read it: [n_slots, M] fp32, contiguous."""
-    return None if number is None else number.expand(n_slots, -1).float().contiguous()
+    return number.expand(n_slots, -1).float().contiguous()
 
 
 def kernel_arguments(task: EditTask) -> dict[str, Any]:
     """The arguments that all kernels of an edit take, by name. The bias is not among them: a backward pass does not need it."""
     n_slots = count_slots(task)
     weight_stride_b, weight_stride_t = broadcast_strides(task.weight)
+    scale, shift, low, high, threshold = [
+        None if number is None else contiguous_number(number, n_slots)
+        for number in task.numbers[1:]  # without the bias
+    ]
     return {
         "read_ptr": task.read,
         "write_ptr": task.write,
         "weight_ptr": task.weight,
         "slots_ptr": task.slots,
-        "scale_ptr": contiguous_number(task.numbers.scale, n_slots),
-        "shift_ptr": contiguous_number(task.numbers.shift, n_slots),
-        "low_ptr": contiguous_number(task.numbers.low, n_slots),
-        "high_ptr": contiguous_number(task.numbers.high, n_slots),
-        "threshold_ptr": contiguous_number(task.numbers.threshold, n_slots),
+        "scale_ptr": scale,
+        "shift_ptr": shift,
+        "low_ptr": low,
+        "high_ptr": high,
+        "threshold_ptr": threshold,
         "n_slots": n_slots,
         "scale_minus_1": task.options.scale_minus_1,
         "weight_stride_b": weight_stride_b,

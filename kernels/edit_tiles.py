@@ -201,10 +201,11 @@ def launch_forward(
     m = task.read.shape[1]
     tile_size, block_size, reverse, num_warps, num_stages = parameters or default_launch(tokens, m, h.dtype)
     arguments = kernel_arguments(task)
+    bias = task.numbers.bias
     _forward_kernel[(batch * -(-tokens // tile_size),)](
         h_ptr=h,
         out_ptr=out,
-        bias_ptr=contiguous_number(task.numbers.bias, arguments["n_slots"]),
+        bias_ptr=None if bias is None else contiguous_number(bias, arguments["n_slots"]),
         p_ptr=p,
         h_norm_ptr=h_norm,
         n_tokens=tokens,
