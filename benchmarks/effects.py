@@ -175,9 +175,7 @@ def main() -> None:
             "method": options.method,
             "seed": options.seed,
             "date": date.today().isoformat(),
-            "command": shlex.join(
-                ["python", "benchmarks/effects.py", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
-            ),
+            "command": shlex.join(["python", "benchmarks/effects.py", *words]),
             "versions": versions(),
             "rows": list(rows.values()),
         }
