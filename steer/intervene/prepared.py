@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steer.intervene.low_rank import LinearLowRank, with_norm_of
+from steer.intervene.low_rank import LinearLowRank, LowRank, with_norm_of
 from steer.intervene.operator import RowTensors, tensors_of_rows
 from steer.model.context import ForwardContext
 
@@ -113,6 +113,22 @@ class PreparedRankOne(PreparedEdit):
         return torch.addcmul(h, coordinate if opened is None else coordinate * opened, self.folded)
 
 
+class PreparedCoordinate(PreparedEdit):
+    """h + c(h·r) w with any change c of one coordinate that is linear in the strength: clamping, projection on a target, erasure."""
+
+    def stacked_part(self, strength: Tensor, per_row: RowTensors) -> Tensor:
+        operator = self.active.operator
+        assert isinstance(operator, LowRank)
+        self.change = operator.change
+        self.per_row = per_row
+        self.read, self.write = operator.read_and_write(per_row)  # [batch or 1, 1, width]
+        return strength
+
+    def edit(self, h: Tensor, opened: Tensor | None) -> Tensor:
+        change = self.change((h * self.read).sum(-1, keepdim=True), self.folded, self.per_row)  # [batch, 1, 1]
+        return torch.addcmul(h, change if opened is None else change * opened, self.write)
+
+
 class PreparedStrength(PreparedEdit):
     """Any other edit that is linear in its strength: the mask is multiplied into that."""
 
@@ -131,8 +147,8 @@ def prepared_for(active: ActiveIntervention, dtype: torch.dtype) -> PreparedEdit
         return None
     if operator.additive:
         return PreparedAdd(active, dtype)
-    if isinstance(operator, LinearLowRank) and operator.tensors[operator.writes].shape[1] == 1:
-        return PreparedRankOne(active, dtype)
+    if isinstance(operator, LowRank) and all(rows.shape[1] == 1 for rows in operator.read_and_write(operator.tensors)):
+        return (PreparedRankOne if isinstance(operator, LinearLowRank) else PreparedCoordinate)(active, dtype)
     return PreparedStrength(active, dtype)
 
 

@@ -154,7 +154,7 @@ def _attention(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     if attention_mask.dim() == 2:
         columns = columns_of(attention_mask, tokens, past)
         # decoded tokens are hardly ever padding, which on a CPU costs nothing to know, and saves several operations
-        if tokens == 1 and columns.is_cpu and not torch.compiler.is_compiling() and all(real for (real,) in columns.tolist()):
+        if tokens == 1 and columns.is_cpu and not torch.compiler.is_compiling() and columns.tolist() == [[1]] * len(columns):
             return True
         return columns.bool()
     if tokens == 1:
