@@ -93,6 +93,7 @@ class ScopeMask:
         windowed = {selector.kind for selector in scope.selectors if selector.window is not None}
         self._counts_from_prompt = scope.half_life is not None or not windowed.isdisjoint(("response", "generated"))
         self._counts_tokens = self._counts_from_prompt or bool(windowed)
+        self._is_everything = str(scope) == "all"
 
     def set_window(self, scope: Scope) -> None:
         """Moves the one slice to where it is in a scope that differs in nothing else, in place."""
@@ -111,9 +112,9 @@ class ScopeMask:
         """[batch, tokens] bool, or True / False when no tensor is needed to tell. Raises ContextError when the pass does not say."""
         if ctx.device is not None and ctx.device != self.device:  # that of the token ids, not of the site
             self._move(ctx.device)
+        if self._is_everything:
+            return ctx.attention
         if ctx.tokens == 0:
-            if str(self.scope) == "all":
-                return ctx.attention
             raise _needs_tokens(self.scope)
         selected = self._of_union(self._include, ctx)
         if self._exclude:

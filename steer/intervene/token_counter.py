@@ -35,11 +35,11 @@ class _CounterGroup:
             slots = max(member.slots for member in members)
             self.live = torch.zeros(len(members), slots, dtype=torch.bool, device=device)
         self._live_pattern: list[list[bool]] = []
-        self._tokens = 0  # of passes whose masks are constants
+        self._tokens = 0  # of passes whose masks are constants: of all rows, or where there are row slots of each row
+        self._rows_of_tokens: Tensor | None = None  # [batch] row slots in those passes
         self._pending: list[Tensor] = []  # [batch, 1] masks of decoded tokens, all of one batch
         self._pending_rows: Tensor | None = None  # [batch] row slots of that batch
         self._pending_opened: list[Tensor] = []  # [batch, 1, 1] how far a gate was open on decoded tokens
-        self._ones = torch.empty(0, 0, dtype=torch.bool)
         self.refresh()
 
     def refresh(self) -> None:
@@ -58,16 +58,16 @@ class _CounterGroup:
 
     def add(self, ctx: ForwardContext) -> None:
         """Counts the tokens of a pass that is over, or of a call of a module."""
-        if self._waits_for_gate(ctx):
+        if self.first.gate is not None and self._waits_for_gate(ctx):
             return
         mask = self.first.acting(ctx)
         if mask is False:
             return
-        if isinstance(mask, bool) and not self.has_slots and not torch.compiler.is_compiling():
-            self._tokens += max(ctx.batch * ctx.tokens, 1)
+        if mask is True and not torch.compiler.is_compiling():
+            self._add_every_token(ctx)
             return
-        if isinstance(mask, bool):
-            mask = self._every_token(max(ctx.batch, 1), max(ctx.tokens, 1))
+        if mask is True:
+            mask = torch.ones(max(ctx.batch, 1), max(ctx.tokens, 1), dtype=torch.bool, device=self.counts.device)
         rows = self.first.rows_of(ctx, mask.shape[0]) if self.has_slots else None
         if torch.compiler.is_compiling() or mask.shape[1] > 1:
             self._add_up(mask.sum(1), rows)
@@ -82,7 +82,8 @@ class _CounterGroup:
     def _waits_for_gate(self, ctx: ForwardContext) -> bool:
         """Leaves what a gate said of decoded tokens, to be compared later with that of other passes in one operation."""
         first = self.first
-        if first.gate is None or ctx.tokens != 1 or self.has_slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        assert first.gate is not None
+        if ctx.tokens != 1 or self.has_slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if first.tokens(ctx) is not True:
             return False
@@ -94,12 +95,15 @@ class _CounterGroup:
             self.flush()
         return True
 
-    def _every_token(self, batch: int, tokens: int) -> Tensor:
-        if torch.compiler.is_compiling():  # which would be traced again for a tensor that is kept
-            return torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
-        if self._ones.shape != (batch, tokens):
-            self._ones = torch.ones(batch, tokens, dtype=torch.bool, device=self.counts.device)
-        return self._ones
+    def _add_every_token(self, ctx: ForwardContext) -> None:
+        batch = max(ctx.batch, 1)
+        if self.has_slots:
+            rows = self.first.rows_of(ctx, batch)
+            if rows is not self._rows_of_tokens:
+                self.flush()
+                self._rows_of_tokens = rows
+            batch = 1  # tokens are counted per row
+        self._tokens += batch * max(ctx.tokens, 1)
 
     def _add_up(self, row_tokens: Tensor, rows: Tensor | None) -> None:
         """row_tokens: [batch] tokens of each row; rows: [batch] their row slots, None when all rows share one."""
@@ -117,7 +121,8 @@ class _CounterGroup:
             self.counts.add_(self.live[:, 0] * (torch.stack(self._pending_opened) > 0.5).sum().to(self.counts.device))
             self._pending_opened = []
         if self._tokens:
-            self.counts.add_(self.live[:, 0] * self._tokens)
+            live = self.live[:, 0] if self._rows_of_tokens is None else self.live[:, self._rows_of_tokens.to(self.live.device)].sum(1)
+            self.counts.add_(live * self._tokens)
             self._tokens = 0
 
 
@@ -136,6 +141,7 @@ class TokenCounter:
             self._compiled_passes = torch.zeros((), dtype=torch.long, device=device)
         self._active = active
         self._groups: list[_CounterGroup] = []
+        self._counted_at_close: list[_CounterGroup] = []
         self.regroup()
 
     def regroup(self) -> None:
@@ -150,6 +156,7 @@ class TokenCounter:
         self._groups = [
             _CounterGroup(members, [counted.get(member.name, 0) for member in members], self._device) for members in groups.values()
         ]
+        self._counted_at_close = [group for group in self._groups if not group.first.counts_in_calls]
 
     def refresh(self) -> None:
         """Strengths changed."""
@@ -177,9 +184,8 @@ class TokenCounter:
             self._compiled_passes.add_(1)
         else:
             self._eager_passes += 1
-        for group in self._groups:
-            if not group.first.counts_in_calls:
-                group.add(ctx)
+        for group in self._counted_at_close:
+            group.add(ctx)
 
     def called(self, active: list[ActiveIntervention], ctx: ForwardContext) -> None:
         """A site was reached whose interventions are counted where they happen."""
