@@ -1,4 +1,4 @@
-"""Prepared edits of every operator, with every kind of gate, row slots and a kept norm, on caches that are cropped, reordered and copied."""
+"""Prepared edits of every operator, with gates, row slots and a kept norm, on caches that are cropped, reordered and copied."""
 
 from __future__ import annotations
 
