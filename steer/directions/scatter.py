@@ -33,13 +33,13 @@ class Scatter:
     @property
     def width(self) -> int:
         """Number of dimensions."""
-        return self._kept.shape[-1]
+        return self._stored.shape[-1]
 
     @property
-    def _kept(self) -> Tensor:
-        kept = self.rows if self.dense is None else self.dense
-        assert kept is not None
-        return kept
+    def _stored(self) -> Tensor:
+        stored = self.rows if self.dense is None else self.dense
+        assert stored is not None
+        return stored
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -52,20 +52,20 @@ class Scatter:
     @property
     def trace(self) -> Tensor:
         """Sum of the eigenvalues."""
-        return self._kept.trace() if self.rows is None else self.rows.square().sum()
+        return self._stored.trace() if self.rows is None else self.rows.square().sum()
 
     @property
     def squared_norm(self) -> Tensor:
         """Sum of the squares of all entries, which is that of the eigenvalues."""
         if self.rows is None:
-            return self._kept.square().sum()
+            return self._stored.square().sum()
         return (self.rows @ self.rows.mT).square().sum()  # of the [n, n] Gram matrix, which has the same eigenvalues
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """[k] eigenvalues, the largest first, and [k, width] eigenvectors: all of them, or those in the span of the vectors."""
         if self.rows is None:
-            values, vectors = torch.linalg.eigh(self._kept)
+            values, vectors = torch.linalg.eigh(self._stored)
             return values.flip(0), vectors.mT.flip(0)
         _, singular, vectors = torch.linalg.svd(self.rows, full_matrices=False)  # [k], [k, width]
         return singular.square(), vectors
@@ -73,7 +73,7 @@ class Scatter:
     def solve(self, vector: Tensor, *, scale: Tensor | float, ridge: Tensor | float) -> Tensor:
         """(scale * self + ridge * I)^-1 vector. vector: [width] fp64."""
         if self.rows is None:
-            ridged = scale * self._kept
+            ridged = scale * self._stored
             ridged.diagonal().add_(ridge)
             return torch.linalg.solve(ridged, vector)
         values, vectors = self.eigen

@@ -80,9 +80,7 @@ class Plan:
 
         validate(self, model)
 
-    def attach(
-        self, model: nn.Module, *, stack: bool = False, phases: Sequence[str] | None = None, schedule: Any = None
-    ) -> Attachment:
+    def attach(self, model: nn.Module, *, stack: bool = False, phases: Sequence[str] | None = None, schedule: Any = None) -> Attachment:
         """Installs one hook per hook point; nothing of the model changes but its hook dictionaries, and nothing of the plan.
 
         Args:

@@ -74,7 +74,7 @@ def from_dict(spec: Any) -> Any:
     except TypeError as error:
         raise ConfigError(
             f"schedule '{spec['name']}' does not take these arguments",
-            expected=", ".join(str(one.replace(annotation=one.empty)) for one in inspect.signature(cls).parameters.values()),
+            expected=", ".join(str(argument.replace(annotation=argument.empty)) for argument in inspect.signature(cls).parameters.values()),
             found=f"{arguments}: {error}",
             remedy="give it these arguments; those with a default may be left out",
         ) from error

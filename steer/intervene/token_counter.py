@@ -202,6 +202,4 @@ class TokenCounter:
     def read(self) -> dict[str, int]:
         """Tokens so far, by name of the intervention."""
         self.flush()
-        return {
-            member.name: count for group in self._groups for member, count in zip(group.members, group.counts.tolist(), strict=True)
-        }
+        return {member.name: count for group in self._groups for member, count in zip(group.members, group.counts.tolist(), strict=True)}

@@ -42,10 +42,10 @@ class HookPoint:
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
     """Sub-module by dotted attribute path, seen through wrappers that forward attributes; None where it is missing."""
-    found: Any = module
+    member: Any = module
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found if isinstance(found, nn.Module) else None
+        member = getattr(member, name, None)
+    return member if isinstance(member, nn.Module) else None
 
 
 def out_width(module: nn.Module) -> int | None:
@@ -88,20 +88,20 @@ def _has_projections(module: nn.Module, family: Family) -> bool:
 def _find_decoder(model: nn.Module) -> tuple[str, nn.Module, Family]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     families = sorted(FAMILIES, key=lambda family: model_type not in family.members)
-    found: list[tuple[str, nn.Module, Family]] = []
+    decoders: list[tuple[str, nn.Module, Family]] = []
     for path, module in model.named_modules():
         if fitting := [family for family in families if _fits(module, family)]:
-            found.append((path, module, next((family for family in fitting if _has_projections(module, family)), fitting[0])))
-    if len(found) > 1:
-        text = [entry for entry in found if any(mark in entry[0] for mark in ("language_model", "text_model", "decoder"))]
-        found = text if len(text) == 1 else found
-    if len(found) == 1:
-        return found[0]
+            decoders.append((path, module, next((family for family in fitting if _has_projections(module, family)), fitting[0])))
+    if len(decoders) > 1:
+        text = [entry for entry in decoders if any(mark in entry[0] for mark in ("language_model", "text_model", "decoder"))]
+        decoders = text if len(text) == 1 else decoders
+    if len(decoders) == 1:
+        return decoders[0]
     stacks = [f"{path} ({len(m)} x {type(m[0]).__name__})" for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     raise AnatomyError(
-        f"{type(model).__name__} has {'no decoder' if not found else 'several decoders'} that could be recognised",
+        f"{type(model).__name__} has {'no decoder' if not decoders else 'several decoders'} that could be recognised",
         expected="one stack of blocks with attention and MLP named as in one of: " + ", ".join(family.name for family in FAMILIES),
-        found=[path for path, *_ in found] or stacks or "no nn.ModuleList at all",
+        found=[path for path, *_ in decoders] or stacks or "no nn.ModuleList at all",
         remedy="address its tensors as 'module:<dotted path>:<input|output>', or add one row to steer/model/families.py",
     )
 
@@ -230,20 +230,20 @@ class Anatomy:
         written = torch.cat([written[:-1] - written[-1], written[-1:]])
         if self.family.post_attn is None:
             return written
-        whole = written.sum(0)
-        normed = self._part(layer, self.family.post_attn)(whole)
-        return written * torch.where(whole == 0, 0.0, normed / torch.where(whole == 0, 1.0, whole))
+        total = written.sum(0)
+        normed = self._part(layer, self.family.post_attn)(total)
+        return written * torch.where(total == 0, 0.0, normed / torch.where(total == 0, 1.0, total))
 
     def _part(self, layer: int, path: str) -> nn.Module:
-        found = child(self.blocks[layer], path)
-        if found is None:
+        member = child(self.blocks[layer], path)
+        if member is None:
             raise SiteError(
                 f"block {layer} of this {self.config.model_type} has no '{path}'",
                 expected=f"the sub-modules of the family '{self.family.name}'",
                 found=[name for name, _ in self.blocks[layer].named_children()],
                 remedy="mixture-of-experts and hybrid blocks lack some sites; 'output', 'mlp.output' or a 'module:' site always exists",
             )
-        return found
+        return member
 
     def _columns(self, part: str) -> tuple[slice | Tensor | None, int]:
         """Columns and width of `attn.q`, `attn.k` or `attn.v` in its projection."""

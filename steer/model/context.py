@@ -115,18 +115,18 @@ class ForwardContext:
         return scratch.positions
 
     def _positions(self) -> Tensor:
-        given = self.position_ids
-        if given is not None and self.virtual:
-            given = given - self.virtual
+        position_ids = self.position_ids
+        if position_ids is not None and self.virtual:
+            position_ids = position_ids - self.virtual
         if self.full_mask is None:
-            return (torch.arange(self.tokens, device=self.device) + self.past)[None] if given is None else given
+            return (torch.arange(self.tokens, device=self.device) + self.past)[None] if position_ids is None else position_ids
         length = self.memory.length_before(self.past) if self.decoding and isinstance(self.past, int) else None
         if length is not None and length.shape[0] == self.batch:
             counted = length + self.attention - 1  # [batch, 1]
         else:
             counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - self.virtual
         # position ids start over in packed rows, and may count padding
-        return counted if given is None else torch.minimum(counted, given)
+        return counted if position_ids is None else torch.minimum(counted, position_ids)
 
     @property
     def starts(self) -> Tensor | None:

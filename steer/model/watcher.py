@@ -230,10 +230,9 @@ class Watcher:
     def _check_reached(self, place: str) -> None:
         """Raises HookDidNotRunError for hooks of a place that have no mark, and takes the marks off again."""
         hooks = self._hooks_by_place.get(place, ())
-        for hook in hooks:
+        for place_in_order, hook in enumerate(hooks):
             if not hook.ran:
-                raise _unreached([hook for hook in hooks if not hook.ran])
-        for hook in hooks:
+                raise _unreached([hook for hook in hooks[place_in_order:] if not hook.ran])
             hook.ran = False
         self._has_marks = place == "decoder" and "after" in self._hooks_by_place
 

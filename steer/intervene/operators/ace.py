@@ -42,8 +42,8 @@ class Ace(AblateThenAdd):
         return super().change(x - per_row["origin"], strength, per_row)
 
     def kernel_arguments(self, strength: Tensor, bank: RowTensors) -> dict[str, Any] | None:
-        found = super().kernel_arguments(strength, bank)
-        return None if found is None else {**found, "bias": -bank["origin"].flatten(1)}
+        arguments = super().kernel_arguments(strength, bank)
+        return None if arguments is None else {**arguments, "bias": -bank["origin"].flatten(1)}
 
     def describe(self) -> str:
         return f"set what h has along r to {listed(self.tensors['origin'])}, that of the reference, plus {listed(self.tensors['step'])}"

@@ -39,12 +39,12 @@ class Clamp(LowRank):
         high: float | Tensor | None = None,
     ) -> None:
         u, _ = unit(direction, "direction of 'clamp'")
-        given = {name: end for name, end in (("value", value), ("low", low), ("high", high)) if end is not None}
-        if not given or ("value" in given and len(given) > 1):
+        bounds = {name: end for name, end in (("value", value), ("low", low), ("high", high)) if end is not None}
+        if not bounds or ("value" in bounds and len(bounds) > 1):
             raise ConfigError(
-                "'clamp' needs a value or a range", expected="value, or low, high or both", found=given or "neither", remedy="e.g. low=0.0"
+                "'clamp' needs a value or a range", expected="value, or low, high or both", found=bounds or "neither", remedy="e.g. low=0.0"
             )
-        ends = {"low": value, "high": value} if "value" in given else given
+        ends = {"low": value, "high": value} if "value" in bounds else bounds
         tensors = {name: numbers(end, f"{name} of 'clamp'") for name, end in ends.items() if end is not None}
         same_slots(self.name, direction=u, **tensors)
         if len(tensors) == 2 and not bool((tensors["low"] <= tensors["high"]).all()):

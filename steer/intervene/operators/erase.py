@@ -33,8 +33,8 @@ class Erase(LowRank):
     reads, writes = "right", "left"
 
     def __init__(self, left: Tensor, right: Tensor, mean: Tensor) -> None:
-        left, right = (tensor_of(one, what, "pass what fit_erasure gives") for one, what in ((left, "left"), (right, "right")))
-        left, right = (slotted(one[None] if one.dim() == 1 else one, 3, what) for one, what in ((left, "left"), (right, "right")))
+        left, right = (tensor_of(rows, what, "pass what fit_erasure gives") for rows, what in ((left, "left"), (right, "right")))
+        left, right = (slotted(rows[None] if rows.dim() == 1 else rows, 3, what) for rows, what in ((left, "left"), (right, "right")))
         mean = slotted(mean, 2, "mean")
         same_width(self.name, left=left, right=right, mean=mean)
         same_slots(self.name, left=left, right=right, mean=mean)

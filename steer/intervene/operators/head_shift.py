@@ -38,7 +38,7 @@ class HeadShift(Add):
         rows = slotted(directions, 3, "directions of heads")
         whole_number(n_heads, "number of heads", least=1)
         of_type(heads, (list, tuple), "the heads of 'head_shift'", "list their numbers, e.g. [0, 3]")
-        for head in (heads := [integer(one) for one in heads]):
+        for head in (heads := [integer(head) for head in heads]):
             whole_number(head, "a head of 'head_shift'")
         if len(set(heads)) != rows.shape[1] or len(heads) != rows.shape[1] or not all(0 <= head < n_heads for head in heads):
             raise ConfigError(
@@ -74,7 +74,7 @@ class HeadShift(Add):
         vector = per_row["vector"]
         if isinstance(self.tensors["vector"], nn.Parameter):  # no gradient beside the chosen heads
             blocks = vector.unflatten(-1, (self.n_heads, -1)).unbind(1)
-            vector = torch.cat([one if head in self.heads else one.detach() for head, one in enumerate(blocks)], dim=-1)
+            vector = torch.cat([block if head in self.heads else block.detach() for head, block in enumerate(blocks)], dim=-1)
         return (strength * vector.unsqueeze(1)).to(h.dtype)
 
     def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, preserve_norm: bool) -> Tensor | None:

@@ -50,8 +50,8 @@ class KSteering(Operator):
     ) -> None:
         whole_number(steps, "steps of 'k_steering'", least=1)
         finite_number(decay, "decay of 'k_steering'")
-        for what, given in (("weights", weights), ("biases", biases)):
-            of_type(given, Collection, f"the {what} of 'k_steering'", "pass a list with the tensors of each nn.Linear")
+        for what, layers in (("weights", weights), ("biases", biases)):
+            of_type(layers, Collection, f"the {what} of 'k_steering'", "pass a list with the tensors of each nn.Linear")
         if len(weights) < 2 or len(biases) != len(weights) - 1:
             raise ConfigError(
                 "'k_steering' needs a probe with a hidden layer",
@@ -60,8 +60,8 @@ class KSteering(Operator):
                 remedy="leave out the bias of the logits; the gradient of a linear probe is the same everywhere, so add that",
             )
         weights, biases = (
-            [tensor_of(one, f"a {what} of the probe", "pass the tensors of nn.Linear") for one in given]
-            for what, given in (("weight", weights), ("bias", biases))
+            [tensor_of(tensor, f"a {what} of the probe", "pass the tensors of nn.Linear") for tensor in layers]
+            for what, layers in (("weight", weights), ("bias", biases))
         )
         sizes = [weights[0].shape[-1], *(len(bias) for bias in biases), len(weights[-1])]
         tensors: dict[str, Tensor] = {}
@@ -117,11 +117,11 @@ def _gradient(h: Tensor, layers: list[tuple[Tensor, Tensor]], readout: Tensor) -
 
 def _label_weights(labels: Labels, n_labels: int) -> Tensor:
     """[slots, labels]: 1 / n at the n labels of a row slot."""
-    nested = [one for one in labels if isinstance(one, Sequence)]
-    per_slot: list[list[int]] = [list(ones) for ones in nested] or [[one for one in labels if not isinstance(one, Sequence)]]
+    nested = [entry for entry in labels if isinstance(entry, Sequence)]
+    per_slot: list[list[int]] = [list(chosen) for chosen in nested] or [[label for label in labels if not isinstance(label, Sequence)]]
     weights = torch.zeros(len(per_slot), n_labels)
     for slot, chosen in enumerate(per_slot):
-        if not all(0 <= one < n_labels for one in chosen):
+        if not all(0 <= label < n_labels for label in chosen):
             raise ConfigError(
                 "no such label", expected=f"0 to {n_labels - 1}", found=chosen, remedy="labels are the rows of the last weight"
             )

@@ -72,8 +72,8 @@ class ReftR1(LowRank):
             return self.detect(h, per_row).unsqueeze(-1).topk(k, dim=1).values.mean(1, keepdim=True)
         acted = (mask != 0).expand(*h.shape[:-1], 1)
         # before the product, so that neither the level nor the gradient of w sees what padding may hold
-        found = self.detect(torch.where(acted, h, 0.0), per_row).unsqueeze(-1)
-        return found.topk(k, dim=1).values.sum(1, keepdim=True) / acted.sum(1, keepdim=True).clamp(1, k)
+        detections = self.detect(torch.where(acted, h, 0.0), per_row).unsqueeze(-1)
+        return detections.topk(k, dim=1).values.sum(1, keepdim=True) / acted.sum(1, keepdim=True).clamp(1, k)
 
     def describe(self) -> str:
         if "level" in self.tensors:
