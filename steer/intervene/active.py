@@ -60,6 +60,7 @@ class ActiveIntervention:
         self.live_slots = [bool(base) for base in self.base]
         with torch.inference_mode(False):  # it is written to when training follows
             self.strength = torch.tensor(self.base, device=device).view(-1, 1, 1)
+        self._written: tuple[tuple[float, ...], float] = (self.base, 1.0)  # base and factor that the buffer holds
         self.rows: Tensor | None = None
         self.decisions: tuple[str, ...] = ()
         self.prepared: PreparedEdit | None = None
@@ -82,6 +83,9 @@ class ActiveIntervention:
         factor = self.schedule(step) if self.enabled else 0.0
         if not math.isfinite(factor):
             raise _infinite_schedule(self.name, factor, step)
+        if (self.base, factor) == self._written:
+            return
+        self._written = (self.base, factor)
         self.live_slots = [bool(base * factor) for base in self.base]
         self.strength.copy_((torch.tensor(self.base) * factor).view(-1, 1, 1))
 

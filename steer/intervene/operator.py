@@ -196,8 +196,9 @@ def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTe
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raises NonFiniteError with the number of bad entries."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        bad = int((~finite).sum())
         raise NonFiniteError(
             f"{what} is not finite",
             expected="finite numbers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,8 +219,14 @@ def _with_unique_names(interventions: Sequence[Intervention]) -> tuple[Intervent
             number += 1
         next_number[intervention.name] = number
         taken.add(name)
-        unique.append(intervention if name == intervention.name else dataclasses.replace(intervention, name=name))
+        unique.append(intervention if name == intervention.name else _renamed(intervention, name))
     return tuple(unique)
+
+
+def _renamed(intervention: Intervention, name: str) -> Intervention:
+    renamed = copy.copy(intervention)  # `dataclasses.replace` would check everything again
+    object.__setattr__(renamed, "name", name)
+    return renamed
 
 
 def _tie_shared_parameters(interventions: Sequence[Intervention], shared: Mapping[str, str]) -> None:
