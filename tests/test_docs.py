@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -256,9 +257,32 @@ def test_concepts_name_every_site_and_scope() -> None:
 
 def test_the_glossary_is_alphabetical_and_has_every_kind_of_method() -> None:
     words = re.findall(r"^\| (?!word|-)([^|]+) \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
-    plain = [word.strip("`").removesuffix("()").lower() for word in words]
+    plain = [word.strip("`").lower() for word in words]
     assert plain == sorted(plain) and len(set(words)) == len(words)
     assert {*script("make_tables").methods(), "plan", "intervention", "attachment", "site", "direction", "tracker"} <= set(words)
+
+
+def cited(page: Path) -> list[tuple[str, str]]:
+    """File and name of every `file: name`, and file alone of every `file`, of the package that a page cites in code font."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"`((?:steer|callbacks|kernels|conf)/[\w/]+\.py)(?:: ([\w.]+))?`", text)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if cited(page)], ids=lambda page: page.name)
+def test_cited_functions_are_in_the_cited_files(page: Path) -> None:
+    for file, name in cited(page):
+        assert (ROOT / file).is_file(), f"{page.name} cites {file}"
+        if name:
+            folders = file.removesuffix(".py").removesuffix("/__init__").split("/")
+            module = importlib.import_module(".".join(folders if folders[0] == "steer" else ["steer", *folders]))
+            value = reduce(getattr, name.split("."), module)  # AttributeError says which name is gone
+            home = getattr(getattr(value, "fget", value), "__module__", module.__name__)  # of a property's function
+            assert home == module.__name__, f"{page.name} cites {name} in {file}, but it is defined in {home}"
+
+
+def test_the_life_of_a_forward_pass_cites_its_steps() -> None:
+    names = [name for _, name in cited(ROOT / "docs" / "life_of_a_forward_pass.md") if name]
+    assert len(set(names)) > 50, "the pattern of the citations misses some"
 
 
 # ---- links, and what must not be there

@@ -2,8 +2,8 @@
 
 torch.compile (2.13) does not guard on the absence of hooks: code traced from a module without any is used again when the module, or
 any other module of its class, has one. Nothing would be steered and nothing would say so. The first attach in a process therefore
-switches dynamo's hook guards on (about 4 us per block and compiled call) and drops code that was compiled without them; `arm` does so
-ahead of time.
+switches dynamo's hook guards on (about 4 us per block and compiled call) and drops code that was compiled without them;
+`prepare_compile` does so ahead of time.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def install(
     Returns:
         The model's watcher, the hooks, and the function that takes them off again (and the watcher, after the last of them).
     """
-    arm()
+    prepare_compile()
     watcher = watcher_of(model)
     if watcher is None:
         watcher = Watcher(model if anatomy is None else anatomy.decoder, is_decoder=anatomy is not None)
@@ -205,7 +205,7 @@ def install(
     return watcher, hooks, remove
 
 
-def arm() -> None:
+def prepare_compile() -> None:
     """Makes everything that is compiled from now on look at hooks, so that attaching later drops no compiled code.
 
     Attaching does this by itself. Call it before the first compiled call when plans will come and go: the first attach then costs no
@@ -218,11 +218,11 @@ def arm() -> None:
     dynamo.skip_nnmodule_hook_guards = False
     frames = sys.modules.get("torch._dynamo.convert_frame")
     if frames is not None and frames.input_codes.seen:
-        log.info("code compiled so far does not look at hooks: dynamo is reset (calling steer.arm() first avoids this)")
+        log.info("code compiled so far does not look at hooks: dynamo is reset (calling steer.prepare_compile() first avoids this)")
         torch._dynamo.reset()
 
 
-def disarm() -> None:
+def undo_prepare_compile() -> None:
     """Gives dynamo its default back: compiled code does not look at hooks. Only safe when nothing will be attached any more."""
     import torch._dynamo.config as dynamo
 

@@ -19,7 +19,7 @@ from steer.drift import DriftStore, DriftTracker
 from steer.drift.site_directions import random_units
 from steer.errors import AttachError, ConfigError, NonFiniteError, SiteError, WidthError, WrongModelError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.hooks import arm
+from steer.model.hooks import prepare_compile
 from steer.model.site import Site
 from steer.model.watcher import watcher_of
 
@@ -290,7 +290,7 @@ def test_measuring_does_not_make_compiled_training_compile_again(tiny: Tiny) -> 
     model = tiny("llama").train()
     torch._dynamo.reset()
     compilations = torch._dynamo.utils.counters["stats"]
-    arm()
+    prepare_compile()
     compiled = torch.compile(model, backend="eager")
     tracker = DriftTracker({"rude": direction()}, probe=prompts())
     loop = Loop(compiled)

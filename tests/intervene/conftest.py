@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from steer.model.hooks import disarm
+from steer.model.hooks import undo_prepare_compile
 
 
 class Backend:
@@ -32,10 +32,10 @@ def new_process() -> Iterator[None]:
     """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
     torch._dynamo.reset()
     counters.clear()
-    disarm()
+    undo_prepare_compile()
     yield
     torch._dynamo.reset()
-    disarm()
+    undo_prepare_compile()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from steer.errors import HookDidNotRunError
 from steer.intervene import Ablate, Add, Intervention, Linear, Plan
 from steer.model.annotations import chat_roles
-from steer.model.hooks import arm, disarm
+from steer.model.hooks import prepare_compile, undo_prepare_compile
 
 
 def steered(scope: str = "all", **options) -> Plan:
@@ -148,12 +148,12 @@ def test_through_the_compiled_wrapper(tiny, backend):
 # ---- orders of events
 
 
-@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("sequence", ["base", "attach", "strength", "detach", "attach again", "second layer", "second instance"])
-def test_an_ab_comparison_in_any_order(sequence, armed, tiny, backend):
+def test_an_ab_comparison_in_any_order(sequence, prepared, tiny, backend):
     """The seven orders in which a hook that dynamo does not look at steers nothing, without a word: each is what the eager model does."""
-    if armed:
-        arm()
+    if prepared:
+        prepare_compile()
     model, batch = tiny("llama"), {"input_ids": ids()}
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     plain = agree(compiled, model, batch)
@@ -184,14 +184,14 @@ def test_an_ab_comparison_in_any_order(sequence, armed, tiny, backend):
         attachment.detach()
 
 
-@pytest.mark.parametrize(("how", "armed"), [("wrapper", False), ("wrapper", True), ("in place", False), ("call", False)])
-def test_attach_after_a_compiled_run_without_hooks(how, armed, tiny, backend, monkeypatch):
+@pytest.mark.parametrize(("how", "prepared"), [("wrapper", False), ("wrapper", True), ("in place", False), ("call", False)])
+def test_attach_after_a_compiled_run_without_hooks(how, prepared, tiny, backend, monkeypatch):
     resets = []
     reset = torch._dynamo.reset
     monkeypatch.setattr(torch._dynamo, "reset", lambda: (resets.append(1), reset()))
     model = tiny("llama")
-    if armed:
-        arm()
+    if prepared:
+        prepare_compile()
     batch = {"input_ids": ids()}
     if how == "in place":
         plain = tiny("llama")
@@ -222,7 +222,7 @@ def test_attach_after_a_compiled_run_without_hooks(how, armed, tiny, backend, mo
         attachment = plan.attach(model)
         assert torch.equal(agree(call, eager, batch), first)
     attachment.detach()
-    assert backend.graphs == graphs and len(resets) == (0 if armed else 1)
+    assert backend.graphs == graphs and len(resets) == (0 if prepared else 1)
 
 
 def test_a_second_layer_and_other_plans_later_on(tiny, backend):
@@ -306,11 +306,11 @@ def generate(model, backend, **options):
     )
 
 
-@pytest.mark.parametrize(("scope", "armed"), [("all", False), ("generated", True), ("positions[8,9]", False)])
-def test_compiled_decoding_with_a_static_cache(scope, armed, tiny, backend):
+@pytest.mark.parametrize(("scope", "prepared"), [("all", False), ("generated", True), ("positions[8,9]", False)])
+def test_compiled_decoding_with_a_static_cache(scope, prepared, tiny, backend):
     """transformers keeps its compiled call on the model: a plain run first must not leave every decoded token unsteered."""
-    if armed:
-        arm()
+    if prepared:
+        prepare_compile()
     model = tiny("llama")
     plain = generate(model, backend)
     assert torch.equal(plain, generate(model, None))
@@ -347,19 +347,19 @@ def test_a_window_that_moves_traces_no_compiled_decode_again(tiny, backend):
 # ---- the switch itself
 
 
-def test_arming_is_a_switch_of_the_process(backend):
+def test_looking_at_hooks_is_a_switch_of_the_process(backend):
     import torch._dynamo.config as config
 
     assert config.skip_nnmodule_hook_guards
-    arm()
-    arm()
+    prepare_compile()
+    prepare_compile()
     assert not config.skip_nnmodule_hook_guards
-    disarm()
+    undo_prepare_compile()
     assert config.skip_nnmodule_hook_guards
 
 
 def test_without_the_switch_a_hook_would_be_ignored(tiny, backend):
-    """Why all this: should a later torch look at hooks by default, this fails and `arm` can go."""
+    """Why all this: should a later torch look at hooks by default, this fails and `prepare_compile` can go."""
     model = tiny("llama")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
