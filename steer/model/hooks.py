@@ -94,7 +94,7 @@ class SiteHook(OwnHook):
 
     def edited(self, activation: Tensor) -> Tensor | None:
         """The new activation, None for no change. activation: what the module takes or gives, of which the site may be some columns."""
-        if not self.watcher.replays:
+        if not self.watcher.replays and (self.watcher.inside or self.place != "decoder"):  # not where a checkpointed block is recomputed
             self.ran = self.ever_ran = True
         context = self.context_of_pass()
         if self.columns is None and activation.dim() != 2:

@@ -6,7 +6,7 @@ from hand import ids, padded, vector
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, apply_activation_checkpointing, checkpoint_wrapper
 
-from steer.errors import ContextError
+from steer.errors import ContextError, HookDidNotRunError
 from steer.intervene import Ablate, Add, Intervention, Plan
 from steer.model.annotations import response_tokens
 
@@ -185,3 +185,15 @@ def test_a_model_checkpointed_as_a_whole(reentrant, tiny):
         counts.append(steered.fired())
     same(found[1], found[0])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_recompute_does_not_count_as_the_next_pass(mode, tiny):
+    """A module replaced after a backward pass is noticed in the next forward pass, not in the one after it."""
+    model = checkpointed(tiny("llama"), mode)
+    attention = next(module for module in model.modules() if type(module).__name__ == "LlamaAttention")
+    with Plan(Intervention(Add(vector()), "layers.0.attn.z")).attached(model):
+        one_batch(model)
+        attention.o_proj = torch.nn.Linear(32, 32, bias=False)
+        with pytest.raises(HookDidNotRunError, match="layers.0.attn.z"):
+            model(**padded("left"))
