@@ -78,11 +78,15 @@ class ActiveIntervention:
         """Sets the strength before schedule and switch; one number stands for every row slot."""
         self.base = tuple(base) if len(base) == len(self.base) else tuple(base) * len(self.base)
 
-    def refresh(self, step: int) -> None:
-        """Writes strength x schedule x switch into the buffer that the hook reads; in place, so that compiled code sees it."""
+    def factor(self, step: int) -> float:
+        """Schedule x switch at an optimiser step. Raises NonFiniteError."""
         factor = self.schedule(step) if self.enabled else 0.0
         if not math.isfinite(factor):
             raise _infinite_schedule(self.name, factor, step)
+        return factor
+
+    def write_strength(self, factor: float) -> None:
+        """Writes strength x factor into the buffer that the hook reads; in place, so that compiled code sees it."""
         if (self.base, factor) == self._written:
             return
         self._written = (self.base, factor)

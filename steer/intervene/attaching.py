@@ -79,15 +79,15 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
     attachment = Attachment(plan, active, events, paths)
-    watcher, site_hooks, remove_hooks = hooks.install(model, resolved.anatomy, functions)
-    events.connect(watcher)
-
-    def remove() -> None:
+    installation = hooks.Installation(model, resolved.anatomy, functions)
+    try:
+        events.connect(installation.install())
+        attachment.installed(installation)
+        return attachment
+    except BaseException:
         events.disconnect()
-        remove_hooks()
-
-    attachment.installed(site_hooks, remove)
-    return attachment
+        installation.remove()
+        raise
 
 
 def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
