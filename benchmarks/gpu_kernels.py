@@ -161,14 +161,14 @@ def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
     turn = itertools.cycle(inputs)
     one_pass = inputs[0].numel() * inputs[0].element_size()
 
-    def row(name: str, passes: int, run: Run, other: Run | None) -> dict[str, Any]:
+    def row(name: str, passes: int, run: Run, compiled: Run | None) -> dict[str, Any]:
         ours = milliseconds(lambda: run(next(turn)), sizes)
         with force("aten"):
             eager = milliseconds(lambda: run(next(turn)), sizes)
         columns = {"task": name, "passes": passes, "us": ours * 1e3, "fraction": passes * one_pass / ours / 1e9 / bandwidth}
         columns |= {"eager us": eager * 1e3, "eager / ours": eager / ours}
-        if other is not None and sizes.on_gpu:
-            inductor = milliseconds(lambda: other(next(turn)), sizes)
+        if compiled is not None and sizes.on_gpu:
+            inductor = milliseconds(lambda: compiled(next(turn)), sizes)
             columns |= {"Inductor us": inductor * 1e3, "Inductor / ours": inductor / ours}
         return columns
 
@@ -178,11 +178,11 @@ def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
     pull = sizes.states(seed=9)
     for task in tasks(sizes):
         if task.backward:
-            wanted = [one.requires_grad_() for one in task.learned]
+            learned = [tensor.requires_grad_() for tensor in task.learned]
 
-            def both(h: Tensor, task: Task = task, wanted: list[Tensor] = wanted) -> Tensor:
+            def both(h: Tensor, task: Task = task, learned: list[Tensor] = learned) -> Tensor:
                 h = h.detach().requires_grad_()
-                return torch.autograd.grad(task.run(h), [h, *wanted], pull)[0]
+                return torch.autograd.grad(task.run(h), [h, *learned], pull)[0]
 
             rows.append(row(f"{task.name}, and backward", task.backward, both, None))
     return rows
