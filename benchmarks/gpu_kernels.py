@@ -106,13 +106,13 @@ def check(sizes: Sizes) -> list[dict[str, Any]]:
         pairs = zip(tasks(place), tasks(place, torch.float64), strict=True)
         for ours, exact in pairs:
             h, pull = place.states(dtype), place.states(dtype, seed=9)
-            result, wanted = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
+            result, expected = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
             again = _values(ours, h, pull)
             if exact.kink is not None:
                 clear = exact.kink(h.detach().double()) > 1e-4
-                result, wanted, again = ([x[clear] for x in values] for values in (result, wanted, again))
-            errors = [_error(a, b) for a, b in zip(result, wanted, strict=True)]
-            room = [_error(b.to(a.dtype), b) for a, b in zip(result, wanted, strict=True)]
+                result, expected, again = ([x[clear] for x in values] for values in (result, expected, again))
+            errors = [_error(a, b) for a, b in zip(result, expected, strict=True)]
+            room = [_error(b.to(a.dtype), b) for a, b in zip(result, expected, strict=True)]
             worst = max(error / (1.5 * least + 2e-6) for error, least in zip(errors, room, strict=True))
             same = all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
             row = {"task": ours.name, "dtype": str(dtype)[6:], "width": place.width, "error": max(errors), "of what is allowed": worst}
@@ -125,14 +125,14 @@ def _values(task: Task, h: Tensor, pull: Tensor, path: str = "auto") -> list[Ten
     with force(path):
         if not task.backward:
             return [task.run(h).detach()]
-        wanted = [h.requires_grad_(), *(tensor.requires_grad_() for tensor in task.learned)]
+        inputs = [h.requires_grad_(), *(tensor.requires_grad_() for tensor in task.learned)]
         out = task.run(h)
-        return [out.detach(), *torch.autograd.grad(out, wanted, pull)]
+        return [out.detach(), *torch.autograd.grad(out, inputs, pull)]
 
 
-def _error(result: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.double()
-    return float((result.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _error(result: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _far_apart(sizes: Sizes) -> dict[str, Any]:

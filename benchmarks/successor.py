@@ -97,14 +97,14 @@ def _edits(model: Any, tokenizer: Any, kind: str, items: list[int], outputs: Ten
     for label, vectors in (("shared", shared), ("exact", exact), ("random", noise)):
         tried |= {f"{label} x{scale:g}": vectors * scale for scale in SCALES}
     named = _named(model, tokenizer, kind, items, [i for i, _ in pairs], torch.stack(list(tried.values()), dim=1))
-    wanted = torch.tensor([(j + 1) % n for _, j in pairs])
+    expected = torch.tensor([(j + 1) % n for _, j in pairs])
     own = torch.tensor([(i + 1) % n for i, _ in pairs])
     return {
         "items": n,
         "edits": len(pairs),
         "cosine": float(torch.cosine_similarity(shared, exact, dim=-1).mean()),
         "successor_unedited": float((named[:, 0] == own).double().mean()),
-        "successor_of_the_other": {name: float((named[:, k] == wanted).double().mean()) for k, name in enumerate(tried)},
+        "successor_of_the_other": {name: float((named[:, k] == expected).double().mean()) for k, name in enumerate(tried)},
     }
 
 

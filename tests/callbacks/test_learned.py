@@ -76,8 +76,8 @@ def test_it_learns_as_a_second_optimiser_beside_the_modules_own_would(clip: floa
     make_trainer(SteeringCallback(plan, learning_rate=0.2), gradient_clip_val=clip).fit(module, loader())
     factors = [min(1.0, (step + 1) / 4) for step in range(8)]
     by_hand, by_hand_plan = Stepped(), learner()
-    wanted = reference_run(by_hand, by_hand_plan, list(loader()), 0.2, factors, **({} if clip is None else {"clip": clip}))
-    assert torch.allclose(only(plan), wanted, atol=1e-6) and wanted.norm() > 0.001
+    expected = reference_run(by_hand, by_hand_plan, list(loader()), 0.2, factors, **({} if clip is None else {"clip": clip}))
+    assert torch.allclose(only(plan), expected, atol=1e-6) and expected.norm() > 0.001
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), by_hand.parameters(), strict=True))
 
 

@@ -102,10 +102,10 @@ def test_pca_equals_sklearn(paired):
         moments.update(x[start : start + 8, None], torch.ones(8, 1), torch.arange(start, start + 8))
     if paired:
         difference = (x[side] - x[~side]).double().numpy()
-        wanted = numpy.linalg.svd(difference)[2][0]
+        expected = numpy.linalg.svd(difference)[2][0]
     else:
-        wanted = PCA(1).fit(x.double().numpy()).components_[0]
-    assert abs(cosine(EXTRACTORS.get("pca").direction(moments), torch.tensor(wanted))) > 1 - 1e-6
+        expected = PCA(1).fit(x.double().numpy()).components_[0]
+    assert abs(cosine(EXTRACTORS.get("pca").direction(moments), torch.tensor(expected))) > 1 - 1e-6
 
 
 @given(st.integers(1, 6), st.integers(2, 30), st.integers(0, 99), st.sampled_from([0.0, 1e4]))
@@ -123,15 +123,15 @@ def test_moments_equal_numpys_in_any_pieces(width, count, seed, offset):
 def test_pooling_is_the_mean_over_the_span():
     h = torch.randn(2, 5, 3).bfloat16()
     weight = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
-    wanted = torch.stack([(h[0, 0].float() + h[0, 2].float()) / 2, h[1, 4].float()])
-    assert torch.allclose(pool(h, weight), wanted) and pool(h, weight).dtype is torch.float32
+    expected = torch.stack([(h[0, 0].float() + h[0, 2].float()) / 2, h[1, 4].float()])
+    assert torch.allclose(pool(h, weight), expected) and pool(h, weight).dtype is torch.float32
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=20), st.lists(st.integers(-4, 4), min_size=1, max_size=20))
 def test_auc_equals_sklearns_with_ties(positive, negative):
     p, q = torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64)
-    wanted = roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative)
-    assert auc(p, q) == pytest.approx(wanted)
+    expected = roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative)
+    assert auc(p, q) == pytest.approx(expected)
 
 
 def test_held_out_texts_have_no_part_in_the_direction(tiny):

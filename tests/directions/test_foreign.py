@@ -88,19 +88,19 @@ def repsteer(folder: Path, tensors: dict[str, Tensor], component: str = "resid_p
     folder.mkdir()
     model = {"architecture": manifest.pop("architecture", "LlamaForCausalLM"), "hidden_size": WIDTH, "id": "tiny", "revision": None}
     site = {"component": component, "io": "output", "layer": n, "stream": "language", "tensor_path": [], "unit": None}
-    good_files = {"schema_version": "1.0", "artifact_type": "direction", "method": "diff_mean", "model": model, "site": site, **manifest}
-    (folder / "manifest.json").write_text(json.dumps(good_files))
+    content = {"schema_version": "1.0", "artifact_type": "direction", "method": "diff_mean", "model": model, "site": site, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(content))
     safetensors.torch.save_file(tensors, folder / "tensors.safetensors")
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("manifest.json", "tensors.safetensors")}
     (folder / "checksums.json").write_text(json.dumps({"algorithm": "sha256", "files": hashes}))
     return folder
 
 
-def pyvene(folder: Path, *ones: tuple[int, str, str, dict[str, Tensor]], **fields: Any) -> Path:
-    """ones: layer, component, class, state."""
+def pyvene(folder: Path, *interventions: tuple[int, str, str, dict[str, Tensor]], **fields: Any) -> Path:
+    """Writes what pyvene saves. interventions: layer, component, class, state."""
     folder.mkdir()
     specs, kinds, keys = [], [], []
-    for n, component, kind, state in ones:
+    for n, component, kind, state in interventions:
         specs.append([n, component, fields.get("unit", "pos"), 1, None, None, None, fields.get("partition"), *[None] * 6])
         kinds.append(f"<class '{kind}'>")
         where = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{n}_comp_{component}"
@@ -137,10 +137,12 @@ def test_persona_rows_are_hidden_states(tmp_path):
     """Row L goes into block L: the embedding first, the final norm last."""
     rows = torch.stack([layer(n + 1, torch.bfloat16) for n in range(LAYERS + 1)])  # row L has the value L + 1
     path = saved(tmp_path / "evil_response_avg_diff.pt", rows)
-    wanted = {"embed": 1, "layers.0.output": 2, "layers.1.output": 3, "layers.2.output": 4, "final_norm": 5}
+    expected = {"embed": 1, "layers.0.output": 2, "layers.1.output": 3, "layers.2.output": 4, "final_norm": 5}
     read = steer.import_directions(path, n_layers=LAYERS)
-    assert values_by_site(read) == wanted == values_by_site(steer.import_directions(path, "persona"))
-    assert {one.span for one in read.values()} == {"response"} and {one.method for one in read.values()} == {"mean_difference"}
+    assert values_by_site(read) == expected == values_by_site(steer.import_directions(path, "persona"))
+    assert {direction.span for direction in read.values()} == {"response"} and {direction.method for direction in read.values()} == {
+        "mean_difference"
+    }
     with pytest.raises(WidthError, match="5 rows|hidden-directions"):
         steer.import_directions(path, "persona", n_layers=LAYERS + 1)
 
@@ -148,10 +150,10 @@ def test_persona_rows_are_hidden_states(tmp_path):
 def test_hidden_directions_rows_are_blocks(tmp_path):
     rows = torch.stack([layer(n + 1, torch.float16) for n in range(LAYERS)])
     path = saved(tmp_path / "v_pref.pt", rows)
-    wanted = {"layers.0.output": 1, "layers.1.output": 2, "layers.2.output": 3, "final_norm": 4}
+    expected = {"layers.0.output": 1, "layers.1.output": 2, "layers.2.output": 3, "final_norm": 4}
     assert (
         values_by_site(steer.import_directions(path, n_layers=LAYERS))
-        == wanted
+        == expected
         == values_by_site(steer.import_directions(path, "hidden-directions"))
     )
     with pytest.raises(ConfigError, match="'persona'") as caught:  # the same numbers mean other sites there
@@ -187,11 +189,11 @@ def test_a_site_for_several_layers_has_their_place_in_it(site, tmp_path):
 def test_steering_vectors_keys_are_blocks(tmp_path):
     content = {"layer_activations": {n: layer(n) for n in (3, 1)}, "layer_type": "decoder_block"}
     assert values_by_site(steer.import_directions(saved(tmp_path / "v.pt", content))) == {"layers.3.output": 3, "layers.1.output": 1}
-    other = saved(tmp_path / "mlp.pt", {**content, "layer_type": "mlp"})
+    mlp_file = saved(tmp_path / "mlp.pt", {**content, "layer_type": "mlp"})
     with pytest.raises(ConfigError, match="layer_type 'mlp'") as caught:
-        steer.import_directions(other)
+        steer.import_directions(mlp_file)
     assert "site=" in caught.value.remedy
-    assert values_by_site(steer.import_directions(other, site="layers.{layer}.mlp.output")) == {
+    assert values_by_site(steer.import_directions(mlp_file, site="layers.{layer}.mlp.output")) == {
         "layers.3.mlp.output": 3,
         "layers.1.mlp.output": 1,
     }
@@ -274,8 +276,11 @@ def test_pyvene_components_and_additions(tmp_path):
         (9, "model.layers[3].mlp.down_proj.input", ADDITION, addition(6)),
     )
     plan = steer.import_plan(folder, scope="prompt[-1:]")
-    made = [(str(one.site), float(one.operator.tensors["vector"][0, 0]), str(one.scope)) for one in plan.interventions]
-    assert made == [
+    actual = [
+        (str(intervention.site), float(intervention.operator.tensors["vector"][0, 0]), str(intervention.scope))
+        for intervention in plan.interventions
+    ]
+    assert actual == [
         ("layers.0.input", 1, "prompt[-1:]"),
         ("layers.2.output", 2, "prompt[-1:]"),
         ("layers.2.output", -3, "prompt[-1:]"),
@@ -297,8 +302,8 @@ def test_pyreft_does_what_its_formula_says(tiny, tmp_path):
         with plan.attached(model):
             got = model(ids()).logits
         with edited(model.model.layers[1], lambda h: h + (h @ weight.mT + bias - h @ rotation) @ rotation.mT):
-            wanted = model(ids()).logits
-    assert torch.allclose(got, wanted, atol=1e-5)
+            expected = model(ids()).logits
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_what_a_pyvene_folder_does_not_hold_is_asked_for_or_refused(tmp_path):
@@ -371,12 +376,12 @@ def test_every_format_is_told_by_its_content_and_by_no_other(tmp_path):
             assert values_by_site(told) == values_by_site(named)
             again = steer.Directions.load(told.save(tmp_path / f"{name}.safetensors"))
             assert values_by_site(again) == values_by_site(told) and again.provenance == told.provenance
-        others = [other for other, (file, given) in files.items() if other != name]
-        for other in others:
-            if {name, other} == {"persona", "hidden-directions"}:
+        rest = [format_name for format_name, (file, needed) in files.items() if format_name != name]
+        for format_name in rest:
+            if {name, format_name} == {"persona", "hidden-directions"}:
                 continue  # both are one matrix; the number of layers tells them apart
-            with pytest.raises(WrongKindError, match=f"'{other}'"):
-                read(path, other, **arguments)
+            with pytest.raises(WrongKindError, match=f"'{format_name}'"):
+                read(path, format_name, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +435,7 @@ def test_imported_directions_steer_but_have_no_metrics(tiny, tmp_path):
     path = saved(tmp_path / "v.pt", {"layer_activations": {1: torch.ones(32)}, "layer_type": "decoder_block"})
     read, model = steer.import_directions(path), tiny("llama")
     with torch.no_grad():
-        with Plan([Intervention(Add(one.vector), site) for site, one in read.items()]).attached(model):
+        with Plan([Intervention(Add(direction.vector), site) for site, direction in read.items()]).attached(model):
             got = model(ids()).logits
         with edited(model.model.layers[1], lambda h: h + 1.0):
             assert torch.allclose(got, model(ids()).logits, atol=1e-5)

@@ -48,8 +48,8 @@ def test_an_eraser_of_few_texts_is_that_of_the_package(n, width):
     x, side = texts(n, width)
     left, right = _projections(moments_of(x, side, True, ("scatter",)))
     eraser = LeaceFitter.fit(x.double(), side.double()).eraser
-    wanted = eraser.proj_left @ eraser.proj_right
-    assert float((left.mT @ right - wanted).norm() / wanted.norm()) < 1e-10
+    expected = eraser.proj_left @ eraser.proj_right
+    assert float((left.mT @ right - expected).norm() / expected.norm()) < 1e-10
 
 
 def test_no_matrix_is_kept_where_the_texts_are_fewer():

@@ -36,28 +36,28 @@ def fired(attachment: Attachment) -> int:
 def test_a_mask_as_long_as_a_static_cache(scope, compiled, tiny):
     """Shapes stay fixed in a compiled loop: the mask is 0 right of the tokens so far, and its last columns are no tokens of the pass."""
     model, batch = tiny("llama").eval(), padded("left")
-    given, steps = batch["attention_mask"], 3
-    rows, width = given.shape
-    whole = torch.zeros(rows, width + steps + 2, dtype=torch.long)
+    prompt_mask, steps = batch["attention_mask"], 3
+    rows, width = prompt_mask.shape
+    static_mask = torch.zeros(rows, width + steps + 2, dtype=torch.long)
 
     def run(full: bool) -> tuple[list[torch.Tensor], int]:
         torch._dynamo.reset()
         call = torch.compile(model, backend="eager") if compiled and full else model
-        cache, seen = StaticCache(config=model.config, max_cache_len=whole.shape[1]), []
+        cache, seen = StaticCache(config=model.config, max_cache_len=static_mask.shape[1]), []
         with torch.no_grad(), plan_on(scope).attached(model) as attachment:
             for step in range(steps + 1):
                 tokens = batch["input_ids"] if step == 0 else torch.full((rows, 1), 5 + step)
-                mask = torch.cat([given, torch.ones(rows, step, dtype=torch.long)], 1)
+                mask = torch.cat([prompt_mask, torch.ones(rows, step, dtype=torch.long)], 1)
                 positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-                mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1])) if full else mask
+                mask = torch.nn.functional.pad(mask, (0, static_mask.shape[1] - mask.shape[1])) if full else mask
                 seen.append(call(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
             return seen, fired(attachment)
 
-    (wanted, count), (found, counted) = run(False), run(True)
+    (expected, count), (actual, counted) = run(False), run(True)
     assert count == counted > 0
-    real = given.bool()
-    assert torch.allclose(found[0][real], wanted[0][real], atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[1:], wanted[1:], strict=True))
+    real = prompt_mask.bool()
+    assert torch.allclose(actual[0][real], expected[0][real], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize(("scope", "count"), [("positions[0]", 3), ("prompt[:2]", 6), ("positions[-1]", 3)])
@@ -110,17 +110,17 @@ def test_decisions_follow_the_rows_of_a_cache(how, rows, steered, copied, tiny):
     def step() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         model(prompt, past_key_values=cache)
-        other = copy.deepcopy(cache) if copied else cache
-        getattr(other, how)(rows)
+        changed = copy.deepcopy(cache) if copied else cache
+        getattr(changed, how)(rows)
         if copied:  # the one that it was copied from stays as it was
             assert cache.get_seq_length() == 4 and cache.layers[0].keys.shape[0] == 2
-        return model(torch.full((len(steered), 1), 3), past_key_values=other).logits
+        return model(torch.full((len(steered), 1), 3), past_key_values=changed).logits
 
     with torch.no_grad():
         plain = step()
         with gated(model).attached(model):
-            found = step()
-    assert ((found - plain).abs().amax((1, 2)) > 1e-4).tolist() == steered
+            logits = step()
+    assert ((logits - plain).abs().amax((1, 2)) > 1e-4).tolist() == steered
 
 
 def test_nothing_keeps_a_cache_alive(tiny):
@@ -175,10 +175,10 @@ def test_blocks_on_another_device(scope, tiny):
     for part in (model.model.layers[1], model.model.layers[2], model.model.norm, model.lm_head):
         part.to("meta")
 
-    def over(one):
-        if isinstance(one, tuple):
-            return tuple(map(over, one))
-        return one.to("meta") if isinstance(one, torch.Tensor) else one
+    def over(value):
+        if isinstance(value, tuple):
+            return tuple(map(over, value))
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
 
     for block in model.model.layers[1:]:
         block.register_forward_pre_hook(lambda m, a, k: (over(a), {n: over(x) for n, x in k.items()}), with_kwargs=True)

@@ -51,7 +51,7 @@ def test_all_tokens_are_steered_alike(how, tiny):
 def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
     model = tiny("llama").eval()
     plan = Plan(Intervention(Add(vector()), "layers.1.output", scope="response", strength=3.0))
-    whole = generate(model, "response")
+    expected = generate(model, "response")
     with plan.attached(model):
         with torch.no_grad():
             cache = model(IDS[:, :4], use_cache=True).past_key_values
@@ -59,7 +59,7 @@ def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
             said = model.generate(
                 IDS, past_key_values=copy.deepcopy(cache), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
             )
-            assert torch.equal(said, whole)
+            assert torch.equal(said, expected)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -161,8 +161,12 @@ def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
         attachment.set_rows([1, 2])
         attachment.set_strength(1.0)
         model(ids(), labels=ids()).loss.backward()
-        [one] = attachment.interventions
-        assert one.rows.tolist() == [1, 2] and set(one.strength.flatten().tolist()) == {1.0} and not one.rows.is_inference()
+        [intervention] = attachment.interventions
+        assert (
+            intervention.rows.tolist() == [1, 2]
+            and set(intervention.strength.flatten().tolist()) == {1.0}
+            and not intervention.rows.is_inference()
+        )
 
 
 def test_interventions_without_slots_are_left_alone_by_set_rows(tiny):
