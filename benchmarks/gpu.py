@@ -121,7 +121,7 @@ def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def measure(sizes: Sizes, only: str | None) -> dict[str, Any]:
-    """Everything that is timed but the sweep: the kernels alone, and a decoder."""
+    """Times the kernels alone and a decoder: everything except the sweep."""
     results: dict[str, Any] = {"kernels": [], "features": [], "small": [], "peers": [], "model": []}
     if only != "model":
         results["copy TB/s"] = copy_bandwidth(sizes)

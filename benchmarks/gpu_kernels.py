@@ -155,7 +155,7 @@ def _far_apart(sizes: Sizes) -> dict[str, Any]:
 
 
 def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
-    """Times of every task, in microseconds. fraction: of the bandwidth of a copy, were only the unavoidable bytes moved."""
+    """Times every task, in microseconds. fraction: share of a copy's bandwidth that moving only the unavoidable bytes would reach."""
     rows = []
     inputs = [sizes.states(seed=seed) for seed in range(4)]  # together more than the L2 cache holds
     turn = itertools.cycle(inputs)
@@ -223,7 +223,7 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def small(sizes: Sizes) -> list[dict[str, Any]]:
-    """Operators by their own operations and by a kernel on few tokens, where the host is what takes time; see `steer.kernels.wanted`."""
+    """Compares an operator's own operations with a kernel on few tokens, where the host takes the time; see `steer.kernels.wanted`."""
     rows, v, strength = [], sizes.random(sizes.width, seed=1), torch.ones(1, 1, 1, device=sizes.device)
     for tokens in (1, 16, 64, 256, 1024):
         h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)

@@ -67,7 +67,7 @@ def _prompt(tokenizer: Any, kind: str, item: int) -> tuple[Row, int]:
 
 
 def _outputs(model: Any, tokenizer: Any, kind: str, items: list[int]) -> Tensor:
-    """[items, width], what MLP 0 gives on the item's token in the prompt."""
+    """Outputs of MLP 0 on the item's token in the prompt, [items, width]."""
     pooled = _Pooled(len(items))
     rows, places = zip(*(_prompt(tokenizer, kind, item) for item in items), strict=True)
     steer.capture(model, rows, {steer.Site.parse(SITE): pooled}, span=places[0])

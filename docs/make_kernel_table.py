@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that operations read and write, and how many of them do."""
+    """Counts the bytes that operations read and write, and these operations."""
 
     def __init__(self) -> None:
         super().__init__()

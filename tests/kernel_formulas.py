@@ -46,7 +46,7 @@ def edited(
 
 
 def step(x: Tensor, u: Tensor, own: dict[str, Tensor], relative: bool = False, gated: bool = False, preserve_norm: bool = False) -> Any:
-    """How far one direction is followed: where its feature shall be, less where it is."""
+    """Length of the move along one direction: the feature's target minus its present value."""
     p = x @ u + own.get("bias", 0.0)
     on = bool(p > own.get("threshold", torch.tensor(-INF)) * (x.norm() if relative else 1.0)) if "threshold" in own else True
     z = p if on else p * 0
@@ -79,7 +79,7 @@ def statistics(h: Tensor, directions: Tensor, weight: Tensor, low: float, high: 
 
 
 def error(result: Tensor, expected: Tensor) -> float:
-    """Relative to the size of the whole tensor."""
+    """Error relative to the norm of the tensor."""
     assert result.shape == expected.shape, (result.shape, expected.shape)
     result, expected = result.detach().double(), expected.detach().double()
     assert bool(torch.isfinite(result).all()), "memory that nothing was written to"

@@ -227,7 +227,7 @@ def test_the_call_names_it(case):
 
 
 @pytest.mark.parametrize("call", [lambda: calibrate(WARMS), lambda: screen(WARMS), lambda: select([WARMS])])
-def test_directions_where_one_is_wanted(call):
+def test_directions_where_a_single_direction_is_expected(call):
     with pytest.raises(ConfigError, match=r"directions\.best\(\)"):
         call()
 

@@ -54,7 +54,7 @@ def test_a_curve_equals_one_strength_at_a_time():
 
 
 def test_batches_do_not_change_the_measure():
-    """However texts share batches, and so padding, with others."""
+    """Measures do not depend on which texts share a batch and its padding."""
     model, direction = controlled()
     vectors = torch.tensor([0.0, 1.0, 3.0])[:, None] * direction.vector
     contrast = pairs(8)
@@ -66,7 +66,7 @@ def test_batches_do_not_change_the_measure():
 
 
 def test_the_control_of_a_vector_runs_beside_it():
-    """Vectors need not be the direction: a zero leaves its rows as they are, and another vector acts for itself."""
+    """Vectors may differ from the direction: a zero vector leaves its rows unchanged, and a control vector has its own effect."""
     model, direction = controlled()
     control = torch.randn(32, generator=torch.Generator().manual_seed(3))
     vectors = torch.stack([torch.zeros(32), direction.vector, control / control.norm()])
@@ -111,7 +111,7 @@ def test_a_curve_becomes_json():
 
 
 def test_texts_that_made_the_direction_may_not_calibrate_it(tmp_path):
-    """Neither as pairs nor as neutral text, and not after a round trip through a file either; those held out of it may."""
+    """They may not serve as pairs or as neutral text, nor after a round trip through a file; held-out texts may."""
     model, _ = controlled()
     contrast = pairs(12)
     made_of, held = contrast.split(0.25, 0)

@@ -135,7 +135,7 @@ def test_auc_equals_sklearns_with_ties(positive, negative):
 
 
 def test_held_out_texts_have_no_part_in_the_direction(tiny):
-    """Other held-out texts leave the direction to the bit; they only judge it."""
+    """Changed held-out texts leave the direction equal to the bit; they only judge it."""
     model = tiny("llama")
     contrast, _ = planted(model)
     train, held = contrast.split(0.25, seed=3)
@@ -152,7 +152,7 @@ def test_held_out_texts_have_no_part_in_the_direction(tiny):
 
 
 def test_random_labels_do_not_separate(tiny):
-    """Noise fits the texts it was read from and fails on others; the AUC that is reported is the second one."""
+    """Noise separates the texts that it was read from and fails on new texts; the reported AUC is that of the new texts."""
     model = tiny("llama")
     texts = [Row(tuple(ids(1, 6, i)[0].tolist()), 2) for i in range(80)]
     contrast = ContrastSet(tuple(texts[:40]), tuple(texts[40:]), paired=False)

@@ -334,7 +334,7 @@ def test_what_a_pyvene_folder_does_not_hold_is_asked_for_or_refused(tmp_path):
 
 @dataclass
 class Pickled:
-    """As users of steering-vectors keep theirs."""
+    """Stand-in for the objects that users of steering-vectors pickle."""
 
     layer_activations: dict[int, Tensor]
     layer_type: str = "decoder_block"
@@ -365,7 +365,7 @@ def good_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def test_every_format_is_told_by_its_content_and_by_no_other(tmp_path):
+def test_every_format_is_recognised_by_its_content_alone(tmp_path):
     files = good_files(tmp_path)
     assert files.keys() == set(IMPORTERS)
     for name, (path, arguments) in files.items():

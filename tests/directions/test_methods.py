@@ -123,7 +123,7 @@ def test_centred_pca_equals_sklearn_with_or_without_pairs():
 
 
 def test_pair_differences_are_not_centred():
-    """What all pairs have in common survives, which centring the differences would remove."""
+    """The part that all pairs share survives; centring the differences would remove it."""
     x = texts(gap=0.0)
     x[SIDE] = x[~SIDE]
     x[SIDE, 2] += 5  # the same in all pairs
@@ -155,7 +155,7 @@ def test_other_names_find_the_same_method():
 
 @pytest.mark.parametrize("method", sorted(EXTRACTORS))
 def test_moments_hold_only_what_a_method_reads(method):
-    """With only what it says it needs, every method works; with less, the moments say what is missing."""
+    """Every method works with only what it declares as needed; with less, the moments name what is missing."""
     extractor, x = EXTRACTORS.get(method), texts()
     moments = moments_of(x, SIDE, True, extractor.needs)
     assert set(extractor.needs) <= set(NEEDS) and extractor.direction(moments).shape == (WIDTH,)

@@ -14,7 +14,7 @@ SHAPES = [(24, 100), (60, 61), (12, 300)]  # texts, width
 
 
 def texts(n: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated texts far from zero, and which of them are positive."""
+    """Returns correlated texts far from zero, and a mask of the positive ones."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5 + 5
     side = torch.arange(n) % 2 == 0

@@ -50,7 +50,7 @@ def test_the_interval_of_a_share():
 
 @pytest.mark.parametrize("scope", ["generated", "prompt|generated[:4]", "all!generated"])
 def test_decoded_tokens_are_not_measured_where_none_are(scope):
-    """Left out or taken in, they would be other tokens in the measurement than in use."""
+    """Whether counted or not, the measured tokens would differ from the steered ones."""
     model, direction = controlled()
     for measure in (
         lambda: screen(model, direction, pairs(4), scope=scope, progress=False),

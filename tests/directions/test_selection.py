@@ -67,7 +67,7 @@ def test_scores_equal_one_candidate_at_a_time():
 
 
 def test_ablation_leaves_nothing_of_the_direction_in_the_residual_stream():
-    """What is ablated is everything that is ever written there, so no later site has any of it."""
+    """Ablation covers every writer of the stream, so no later site has any part of the direction."""
     model, candidates = bench()
     everywhere = Anatomy.find(model).sites("embed", "layers.*.attn.output", "layers.*.mlp.output")
     with Plan([Intervention(Ablate(candidates[1].vector), site) for site in everywhere]).attached(model), torch.no_grad():
@@ -76,7 +76,7 @@ def test_ablation_leaves_nothing_of_the_direction_in_the_residual_stream():
         assert float((state @ candidates[1].unit).abs().max()) < 1e-5
 
 
-def test_the_one_that_carries_the_behaviour_is_chosen():
+def test_the_direction_that_carries_the_behaviour_is_chosen():
     model, candidates = bench()
     selection = select(model, candidates, showing=prompts(1), lacking=prompts(2), tokens=TOKENS, max_kl=50.0, progress=False)
     rejected = [candidate.rejected for candidate in selection.candidates]

@@ -42,7 +42,7 @@ def slots(of: Direction) -> torch.Tensor:
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """How the sweeps of a test ran; `chosen.whole` makes them run whole."""
+    """Records how the sweeps of a test ran; `chosen.full_passes = True` turns sharing off."""
 
     class Chosen:
         def __init__(self):

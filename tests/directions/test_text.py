@@ -197,7 +197,7 @@ def test_directions_without_a_measurement_need_a_site():
 
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators_that_need_nothing_but_a_vector_have_a_text(name):
-    """The others say so; a new operator is found here by itself."""
+    """Operators that need more say so; this test picks up a new operator by itself."""
     try:
         plan = plan_from_text(f"0.5 {name} warm@response", NAMES)
     except ConfigError as error:

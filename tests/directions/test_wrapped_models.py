@@ -56,7 +56,7 @@ def test_half_precision_gives_nearly_the_same():
 
 
 def test_a_plan_that_is_attached_stays_in_force():
-    """What is measured is the change to the model as it is steered already."""
+    """The measure is the change to the model as it is already steered."""
     model, direction = controlled()
     vectors = torch.tensor([0.0, 1.0, 2.0])[:, None] * direction.vector
     plain = pair_gaps(model, direction, pairs(), vectors)

@@ -74,7 +74,7 @@ def test_positions_that_count_padding(scope, count, tiny):
 
 
 def test_a_cache_that_the_model_made_of_its_own_accord(tiny):
-    """Without use_cache=True the prompt is no part of a generation; a plan for generations only must not begin in its middle."""
+    """Without use_cache=True the prompt is not part of a generation; a plan for generations only must not start in the middle of one."""
     model = tiny("llama").eval()
     with torch.no_grad(), plan_on(phases=("generate",)).attached(model) as attachment:
         cache = model(ids(1, 4)).past_key_values
@@ -134,7 +134,7 @@ def test_nothing_keeps_a_cache_alive(tiny):
 
 
 def test_the_length_of_a_static_cache_is_read_only_where_a_prompt_follows_a_prompt():
-    """Reading it waits for the device. On the meta device it cannot be read at all."""
+    """Reading the length waits for the device. On the meta device it cannot be read at all."""
     cache, length = SimpleNamespace(), torch.zeros((), device="meta")
     for tokens in (4, 1, 1, 4):
         assert note_pass(cache, length, tokens) is False
@@ -157,7 +157,7 @@ def test_a_tuned_prefix_is_no_part_of_the_text(scope, count, tiny):
         assert fired(attachment) == 2 * count
 
 
-def test_training_with_a_tuned_prefix_and_a_loss_of_ones_own(tiny):
+def test_training_with_a_tuned_prefix_and_a_custom_loss(tiny):
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).train()
     with plan_on(phases=("train",)).attached(model) as attachment:
         model(input_ids=ids(2, 5)).logits.sum().backward()
@@ -169,7 +169,7 @@ def test_training_with_a_tuned_prefix_and_a_loss_of_ones_own(tiny):
 
 @pytest.mark.parametrize("scope", ["all", "response", "positions[1:3]", "response~2"])
 def test_blocks_on_another_device(scope, tiny):
-    """The meta device stands for a second GPU: what meets a tensor of the first one there fails."""
+    """The meta device stands for a second GPU: an operation that mixes tensors of both devices fails."""
     model = tiny("llama").eval()
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=False)  # untied
     for part in (model.model.layers[1], model.model.layers[2], model.model.norm, model.lm_head):

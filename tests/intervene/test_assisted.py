@@ -65,7 +65,7 @@ def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("scope", ["last", "prompt[-2:]", "positions[-1]", "generated[:2]"])
 def test_a_second_part_of_a_prompt_is_refused(scope, cache, tiny):
-    """Its first part looked like a whole prompt, whose end it is not. Static caches are no exception."""
+    """The first part looked like a complete prompt, but does not end it. Static caches are no exception."""
     options = {"cache_implementation": cache, "disable_compile": True, "prefill_chunk_size": 5}
     with pytest.raises(ContextError, match="cannot be told apart"):
         generate(tiny("llama").eval(), scope, **options)

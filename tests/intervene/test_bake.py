@@ -72,7 +72,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> N
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """The remedy that the error names, by hand."""
+    """Applies by hand the remedy that the error names."""
     model.config.tie_word_embeddings = False
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
@@ -155,7 +155,7 @@ def test_ablation_of_everything_written_is_orthogonal_weights(family, tiny):
     assert torch.equal(logits(model), plain)
 
 
-def test_ablation_of_the_stream_folds_only_where_nothing_is_left_to_remove(tiny):
+def test_ablation_of_the_stream_bakes_only_where_nothing_is_left_to_remove(tiny):
     model = tiny("llama")
     everywhere = [Intervention(Ablate(ROWS), site) for site in WRITERS]
     stream = [Intervention(Ablate(ROWS[0]), f"layers.{n}.{side}") for n in LAYERS for side in ("input", "output")]
@@ -230,7 +230,7 @@ def test_every_affine_operator_at_what_linear_maps_take_and_give(name, site, fam
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "falcon", "phi3"])
 def test_edits_of_one_map_keep_their_order(family, tiny):
-    """Its input first, then its output in the order of the plan, then the stream; columns of a fused projection stay apart."""
+    """Edits of the input come first, then those of the output in plan order, then the stream; columns of a fused projection stay apart."""
     model, anatomy = tiny(family), steer.Anatomy.find(tiny(family))
     interventions = [
         Intervention(Add(vector(seed=8)), "layers.1.output"),
@@ -315,7 +315,7 @@ def test_quantised_weights_are_refused(tiny):
 
 
 def test_a_block_that_scales_what_it_adds_is_found_out_by_running(tiny):
-    """As Granite does: the structure is that of a llama, the arithmetic is not."""
+    """Granite does this: it has the structure of a llama, but not its arithmetic."""
     model = tiny("llama")
     mlp = model.model.layers[1].mlp
     model.model.layers[1].mlp = Scaled(mlp)

@@ -1,4 +1,4 @@
-"""A fold is accepted for what it changes: small doses in half precision, where rounding hides a wrong one from a look at the states."""
+"""Baking accepts a weight edit for what it changes: in half precision, rounding hides a wrong small edit from a look at the states."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_scaled_family_is_refused_at_every_dose(dtype, dose, tmp_path):
 
 
 def test_the_refusal_is_right():
-    """By hand, the fold gives 0.22 of the edit."""
+    """Editing the weights by hand gives 0.22 of the intervention."""
     model = granite(torch.float32)
     plan = dosed(model, 0.1)
     with plan.attached(model):
@@ -86,7 +86,7 @@ def test_the_refusal_is_right():
     assert relative(model.model(input_ids=ids())[0] - plain, expected - plain) > 0.7
 
 
-def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_one():
+def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_edit():
     model = granite(torch.bfloat16)
     right = [Intervention(Ablate(vector(seed=5)), "layers.2.attn.z")]
     bake(Plan(right), model, savable=False).undo()
@@ -97,7 +97,7 @@ def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_one():
 @pytest.mark.parametrize("dose", [0.01, 0.1])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2", "gemma3", "olmo2"}))
-def test_a_right_fold_is_accepted_at_every_dose(family, dtype, dose, tiny):
+def test_a_right_weight_edit_is_accepted_at_every_dose(family, dtype, dose, tiny):
     model = tiny(family).to(dtype)
     plans = [Plan([Intervention(Ablate(vector(seed=3)), site, strength=dose) for site in WRITERS[1:]])]
     if not steer.Anatomy.find(model).moe:

@@ -51,7 +51,7 @@ def test_the_number_of_a_direction_is_the_block_whose_output_it_is_added_to(tmp_
 
 
 def test_there_and_back_is_the_same_model(tiny, tmp_path):
-    """As repeng does it: a hook on the output of block n adds direction.n."""
+    """repeng steers in this way: a hook on the output of block n adds direction.n."""
     model = tiny("llama")
     steering = plan(Intervention(Add(vector()), "layers.1.output", strength=0.5), Intervention(Add(vector(seed=2)), "layers.2.output"))
     path = steer.to_gguf(steering, tmp_path / "vector.gguf", model_hint="llama")

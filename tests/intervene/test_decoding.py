@@ -1,4 +1,4 @@
-"""A decoded token: what edits do to it is worked out together when its pass opens, and is what each would have done itself."""
+"""Edits of a decoded token are prepared together when its pass opens, and equal what each edit does by itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def step(model, cache: DynamicCache, batch: dict[str, Tensor], token: int, grad:
 
 
 def ordinary(model, attachment: Attachment) -> None:
-    """Takes what is prepared away: from now on each edit is made at its site."""
+    """Removes prepared edits: from now on each edit is computed at its site."""
     for active in attachment.interventions:
         active.prepared = None
     for hook in watcher_of(model).site_hooks:
@@ -54,7 +54,7 @@ def ordinary(model, attachment: Attachment) -> None:
 
 
 def live(attachment: Attachment) -> int:
-    """How many prepared edits hold for the pass that runs."""
+    """Number of prepared edits that hold for the running pass."""
     return sum(active.prepared is not None and active.prepared.group.live is not None for active in attachment.interventions)
 
 
@@ -68,7 +68,7 @@ def talk(
     rows: list[int] | None = None,
     between: Callable[[Attachment], Any] = lambda _: None,
 ) -> tuple[list[Tensor], int]:
-    """Logits of three tokens, and how many edits were prepared for the last. With gradients each works for itself."""
+    """Returns the logits of three tokens and the number of edits prepared for the last one; none are prepared with gradients."""
     cache, logits, known = DynamicCache(config=model.config), [], []
     with steered.attached(model) as attachment:
         if rows is not None:
@@ -99,7 +99,7 @@ def test_prepared_edits_are_what_each_would_have_made(batch, tiny):
 
 
 def test_nothing_is_remembered_from_one_token_to_the_next(tiny):
-    """Strengths, switches and vectors that change between two tokens hold from the next one on, however they were changed."""
+    """Strengths, switches and vectors that change between two tokens hold from the next token on, however they were changed."""
     model, batch = tiny("llama").eval(), padded("left")
     variants = []
     for options in ({}, {"prepared": False}, {"grad": True}):

@@ -1,4 +1,4 @@
-"""Whose decision it is: gates that plans share, caches that outlive a plan, padding that holds no numbers."""
+"""Gate decisions belong to one plan and one cache: shared gates, caches that outlive a plan, padding that holds NaN."""
 
 import pytest
 import torch

@@ -124,7 +124,7 @@ def test_gates_of_tokens_and_of_rows_combine():
 
 
 def test_a_row_without_a_token_to_look_at_is_not_decided():
-    """Neither open nor, for its negation, closed; the other side of an `or` decides alone."""
+    """Neither the gate nor its negation opens; in an `or`, the second gate decides alone."""
     h, labels = torch.ones(2, 2, 1), torch.tensor([[-100, -100], [1, 1]])
     gate, always = ProbeGate(torch.ones(1), per="row"), ProbeGate(torch.zeros(1), 1.0)
     for combined, expected in ((gate, [1, 0]), (~gate, [0, 0]), (~~gate, [1, 0]), (gate | always, [1, 1]), (~gate & always, [0, 0])):
@@ -152,7 +152,7 @@ def test_saved_and_loaded_to_the_bit(form, tiny, tmp_path):
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
 
 
-def test_a_learned_gate_stays_one_and_stays_shared(tmp_path):
+def test_a_learned_gate_stays_one_gate_and_stays_shared(tmp_path):
     gate = CosineGate(W, 0.2, sharpness=2.0).train()
     operator = Add(V).train()
     unshared = Intervention(Ablate(W), "layers.2.output", gate=ProbeGate(W, sharpness=1.0).train())
@@ -237,7 +237,7 @@ def test_a_prompt_that_cannot_be_told(tiny):
         assert attachment.fired() == {"add@layers.1.output": 7}  # the second row has no user
 
 
-def test_a_kind_of_ones_own():
+def test_a_custom_kind_of_gate():
     class Norm(SiteGate):
         """Opens where an activation is long."""
 

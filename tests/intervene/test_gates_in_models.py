@@ -100,7 +100,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_a_prompt_decides_holds_for_its_generation(family, mode, tiny):
-    """Open rows are generated as with the plan without its gate, closed ones as without the plan, each as if it were alone."""
+    """Open rows equal a generation with the ungated plan, closed rows one without the plan, each as if generated alone."""
     model, batch = tiny(family), padded("left", (7, 4, 6, 5))
     plan, opened = per_generation(model, batch)
     with plan.attached(model) as attachment:
@@ -161,7 +161,7 @@ def test_two_generations_in_turns_and_a_copied_cache(tiny):
 
 
 def test_two_models_share_a_gate(tiny):
-    """In turns, with the opposite decision for each."""
+    """The models run in turns, with opposite decisions."""
     first, second = tiny("llama"), tiny("llama")
     with torch.no_grad():
         second.model.embed_tokens.weight.neg_()
@@ -199,7 +199,7 @@ def test_a_prompt_of_one_token(tiny):
 
 
 def test_the_negation_of_a_prompts_gate_leaves_decoded_tokens_alone(tiny):
-    """Each decoded token is a pass of its own, which has no prompt: that is no reason to open."""
+    """Each decoded token has its own pass without a prompt; this must not open the gate."""
     model, closed = tiny("llama"), ~ProbeGate(torch.zeros(32), 1.0, per="row")
     with gated(closed).attached(model) as attachment:
         generate(model, padded("left"))

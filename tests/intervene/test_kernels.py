@@ -54,7 +54,7 @@ def test_rows_have_their_own_slots(name: str) -> None:
 @pytest.mark.parametrize("operator", [Add(vector()), Ablate(vector()), Clamp(vector(), low=0.1)], ids=lambda operator: operator.name)
 @pytest.mark.parametrize("norm", [False, True])
 def test_strengths_of_rows_and_one_vector_for_all(operator: Operator, norm: bool) -> None:
-    """The slots are those of the strengths alone; the vector has one, whatever the rows say."""
+    """Only the strengths have several slots; the vector has one slot, which all rows use."""
     h, rows = states(3, 2, 32), torch.tensor([2, 0, 1])
     strengths = torch.tensor([0.0, 1.0, -0.5])[rows].view(-1, 1, 1)
     actual = fused(operator, h, strengths, None, rows, norm)

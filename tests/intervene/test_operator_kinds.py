@@ -191,7 +191,7 @@ def test_heads_are_shifted_where_there_are_heads(site):
 
 @pytest.mark.parametrize(("width", "heads"), [(4, 8), (16, 2)])
 def test_the_heads_are_those_of_the_model(width, heads, tiny):
-    """Of 4 heads of 8 channels, a shift of 8 heads would move half of one."""
+    """With 4 heads of 8 channels, a shift for 8 heads would move half of a head."""
     model = tiny("llama")
     plan = Plan(Intervention(HeadShift(states(1, width), [0], heads), "layers.1.attn.z"))
     with pytest.raises(ConfigError, match=rf"4 heads of 8 channels[\s\S]*{heads} heads of {width}"):
@@ -203,7 +203,7 @@ def test_the_heads_are_those_of_the_model(width, heads, tiny):
 
 
 def test_k_steering_raises_what_it_is_for():
-    """On a probe of three labels: towards 0, away from 2."""
+    """Uses a probe of three labels: steers towards label 0 and away from label 2."""
     w1, b1, w2 = states(16, 32, seed=1) * 0.3, states(16, seed=2), states(3, 16, seed=3)
     h = states(2, 20, 32)
 
@@ -251,7 +251,7 @@ def test_reft_r1_does_not_see_what_padding_holds():
 
 
 def test_reft_r1_does_not_see_padding(tiny):
-    """The level of a row is that of its text."""
+    """The level of a row is the level of its text."""
     model = tiny("llama")
     batch = padded("left")
     plan = Plan(Intervention(ReftR1(vector(), k=2), "layers.1.output", strength=3.0))

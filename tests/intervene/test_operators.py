@@ -1,4 +1,4 @@
-"""What every operator owes: its formula, no bit changed by strength or mask 0, gradients, row slots, dtypes, files, typed errors."""
+"""Every operator: its formula, no bit changed at strength or mask 0, gradients, row slots, dtypes, files, typed errors."""
 
 import re
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_row_slots_equal_single_runs(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_rounds_once(name):
-    """Beside an entry of 5000, as language models have them: coordinates in bf16 would be wrong by more than 1."""
+    """Language models have entries of 5000: beside them, coordinates in bf16 would be wrong by more than 1."""
     case = CASES[name]
     for dtype, digits in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         h = states(2, 3, 32)
@@ -205,7 +205,7 @@ def test_products_under_autocast_are_those_of_fp32():
 @pytest.mark.parametrize("scope", ["all", "response", "last", "positions[0,-1]"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strength_zero_changes_no_bit_of_a_model(scope, dtype, tiny):
-    """In a forward pass, in generation and in a training step, where the weights after AdamW must be the same too."""
+    """Covers a forward pass, generation and a training step, after which the AdamW weights must be equal too."""
     runs = []
     for steered in (False, True):
         model = tiny("llama").to(dtype)

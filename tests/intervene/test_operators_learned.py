@@ -135,7 +135,7 @@ def changed(operators: Iterable[Operator]) -> None:
 
 
 def test_gradients_of_a_compiled_graph(unbroken):
-    """Of all operators one after the other with a soft mask, those that can being learned."""
+    """Applies all operators in sequence with a soft mask; those that can learn do."""
     operators = [case.make() for case in CASES.values()]
     learned = [parameter for operator in operators if operator.learnable for parameter in operator.train().parameters.values()]
 

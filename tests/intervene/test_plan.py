@@ -1,4 +1,4 @@
-"""A plan's life: attach, drive, look, keep; and everything that must be refused."""
+"""A plan's life: attach, change strengths, explain, save; and everything that must be refused."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_stacked_plans_may_leave_in_any_order(tiny):
 
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.2", "norm"])
 def test_an_exception_leaves_no_hook(where, tiny):
-    """Raised inside a block, before or after the site, and by the caller's own code."""
+    """The exception comes from a block before or after the site, or from the caller's own code."""
     model = tiny("llama")
     plain = logits(model)
     boom = model.model.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
@@ -149,7 +149,7 @@ def test_one_plan_lives_on_two_models_at_once(tiny):
 
 
 def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
-    """A method that was tried out in generation is often the one to train with."""
+    """Users often try a method in generation first and train with it later."""
     model = tiny("llama")
     with torch.inference_mode():
         gate = ProbeGate(vector(seed=3), sharpness=1.0)
@@ -249,7 +249,7 @@ def test_strength_switch_and_schedule_drive_one_buffer(tiny):
             assert torch.allclose(logits(model), expected[strength], atol=1e-5)
 
 
-def test_one_of_two_can_be_driven_alone(tiny):
+def test_one_of_two_interventions_can_be_set_alone(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(vector()), "layers.0.output", name="a"), Intervention(Add(vector()), "layers.1.output", name="b")])
     with edited(model.model.layers[1], lambda h: h + 3 * vector()):
@@ -430,7 +430,7 @@ def test_a_resumed_plan_goes_on_where_it_was():
 
 @pytest.mark.parametrize(("scope", "strength"), [("generated[:8]", 2.0), ("all", [2.0, 3.0])])
 def test_a_state_that_does_not_fit_changes_nothing(scope, strength):
-    """Not even the interventions before the one that it does not fit."""
+    """Interventions before the misfit stay unchanged too."""
 
     def attached(scope, strength) -> Attachment:
         second = Intervention(Add(vector()), "layers.0.output", scope, strength=strength, name="b")

@@ -35,7 +35,7 @@ def same(ours: Plan, theirs: Plan) -> bool:
 
 
 def without(path, key: str):
-    """The same file as it was written before it held this."""
+    """Rewrites the file without a key, as older versions wrote it."""
     manifest, tensors = load_artifact(path, "plan")
     for entry in [manifest, *manifest["interventions"]]:
         entry.pop(key, None)

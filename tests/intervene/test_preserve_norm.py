@@ -44,7 +44,7 @@ def test_the_edit_scaled_back_to_the_norm_before_it(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_norms_of_ten_thousand_in_half_precision(name, dtype):
-    """In fp16 the square of such a norm is beyond the largest number, and some edits are on their way; none is when they arrive."""
+    """In fp16 the square of such a norm overflows, and so do some intermediate results; no final result does."""
     unit = states(2, 5, 32)
     h = (1e4 * unit / unit.norm(dim=-1, keepdim=True)).to(dtype)
     edited = called(intervention(CASES[name].make(), 40.0 if name == "add" else 0.7), h)
@@ -113,7 +113,7 @@ def test_gradients_of_tokens_that_are_left_alone_are_exact():
 
 
 def test_a_vector_of_zero_learns_only_across_the_activation():
-    """From the start: along it there is no change to be had."""
+    """A vector of zeros has a gradient from the start, without the part along the activation, where the norm is fixed."""
     h, operator = states(1, 1, 32), Add(torch.zeros(32)).train()
     weights = states(1, 1, 32, seed=1)
     (called(intervention(operator), h) * weights).sum().backward()

@@ -80,7 +80,7 @@ def test_one_vector_with_a_strength_per_row(tiny):
 
 @pytest.mark.parametrize("task", ["forward", "generate"])
 def test_each_row_has_a_plan_of_its_own(task, tiny):
-    """Other operators, sites and scopes for other rows: a strength of 0 switches an intervention off for a row."""
+    """Rows may differ in operators, sites and scopes: a strength of 0 switches an intervention off for a row."""
     model, batch = tiny("llama"), padded("left")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     edits = [

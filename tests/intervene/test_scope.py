@@ -115,7 +115,7 @@ def windows(least: int) -> st.SearchStrategy[Window]:
 
 
 def selectors(least: int = -5, last: bool = True, roles: bool = True) -> st.SearchStrategy[Named]:
-    """least: 0 where parts of a prompt come one by one, so that its end is not known; responses that are decoded have none ever."""
+    """least: 0 where a prompt comes in parts, so that its end is not known; decoded responses never have a known end."""
     words = st.sampled_from(["all", "prompt", "response", "generated"] + ["last"] * last).map(Named)
     windowed = st.builds(Named, st.sampled_from(["prompt", "positions"]), windows(least))
     decoded = st.builds(Named, st.sampled_from(["response", "generated"]), windows(0))
@@ -140,7 +140,7 @@ class Text:
     seed: int
 
     def tokens(self) -> list[Token]:
-        """As in training, where both ends are known."""
+        """Tokens of the text as in training, where both ends are known."""
         size = self.prompt + self.response
         parts = [("prompt", i, self.prompt) for i in range(self.prompt)] + [("response", i, self.response) for i in range(self.response)]
         return [Token(i, size, *part, i == size - 1, self.id(i), self.turn(i)) for i, part in enumerate(parts)]
@@ -157,7 +157,7 @@ TEXTS = st.lists(st.builds(Text, st.integers(1, 4), st.integers(0, 4), st.intege
 
 
 class Tokens(ScopeMask):
-    """The tokens of a scope, whose lengths are noted when the pass opens, as an attachment does it."""
+    """Masks a scope's tokens; notes lengths when the pass opens, as an attachment does."""
 
     def __init__(self, text: str) -> None:
         super().__init__(Scope.parse(text))
@@ -213,7 +213,7 @@ def test_packed_rows(texts, wanted):
 
 
 class Cache:
-    """As long as it is said to be; static ones count in a tensor once they hold something."""
+    """Cache of a settable length; a static one counts in a tensor once it holds something."""
 
     def __init__(self, static: bool) -> None:
         self.length, self.static = 0, static
@@ -248,7 +248,7 @@ class Generation:
             row.append(Token(text.prompt + new, None, "response", new, None, True, text.id(text.prompt + new), "assistant"))
 
     def context(self, tokens: int) -> tuple[ForwardContext, list[list[Token]]]:
-        """The next so many columns go through the model."""
+        """Sends the next `tokens` columns through the model."""
         start, stop = self.cache.length, self.cache.length + tokens
         rows = [row[start:stop] for row in self.rows]
         many = [row[start:stop] for row in self.rows for _ in range(self.beams)]
@@ -274,7 +274,7 @@ def test_generation(texts, wanted, side, static, steps, beams):
 
 @given(TEXTS, scopes(selectors(0, last=False, roles=False)), st.booleans(), st.integers(2, 3))
 def test_a_prompt_in_copied_parts(texts, wanted, static, chunk):
-    """Only what counts from an end differs from the prompt in one pass, as long as no part is a single token."""
+    """Only selectors that count from an end differ from one pass over the prompt, as long as no part is a single token."""
     generation = Generation(texts, "left", static)
     width = len(generation.rows[0])
     sizes = [chunk] * (width // chunk) + [width % chunk] * (width % chunk > 0)

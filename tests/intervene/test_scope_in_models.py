@@ -117,7 +117,7 @@ def test_two_generations_take_turns(static, tiny):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_copied_cache_goes_on_as_the_original(static, tiny):
-    """As one does to continue one prompt in several ways."""
+    """Copying a cache continues one prompt in several ways."""
     model = tiny("llama")
     with plan_on("generated[1:2]").attached(model) as attachment:
         first = Talk(model, static)
@@ -216,7 +216,7 @@ def test_turns_in_training(tiny, tiny_tokenizer):
     assert attachment.fired() == {NAME: 2 + 4}
 
 
-def test_announced_windows_of_a_completion(tiny):
+def test_windows_of_a_completion_by_a_response_mask(tiny):
     model = tiny("llama")
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with plan_on("response[-2:]").attached(model) as attachment, response_tokens(model, mask):
@@ -225,8 +225,8 @@ def test_announced_windows_of_a_completion(tiny):
 
 
 @pytest.mark.parametrize("scope", ["all", "response"])
-def test_a_generation_has_no_announced_completion(scope, tiny):
-    """What is decoded is longer than any mask that was announced for it."""
+def test_a_generation_takes_no_response_mask(scope, tiny):
+    """The decoded text is longer than any response mask set for it."""
     model = tiny("llama")
     for width, decoding in ((6, True), (3, True), (9, False)):
         seen = 1 if decoding else 6

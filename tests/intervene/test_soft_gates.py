@@ -118,7 +118,7 @@ INSIDE = {  # where it reads and what it steers, both at or inside checkpointed 
 
 @pytest.mark.parametrize("where", INSIDE)
 def test_sites_inside_checkpointed_blocks(where, tiny):
-    """A reentrant block runs without gradients first: a decision that leaves it would have none, and none would be missed."""
+    """A reentrant block first runs without gradients: a gate decision that leaves the block would have none, and no error would show it."""
     read, steered = INSIDE[where]
     model, batch = tiny("llama").train(), padded("left")
     plan = Plan(Intervention(Add(V).train(), steered, gate=learned(ProbeGate(W, 0.2, sharpness=0.7, site=read))))

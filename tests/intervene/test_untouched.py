@@ -83,7 +83,7 @@ def test_other_peoples_hooks_stay_and_keep_their_order(tiny):
 
 
 def test_everybody_who_looks_sees_the_steered_activation(tiny):
-    """Also a recorder that was there before: the hooks that transformers keeps after a first output_hidden_states=True."""
+    """Covers a recorder from before the attach, too: hooks that transformers keeps after a first output_hidden_states=True."""
     model = tiny("llama")
     with torch.no_grad():
         plain = model(ids(), output_hidden_states=True).hidden_states

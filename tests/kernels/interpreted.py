@@ -129,7 +129,7 @@ def test_steer_add_goes_over_a_wide_row_in_steps(monkeypatch: pytest.MonkeyPatch
 
 
 def test_steer_add_of_nothing_to_nothing() -> None:
-    """A norm of 0, before or after, is no reason for a division by 0; nor is a batch without tokens."""
+    """A norm of 0, before or after, must not divide by 0; nor must a batch without tokens."""
     v = random(1, 16, seed=1)
     h = torch.cat([torch.zeros(1, 16), -v, v])[:, None].requires_grad_()
     out = steer_add(h, v, preserve_norm=True)

@@ -121,7 +121,7 @@ def test_drift_stats() -> None:
 
 
 def test_norms_of_0() -> None:
-    """Before or after, they are no reason for a division by 0."""
+    """A norm of 0, before or after, must not divide by 0."""
     v = random(1, 8, seed=1)
     h = torch.cat([torch.zeros(1, 8, dtype=torch.float64), -v, v])[:, None].requires_grad_()
     for out in (steer_add(h, v, preserve_norm=True), edit(h, v / v.norm(), scale=0.0, preserve_norm=True)):

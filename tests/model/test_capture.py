@@ -43,7 +43,7 @@ def rows(count: int = 9) -> list[Row]:
 
 
 def naive(model, row: Row, site: int, span) -> torch.Tensor:
-    """One text at a time, without padding, everything means."""
+    """Mean over the span of one unpadded text."""
     with torch.no_grad():
         states = model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states[site][0]
     states_by_span = {
@@ -256,7 +256,7 @@ def tokens_seen(model) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("span", ["response", "last", "prompt_last", -2])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_shared_prefixes_are_read_once(family, span, tiny):
-    """The prompt of a pair, and what all prompts begin with: every text gives what it gives alone."""
+    """Shared are the prompt of a pair and the common beginning of all prompts; every text gives the same as alone."""
     model, texts = tiny(family), chat()
     shapes = tokens_seen(model)
     pooled = Pooled(len(texts))

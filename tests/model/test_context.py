@@ -108,7 +108,7 @@ def test_a_static_cache_says_the_same_as_a_growing_one(family, scope, tokens, ti
 
 
 def test_a_static_cache_that_was_set_up_early(tiny):
-    """Its length is a tensor already at the prefill; a prompt of one token is still no decoded token."""
+    """The cache's length is a tensor already at the prefill; a prompt of one token is still not a decoded token."""
     model = tiny("llama")
     cache = StaticCache(config=model.config, max_cache_len=8)
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_a_static_cache_that_was_set_up_early(tiny):
     assert generated.tokens == [[[0]], [[1]]]
 
 
-def test_a_loop_of_ones_own(tiny):
+def test_a_custom_loop(tiny):
     model = tiny("llama")
     seen = {}
     for scope in ("prompt", "generated", "positions[4,6]", "positions[-2]"):
@@ -169,7 +169,7 @@ def test_packed_rows(tiny):
         assert trace.tokens == [[expected]], scope
 
 
-def test_an_announced_mask_stands_in_for_labels(tiny):
+def test_a_response_mask_stands_in_for_labels(tiny):
     model = tiny("llama")
     batch = padded("left")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
@@ -188,7 +188,7 @@ def test_an_announced_mask_stands_in_for_labels(tiny):
     assert trace.tokens[4] == [[0, 0, 0, 0, *row] for row in narrow.tolist()]
 
 
-def test_an_announced_mask_that_does_not_fit_is_refused(tiny):
+def test_a_response_mask_that_does_not_fit_is_refused(tiny):
     model = tiny("llama")
     with Trace(model, "response"):
         for mask in (torch.ones(3, 7), torch.ones(2, 8)):
@@ -200,7 +200,7 @@ def test_an_announced_mask_that_does_not_fit_is_refused(tiny):
         model(ids())
 
 
-def test_announced_masks_nest_and_end_with_their_block(tiny):
+def test_response_masks_nest_and_end_with_their_block(tiny):
     model = tiny("llama")
     with Trace(model, "response") as trace:
         with response_tokens(model, torch.ones(2, 7)):
