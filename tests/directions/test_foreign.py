@@ -41,11 +41,9 @@ def layer(n: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def values_by_site(directions: Any) -> dict[str, float]:
     """Site -> the number in every entry of its vector."""
-    assert all(
-        bool((direction.vector == direction.vector[0]).all()) and direction.vector.dtype is torch.float32
-        for direction in directions.values()
-    )
-    return {str(site): float(direction.vector[0]) for site, direction in directions.items()}
+    vectors = {str(site): direction.vector for site, direction in directions.items()}
+    assert all(bool((vector == vector[0]).all()) and vector.dtype is torch.float32 for vector in vectors.values())
+    return {site: float(vector[0]) for site, vector in vectors.items()}
 
 
 # ---- one writer per format
@@ -140,9 +138,8 @@ def test_persona_rows_are_hidden_states(tmp_path):
     expected = {"embed": 1, "layers.0.output": 2, "layers.1.output": 3, "layers.2.output": 4, "final_norm": 5}
     read = steer.import_directions(path, n_layers=LAYERS)
     assert values_by_site(read) == expected == values_by_site(steer.import_directions(path, "persona"))
-    assert {direction.span for direction in read.values()} == {"response"} and {direction.method for direction in read.values()} == {
-        "mean_difference"
-    }
+    assert {direction.span for direction in read.values()} == {"response"}
+    assert {direction.method for direction in read.values()} == {"mean_difference"}
     with pytest.raises(WidthError, match="5 rows|hidden-directions"):
         steer.import_directions(path, "persona", n_layers=LAYERS + 1)
 

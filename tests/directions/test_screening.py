@@ -31,9 +31,8 @@ def test_a_slope_is_that_of_the_line_through_the_doses():
     doses = torch.tensor(screening.doses, dtype=torch.float64)
     gaps = pair_gaps(model, direction, contrast, direction.strength_of(1.0) * doses.float()[:, None] * direction.vector)
     line = torch.linalg.lstsq(torch.stack([torch.ones(5, dtype=torch.float64), doses], 1), gaps).solution[1]
-    assert screening.slopes == pytest.approx(line.tolist(), abs=1e-6) and screening.steerability == pytest.approx(
-        float(line.mean()), abs=1e-6
-    )
+    assert screening.slopes == pytest.approx(line.tolist(), abs=1e-6)
+    assert screening.steerability == pytest.approx(float(line.mean()), abs=1e-6)
 
 
 def test_texts_that_made_the_direction_may_not_screen_it():

@@ -40,15 +40,11 @@ def described(plan: Plan) -> list[object]:
     description: list[object] = [plan.fingerprint]
     for intervention in plan.interventions:
         settings = {name: getattr(intervention, name) for name in ("name", "site", "scope", "enabled", "phases", "roles", "preserve_norm")}
-        numbers = (
-            None
-            if intervention.gate is None
-            else (str(intervention.gate), [site_gate.number for site_gate in intervention.gate.site_gates()])
-        )
-        tensors = {name: tensor.tolist() for name, tensor in intervention.operator.tensors.items()}
-        description.append(
-            (settings, list(intervention.strength), intervention.operator.name, intervention.operator.options(), tensors, numbers)
-        )
+        gate = intervention.gate
+        numbers = None if gate is None else (str(gate), [site_gate.number for site_gate in gate.site_gates()])
+        operator = intervention.operator
+        tensors = {name: tensor.tolist() for name, tensor in operator.tensors.items()}
+        description.append((settings, list(intervention.strength), operator.name, operator.options(), tensors, numbers))
     return description
 
 
