@@ -151,7 +151,7 @@ def test_through_the_compiled_wrapper(tiny, backend):
 @pytest.mark.parametrize("armed", [False, True])
 @pytest.mark.parametrize("sequence", ["base", "attach", "strength", "detach", "attach again", "second layer", "second instance"])
 def test_an_ab_comparison_in_any_order(sequence, armed, tiny, backend):
-    """In seven orders of events dynamo would silently skip a hook. In each, the compiled model does what the eager model does."""
+    """The seven orders in which a hook that dynamo does not look at steers nothing, without a word: each is what the eager model does."""
     if armed:
         arm()
     model, batch = tiny("llama"), {"input_ids": ids()}
@@ -359,7 +359,7 @@ def test_arming_is_a_switch_of_the_process(backend):
 
 
 def test_without_the_switch_a_hook_would_be_ignored(tiny, backend):
-    """Shows why `arm` is needed: if a later torch looks at hooks by default, this test fails and `arm` can go."""
+    """Why all this: should a later torch look at hooks by default, this fails and `arm` can go."""
     model = tiny("llama")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
