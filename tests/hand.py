@@ -1,4 +1,4 @@
-"""What the tests compare with: batches of every kind, and hooks written out by hand."""
+"""Batches of every kind and handwritten hooks, for tests to compare with."""
 
 from __future__ import annotations
 
