@@ -79,16 +79,14 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: the name is taken, or is no name; the entry has a name already, or is not of this kind.
         """
-        self._check_name(name)
+        _check_name(self.kind, name)
 
         def add(entry: T) -> T:
             if not self.is_own(entry):
                 self._load(entry_points=False)  # a name of ours is refused to the newcomer, rather than to our own file later
             self._check_free(name, entry)
-            self._check_kind(name, entry)
-            for known_as, registered in self._entries.items():
-                if registered is entry:
-                    raise _second_name(self.kind, entry, known_as, name)
+            _check_kind(self, name, entry)
+            _check_new(self, name, entry)
             if isinstance(entry, type):
                 entry.name = name  # type: ignore[attr-defined]
             self._entries[name] = entry
@@ -98,7 +96,7 @@ class Registry(Generic[T]):
 
     def alias(self, name: str, of: str) -> None:
         """Lets an entry be found under a second name, by which the field knows it too; it stays one entry. Raises ConfigError."""
-        self._check_name(name)
+        _check_name(self.kind, name)
         if self._aliases.get(name) != of:
             self._check_free(name, of)
             self._aliases[name] = of
@@ -107,6 +105,11 @@ class Registry(Generic[T]):
         """It comes from the folder of this registry, rather than from another package or from a script."""
         return self.package is not None and _module_of(entry).startswith(f"{self.package}.")
 
+    def _check_free(self, name: str, newcomer: object) -> None:
+        if name in self._entries or name in self._aliases:
+            known_as = self._aliases.get(name, name)
+            raise _taken_name(self.kind, name, self._entries.get(known_as, known_as), newcomer)
+
     # ---- look-up
 
     def get(self, name: str) -> T:
@@ -114,7 +117,7 @@ class Registry(Generic[T]):
         self.load()
         known_as = self._aliases.get(name, name) if isinstance(name, str) else name
         if not isinstance(known_as, str) or known_as not in self._entries:
-            raise self._unknown(name)
+            raise _unknown(self, name)
         return self._entries[known_as]
 
     def name_of(self, method: object) -> str:
@@ -217,34 +220,6 @@ class Registry(Generic[T]):
         known_there = {id(value) for value in vars(module).values()}
         return any(f"{_module_of(entry)}.".startswith(f"{name}.") or id(entry) in known_there for entry in self._entries.values())
 
-    # ---- checks
-
-    def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise _no_name(self.kind, name)
-
-    def _check_free(self, name: str, newcomer: object) -> None:
-        if name in self._entries or name in self._aliases:
-            known_as = self._aliases.get(name, name)
-            raise _taken_name(self.kind, name, self._entries.get(known_as, known_as), newcomer)
-
-    def _check_kind(self, name: str, entry: object) -> None:
-        if self.subclass_of is not None and not (isinstance(entry, type) and issubclass(entry, self.subclass_of)):
-            raise _wrong_kind(self.kind, name, entry, f"a class derived from {_dotted(self.subclass_of)}")
-        if self.instance_of is not None and not isinstance(entry, self.instance_of):
-            raise _wrong_kind(self.kind, name, entry, f"what the decorator in {self.instance_of.__module__} makes of a function")
-
-    def _unknown(self, name: object) -> ConfigError:
-        where = f", or put a file that registers it into {self.package.replace('.', '/')}/" if self.package else ""
-        remedy = did_you_mean(str(name), [*self._entries, *self._aliases]) or f"choose one of these{where}"
-        problems = [problem for problem in self._problems.values() if problem is not None]
-        return ConfigError(
-            f"unknown {self.kind} '{name}'",
-            expected=f"one of {', '.join(self)}",
-            found="; ".join([str(name), *problems]),
-            remedy=f"{remedy}; or mend the other package" if problems else remedy,
-        )
-
 
 REGISTRIES: dict[str, Registry[Any]] = {}
 
@@ -276,6 +251,32 @@ def _undone_on_failure() -> Iterator[None]:
         raise
 
 
+# ---- checks
+
+
+def _check_name(kind: str, name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _no_name(kind, name)
+
+
+def _check_kind(registry: Registry[Any], name: str, entry: object) -> None:
+    base, made = registry.subclass_of, registry.instance_of
+    if base is not None and not (isinstance(entry, type) and issubclass(entry, base)):
+        raise _wrong_kind(registry.kind, name, entry, f"a class derived from {_dotted(base)}")
+    if made is not None and not isinstance(entry, made):
+        raise _wrong_kind(registry.kind, name, entry, f"what the decorator in {made.__module__} makes of a function")
+
+
+def _check_new(registry: Registry[Any], name: str, entry: Any) -> None:
+    """Raises ConfigError for an entry that has a name already, and for two classes of the registry's own that Python code would confuse."""
+    for known_as, registered in registry._entries.items():
+        if registered is entry:
+            raise _second_name(registry.kind, entry, known_as, name)
+        are_own_classes = all(isinstance(value, type) and registry.is_own(value) for value in (entry, registered))
+        if are_own_classes and entry.__name__ == registered.__name__:
+            raise _taken_class_name(registry.kind, entry, registered)
+
+
 # ---- where entries come from
 
 
@@ -301,7 +302,7 @@ def _dotted(entry: Any) -> str:
 
 def _in_short(error: BaseException) -> str:
     """An error on one line."""
-    told = f"{error.what}: {error.found}" if isinstance(error, SteerError) else str(error)
+    told = f"{error.what} (expected {error.expected}; found {error.found})" if isinstance(error, SteerError) else str(error)
     return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
@@ -313,6 +314,18 @@ def _constant(kind: str) -> str:
 
 def _a(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _unknown(registry: Registry[Any], name: object) -> ConfigError:
+    where = f", or put a file that registers it into {registry.package.replace('.', '/')}/" if registry.package else ""
+    remedy = did_you_mean(str(name), [*registry._entries, *registry._aliases]) or f"choose one of these{where}"
+    problems = [problem for problem in registry._problems.values() if problem is not None]
+    return ConfigError(
+        f"unknown {registry.kind} '{name}'",
+        expected=f"one of {', '.join(registry)}",
+        found="; ".join([str(name), *problems]),
+        remedy=f"{remedy}; or mend the other package" if problems else remedy,
+    )
 
 
 def _no_name(kind: str, name: object) -> ConfigError:
@@ -342,6 +355,15 @@ def _second_name(kind: str, entry: object, name: str, second: str) -> ConfigErro
         expected=f"one name for it, '{name}'",
         found=f"a second one, '{second}'",
         remedy=f"leave the second out, or make it an alias: {_constant(kind)}.alias('{second}', of='{name}')",
+    )
+
+
+def _taken_class_name(kind: str, entry: Any, registered: object) -> ConfigError:
+    return ConfigError(
+        f"two {kind}s of one folder have a class called {entry.__name__}",
+        expected="a class name of its own, by which `steer` exports it",
+        found=f"{_dotted(registered)} and {_dotted(entry)}",
+        remedy="give the class another name",
     )
 
 
