@@ -288,13 +288,13 @@ def _code_of(entry: Any) -> Any:
 
 
 def _module_of(entry: Any) -> str:
-    return str(getattr(_code_of(entry), "__module__", ""))
+    return str(getattr(_code_of(entry), "__module__", None) or "")
 
 
 def _dotted(entry: Any) -> str:
     """`package.module.Class` of an entry."""
     code = _code_of(entry)
-    return f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', code)}"
+    return ".".join(filter(None, (_module_of(entry), str(getattr(code, "__qualname__", code)))))
 
 
 # ---- errors
