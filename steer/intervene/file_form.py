@@ -32,7 +32,7 @@ def file_form(holder: TensorHolder, registry: Registry[Any]) -> tuple[str, dict[
     options = holder.options()
     tensors = {key: tensor.detach().cpu() for key, tensor in holder.tensors.items()}
     try:
-        restored = type(holder).restore(dict(tensors), json_copy(options, f"the options of {registry.kind} '{name}'"))
+        restored = type(holder).restore(dict(tensors), json_copy(options, f"{registry.kind} '{name}'"))
     except SteerError:
         raise
     except Exception as error:  # of a class that is not ours

@@ -46,7 +46,7 @@ def to_dict(schedule: Any) -> dict[str, Any]:
     if not is_dataclass(schedule):
         raise _no_dataclass(schedule)
     arguments = asdict(schedule)  # type: ignore[arg-type]
-    restored = from_dict({"name": name, **json_copy(arguments, f"the arguments of schedule '{name}'")})
+    restored = from_dict({"name": name, **json_copy(arguments, f"schedule '{name}'")})
     check_restored("schedule", name, schedule, restored, "make it a field of the dataclass")
     return {"name": name, **arguments}
 

@@ -193,7 +193,7 @@ def test_a_method_that_cannot_be_made_again_says_why(tmp_path):
     for options, said in (
         ({"operator": NoParts(V)}, r"'no_parts' cannot be made again[\s\S]*AttributeError[\s\S]*`parts`"),
         ({"operator": Narrow(V)}, r"'narrow' would lose its attribute 'width'"),
-        ({"operator": WithTensor(V, V)}, r"options of operator 'with_tensor'\.gain is no JSON value"),
+        ({"operator": WithTensor(V, V)}, r"operator 'with_tensor'\.gain is no JSON value"),
         ({"gate": OtherNames(V)}, r"'other_names' cannot be made again[\s\S]*'condition'[\s\S]*names of the tensors"),
         ({"gate": Doubling(V)}, r"'doubling' changes its tensors[\s\S]*vector"),
     ):
