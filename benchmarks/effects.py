@@ -114,7 +114,7 @@ def concept_row(
 
 
 def choice(candidates: list[steer.Direction], curves: list[DoseCurve]) -> tuple[steer.Direction, DosePoint, bool]:
-    """Where and how much: of the doses that work within the budget the one with the largest effect. Where none does, of all of them."""
+    """Chooses site and dose: the largest effect among the doses that work within the budget, or among all doses if none works."""
     working = [(curve.chosen.effect, i) for i, curve in enumerate(curves) if curve.working]
     if working:
         best = max(working)[1]

@@ -65,8 +65,8 @@ def _features(results: dict[str, Any], m: int) -> list[float]:
 
 def _dictionary(results: dict[str, Any]) -> list[float]:
     ours = [row["ms"] for row in results["features"] if row["features"] == 16 and row["path"] == "chosen"]
-    whole = [row["ms"] for row in results["features"] if row["path"] == "whole dictionary"]
-    return [whole[0] / ours[0]] if ours and whole else []
+    all_features = [row["ms"] for row in results["features"] if row["path"] == "whole dictionary"]
+    return [all_features[0] / ours[0]] if ours and all_features else []
 
 
 def _cost(results: dict[str, Any], work: str, arm: str) -> list[float]:
@@ -121,7 +121,7 @@ def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def measure(sizes: Sizes, only: str | None) -> dict[str, Any]:
-    """Everything that is timed but the sweep: the kernels alone, and a decoder."""
+    """Times the kernels alone and a decoder: everything except the sweep."""
     results: dict[str, Any] = {"kernels": [], "features": [], "small": [], "peers": [], "model": []}
     if only != "model":
         results["copy TB/s"] = copy_bandwidth(sizes)

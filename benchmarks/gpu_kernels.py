@@ -106,13 +106,13 @@ def check(sizes: Sizes) -> list[dict[str, Any]]:
         pairs = zip(tasks(place), tasks(place, torch.float64), strict=True)
         for ours, exact in pairs:
             h, pull = place.states(dtype), place.states(dtype, seed=9)
-            result, wanted = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
+            result, expected = _values(ours, h, pull), _values(exact, h.double(), pull.double(), path="aten")
             again = _values(ours, h, pull)
             if exact.kink is not None:
                 clear = exact.kink(h.detach().double()) > 1e-4
-                result, wanted, again = ([x[clear] for x in values] for values in (result, wanted, again))
-            errors = [_error(a, b) for a, b in zip(result, wanted, strict=True)]
-            room = [_error(b.to(a.dtype), b) for a, b in zip(result, wanted, strict=True)]
+                result, expected, again = ([x[clear] for x in values] for values in (result, expected, again))
+            errors = [_error(a, b) for a, b in zip(result, expected, strict=True)]
+            room = [_error(b.to(a.dtype), b) for a, b in zip(result, expected, strict=True)]
             worst = max(error / (1.5 * least + 2e-6) for error, least in zip(errors, room, strict=True))
             same = all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
             row = {"task": ours.name, "dtype": str(dtype)[6:], "width": place.width, "error": max(errors), "of what is allowed": worst}
@@ -125,14 +125,14 @@ def _values(task: Task, h: Tensor, pull: Tensor, path: str = "auto") -> list[Ten
     with force(path):
         if not task.backward:
             return [task.run(h).detach()]
-        wanted = [h.requires_grad_(), *(tensor.requires_grad_() for tensor in task.learned)]
+        inputs = [h.requires_grad_(), *(tensor.requires_grad_() for tensor in task.learned)]
         out = task.run(h)
-        return [out.detach(), *torch.autograd.grad(out, wanted, pull)]
+        return [out.detach(), *torch.autograd.grad(out, inputs, pull)]
 
 
-def _error(result: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.double()
-    return float((result.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _error(result: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _far_apart(sizes: Sizes) -> dict[str, Any]:
@@ -155,20 +155,20 @@ def _far_apart(sizes: Sizes) -> dict[str, Any]:
 
 
 def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
-    """Times of every task, in microseconds. fraction: of the bandwidth of a copy, were only the unavoidable bytes moved."""
+    """Times every task, in microseconds. fraction: share of a copy's bandwidth that moving only the unavoidable bytes would reach."""
     rows = []
     inputs = [sizes.states(seed=seed) for seed in range(4)]  # together more than the L2 cache holds
     turn = itertools.cycle(inputs)
     one_pass = inputs[0].numel() * inputs[0].element_size()
 
-    def row(name: str, passes: int, run: Run, other: Run | None) -> dict[str, Any]:
+    def row(name: str, passes: int, run: Run, compiled: Run | None) -> dict[str, Any]:
         ours = milliseconds(lambda: run(next(turn)), sizes)
         with force("aten"):
             eager = milliseconds(lambda: run(next(turn)), sizes)
         columns = {"task": name, "passes": passes, "us": ours * 1e3, "fraction": passes * one_pass / ours / 1e9 / bandwidth}
         columns |= {"eager us": eager * 1e3, "eager / ours": eager / ours}
-        if other is not None and sizes.on_gpu:
-            inductor = milliseconds(lambda: other(next(turn)), sizes)
+        if compiled is not None and sizes.on_gpu:
+            inductor = milliseconds(lambda: compiled(next(turn)), sizes)
             columns |= {"Inductor us": inductor * 1e3, "Inductor / ours": inductor / ours}
         return columns
 
@@ -178,11 +178,11 @@ def kernels(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
     pull = sizes.states(seed=9)
     for task in tasks(sizes):
         if task.backward:
-            wanted = [one.requires_grad_() for one in task.learned]
+            learned = [tensor.requires_grad_() for tensor in task.learned]
 
-            def both(h: Tensor, task: Task = task, wanted: list[Tensor] = wanted) -> Tensor:
+            def both(h: Tensor, task: Task = task, learned: list[Tensor] = learned) -> Tensor:
                 h = h.detach().requires_grad_()
-                return torch.autograd.grad(task.run(h), [h, *wanted], pull)[0]
+                return torch.autograd.grad(task.run(h), [h, *learned], pull)[0]
 
             rows.append(row(f"{task.name}, and backward", task.backward, both, None))
     return rows
@@ -223,7 +223,7 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def small(sizes: Sizes) -> list[dict[str, Any]]:
-    """Operators by their own operations and by a kernel on few tokens, where the host is what takes time; see `steer.kernels.wanted`."""
+    """Compares an operator's own operations with a kernel on few tokens, where the host takes the time; see `steer.kernels.wanted`."""
     rows, v, strength = [], sizes.random(sizes.width, seed=1), torch.ones(1, 1, 1, device=sizes.device)
     for tokens in (1, 16, 64, 256, 1024):
         h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)

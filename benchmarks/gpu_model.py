@@ -156,7 +156,7 @@ def captured(model: LlamaForCausalLM, ids: Tensor, sizes: Sizes) -> Callable[[],
 
 
 def measured(work: str, prepare: Callable[[], Callable[[], Any]], chosen: dict[str, Arm], sizes: Sizes) -> list[dict[str, Any]]:
-    """In turns, the order reversed every other round. An arm that fails says so and is left out from then on."""
+    """Measures the arms in turns and reverses the order every other round. Reports an arm that fails and leaves it out from then on."""
     times: dict[str, list[float]] = {name: [] for name in chosen}
     failed: dict[str, str] = {}
     for number in range(sizes.rounds):

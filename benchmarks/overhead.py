@@ -64,13 +64,13 @@ def net_costs(samples: dict[str, list[dict[str, float]]], case: str) -> list[flo
 
 
 def shares(samples: dict[str, list[dict[str, float]]], case: str) -> list[float]:
-    """What it adds to a step in each round, in percent."""
+    """Time that an edit adds to a step in each round, in percent."""
     costs = zip(net_costs(samples, case), samples[case], strict=True)
     return [100 * net * sample["sites"] / sample["rest_us"] for net, sample in costs]
 
 
 def repeat_differences(samples: dict[str, list[dict[str, float]]]) -> list[float]:
-    """How much the same hook differs from itself in each round, in percent of a step."""
+    """Difference between two timings of the same hook in each round, in percent of a step."""
     first, second = shares(samples, "hand: add"), shares(samples, "hand again: add")
     return [again - once for once, again in zip(first, second, strict=True)]
 

@@ -88,29 +88,29 @@ def columns(tokenizer: Any, layers: int, new: int) -> dict[str, dict[str, Any]]:
     def block(batch: int, tokens: int) -> list[list[int]]:
         return [running[row * tokens : (row + 1) * tokens] for row in range(batch)]
 
-    one, eight = [ids[0][:16]], [row[:16] for row in ids[::16]]
+    single, eight = [ids[0][:16]], [row[:16] for row in ids[::16]]
     return {
         "extract middle": {"work": "extract", "layers": middle},
         "extract all": {"work": "extract", "layers": every},
         "prefill 1x256": {"work": "forward", "layers": middle, "share": 1.0, "ids": block(1, 256)},
         "prefill 8x128": {"work": "forward", "layers": middle, "share": 1.0, "ids": block(8, 128)},
-        f"decode {new} b1": {"work": "generate", "layers": middle, "share": 1.0, "ids": one, "new": new},
-        f"decode {new} b1, all layers": {"work": "generate", "layers": every, "share": SHARE_OF_ALL, "ids": one, "new": new},
+        f"decode {new} b1": {"work": "generate", "layers": middle, "share": 1.0, "ids": single, "new": new},
+        f"decode {new} b1, all layers": {"work": "generate", "layers": every, "share": SHARE_OF_ALL, "ids": single, "new": new},
         f"decode {new} b8": {"work": "generate", "layers": middle, "share": 1.0, "ids": eight, "new": new},
     }
 
 
 def environment(folder: Path, peer: str) -> Path:
-    """The interpreter of a peer's virtual environment, which is made first where it is missing or was made of other versions."""
+    """Returns the interpreter of a peer's virtual environment. Builds the environment first if it is missing or has other versions."""
     pins = (HERE.parent / "constraints" / "cpu.txt").read_text().splitlines()
-    wanted = [next(line for line in pins if line.startswith("torch==")), *PEERS[peer]]
-    place, made = folder / peer, folder / peer / "made-of.txt"
+    requirements = [next(line for line in pins if line.startswith("torch==")), *PEERS[peer]]
+    place, record = folder / peer, folder / peer / "made-of.txt"
     python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not made.is_file() or made.read_text().split("\n") != wanted:
+    if not record.is_file() or record.read_text().split("\n") != requirements:
         Console(stderr=True).print(f"making the environment of {peer} in {place}")
         venv.create(place, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
-        made.write_text("\n".join(wanted))
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        record.write_text("\n".join(requirements))
     return python
 
 
@@ -146,11 +146,11 @@ class Worker:
         if not line:
             self.stop()
             raise Failed(f"no answer in {PATIENCE} s" if not ready else f"the process ended with code {self.process.returncode}")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise Failed(found["error"])
-        self.peak_mb = max(self.peak_mb, found.get("peak_mb", 0.0))
-        return found
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise Failed(reply["error"])
+        self.peak_mb = max(self.peak_mb, reply.get("peak_mb", 0.0))
+        return reply
 
     def ask(self, column: str, keep: Path | None = None) -> dict[str, Any]:
         """{cpu, wall} in seconds, peak_mb. Raises Failed."""
@@ -189,7 +189,8 @@ def first_pass(
     absent: dict[str, str] = {}
     outcome: Outcome = {}
     for arm, python in arms.items():
-        held, largest = sum(one.held_mb() for one in workers.values()), max((one.peak_mb for one in workers.values()), default=0.0)
+        held = sum(live.held_mb() for live in workers.values())
+        largest = max((live.peak_mb for live in workers.values()), default=0.0)
         if held + largest > limit_mb:
             absent[arm] = f"not started: the others hold {held / 1024:.1f} GiB of {limit_mb / 1024:.1f}"
             continue
@@ -211,16 +212,16 @@ def first_pass(
 
 
 def compare(folder: Path, arm: str, column: str, work: str) -> float | None:
-    """How near an arm's result is to that of the hook arm: smallest cosine, largest difference of a logit, share of equal tokens."""
+    """Compares an arm's result with the hook arm's: smallest cosine, largest difference of a logit, share of equal tokens."""
     files = [folder / ("vectors" if (name, column) == ("hook", "extract all") else f"{name}.{column}") for name in ("hook", arm)]
     if not all(file.is_file() for file in files):
         return None
-    expected, found = map(load_file, files)
+    expected, actual = map(load_file, files)
     if work == "extract":
-        if expected.keys() != found.keys():
+        if expected.keys() != actual.keys():
             return None
-        return min(float(torch.cosine_similarity(expected[key], found[key], dim=0)) for key in expected)
-    ours, theirs = expected[work], found[work]
+        return min(float(torch.cosine_similarity(expected[key], actual[key], dim=0)) for key in expected)
+    ours, theirs = expected[work], actual[work]
     if ours.shape != theirs.shape:
         return None
     return float((ours - theirs).abs().max()) if work == "forward" else float((ours == theirs)[:, 16:].float().mean())
@@ -250,11 +251,11 @@ def interleave(workers: dict[str, Worker], first: Outcome, names: list[str], rou
 
 def ratio(ours: Any, theirs: Any) -> list[float] | str:
     """Ratios of CPU time in the rounds that both measured; the error when either failed."""
-    for one in (theirs, ours):
-        if isinstance(one, str):
-            return one
-    base = {one["round"]: one["cpu"] for one in theirs}
-    return [one["cpu"] / base[one["round"]] for one in ours if one["round"] in base]
+    for measured in (theirs, ours):
+        if isinstance(measured, str):
+            return measured
+    base = {run["round"]: run["cpu"] for run in theirs}
+    return [run["cpu"] / base[run["round"]] for run in ours if run["round"] in base]
 
 
 def cell(ratios: list[float] | str) -> str:
@@ -273,13 +274,13 @@ def goals(taken: Outcome, names: list[str], memory: Memory) -> Iterator[tuple[st
     """Goal, figure, reached."""
 
     def median(arm: str, base: str, column: str) -> float | None:
-        found = ratio(taken[arm][column], taken[base][column])
-        return None if isinstance(found, str) or not found else statistics.median(found)
+        ratios = ratio(taken[arm][column], taken[base][column])
+        return None if isinstance(ratios, str) or not ratios else statistics.median(ratios)
 
     for column, base, most in (("extract middle", "hook", 0.5), ("extract all", "hook", 0.85), (names[5], "plain", 1.02)):
-        found = median("steer", base, column)
-        if found is not None:
-            yield f"{column}: at most {most} of {base}", found, found <= most
+        share = median("steer", base, column)
+        if share is not None:
+            yield f"{column}: at most {most} of {base}", share, share <= most
     for column in names:
         against = {arm: median("steer", arm, column) for arm in taken if arm in PEERS}
         known = {arm: value for arm, value in against.items() if value is not None}
@@ -297,12 +298,12 @@ def prepared(chosen: argparse.Namespace) -> Iterator[tuple[Path, dict[str, dict[
     """The job file in a temporary folder, and the columns."""
     model = embedded.converted_folder() if chosen.model == embedded.NAME else Path(chosen.model)
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    made = columns(AutoTokenizer.from_pretrained(model), layers, chosen.new)
+    specs = columns(AutoTokenizer.from_pretrained(model), layers, chosen.new)
     with tempfile.TemporaryDirectory(prefix="steering-") as name:
         job = Path(name) / "job.json"
-        spec = {"model": str(model), "threads": chosen.threads, "batch": BATCH, "pairs": texts(), "columns": made}
+        spec = {"model": str(model), "threads": chosen.threads, "batch": BATCH, "pairs": texts(), "columns": specs}
         job.write_text(json.dumps({**spec, "vectors": str(job.parent / "vectors")}))
-        yield job, made
+        yield job, specs
 
 
 def main() -> None:
@@ -319,15 +320,15 @@ def main() -> None:
     environments = chosen.environments.expanduser().resolve()
     arms: dict[str, Path | str] = {name: sys.executable for name in OWN}
     arms |= {peer: environment(environments, peer) for peer in chosen.peers}
-    with prepared(chosen) as (job, made), ExitStack() as stack:
+    with prepared(chosen) as (job, specs), ExitStack() as stack:
         # the hook arm makes the vectors that every arm steers by
         arms = {"hook": arms.pop("hook"), **arms}
-        workers, absent, first = first_pass(arms, job, list(made), chosen.memory * 1024, stack)
-        agreement = {arm: {column: compare(job.parent, arm, column, made[column]["work"]) for column in made} for arm in workers}
-        taken = interleave(workers, first, list(made), chosen.rounds)
+        workers, absent, first = first_pass(arms, job, list(specs), chosen.memory * 1024, stack)
+        agreement = {arm: {column: compare(job.parent, arm, column, specs[column]["work"]) for column in specs} for arm in workers}
+        taken = interleave(workers, first, list(specs), chosen.rounds)
         held = sum(worker.held_mb() for worker in workers.values())
     memory = {arm: (worker.peak_mb, worker.peak_mb - worker.idle_mb) for arm, worker in workers.items()}
-    report(chosen, list(made), taken, agreement, memory, absent)
+    report(chosen, list(specs), taken, agreement, memory, absent)
     record = {
         "date": str(date.today()),
         "machine": platform.processor() or platform.machine(),
@@ -353,8 +354,8 @@ def report(
     setting = f"{chosen.model}, {chosen.threads} thread(s), {chosen.rounds} rounds, CPU time"
     seconds = Table("arm", *names, "peak MiB (added)", title=f"median seconds ({setting})")
     for arm, row in taken.items():
-        cells = [r if isinstance(r, str) else f"{statistics.median(one['cpu'] for one in r):.2f}" for r in row.values()]
-        seconds.add_row(arm, *(cell(one) for one in cells), "{:.0f} ({:.0f})".format(*memory[arm]) if arm in memory else "")
+        cells = [r if isinstance(r, str) else f"{statistics.median(run['cpu'] for run in r):.2f}" for r in row.values()]
+        seconds.add_row(arm, *(cell(text) for text in cells), "{:.0f} ({:.0f})".format(*memory[arm]) if arm in memory else "")
     against = Table("arm", *names, title="ratio to the plain model; extraction: to the hook arm, which runs whole forward passes")
     for arm, row in taken.items():
         against.add_row(arm, *(cell(ratio(row[column], taken["hook" if "extract" in column else "plain"][column])) for column in names))
@@ -363,8 +364,8 @@ def report(
         added = f"{memory['steer'][1] / memory[arm][1]:.2f}" if arm in memory else ""
         ours.add_row(arm, *(cell(ratio(taken["steer"][column], row[column])) for column in names), added)
     same = Table("arm", *names, title="agreement with the hook arm: smallest cosine, largest difference of a logit, share of equal tokens")
-    for arm, found in agreement.items():
-        kinds = (("prefill" in name, value) for name, value in found.items())
+    for arm, agreed in agreement.items():
+        kinds = (("prefill" in name, value) for name, value in agreed.items())
         same.add_row(arm, *("" if value is None else f"{value:.2g}" if is_logit else f"{value:.4f}" for is_logit, value in kinds))
     for table in (seconds, against, ours, same):
         console.print(table)

@@ -67,7 +67,7 @@ def _prompt(tokenizer: Any, kind: str, item: int) -> tuple[Row, int]:
 
 
 def _outputs(model: Any, tokenizer: Any, kind: str, items: list[int]) -> Tensor:
-    """[items, width], what MLP 0 gives on the item's token in the prompt."""
+    """Outputs of MLP 0 on the item's token in the prompt, [items, width]."""
     pooled = _Pooled(len(items))
     rows, places = zip(*(_prompt(tokenizer, kind, item) for item in items), strict=True)
     steer.capture(model, rows, {steer.Site.parse(SITE): pooled}, span=places[0])
@@ -97,14 +97,14 @@ def _edits(model: Any, tokenizer: Any, kind: str, items: list[int], outputs: Ten
     for label, vectors in (("shared", shared), ("exact", exact), ("random", noise)):
         tried |= {f"{label} x{scale:g}": vectors * scale for scale in SCALES}
     named = _named(model, tokenizer, kind, items, [i for i, _ in pairs], torch.stack(list(tried.values()), dim=1))
-    wanted = torch.tensor([(j + 1) % n for _, j in pairs])
+    expected = torch.tensor([(j + 1) % n for _, j in pairs])
     own = torch.tensor([(i + 1) % n for i, _ in pairs])
     return {
         "items": n,
         "edits": len(pairs),
         "cosine": float(torch.cosine_similarity(shared, exact, dim=-1).mean()),
         "successor_unedited": float((named[:, 0] == own).double().mean()),
-        "successor_of_the_other": {name: float((named[:, k] == wanted).double().mean()) for k, name in enumerate(tried)},
+        "successor_of_the_other": {name: float((named[:, k] == expected).double().mean()) for k, name in enumerate(tried)},
     }
 
 

@@ -30,7 +30,7 @@ NOTES = {"train": "steered here in training", "inference": "steered here at infe
 
 
 def quoted(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the section is made of: the first run without texts, values of single items and paths; of the others only the verdict."""
+    """Selects what the section shows: the first run without texts, single items and paths, and only the verdict of the remaining runs."""
     metrics = runs[0]
     facts = {key: metrics[key] for key in ("schema", "experiment", "started", "wall_seconds", "seed", "specificity")}
     versions = {name: metrics["versions"][name] for name in ("torchsteer", "torch", "transformers") if name in metrics["versions"]}
@@ -95,7 +95,7 @@ def _other_seeds(seeds: list[dict[str, Any]]) -> str:
 
 
 def repeated(config: dict[str, Any]) -> dict[str, Any]:
-    """What runs must have in common to be told as one experiment: all that changes a number, but the seed."""
+    """Settings that runs must share to count as one experiment: everything that changes a number, except the seed."""
     plain = copy.deepcopy(config)
     plain["seed"] = plain.get("trainer", {})["progress"] = None
     for arm in plain.get("experiment", {}).get("arms", {}).values():

@@ -39,7 +39,7 @@ BATCH, TOKENS, WIDTH = 4, 2048, 4096
 PASS = BATCH * TOKENS * WIDTH * 2  # bytes of one read or write of a bf16 activation
 BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-ONE, MASK, ROWS = ((1, 1, 1), FP32), ((BATCH, TOKENS, 1), BF16), ((BATCH,), LONG)
+SCALAR, MASK, ROWS = ((1, 1, 1), FP32), ((BATCH, TOKENS, 1), BF16), ((BATCH,), LONG)
 ENDS = (((8,), FP32), ((8,), FP32))
 VIEWS = set(
     "view _unsafe_view t transpose unsqueeze expand slice select detach alias squeeze permute reshape as_strided split lift_fresh unbind"
@@ -89,43 +89,43 @@ def bank(m: int) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 CASES: dict[str, Case] = {
-    "add a vector": Case(2, lambda h, v, a: steer_add(h, v, a), (bank(1), ONE), added(False, False)),
+    "add a vector": Case(2, lambda h, v, a: steer_add(h, v, a), (bank(1), SCALAR), added(False, False)),
     "add, a slot for each row, mask": Case(
-        2, lambda h, v, a, m, s: steer_add(h, v, a, m, s), (bank(8), ONE, MASK, ROWS), added(True, False), "add, rows"
+        2, lambda h, v, a, m, s: steer_add(h, v, a, m, s), (bank(8), SCALAR, MASK, ROWS), added(True, False), "add, rows"
     ),
     "the same, norm kept": Case(
-        2, lambda h, v, a, m, s: steer_add(h, v, a, m, s, True), (bank(8), ONE, MASK, ROWS), added(True, True), "add, rows, norm kept"
+        2, lambda h, v, a, m, s: steer_add(h, v, a, m, s, True), (bank(8), SCALAR, MASK, ROWS), added(True, True), "add, rows, norm kept"
     ),
     "ablate rank 1": Case(
-        2, lambda h, u, a, m: edit(h, u, scale=0.0, strength=a, mask=m), (bank(1), ONE, MASK), edited(1, gain=-1.0), "ablate rank 1"
+        2, lambda h, u, a, m: edit(h, u, scale=0.0, strength=a, mask=m), (bank(1), SCALAR, MASK), edited(1, gain=-1.0), "ablate rank 1"
     ),
     "ablate rank 4": Case(
-        2, lambda h, u, a, m: edit(h, u, scale=0.0, strength=a, mask=m), (bank(4), ONE, MASK), edited(4, gain=-1.0), "ablate rank 4"
+        2, lambda h, u, a, m: edit(h, u, scale=0.0, strength=a, mask=m), (bank(4), SCALAR, MASK), edited(4, gain=-1.0), "ablate rank 4"
     ),
     "clamp a projection, norm kept": Case(
         2,
         lambda h, u, n, a, m: edit(h, u, low=n, high=n, strength=a, mask=m, preserve_norm=True),
-        (bank(1), ((1,), FP32), ONE, MASK),
+        (bank(1), ((1,), FP32), SCALAR, MASK),
         edited(1, "low high", norm=True),
         "clamp, norm kept",
     ),
     "add where the cosine is over a threshold": Case(
         2,
         lambda h, u, v, n, a: edit(h, u, v, threshold=n, relative=True, gated=True, shift=1.0, strength=a),
-        (bank(1), bank(1), ((1,), FP32), ONE),
+        (bank(1), bank(1), ((1,), FP32), SCALAR),
         edited(1, "threshold shift", relative=True),
         "gate by cosine",
     ),
     "set 8 features": Case(
         2,
         lambda h, u, v, n, a: edit(h, u, v, bias=n, threshold=n, scale=0.0, shift=n, strength=a),
-        (bank(8), bank(8), ((8,), FP32), ONE),
+        (bank(8), bank(8), ((8,), FP32), SCALAR),
         edited(8, "bias threshold shift", gain=-1.0),
     ),
     "set 16 features": Case(
         2,
         lambda h, u, v, n, a: edit(h, u, v, bias=n, threshold=n, scale=0.0, shift=n, strength=a),
-        (bank(16), bank(16), ((16,), FP32), ONE),
+        (bank(16), bank(16), ((16,), FP32), SCALAR),
         edited(16, "bias threshold shift", gain=-1.0),
         "set 16 features",
     ),
@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that operations read and write, and how many of them do."""
+    """Counts the bytes that operations read and write, and these operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket.__name__ not in VIEWS:
-            self.bytes += sum(stored(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+            self.bytes += sum(stored(tensor) for tensor in tree_leaves((args, kwargs, result)) if isinstance(tensor, Tensor))
             self.kernels += 1
         return result
 

@@ -16,9 +16,9 @@ def read() -> dict[str, Any]:
 
 
 def command(_: Markdown) -> str:
-    found = read()
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers"))
-    return f"```\n{found['command']}\n```\n\nMeasured on {found['date']}, {versions}, seed {found['seed']}, on a CPU in float32."
+    results = read()
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("torch", "transformers"))
+    return f"```\n{results['command']}\n```\n\nMeasured on {results['date']}, {versions}, seed {results['seed']}, on a CPU in float32."
 
 
 def effects(markdown: Markdown) -> str:
@@ -43,8 +43,8 @@ def _effect(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(one: dict[str, float]) -> str:
-    return f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+def _interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['mean']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
 
 
 def successor(markdown: Markdown) -> str:
@@ -52,7 +52,7 @@ def successor(markdown: Markdown) -> str:
     settings = list(next(iter(row["kinds"].values()))["successor_of_the_other"])
     head = ("kind", "items", "edits", "right unedited", *(f"{name.replace(' x', ' ×')}" for name in settings if name != "unedited"))
     rows = []
-    for kind, found in row["kinds"].items():
-        shares = [f"{found['successor_of_the_other'][name]:.0%}" for name in settings if name != "unedited"]
-        rows.append((kind, str(found["items"]), str(found["edits"]), f"{found['successor_unedited']:.0%}", *shares))
+    for kind, counts in row["kinds"].items():
+        shares = [f"{counts['successor_of_the_other'][name]:.0%}" for name in settings if name != "unedited"]
+        rows.append((kind, str(counts["items"]), str(counts["edits"]), f"{counts['successor_unedited']:.0%}", *shares))
     return markdown(head, rows)

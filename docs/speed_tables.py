@@ -29,23 +29,23 @@ def newest(name: str) -> dict[str, Any] | None:
 
 
 def setting(_: Markdown) -> str:
-    found = read()
-    given, versions = found["arguments"], found["versions"]
+    results = read()
+    arguments, versions = results["arguments"], results["versions"]
     return (
-        f"Measured on {found['date']} on a CPU, {given['threads']} thread, {given['rounds']} rounds, torch {versions['torch']}, "
+        f"Measured on {results['date']} on a CPU, {arguments['threads']} thread, {arguments['rounds']} rounds, torch {versions['torch']}, "
         f"transformers {versions['transformers']} where a peer allows it."
     )
 
 
 def against_plain(markdown: Markdown) -> str:
     """Each arm's time beside the plain model's; for extraction beside that of a forward hook on whole passes."""
-    found = read()["measurements"]
-    names = list(found["plain"])
+    measurements = read()["measurements"]
+    names = list(measurements["plain"])
     return markdown(
         ("", *names),
         [
-            (arm, *(cell(ratio(row[name], found["hook" if "extract" in name else "plain"][name])) for name in names))
-            for arm, row in found.items()
+            (arm, *(cell(ratio(row[name], measurements["hook" if "extract" in name else "plain"][name])) for name in names))
+            for arm, row in measurements.items()
             if arm != "plain"
         ],
     )
@@ -54,18 +54,18 @@ def against_plain(markdown: Markdown) -> str:
 def against_steer(markdown: Markdown) -> str:
     """steer's time and memory as a share of each peer's."""
     read_in = read()
-    found, memory = read_in["measurements"], read_in["peak_and_added_mb"]
-    names = list(found["plain"])
+    measurements, memory = read_in["measurements"], read_in["peak_and_added_mb"]
+    names = list(measurements["plain"])
     return markdown(
         ("peer", "version", *names, "memory added"),
         [
             (
                 arm,
                 read_in["arms"][arm].get(arm, ""),
-                *(cell(ratio(found["steer"][name], row[name])) for name in names),
+                *(cell(ratio(measurements["steer"][name], row[name])) for name in names),
                 f"{memory['steer'][1] / memory[arm][1]:.2f}",
             )
-            for arm, row in found.items()
+            for arm, row in measurements.items()
             if arm in PEERS
         ],
     )

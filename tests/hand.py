@@ -1,4 +1,4 @@
-"""What the tests compare with: batches of every kind, and hooks written out by hand."""
+"""Batches of every kind and handwritten hooks, for tests to compare with."""
 
 from __future__ import annotations
 
@@ -89,11 +89,12 @@ def recorded(model: nn.Module, sites: list[str]) -> Iterator[dict[str, Tensor]]:
         return read
 
     anatomy, points = resolve(model, [Site.parse(site) for site in sites])
-    _, _, remove = hooks.install(model, anatomy, [(point, reader(site)) for point, site in zip(points, sites, strict=True)])
+    installation = hooks.Installation(model, anatomy, [(point, reader(site)) for point, site in zip(points, sites, strict=True)])
     try:
+        installation.install()
         yield seen
     finally:
-        remove()
+        installation.remove()
 
 
 def hook_count(model: nn.Module) -> int:

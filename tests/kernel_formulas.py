@@ -46,16 +46,16 @@ def edited(
 
 
 def step(x: Tensor, u: Tensor, own: dict[str, Tensor], relative: bool = False, gated: bool = False, preserve_norm: bool = False) -> Any:
-    """How far one direction is followed: where its feature shall be, less where it is."""
+    """Length of the move along one direction: the feature's target minus its present value."""
     p = x @ u + own.get("bias", 0.0)
     on = bool(p > own.get("threshold", torch.tensor(-INF)) * (x.norm() if relative else 1.0)) if "threshold" in own else True
     z = p if on else p * 0
-    wanted = own.get("scale", 1.0) * z + own.get("shift", 0.0)
+    expected = own.get("scale", 1.0) * z + own.get("shift", 0.0)
     if "low" in own:
-        wanted = torch.maximum(wanted, own["low"])
+        expected = torch.maximum(expected, own["low"])
     if "high" in own:
-        wanted = torch.minimum(wanted, own["high"])
-    return (wanted - z) * (1.0 if on or not gated else 0.0)
+        expected = torch.minimum(expected, own["high"])
+    return (expected - z) * (1.0 if on or not gated else 0.0)
 
 
 def statistics(h: Tensor, directions: Tensor, weight: Tensor, low: float, high: float, bins: int) -> dict[str, Tensor]:
@@ -78,12 +78,12 @@ def statistics(h: Tensor, directions: Tensor, weight: Tensor, low: float, high: 
     }
 
 
-def error(result: Tensor, wanted: Tensor) -> float:
-    """Relative to the size of the whole tensor."""
-    assert result.shape == wanted.shape, (result.shape, wanted.shape)
-    result, wanted = result.detach().double(), wanted.detach().double()
+def error(result: Tensor, expected: Tensor) -> float:
+    """Error relative to the norm of the tensor."""
+    assert result.shape == expected.shape, (result.shape, expected.shape)
+    result, expected = result.detach().double(), expected.detach().double()
     assert bool(torch.isfinite(result).all()), "memory that nothing was written to"
-    return float((result - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.numel() else 0.0
+    return float((result - expected).norm() / expected.norm().clamp(min=1e-30)) if expected.numel() else 0.0
 
 
 def surrounded(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ PAIRS = [
 
 
 class Bench:
-    """What the cases have at hand."""
+    """Objects that the cases use."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -73,7 +73,7 @@ class Bench:
         self.cli("train", *arguments)
 
     def cli(self, *arguments: str) -> None:
-        """What `steer` runs, but for the end, which prints the error."""
+        """Runs what `steer` runs, without the last step, which prints the error."""
         cli._run_with_hydra(arguments[0], list(arguments[1:]))
 
 

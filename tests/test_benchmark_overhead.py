@@ -27,7 +27,7 @@ def on_path(monkeypatch):
 
 
 class InProcess:
-    """A worker that measures in this process, on this checkout whatever it is asked for."""
+    """A worker that measures in this process, always on this checkout."""
 
     def __init__(self, label: str, workload: str, arguments: dict[str, Any], checkout: Path | None, **_: Any) -> None:
         self.label = label

@@ -382,7 +382,7 @@ def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pyt
     assert received[2].gates == {"harm": {"gate": "cosine", "direction": "harm", "threshold": 0.1}}
 
 
-def test_a_plan_in_a_file_of_ones_own(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plan_in_a_file_of_the_user(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In YAML no text needs the second pair of quotes."""
     received: list[Any] = []
     monkeypatch.setattr(say, "run", received.append)

@@ -163,7 +163,7 @@ def without_times(node: Any) -> Any:
     return [without_times(inner) for inner in node] if isinstance(node, list) else node
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_one_others(
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_does_not(
     parts: tuple[Path, Path], run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     first, metrics = run

@@ -78,8 +78,8 @@ def test_views_shared_memory_and_gradients_are_stored_plainly(tmp_path, name):
 
 
 _TEXT = st.text(st.characters(codec="utf-8"))
-_LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _TEXT
-_JSON = st.recursive(_LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=6)
+_SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _TEXT
+_JSON = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=6)
 
 
 @given(st.dictionaries(_TEXT.filter(lambda key: key not in files._RESERVED), _JSON, max_size=4))

@@ -180,15 +180,15 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
 
 
 def test_entry_points_of_another_package_are_found(installed, tmp_path):
-    other = tmp_path / "other"
-    (other / "lots-1.0.dist-info").mkdir(parents=True)
-    (other / "lots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lots\nVersion: 1.0\n")
-    (other / "lots-1.0.dist-info" / "entry_points.txt").write_text(
+    package = tmp_path / "other"
+    (package / "lots-1.0.dist-info").mkdir(parents=True)
+    (package / "lots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lots\nVersion: 1.0\n")
+    (package / "lots-1.0.dist-info" / "entry_points.txt").write_text(
         "[steer.operators]\nnew_operator = lots.operator\nplain = lots.plain:Plain\nbroken = lots.nowhere\n"
     )
-    (other / "lots").mkdir()
-    (other / "lots" / "operator.py").write_text(textwrap.dedent(FILES["operator"][1]))
-    (other / "lots" / "plain.py").write_text(
+    (package / "lots").mkdir()
+    (package / "lots" / "operator.py").write_text(textwrap.dedent(FILES["operator"][1]))
+    (package / "lots" / "plain.py").write_text(
         "from steer.intervene.operators.add import Add\nclass Plain(Add):\n    '''h + strength * v, not registered.'''\n"
     )
     code = """
@@ -200,7 +200,7 @@ def test_entry_points_of_another_package_are_found(installed, tmp_path):
         steer.Plan(steer.Intervention(steer.Plain(torch.ones(4)), "layers.0.output")).save("plan")
         print(type(steer.Plan.load("plan").interventions[0].operator).__name__)
     """
-    path = os.pathsep.join(map(str, (installed, other)))
+    path = os.pathsep.join(map(str, (installed, package)))
     printed = run(Path(path), tmp_path, "-c", "import steer.intervene\n" + textwrap.dedent(code)).splitlines()
     assert printed[0] == "['new_operator', 'plain']" and printed[1].startswith("plain ") and printed[2] == "Plain"
     assert "'broken' of lots (lots.nowhere) cannot be used: ModuleNotFoundError" in printed[1]

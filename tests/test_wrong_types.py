@@ -68,8 +68,8 @@ def train(**options):
     return steer.train_direction(MODEL, CONTRAST, "layers.1.output", name="t", method="bipo", progress=False, **options)
 
 
-def announce(announcement, announced_tensor):
-    with announcement(MODEL, announced_tensor):
+def annotate(annotation, tensor):
+    with annotation(MODEL, tensor):
         pass
 
 
@@ -175,12 +175,12 @@ WRONG = {
     "conversation as text": lambda: encode_chat(TOKENIZER, "hi"),
     "turn without content": lambda: encode_chat(TOKENIZER, [{"role": "user"}]),
     "turn of text": lambda: encode_chat(TOKENIZER, ["hi"]),
-    "mask as text": lambda: announce(steer.response_tokens, "response"),
-    "mask NaN": lambda: announce(steer.response_tokens, torch.full((2, 6), NAN)),
-    "roles as text": lambda: announce(steer.chat_roles, [["user", "user"]]),
-    "roles that are not known": lambda: announce(steer.chat_roles, torch.full((2, 6), 9)),
-    "roles below 0": lambda: announce(steer.chat_roles, torch.full((2, 6), -1)),
-    "roles None": lambda: announce(steer.chat_roles, None),
+    "mask as text": lambda: annotate(steer.response_tokens, "response"),
+    "mask NaN": lambda: annotate(steer.response_tokens, torch.full((2, 6), NAN)),
+    "roles as text": lambda: annotate(steer.chat_roles, [["user", "user"]]),
+    "roles that are not known": lambda: annotate(steer.chat_roles, torch.full((2, 6), 9)),
+    "roles below 0": lambda: annotate(steer.chat_roles, torch.full((2, 6), -1)),
+    "roles None": lambda: annotate(steer.chat_roles, None),
     "plan text None": lambda: steer.plan_from_text(None, {"warm": WARM}),
     "named directions as list": lambda: steer.plan_from_text("warm", [WARM]),
     "named vector": lambda: steer.plan_from_text("warm", {"warm": V}),
@@ -227,7 +227,7 @@ def test_the_call_names_it(case):
 
 
 @pytest.mark.parametrize("call", [lambda: calibrate(WARMS), lambda: screen(WARMS), lambda: select([WARMS])])
-def test_directions_where_one_is_wanted(call):
+def test_directions_where_a_single_direction_is_expected(call):
     with pytest.raises(ConfigError, match=r"directions\.best\(\)"):
         call()
 

@@ -17,7 +17,7 @@ class Arm:
     def extract(self, pairs, layers, batch):
         texts = [text for pair in pairs for text in pair]
         blocks = self.wrapped.model.layers
-        found = {layer: [] for layer in layers}
+        by_layer = {layer: [] for layer in layers}
         for start in range(0, len(texts), batch):
             with self.wrapped.trace(texts[start : start + batch]) as tracer:  # pads on the left
                 read = nnsight.save([])
@@ -25,8 +25,8 @@ class Arm:
                     read.append(blocks[layer].output[:, -1])
                 tracer.stop()
             for layer, h in zip(layers, read, strict=True):
-                found[layer].append(h)
-        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(ones)) for layer, ones in found.items())}
+                by_layer[layer].append(h)
+        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(batches)) for layer, batches in by_layer.items())}
 
     @contextmanager
     def steered(self, vectors):
@@ -47,5 +47,5 @@ class Arm:
             for _ in tracer.iter[:new]:
                 for layer, v in vectors.items():
                     blocks[layer].output = blocks[layer].output + v
-            made = tracer.result.save()
-        return made
+            generated = tracer.result.save()
+        return generated

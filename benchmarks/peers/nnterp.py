@@ -40,5 +40,5 @@ class Arm:
             with tracer.iter[:new]:
                 for layer, v in vectors.items():
                     wrapped.steer(layers=layer, steering_vector=v)
-            made = wrapped.generator.output.save()
-        return made
+            generated = wrapped.generator.output.save()
+        return generated

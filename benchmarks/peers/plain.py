@@ -18,14 +18,14 @@ class Arm:
 
     def extract(self, pairs, layers, batch):
         texts = [text for pair in pairs for text in pair]
-        found = {layer: [] for layer in layers}
+        by_layer = {layer: [] for layer in layers}
         for start in range(0, len(texts), batch):
             inputs = self.tokenizer(texts[start : start + batch], return_tensors="pt", padding=True)
             last = inputs["attention_mask"].sum(1) - 1
             states = self.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
             for layer in layers:
-                found[layer].append(states[layer + 1][torch.arange(len(last)), last])
-        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(ones)) for layer, ones in found.items())}
+                by_layer[layer].append(states[layer + 1][torch.arange(len(last)), last])
+        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(batches)) for layer, batches in by_layer.items())}
 
     def steered(self, vectors):
         return nullcontext()

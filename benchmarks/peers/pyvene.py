@@ -32,14 +32,14 @@ class Arm:
         texts = [text for pair in pairs for text in pair]
         collecting = [{"layer": layer, "component": "block_output", "intervention_type": pv.CollectIntervention} for layer in layers]
         wrapped = pv.IntervenableModel(pv.IntervenableConfig(collecting), model=self.model)
-        found = {layer: [] for layer in layers}
+        by_layer = {layer: [] for layer in layers}
         for start in range(0, len(texts), batch):
             inputs = self.tokenizer(texts[start : start + batch], return_tensors="pt", padding=True)
             last = [[[int(end)] for end in inputs["attention_mask"].sum(1) - 1]] * len(layers)
             (_, collected), _ = wrapped(inputs, unit_locations={"sources->base": (None, last)})
             for layer, h in zip(layers, collected, strict=True):
-                found[layer].append(h[:, 0])
-        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(ones)) for layer, ones in found.items())}
+                by_layer[layer].append(h[:, 0])
+        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(batches)) for layer, batches in by_layer.items())}
 
     @contextmanager
     def steered(self, vectors):

@@ -19,8 +19,8 @@ class Arm:
 
     def extract(self, pairs, layers, batch):
         entries = [DatasetEntry(positive=positive, negative=negative) for positive, negative in pairs]
-        made = ControlVector.train(self.model, self.tokenizer, entries, hidden_layers=layers, batch_size=batch, method="pca_center")
-        return {layer: torch.from_numpy(direction) for layer, direction in made.directions.items()}
+        trained = ControlVector.train(self.model, self.tokenizer, entries, hidden_layers=layers, batch_size=batch, method="pca_center")
+        return {layer: torch.from_numpy(direction) for layer, direction in trained.directions.items()}
 
     @contextmanager
     def steered(self, vectors):

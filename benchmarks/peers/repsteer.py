@@ -14,13 +14,13 @@ class Arm:
 
     def extract(self, pairs, layers, batch):
         data = rs.data.ContrastivePairs.from_records([{"positive": positive, "negative": negative} for positive, negative in pairs])
-        found = {}
+        directions = {}
         for layer in layers:  # a learner reads one site, so every layer takes passes of its own
             learner = rs.learners.DiffMean(
                 site=rs.sites.resid_post(layer), positions=rs.positions.LastNonPaddingToken(), normalize=None, batch_size=batch
             )
-            found[layer] = learner.fit(self.wrapped, data).direction
-        return found
+            directions[layer] = learner.fit(self.wrapped, data).direction
+        return directions
 
     def steered(self, vectors):
         return self.wrapped.steer(rs.SteeringPlan([self.addition(layer, v) for layer, v in vectors.items()]))
@@ -39,5 +39,5 @@ class Arm:
         return self.wrapped.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).logits
 
     def generate(self, ids, new):
-        made = self.wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-        return made.token_ids
+        generated = self.wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        return generated.token_ids

@@ -28,7 +28,7 @@ class Arm:
         moments = {Site.parse(f"layers.{layer}.output"): ContrastMoments(sides, paired=True) for layer in layers}
         capture(self.model, rows, dict(moments), span="last", group=2, max_tokens=batch * max(len(row.ids) for row in rows))
         direction = EXTRACTORS.get("mean_difference").direction
-        return {layer: direction(one) for layer, one in zip(layers, moments.values(), strict=True)}
+        return {layer: direction(layer_moments) for layer, layer_moments in zip(layers, moments.values(), strict=True)}
 
     def steered(self, vectors):
         return Plan([Intervention(Add(v), f"layers.{layer}.output") for layer, v in vectors.items()]).attached(self.model)

@@ -14,8 +14,8 @@ class Arm:
 
     def extract(self, pairs, layers, batch):
         samples = [tuple(pair) for pair in pairs]  # the positive and the negative texts of a batch go through the model apart
-        made = sv.train_steering_vector(self.model, self.tokenizer, samples, layers=layers, batch_size=batch, read_token_index=-1)
-        return made.layer_activations
+        trained = sv.train_steering_vector(self.model, self.tokenizer, samples, layers=layers, batch_size=batch, read_token_index=-1)
+        return trained.layer_activations
 
     def steered(self, vectors):
         return sv.SteeringVector(layer_activations=vectors).apply(self.model)

@@ -15,13 +15,13 @@ class Arm:
     def extract(self, pairs, layers, batch):
         texts = [text for pair in pairs for text in pair]
         names = {layer: f"blocks.{layer}.hook_out" for layer in layers}
-        found = {layer: [] for layer in layers}
+        by_layer = {layer: [] for layer in layers}
         for start in range(0, len(texts), batch):
             ids = self.bridge.to_tokens(texts[start : start + batch], prepend_bos=False, padding_side="left")
             _, cache = self.bridge.run_with_cache(ids, names_filter=list(names.values()), stop_at_layer=max(layers) + 1)
             for layer, name in names.items():
-                found[layer].append(cache[name][:, -1])
-        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(ones)) for layer, ones in found.items())}
+                by_layer[layer].append(cache[name][:, -1])
+        return {layer: (h[::2] - h[1::2]).mean(0) for layer, h in ((layer, torch.cat(batches)) for layer, batches in by_layer.items())}
 
     def steered(self, vectors):
         return self.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_out", lambda h, hook, v=v: h + v) for layer, v in vectors.items()])

@@ -50,10 +50,10 @@ def measure(arm, column, job, vectors, keep):
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     if keep:
         if column["work"] == "extract":
-            kept = {f"layer.{layer}": torch.as_tensor(vector).float().contiguous() for layer, vector in result.items()}
+            tensors = {f"layer.{layer}": torch.as_tensor(vector).float().contiguous() for layer, vector in result.items()}
         else:
-            kept = {column["work"]: (result[:, -1] if column["work"] == "forward" else result).clone().contiguous()}
-        save_file(kept, keep)
+            tensors = {column["work"]: (result[:, -1] if column["work"] == "forward" else result).clone().contiguous()}
+        save_file(tensors, keep)
     return {"cpu": cpu, "wall": wall, "peak_mb": peak_mb()}
 
 

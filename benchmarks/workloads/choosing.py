@@ -78,7 +78,7 @@ class Workload:
     def _select(self, prompts: list[Row]) -> list[float]:
         half = len(prompts) // 2
         selection = steer.select(self.model, self.candidates, showing=prompts[:half], lacking=prompts[half:], tokens=[57], progress=False)
-        return [number for found in selection.candidates for number in (found.bypass, found.induce, found.kl)]
+        return [number for candidate in selection.candidates for number in (candidate.bypass, candidate.induce, candidate.kl)]
 
     def _calibrate(self, judged: Any, neutral: list[Row]) -> list[float]:
         curve = steer.calibrate(self.model, self.middle, judged, neutral, progress=False)

@@ -84,7 +84,7 @@ class Workload:
         return self._repeated(lambda _: steer.Plan(parts))
 
     def _drive(self, count: int, action: Callable[[Any, int], None]) -> float:
-        """`action` on an attached plan, with another number each time."""
+        """Calls `action` on an attached plan, with a new number each time."""
         with _attached(self.usual, steer.Plan(interventions(count, scope="generated[:32]"))) as attachment:
             return self._repeated(partial(action, attachment))
 
@@ -146,7 +146,7 @@ def _attached(model: nn.Module, plan: Any) -> Iterator[Any]:
 
 
 def _no_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """In place of attention, so that a prompt of 131,072 tokens takes no time: every token sees itself.
+    """Replaces attention, so that a prompt of 131,072 tokens takes no time: every token sees only itself.
 
     Args:
         query: [batch, heads, tokens, head size].

@@ -203,7 +203,7 @@ class Workload:
             "norm kept": plan(add, preserve_norm=True),
             "window": plan(add, scope="generated[:100000]"),
         }
-        cases = {f"steer: {edit}": Case(partial(self._by_plan, made)) for edit, made in plans.items()}
+        cases = {f"steer: {edit}": Case(partial(self._by_plan, edit_plan)) for edit, edit_plan in plans.items()}
         return {**cases, "steer: rows": Case(partial(self._by_plan, of_rows, list(range(ROWS))), ROWS)}
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class DriftTracker:
         self.latest: list[DriftRecord] = []
         self.probe_seconds = 0.0
         self._model: nn.Module | None = None
-        self._remove_hooks: Callable[[], None] | None = None
+        self._installation: hooks.Installation | None = None
         self._writer: DriftWriter | None = None
         self._main = True
         self._reduce: Reduce = identity
@@ -118,20 +118,29 @@ class DriftTracker:
         if self.fingerprint is None:
             self.fingerprint = {"class": type(model).__name__} if anatomy is None else anatomy.fingerprint()
         if self.readers:
-            _, _, self._remove_hooks = hooks.install(model, anatomy, list(zip(points, self.readers.values(), strict=True)))
-        self._model = _callable(model, anatomy)
-        self._reduce = reduce
-        self._main = main
-        return self
+            self._installation = hooks.Installation(model, anatomy, list(zip(points, self.readers.values(), strict=True)))
+        try:
+            if self._installation is not None:
+                self._installation.install()
+            self._model = _callable(model, anatomy)
+            self._reduce = reduce
+            self._main = main
+            return self
+        except BaseException:
+            self._remove_hooks()
+            raise
 
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
         self._attached_model()
-        self._model = None
-        if self._remove_hooks is not None:
-            self._remove_hooks()
-            self._remove_hooks = None
+        self._remove_hooks()
         self._close_store()
+
+    def _remove_hooks(self) -> None:
+        if self._installation is not None:
+            self._installation.remove()
+            self._installation = None
+        self._model = None
 
     @contextmanager
     def attached(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> Iterator[DriftTracker]:

@@ -78,11 +78,15 @@ class ActiveIntervention:
         """Sets the strength before schedule and switch; one number stands for every row slot."""
         self.base = tuple(base) if len(base) == len(self.base) else tuple(base) * len(self.base)
 
-    def refresh(self, step: int) -> None:
-        """Writes strength x schedule x switch into the buffer that the hook reads; in place, so that compiled code sees it."""
+    def factor(self, step: int) -> float:
+        """Schedule x switch at an optimiser step. Raises NonFiniteError."""
         factor = self.schedule(step) if self.enabled else 0.0
         if not math.isfinite(factor):
             raise _infinite_schedule(self.name, factor, step)
+        return factor
+
+    def write_strength(self, factor: float) -> None:
+        """Writes strength x factor into the buffer that the hook reads; in place, so that compiled code sees it."""
         if (self.base, factor) == self._written:
             return
         self._written = (self.base, factor)
@@ -103,14 +107,6 @@ class ActiveIntervention:
             self.operator = self.description.operator.on(device)
             self.strength = self.strength.to(device)
             self.rows = None if self.rows is None else self.rows.to(device)
-
-    def check_range(self, dtype: torch.dtype) -> None:
-        """Raises NonFiniteError when what it adds is beyond what activations of this type hold."""
-        if not self.operator.additive or not dtype.is_floating_point:
-            return
-        largest = max(map(abs, self.base)) * float(self.description.operator.tensors["vector"].detach().abs().max())
-        if largest > torch.finfo(dtype).max:
-            raise _beyond_range(self.name, dtype, largest)
 
     @property
     def counts_in_calls(self) -> bool:
@@ -221,19 +217,22 @@ class ActiveIntervention:
         weight = self.weight(mask, h, ctx)
         edited = self.operator.fused(per_token, strength, weight, rows, self.preserve_norm) if kernels.wanted(per_token) else None
         if edited is None:
-            edited = self._edited(per_token, strength, weight, rows)
+            edited = _edited(self, per_token, strength, weight, rows)
         return edited if h.dim() == 3 else edited.reshape(h.shape)
 
-    def _edited(self, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None) -> Tensor:
-        per_row = tensors_of_rows(self.operator.tensors, rows)
-        if not self.preserve_norm:
-            return self.operator.apply(h, strength, weight, per_row)
-        # in fp32 at least, and only then in the dtype of h: hidden norms, and edits on the way to their scale, go beyond what fp16 holds
-        wide = widened(h)
-        edited = self.operator.apply(wide, strength, None if weight is None else weight.to(wide.dtype), per_row)
-        unedited = (strength if weight is None else strength * weight) == 0  # [batch, tokens, 1]
-        # the quotient of the norms is 1 there, but its gradient is 0 only up to rounding
-        return torch.where(unedited, h, with_norm_of(wide, edited).to(h.dtype))
+
+def _edited(active: ActiveIntervention, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None) -> Tensor:
+    """The edited activation without a kernel. h: [batch, tokens, width]."""
+    operator = active.operator
+    per_row = tensors_of_rows(operator.tensors, rows)
+    if not active.preserve_norm:
+        return operator.apply(h, strength, weight, per_row)
+    # in fp32 at least, and only then in the dtype of h: hidden norms, and edits on the way to their scale, go beyond what fp16 holds
+    wide = widened(h)
+    edited = operator.apply(wide, strength, None if weight is None else weight.to(wide.dtype), per_row)
+    unedited = (strength if weight is None else strength * weight) == 0  # [batch, tokens, 1]
+    # the quotient of the norms is 1 there, but its gradient is 0 only up to rounding
+    return torch.where(unedited, h, with_norm_of(wide, edited).to(h.dtype))
 
 
 def _faded(mask: Mask, fade: Tensor | None) -> Tensor:
@@ -253,15 +252,6 @@ def _infinite_schedule(name: str, factor: float, step: int) -> NonFiniteError:
         expected="a finite factor at every step",
         found=f"{factor} at step {step}",
         remedy="correct the numbers of the schedule",
-    )
-
-
-def _beyond_range(name: str, dtype: torch.dtype, largest: float) -> NonFiniteError:
-    return NonFiniteError(
-        f"'{name}' adds more than {dtype} holds",
-        expected=f"at most {torch.finfo(dtype).max:g} for each channel",
-        found=f"{largest:g}",
-        remedy="lower the strength or the vector, or run the model in bfloat16 or float32",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.errors import AttachError, ConfigError, WidthError, WrongModelError
+from steer.errors import AttachError, ConfigError, NonFiniteError, WidthError, WrongModelError
 from steer.intervene import schedule as schedules
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
@@ -60,7 +60,7 @@ def validate(plan: Plan, model: nn.Module) -> None:
         active = ActiveIntervention(
             intervention, ScopeMask(intervention.scope), torch.device("cpu"), 0, phases=intervention.phases, schedule=intervention.schedule
         )
-        active.check_range(like.dtype)
+        _check_range(active, like.dtype)
 
 
 def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] | None, schedule: Any) -> Attachment:
@@ -79,15 +79,15 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
     attachment = Attachment(plan, active, events, paths)
-    watcher, site_hooks, remove_hooks = hooks.install(model, resolved.anatomy, functions)
-    events.connect(watcher)
-
-    def remove() -> None:
+    installation = hooks.Installation(model, resolved.anatomy, functions)
+    try:
+        events.connect(installation.install())
+        attachment.installed(installation)
+        return attachment
+    except BaseException:
         events.disconnect()
-        remove_hooks()
-
-    attachment.installed(site_hooks, remove)
-    return attachment
+        installation.remove()
+        raise
 
 
 def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
@@ -131,7 +131,7 @@ def _activate(
             schedule=replacement or intervention.schedule,
         )
         active.decisions = decisions
-        active.check_range(like.dtype)
+        _check_range(active, like.dtype)
         active.prepared = prepared_for(active, first.dtype)
         activated.append(active)
     return activated
@@ -196,6 +196,15 @@ def _check_gates(plan: Plan, resolved: _Resolved) -> None:
                 raise _late_gate(intervention.name, read, steered.site)
 
 
+def _check_range(active: ActiveIntervention, dtype: torch.dtype) -> None:
+    """Raises NonFiniteError when what an intervention adds is beyond what activations of this type hold."""
+    if not active.operator.additive or not dtype.is_floating_point:
+        return
+    largest = max(map(abs, active.base)) * float(active.description.operator.tensors["vector"].detach().abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise _beyond_range(active.name, dtype, largest)
+
+
 # ---- errors
 
 
@@ -233,4 +242,13 @@ def _late_gate(name: str, read: Site, steered: Site) -> ConfigError:
         expected=f"a site at or before {steered}",
         found=str(read),
         remedy="let the gate read an earlier site, or steer a later one",
+    )
+
+
+def _beyond_range(name: str, dtype: torch.dtype, largest: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"'{name}' adds more than {dtype} holds",
+        expected=f"at most {torch.finfo(dtype).max:g} for each channel",
+        found=f"{largest:g}",
+        remedy="lower the strength or the vector, or run the model in bfloat16 or float32",
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steer.checks import integer, of_type, tensor_of, whole_number
-from steer.errors import AttachError, ConfigError
+from steer.errors import AttachError, ConfigError, NonFiniteError
 from steer.intervene import attachment_state
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.intervention import Intervention, checked_strengths
@@ -19,7 +19,7 @@ from steer.intervene.pass_events import PassEvents
 from steer.intervene.plan import Plan, explained, unknown_intervention
 from steer.intervene.scope import Scope
 from steer.intervene.scope_mask import ScopeMask
-from steer.model.hooks import SiteHook
+from steer.model.hooks import Installation
 
 
 class Attachment:
@@ -45,8 +45,7 @@ class Attachment:
         self.current_step = plan.step
         self._by_name = {intervention.name: intervention for intervention in active}
         self._events = events
-        self._remove: Callable[[], None] | None = None
-        self._hooks: list[SiteHook] = []
+        self._installation: Installation | None = None
         self.step(plan.step)
 
     def __getitem__(self, name: str) -> ActiveIntervention:
@@ -55,25 +54,29 @@ class Attachment:
 
     # ---- hooks on and off
 
-    def installed(self, hooks: list[SiteHook], remove: Callable[[], None]) -> None:
-        """Notes the hooks, and the function that takes them off."""
-        self._hooks = hooks
-        self._remove = remove
+    def installed(self, installation: Installation) -> None:
+        """Notes the hooks that are on the model."""
+        self._installation = installation
 
     @property
     def is_attached(self) -> bool:
         """Its hooks are on the model."""
-        return self._remove is not None
+        return self._installation is not None
 
     def detach(self) -> None:
-        """Takes the hooks off; `fired()` stays readable. Raises AttachError when they are off already."""
-        if self._remove is None:
+        """Takes the hooks off; `fired()` stays readable. Interrupted on the way, it may be called again.
+
+        Raises:
+            AttachError: they are off already.
+        """
+        if self._installation is None:
             raise _detached()
-        remove, self._remove = self._remove, None
-        missed = [str(hook.point.site) for hook in self._hooks if hook.place == "anywhere" and not hook.ever_ran]
-        replays = any(hook.watcher.replays for hook in self._hooks)
-        remove()
-        self._hooks = []  # they would keep the model in memory
+        hooks = self._installation.hooks
+        missed = [str(hook.point.site) for hook in hooks if hook.place == "anywhere" and not hook.ever_ran]
+        replays = any(hook.watcher.replays for hook in hooks)
+        self._events.disconnect()
+        self._installation.remove()
+        self._installation = None  # it would keep the model in memory
         if missed and self._events.counter.reached and not replays:
             warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
 
@@ -88,20 +91,31 @@ class Attachment:
         """Sets every strength to what its schedule says at this optimiser step, counted from 0. A callback calls it after each step."""
         step = integer(step)
         whole_number(step, "the optimiser step of a plan")
+        factors = [intervention.factor(step) for intervention in self.interventions]  # all of them, before anything changes
         self.current_step = step
-        self._refresh()
+        self._write(factors)
 
     def _refresh(self) -> None:
-        for intervention in self.interventions:
-            intervention.refresh(self.current_step)
+        self._write([intervention.factor(self.current_step) for intervention in self.interventions])
+
+    def _write(self, factors: list[float]) -> None:
+        for intervention, factor in zip(self.interventions, factors, strict=True):
+            intervention.write_strength(factor)
         self._events.strengths_changed()
 
     def enable(self, on: bool = True, name: str | None = None) -> None:
         """Switches the plan, or one intervention, on or off without touching a hook."""
         of_type(on, bool, "the switch of a plan", "pass True or False; the name of an intervention comes second")
-        for intervention in self._named(name):
-            intervention.enabled = on
-        self._refresh()
+        chosen = self._named(name)
+        before = [intervention.enabled for intervention in chosen]
+        try:
+            for intervention in chosen:
+                intervention.enabled = on
+            self._refresh()
+        except NonFiniteError:  # from a schedule that was not asked while it was off
+            for intervention, enabled in zip(chosen, before, strict=True):
+                intervention.enabled = enabled
+            raise
 
     def set_strength(self, strength: float | Sequence[float] | Tensor, name: str | None = None) -> None:
         """Sets the base strength of the plan or of one intervention; a list gives one per row slot.
@@ -177,6 +191,9 @@ class Attachment:
             raise unknown_intervention(name, list(self._by_name))
         return [self._by_name[name]]
 
+    def __reduce__(self) -> Any:
+        raise _copied()
+
     # ---- looking
 
     def fired(self) -> dict[str, int]:
@@ -250,6 +267,15 @@ def _detached() -> AttachError:
         expected="an attachment whose hooks are on its model",
         found="one that was detached",
         remedy="call plan.attach(model) again",
+    )
+
+
+def _copied() -> AttachError:
+    return AttachError(
+        "an attachment cannot be copied or pickled",
+        expected="a plan, which can be",
+        found="an attachment, whose hooks are on one model",
+        remedy="copy attachment.as_plan(), or save attachment.state_dict(); then attach the plan to the other model",
     )
 
 

@@ -47,10 +47,12 @@ class PassEvents:
 
     def disconnect(self) -> None:
         """Leaves the watcher, and keeps nothing of the model."""
-        assert self._watcher is not None
-        self._watcher.on_open.remove(self._open)
-        self._watcher.on_close.remove(self.counter.close)
-        self._watcher.on_end.remove(self.prepared.end)
+        if self._watcher is not None:
+            watcher = self._watcher
+            for functions in (watcher.on_open, watcher.on_close, watcher.on_end):
+                for own in (self._open, self.counter.close, self.prepared.end):
+                    if own in functions:  # when it is done again after an interrupt, some are off already
+                        functions.remove(own)  # type: ignore[attr-defined]
         self._watcher = None
         self._like = torch.empty(0, dtype=self._like.dtype)
 

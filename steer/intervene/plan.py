@@ -101,12 +101,18 @@ class Plan:
         self, model: nn.Module, *, stack: bool = False, phases: Sequence[str] | None = None, schedule: Any = None
     ) -> Iterator[Attachment]:
         """`attach` and `detach` around a block, on every exit path. Warns when no forward pass went through the plan."""
-        attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
+        attachment = None
         try:
+            attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
             yield attachment
         finally:
-            if attachment.is_attached:  # a block may detach early
-                attachment.detach()
+            if attachment is not None and attachment.is_attached:  # a block may detach early
+                try:
+                    attachment.detach()
+                except BaseException:
+                    if attachment.is_attached:  # it was interrupted on the way
+                        attachment.detach()
+                    raise
         attachment.warn_if_idle()
 
     # ---- looking

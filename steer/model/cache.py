@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# attributes that we put on a cache: what its prompt decided, the passes so far, the phase of a prompt that was no generation's
+# attributes that we put on a cache: what its prompt decided, where its prompt ended, the phase of a prompt that was no generation's
 MEMORY = "_steer_memory"
 PASSES = "_steer_passes"
 PROMPT_PHASE = "_steer_prompt_phase"
@@ -93,11 +93,14 @@ def note_pass(cache: Any, past: Tensor | int, tokens: int) -> bool:
 
     Returns:
         True when the passes so far are not those of a prompt and of tokens decoded one by one. A copied cache may hold the first part of
-        the prompt.
+        the prompt. Decoded tokens may be cropped off the cache again, a part of the prompt may not.
     """
-    seen, follows_prompt, noted_on = getattr(cache, PASSES, (0, False, id(cache)))
+    prompt_end, follows_prompt, noted_on = getattr(cache, PASSES, (0, False, id(cache)))
     # the length of a static cache is read, which waits for the device, only where a prompt follows a prompt
     follows_prompt = follows_prompt and noted_on == id(cache) and tokens > 1 and bool(past > 0)
     if cache is not None:
-        setattr(cache, PASSES, (past + tokens if isinstance(past, int) else 0, tokens > 1, id(cache)))
-    return follows_prompt or isinstance(past, int) and past < seen
+        end = prompt_end
+        if tokens > 1 or not prompt_end:
+            end = past + tokens if isinstance(past, int) else 0
+        setattr(cache, PASSES, (end, tokens > 1, id(cache)))
+    return follows_prompt or isinstance(past, int) and past < prompt_end

@@ -215,8 +215,9 @@ def capture(
             rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
         )
     reader = _Reader(accumulators, stop=not is_sharded(model))
-    _, _, remove = hooks.install(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
+    installation = hooks.Installation(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
     try:
+        installation.install()
         # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
         with (
             evaluating(model),
@@ -230,7 +231,7 @@ def capture(
                 run.read(chosen)
                 bar.update(len(chosen))
     finally:
-        remove()
+        installation.remove()
 
 
 class _Capture:

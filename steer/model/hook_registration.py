@@ -39,8 +39,8 @@ def _make_no_op() -> Callable[..., None]:
     return _no_op
 
 
-def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: bool = False) -> Callable[[], None]:
-    """Puts a hook of ours on a module and returns the function that takes it off.
+def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: bool = False) -> None:
+    """Puts a hook of ours on a module, from which `unregister_hook` takes it off.
 
     Written to the hook dictionaries themselves, because `register_forward_hook` numbers hooks through the process and compiled code is
     bound to those numbers: every new attach would be compiled anew. Ours are -1, -2, ... on each module, so that the same plan finds its
@@ -66,8 +66,12 @@ def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: boo
         for known in reversed(ours):
             hooks.move_to_end(known, last=False)
 
-    def remove() -> None:
-        for entries in (hooks, *flags):
-            entries.pop(number, None)
 
-    return remove
+def unregister_hook(module: nn.Module, hook: OwnHook) -> None:
+    """Takes a hook of ours off a module, however far its registration got; none of it left is no error."""
+    before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    after = (module._forward_hooks, module._forward_hooks_always_called)
+    for hooks, flags in (before, after):
+        for number in [number for number, registered in hooks.items() if registered is hook]:
+            flags.pop(number, None)
+            hooks.pop(number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from steer.errors import SiteError
 from steer.model.anatomy import Anatomy, HookPoint
 from steer.model.annotations import annotation_for
 from steer.model.context import ForwardContext
-from steer.model.hook_registration import OwnHook, register_hook
+from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
 from steer.model.watcher import WATCHERS, Watcher, watcher_of
 
 log = logging.getLogger("steer")
@@ -169,40 +170,66 @@ class InputHook(SiteHook):
         return None if new is None else (args, {**kwargs, name: new})
 
 
-def install(
-    model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]
-) -> tuple[Watcher, list[SiteHook], Callable[[], None]]:
-    """Puts one hook on each hook point, in order, before everybody else's hooks.
+class Installation:
+    """The hooks of one user of a model, which go on and come off together.
 
     Nothing of the model changes but its hook dictionaries, and there only our own entries.
 
-    Returns:
-        The model's watcher, the hooks, and the function that takes them off again (and the watcher, after the last of them).
+    Args:
+        functions: what is called at each hook point, in order, before everybody else's hooks.
+
+    Attributes:
+        watcher: of the model, from `install` on.
+        hooks: the hooks at sites.
+
+    Example:
+        >>> installation = Installation(model, Anatomy.find(model), [(point, function)])
+        >>> try:
+        ...     installation.install()
+        ...     model(**batch)
+        ... finally:
+        ...     installation.remove()
     """
-    prepare_compile()
-    watcher = watcher_of(model)
-    if watcher is None:
-        watcher = Watcher(model if anatomy is None else anatomy.decoder, is_decoder=anatomy is not None)
-        watcher.response = annotation_for(watcher.root, "response")
-        watcher.turns = annotation_for(watcher.root, "turns")
-        WATCHERS[watcher.root] = watcher
-    watcher.follow(model, anatomy)
-    hooks: list[SiteHook] = [
-        (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in functions
-    ]
-    removals = [register_hook(hook.point.module, hook, before=hook.point.side == "input") for hook in hooks]
-    watcher.set_site_hooks([*watcher.site_hooks, *hooks])
 
-    def remove() -> None:
-        for removal in removals:
-            removal()
-        removed = set(map(id, hooks))
-        watcher.set_site_hooks([hook for hook in watcher.site_hooks if id(hook) not in removed])
-        if not watcher.site_hooks:
-            watcher.remove()
-            WATCHERS.pop(watcher.root, None)
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]) -> None:
+        self.watcher: Watcher | None = None
+        self.hooks: list[SiteHook] = []
+        self._model = model
+        self._anatomy = anatomy
+        self._functions = functions
 
-    return watcher, hooks, remove
+    def install(self) -> Watcher:
+        """Puts the hooks on. Where this is interrupted, `remove` takes off what is on."""
+        prepare_compile()
+        watcher = watcher_of(self._model)
+        if watcher is None:
+            watcher = Watcher(self._model if self._anatomy is None else self._anatomy.decoder, is_decoder=self._anatomy is not None)
+            watcher.response = annotation_for(watcher.root, "response")
+            watcher.turns = annotation_for(watcher.root, "turns")
+            WATCHERS[watcher.root] = weakref.ref(watcher)
+        self.watcher = watcher
+        watcher.follow(self._model, self._anatomy)
+        self.hooks = [
+            (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in self._functions
+        ]
+        for hook in self.hooks:
+            register_hook(hook.point.module, hook, before=hook.point.side == "input")
+        watcher.set_site_hooks([*watcher.site_hooks, *self.hooks])
+        return watcher
+
+    def remove(self) -> None:
+        """Takes the hooks off, and those of the watcher after the last of all users; done again, it does nothing."""
+        if self.watcher is None:
+            return
+        for hook in self.hooks:
+            unregister_hook(hook.point.module, hook)
+        removed = set(map(id, self.hooks))
+        self.watcher.set_site_hooks([hook for hook in self.watcher.site_hooks if id(hook) not in removed])
+        if not self.watcher.site_hooks:
+            self.watcher.remove()
+            if watcher_of(self.watcher.root) is self.watcher:
+                WATCHERS.pop(self.watcher.root)
+        self.watcher = None
 
 
 def prepare_compile() -> None:

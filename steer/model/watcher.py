@@ -16,7 +16,7 @@ from steer.model.anatomy import Anatomy, check_model
 from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
 from steer.model.context import ForwardContext, in_backward
 from steer.model.context_builder import TOKEN_ARGUMENTS, build_context, context_beside_decoder, tokenless_context
-from steer.model.hook_registration import OwnHook, register_hook
+from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
 from steer.model.peft_state import PeftState
 
 if TYPE_CHECKING:
@@ -112,17 +112,19 @@ class Watcher:
         self._first_block: nn.Module | None = None
         self._context_beside: ForwardContext | None = None
         self._members: set[int] | None = None
-        self._removals: dict[nn.Module, list[Callable[[], None]]] = {}
+        self._own_hooks: dict[nn.Module, tuple[OwnHook, OwnHook]] = {}
 
     def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
         """Watches every module from `model` down to the root; called again when a later attach comes through another wrapper."""
         chain = anatomy.chain if anatomy is not None else [model]
         for height, module in enumerate(reversed(chain)):
             compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
-            if module not in self._removals and not compiled:
-                enter = register_hook(module, _EnterHook(self, module, height), before=True)
-                leave = register_hook(module, _LeaveHook(self, height), before=False, always=True)
-                self._removals[module] = [enter, leave]
+            if module not in self._own_hooks and not compiled:
+                enter = _EnterHook(self, module, height)
+                leave = _LeaveHook(self, height)
+                self._own_hooks[module] = (enter, leave)
+                register_hook(module, enter, before=True)
+                register_hook(module, leave, before=False, always=True)
         self._first_block = anatomy.blocks[0] if anatomy is not None else None
         self._members = None
         self.peft.find(model, chain)
@@ -136,9 +138,9 @@ class Watcher:
 
     def remove(self) -> None:
         """Takes the hooks off that follow the passes."""
-        for removals in self._removals.values():
-            for removal in removals:
-                removal()
+        for module, own_hooks in self._own_hooks.items():
+            for hook in own_hooks:
+                unregister_hook(module, hook)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module is the root or inside it."""
@@ -296,13 +298,14 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
             yield from _tensors_in(entry)
 
 
-WATCHERS: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDictionary()
+# by root; a watcher lives as long as its hooks, and keeps no model alive that nobody else does
+WATCHERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
     """The live watcher of a model, reached from any wrapper around it."""
     check_model(model)
-    return next((WATCHERS[module] for module in model.modules() if module in WATCHERS), None)
+    return next((watcher for module in model.modules() if module in WATCHERS and (watcher := WATCHERS[module]()) is not None), None)
 
 
 # ---- errors

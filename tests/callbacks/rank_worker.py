@@ -36,7 +36,7 @@ class Plain(Module):
 
 
 class Sharded(Plain):
-    """Made and sharded in configure_model, as FSDP2 wants it."""
+    """Creates and shards its model in configure_model, as FSDP2 requires."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(1, 1))
@@ -65,7 +65,7 @@ def learning_plan() -> Plan:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every rank has."""
+    """Collects a value from every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -53,7 +53,7 @@ def test_a_frozen_model_and_a_plan_that_learns() -> None:
 
 
 def reference_run(module: Module, plan: Plan, batches: list[Any], rate: float, factors: list[float], **sgd: Any) -> Tensor:
-    """The same by hand: the model's optimiser and one for the vector, side by side."""
+    """Trains the same by hand, with the model's optimiser and a second one for the vector."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
     mine = torch.optim.SGD(plan.parameters(), lr=rate, momentum=0.9)
     with plan.attached(module.model):
@@ -76,8 +76,8 @@ def test_it_learns_as_a_second_optimiser_beside_the_modules_own_would(clip: floa
     make_trainer(SteeringCallback(plan, learning_rate=0.2), gradient_clip_val=clip).fit(module, loader())
     factors = [min(1.0, (step + 1) / 4) for step in range(8)]
     by_hand, by_hand_plan = Stepped(), learner()
-    wanted = reference_run(by_hand, by_hand_plan, list(loader()), 0.2, factors, **({} if clip is None else {"clip": clip}))
-    assert torch.allclose(only(plan), wanted, atol=1e-6) and wanted.norm() > 0.001
+    expected = reference_run(by_hand, by_hand_plan, list(loader()), 0.2, factors, **({} if clip is None else {"clip": clip}))
+    assert torch.allclose(only(plan), expected, atol=1e-6) and expected.norm() > 0.001
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), by_hand.parameters(), strict=True))
 
 
@@ -246,7 +246,7 @@ def test_a_run_resumes_with_a_plan_that_was_loaded(tmp_path: Path) -> None:
     ("order", "message"), [([2, 0, 1], "'exp_avg' of parameter 1 does not fit"), ([0, 1, 2, 0], "parameter 4 does not fit")]
 )
 def test_an_optimiser_state_in_another_order_is_refused(tmp_path: Path, order: list[int], message: str) -> None:
-    """As files of plans that were loaded by an earlier version hold it."""
+    """Files of plans that an earlier version had loaded hold such an order."""
     trainer = make_trainer(SteeringCallback(loreft(), learning_rate=0.05), max_steps=2)
     trainer.fit(Module(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")

@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks have left what they did; once for all workers of pytest-xdist."""
+    """Folder with the results of two ranks, computed once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
     with FileLock(f"{out}.lock"):

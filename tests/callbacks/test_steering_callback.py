@@ -263,19 +263,19 @@ def test_response_scope_from_masks(key: str) -> None:
     assert steering.attachment.fired() == {NAME: RESPONSE}
 
 
-def test_other_rows_than_the_batch_need_an_announcement() -> None:
+def test_rows_that_differ_from_the_batch_need_a_response_mask() -> None:
     class Halves(OwnLoss):
-        announce = False
+        with_mask = False
 
         def loss(self, batch: dict[str, Tensor]) -> Tensor:
-            with response_tokens(self.model, batch["labels"][:1] if self.announce else None):
+            with response_tokens(self.model, batch["labels"][:1] if self.with_mask else None):
                 return self.model(input_ids=batch["input_ids"][:1], use_cache=False).logits.mean()
 
     module = Halves()
     with pytest.raises(ContextError, match="cannot tell prompt from response"):
         make_trainer(SteeringCallback(make_plan())).fit(module, loader())
     assert n_hooks(module) == 0
-    plan, module.announce = make_plan(), True
+    plan, module.with_mask = make_plan(), True
     steering = SteeringCallback(plan)
     make_trainer(steering).fit(module, loader())
     assert steering.attachment.fired() == {NAME: RESPONSE // 2}

@@ -18,21 +18,21 @@ def numbered(positive: int, negative: int, paired: bool) -> ContrastSet:
 
 @given(st.integers(4, 60), st.integers(4, 60), st.booleans(), st.floats(0.1, 0.9), st.integers(0, 99))
 def test_a_split_is_a_partition_and_keeps_pairs(positive, negative, paired, holdout, seed):
-    whole = numbered(positive, positive if paired else negative, paired)
+    contrast = numbered(positive, positive if paired else negative, paired)
     try:
-        train, held = whole.split(holdout, seed)
+        train, held = contrast.split(holdout, seed)
     except ContrastError:
-        sizes = {len(whole.positive), len(whole.negative)}
+        sizes = {len(contrast.positive), len(contrast.negative)}
         assert any(round(size * holdout) < 2 or size - round(size * holdout) < 2 for size in sizes)
         return
     for side in ("positive", "negative"):
         parts = getattr(train, side), getattr(held, side)
-        assert sorted(row.ids for part in parts for row in part) == sorted(row.ids for row in getattr(whole, side))
+        assert sorted(row.ids for part in parts for row in part) == sorted(row.ids for row in getattr(contrast, side))
         assert not set(parts[0]) & set(parts[1])
     if paired:
         for part in (train, held):
             assert [row.ids[0] for row in part.positive] == [row.ids[0] for row in part.negative]
-    assert whole.split(holdout, seed)[1] == held
+    assert contrast.split(holdout, seed)[1] == held
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
@@ -66,9 +66,9 @@ def test_the_texts_of_a_pair_stand_side_by_side():
 
 
 def test_the_digest_depends_on_every_token():
-    whole = numbered(3, 3, True)
-    other = ContrastSet((*whole.positive[:2], Row((9, 1), 1)), whole.negative, True)
-    assert whole.digest() == numbered(3, 3, True).digest() != other.digest()
+    contrast = numbered(3, 3, True)
+    changed = ContrastSet((*contrast.positive[:2], Row((9, 1), 1)), contrast.negative, True)
+    assert contrast.digest() == numbered(3, 3, True).digest() != changed.digest()
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_empty_and_unmatched_sets_are_refused(positive, negative, paired, messag
 @pytest.mark.parametrize(("side", "paired"), [("positive", True), ("negative", True), ("negative", False)])
 def test_a_repeated_text_is_refused(side, paired):
     """Copies on both sides of a split would make any separation look perfect."""
-    whole = numbered(4, 4, paired)
-    sides = {"positive": whole.positive, "negative": whole.negative}
+    contrast = numbered(4, 4, paired)
+    sides = {"positive": contrast.positive, "negative": contrast.negative}
     sides[side] = (*sides[side][:3], sides[side][1])
     with pytest.raises(ContrastError, match=f"{side} text 3 repeats(.|\n)*texts 1 and 3(.|\n)*remove text 3"):
         ContrastSet(**sides, paired=paired)

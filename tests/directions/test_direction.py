@@ -47,9 +47,9 @@ def test_a_direction_becomes_a_plan(tiny):
     model, best = tiny("llama"), several().best()
     with torch.no_grad():
         with edited(model.model.layers[2], lambda h: h + 2 * best.vector):
-            wanted = model(ids()).logits
+            expected = model(ids()).logits
         with Plan(Intervention(Add(best.vector), best.site, strength=2.0)).attached(model):
-            assert torch.allclose(model(ids()).logits, wanted, atol=1e-5)
+            assert torch.allclose(model(ids()).logits, expected, atol=1e-5)
     assert best.unit.norm() == pytest.approx(1.0) and best.relative_dose(-2.0) == pytest.approx(float(best.vector.norm()) / 2)
 
 

@@ -43,33 +43,33 @@ def test_a_curve_equals_one_strength_at_a_time():
     for point, dose in zip(curve.points, DOSES, strict=True):
         strength = dose * direction.metrics["activation_norm"] / float(direction.vector.norm())
         assert (point.dose, point.strength) == (dose, pytest.approx(strength))
-        steered, other, other_loss = measured(strength)
-        change = steered - gap
+        steered_gap, steered_table, steered_loss = measured(strength)
+        change = steered_gap - gap
         assert point.effect == pytest.approx(float(change.mean()), abs=1e-5)
         assert point.effect_se == pytest.approx(float(change.std() / len(change) ** 0.5), abs=1e-5)
         assert point.wrong_way == float((change < 0).double().mean())
-        assert point.kl == pytest.approx(float((table.exp() * (table - other)).sum(-1).mean()), abs=1e-5)
-        assert point.perplexity_ratio == pytest.approx(torch.tensor(other_loss - loss).exp().item(), rel=1e-4)
+        assert point.kl == pytest.approx(float((table.exp() * (table - steered_table)).sum(-1).mean()), abs=1e-5)
+        assert point.perplexity_ratio == pytest.approx(torch.tensor(steered_loss - loss).exp().item(), rel=1e-4)
     assert (curve.n_pairs, curve.n_neutral) == (6, 4) and hook_count(model) == 0
 
 
 def test_batches_do_not_change_the_measure():
-    """However texts share batches, and so padding, with others."""
+    """Measures do not depend on which texts share a batch and its padding."""
     model, direction = controlled()
     vectors = torch.tensor([0.0, 1.0, 3.0])[:, None] * direction.vector
-    whole = pairs(8)
-    together = pair_gaps(model, direction, whole, vectors)
-    ones = [ContrastSet((p,), (q,), True) for p, q in zip(whole.positive, whole.negative, strict=True)]
-    alone = torch.cat([pair_gaps(model, direction, one, vectors) for one in ones], 1)
+    contrast = pairs(8)
+    together = pair_gaps(model, direction, contrast, vectors)
+    single_pairs = [ContrastSet((p,), (q,), True) for p, q in zip(contrast.positive, contrast.negative, strict=True)]
+    alone = torch.cat([pair_gaps(model, direction, pair, vectors) for pair in single_pairs], 1)
     assert torch.allclose(together, alone, atol=1e-5) and together.shape == (3, 8)
     assert (together[2] > together[1]).all() and (together[1] > together[0]).all()
 
 
 def test_the_control_of_a_vector_runs_beside_it():
-    """Vectors need not be the direction: a zero leaves its rows as they are, and another vector acts for itself."""
+    """Vectors may differ from the direction: a zero vector leaves its rows unchanged, and a control vector has its own effect."""
     model, direction = controlled()
-    other = torch.randn(32, generator=torch.Generator().manual_seed(3))
-    vectors = torch.stack([torch.zeros(32), direction.vector, other / other.norm()])
+    control = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    vectors = torch.stack([torch.zeros(32), direction.vector, control / control.norm()])
     kl, loss = side_effects(model, direction, running_text(), vectors)
     assert kl[0] == 0 and kl[1] > 0 and kl[2] > 0 and len(set(loss.tolist())) == 3
     gaps = pair_gaps(model, direction, pairs(), vectors)
@@ -78,40 +78,40 @@ def test_the_control_of_a_vector_runs_beside_it():
 
 def curve(*points: tuple[float, float, float, float], max_kl: float = 0.1, share: float = 0.5) -> DoseCurve:
     """From (dose, effect, kl, perplexity ratio)."""
-    made = tuple(DosePoint(dose, dose * 3, effect, 0.01, 0.0, kl, ratio) for dose, effect, kl, ratio in points)
-    return DoseCurve(SITE, "planted", "response", made, max_kl, 1.1, share, 0.0, 10.0, 6, 4)
+    dose_points = tuple(DosePoint(dose, dose * 3, effect, 0.01, 0.0, kl, ratio) for dose, effect, kl, ratio in points)
+    return DoseCurve(SITE, "planted", "response", dose_points, max_kl, 1.1, share, 0.0, 10.0, 6, 4)
 
 
 def test_what_is_chosen_is_not_the_largest_effect():
-    whole = curve((0.1, 0.2, 0.01, 1.0), (0.2, 0.5, 0.03, 1.01), (0.3, 0.6, 0.05, 1.02), (0.5, 0.9, 0.09, 1.05), (0.7, 4.0, 2.0, 9.0))
-    assert [point.dose for point in whole.working] == [0.2, 0.3, 0.5]  # at least half of 0.9; beyond, the budget is broken
-    assert whole.chosen.dose == 0.2  # KL is lowest there
-    assert dataclasses.replace(whole, share=0.9).chosen.dose == 0.5
+    measured = curve((0.1, 0.2, 0.01, 1.0), (0.2, 0.5, 0.03, 1.01), (0.3, 0.6, 0.05, 1.02), (0.5, 0.9, 0.09, 1.05), (0.7, 4.0, 2.0, 9.0))
+    assert [point.dose for point in measured.working] == [0.2, 0.3, 0.5]  # at least half of 0.9; beyond, the budget is broken
+    assert measured.chosen.dose == 0.2  # KL is lowest there
+    assert dataclasses.replace(measured, share=0.9).chosen.dose == 0.5
 
 
 def test_a_dose_beyond_a_broken_budget_is_not_in_the_range():
-    whole = curve((0.1, 0.2, 0.01, 1.0), (0.2, 0.5, 0.3, 1.01), (0.3, 0.6, 0.05, 1.0))
-    assert [point.dose for point in whole.working] == [0.1]
+    measured = curve((0.1, 0.2, 0.01, 1.0), (0.2, 0.5, 0.3, 1.01), (0.3, 0.6, 0.05, 1.0))
+    assert [point.dose for point in measured.working] == [0.1]
     broken = curve((0.1, 0.2, 0.01, 1.2))
     assert not broken.working  # by perplexity
 
 
 @pytest.mark.parametrize("points", [[(0.1, 0.019, 0.01, 1.0)], [(0.1, -0.5, 0.01, 1.0)], [(0.1, 0.5, 0.2, 1.0)]])
 def test_no_dose_that_works_is_an_error_with_the_curve_in_it(points):
-    whole = curve(*points)
+    measured = curve(*points)
     with pytest.raises(ConfigError, match=rf"no dose at '{SITE}' works[\s\S]*dose 0.1: effect {points[0][1]:.3g}"):
-        _ = whole.chosen
-    assert json.loads(json.dumps(whole.to_dict()))["chosen"] is None
+        _ = measured.chosen
+    assert json.loads(json.dumps(measured.to_dict()))["chosen"] is None
 
 
 def test_a_curve_becomes_json():
-    whole = curve((0.1, 0.2, 0.01, 1.0))
-    found = json.loads(json.dumps(whole.to_dict()))
-    assert found["chosen"]["dose"] == found["points"][0]["dose"] == 0.1 and found["max_kl"] == 0.1
+    measured = curve((0.1, 0.2, 0.01, 1.0))
+    content = json.loads(json.dumps(measured.to_dict()))
+    assert content["chosen"]["dose"] == content["points"][0]["dose"] == 0.1 and content["max_kl"] == 0.1
 
 
 def test_texts_that_made_the_direction_may_not_calibrate_it(tmp_path):
-    """Neither as pairs nor as neutral text, and not after a round trip through a file either; those held out of it may."""
+    """They may not serve as pairs or as neutral text, nor after a round trip through a file; held-out texts may."""
     model, _ = controlled()
     contrast = pairs(12)
     made_of, held = contrast.split(0.25, 0)
@@ -120,8 +120,8 @@ def test_texts_that_made_the_direction_may_not_calibrate_it(tmp_path):
     for direction in (directions[SITE], type(directions).load(tmp_path / "x")[SITE]):
         calibrate(model, direction, held, running_text(), doses=(0.1,), progress=False)
         with pytest.raises(ContrastError, match=r"these pairs use texts that the direction was made from[\s\S]*found: 2 that it has"):
-            one = ContrastSet((*held.positive, made_of.positive[0]), (*held.negative, made_of.negative[0]), True)
-            calibrate(model, direction, one, running_text(), doses=(0.1,), progress=False)
+            overlapping = ContrastSet((*held.positive, made_of.positive[0]), (*held.negative, made_of.negative[0]), True)
+            calibrate(model, direction, overlapping, running_text(), doses=(0.1,), progress=False)
         with pytest.raises(ContrastError, match="the neutral texts"):
             calibrate(model, direction, held, [made_of.positive[0]], doses=(0.1,), progress=False)
 

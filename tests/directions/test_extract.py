@@ -52,9 +52,9 @@ def test_a_planted_direction_is_recovered(method, paired, tiny):
         with pytest.raises(ContrastError, match="compares the two texts of a pair"):
             extract(model, contrast, [SITE], name="planted", method=method, span=3, progress=False)
         return
-    found = extract(model, contrast, [SITE, "embed"], name="planted", method=method, span=3, progress=False)
+    directions = extract(model, contrast, [SITE, "embed"], name="planted", method=method, span=3, progress=False)
     for site in (SITE, "embed"):
-        entry = found[site]
+        entry = directions[site]
         assert cosine(entry.vector, direction) > COSINE.get(method, 0.9)  # the sign too: it points to the positive texts
         assert entry.metrics["auc"] == 1.0 and entry.metrics["dprime"] > 2
     assert hook_count(model) == 0
@@ -64,7 +64,7 @@ def test_the_length_is_the_class_gap(tiny):
     """Adding the mean difference once moves the negative texts' mean onto that of the positive ones."""
     model = tiny("llama")
     contrast, _ = planted(model)
-    found = extract_all(model, contrast, [SITE], name="planted", methods=["mean_difference", "pca"], progress=False)
+    by_method = extract_all(model, contrast, [SITE], name="planted", methods=["mean_difference", "pca"], progress=False)
     train, _ = contrast.split(0.25, 0)
     read = []
     for side in (train.positive, train.negative):
@@ -72,8 +72,8 @@ def test_the_length_is_the_class_gap(tiny):
             model(torch.tensor([row.ids for row in side]))
         read.append(seen[SITE][:, 3:])  # the response
     gap = read[0].mean((0, 1)) - read[1].mean((0, 1))
-    assert torch.allclose(found["mean_difference"][SITE].vector, gap, atol=1e-5)
-    pca = found["pca"][SITE]
+    assert torch.allclose(by_method["mean_difference"][SITE].vector, gap, atol=1e-5)
+    pca = by_method["pca"][SITE]
     assert torch.allclose(pca.vector.norm(), gap @ pca.unit, atol=1e-5) and pca.metrics["gap"] == pytest.approx(float(pca.vector.norm()))
     assert pca.metrics["activation_norm"] == pytest.approx(float(torch.cat(read).norm(dim=-1).mean()), rel=1e-5)
     assert pca.relative_dose(-2.0) == pytest.approx(2 * float(pca.vector.norm()) / pca.metrics["activation_norm"])
@@ -102,10 +102,10 @@ def test_pca_equals_sklearn(paired):
         moments.update(x[start : start + 8, None], torch.ones(8, 1), torch.arange(start, start + 8))
     if paired:
         difference = (x[side] - x[~side]).double().numpy()
-        wanted = numpy.linalg.svd(difference)[2][0]
+        expected = numpy.linalg.svd(difference)[2][0]
     else:
-        wanted = PCA(1).fit(x.double().numpy()).components_[0]
-    assert abs(cosine(EXTRACTORS.get("pca").direction(moments), torch.tensor(wanted))) > 1 - 1e-6
+        expected = PCA(1).fit(x.double().numpy()).components_[0]
+    assert abs(cosine(EXTRACTORS.get("pca").direction(moments), torch.tensor(expected))) > 1 - 1e-6
 
 
 @given(st.integers(1, 6), st.integers(2, 30), st.integers(0, 99), st.sampled_from([0.0, 1e4]))
@@ -123,19 +123,19 @@ def test_moments_equal_numpys_in_any_pieces(width, count, seed, offset):
 def test_pooling_is_the_mean_over_the_span():
     h = torch.randn(2, 5, 3).bfloat16()
     weight = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
-    wanted = torch.stack([(h[0, 0].float() + h[0, 2].float()) / 2, h[1, 4].float()])
-    assert torch.allclose(pool(h, weight), wanted) and pool(h, weight).dtype is torch.float32
+    expected = torch.stack([(h[0, 0].float() + h[0, 2].float()) / 2, h[1, 4].float()])
+    assert torch.allclose(pool(h, weight), expected) and pool(h, weight).dtype is torch.float32
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=20), st.lists(st.integers(-4, 4), min_size=1, max_size=20))
 def test_auc_equals_sklearns_with_ties(positive, negative):
     p, q = torch.tensor(positive, dtype=torch.float64), torch.tensor(negative, dtype=torch.float64)
-    wanted = roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative)
-    assert auc(p, q) == pytest.approx(wanted)
+    expected = roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative)
+    assert auc(p, q) == pytest.approx(expected)
 
 
 def test_held_out_texts_have_no_part_in_the_direction(tiny):
-    """Other held-out texts leave the direction to the bit; they only judge it."""
+    """Changed held-out texts leave the direction equal to the bit; they only judge it."""
     model = tiny("llama")
     contrast, _ = planted(model)
     train, held = contrast.split(0.25, seed=3)
@@ -145,23 +145,23 @@ def test_held_out_texts_have_no_part_in_the_direction(tiny):
     for row in held.positive:
         index = swapped[id(row)]
         positive[index], negative[index] = fresh.positive[index], fresh.negative[index]
-    other = ContrastSet(tuple(positive), tuple(negative), True)
-    a, b = (extract(model, one, [SITE], name="x", seed=3, progress=False)[SITE] for one in (contrast, other))
+    altered = ContrastSet(tuple(positive), tuple(negative), True)
+    a, b = (extract(model, texts, [SITE], name="x", seed=3, progress=False)[SITE] for texts in (contrast, altered))
     assert torch.equal(a.vector, b.vector) and a.metrics["sd"] != b.metrics["sd"]
     assert a.metrics["n_train"] == len(train.positive) * 2 and a.metrics["n_heldout"] == len(held.positive) * 2
 
 
 def test_random_labels_do_not_separate(tiny):
-    """Noise fits the texts it was read from and fails on others; the AUC that is reported is the second one."""
+    """Noise separates the texts that it was read from and fails on new texts; the reported AUC is that of the new texts."""
     model = tiny("llama")
     texts = [Row(tuple(ids(1, 6, i)[0].tolist()), 2) for i in range(80)]
     contrast = ContrastSet(tuple(texts[:40]), tuple(texts[40:]), paired=False)
-    found = extract(model, contrast, [SITE], name="noise", holdout=0.5, progress=False)[SITE]
+    direction = extract(model, contrast, [SITE], name="noise", holdout=0.5, progress=False)[SITE]
     train, _ = contrast.split(0.5, 0)
-    fitted = Projections(found.unit[None], 40)
+    fitted = Projections(direction.unit[None], 40)
     capture(model, [*train.positive, *train.negative], {Site.parse(SITE): fitted})
     assert auc(fitted.values[:20, 0], fitted.values[20:, 0]) > 0.7
-    assert 0.25 < found.metrics["auc"] < 0.75
+    assert 0.25 < direction.metrics["auc"] < 0.75
 
 
 def test_many_sites_and_methods_from_one_pass(tiny, monkeypatch):
@@ -169,10 +169,10 @@ def test_many_sites_and_methods_from_one_pass(tiny, monkeypatch):
     contrast, _ = planted(model)
     passes = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = extract_all(model, contrast, ["layers.*.output", "final_norm"], name="x", methods=sorted(EXTRACTORS), progress=False)
+    by_method = extract_all(model, contrast, ["layers.*.output", "final_norm"], name="x", methods=sorted(EXTRACTORS), progress=False)
     assert len(passes) == 2  # one over the training texts, one over those held out
-    assert list(found) == sorted(EXTRACTORS)
-    for method, directions in found.items():
+    assert list(by_method) == sorted(EXTRACTORS)
+    for method, directions in by_method.items():
         assert [str(site) for site in directions] == ["layers.0.output", "layers.1.output", "layers.2.output", "final_norm"]
         alone = extract(model, contrast, ["layers.1.output"], name="x", method=method, progress=False)
         assert torch.equal(alone[SITE].vector, directions[SITE].vector)
@@ -182,8 +182,8 @@ def test_many_sites_and_methods_from_one_pass(tiny, monkeypatch):
 def test_provenance_says_what_was_read_from_what(tiny):
     model = tiny("llama")
     contrast, _ = planted(model)
-    found = extract(model, contrast, [SITE], name="x", holdout=0.5, seed=7, progress=False)
-    assert found.provenance == {
+    directions = extract(model, contrast, [SITE], name="x", holdout=0.5, seed=7, progress=False)
+    assert directions.provenance == {
         "model": Anatomy.find(model).fingerprint(),
         "data_sha256": contrast.digest(),
         "fitted_on": sorted(contrast.split(0.5, 7)[0].digests()),
@@ -199,7 +199,7 @@ def test_a_wrapped_model_gives_the_same(tiny):
     contrast, _ = planted(model)
     wrapper = nn.ModuleDict({"net": model})
     wrapper.forward = lambda **batch: model(**batch)
-    a, b = (extract(one, contrast, [SITE], name="x", progress=False)[SITE].vector for one in (model, wrapper))
+    a, b = (extract(target, contrast, [SITE], name="x", progress=False)[SITE].vector for target in (model, wrapper))
     assert torch.equal(a, b)
 
 

@@ -40,10 +40,11 @@ def layer(n: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full((WIDTH,), float(n), dtype=dtype)
 
 
-def found(directions: Any) -> dict[str, float]:
+def values_by_site(directions: Any) -> dict[str, float]:
     """Site -> the number in every entry of its vector."""
-    assert all(bool((one.vector == one.vector[0]).all()) and one.vector.dtype is torch.float32 for one in directions.values())
-    return {str(site): float(one.vector[0]) for site, one in directions.items()}
+    vectors = {str(site): direction.vector for site, direction in directions.items()}
+    assert all(bool((vector == vector[0]).all()) and vector.dtype is torch.float32 for vector in vectors.values())
+    return {site: float(vector[0]) for site, vector in vectors.items()}
 
 
 # ---- one writer per format
@@ -86,19 +87,19 @@ def repsteer(folder: Path, tensors: dict[str, Tensor], component: str = "resid_p
     folder.mkdir()
     model = {"architecture": manifest.pop("architecture", "LlamaForCausalLM"), "hidden_size": WIDTH, "id": "tiny", "revision": None}
     site = {"component": component, "io": "output", "layer": n, "stream": "language", "tensor_path": [], "unit": None}
-    whole = {"schema_version": "1.0", "artifact_type": "direction", "method": "diff_mean", "model": model, "site": site, **manifest}
-    (folder / "manifest.json").write_text(json.dumps(whole))
+    content = {"schema_version": "1.0", "artifact_type": "direction", "method": "diff_mean", "model": model, "site": site, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(content))
     safetensors.torch.save_file(tensors, folder / "tensors.safetensors")
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("manifest.json", "tensors.safetensors")}
     (folder / "checksums.json").write_text(json.dumps({"algorithm": "sha256", "files": hashes}))
     return folder
 
 
-def pyvene(folder: Path, *ones: tuple[int, str, str, dict[str, Tensor]], **fields: Any) -> Path:
-    """ones: layer, component, class, state."""
+def pyvene(folder: Path, *interventions: tuple[int, str, str, dict[str, Tensor]], **fields: Any) -> Path:
+    """Writes what pyvene saves. interventions: layer, component, class, state."""
     folder.mkdir()
     specs, kinds, keys = [], [], []
-    for n, component, kind, state in ones:
+    for n, component, kind, state in interventions:
         specs.append([n, component, fields.get("unit", "pos"), 1, None, None, None, fields.get("partition"), *[None] * 6])
         kinds.append(f"<class '{kind}'>")
         where = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{n}_comp_{component}"
@@ -122,9 +123,9 @@ ADDITION, LOREFT = "pyvene.models.interventions.AdditionIntervention", "pyreft.i
 def test_cast_reads_after_the_block_and_after_the_final_norm_for_the_last(tmp_path):
     path = svec(tmp_path / "refusal.svec")
     read = steer.import_directions(path, n_layers=LAYERS)
-    assert found(read) == {"layers.1.output": 1, "layers.2.output": 2, "final_norm": 3}
+    assert values_by_site(read) == {"layers.1.output": 1, "layers.2.output": 2, "final_norm": 3}
     assert read.name == "refusal" and read.provenance["imported"]["explained_variances"] == {"1": 0.5, "2": 0.5, "3": 0.5}
-    assert found(steer.import_directions(path, site="layers.{layer}.input")) == {f"layers.{n}.input": n for n in (1, 2, 3)}
+    assert values_by_site(steer.import_directions(path, site="layers.{layer}.input")) == {f"layers.{n}.input": n for n in (1, 2, 3)}
     with pytest.raises(ConfigError, match="n_layers"):
         steer.import_directions(path)
     with pytest.raises(DamagedFileError, match="0 to 1"):
@@ -135,10 +136,11 @@ def test_persona_rows_are_hidden_states(tmp_path):
     """Row L goes into block L: the embedding first, the final norm last."""
     rows = torch.stack([layer(n + 1, torch.bfloat16) for n in range(LAYERS + 1)])  # row L has the value L + 1
     path = saved(tmp_path / "evil_response_avg_diff.pt", rows)
-    wanted = {"embed": 1, "layers.0.output": 2, "layers.1.output": 3, "layers.2.output": 4, "final_norm": 5}
+    expected = {"embed": 1, "layers.0.output": 2, "layers.1.output": 3, "layers.2.output": 4, "final_norm": 5}
     read = steer.import_directions(path, n_layers=LAYERS)
-    assert found(read) == wanted == found(steer.import_directions(path, "persona"))
-    assert {one.span for one in read.values()} == {"response"} and {one.method for one in read.values()} == {"mean_difference"}
+    assert values_by_site(read) == expected == values_by_site(steer.import_directions(path, "persona"))
+    assert {direction.span for direction in read.values()} == {"response"}
+    assert {direction.method for direction in read.values()} == {"mean_difference"}
     with pytest.raises(WidthError, match="5 rows|hidden-directions"):
         steer.import_directions(path, "persona", n_layers=LAYERS + 1)
 
@@ -146,20 +148,24 @@ def test_persona_rows_are_hidden_states(tmp_path):
 def test_hidden_directions_rows_are_blocks(tmp_path):
     rows = torch.stack([layer(n + 1, torch.float16) for n in range(LAYERS)])
     path = saved(tmp_path / "v_pref.pt", rows)
-    wanted = {"layers.0.output": 1, "layers.1.output": 2, "layers.2.output": 3, "final_norm": 4}
-    assert found(steer.import_directions(path, n_layers=LAYERS)) == wanted == found(steer.import_directions(path, "hidden-directions"))
+    expected = {"layers.0.output": 1, "layers.1.output": 2, "layers.2.output": 3, "final_norm": 4}
+    assert (
+        values_by_site(steer.import_directions(path, n_layers=LAYERS))
+        == expected
+        == values_by_site(steer.import_directions(path, "hidden-directions"))
+    )
     with pytest.raises(ConfigError, match="'persona'") as caught:  # the same numbers mean other sites there
         steer.import_directions(path)
     assert "n_layers=" in caught.value.remedy
-    assert found(steer.import_directions(path, n_layers=LAYERS - 1))["embed"] == 1
+    assert values_by_site(steer.import_directions(path, n_layers=LAYERS - 1))["embed"] == 1
     baked = saved(tmp_path / "advocate_bias.pt", {"bias": layer(2, torch.bfloat16), "layer": 2, "base_model": "tiny", "note": None})
-    assert found(steer.import_directions(baked)) == {"layers.2.mlp.output": 2}
+    assert values_by_site(steer.import_directions(baked)) == {"layers.2.mlp.output": 2}
 
 
 def test_zero_rows_are_left_out_and_said(tmp_path):
     rows = torch.stack([layer(n) for n in range(LAYERS)])  # row 0 is zero: the last prompt token has one embedding on both sides
     read = steer.import_directions(saved(tmp_path / "t_prompt_last_diff.pt", rows), "persona")
-    assert "embed" not in found(read) and read.provenance["imported"]["left_out"] == ["embed"]
+    assert "embed" not in values_by_site(read) and read.provenance["imported"]["left_out"] == ["embed"]
     assert next(iter(read.values())).span == "prompt_last"
     with pytest.raises(DamagedFileError, match="no vector"):
         steer.import_directions(saved(tmp_path / "zero.pt", torch.zeros(3, WIDTH)), "persona")
@@ -180,20 +186,23 @@ def test_a_site_for_several_layers_has_their_place_in_it(site, tmp_path):
 
 def test_steering_vectors_keys_are_blocks(tmp_path):
     content = {"layer_activations": {n: layer(n) for n in (3, 1)}, "layer_type": "decoder_block"}
-    assert found(steer.import_directions(saved(tmp_path / "v.pt", content))) == {"layers.3.output": 3, "layers.1.output": 1}
-    other = saved(tmp_path / "mlp.pt", {**content, "layer_type": "mlp"})
+    assert values_by_site(steer.import_directions(saved(tmp_path / "v.pt", content))) == {"layers.3.output": 3, "layers.1.output": 1}
+    mlp_file = saved(tmp_path / "mlp.pt", {**content, "layer_type": "mlp"})
     with pytest.raises(ConfigError, match="layer_type 'mlp'") as caught:
-        steer.import_directions(other)
+        steer.import_directions(mlp_file)
     assert "site=" in caught.value.remedy
-    assert found(steer.import_directions(other, site="layers.{layer}.mlp.output")) == {"layers.3.mlp.output": 3, "layers.1.mlp.output": 1}
+    assert values_by_site(steer.import_directions(mlp_file, site="layers.{layer}.mlp.output")) == {
+        "layers.3.mlp.output": 3,
+        "layers.1.mlp.output": 1,
+    }
 
 
 def test_easyedit_files_are_blocks(tmp_path):
     folder = tmp_path / "caa_vector"
     for n in (1, 3):
         saved(folder / f"layer_{n}.pt", layer(n))
-    assert found(steer.import_directions(folder)) == {"layers.1.output": 1, "layers.3.output": 3}
-    assert found(steer.import_directions(folder / "layer_3.pt")) == {"layers.3.output": 3}
+    assert values_by_site(steer.import_directions(folder)) == {"layers.1.output": 1, "layers.3.output": 3}
+    assert values_by_site(steer.import_directions(folder / "layer_3.pt")) == {"layers.3.output": 3}
     saved(folder / "layer_3_merged_vector.pt", layer(9))
     with pytest.raises(ConfigError, match="layer_3_merged_vector.pt"):
         steer.import_directions(folder)
@@ -207,7 +216,7 @@ def test_refusal_directions_go_into_the_block(tmp_path):
     folder = refusal(tmp_path / "run")
     for path in (folder, folder / "direction.pt"):
         read = steer.import_directions(path)
-        assert found(read) == {"layers.2.input": 2} and read["layers.2.input"].span == -2
+        assert values_by_site(read) == {"layers.2.input": 2} and read["layers.2.input"].span == -2
     (folder / "direction_metadata.json").write_text("{}")
     with pytest.raises(DamagedFileError, match="layer and pos"):
         steer.import_directions(folder)
@@ -230,21 +239,21 @@ def test_refusal_directions_go_into_the_block(tmp_path):
 def test_repsteer_sites(component, architecture, site, tmp_path, tiny):
     folder = repsteer(tmp_path / "artifact", {"direction": layer(2)}, component, architecture=architecture)
     read = steer.import_directions(folder)
-    assert found(read) == {site: 2} and next(iter(read.values())).method == "diff_mean"
+    assert values_by_site(read) == {site: 2} and next(iter(read.values())).method == "diff_mean"
     family = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Gemma2ForCausalLM": "gemma2"}[architecture]
     assert steer.Anatomy.find(tiny(family)).point(site).module is not None  # it exists there
 
 
 def test_repsteer_kinds_hashes_and_what_it_does_not_say(tmp_path):
     probe = repsteer(tmp_path / "probe", {"weight": layer(3)[None], "bias": torch.zeros(1)}, n=3, artifact_type="probe")
-    assert found(steer.import_directions(probe)) == {"layers.3.output": 3}
+    assert values_by_site(steer.import_directions(probe)) == {"layers.3.output": 3}
     span = repsteer(tmp_path / "span", {"basis": torch.eye(WIDTH)[:2]}, artifact_type="subspace")
     with pytest.raises(WrongKindError, match="subspace"):
         steer.import_directions(span)
     unsaid = repsteer(tmp_path / "unsaid", {"direction": layer(2)}, "mlp_out", architecture=None)
     with pytest.raises(ConfigError, match="mlp_out"):
         steer.import_directions(unsaid)
-    assert found(steer.import_directions(unsaid, site="layers.{layer}.mlp.output")) == {"layers.2.mlp.output": 2}
+    assert values_by_site(steer.import_directions(unsaid, site="layers.{layer}.mlp.output")) == {"layers.2.mlp.output": 2}
     altered = repsteer(tmp_path / "altered", {"direction": layer(2)})
     safetensors.torch.save_file({"direction": layer(7)}, altered / "tensors.safetensors")
     with pytest.raises(DamagedFileError, match="altered"):
@@ -265,8 +274,11 @@ def test_pyvene_components_and_additions(tmp_path):
         (9, "model.layers[3].mlp.down_proj.input", ADDITION, addition(6)),
     )
     plan = steer.import_plan(folder, scope="prompt[-1:]")
-    made = [(str(one.site), float(one.operator.tensors["vector"][0, 0]), str(one.scope)) for one in plan.interventions]
-    assert made == [
+    actual = [
+        (str(intervention.site), float(intervention.operator.tensors["vector"][0, 0]), str(intervention.scope))
+        for intervention in plan.interventions
+    ]
+    assert actual == [
         ("layers.0.input", 1, "prompt[-1:]"),
         ("layers.2.output", 2, "prompt[-1:]"),
         ("layers.2.output", -3, "prompt[-1:]"),
@@ -288,8 +300,8 @@ def test_pyreft_does_what_its_formula_says(tiny, tmp_path):
         with plan.attached(model):
             got = model(ids()).logits
         with edited(model.model.layers[1], lambda h: h + (h @ weight.mT + bias - h @ rotation) @ rotation.mT):
-            wanted = model(ids()).logits
-    assert torch.allclose(got, wanted, atol=1e-5)
+            expected = model(ids()).logits
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_what_a_pyvene_folder_does_not_hold_is_asked_for_or_refused(tmp_path):
@@ -320,7 +332,7 @@ def test_what_a_pyvene_folder_does_not_hold_is_asked_for_or_refused(tmp_path):
 
 @dataclass
 class Pickled:
-    """As users of steering-vectors keep theirs."""
+    """Stand-in for the objects that users of steering-vectors pickle."""
 
     layer_activations: dict[int, Tensor]
     layer_type: str = "decoder_block"
@@ -332,10 +344,10 @@ def test_a_pickled_object_is_not_opened(tmp_path):
         with pytest.raises(UnsafeFileError, match="Pickled") as caught:
             steer.import_directions(path, name)
     assert "vars(" in caught.value.remedy
-    assert found(steer.import_directions(saved(tmp_path / "w.pt", vars(Pickled({1: layer(1)}))))) == {"layers.1.output": 1}
+    assert values_by_site(steer.import_directions(saved(tmp_path / "w.pt", vars(Pickled({1: layer(1)}))))) == {"layers.1.output": 1}
 
 
-def whole(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def good_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """A good file of every format, and the arguments that it needs."""
     gguf = steer.to_gguf(Plan(Intervention(Add(layer(2)), "layers.2.output")), folder / "v.gguf", model_hint="llama")
     return {
@@ -351,23 +363,23 @@ def whole(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def test_every_format_is_told_by_its_content_and_by_no_other(tmp_path):
-    files = whole(tmp_path)
-    check_table(IMPORTERS, files, "`whole` of tests/directions/test_foreign.py", "what writes a good file, and the arguments that it needs")
+def test_every_format_is_recognised_by_its_content_alone(tmp_path):
+    files = good_files(tmp_path)
+    check_table(IMPORTERS, files, "`good_files` of tests/directions/test_foreign.py", "what writes a good file, and the arguments it needs")
     for name, (path, arguments) in files.items():
         read = steer.import_plan if IMPORTERS.get(name).makes == "plan" else steer.import_directions
         told, named = read(path, **arguments), read(path, name, **arguments)
         assert type(told) is type(named)
         if name != "pyvene":
-            assert found(told) == found(named)
+            assert values_by_site(told) == values_by_site(named)
             again = steer.Directions.load(told.save(tmp_path / f"{name}.safetensors"))
-            assert found(again) == found(told) and again.provenance == told.provenance
-        others = [other for other, (file, given) in files.items() if other != name]
-        for other in others:
-            if {name, other} == {"persona", "hidden-directions"}:
+            assert values_by_site(again) == values_by_site(told) and again.provenance == told.provenance
+        rest = [format_name for format_name, (file, needed) in files.items() if format_name != name]
+        for format_name in rest:
+            if {name, format_name} == {"persona", "hidden-directions"}:
                 continue  # both are one matrix; the number of layers tells them apart
-            with pytest.raises(WrongKindError, match=f"'{other}'"):
-                read(path, other, **arguments)
+            with pytest.raises(WrongKindError, match=f"'{format_name}'"):
+                read(path, format_name, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +422,7 @@ def test_files_that_hold_no_vectors(make: Callable[[Path], Path], error: type[St
 
 @pytest.mark.parametrize("name", ["cast", "hidden-directions", "repsteer", "refusal", "steering-vectors"])
 def test_files_cut_short(name, tmp_path):
-    path, arguments = whole(tmp_path)[name]
+    path, arguments = good_files(tmp_path)[name]
     cut = {"repsteer": path / "tensors.safetensors", "refusal": path / "direction.pt"}.get(name, path)
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     with pytest.raises(DamagedFileError):
@@ -421,7 +433,7 @@ def test_imported_directions_steer_but_have_no_metrics(tiny, tmp_path):
     path = saved(tmp_path / "v.pt", {"layer_activations": {1: torch.ones(32)}, "layer_type": "decoder_block"})
     read, model = steer.import_directions(path), tiny("llama")
     with torch.no_grad():
-        with Plan([Intervention(Add(one.vector), site) for site, one in read.items()]).attached(model):
+        with Plan([Intervention(Add(direction.vector), site) for site, direction in read.items()]).attached(model):
             got = model(ids()).logits
         with edited(model.model.layers[1], lambda h: h + 1.0):
             assert torch.allclose(got, model(ids()).logits, atol=1e-5)

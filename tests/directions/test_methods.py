@@ -35,8 +35,8 @@ def texts(gap: float = 2.0, offset: float = 50.0, seed: int = 0) -> torch.Tensor
 
 
 def run(method: str, x: torch.Tensor, paired: bool = True) -> torch.Tensor:
-    one = EXTRACTORS.get(method)
-    return one.direction(moments_of(x, SIDE, paired, one.needs)).double()
+    extractor = EXTRACTORS.get(method)
+    return extractor.direction(moments_of(x, SIDE, paired, extractor.needs)).double()
 
 
 def aligned(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -57,9 +57,9 @@ def test_lda_is_shrunk_where_there_are_fewer_texts_than_dimensions():
     side = torch.arange(24) % 2 == 0
     for x in (few, fresh):
         x[side, :4] += 1.5
-    one = EXTRACTORS.get("lda")
-    found = one.direction(moments_of(few, side, False, one.needs)).float()
-    assert torch.isfinite(found).all() and auc((fresh @ found)[side].double(), (fresh @ found)[~side].double()) > 0.85
+    extractor = EXTRACTORS.get("lda")
+    direction = extractor.direction(moments_of(few, side, False, extractor.needs)).float()
+    assert torch.isfinite(direction).all() and auc((fresh @ direction)[side].double(), (fresh @ direction)[~side].double()) > 0.85
 
 
 def test_classes_that_do_not_vary_differ_by_their_means():
@@ -70,20 +70,20 @@ def test_classes_that_do_not_vary_differ_by_their_means():
 def test_leace_equals_a_direct_fit():
     x = texts()
     eraser = LeaceFitter.fit(x.double(), SIDE.double()).eraser
-    found = erasure(moments_of(x, SIDE, True, ("scatter",)))
+    fitted = erasure(moments_of(x, SIDE, True, ("scatter",)))
     assert aligned(run("leace", x), eraser.proj_right[0]) > 1 - 1e-6
-    assert torch.allclose(found(x), eraser(x.double()).float(), atol=1e-3)
+    assert torch.allclose(fitted(x), eraser(x.double()).float(), atol=1e-3)
 
 
 def test_nothing_linear_is_left_after_erasure():
     x = texts()
-    found = erasure(moments_of(x, SIDE, False, ("scatter",)))
-    erased = found(x).double()
+    fitted = erasure(moments_of(x, SIDE, False, ("scatter",)))
+    erased = fitted(x).double()
     assert (erased[SIDE].mean(0) - erased[~SIDE].mean(0)).norm() < 1e-4 * (x[SIDE].mean(0) - x[~SIDE].mean(0)).norm()
     probe = LogisticRegression(C=1e4, max_iter=2000)
     assert probe.fit(x - 50, SIDE).score(x - 50, SIDE) > 0.8
     assert probe.fit(erased - 50, SIDE).score(erased - 50, SIDE) <= 0.6
-    assert found.left.shape == found.right.shape == (1, WIDTH) and found.mean.shape == (WIDTH,)
+    assert fitted.left.shape == fitted.right.shape == (1, WIDTH) and fitted.mean.shape == (WIDTH,)
 
 
 def test_the_operator_erases_what_was_fitted(tiny):
@@ -117,13 +117,13 @@ def test_logistic_equals_a_direct_fit():
 
 def test_centred_pca_equals_sklearn_with_or_without_pairs():
     x = texts()
-    wanted = torch.from_numpy(PCA(1).fit(x.double().numpy()).components_[0])
-    assert min(aligned(run("pca_centred", x, paired), wanted) for paired in (True, False)) > 1 - 1e-6
-    assert aligned(run("pca", x, False), wanted) > 1 - 1e-6 > aligned(run("pca", x, True), wanted)
+    expected = torch.from_numpy(PCA(1).fit(x.double().numpy()).components_[0])
+    assert min(aligned(run("pca_centred", x, paired), expected) for paired in (True, False)) > 1 - 1e-6
+    assert aligned(run("pca", x, False), expected) > 1 - 1e-6 > aligned(run("pca", x, True), expected)
 
 
 def test_pair_differences_are_not_centred():
-    """What all pairs have in common survives, which centring the differences would remove."""
+    """The part that all pairs share survives; centring the differences would remove it."""
     x = texts(gap=0.0)
     x[SIDE] = x[~SIDE]
     x[SIDE, 2] += 5  # the same in all pairs
@@ -136,8 +136,8 @@ def test_ccs_splits_pairs_without_their_labels():
     x = texts(gap=12.0, offset=0.0)
     swapped = x.view(-1, 2, WIDTH).flip(1).reshape(N, WIDTH)
     a, b = run("ccs", x), run("ccs", swapped)
-    for found in (a, b):
-        along = x.double() @ found
+    for direction in (a, b):
+        along = x.double() @ direction
         assert max(auc(along[SIDE], along[~SIDE]), auc(along[~SIDE], along[SIDE])) > 0.95
     assert aligned(a, b) > 0.9
     p, q = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.0, 0.5]])
@@ -154,17 +154,17 @@ def test_other_names_find_the_same_method():
 
 
 @pytest.mark.parametrize("method", sorted(EXTRACTORS))
-def test_no_more_is_kept_than_a_method_reads(method):
-    """With only what it says it needs, every method works; with less, the moments say what is missing."""
-    one, x = EXTRACTORS.get(method), texts()
-    kept = moments_of(x, SIDE, True, one.needs)
-    assert set(one.needs) <= set(NEEDS) and one.direction(kept).shape == (WIDTH,)
-    assert (kept.all.second is not None, kept.differences.second is not None, kept.texts is not None) == tuple(
-        need in one.needs for need in NEEDS
+def test_moments_hold_only_what_a_method_reads(method):
+    """Every method works with only what it declares as needed; with less, the moments name what is missing."""
+    extractor, x = EXTRACTORS.get(method), texts()
+    moments = moments_of(x, SIDE, True, extractor.needs)
+    assert set(extractor.needs) <= set(NEEDS) and extractor.direction(moments).shape == (WIDTH,)
+    assert (moments.all.second is not None, moments.differences.second is not None, moments.texts is not None) == tuple(
+        need in extractor.needs for need in NEEDS
     )
-    if one.needs:
-        with pytest.raises(ConfigError, match=f"'{one.needs[0]}' was not kept"):
-            one.direction(moments_of(x, SIDE, True, ()))
+    if extractor.needs:
+        with pytest.raises(ConfigError, match=f"'{extractor.needs[0]}' was not kept"):
+            extractor.direction(moments_of(x, SIDE, True, ()))
 
 
 def test_covariances_from_sums_equal_numpys():
@@ -172,9 +172,9 @@ def test_covariances_from_sums_equal_numpys():
     moments = ContrastMoments(SIDE, True, ("scatter", "texts"))
     for rows in torch.arange(N).view(-1, 2).flip(0).split(7):  # pairs stay together, in any order
         moments.update(x[rows.flatten(), None], torch.ones(rows.numel(), 1), rows.flatten())
-    wanted = numpy.cov(x.double().numpy().T, bias=True) * N
-    numpy.testing.assert_allclose(moments.total.matrix.numpy(), wanted, rtol=1e-6, atol=1e-6)
-    within = sum(numpy.cov(x[one].double().numpy().T, bias=True) * int(one.sum()) for one in (SIDE, ~SIDE))
+    expected = numpy.cov(x.double().numpy().T, bias=True) * N
+    numpy.testing.assert_allclose(moments.total.matrix.numpy(), expected, rtol=1e-6, atol=1e-6)
+    within = sum(numpy.cov(x[members].double().numpy().T, bias=True) * int(members.sum()) for members in (SIDE, ~SIDE))
     numpy.testing.assert_allclose(moments.within.matrix.numpy(), within, rtol=1e-6, atol=1e-6)
     assert torch.equal(moments.collected(), x) and moments.n == N
 
@@ -207,7 +207,7 @@ def test_the_missing_package_of_another_extractor_is_named_itself():
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("result", "error", "message"),
     [
         (None, ConfigError, r"the extractor 'odd' gives no direction[\s\S]*NoneType"),
         (torch.ones(32, dtype=torch.long), ConfigError, r"the extractor 'odd' gives no direction[\s\S]*torch.int64"),
@@ -215,8 +215,8 @@ def test_the_missing_package_of_another_extractor_is_named_itself():
         (torch.full((32,), torch.nan), NonFiniteError, "what the extractor 'odd' gives"),
     ],
 )
-def test_what_an_extractor_gives_is_checked(given, error, message, tiny, monkeypatch):
-    monkeypatch.setitem(EXTRACTORS._entries, "odd", Extractor(lambda moments: given))
+def test_what_an_extractor_gives_is_checked(result, error, message, tiny, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS._entries, "odd", Extractor(lambda moments: result))
     rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
     with pytest.raises(error, match=message):
         extract(
@@ -228,5 +228,5 @@ def test_an_extractor_may_give_any_floating_point(tiny, monkeypatch):
     monkeypatch.setitem(EXTRACTORS._entries, "half", Extractor(lambda moments: moments.gap.bfloat16()))
     rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
     contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), True)
-    half, whole = (extract(tiny("llama"), contrast, ["layers.1.output"], name="x", method=m, progress=False) for m in ("half", "caa"))
-    assert aligned(half["layers.1.output"].vector, whole["layers.1.output"].vector) > 0.999
+    half, full = (extract(tiny("llama"), contrast, ["layers.1.output"], name="x", method=m, progress=False) for m in ("half", "caa"))
+    assert aligned(half["layers.1.output"].vector, full["layers.1.output"].vector) > 0.999

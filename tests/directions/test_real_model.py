@@ -29,9 +29,9 @@ def test_a_real_direction_reads_steers_and_is_erased(smollm2):
     short = sorted(data["contrast"], key=lambda pair: sum(map(len, pair.values())))[:12]
     contrast = ContrastSet.from_pairs(tokenizer, short)
     made_of, choosing = contrast.split(0.25, seed=0)
-    found = extract_all(model, made_of, [SITE], name="tone", methods=["caa", "lda", "logistic"], holdout=0.3, progress=False)
-    assert all(directions[SITE].metrics["auc"] >= 0.8 for directions in found.values())
-    direction = found["caa"][SITE]
+    by_method = extract_all(model, made_of, [SITE], name="tone", methods=["caa", "lda", "logistic"], holdout=0.3, progress=False)
+    assert all(directions[SITE].metrics["auc"] >= 0.8 for directions in by_method.values())
+    direction = by_method["caa"][SITE]
     neutral = [Row(plain(tokenizer, row["text"]).ids[:12], 1) for row in data["neutral_text"][:2]]
     curve = calibrate(model, direction, choosing, neutral, doses=(0.3,), progress=False)
     (strong,) = curve.points

@@ -27,9 +27,9 @@ def test_the_planted_feature_is_found_and_makes_the_direction(tiny):
     model = tiny("llama")
     contrast, direction = planted(model)
     raw = extract(model, contrast, [SITE], name="x", span=3, progress=False)[SITE]
-    found = sae_refined(model, contrast, raw, dictionary(direction), top=1, progress=False)
-    assert found.features.tolist() == [3] and 0.5 < float(found.shares[0]) < 1.5
-    refined = found.direction
+    refinement = sae_refined(model, contrast, raw, dictionary(direction), top=1, progress=False)
+    assert refinement.features.tolist() == [3] and 0.5 < float(refinement.shares[0]) < 1.5
+    refined = refinement.direction
     assert float(torch.cosine_similarity(refined.vector, direction, dim=0)) > 0.999
     assert refined.metrics["auc"] == 1.0 and refined.metrics["gap"] == pytest.approx(float(refined.vector.norm()))
     assert (refined.method, refined.span, refined.site) == ("sae_refined", 3, raw.site) and refined.fitted_on == raw.fitted_on
@@ -43,7 +43,7 @@ def test_amplitudes_are_means_over_the_span_of_the_training_texts(tiny):
     contrast, direction = planted(model)
     raw = extract(model, contrast, [SITE], name="x", progress=False)[SITE]
     sae = dictionary(direction)
-    found = sae_refined(model, contrast, raw, sae, top=40, progress=False)
+    refinement = sae_refined(model, contrast, raw, sae, top=40, progress=False)
     means, fires = [], []
     for side in (lambda part: part.positive, lambda part: part.negative):
         rows = side(contrast.split(0.25, 0)[0])
@@ -54,11 +54,11 @@ def test_amplitudes_are_means_over_the_span_of_the_training_texts(tiny):
         fires.append((active > 0).float().mean(0))
     amplitude, fired = means[0] - means[1], fires[0] - fires[1]
     part = amplitude * (sae.w_dec @ raw.unit)
-    kept = (part > 0) & (amplitude * fired > 0)
-    assert set(found.features.tolist()) == set(kept.nonzero().flatten().tolist())
-    wanted = (amplitude * kept) @ sae.w_dec
-    assert float(torch.cosine_similarity(found.direction.vector, wanted, dim=0)) > 0.9999
-    assert torch.allclose(found.shares.float(), (part / raw.vector.norm())[found.features], atol=1e-4)
+    selected = (part > 0) & (amplitude * fired > 0)
+    assert set(refinement.features.tolist()) == set(selected.nonzero().flatten().tolist())
+    expected = (amplitude * selected) @ sae.w_dec
+    assert float(torch.cosine_similarity(refinement.direction.vector, expected, dim=0)) > 0.9999
+    assert torch.allclose(refinement.shares.float(), (part / raw.vector.norm())[refinement.features], atol=1e-4)
 
 
 def test_a_threshold_switches_features_off():
@@ -73,11 +73,11 @@ def test_bad_input_is_named(tiny):
     sae = dictionary(direction)
     dead = Dictionary(sae.w_enc, torch.full((40,), -1e6), sae.w_dec)
     narrow = Dictionary(torch.zeros(16, 4), torch.zeros(4), torch.zeros(4, 16))
-    for one, options, error, message in [
+    for candidate, options, error, message in [
         (narrow, {}, WidthError, "does not fit"),
         (sae, {"top": 0}, ConfigError, "no feature is kept"),
         (dead, {}, ContrastError, "no feature accounts for the direction"),
         (sae, {"seed": 1}, ContrastError, "the held-out texts use texts that the direction was made from"),
     ]:
         with pytest.raises(error, match=message):
-            sae_refined(model, contrast, raw, one, progress=False, **options)
+            sae_refined(model, contrast, raw, candidate, progress=False, **options)

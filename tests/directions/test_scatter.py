@@ -14,7 +14,7 @@ SHAPES = [(24, 100), (60, 61), (12, 300)]  # texts, width
 
 
 def texts(n: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated texts far from zero, and which of them are positive."""
+    """Returns correlated texts far from zero, and a mask of the positive ones."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5 + 5
     side = torch.arange(n) % 2 == 0
@@ -38,9 +38,9 @@ def test_few_texts_give_the_dense_solution(method, n, width, paired):
     x, side = texts(n, width)
     extractor = EXTRACTORS.get(method)
     few = extractor.read(method, moments_of(x, side, paired, extractor.needs))
-    whole = extractor.read(method, dense(moments_of(x, side, paired, extractor.needs)))
-    few = few * torch.sign(few @ whole)
-    assert float((few - whole).norm() / whole.norm()) < (1e-6 if method == "leace" else 1e-11)  # an eraser is kept in fp32
+    exact = extractor.read(method, dense(moments_of(x, side, paired, extractor.needs)))
+    few = few * torch.sign(few @ exact)
+    assert float((few - exact).norm() / exact.norm()) < (1e-6 if method == "leace" else 1e-11)  # an eraser is kept in fp32
 
 
 @pytest.mark.parametrize(("n", "width"), SHAPES)
@@ -48,8 +48,8 @@ def test_an_eraser_of_few_texts_is_that_of_the_package(n, width):
     x, side = texts(n, width)
     left, right = _projections(moments_of(x, side, True, ("scatter",)))
     eraser = LeaceFitter.fit(x.double(), side.double()).eraser
-    wanted = eraser.proj_left @ eraser.proj_right
-    assert float((left.mT @ right - wanted).norm() / wanted.norm()) < 1e-10
+    expected = eraser.proj_left @ eraser.proj_right
+    assert float((left.mT @ right - expected).norm() / expected.norm()) < 1e-10
 
 
 def test_no_matrix_is_kept_where_the_texts_are_fewer():
@@ -62,9 +62,9 @@ def test_no_matrix_is_kept_where_the_texts_are_fewer():
 def test_a_scatter_says_the_same_in_both_forms():
     rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows[5] = rows[4]  # a text that adds no dimension
-    few, whole = Scatter(rows=rows), Scatter(dense=rows.mT @ rows)
+    few, full = Scatter(rows=rows), Scatter(dense=rows.mT @ rows)
     vector = torch.arange(10.0, dtype=torch.float64)
-    assert torch.allclose(few.matrix, whole.matrix) and few.width == whole.width == 10
-    assert torch.allclose(few.trace, whole.trace) and torch.allclose(few.squared_norm, whole.squared_norm)
-    assert torch.allclose(few.eigen[0][:5], whole.eigen[0][:5])
-    assert torch.allclose(few.solve(vector, scale=0.5, ridge=0.1), whole.solve(vector, scale=0.5, ridge=0.1))
+    assert torch.allclose(few.matrix, full.matrix) and few.width == full.width == 10
+    assert torch.allclose(few.trace, full.trace) and torch.allclose(few.squared_norm, full.squared_norm)
+    assert torch.allclose(few.eigen[0][:5], full.eigen[0][:5])
+    assert torch.allclose(few.solve(vector, scale=0.5, ridge=0.1), full.solve(vector, scale=0.5, ridge=0.1))

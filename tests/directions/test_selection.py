@@ -50,24 +50,24 @@ def by_hand(model, rows, plan=None) -> torch.Tensor:
 def test_scores_equal_one_candidate_at_a_time():
     model, candidates = bench()
     showing, lacking = prompts(1), prompts(2)
-    found = select(model, candidates, showing=showing, lacking=lacking, tokens=TOKENS, progress=False)
+    selection = select(model, candidates, showing=showing, lacking=lacking, tokens=TOKENS, progress=False)
     everywhere = Anatomy.find(model).sites("embed", "layers.*.attn.output", "layers.*.mlp.output")
-    assert found.showing == pytest.approx(sum(map(odds, by_hand(model, showing))) / 5, abs=1e-4)
-    assert found.lacking == pytest.approx(sum(map(odds, by_hand(model, lacking))) / 5, abs=1e-4)
+    assert selection.showing == pytest.approx(sum(map(odds, by_hand(model, showing))) / 5, abs=1e-4)
+    assert selection.lacking == pytest.approx(sum(map(odds, by_hand(model, lacking))) / 5, abs=1e-4)
     plain = by_hand(model, lacking).double().log_softmax(-1)
-    for one, candidate in zip(candidates, found.candidates, strict=True):
-        ablated = Plan([Intervention(Ablate(one.vector), site) for site in everywhere])
-        added = Plan(Intervention(Add(one.vector), one.site))
+    for direction, candidate in zip(candidates, selection.candidates, strict=True):
+        ablated = Plan([Intervention(Ablate(direction.vector), site) for site in everywhere])
+        added = Plan(Intervention(Add(direction.vector), direction.site))
         assert candidate.bypass == pytest.approx(sum(map(odds, by_hand(model, showing, ablated))) / 5, abs=1e-3)
         assert candidate.induce == pytest.approx(sum(map(odds, by_hand(model, lacking, added))) / 5, abs=1e-3)
         after = by_hand(model, lacking, ablated).double().log_softmax(-1)
         assert candidate.kl == pytest.approx(float((plain.exp() * (plain - after)).sum(-1).mean()), abs=1e-4)
-        assert (candidate.site, candidate.span) == (str(one.site), -1)
+        assert (candidate.site, candidate.span) == (str(direction.site), -1)
     assert hook_count(model) == 0
 
 
 def test_ablation_leaves_nothing_of_the_direction_in_the_residual_stream():
-    """What is ablated is everything that is ever written there, so no later site has any of it."""
+    """Ablation covers every writer of the stream, so no later site has any part of the direction."""
     model, candidates = bench()
     everywhere = Anatomy.find(model).sites("embed", "layers.*.attn.output", "layers.*.mlp.output")
     with Plan([Intervention(Ablate(candidates[1].vector), site) for site in everywhere]).attached(model), torch.no_grad():
@@ -76,13 +76,13 @@ def test_ablation_leaves_nothing_of_the_direction_in_the_residual_stream():
         assert float((state @ candidates[1].unit).abs().max()) < 1e-5
 
 
-def test_the_one_that_carries_the_behaviour_is_chosen():
+def test_the_direction_that_carries_the_behaviour_is_chosen():
     model, candidates = bench()
-    found = select(model, candidates, showing=prompts(1), lacking=prompts(2), tokens=TOKENS, max_kl=50.0, progress=False)
-    rejected = [one.rejected for one in found.candidates]
+    selection = select(model, candidates, showing=prompts(1), lacking=prompts(2), tokens=TOKENS, max_kl=50.0, progress=False)
+    rejected = [candidate.rejected for candidate in selection.candidates]
     assert rejected[3] == "too late in the model" and "does not bring the behaviour about" in rejected[0]
-    assert rejected[1] == "" and found.chosen is candidates[1]
-    assert json.loads(json.dumps(found.to_dict()))["chosen"] == 1
+    assert rejected[1] == "" and selection.chosen is candidates[1]
+    assert json.loads(json.dumps(selection.to_dict()))["chosen"] == 1
     strict = select(model, candidates, showing=prompts(1), lacking=prompts(2), tokens=TOKENS, max_kl=1e-4, progress=False)
     assert "KL" in strict.candidates[1].rejected and strict.to_dict()["chosen"] is None
     with pytest.raises(ConfigError, match=r"no candidate may be chosen[\s\S]*layers.2.output \(-1\): too late"):

@@ -27,8 +27,8 @@ def pairs(count: int = 4) -> ContrastSet:
 
 
 def prompts(seed: int, count: int = 4) -> list[Row]:
-    made = [(*HEAD, *ids(1, 2 + i, seed + i)[0].tolist()) for i in range(count)]
-    return [Row(row, len(row)) for row in made]
+    tokens = [(*HEAD, *ids(1, 2 + i, seed + i)[0].tolist()) for i in range(count)]
+    return [Row(row, len(row)) for row in tokens]
 
 
 def direction(site: str, seed: int = 3) -> Direction:
@@ -42,18 +42,18 @@ def slots(of: Direction) -> torch.Tensor:
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """How the sweeps of a test ran; `chosen.whole` makes them run whole."""
+    """Records how the sweeps of a test ran; `chosen.full_passes = True` turns sharing off."""
 
     class Chosen:
         def __init__(self):
             self.runs = []
-            self.whole = False
+            self.full_passes = False
 
     seen = Chosen()
     cheapest = sweeping._cheapest
 
     def spy(*arguments):
-        run = sweeping._Sweep(*arguments, share=False, gather=False) if seen.whole else cheapest(*arguments)
+        run = sweeping._Sweep(*arguments, share=False, gather=False) if seen.full_passes else cheapest(*arguments)
         seen.runs.append(run)
         return run
 
@@ -65,12 +65,12 @@ def chosen(monkeypatch):
 def test_gaps_of_pairs_are_those_of_whole_passes(family, chosen, tiny):
     model, contrast = tiny(family), pairs()
     for site, depth in [("embed", 0), ("layers.1.input", 1), ("layers.1.attn.output", 1), ("layers.1.output", 2), ("final_norm", 3)]:
-        one = direction(site)
+        entry = direction(site)
         for scope in ("response", "all", "response[:2]~3"):
-            chosen.whole = True
-            expected = pair_gaps(model, one, contrast, slots(one), scope=scope)
-            chosen.whole = False
-            shared = pair_gaps(model, one, contrast, slots(one), scope=scope)
+            chosen.full_passes = True
+            expected = pair_gaps(model, entry, contrast, slots(entry), scope=scope)
+            chosen.full_passes = False
+            shared = pair_gaps(model, entry, contrast, slots(entry), scope=scope)
             assert torch.allclose(expected, shared, atol=1e-5)
             run = chosen.runs[-1]
             assert run.passes.depths == [depth] and run.shared is not None and run.passes.head is not None
@@ -83,9 +83,9 @@ def test_selection_is_that_of_whole_passes(family, chosen, tiny):
     candidates = [direction(f"layers.{layer}.output", seed) for seed, layer in enumerate((2, 0, 1, 1))]
     options = {"showing": prompts(1), "lacking": prompts(30), "tokens": [5, 6], "progress": False}
     for neutral in (None, prompts(60)):
-        chosen.whole = True
+        chosen.full_passes = True
         expected = select(model, candidates, neutral=neutral, **options)
-        chosen.whole = False
+        chosen.full_passes = False
         shared = select(model, candidates, neutral=neutral, **options)
         ablations, additions = chosen.runs[-2:]
         assert additions.passes.depths[:3] == [1, 2, 3] and len(ablations.shared.common) == len(HEAD) == len(additions.shared.common)
@@ -95,15 +95,15 @@ def test_selection_is_that_of_whole_passes(family, chosen, tiny):
 
 
 def test_neutral_text_skips_the_blocks_below(chosen, tiny):
-    model, one = tiny("llama"), direction("layers.1.output")
+    model, entry = tiny("llama"), direction("layers.1.output")
     neutral = [Row(tuple(ids(1, 6 + i, i)[0].tolist()), 1) for i in range(4)]
-    chosen.whole = True
-    expected = side_effects(model, one, neutral, slots(one))
-    chosen.whole = False
+    chosen.full_passes = True
+    expected = side_effects(model, entry, neutral, slots(entry))
+    chosen.full_passes = False
     calls = []
     for block in model.model.layers:
         block.mlp.forward = (lambda forward: lambda x: calls.append(x.shape[0]) or forward(x))(block.mlp.forward)
-    shared = side_effects(model, one, neutral, slots(one))
+    shared = side_effects(model, entry, neutral, slots(entry))
     assert chosen.runs[-1].shared is None and chosen.runs[-1].passes.depths == [2]
     for a, b in zip(expected, shared, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -112,7 +112,7 @@ def test_neutral_text_skips_the_blocks_below(chosen, tiny):
 
 @pytest.mark.parametrize("reason", ["a hook", "a plan", "a hook on the head", "no positions", "positions ignored", "a skip of blocks"])
 def test_passes_run_whole_where_they_cannot_be_shared(reason, chosen, tiny):
-    model, contrast, one = tiny("llama"), pairs(), direction("layers.1.output")
+    model, contrast, entry = tiny("llama"), pairs(), direction("layers.1.output")
     plan = Plan(Intervention(Add(direction("embed", 5).vector), "layers.0.output", "prompt[-2:]"))
     forward = model.forward
     if reason == "a hook":
@@ -132,10 +132,10 @@ def test_passes_run_whole_where_they_cannot_be_shared(reason, chosen, tiny):
         last.forward = lambda x: last_forward(x) * (1 + first.size * x.shape[0])
     if reason == "a plan":
         plan.attach(model)
-    chosen.whole = True
-    expected = pair_gaps(model, one, contrast, slots(one))
-    chosen.whole = False
-    shared = pair_gaps(model, one, contrast, slots(one))
+    chosen.full_passes = True
+    expected = pair_gaps(model, entry, contrast, slots(entry))
+    chosen.full_passes = False
+    shared = pair_gaps(model, entry, contrast, slots(entry))
     run = chosen.runs[-1]
     assert run.shared is None and run.passes.depths == [0]
     assert (run.passes.head is None) == (reason not in ("a hook", "a plan"))

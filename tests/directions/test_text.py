@@ -37,13 +37,15 @@ GATES = {
 
 
 def described(plan: Plan) -> list[object]:
-    found: list[object] = [plan.fingerprint]
-    for one in plan.interventions:
-        settings = {name: getattr(one, name) for name in ("name", "site", "scope", "enabled", "phases", "roles", "preserve_norm")}
-        numbers = None if one.gate is None else (str(one.gate), [leaf.number for leaf in one.gate.site_gates()])
-        tensors = {name: tensor.tolist() for name, tensor in one.operator.tensors.items()}
-        found.append((settings, list(one.strength), one.operator.name, one.operator.options(), tensors, numbers))
-    return found
+    description: list[object] = [plan.fingerprint]
+    for intervention in plan.interventions:
+        settings = {name: getattr(intervention, name) for name in ("name", "site", "scope", "enabled", "phases", "roles", "preserve_norm")}
+        gate = intervention.gate
+        numbers = None if gate is None else (str(gate), [site_gate.number for site_gate in gate.site_gates()])
+        operator = intervention.operator
+        tensors = {name: tensor.tolist() for name, tensor in operator.tensors.items()}
+        description.append((settings, list(intervention.strength), operator.name, operator.options(), tensors, numbers))
+    return description
 
 
 # ---- reading
@@ -56,9 +58,9 @@ def test_a_text_is_the_plan_that_it_says():
         Intervention(Add(vector(seed=10)), "layers.2.mlp.output", "generated[:32]", -0.2, name="verbose", gate=GATES["harmful"]),
         Intervention(Ablate(LAYERS[1].vector), "layers.1.output", name="warm", preserve_norm=True),
     ]
-    wanted = Plan(written_out, fingerprint={"width": 32, "embedding_digest": "a"})
-    assert described(plan) == described(wanted)
-    assert [one.name for one in plan.interventions] == ["warm", "verbose", "warm#2"]
+    expected = Plan(written_out, fingerprint={"width": 32, "embedding_digest": "a"})
+    assert described(plan) == described(expected)
+    assert [intervention.name for intervention in plan.interventions] == ["warm", "verbose", "warm#2"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_the_canonical_text(text, canonical):
 
 SELECTORS = ["all", "prompt", "generated[:32]", "response[2:-1]", "positions[0,-1]", "tokens[5,7]", "role[user,tool]", "last"]
 SCOPES = st.builds(
-    lambda parts, out, fade, space: f"{space}{'|'.join(parts)}{space}" + "".join(f"!{one}" for one in out) + fade + space,
+    lambda parts, out, fade, space: f"{space}{'|'.join(parts)}{space}" + "".join(f"!{name}" for name in out) + fade + space,
     st.lists(st.sampled_from([*SELECTORS, "last&prompt", "all & role[user]"]), min_size=1, max_size=3),
     st.lists(st.sampled_from(SELECTORS), max_size=2),
     st.sampled_from(["", "~8", "~ 0.25"]),
@@ -172,9 +174,9 @@ def test_nothing_is_known_without_names():
 
 
 def test_directions_of_two_models_are_refused():
-    other = Directions(LAYERS, "other", {"model": {"width": 64, "embedding_digest": "b"}})
+    second = Directions(LAYERS, "other", {"model": {"width": 64, "embedding_digest": "b"}})
     with pytest.raises(WrongModelError, match=r"'warm' and 'other' were read from different models[\s\S]*'width': 64"):
-        plan_from_text("warm + other", {**NAMES, "other": other})
+        plan_from_text("warm + other", {**NAMES, "other": second})
     tuned = Directions(LAYERS, "tuned", {"model": {"width": 32, "embedding_digest": "b"}})  # attaching compares the weights
     assert plan_from_text("tuned + warm", {**NAMES, "tuned": tuned}).fingerprint["embedding_digest"] == "b"
 
@@ -191,7 +193,7 @@ def test_directions_without_a_measurement_need_a_site():
 
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators_that_need_nothing_but_a_vector_have_a_text(name):
-    """The others say so; a new operator is found here by itself."""
+    """Operators that need more say so; this test picks up a new operator by itself."""
     try:
         plan = plan_from_text(f"0.5 {name} warm@response", NAMES)
     except ConfigError as error:

@@ -19,13 +19,13 @@ QUICK = {"name": "t", "steps": 30, "batch_size": 4, "learning_rate": 0.05, "prog
 def test_a_trained_vector_moves_texts_it_has_not_seen(method):
     model, _ = controlled()
     contrast, fresh = pairs(12), pairs(6, seed=5)
-    found = train_direction(model, contrast, SITE, method=method, **QUICK)
-    direction = found[SITE]
+    directions = train_direction(model, contrast, SITE, method=method, **QUICK)
+    direction = directions[SITE]
     assert direction.metrics["loss_last"] < direction.metrics["loss_first"]
     gaps = pair_gaps(model, direction, fresh, torch.tensor([0.0, 1.0])[:, None] * direction.vector)
     assert ((gaps[1] - gaps[0]) > 0.02).all()
     assert {"auc", "dprime", "sd", "gap", "n_train", "n_heldout", "activation_norm", "mean"} < set(direction.metrics)
-    assert direction.relative_dose() > 0 and found.provenance["method"] == method == direction.method
+    assert direction.relative_dose() > 0 and directions.provenance["method"] == method == direction.method
     assert direction.fitted_on == contrast.split(0.25, 0)[0].digests()
 
 
@@ -38,11 +38,11 @@ def test_the_same_seed_gives_the_same_vector_and_the_model_is_left_as_it_was(tmp
     with torch.no_grad():  # where many a measurement is made
         a, b = (train_direction(model, pairs(8), SITE, method="bipo", **{**QUICK, "steps": 3}) for _ in range(2))
     assert torch.equal(a[SITE].vector, b[SITE].vector) and torch.equal(random, torch.get_rng_state())
-    other = train_direction(model, pairs(8), SITE, method="bipo", **{**QUICK, "steps": 3, "seed": 1})
-    assert not torch.equal(a[SITE].vector, other[SITE].vector)
-    assert model.training and not frozen.requires_grad and sum(not one.requires_grad for one in model.parameters()) == 1
+    reseeded = train_direction(model, pairs(8), SITE, method="bipo", **{**QUICK, "steps": 3, "seed": 1})
+    assert not torch.equal(a[SITE].vector, reseeded[SITE].vector)
+    assert model.training and not frozen.requires_grad and sum(not parameter.requires_grad for parameter in model.parameters()) == 1
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(one.grad is None for one in model.parameters()) and hook_count(model) == 0
+    assert all(parameter.grad is None for parameter in model.parameters()) and hook_count(model) == 0
     loaded = Directions.load(a.save(tmp_path / "trained"))
     assert torch.equal(loaded[SITE].vector, a[SITE].vector) and loaded[SITE].fitted_on == a[SITE].fitted_on
 
@@ -93,29 +93,29 @@ def test_suppression_takes_away_what_is_there_and_no_more():
 
 def test_bad_input_is_named(monkeypatch):
     model, _ = controlled()
-    whole = pairs(8)
+    good = pairs(8)
     for contrast, options, error, message in [
-        (whole, {"method": "bpio"}, ConfigError, "did you mean 'bipo'"),
-        (ContrastSet(whole.positive, whole.negative, False), {"method": "bipo"}, ContrastError, "two sets of unrelated texts"),
+        (good, {"method": "bpio"}, ConfigError, "did you mean 'bipo'"),
+        (ContrastSet(good.positive, good.negative, False), {"method": "bipo"}, ContrastError, "two sets of unrelated texts"),
         (pairs(3), {"method": "bipo"}, ContrastError, "too few texts"),
-        (whole, {"method": "bipo", "steps": 0}, ConfigError, "number of training steps"),
+        (good, {"method": "bipo", "steps": 0}, ConfigError, "number of training steps"),
     ]:
         with pytest.raises(error, match=message):
             train_direction(model, contrast, SITE, **{**QUICK, **options})
 
     with pytest.raises(SiteError, match=r"unknown site 'layers.\*.output'"):
-        train_direction(model, whole, "layers.*.output", method="bipo", **QUICK)
+        train_direction(model, good, "layers.*.output", method="bipo", **QUICK)
 
     def poisoned(scores: Scores) -> torch.Tensor:
         return scores.steered["positive", 1].sum() * float("nan")
 
     with pytest.raises(ConfigError, match=r"scope 'generated\[:4\]' means decoded tokens[\s\S]*'response'"):
-        train_direction(model, whole, SITE, method="bipo", scope="generated[:4]", **QUICK)
+        train_direction(model, good, SITE, method="bipo", scope="generated[:4]", **QUICK)
 
     monkeypatch.setitem(OBJECTIVES._entries, "poisoned", Objective(poisoned, (("positive", 1),), Add))
     with pytest.raises(NonFiniteError, match=r"diverged[\s\S]*nan at step 0"):
-        train_direction(model, whole, SITE, method="poisoned", **QUICK)
-    assert hook_count(model) == 0 and all(one.requires_grad for one in model.parameters())
+        train_direction(model, good, SITE, method="poisoned", **QUICK)
+    assert hook_count(model) == 0 and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_vector_that_detects_nothing_is_not_made_a_direction(monkeypatch):
@@ -129,16 +129,16 @@ def test_a_vector_that_detects_nothing_is_not_made_a_direction(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("loss", "found"),
+    ("loss", "description"),
     [
         (lambda scores: scores.steered["positive", 1], r"a tensor of the shape \[4\]"),
         (lambda scores: scores.steered["positive", 1].sum().detach(), r"a tensor of the shape \[\], without a gradient"),
         (lambda scores: 1.0, "float '1.0'"),
     ],
 )
-def test_what_an_objective_gives_is_checked(loss, found, monkeypatch):
+def test_what_an_objective_gives_is_checked(loss, description, monkeypatch):
     model, _ = controlled()
     monkeypatch.setitem(OBJECTIVES._entries, "odd", Objective(loss, (("positive", 1),), Add))
-    with pytest.raises(ConfigError, match=rf"the objective 'odd' gives no loss to train with[\s\S]*found: {found}"):
+    with pytest.raises(ConfigError, match=rf"the objective 'odd' gives no loss to train with[\s\S]*found: {description}"):
         train_direction(model, pairs(8), SITE, method="odd", **QUICK)
     assert hook_count(model) == 0

@@ -17,9 +17,9 @@ from steer.model.tokens import Row
 
 def adapted(model: nn.Module) -> nn.Module:
     """LoRA that changes nothing yet, in training mode with checkpointing, as in the middle of a run."""
-    whole = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    whole.gradient_checkpointing_enable()
-    return whole.train()
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.gradient_checkpointing_enable()
+    return wrapped.train()
 
 
 def in_module(model: nn.Module) -> nn.Module:
@@ -36,14 +36,14 @@ def measured(wrap: Callable[[nn.Module], nn.Module]) -> list[float]:
     model, contrast, neutral = wrap(raw), pairs(8), running_text()
     before, hooks = [(parameter, parameter.requires_grad) for parameter in model.parameters()], hook_count(raw)
     curve = calibrate(model, direction, contrast, neutral, doses=(0.5, 2.0), progress=False)
-    found = screen(model, direction, contrast, progress=False)
+    screening = screen(model, direction, contrast, progress=False)
     prompts = [Row(row.ids, len(row.ids)) for row in neutral]
     chosen = select(model, [direction], showing=prompts, lacking=prompts, tokens=[GOOD], max_kl=9.0, progress=False)
     trained = train_direction(model, contrast, SITE, name="x", method="reps", steps=3, progress=False)[SITE]
     assert all(parameter.requires_grad is learning and parameter.grad is None for parameter, learning in before)
     assert hook_count(raw) == hooks
     points = [value for point in curve.points for value in (point.effect, point.kl, point.perplexity_ratio)]
-    return [*points, *found.slopes, chosen.candidates[0].bypass, chosen.candidates[0].induce, *trained.vector.tolist()]
+    return [*points, *screening.slopes, chosen.candidates[0].bypass, chosen.candidates[0].induce, *trained.vector.tolist()]
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
@@ -56,7 +56,7 @@ def test_half_precision_gives_nearly_the_same():
 
 
 def test_a_plan_that_is_attached_stays_in_force():
-    """What is measured is the change to the model as it is steered already."""
+    """The measure is the change to the model as it is already steered."""
     model, direction = controlled()
     vectors = torch.tensor([0.0, 1.0, 2.0])[:, None] * direction.vector
     plain = pair_gaps(model, direction, pairs(), vectors)

@@ -33,7 +33,7 @@ def direction(site: str = SITE, seed: int = 0, length: float = 2.0, width: int =
 
 
 def batch(step: int, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
-    """Right-padded, the first three tokens of each row prompt; every step another one."""
+    """Right-padded batch, a new one for every step; the first three tokens of each row are the prompt."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(7, VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

@@ -172,7 +172,7 @@ def test_a_new_metric_is_computed_logged_and_stored(tiny: Tiny, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("returned", "found"),
+    ("returned", "described"),
     [
         (torch.zeros(3), "torch.float32 of the shape \\[3\\]"),
         (torch.zeros(2).double(), "torch.float64 of the shape \\[2\\]"),
@@ -181,7 +181,7 @@ def test_a_new_metric_is_computed_logged_and_stored(tiny: Tiny, tmp_path: Path, 
         (None, "NoneType"),
     ],
 )
-def test_anything_but_a_column_of_values_is_refused(tiny: Tiny, new: Any, returned: Any, found: str) -> None:
+def test_anything_but_a_column_of_values_is_refused(tiny: Tiny, new: Any, returned: Any, described: str) -> None:
     @new("wrong")
     def wrong(site: SiteMeasurement) -> Any:
         """Wrong."""
@@ -189,7 +189,7 @@ def test_anything_but_a_column_of_values_is_refused(tiny: Tiny, new: Any, return
 
     tracker = DriftTracker({"rude": direction()}, probe=prompts(), controls=2)
     with tracker.attached(tiny("llama")):
-        with pytest.raises(ConfigError, match=f"'wrong' returned no column(.|\n)*shape \\[3\\], one value per direction(.|\n)*{found}"):
+        with pytest.raises(ConfigError, match=f"'wrong' returned no column(.|\n)*shape \\[3\\], one value per direction(.|\n)*{described}"):
             tracker.measure(0)
         assert tracker.last_step == -1
 

@@ -81,7 +81,7 @@ def test_it_is_read_as_if_it_were_of_this_schema(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_missing_values_are_told_from_undefined_ones(tmp_path: Path) -> None:
+def test_missing_values_differ_from_undefined_values(tmp_path: Path) -> None:
     path = old_store(tmp_path / "d.sqlite")
     db = sqlite3.connect(path)
     db.execute(

@@ -123,7 +123,7 @@ def test_the_hooks_change_no_gradient(tiny: Tiny) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_announced_responses_stand_in_for_labels(tiny: Tiny) -> None:
+def test_response_masks_stand_in_for_labels(tiny: Tiny) -> None:
     model, tracker, inputs = tiny("llama"), stream(), batch(0)
     unlabelled = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
     with tracker.attached(model):

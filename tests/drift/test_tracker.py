@@ -347,9 +347,9 @@ def test_bad_input(tiny: Tiny) -> None:
     with pytest.raises(SiteError):
         DriftTracker({"a": direction("layers.7.output")}, probe=prompts()).attach(model)
     tracker = DriftTracker({"rude": direction()}, probe=prompts())
-    for act in (lambda: tracker.measure(0), tracker.detach):
+    for call in (lambda: tracker.measure(0), tracker.detach):
         with pytest.raises(AttachError, match="not attached"):
-            act()
+            call()
     with tracker.attached(model):
         with pytest.raises(AttachError, match="attached already"):
             tracker.attach(model)

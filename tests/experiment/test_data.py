@@ -26,7 +26,7 @@ def prompts(rows: list[dict[str, str]]) -> list[str]:
 
 
 def test_training_contrast_and_held_out_prompts_are_apart(tone: Sets) -> None:
-    """Else the behaviour gap would measure what was seen in training or in extraction."""
+    """Otherwise the behaviour gap would measure texts seen in training or in extraction."""
     for a, b in (("train", "heldout"), ("train", "contrast"), ("heldout", "contrast"), ("train", "probe")):
         assert not set(prompts(tone[a])) & set(prompts(tone[b])), f"{a} and {b} share a prompt"
     for split in ("train", "heldout", "contrast", "probe"):

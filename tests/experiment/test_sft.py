@@ -41,8 +41,8 @@ def test_training_reads_the_response_alone_and_only_the_adapter_learns() -> None
     with torch.no_grad():
         batch = next(iter(loader(ROWS, **OPTIONS)))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-    picked = logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-    expected = -picked[batch["labels"][:, 1:] != -100].mean()
+    token_logprobs = logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    expected = -token_logprobs[batch["labels"][:, 1:] != -100].mean()
     make_trainer(max_steps=12).fit(module, loader(ROWS, **OPTIONS))
     assert len(module.losses) == 12
     assert float(module.losses[0]) == pytest.approx(float(expected), rel=1e-5)

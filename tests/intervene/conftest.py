@@ -29,7 +29,7 @@ class Backend:
 
 @pytest.fixture
 def new_process() -> Iterator[None]:
-    """As in a new process: nothing compiled, and dynamo's default, which is not to look at hooks."""
+    """Resets to the state of a new process: nothing compiled, and dynamo at its default of ignoring hooks."""
     torch._dynamo.reset()
     counters.clear()
     undo_prepare_compile()

@@ -62,12 +62,12 @@ class Case:
     def make(self, seeds: Sequence[int] = (0,), width: int = 32, spoil: int | None = None) -> Operator:
         return self.build(Draw(seeds, width, spoil))
 
-    def wanted(self, h: Tensor, strength: float = 1.0, seed: int = 0) -> Tensor:
-        """What comes out, in fp64."""
+    def expected(self, h: Tensor, strength: float = 1.0, seed: int = 0) -> Tensor:
+        """The operator's result in fp64."""
         return self.formula(h.double(), strength, Draw([seed], h.shape[-1], dtype=torch.float64))
 
     def numbers(self, width: int = 32) -> set[int]:
-        """Of the tensors that it draws."""
+        """Indices of the tensors that the case draws."""
         draw = Draw(width=width)
         self.build(draw)
         return draw.drawn

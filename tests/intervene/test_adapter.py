@@ -50,8 +50,8 @@ def loaded(model: nn.Module, path: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(path)).eval()
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def plans() -> dict[str, Plan]:
@@ -97,14 +97,14 @@ def test_plain_peft_does_what_the_plan_does(family, name, tiny, tmp_path):
             steer.to_adapter(plan, model, tmp_path / "adapter")
         assert torch.equal(logits(model), plain) and not (tmp_path / "adapter").exists()
         return
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     folder = steer.to_adapter(plan, model, tmp_path / "adapter")
     assert torch.equal(logits(model), plain)
     adapted = loaded(model, folder)
-    assert_close(logits(adapted), wanted)
+    assert_close(logits(adapted), expected)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), plain)
-    assert not torch.allclose(wanted, plain, rtol=1e-3)
+    assert not torch.allclose(expected, plain, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_plain_peft_does_what_the_plan_does(family, name, tiny, tmp_path):
 )
 def test_merging_where_peft_can(family, name, merges, tiny, tmp_path):
     model, plan = tiny(family), plans()[name]
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     adapted = loaded(model, steer.to_adapter(plan, model, tmp_path))
     if not merges:
         with pytest.raises(RuntimeError, match="no bias"):
@@ -128,7 +128,7 @@ def test_merging_where_peft_can(family, name, merges, tiny, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = adapted.merge_and_unload()
-    assert_close(logits(merged), wanted)
+    assert_close(logits(merged), expected)
     assert not any("lora" in key for key in merged.state_dict())
 
 
@@ -179,9 +179,9 @@ def test_models_it_is_not_for(tiny, tmp_path):
 
 def test_names_are_those_of_the_model_inside_wrappers(tiny, tmp_path):
     model, plan = tiny("llama"), plans()["ablate in one map"]
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     steer.to_adapter(plan, torch.compile(model, backend="eager"), tmp_path)
-    assert_close(logits(loaded(model, tmp_path)), wanted)
+    assert_close(logits(loaded(model, tmp_path)), expected)
 
 
 @pytest.mark.parametrize("fails", range(6))
@@ -255,12 +255,12 @@ def test_real_model(smollm2, tmp_path):
     writers = ["embed", *(f"layers.{n}.{part}" for n in range(30) for part in ("attn.output", "mlp.output"))]
     plan = Plan([Intervention(Ablate(vector(576, 2)), site) for site in writers])
     with plan.attached(model):
-        wanted = model(**batch).logits
+        expected = model(**batch).logits
     plain = model(**batch).logits
     folder = steer.to_adapter(plan, model, tmp_path)
     assert (folder / "adapter_model.safetensors").stat().st_size < 1e6
     adapted = loaded(model, folder)
-    found = adapted(**batch).logits
+    actual = adapted(**batch).logits
     adapted.unload()
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(model(**batch).logits, plain)

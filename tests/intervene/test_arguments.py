@@ -36,28 +36,28 @@ def fired(attachment: Attachment) -> int:
 def test_a_mask_as_long_as_a_static_cache(scope, compiled, tiny):
     """Shapes stay fixed in a compiled loop: the mask is 0 right of the tokens so far, and its last columns are no tokens of the pass."""
     model, batch = tiny("llama").eval(), padded("left")
-    given, steps = batch["attention_mask"], 3
-    rows, width = given.shape
-    whole = torch.zeros(rows, width + steps + 2, dtype=torch.long)
+    prompt_mask, steps = batch["attention_mask"], 3
+    rows, width = prompt_mask.shape
+    static_mask = torch.zeros(rows, width + steps + 2, dtype=torch.long)
 
     def run(full: bool) -> tuple[list[torch.Tensor], int]:
         torch._dynamo.reset()
         call = torch.compile(model, backend="eager") if compiled and full else model
-        cache, seen = StaticCache(config=model.config, max_cache_len=whole.shape[1]), []
+        cache, seen = StaticCache(config=model.config, max_cache_len=static_mask.shape[1]), []
         with torch.no_grad(), plan_on(scope).attached(model) as attachment:
             for step in range(steps + 1):
                 tokens = batch["input_ids"] if step == 0 else torch.full((rows, 1), 5 + step)
-                mask = torch.cat([given, torch.ones(rows, step, dtype=torch.long)], 1)
+                mask = torch.cat([prompt_mask, torch.ones(rows, step, dtype=torch.long)], 1)
                 positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-                mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1])) if full else mask
+                mask = torch.nn.functional.pad(mask, (0, static_mask.shape[1] - mask.shape[1])) if full else mask
                 seen.append(call(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
             return seen, fired(attachment)
 
-    (wanted, count), (found, counted) = run(False), run(True)
+    (expected, count), (actual, counted) = run(False), run(True)
     assert count == counted > 0
-    real = given.bool()
-    assert torch.allclose(found[0][real], wanted[0][real], atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[1:], wanted[1:], strict=True))
+    real = prompt_mask.bool()
+    assert torch.allclose(actual[0][real], expected[0][real], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(actual[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize(("scope", "count"), [("positions[0]", 3), ("prompt[:2]", 6), ("positions[-1]", 3)])
@@ -74,7 +74,7 @@ def test_positions_that_count_padding(scope, count, tiny):
 
 
 def test_a_cache_that_the_model_made_of_its_own_accord(tiny):
-    """Without use_cache=True the prompt is no part of a generation; a plan for generations only must not begin in its middle."""
+    """Without use_cache=True the prompt is not part of a generation; a plan for generations only must not start in the middle of one."""
     model = tiny("llama").eval()
     with torch.no_grad(), plan_on(phases=("generate",)).attached(model) as attachment:
         cache = model(ids(1, 4)).past_key_values
@@ -110,17 +110,17 @@ def test_decisions_follow_the_rows_of_a_cache(how, rows, steered, copied, tiny):
     def step() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         model(prompt, past_key_values=cache)
-        other = copy.deepcopy(cache) if copied else cache
-        getattr(other, how)(rows)
+        changed = copy.deepcopy(cache) if copied else cache
+        getattr(changed, how)(rows)
         if copied:  # the one that it was copied from stays as it was
             assert cache.get_seq_length() == 4 and cache.layers[0].keys.shape[0] == 2
-        return model(torch.full((len(steered), 1), 3), past_key_values=other).logits
+        return model(torch.full((len(steered), 1), 3), past_key_values=changed).logits
 
     with torch.no_grad():
         plain = step()
         with gated(model).attached(model):
-            found = step()
-    assert ((found - plain).abs().amax((1, 2)) > 1e-4).tolist() == steered
+            logits = step()
+    assert ((logits - plain).abs().amax((1, 2)) > 1e-4).tolist() == steered
 
 
 def test_nothing_keeps_a_cache_alive(tiny):
@@ -134,7 +134,7 @@ def test_nothing_keeps_a_cache_alive(tiny):
 
 
 def test_the_length_of_a_static_cache_is_read_only_where_a_prompt_follows_a_prompt():
-    """Reading it waits for the device. On the meta device it cannot be read at all."""
+    """Reading the length waits for the device. On the meta device it cannot be read at all."""
     cache, length = SimpleNamespace(), torch.zeros((), device="meta")
     for tokens in (4, 1, 1, 4):
         assert note_pass(cache, length, tokens) is False
@@ -157,7 +157,7 @@ def test_a_tuned_prefix_is_no_part_of_the_text(scope, count, tiny):
         assert fired(attachment) == 2 * count
 
 
-def test_training_with_a_tuned_prefix_and_a_loss_of_ones_own(tiny):
+def test_training_with_a_tuned_prefix_and_a_custom_loss(tiny):
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).train()
     with plan_on(phases=("train",)).attached(model) as attachment:
         model(input_ids=ids(2, 5)).logits.sum().backward()
@@ -169,16 +169,16 @@ def test_training_with_a_tuned_prefix_and_a_loss_of_ones_own(tiny):
 
 @pytest.mark.parametrize("scope", ["all", "response", "positions[1:3]", "response~2"])
 def test_blocks_on_another_device(scope, tiny):
-    """The meta device stands for a second GPU: what meets a tensor of the first one there fails."""
+    """The meta device stands for a second GPU: an operation that mixes tensors of both devices fails."""
     model = tiny("llama").eval()
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=False)  # untied
     for part in (model.model.layers[1], model.model.layers[2], model.model.norm, model.lm_head):
         part.to("meta")
 
-    def over(one):
-        if isinstance(one, tuple):
-            return tuple(map(over, one))
-        return one.to("meta") if isinstance(one, torch.Tensor) else one
+    def over(value):
+        if isinstance(value, tuple):
+            return tuple(map(over, value))
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
 
     for block in model.model.layers[1:]:
         block.register_forward_pre_hook(lambda m, a, k: (over(a), {n: over(x) for n, x in k.items()}), with_kwargs=True)

@@ -51,7 +51,7 @@ def test_all_tokens_are_steered_alike(how, tiny):
 def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
     model = tiny("llama").eval()
     plan = Plan(Intervention(Add(vector()), "layers.1.output", scope="response", strength=3.0))
-    whole = generate(model, "response")
+    expected = generate(model, "response")
     with plan.attached(model):
         with torch.no_grad():
             cache = model(IDS[:, :4], use_cache=True).past_key_values
@@ -59,13 +59,13 @@ def test_a_prefix_from_a_copied_cache_is_prompt(tiny):
             said = model.generate(
                 IDS, past_key_values=copy.deepcopy(cache), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
             )
-            assert torch.equal(said, whole)
+            assert torch.equal(said, expected)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("scope", ["last", "prompt[-2:]", "positions[-1]", "generated[:2]"])
 def test_a_second_part_of_a_prompt_is_refused(scope, cache, tiny):
-    """Its first part looked like a whole prompt, whose end it is not. Static caches are no exception."""
+    """The first part looked like a complete prompt, but does not end it. Static caches are no exception."""
     options = {"cache_implementation": cache, "disable_compile": True, "prefill_chunk_size": 5}
     with pytest.raises(ContextError, match="cannot be told apart"):
         generate(tiny("llama").eval(), scope, **options)

@@ -68,12 +68,12 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=ids()).logits
 
 
-def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> None:
-    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """The remedy that the error names, by hand."""
+    """Applies by hand the remedy that the error names."""
     model.config.tie_word_embeddings = False
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
@@ -100,17 +100,17 @@ def test_an_addition_becomes_a_bias(family, sites, tiny):
         with pytest.raises(DeployError, match="norm" if family in SANDWICH else "mixture of experts"):
             bake(plan, model)
         return
-    wanted, plain = steered(model, plan), logits(model)
+    expected, plain = steered(model, plan), logits(model)
     saved = family in SAVED_BIAS["mlp" if in_mlp else "attn"]
     if not saved:
         with pytest.raises(DeployError, match="savable=False"):
             bake(plan, model)
         assert torch.equal(logits(model), plain)
-    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with bake(plan, model, savable=saved) as baked:
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
         assert baked.error < 1e-6 and all(name.endswith(".bias") for name in baked.changed)
-    assert torch.equal(logits(model), plain) and not torch.allclose(wanted, plain, atol=1e-2)
+    assert torch.equal(logits(model), plain) and not torch.allclose(expected, plain, atol=1e-2)
     after = model.state_dict()
     assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
 
@@ -129,9 +129,9 @@ def test_an_addition_to_the_embedding(family, tiny):
                 bake(plan, model)
             assert torch.equal(logits(model), plain)
             return
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     with bake(plan, model) as baked:
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
         assert len(baked.changed) == 1
     assert torch.equal(logits(model), plain)
 
@@ -146,9 +146,9 @@ def test_ablation_of_everything_written_is_orthogonal_weights(family, tiny):
         if family in SANDWICH:
             return
         model = untied(model)
-    wanted, plain = steered(model, plan), logits(model)
+    expected, plain = steered(model, plan), logits(model)
     with bake(plan, model) as baked:
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
         assert not any(name.endswith("bias") for name in baked.changed) or family in ("gpt2", "gpt_neox", "opt")
         states = model(input_ids=ids(), output_hidden_states=True).hidden_states[:-1]
         unit = torch.linalg.qr(ROWS.mT).Q
@@ -156,16 +156,16 @@ def test_ablation_of_everything_written_is_orthogonal_weights(family, tiny):
     assert torch.equal(logits(model), plain)
 
 
-def test_ablation_of_the_stream_folds_only_where_nothing_is_left_to_remove(tiny):
+def test_ablation_of_the_stream_bakes_only_where_nothing_is_left_to_remove(tiny):
     model = tiny("llama")
     everywhere = [Intervention(Ablate(ROWS), site) for site in WRITERS]
     stream = [Intervention(Ablate(ROWS[0]), f"layers.{n}.{side}") for n in LAYERS for side in ("input", "output")]
     as_published = Plan([*everywhere, *stream])  # refusal_direction hooks the inputs of blocks too
-    wanted = steered(model, as_published)
+    expected = steered(model, as_published)
     with bake(as_published, model):
-        assert_close(logits(model), wanted)
-    for others in ([], everywhere[1:], everywhere[:-2], [*everywhere, Intervention(Add(vector()), "layers.1.mlp.output")]):
-        plan = Plan([*others, Intervention(Ablate(ROWS[0]), "layers.2.output")])
+        assert_close(logits(model), expected)
+    for remaining in ([], everywhere[1:], everywhere[:-2], [*everywhere, Intervention(Add(vector()), "layers.1.mlp.output")]):
+        plan = Plan([*remaining, Intervention(Ablate(ROWS[0]), "layers.2.output")])
         with pytest.raises(DeployError, match="layers.2.output"):
             bake(plan, model, savable=False)
     half = Plan([Intervention(Ablate(ROWS), site, strength=0.5) for site in WRITERS] + [Intervention(Ablate(ROWS), "layers.2.output")])
@@ -179,9 +179,9 @@ def test_a_clamp_of_a_silent_stream_adds_its_value(tiny):
     clamp = Intervention(Clamp(ROWS[0], 1.5), "layers.2.input")
     beside = Add(vector() - (vector() @ ROWS[0]) / (ROWS[0] @ ROWS[0]) * ROWS[0])
     plan = Plan([*silent, clamp, Intervention(beside, "layers.1.output")])  # the output comes before the input of the next
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     with bake(plan, model):
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
     with pytest.raises(DeployError, match="layers.2.input"):
         bake(Plan([*silent, clamp, Intervention(Add(ROWS[0]), "layers.1.output")]), model)
 
@@ -208,12 +208,12 @@ def affine_operators(width: int) -> dict[str, Any]:
 
 
 def test_every_affine_operator_is_tested():
-    made = affine_operators(32)
-    affine = {name for name in own_names(OPERATORS) if OPERATORS.get(name).is_affine is not Operator.is_affine}
-    assert made.keys() == affine, f"`affine_operators` of tests/intervene/test_bake.py and the registry differ in {made.keys() ^ affine}"
-    assert all(operator.is_affine() for operator in made.values())
-    others = [Clamp(vector(), low=0.0), Rotate(ROWS, 0.7, towards=True), ReftR1(vector()), Mirror(vector())]
-    assert not any(operator.is_affine() for operator in others)
+    affine = affine_operators(32)
+    known = {name for name in own_names(OPERATORS) if OPERATORS.get(name).is_affine is not Operator.is_affine}
+    assert affine.keys() == known, f"`affine_operators` of tests/intervene/test_bake.py and the registry differ in {affine.keys() ^ known}"
+    assert all(operator.is_affine() for operator in affine.values())
+    rest = [Clamp(vector(), low=0.0), Rotate(ROWS, 0.7, towards=True), ReftR1(vector()), Mirror(vector())]
+    assert not any(operator.is_affine() for operator in rest)
 
 
 @pytest.mark.parametrize("name", affine_operators(32))
@@ -223,41 +223,41 @@ def test_every_affine_operator_at_what_linear_maps_take_and_give(name, site, fam
     model, site = tiny(family), "layers.1.attn.z" if name == "head_shift" else site
     width = steer.Anatomy.find(model).point(site).width
     plan = Plan(Intervention(affine_operators(width)[name], site, strength=0.8))
-    wanted, plain = steered(model, plan), logits(model)
+    expected, plain = steered(model, plan), logits(model)
     with bake(plan, model, savable=False):
-        assert_close(logits(model), wanted, 5e-6)
+        assert_close(logits(model), expected, 5e-6)
     assert torch.equal(logits(model), plain)
-    assert not torch.allclose(wanted, plain, rtol=1e-4)
+    assert not torch.allclose(expected, plain, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "falcon", "phi3"])
 def test_edits_of_one_map_keep_their_order(family, tiny):
-    """Its input first, then its output in the order of the plan, then the stream; columns of a fused projection stay apart."""
+    """Edits of the input come first, then those of the output in plan order, then the stream; columns of a fused projection stay apart."""
     model, anatomy = tiny(family), steer.Anatomy.find(tiny(family))
-    ones = [
+    interventions = [
         Intervention(Add(vector(seed=8)), "layers.1.output"),
         Intervention(Add(vector(seed=9)), "layers.1.mlp.output"),
         Intervention(Ablate(ROWS), "layers.1.mlp.output", strength=0.7),
         Intervention(Scale(vector(anatomy.point("layers.1.mlp.neurons").width), 0.3), "layers.1.mlp.neurons"),
         *(Intervention(Ablate(vector(anatomy.point(f"layers.0.attn.{k}").width)), f"layers.0.attn.{k}") for k in "qkv"),
     ]
-    plan = Plan(ones)
-    wanted = steered(model, plan)
+    plan = Plan(interventions)
+    expected = steered(model, plan)
     with bake(plan, model, savable=False):
-        assert_close(logits(model), wanted, 5e-6)
-    turned = Plan([ones[2], ones[1], *ones[3:], ones[0]])
-    assert not torch.allclose(steered(model, turned), wanted, rtol=1e-3)
+        assert_close(logits(model), expected, 5e-6)
+    turned = Plan([interventions[2], interventions[1], *interventions[3:], interventions[0]])
+    assert not torch.allclose(steered(model, turned), expected, rtol=1e-3)
 
 
 def test_padding_does_not_matter_and_generation_goes_on_alike(tiny):
     model, plan = tiny("llama"), adding("layers.0.output", "layers.1.attn.output")
-    batch = {name: one for name, one in padded("left").items() if name != "labels"}
-    wanted, text = steered(model, plan, **batch), None
+    batch = {name: tensor for name, tensor in padded("left").items() if name != "labels"}
+    expected, text = steered(model, plan, **batch), None
     with plan.attached(model):
         text = model.generate(**batch, max_new_tokens=8, do_sample=False)
     with bake(plan, model):
         real = batch["attention_mask"].bool()
-        assert_close(model(**batch).logits[real], wanted[real])
+        assert_close(model(**batch).logits[real], expected[real])
         assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), text)
 
 
@@ -317,7 +317,7 @@ def test_quantised_weights_are_refused(tiny):
 
 
 def test_a_block_that_scales_what_it_adds_is_found_out_by_running(tiny):
-    """As Granite does: the structure is that of a llama, the arithmetic is not."""
+    """Granite does this: it has the structure of a llama, but not its arithmetic."""
     model = tiny("llama")
     mlp = model.model.layers[1].mlp
     model.model.layers[1].mlp = Scaled(mlp)
@@ -330,10 +330,10 @@ def test_a_block_that_scales_what_it_adds_is_found_out_by_running(tiny):
 class Scaled(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.activation = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        return 0.25 * self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return 0.25 * self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def test_undo_does_not_throw_away_what_was_learned_since(tiny):
@@ -359,20 +359,20 @@ def test_peft(tiny):
     plan = Plan(Intervention(Add(vector()), "layers.1.output", **both))
     with pytest.raises(DeployError, match="adapter"):
         bake(plan, model)
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     with model.disable_adapter():
-        wanted_off = steered(model, plan)
+        expected_off = steered(model, plan)
     with bake(plan, model, savable=False):
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
         with model.disable_adapter():
-            assert_close(logits(model), wanted_off)
+            assert_close(logits(model), expected_off)
     assert torch.equal(logits(model), plain)
     with pytest.raises(DeployError, match="merge"):
         bake(Plan(Intervention(Ablate(ROWS), "layers.1.mlp.output", **both)), model, savable=False)
-    other = Plan(Intervention(Ablate(ROWS), "layers.1.attn.output", **both))  # not adapted
-    wanted = steered(model, other)
-    with bake(other, model, savable=False):
-        assert_close(logits(model), wanted)
+    elsewhere = Plan(Intervention(Ablate(ROWS), "layers.1.attn.output", **both))  # not adapted
+    expected = steered(model, elsewhere)
+    with bake(elsewhere, model, savable=False):
+        assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_peft(tiny):
 )
 def test_a_baked_model_is_saved_and_loaded(family, sites, tiny, tmp_path: Path):
     model, plan = tiny(family), adding(*sites)
-    wanted, before = steered(model, plan), copy.deepcopy(model.config)
+    expected, before = steered(model, plan), copy.deepcopy(model.config)
     baked = bake(plan, model)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert_close(logits(loaded), wanted)
+    assert_close(logits(loaded), expected)
     if family == "llama":
         assert loaded.config.mlp_bias and loaded.config.attention_bias
         assert not loaded.model.layers[0].mlp.up_proj.bias.any() and loaded.model.layers[1].mlp.down_proj.bias.any()
@@ -400,12 +400,12 @@ def test_a_baked_model_is_saved_and_loaded(family, sites, tiny, tmp_path: Path):
 def test_compiled_code_sees_the_bake_and_its_end(tiny):
     model = tiny("llama")
     plan, plain = adding("layers.1.output"), logits(model)
-    wanted = steered(model, plan)
+    expected = steered(model, plan)
     torch._dynamo.reset()
     model.model.layers[1].mlp.compile(backend="eager", fullgraph=True)
     assert_close(logits(model), plain)
     with bake(plan, model, savable=False):
-        assert_close(logits(model), wanted)
+        assert_close(logits(model), expected)
     assert_close(logits(model), plain)
 
 
@@ -440,8 +440,8 @@ def test_real_model(smollm2, tmp_path):
     plan = Plan(
         [Intervention(Ablate(vector(576, 2)), site) for site in writers] + [Intervention(Add(direction), "layers.12.output", strength=2.0)]
     )
-    wanted, plain = steered(model, plan, **batch), model(**batch).logits
+    expected, plain = steered(model, plan, **batch), model(**batch).logits
     with bake(plan, model) as baked:
         assert baked.error < 1e-5 and model.config.mlp_bias
-        assert_close(model(**batch).logits, wanted, 1e-4)
+        assert_close(model(**batch).logits, expected, 1e-4)
     assert torch.equal(model(**batch).logits, plain) and not model.config.mlp_bias

@@ -1,4 +1,4 @@
-"""A fold is accepted for what it changes: small doses in half precision, where rounding hides a wrong one from a look at the states."""
+"""Baking accepts a weight edit for what it changes: in half precision, rounding hides a wrong small edit from a look at the states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def dosed(model: PreTrainedModel, dose: float, site: str = "layers.1.output") ->
 
 def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     hooks = {"hooks": (hook_count(model), torch.empty(0))}
-    return hooks | {name: (id(one), one.clone()) for name, one in (*model.named_parameters(), *model.named_buffers())}
+    return hooks | {name: (id(tensor), tensor.clone()) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def assert_untouched(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
@@ -75,18 +75,18 @@ def test_a_scaled_family_is_refused_at_every_dose(dtype, dose, tmp_path):
 
 
 def test_the_refusal_is_right():
-    """By hand, the fold gives 0.22 of the edit."""
+    """Editing the weights by hand gives 0.22 of the intervention."""
     model = granite(torch.float32)
     plan = dosed(model, 0.1)
     with plan.attached(model):
-        wanted = model.model(input_ids=ids())[0]
+        expected = model.model(input_ids=ids())[0]
     plain = model.model(input_ids=ids())[0]
     down = model.model.layers[1].mlp.down_proj
     down.bias = nn.Parameter(plan.interventions[0].operator.tensors["vector"].clone())
-    assert relative(model.model(input_ids=ids())[0] - plain, wanted - plain) > 0.7
+    assert relative(model.model(input_ids=ids())[0] - plain, expected - plain) > 0.7
 
 
-def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_one():
+def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_edit():
     model = granite(torch.bfloat16)
     right = [Intervention(Ablate(vector(seed=5)), "layers.2.attn.z")]
     bake(Plan(right), model, savable=False).undo()
@@ -97,7 +97,7 @@ def test_a_small_wrong_edit_is_not_hidden_by_a_large_right_one():
 @pytest.mark.parametrize("dose", [0.01, 0.1])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2", "gemma3", "olmo2"}))
-def test_a_right_fold_is_accepted_at_every_dose(family, dtype, dose, tiny):
+def test_a_right_weight_edit_is_accepted_at_every_dose(family, dtype, dose, tiny):
     model = tiny(family).to(dtype)
     plans = [Plan([Intervention(Ablate(vector(seed=3)), site, strength=dose) for site in WRITERS[1:]])]
     if not steer.Anatomy.find(model).moe:
@@ -181,14 +181,14 @@ def test_products_are_exact_while_it_is_tried(older, tiny, monkeypatch):
         torch.set_float32_matmul_precision("high")
     else:
         matmul.fp32_precision = "tf32"
-    kept = matmul.fp32_precision
+    precision = matmul.fp32_precision
     model.model.register_forward_hook(lambda *_: seen.append((matmul.fp32_precision, torch.is_autocast_enabled("cpu"))))
     try:
         plan = dosed(model, 0.01)
         with torch.autocast("cpu", torch.bfloat16):
             seen.clear()
             assert bake(plan, model, savable=False).error < 1e-6
-        assert set(seen) == {("ieee", False)} and matmul.fp32_precision == kept == "tf32"
+        assert set(seen) == {("ieee", False)} and matmul.fp32_precision == precision == "tf32"
     finally:
         if older:
             torch.set_float32_matmul_precision("highest")
@@ -226,18 +226,18 @@ def test_undo_throws_away_nothing_that_came_after_the_bake(what, tiny):
     baked = bake(Plan([ablation, Intervention(Add(vector()), "layers.1.output")]), model)
     named, change = changes()[what]
     change(model)
-    later, config = {name: one.clone() for name, one in model.state_dict().items()}, model.config.to_dict()
+    later, config = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.config.to_dict()
     with pytest.raises(DeployError, match=named):
         baked.undo()
-    found = model.state_dict()
-    assert found.keys() == later.keys() and all(torch.equal(found[name], later[name]) for name in later)
+    after = model.state_dict()
+    assert after.keys() == later.keys() and all(torch.equal(after[name], later[name]) for name in later)
     assert model.config.to_dict() == config
 
 
 def test_undo_goes_on_after_what_leaves_the_values_alone(tiny):
     model = tiny("llama")
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     baked = bake(Plan([Intervention(Ablate(vector(seed=3)), "layers.1.attn.output")]), model)
-    model.load_state_dict({name: one.clone() for name, one in model.state_dict().items()}, assign=True)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     baked.undo()
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -42,7 +42,7 @@ def step(model, call, checkpointing: bool) -> tuple[float, list[torch.Tensor]]:
     with plan.attached(model):
         loss = call(**batch, use_cache=False).loss
         loss.backward()
-    return float(loss.detach()), [one.grad.clone() for one in plan.parameters()]
+    return float(loss.detach()), [parameter.grad.clone() for parameter in plan.parameters()]
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -51,12 +51,12 @@ def step(model, call, checkpointing: bool) -> tuple[float, list[torch.Tensor]]:
 def test_a_training_step(peft, compiled, checkpointing, tiny):
     plain = tiny("llama")
     model = wrapped(copy.deepcopy(plain), peft)
-    wanted, gradients = step(plain, plain, False)
+    expected_loss, expected = step(plain, plain, False)
     call = torch.compile(model, backend="aot_eager", fullgraph=not checkpointing) if compiled else model
-    loss, found = step(model, call, checkpointing)
-    assert loss == pytest.approx(wanted, abs=1e-5)
-    assert len(found) == len(gradients) == 4 and all(bool(one.any()) for one in gradients)
-    for ours, theirs in zip(found, gradients, strict=True):
+    loss, actual = step(model, call, checkpointing)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert len(actual) == len(expected) == 4 and all(bool(gradient.any()) for gradient in expected)
+    for ours, theirs in zip(actual, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -72,7 +72,7 @@ def test_generation(peft, cache, tiny):
         config._compile_all_devices = True
         options = {"compile_config": config} if "compiled" in kind else {"disable_compile": True}
         with learner().attached(of) as plan:
-            made = of.generate(
+            generated = of.generate(
                 **batch,
                 max_new_tokens=4,
                 min_new_tokens=4,
@@ -84,6 +84,6 @@ def test_generation(peft, cache, tiny):
                 **options,
             )
         assert all(count > 0 for count in plan.fired().values())
-        return torch.stack(made.logits)
+        return torch.stack(generated.logits)
 
     assert torch.allclose(scores(model, cache), scores(plain, "dynamic"), atol=1e-5)

@@ -25,9 +25,9 @@ def steered(scope: str = "all", **options) -> Plan:
 
 def agree(compiled, model, batch) -> torch.Tensor:
     with torch.no_grad():
-        found, wanted = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
-    assert torch.allclose(found, wanted, atol=1e-5)
-    return found
+        actual, expected = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
+    assert torch.allclose(actual, expected, atol=1e-5)
+    return actual
 
 
 # ---- what must not trace again
@@ -96,7 +96,7 @@ def test_a_window_that_moves_traces_nothing_again(train, tiny, backend):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(checkpointing, tiny, backend):
-    found = []
+    runs = []
     for compile_ in (False, True):
         model = tiny("llama").train()
         if checkpointing:
@@ -108,8 +108,8 @@ def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(checkpointi
             for strength in (1.0, 0.5):
                 attachment.set_strength(strength)
                 call(**padded("right")).loss.backward()
-        found.append([p.grad for p in model.parameters()] + [torch.tensor(list(attachment.fired().values()))])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+        runs.append([p.grad for p in model.parameters()] + [torch.tensor(list(attachment.fired().values()))])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*runs, strict=True))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -140,8 +140,8 @@ def test_through_the_compiled_wrapper(tiny, backend):
         for strength in (1.0, 2.0, 3.0):
             attachment.set_strength(strength)
             with torch.no_grad():
-                found = compiled(**batch).logits
-                assert torch.allclose(found, model(**batch).logits, atol=1e-5)
+                logits = compiled(**batch).logits
+                assert torch.allclose(logits, model(**batch).logits, atol=1e-5)
         assert backend.graphs == 1
 
 
@@ -237,9 +237,9 @@ def test_a_second_layer_and_other_plans_later_on(tiny, backend):
         assert torch.equal(agree(compiled, model, batch), seen[1])
     graphs = backend.graphs
     for seed in (6, 7):  # another plan of the same shape finds the code of the first one
-        other = steered()
-        other.interventions[0].operator.tensors["vector"].copy_(vector(seed=seed)[None])
-        with other.attached(model):
+        later = steered()
+        later.interventions[0].operator.tensors["vector"].copy_(vector(seed=seed)[None])
+        with later.attached(model):
             seen.append(agree(compiled, model, batch))
     assert backend.graphs == graphs
     assert torch.equal(agree(compiled, model, batch), seen[0])
@@ -263,7 +263,7 @@ def test_other_instances_of_the_class(tiny, backend):
 
 @pytest.mark.parametrize("kind", ["block", "attention"])
 def test_sites_nobody_armed(kind, tiny, backend):
-    """Any module counts, `module:` sites and fused columns included."""
+    """Every module is covered, `module:` sites and fused columns included."""
     model = tiny("phi3")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     batch = {"input_ids": ids()}
@@ -338,7 +338,7 @@ def test_a_window_that_moves_traces_no_compiled_decode_again(tiny, backend):
             said.append(generate(model, backend))
             traced.append(backend.graphs)
             assert torch.equal(said[-1], generate(model, None))
-        assert set(traced) == {traced[0]} != {0} and len({str(one) for one in said}) > 1
+        assert set(traced) == {traced[0]} != {0} and len({str(text) for text in said}) > 1
         attachment.set_window(0, 3, "add@layers.1.output")  # these two go their own ways from the start: they never shared a window
         generate(model, backend)
         assert backend.graphs == traced[0]

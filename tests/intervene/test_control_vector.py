@@ -20,8 +20,8 @@ from steer.intervene import Ablate, AblateThenAdd, Add, Clamp, Intervention, Pla
 SIX = torch.full((32,), 6.0)
 
 
-def plan(*ones: Intervention, **fingerprint: Any) -> Plan:
-    return Plan(list(ones), fingerprint=fingerprint or None)
+def plan(*interventions: Intervention, **fingerprint: Any) -> Plan:
+    return Plan(list(interventions), fingerprint=fingerprint or None)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -32,38 +32,40 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def test_the_number_of_a_direction_is_the_block_whose_output_it_is_added_to(tmp_path):
     """Values name their layers, so that a shift by one shows."""
-    made = plan(
+    steering = plan(
         Intervention(Add(torch.full((32,), 1.0)), "layers.1.output"),
         Intervention(Add(torch.full((32,), 1.0)), "layers.2.output", strength=2.0),
         Intervention(Add(torch.full((32,), 3.0)), "layers.4.input"),  # the same tensor as layers.3.output
     )
-    path = steer.to_gguf(made, tmp_path / "vector.gguf", model_hint="llama")
+    path = steer.to_gguf(steering, tmp_path / "vector.gguf", model_hint="llama")
     keys, tensors = read(path)
     assert keys == {"general.architecture": "controlvector", "controlvector.model_hint": "llama", "controlvector.layer_count": 3}
     assert {name: (data.dtype, data.shape, float(data[0])) for name, data in tensors.items()} == {
         f"direction.{n}": (np.float32, (32,), float(n)) for n in (1, 2, 3)
     }
     back = steer.import_directions(path)
-    assert {str(site): float(one.vector[0]) for site, one in back.items()} == {f"layers.{n}.output": float(n) for n in (1, 2, 3)}
+    assert {str(site): float(direction.vector[0]) for site, direction in back.items()} == {
+        f"layers.{n}.output": float(n) for n in (1, 2, 3)
+    }
     assert back.provenance["imported"]["model_hint"] == "llama"
 
 
 def test_there_and_back_is_the_same_model(tiny, tmp_path):
-    """As repeng does it: a hook on the output of block n adds direction.n."""
+    """repeng steers in this way: a hook on the output of block n adds direction.n."""
     model = tiny("llama")
-    made = plan(Intervention(Add(vector()), "layers.1.output", strength=0.5), Intervention(Add(vector(seed=2)), "layers.2.output"))
-    path = steer.to_gguf(made, tmp_path / "vector.gguf", model_hint="llama")
+    steering = plan(Intervention(Add(vector()), "layers.1.output", strength=0.5), Intervention(Add(vector(seed=2)), "layers.2.output"))
+    path = steer.to_gguf(steering, tmp_path / "vector.gguf", model_hint="llama")
     _, tensors = read(path)
     with torch.no_grad():
-        with made.attached(model):
-            wanted = model(ids()).logits
+        with steering.attached(model):
+            expected = model(ids()).logits
         first, second = (torch.from_numpy(tensors[f"direction.{n}"].copy()) for n in (1, 2))
         with edited(model.model.layers[1], lambda h: h + first), edited(model.model.layers[2], lambda h: h + second):
             by_hand = model(ids()).logits
-        again = Plan([Intervention(Add(one.vector), site) for site, one in steer.import_directions(path).items()])
+        again = Plan([Intervention(Add(direction.vector), site) for site, direction in steer.import_directions(path).items()])
         with again.attached(model):
             back = model(ids()).logits
-    assert torch.allclose(by_hand, wanted, atol=1e-5) and torch.allclose(back, wanted, atol=1e-5)
+    assert torch.allclose(by_hand, expected, atol=1e-5) and torch.allclose(back, expected, atol=1e-5)
 
 
 def test_additions_to_one_layer_add_up_and_the_fingerprint_knows_the_model(tmp_path):
@@ -74,7 +76,7 @@ def test_additions_to_one_layer_add_up_and_the_fingerprint_knows_the_model(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("one", "named"),
+    ("intervention", "named"),
     [
         (Intervention(Add(SIX), "layers.0.output"), "block 0"),
         (Intervention(Add(SIX), "embed"), "embed"),
@@ -86,24 +88,24 @@ def test_additions_to_one_layer_add_up_and_the_fingerprint_knows_the_model(tmp_p
         (Intervention(Add(SIX), "layers.2.output", phases=("train",)), "only train"),
     ],
 )
-def test_what_a_control_vector_cannot_carry(one, named, tmp_path):
+def test_what_a_control_vector_cannot_carry(intervention, named, tmp_path):
     with pytest.raises(DeployError, match=named):
-        steer.to_gguf(plan(one), tmp_path / "v.gguf", model_hint="llama")
+        steer.to_gguf(plan(intervention), tmp_path / "v.gguf", model_hint="llama")
     assert not (tmp_path / "v.gguf").exists()
 
 
 def test_generation_is_all_that_llama_cpp_does(tmp_path):
-    one = Intervention(Add(SIX), "layers.2.output", phases=("generate",))
-    assert steer.to_gguf(plan(one), tmp_path / "v.gguf", model_hint="llama").is_file()
+    intervention = Intervention(Add(SIX), "layers.2.output", phases=("generate",))
+    assert steer.to_gguf(plan(intervention), tmp_path / "v.gguf", model_hint="llama").is_file()
     with pytest.raises(DeployError, match="1 to 2"):
         steer.to_gguf(plan(Intervention(Add(SIX), "layers.3.output"), model_type="llama", n_layers=3), tmp_path / "w.gguf")
     with pytest.raises(ConfigError, match="model_hint"):
-        steer.to_gguf(plan(one), tmp_path / "w.gguf")
+        steer.to_gguf(plan(intervention), tmp_path / "w.gguf")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    made, path = plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "new" / "v.gguf"
-    before = steer.to_gguf(made, path, model_hint="llama").read_bytes()
+    steering, path = plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "new" / "v.gguf"
+    before = steer.to_gguf(steering, path, model_hint="llama").read_bytes()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -111,10 +113,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
         with pytest.raises(StorageFullError, match="v.gguf"):
-            steer.to_gguf(made, path, model_hint="llama")
+            steer.to_gguf(steering, path, model_hint="llama")
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["v.gguf"]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # the system's temporary folder is not needed
-    assert steer.to_gguf(made, tmp_path / "w.gguf", model_hint="llama").read_bytes() == before
+    assert steer.to_gguf(steering, tmp_path / "w.gguf", model_hint="llama").read_bytes() == before
 
 
 def written(path: Path, architecture: str, name: str, data: np.ndarray) -> Path:
@@ -128,17 +130,17 @@ def written(path: Path, architecture: str, name: str, data: np.ndarray) -> Path:
 
 
 def test_other_and_broken_gguf_files(tmp_path):
-    ones = np.ones(4, dtype=np.float32)
+    values = np.ones(4, dtype=np.float32)
     with pytest.raises(WrongKindError, match="'llama'"):
-        steer.import_directions(written(tmp_path / "model.gguf", "llama", "direction.1", ones))
+        steer.import_directions(written(tmp_path / "model.gguf", "llama", "direction.1", values))
     with pytest.raises(DamagedFileError, match="I8"):
-        steer.import_directions(written(tmp_path / "whole.gguf", "controlvector", "direction.1", ones.astype(np.int8)))
+        steer.import_directions(written(tmp_path / "whole.gguf", "controlvector", "direction.1", values.astype(np.int8)))
     with pytest.raises(DamagedFileError, match="direction.<n>"):
-        steer.import_directions(written(tmp_path / "named.gguf", "controlvector", "vector", ones))
-    zero = written(tmp_path / "zero.gguf", "controlvector", "direction.0", ones)  # repeng writes it, llama.cpp refuses it
+        steer.import_directions(written(tmp_path / "named.gguf", "controlvector", "vector", values))
+    zero = written(tmp_path / "zero.gguf", "controlvector", "direction.0", values)  # repeng writes it, llama.cpp refuses it
     assert list(map(str, steer.import_directions(zero))) == ["layers.0.output"]
-    whole = steer.to_gguf(plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "v.gguf", model_hint="llama").read_bytes()
-    (tmp_path / "half.gguf").write_bytes(whole[: len(whole) // 2])
+    content = steer.to_gguf(plan(Intervention(Add(SIX), "layers.2.output")), tmp_path / "v.gguf", model_hint="llama").read_bytes()
+    (tmp_path / "half.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(DamagedFileError):
         steer.import_directions(tmp_path / "half.gguf")
 
@@ -165,29 +167,29 @@ def as_lm_eval(path: Path, model: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "falcon"])
 def test_lm_eval_does_what_the_plan_does(family, tiny, tmp_path):
     model = tiny(family)
-    made = plan(
+    steering = plan(
         Intervention(Add(vector()), "layers.1.output", strength=2.0),
         Intervention(Add(vector(seed=2)), "layers.2.input"),  # the same tensor: one entry
         Intervention(Ablate(vector(seed=3)), "layers.0.attn.output"),
         Intervention(Clamp(vector(seed=4), -1.5), "layers.2.mlp.output"),
         Intervention(AblateThenAdd(vector(seed=5)), "layers.0.output"),
     )
-    path = steer.to_lm_eval(made, model, tmp_path / "steer.pt")
+    path = steer.to_lm_eval(steering, model, tmp_path / "steer.pt")
     with torch.no_grad():
-        with made.attached(model):
-            wanted = model(ids()).logits
+        with steering.attached(model):
+            expected = model(ids()).logits
         hooks = list(as_lm_eval(path, model))
         assert len(hooks) == 4
         for hook in hooks:
             hook.__enter__()
-        found = model(ids()).logits
+        actual = model(ids()).logits
         for hook in hooks:
             hook.__exit__(None, None, None)
-    assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+    assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
-    ("ones", "named"),
+    ("interventions", "named"),
     [
         ([Intervention(Add(vector()), "embed")], "embed"),
         ([Intervention(Add(vector()), "layers.1.attn.z")], "attn.z"),
@@ -198,14 +200,14 @@ def test_lm_eval_does_what_the_plan_does(family, tiny, tmp_path):
         ([Intervention(Add(vector()), "layers.1.output", scope="prompt")], "scope 'prompt'"),
     ],
 )
-def test_what_lm_eval_cannot_carry(ones, named, tiny, tmp_path):
+def test_what_lm_eval_cannot_carry(interventions, named, tiny, tmp_path):
     with pytest.raises(DeployError, match=named):
-        steer.to_lm_eval(plan(*ones), tiny("llama"), tmp_path / "steer.pt")
+        steer.to_lm_eval(plan(*interventions), tiny("llama"), tmp_path / "steer.pt")
 
 
 def test_lm_eval_knows_the_form_by_the_ending_and_the_model_its_layers(tiny, tmp_path):
-    one = Intervention(Add(vector()), "layers.7.output")
+    intervention = Intervention(Add(vector()), "layers.7.output")
     with pytest.raises(ConfigError, match=r"\.pt"):
-        steer.to_lm_eval(plan(one), tiny("llama"), tmp_path / "steer.bin")
+        steer.to_lm_eval(plan(intervention), tiny("llama"), tmp_path / "steer.bin")
     with pytest.raises(SiteError, match="out of range"):
-        steer.to_lm_eval(plan(one), tiny("llama"), tmp_path / "steer.pt")
+        steer.to_lm_eval(plan(intervention), tiny("llama"), tmp_path / "steer.pt")

@@ -1,4 +1,4 @@
-"""A decoded token: what edits do to it is worked out together when its pass opens, and is what each would have done itself."""
+"""Edits of a decoded token are prepared together when its pass opens, and equal what each edit does by itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def step(model, cache: DynamicCache, batch: dict[str, Tensor], token: int, grad:
 
 
 def ordinary(model, attachment: Attachment) -> None:
-    """Takes what is prepared away: from now on each edit is made at its site."""
+    """Removes prepared edits: from now on each edit is computed at its site."""
     for active in attachment.interventions:
         active.prepared = None
     for hook in watcher_of(model).site_hooks:
@@ -54,7 +54,7 @@ def ordinary(model, attachment: Attachment) -> None:
 
 
 def live(attachment: Attachment) -> int:
-    """How many prepared edits hold for the pass that runs."""
+    """Number of prepared edits that hold for the running pass."""
     return sum(active.prepared is not None and active.prepared.group.live is not None for active in attachment.interventions)
 
 
@@ -68,7 +68,7 @@ def talk(
     rows: list[int] | None = None,
     between: Callable[[Attachment], Any] = lambda _: None,
 ) -> tuple[list[Tensor], int]:
-    """Logits of three tokens, and how many edits were prepared for the last. With gradients each works for itself."""
+    """Returns the logits of three tokens and the number of edits prepared for the last one; none are prepared with gradients."""
     cache, logits, known = DynamicCache(config=model.config), [], []
     with steered.attached(model) as attachment:
         if rows is not None:
@@ -92,16 +92,16 @@ def test_prepared_edits_are_what_each_would_have_made(batch, tiny):
     together, known = talk(model, plan(), batch)
     for alone, none in (talk(model, plan(), batch, prepared=False), talk(model, plan(), batch, grad=True)):
         assert known == 8 and none == 0  # nothing where gradients are recorded
-        for one, other in zip(together, alone, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        for first, second in zip(together, alone, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     plain = step(model, DynamicCache(config=model.config), batch, 5, False)
     assert (together[0] - plain).abs().max() > 0.1
 
 
 def test_nothing_is_remembered_from_one_token_to_the_next(tiny):
-    """Strengths, switches and vectors that change between two tokens hold from the next one on, however they were changed."""
+    """Strengths, switches and vectors that change between two tokens hold from the next token on, however they were changed."""
     model, batch = tiny("llama").eval(), padded("left")
-    found = []
+    variants = []
     for options in ({}, {"prepared": False}, {"grad": True}):
         steered = plan()
         steered.interventions[2].operator.train()
@@ -114,13 +114,13 @@ def test_nothing_is_remembered_from_one_token_to_the_next(tiny):
             for tensor in fourth.operator.tensors.values():
                 tensor.copy_(tensor.roll(1, -1))
 
-        found.append(talk(model, steered, batch, between=change, **options)[0])
+        variants.append(talk(model, steered, batch, between=change, **options)[0])
     unchanged, _ = talk(model, plan(), batch)
-    for one, *others in zip(*found, strict=True):
-        for other in others:
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[0][0], unchanged[0])
-    assert all((one - other).abs().max() > 1e-2 for one, other in zip(found[0][1:], unchanged[1:], strict=True))
+    for first, *rest in zip(*variants, strict=True):
+        for second in rest:
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert torch.equal(variants[0][0], unchanged[0])
+    assert all((logits - plain).abs().max() > 1e-2 for logits, plain in zip(variants[0][1:], unchanged[1:], strict=True))
 
 
 def test_rows_may_change_between_tokens(tiny):
@@ -142,11 +142,11 @@ def test_rows_may_change_between_tokens(tiny):
     together, known = talk(model, slotted(), batch, rows=[0, 1, 2], between=change)
     alone, none = talk(model, slotted(), batch, rows=[0, 1, 2], between=change, prepared=False)
     assert (known, none) == (2, 0)
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for first, second in zip(together, alone, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     unchanged, _ = talk(model, slotted(), batch, rows=[0, 1, 2])
     assert torch.equal(together[0], unchanged[0])
-    assert all((one - other).abs().max() > 1e-2 for one, other in zip(together[1:], unchanged[1:], strict=True))
+    assert all((logits - plain).abs().max() > 1e-2 for logits, plain in zip(together[1:], unchanged[1:], strict=True))
 
 
 def test_stacked_plans_with_the_same_names_add_their_own(tiny):
@@ -154,13 +154,13 @@ def test_stacked_plans_with_the_same_names_add_their_own(tiny):
     plans = [Plan([Intervention(Add(k * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)]) for k in (1, 3)]
     merged = Plan([Intervention(Add(4 * vector(seed=n)), f"layers.{n}.output") for n in (0, 1)])
     known = []
-    with plans[0].attached(model) as one, plans[1].attached(model, stack=True) as other:
-        handle = model.model.norm.register_forward_hook(lambda *_: known.append(live(one) + live(other)))
-        found = step(model, DynamicCache(config=model.config), batch, 5, False)
+    with plans[0].attached(model) as single, plans[1].attached(model, stack=True) as stacked:
+        handle = model.model.norm.register_forward_hook(lambda *_: known.append(live(single) + live(stacked)))
+        logits = step(model, DynamicCache(config=model.config), batch, 5, False)
         handle.remove()
         assert known[-1] == 4
     with merged.attached(model):
-        torch.testing.assert_close(step(model, DynamicCache(config=model.config), batch, 5, False), found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step(model, DynamicCache(config=model.config), batch, 5, False), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -169,4 +169,4 @@ def test_half_precision_rounds_as_a_single_intervention_does(dtype, tiny):
     both = Plan([Intervention(Add(vector(seed=n)), f"layers.{n}.output", strength=0.3) for n in (0, 1)])
     together, known = talk(model, both, batch)
     for alone, none in (talk(model, both, batch, prepared=False), talk(model, both, batch, grad=True)):
-        assert (known, none) == (2, 0) and all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+        assert (known, none) == (2, 0) and all(torch.equal(first, second) for first, second in zip(together, alone, strict=True))

@@ -43,6 +43,8 @@ def decoded(model, plan: Plan, rows: list[int] | None, *, prepared: bool) -> lis
         model(batch["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True)
         mask = decode(1, cache, mask)
         mask = decode(2, cache, mask)
+        cache.crop(-1)
+        mask = decode(7, cache, mask[:, :-1])
         order = torch.tensor([2, 0, 1])
         cache.reorder_cache(order)
         mask = decode(3, cache, mask[order])

@@ -1,4 +1,4 @@
-"""Whose decision it is: gates that plans share, caches that outlive a plan, padding that holds no numbers."""
+"""Gate decisions belong to one plan and one cache: shared gates, caches that outlive a plan, padding that holds NaN."""
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ def test_stacked_plans_may_share_a_gate(tiny):
     with torch.no_grad():
         plain = model(ids()).logits
         # in the second plan the shared gate is not the first one
-        other = Intervention(Add(vector(seed=2)), "layers.0.output", gate=opened(False))
-        first, second = gated(gate), Plan([other, *gated(gate, -1.0).interventions])
+        unopened = Intervention(Add(vector(seed=2)), "layers.0.output", gate=opened(False))
+        first, second = gated(gate), Plan([unopened, *gated(gate, -1.0).interventions])
         with first.attached(model) as first_attachment, second.attached(model, stack=True) as second_attachment:
             assert torch.allclose(model(ids()).logits, plain, atol=1e-5)
             assert first_attachment.fired() == {"add@layers.1.output": 14}
@@ -56,9 +56,9 @@ def test_padding_may_hold_anything(pool, packed):
     h = torch.full((3, 7, 4), 2.0)
     batch = padded("right")
     h[~batch["attention_mask"].bool()] = torch.nan
-    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if packed:
-        given["position_ids"] = batch["attention_mask"].cumsum(1) - 1
-    ctx = build_context(given, None)
+        inputs["position_ids"] = batch["attention_mask"].cumsum(1) - 1
+    ctx = build_context(inputs, None)
     gate.read(h, ctx, "it")
     assert torch.equal(gate.opened(ctx, ("it",))[:, 0], torch.ones(3, 1))

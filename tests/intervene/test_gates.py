@@ -21,10 +21,10 @@ def gated(gate: Gate, scope: str = "all", **options) -> Plan:
     return Plan(Intervention(Add(V), SITE, scope, gate=gate, **options))
 
 
-def decided(gate: Gate, h: torch.Tensor, **given) -> torch.Tensor:
+def decided(gate: Gate, h: torch.Tensor, **inputs) -> torch.Tensor:
     """What a gate says of activations, [batch, tokens or 1]."""
-    given = {"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **given}
-    ctx = build_context(given, None)
+    inputs = {"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **inputs}
+    ctx = build_context(inputs, None)
     site_gates = list(gate.site_gates())
     for number, site_gate in enumerate(site_gates):
         site_gate.read(h, ctx, str(number))
@@ -59,8 +59,8 @@ def test_a_gate_compares_what_its_formula_says(name):
     assert torch.equal(decided(make(), H), (margins > 0).float())
     assert torch.allclose(decided(make(sharpness=3.0), H), torch.sigmoid(3 * margins), atol=1e-6)
     for pool, pooled in (("mean", margins.mean(1)), ("max", margins.max(1).values)):
-        found = decided(make(per="row", over="all", pool=pool, sharpness=3.0), H)
-        assert torch.allclose(found, torch.sigmoid(3 * pooled)[:, None], atol=1e-6)
+        actual = decided(make(per="row", over="all", pool=pool, sharpness=3.0), H)
+        assert torch.allclose(actual, torch.sigmoid(3 * pooled)[:, None], atol=1e-6)
         assert torch.equal(decided(make(per="row", over="all", pool=pool), H), (pooled > 0).float()[:, None])
 
 
@@ -97,25 +97,25 @@ def test_the_tokens_that_are_looked_at():
 def test_truth_tables():
     for a, b in itertools.product((0.0, 1.0), repeat=2):
         h = torch.tensor([[[a * 2 - 1, b * 2 - 1]]])
-        one, two = ProbeGate(torch.tensor([1.0, 0.0])), ProbeGate(torch.tensor([0.0, 1.0]))
-        for gate, wanted in (
-            (one & two, a and b),
-            (one | two, a or b),
-            (~one, not a),
-            (~(one | ~two) & ~one, not (a or not b) and not a),
-            (one & ~two | ~one & two, a != b),
+        first, second = ProbeGate(torch.tensor([1.0, 0.0])), ProbeGate(torch.tensor([0.0, 1.0]))
+        for gate, expected in (
+            (first & second, a and b),
+            (first | second, a or b),
+            (~first, not a),
+            (~(first | ~second) & ~first, not (a or not b) and not a),
+            (first & ~second | ~first & second, a != b),
         ):
-            assert decided(gate, h).item() == float(wanted)
+            assert decided(gate, h).item() == float(expected)
 
 
 def test_soft_values_multiply_as_independent_chances():
     h = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
-    one, two = (ProbeGate(torch.eye(2)[i], 0.1, sharpness=2.0) for i in (0, 1))
-    a, b = decided(one, h), decided(two, h)
-    assert torch.allclose(decided(one & two, h), a * b)
-    assert torch.allclose(decided(one | two, h), a + b - a * b)
-    assert torch.allclose(decided(~one, h), 1 - a)
-    assert torch.allclose(decided(~(one & two), h), decided(~one | ~two, h))  # de Morgan
+    first, second = (ProbeGate(torch.eye(2)[i], 0.1, sharpness=2.0) for i in (0, 1))
+    a, b = decided(first, h), decided(second, h)
+    assert torch.allclose(decided(first & second, h), a * b)
+    assert torch.allclose(decided(first | second, h), a + b - a * b)
+    assert torch.allclose(decided(~first, h), 1 - a)
+    assert torch.allclose(decided(~(first & second), h), decided(~first | ~second, h))  # de Morgan
 
 
 def test_gates_of_tokens_and_of_rows_combine():
@@ -126,11 +126,11 @@ def test_gates_of_tokens_and_of_rows_combine():
 
 
 def test_a_row_without_a_token_to_look_at_is_not_decided():
-    """Neither open nor, for its negation, closed; the other side of an `or` decides alone."""
+    """Neither the gate nor its negation opens; in an `or`, the second gate decides alone."""
     h, labels = torch.ones(2, 2, 1), torch.tensor([[-100, -100], [1, 1]])
     gate, always = ProbeGate(torch.ones(1), per="row"), ProbeGate(torch.zeros(1), 1.0)
-    for made, wanted in ((gate, [1, 0]), (~gate, [0, 0]), (~~gate, [1, 0]), (gate | always, [1, 1]), (~gate & always, [0, 0])):
-        assert decided(made, h, labels=labels)[:, 0].tolist() == wanted
+    for combined, expected in ((gate, [1, 0]), (~gate, [0, 0]), (~~gate, [1, 0]), (gate | always, [1, 1]), (~gate & always, [0, 0])):
+        assert decided(combined, h, labels=labels)[:, 0].tolist() == expected
 
 
 # ---- files
@@ -139,31 +139,30 @@ def test_a_row_without_a_token_to_look_at_is_not_decided():
 @pytest.mark.parametrize("form", ["plan", "plan.safetensors"])
 def test_saved_and_loaded_to_the_bit(form, tiny, tmp_path):
     model, batch = tiny("llama"), padded("left")
-    one = ProbeGate(W, 0.3, site=READ, per="generation", over="prompt[-2:]", pool="max", sharpness=7.3)
-    gate = one & ~(CosineGate(V, 0.123) | FeatureGate(W, 0.7, 0.1, center=V, per="row", over="all"))
+    probe = ProbeGate(W, 0.3, site=READ, per="generation", over="prompt[-2:]", pool="max", sharpness=7.3)
+    gate = probe & ~(CosineGate(V, 0.123) | FeatureGate(W, 0.7, 0.1, center=V, per="row", over="all"))
     plan = Plan([Intervention(Add(V), SITE, gate=gate, preserve_norm=True), Intervention(Add(W), READ)])
     loaded = Plan.load(plan.save(tmp_path / form))
     assert loaded.explain() == plan.explain()
     assert loaded.interventions[0].to_dict() == plan.interventions[0].to_dict() and loaded.interventions[1].gate is None
-    ours, theirs = (one.interventions[0].tensors for one in (plan, loaded))
+    ours, theirs = (each.interventions[0].tensors for each in (plan, loaded))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    found = []
+    outputs = []
     for each in (plan, loaded):
         with each.attached(model), torch.no_grad():
-            found += [model(**batch).logits, model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6)]
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+            outputs += [model(**batch).logits, model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6)]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
 
 
-def test_a_learned_gate_stays_one_and_stays_shared(tmp_path):
+def test_a_learned_gate_stays_one_gate_and_stays_shared(tmp_path):
     gate = CosineGate(W, 0.2, sharpness=2.0).train()
     operator = Add(V).train()
-    other = Intervention(Ablate(W), "layers.2.output", gate=ProbeGate(W, sharpness=1.0).train())
-    plan = Plan([Intervention(operator, SITE, gate=gate), Intervention(operator, READ, gate=~gate), other])
+    unshared = Intervention(Ablate(W), "layers.2.output", gate=ProbeGate(W, sharpness=1.0).train())
+    plan = Plan([Intervention(operator, SITE, gate=gate), Intervention(operator, READ, gate=~gate), unshared])
     loaded = Plan.load(plan.save(tmp_path / "plan"))
-    assert [tuple(one.shape) for one in loaded.parameters()] == [tuple(one.shape) for one in plan.parameters()] and len(
-        plan.parameters()
-    ) == 5
-    first, second, third = ({name: id(one) for name, one in i.parameters.items()} for i in loaded.interventions)
+    assert [tuple(p.shape) for p in loaded.parameters()] == [tuple(p.shape) for p in plan.parameters()]
+    assert len(plan.parameters()) == 5
+    first, second, third = ({name: id(parameter) for name, parameter in i.parameters.items()} for i in loaded.interventions)
     assert first == second and not set(first.values()) & set(third.values())
     assert not isinstance(third["gate0.bias"], torch.nn.Parameter) and loaded.interventions[2].operator.parameters == {}
     attachment = attachment_of(plan)
@@ -240,7 +239,7 @@ def test_a_prompt_that_cannot_be_told(tiny):
         assert attachment.fired() == {"add@layers.1.output": 7}  # the second row has no user
 
 
-def test_a_kind_of_ones_own():
+def test_a_custom_kind_of_gate():
     class Norm(SiteGate):
         """Opens where an activation is long."""
 

@@ -58,14 +58,14 @@ def test_every_row_of_a_batch_decides_for_itself(side, tiny):
     model, batch = tiny("llama"), padded(side, (7, 4, 6, 5))
     for per in ("row", "generation"):
         plan, opened = per_generation(model, batch, per=per, over="all")
-        given = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"position_ids": positions(batch)}
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"position_ids": positions(batch)}
         with torch.no_grad():
             with plan.attached(model) as attachment:
-                found = model(**given).logits
+                actual = model(**inputs).logits
             with edited(model.model.layers[1], lambda h, o=opened: h + o[:, None, None] * V):
-                wanted = model(**given).logits
+                expected = model(**inputs).logits
         real = batch["attention_mask"].bool()
-        assert torch.allclose(found[real], wanted[real], atol=1e-5)
+        assert torch.allclose(actual[real], expected[real], atol=1e-5)
         assert attachment.fired() == {"add@layers.1.output": int(real[opened].sum())}
 
 
@@ -79,14 +79,14 @@ def test_packed_texts_decide_for_themselves(tiny):
         pooled = torch.zeros(1, 4).scatter_reduce(1, text[prompt][None], margin[prompt][None], reduce, include_self=False)
         threshold = split(pooled)
         plan = gated(ProbeGate(W, -threshold, site=READ, per="row", pool=pool), "response")
-        wanted = (pooled > threshold).gather(1, text) & ~prompt
-        assert 0 < wanted.sum() < (~prompt).sum()
+        expected = (pooled > threshold).gather(1, text) & ~prompt
+        assert 0 < expected.sum() < (~prompt).sum()
         with torch.no_grad():
             with plan.attached(model) as attachment:
-                found = model(**batch).logits
-            with edited(model.model.layers[1], lambda h, w=wanted: h + w.unsqueeze(-1) * V):
-                assert torch.allclose(found, model(**batch).logits, atol=1e-5)
-        assert attachment.fired() == {"add@layers.1.output": int(wanted.sum())}
+                actual = model(**batch).logits
+            with edited(model.model.layers[1], lambda h, w=expected: h + w.unsqueeze(-1) * V):
+                assert torch.allclose(actual, model(**batch).logits, atol=1e-5)
+        assert attachment.fired() == {"add@layers.1.output": int(expected.sum())}
 
 
 MODES = {
@@ -100,21 +100,21 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_a_prompt_decides_holds_for_its_generation(family, mode, tiny):
-    """Open rows are generated as with the plan without its gate, closed ones as without the plan, each as if it were alone."""
+    """Open rows equal a generation with the ungated plan, closed rows one without the plan, each as if generated alone."""
     model, batch = tiny(family), padded("left", (7, 4, 6, 5))
     plan, opened = per_generation(model, batch)
     with plan.attached(model) as attachment:
         attachment.set_strength(8.0)
-        found = generate(model, batch, **MODES[mode])
+        generated = generate(model, batch, **MODES[mode])
     ungated = Plan(Intervention(Add(V), SITE, strength=8.0))
-    rows = len(found) // 4
+    rows = len(generated) // 4
     for row in range(4):
         alone = {key: value[row : row + 1] for key, value in batch.items()}
         plain = generate(model, alone, **MODES[mode])
         with ungated.attached(model):
             steered = generate(model, alone, **MODES[mode])
         assert not torch.equal(steered, plain)
-        assert torch.equal(found[row * rows : (row + 1) * rows], steered if opened[row] else plain)
+        assert torch.equal(generated[row * rows : (row + 1) * rows], steered if opened[row] else plain)
 
 
 def test_nothing_is_left_of_an_open_gate_in_the_next_call(tiny):
@@ -144,13 +144,13 @@ def test_two_generations_in_turns_and_a_copied_cache(tiny):
     gate = ProbeGate(W, -split(margins), site=READ, per="generation")
 
     def decode(order: str) -> dict[str, list[torch.Tensor]]:
-        caches, found = {name: DynamicCache() for name in prompts}, {"a": [], "b": [], "c": []}
+        caches, logits = {name: DynamicCache() for name in prompts}, {"a": [], "b": [], "c": []}
         for name in dict.fromkeys(order.replace("c", "")):
-            found[name].append(step(model, caches[name], prompts[name]["input_ids"]))
+            logits[name].append(step(model, caches[name], prompts[name]["input_ids"]))
         caches["c"] = copy.deepcopy(caches["a"])
         for name in order:
-            found[name].append(step(model, caches[name], new[:, len(found[name]) - (name != "c") :][:, :1]))
-        return found
+            logits[name].append(step(model, caches[name], new[:, len(logits[name]) - (name != "c") :][:, :1]))
+        return logits
 
     with gated(gate).attached(model):
         apart, mixed = decode("aaabbbccc"), decode("abcabcabc")
@@ -161,23 +161,23 @@ def test_two_generations_in_turns_and_a_copied_cache(tiny):
 
 
 def test_two_models_share_a_gate(tiny):
-    """In turns, with the opposite decision for each."""
-    one, two = tiny("llama"), tiny("llama")
+    """The models run in turns, with opposite decisions."""
+    first, second = tiny("llama"), tiny("llama")
     with torch.no_grad():
-        two.model.embed_tokens.weight.neg_()
+        second.model.embed_tokens.weight.neg_()
     batch = padded("left", (7, 5))
-    margins = [pooled_prompt(model, batch) for model in (one, two)]
+    margins = [pooled_prompt(model, batch) for model in (first, second)]
     gate = ProbeGate(W, -split(torch.cat(margins)), site=READ, per="generation")
     plans = [gated(gate), gated(gate)]
-    attachments = [plan.attach(model) for plan, model in zip(plans, (one, two), strict=True)]
-    alone = [generate(model, batch) for model in (one, two)]
+    attachments = [plan.attach(model) for plan, model in zip(plans, (first, second), strict=True)]
+    alone = [generate(model, batch) for model in (first, second)]
     caches = [DynamicCache(), DynamicCache()]
-    for model, cache in zip((one, two), caches, strict=True):
+    for model, cache in zip((first, second), caches, strict=True):
         step(model, cache, ids(2, 5))
-    again = [step(model, cache, ids(2, 1)) for model, cache in zip((one, two), caches, strict=True)]
+    again = [step(model, cache, ids(2, 1)) for model, cache in zip((first, second), caches, strict=True)]
     for attachment in attachments:
         attachment.detach()
-    for model, plan, text, logits in zip((one, two), plans, alone, again, strict=True):
+    for model, plan, text, logits in zip((first, second), plans, alone, again, strict=True):
         with plan.attached(model):
             assert torch.equal(generate(model, batch), text)
             cache = DynamicCache()
@@ -192,14 +192,14 @@ def test_a_prompt_of_one_token(tiny):
         plan, opened = per_generation(model, batch)
         for mode in ("dynamic cache", "static cache"):
             with plan.attached(model) as attachment:
-                found = generate(model, batch, **MODES[mode])
+                generated = generate(model, batch, **MODES[mode])
                 assert attachment.fired() == {"add@layers.1.output": int(opened.sum()) * (tokens.shape[1] + 5)}
             plain = generate(model, batch, **MODES[mode])
-            assert torch.equal(found[~opened], plain[~opened]) and not torch.equal(found[opened], plain[opened])
+            assert torch.equal(generated[~opened], plain[~opened]) and not torch.equal(generated[opened], plain[opened])
 
 
 def test_the_negation_of_a_prompts_gate_leaves_decoded_tokens_alone(tiny):
-    """Each decoded token is a pass of its own, which has no prompt: that is no reason to open."""
+    """Each decoded token has its own pass without a prompt; this must not open the gate."""
     model, closed = tiny("llama"), ~ProbeGate(torch.zeros(32), 1.0, per="row")
     with gated(closed).attached(model) as attachment:
         generate(model, padded("left"))
@@ -222,8 +222,8 @@ def test_a_gate_sees_its_site_before_the_plan_edits_it(tiny):
     with torch.no_grad(), recorded(model, [READ, SITE]) as plain:
         model(ids())
     for order in (0, 1):
-        ones = [Intervention(Add(V), SITE), Intervention(Add(W), SITE, gate=note("here"))]
-        with torch.no_grad(), Plan(ones[::-1] if order else ones).attached(model):
+        interventions = [Intervention(Add(V), SITE), Intervention(Add(W), SITE, gate=note("here"))]
+        with torch.no_grad(), Plan(interventions[::-1] if order else interventions).attached(model):
             model(ids())
         assert torch.equal(seen["here"], plain[SITE])
     both = Plan([Intervention(Add(V), READ), Intervention(Add(W), SITE, gate=note("before") & note("here"))])
@@ -249,15 +249,15 @@ def test_a_stacked_plan_sees_what_the_one_before_it_did(tiny):
 def test_a_gate_shared_by_interventions_is_read_once(tiny):
     model, calls = tiny("llama"), []
     gate = CallGate(lambda h, ctx: calls.append(1) or h[..., 0], 32, site=READ)
-    ones = [
+    interventions = [
         Intervention(Add(V), SITE, gate=gate),
         Intervention(Add(W), SITE, gate=~gate & gate),
         Intervention(Add(V), "final_norm", gate=gate),
     ]
-    with torch.no_grad(), Plan(ones).attached(model):
+    with torch.no_grad(), Plan(interventions).attached(model):
         model(ids())
         assert calls == [1]
-        with Plan(ones[:1]).attached(model, stack=True):
+        with Plan(interventions[:1]).attached(model, stack=True):
             model(ids())
     assert calls == [1, 1, 1]
     free = CallGate(lambda h, ctx: calls.append(1) or h[..., 0], 32)
@@ -290,13 +290,13 @@ def test_a_function_keeps_what_it_holds_on_to(tiny):
 def test_a_function_of_the_tokens(tiny):
     """Booleans and numbers, and what the context knows of the pass."""
     model, x = tiny("llama"), ids()
-    found = []
+    runs = []
     for function in (lambda h, ctx: ctx.ids % 2 == 0, lambda h, ctx: 0.5 - (ctx.ids % 2)):
         with torch.no_grad(), gated(CallGate(function, 32)).attached(model) as attachment:
-            found.append(model(x).logits)
+            runs.append(model(x).logits)
             assert attachment.fired() == {"add@layers.1.output": int((x % 2 == 0).sum())}
     with torch.no_grad(), edited(model.model.layers[1], lambda h: h + (x % 2 == 0).unsqueeze(-1) * V):
-        assert all(torch.allclose(one, model(x).logits, atol=1e-5) for one in found)
+        assert all(torch.allclose(logits, model(x).logits, atol=1e-5) for logits in runs)
 
 
 def test_sites_of_every_kind(tiny):
@@ -306,9 +306,9 @@ def test_sites_of_every_kind(tiny):
         always = ProbeGate(torch.zeros(width), 1.0, per="row" if site == "logits" else "token", over="all")
         plan = Plan(Intervention(Add(vector(width)), site, gate=always & ProbeGate(torch.zeros(32), 1.0, site="embed")))
         with plan.attached(model):
-            found = generate(model, batch)
+            generated = generate(model, batch)
         with Plan(Intervention(Add(vector(width)), site)).attached(model):
-            assert torch.equal(found, generate(model, batch)), site
+            assert torch.equal(generated, generate(model, batch)), site
 
 
 # ---- a real model
@@ -328,8 +328,8 @@ def test_steering_on_condition_in_a_real_model(smollm2):
     site, batch = "layers.15.output", encoded(cooking + maths)
     with torch.no_grad(), recorded(model, [site]) as seen:
         model(**batch, position_ids=positions(batch))
-    kept = (batch["attention_mask"].cumsum(1) > 1).unsqueeze(-1)  # a text's first token looks the same in all
-    means = (seen[site] * kept).sum(1) / kept.sum(1)
+    counted = (batch["attention_mask"].cumsum(1) > 1).unsqueeze(-1)  # a text's first token looks the same in all
+    means = (seen[site] * counted).sum(1) / counted.sum(1)
     direction = means[:4].mean(0) - means[4:].mean(0)
     gate = ProbeGate(direction, -float(direction @ means.mean(0)), site=site, per="generation", over="prompt[1:]")
     loud = Plan(Intervention(Add(20 * torch.randn(576, generator=torch.Generator().manual_seed(0))), "layers.16.output", gate=gate))

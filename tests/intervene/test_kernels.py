@@ -29,15 +29,15 @@ def fused(operator: Operator, h: Tensor, strength: Tensor, mask: Tensor | None, 
 def test_an_operator_in_a_kernel_is_its_formula(name: str, norm: bool) -> None:
     case, h, mask = CASES[name], states(2, 3, 32), torch.tensor([[1, 0, 0.5], [1, 1, 0]])[..., None]
     for strength in (0.0, 0.7, -1.3):
-        found = fused(case.make(), h, torch.full((1, 1, 1), strength), mask, None, norm)
-        if found is None:
+        actual = fused(case.make(), h, torch.full((1, 1, 1), strength), mask, None, norm)
+        if actual is None:
             assert name in WITHOUT or (name == "add" and not norm) or (name == "head_shift" and not norm)
             return
-        wanted = h + mask * (case.wanted(h, strength) - h)
+        expected = h + mask * (case.expected(h, strength) - h)
         if norm:
-            wanted = wanted * (h.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True))
-        assert torch.allclose(found.double(), wanted, atol=2e-5) and torch.equal(found[mask[..., 0] == 0], h[mask[..., 0] == 0])
-        assert strength or torch.equal(found, h)
+            expected = expected * (h.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True))
+        assert torch.allclose(actual.double(), expected, atol=2e-5) and torch.equal(actual[mask[..., 0] == 0], h[mask[..., 0] == 0])
+        assert strength or torch.equal(actual, h)
     assert name not in WITHOUT
 
 
@@ -45,44 +45,44 @@ def test_an_operator_in_a_kernel_is_its_formula(name: str, norm: bool) -> None:
 def test_rows_have_their_own_slots(name: str) -> None:
     case, h, rows = CASES[name], states(3, 2, 32), torch.tensor([1, 0, 1])
     operator = case.make((0, 1))
-    found = fused(operator, h, torch.full((1, 1, 1), 0.8), None, rows, False)
-    assert found is not None
+    actual = fused(operator, h, torch.full((1, 1, 1), 0.8), None, rows, False)
+    assert actual is not None
     for row, slot in enumerate(rows.tolist()):
-        assert torch.allclose(found[row].double(), case.wanted(h[row : row + 1], 0.8, seed=slot)[0], atol=2e-5)
+        assert torch.allclose(actual[row].double(), case.expected(h[row : row + 1], 0.8, seed=slot)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("operator", [Add(vector()), Ablate(vector()), Clamp(vector(), low=0.1)], ids=lambda one: one.name)
+@pytest.mark.parametrize("operator", [Add(vector()), Ablate(vector()), Clamp(vector(), low=0.1)], ids=lambda operator: operator.name)
 @pytest.mark.parametrize("norm", [False, True])
 def test_strengths_of_rows_and_one_vector_for_all(operator: Operator, norm: bool) -> None:
-    """The slots are those of the strengths alone; the vector has one, whatever the rows say."""
+    """Only the strengths have several slots; the vector has one slot, which all rows use."""
     h, rows = states(3, 2, 32), torch.tensor([2, 0, 1])
     strengths = torch.tensor([0.0, 1.0, -0.5])[rows].view(-1, 1, 1)
-    found = fused(operator, h, strengths, None, rows, norm)
-    wanted = operator.apply(h, strengths, None, tensors_of_rows(operator.tensors, rows))
+    actual = fused(operator, h, strengths, None, rows, norm)
+    expected = operator.apply(h, strengths, None, tensors_of_rows(operator.tensors, rows))
     if norm:
-        wanted = wanted * (h.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True))
-    assert found is None if operator.name == "add" and not norm else torch.allclose(found, wanted, atol=1e-5)
+        expected = expected * (h.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True))
+    assert actual is None if operator.name == "add" and not norm else torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["add", "scale", "loreft"])
 def test_what_is_learned_gets_its_gradient(name: str) -> None:
     h, pull = states(2, 3, 32), states(2, 3, 32).flip(0)
-    made = {
+    operators = {
         "add": lambda: Add(torch.stack([vector(), vector(seed=2)])),
         "scale": lambda: Scale(vector(), torch.tensor([2.0, 0.5])),
         "loreft": lambda: LoReFT.initial(32, rank=2),
     }
-    found = []
+    results = []
     for path in ("op", "aten"):
-        operator, strength = made[name]().train(), torch.full((1, 1, 1), 0.6)
+        operator, strength = operators[name]().train(), torch.full((1, 1, 1), 0.6)
         rows = torch.tensor([1, 0]) if operator.slots > 1 else None
         with kernels.force(path):
             out = operator.fused(h, strength, None, rows, True)
             if path == "aten":
                 out = active(Intervention(operator, "layers.0.output", preserve_norm=True))._edited(h, strength, None, rows)
         assert out is not None
-        found.append([out, *torch.autograd.grad((out * pull).sum(), list(operator.parameters.values()))])
-    for a, b in zip(*found, strict=True):
+        results.append([out, *torch.autograd.grad((out * pull).sum(), list(operator.parameters.values()))])
+    for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -94,12 +94,12 @@ def test_learned_shifts_of_heads_stay_on_their_heads() -> None:
 
 
 def plan(preserve_norm: bool = True) -> Plan:
-    ones = [
+    interventions = [
         Intervention(Add(vector()), "layers.0.output", "positions[1:]", 3.0, preserve_norm=preserve_norm),
         Intervention(Ablate(torch.stack([vector(seed=3), vector(seed=4)])), "layers.1.attn.output", preserve_norm=preserve_norm),
         Intervention(Clamp(vector(seed=5), 0.5), "layers.1.output", "last"),
     ]
-    return Plan(ones)
+    return Plan(interventions)
 
 
 def test_a_plan_asks_for_kernels_where_they_run(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,9 @@ def test_exact_and_left_padded_and_called_as_a_trainer_does(case):
     model, block, v, batch, layer = case
     with torch.no_grad():
         plain = model(**batch).logits
-        wanted = by_hand(model, block, v, lambda m: m(**only(batch, 0)).logits)
+        expected = by_hand(model, block, v, lambda m: m(**only(batch, 0)).logits)
         with plan(v, layer).attached(model):
-            assert (model(**only(batch, 0)).logits - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+            assert (model(**only(batch, 0)).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
             together = model(**placed(batch)).logits
             for row in range(len(together)):
                 alone = model(**only(batch, row)).logits[0]
@@ -73,10 +73,10 @@ def test_generation_with_a_cache(case):
     model, block, v, batch, layer = case
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(**batch, **options)
-    wanted = by_hand(model, block, v, lambda m: m.generate(**batch, **options))
+    expected = by_hand(model, block, v, lambda m: m.generate(**batch, **options))
     with plan(v, layer).attached(model) as steered:
-        assert torch.equal(model.generate(**batch, **options), wanted)
-        assert steered.fired() == {f"add@layers.{layer}.output": int(batch["attention_mask"].sum()) + 5 * len(wanted)}
+        assert torch.equal(model.generate(**batch, **options), expected)
+        assert steered.fired() == {f"add@layers.{layer}.output": int(batch["attention_mask"].sum()) + 5 * len(expected)}
     assert torch.equal(model.generate(**batch, **options), plain)
 
 
@@ -94,10 +94,10 @@ def test_an_exception_inside_a_block(case):
 
 def test_saved_and_loaded(case, tmp_path):
     model, block, v, batch, layer = case
-    wanted = by_hand(model, block, v, lambda m: m(**batch).logits)
+    expected = by_hand(model, block, v, lambda m: m(**batch).logits)
     loaded = Plan.load(plan(v, layer).save(tmp_path / "plan.safetensors"))
     with torch.no_grad(), loaded.attached(model):
-        assert torch.allclose(real(model(**batch).logits, batch), real(wanted, batch), atol=1e-4)
+        assert torch.allclose(real(model(**batch).logits, batch), real(expected, batch), atol=1e-4)
 
 
 TINY = ["llama", "gpt2", "gemma2", "qwen3_moe"]
@@ -105,10 +105,10 @@ TINY = ["llama", "gpt2", "gemma2", "qwen3_moe"]
 
 @pytest.mark.parametrize("family", TINY)
 def test_three_steps_of_adamw(family, tiny):
-    found = []
+    runs = []
     for library in (True, False):
         model = tiny(family).train()
-        wanted_grad = [p.requires_grad for p in model.parameters()]
+        required_grad = [p.requires_grad for p in model.parameters()]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         block = Anatomy.find(model).blocks[LAYER]
         losses = []
@@ -119,11 +119,11 @@ def test_three_steps_of_adamw(family, tiny):
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-        assert [p.requires_grad for p in model.parameters()] == wanted_grad
-        found.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        assert [p.requires_grad for p in model.parameters()] == required_grad
+        runs.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
     # Adam divides by the size of a gradient, so where that is zero up to rounding the sign of a step is free
-    assert (found[0][1] - found[1][1]).abs().mean() < 1e-5
+    assert (runs[0][1] - runs[1][1]).abs().mean() < 1e-5
 
 
 @pytest.mark.parametrize("first", ["adapter", "plan"])
@@ -139,15 +139,15 @@ def test_peft_in_either_order(first, tiny):
     if first == "adapter":
         attachment = steered.attach(peft)
     batch = padded("right")
-    found = peft(**batch)
-    found.loss.backward()
+    output = peft(**batch)
+    output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
     attachment.detach()
     peft.zero_grad()
     with edited(block, lambda h: h + vector()):
-        wanted = peft(**batch)
-        wanted.loss.backward()
-    assert torch.allclose(real(found.logits, batch), real(wanted.logits, batch), atol=1e-5)
+        expected = peft(**batch)
+        expected.loss.backward()
+    assert torch.allclose(real(output.logits, batch), real(expected.logits, batch), atol=1e-5)
     assert any("layers.0" in name and "lora_B" in name and g.abs().sum() > 0 for name, g in gradients.items())
     assert all(torch.allclose(gradients[name], p.grad, atol=1e-6) for name, p in peft.named_parameters() if p.grad is not None)
 
@@ -159,11 +159,11 @@ def test_compiled_either_way(order, tiny):
     batch = {"input_ids": padded()["input_ids"]}
     with torch.no_grad():
         plain = model(**batch).logits
-        wanted = by_hand(model, model.model.layers[LAYER], vector(), lambda m: m(**batch).logits)
+        expected = by_hand(model, model.model.layers[LAYER], vector(), lambda m: m(**batch).logits)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         if order.startswith("compiled"):
             assert torch.allclose(compiled(**batch).logits, plain, atol=1e-5)
         with plan(vector(), LAYER).attached(model):
-            assert torch.allclose(compiled(**batch).logits, wanted, atol=1e-5)
+            assert torch.allclose(compiled(**batch).logits, expected, atol=1e-5)
         assert torch.allclose(compiled(**batch).logits, plain, atol=1e-5)
     torch._dynamo.reset()

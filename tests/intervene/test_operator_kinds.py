@@ -91,17 +91,17 @@ def test_erase_is_the_eraser_of_concept_erasure():
 def test_clamp_moves_only_what_is_outside():
     h, u = states(2, 40, 32), vector()
     p = reach(h, u)
-    for operator, wanted in (
+    for operator, expected in (
         (Clamp(u, 0.7), torch.full_like(p, 0.7)),
         (Clamp(u, low=-0.5, high=0.5), p.clamp(-0.5, 0.5)),
         (Clamp(u, low=0.0), p.clamp(min=0)),
         (Clamp(u, high=-0.1), p.clamp(max=-0.1)),
     ):
-        found = applied(operator, h)
-        assert torch.allclose(reach(found, u), wanted, atol=1e-5)
-        inside = (wanted == p).squeeze(-1)
-        assert torch.equal(found[inside], h[inside])
-        assert torch.allclose(found - projection(found, u), h - projection(h, u), atol=1e-5)
+        actual = applied(operator, h)
+        assert torch.allclose(reach(actual, u), expected, atol=1e-5)
+        inside = (expected == p).squeeze(-1)
+        assert torch.equal(actual[inside], h[inside])
+        assert torch.allclose(actual - projection(actual, u), h - projection(h, u), atol=1e-5)
 
 
 def test_mirror_and_target_projection_leave_the_wanted_side_alone():
@@ -167,11 +167,11 @@ def test_the_adaptive_variant_of_angular_steering_is_a_gate(tiny):
         model(ids())
     with torch.no_grad(), Plan(gated).attached(model), recorded(model, ["layers.1.output"]) as turned:
         model(ids())
-    h, found = plain["layers.1.output"], turned["layers.1.output"]
+    h, actual = plain["layers.1.output"], turned["layers.1.output"]
     aligned = h @ plane[0] > 0
     assert 0 < aligned.sum() < aligned.numel()
-    wanted = torch.where(aligned.unsqueeze(-1), applied(Rotate(plane, 2.5, towards=True), h), h)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    expected = torch.where(aligned.unsqueeze(-1), applied(Rotate(plane, 2.5, towards=True), h), h)
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_a_token_without_a_part_in_the_plane_has_gradients():
@@ -191,7 +191,7 @@ def test_heads_are_shifted_where_there_are_heads(site):
 
 @pytest.mark.parametrize(("width", "heads"), [(4, 8), (16, 2)])
 def test_the_heads_are_those_of_the_model(width, heads, tiny):
-    """Of 4 heads of 8 channels, a shift of 8 heads would move half of one."""
+    """With 4 heads of 8 channels, a shift for 8 heads would move half of a head."""
     model = tiny("llama")
     plan = Plan(Intervention(HeadShift(states(1, width), [0], heads), "layers.1.attn.z"))
     with pytest.raises(ConfigError, match=rf"4 heads of 8 channels[\s\S]*{heads} heads of {width}"):
@@ -203,7 +203,7 @@ def test_the_heads_are_those_of_the_model(width, heads, tiny):
 
 
 def test_k_steering_raises_what_it_is_for():
-    """On a probe of three labels: towards 0, away from 2."""
+    """Uses a probe of three labels: steers towards label 0 and away from label 2."""
     w1, b1, w2 = states(16, 32, seed=1) * 0.3, states(16, seed=2), states(3, 16, seed=3)
     h = states(2, 20, 32)
 
@@ -213,8 +213,8 @@ def test_k_steering_raises_what_it_is_for():
     def objective(x):
         return (logits(x)[..., 0] - logits(x)[..., 2]).mean()
 
-    one, five = (applied(KSteering([w1, w2], [b1], [0], [2], steps=steps, decay=0.8), h, 0.1) for steps in (1, 5))
-    assert objective(five) > objective(one) + 0.5 > objective(h) + 1.0
+    single, five = (applied(KSteering([w1, w2], [b1], [0], [2], steps=steps, decay=0.8), h, 0.1) for steps in (1, 5))
+    assert objective(five) > objective(single) + 0.5 > objective(h) + 1.0
     back = applied(KSteering([w1, w2], [b1], [0], [2]), h, -0.1)
     assert objective(back) < objective(h) - 0.5
     alone = applied(KSteering([w1, w2], [b1], [0], [2], steps=5, decay=0.8), h[:1, :1], 0.1)
@@ -223,16 +223,16 @@ def test_k_steering_raises_what_it_is_for():
 
 def test_reft_r1_looks_at_the_tokens_it_acts_on():
     w, h = vector(), states(2, 6, 32)
-    operator, found = ReftR1(w, k=2), torch.relu(reach(h, w).squeeze(-1))
-    assert torch.allclose(operator.detect(h), found, atol=1e-5)
+    operator, detected = ReftR1(w, k=2), torch.relu(reach(h, w).squeeze(-1))
+    assert torch.allclose(operator.detect(h), detected, atol=1e-5)
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]], dtype=torch.float32)
     edited = applied(operator, h, 1.0, mask.unsqueeze(-1))
-    level = torch.stack([found[0][mask[0] == 1].sort().values[-2:].mean(), found[1, 3]])
-    wanted = h + mask.unsqueeze(-1) * level[:, None, None] * w / w.norm()
-    assert torch.allclose(edited, wanted, atol=1e-5)
+    level = torch.stack([detected[0][mask[0] == 1].sort().values[-2:].mean(), detected[1, 3]])
+    expected = h + mask.unsqueeze(-1) * level[:, None, None] * w / w.norm()
+    assert torch.allclose(edited, expected, atol=1e-5)
     assert torch.equal(applied(operator, h, 1.0, torch.zeros(2, 6, 1)), h)  # no token, no level
-    one = applied(ReftR1(w, k=50), h)  # more than there are
-    assert torch.allclose(one, h + found.mean(1)[:, None, None] * w / w.norm(), atol=1e-5)
+    averaged = applied(ReftR1(w, k=50), h)  # more than there are
+    assert torch.allclose(averaged, h + detected.mean(1)[:, None, None] * w / w.norm(), atol=1e-5)
 
 
 def test_reft_r1_does_not_see_what_padding_holds():
@@ -240,18 +240,18 @@ def test_reft_r1_does_not_see_what_padding_holds():
     h = states(2, 4, 32)
     mask = torch.tensor([[0.0, 1, 1, 1], [1, 1, 1, 1]]).unsqueeze(-1)
     operator = ReftR1(vector(), k=2).train()
-    wanted = applied(operator, h, 1.0, mask)
-    wanted[mask.expand_as(h) != 0].sum().backward()
+    expected = applied(operator, h, 1.0, mask)
+    expected[mask.expand_as(h) != 0].sum().backward()
     gradient = operator.parameters["vector"].grad.clone()
     h[0, 0], operator.parameters["vector"].grad = float("nan"), None
-    found = applied(operator, h, 1.0, mask)
-    found[mask.expand_as(h) != 0].sum().backward()
-    assert torch.isnan(found[0, 0]).all() and torch.equal(found[0, 1:], wanted[0, 1:]) and torch.equal(found[1], wanted[1])
+    actual = applied(operator, h, 1.0, mask)
+    actual[mask.expand_as(h) != 0].sum().backward()
+    assert torch.isnan(actual[0, 0]).all() and torch.equal(actual[0, 1:], expected[0, 1:]) and torch.equal(actual[1], expected[1])
     assert gradient.any() and torch.equal(operator.parameters["vector"].grad, gradient)
 
 
 def test_reft_r1_does_not_see_padding(tiny):
-    """The level of a row is that of its text."""
+    """The level of a row is the level of its text."""
     model = tiny("llama")
     batch = padded("left")
     plan = Plan(Intervention(ReftR1(vector(), k=2), "layers.1.output", strength=3.0))
@@ -277,12 +277,12 @@ def test_projections_of_a_real_model_are_what_was_asked_for(smollm2):
         model(**text)
     h = seen[site]
     assert h.abs().max() > 100
-    for operator, wanted in (
+    for operator, expected in (
         (AblateThenAdd(v), float(v.norm())),
         (Clamp(v, 3.0), 3.0),
         (Ace(v, h.mean((0, 1)), 0.0), float(reach(h.mean((0, 1)), v))),
     ):
-        assert torch.allclose(reach(applied(operator, h), v), torch.tensor(wanted), atol=2e-3), operator.name
+        assert torch.allclose(reach(applied(operator, h), v), torch.tensor(expected), atol=2e-3), operator.name
         rounded = applied(operator, h.bfloat16())
         exact = applied(operator, h.bfloat16().double())
         assert ((rounded - exact).abs() <= 2**-8 * exact.abs() + 1e-3).all(), operator.name
@@ -291,27 +291,27 @@ def test_projections_of_a_real_model_are_what_was_asked_for(smollm2):
 # ---- mistakes
 
 
-ONE = torch.ones(8)
+VECTOR = torch.ones(8)
 MISTAKES = {
     "ablate zero": (lambda: Ablate(torch.zeros(8)), ConfigError, r"linearly dependent[\s\S]*leave out"),
     "ablate twice the same": (lambda: Ablate(torch.ones(2, 8)), ConfigError, r"linearly dependent[\s\S]*leave out"),
     "ablate too many": (lambda: Ablate(torch.randn(9, 8)), ConfigError, r"linearly dependent[\s\S]*leave out"),
     "ablate nearly the same": (lambda: Ablate(torch.tensor([[1.0, 0], [1.0, 1e-9]])), ConfigError, r"linearly dependent[\s\S]*leave out"),
     "add nothing": (lambda: AblateThenAdd(torch.zeros(8)), ConfigError, "is zero"),
-    "one slot of zeros": (lambda: Scale(torch.stack([ONE, 0 * ONE]), 2.0), ConfigError, "is zero"),
-    "reference of another width": (lambda: Ace(ONE, torch.ones(9), 0.0), WidthError, r"8 in vector, 9 in reference"),
+    "one slot of zeros": (lambda: Scale(torch.stack([VECTOR, 0 * VECTOR]), 2.0), ConfigError, "is zero"),
+    "reference of another width": (lambda: Ace(VECTOR, torch.ones(9), 0.0), WidthError, r"8 in vector, 9 in reference"),
     "slots that differ": (
         lambda: Ace(torch.ones(2, 8), torch.ones(3, 8), 0.0),
         ConfigError,
         r"row slots[\s\S]*2 in vector, 3 in reference",
     ),
     "numbers of other slots": (lambda: Scale(torch.ones(2, 8), torch.ones(3)), ConfigError, r"row slots[\s\S]*2 in direction, 3 in factor"),
-    "a table of numbers": (lambda: Scale(ONE, torch.ones(2, 2)), ConfigError, "factor has the wrong shape"),
-    "clamp to nothing": (lambda: Clamp(ONE), ConfigError, "a value or a range"),
-    "clamp to both": (lambda: Clamp(ONE, 1.0, low=0.0), ConfigError, "a value or a range"),
-    "clamp to an empty range": (lambda: Clamp(ONE, low=1.0, high=0.0), ConfigError, "empty"),
-    "erase with half of a fit": (lambda: Erase(torch.ones(2, 8), torch.ones(1, 8), ONE), ConfigError, "2 and 1"),
-    "erase transposed": (lambda: Erase(torch.ones(8, 1), torch.ones(1, 8), ONE), WidthError, "1 in left"),
+    "a table of numbers": (lambda: Scale(VECTOR, torch.ones(2, 2)), ConfigError, "factor has the wrong shape"),
+    "clamp to nothing": (lambda: Clamp(VECTOR), ConfigError, "a value or a range"),
+    "clamp to both": (lambda: Clamp(VECTOR, 1.0, low=0.0), ConfigError, "a value or a range"),
+    "clamp to an empty range": (lambda: Clamp(VECTOR, low=1.0, high=0.0), ConfigError, "empty"),
+    "erase with half of a fit": (lambda: Erase(torch.ones(2, 8), torch.ones(1, 8), VECTOR), ConfigError, "2 and 1"),
+    "erase transposed": (lambda: Erase(torch.ones(8, 1), torch.ones(1, 8), VECTOR), WidthError, "1 in left"),
     "a head too many": (lambda: HeadShift(torch.ones(2, 4), [0], 4), ConfigError, "2 different heads"),
     "a head twice": (lambda: HeadShift(torch.ones(2, 4), [1, 1], 4), ConfigError, "2 different heads"),
     "a head that is not there": (lambda: HeadShift(torch.ones(1, 4), [4], 4), ConfigError, "from 0 to 3"),
@@ -331,8 +331,8 @@ MISTAKES = {
     "no step": (lambda: KSteering([torch.ones(5, 8), torch.ones(3, 5)], [torch.ones(5)], [0], steps=0), ConfigError, "1 or more"),
     "ranks that differ": (lambda: LoReFT(torch.eye(2, 8), torch.ones(2, 8), torch.zeros(3)), ConfigError, "ranks"),
     "widths that differ": (lambda: LoReFT(torch.eye(2, 8), torch.ones(2, 9), torch.zeros(2)), WidthError, "9 in weight"),
-    "detection of no token": (lambda: ReftR1(ONE, k=0), ConfigError, "1 or more"),
-    "a target of another width": (lambda: Replace(ONE, torch.ones(9)), WidthError, "9 in target"),
+    "detection of no token": (lambda: ReftR1(VECTOR, k=0), ConfigError, "1 or more"),
+    "a target of another width": (lambda: Replace(VECTOR, torch.ones(9)), WidthError, "9 in target"),
     "a plane of one vector": (lambda: Rotate(torch.ones(1, 8), 1.0), ConfigError, "needs a plane"),
     "a plane of two equal vectors": (lambda: Rotate(torch.ones(2, 8), 1.0), ConfigError, "linearly dependent"),
 }

@@ -1,4 +1,4 @@
-"""What every operator owes: its formula, no bit changed by strength or mask 0, gradients, row slots, dtypes, files, typed errors."""
+"""Every operator: its formula, no bit changed at strength or mask 0, gradients, row slots, dtypes, files, typed errors."""
 
 import re
 from pathlib import Path
@@ -50,14 +50,14 @@ def test_formula(name):
     case, h = CASES[name], states(3, 4, 32)
     share = torch.tensor([1.0, 0.25, 0.5, 1.0]).view(1, 4, 1)
     for strength in (1.0, 0.6, -1.7):
-        wanted = case.wanted(h, strength)
+        expected = case.expected(h, strength)
         for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-6)):  # vectors are kept in fp32
-            found = applied(case.make(), h.to(dtype), strength)
-            assert found.dtype is dtype and found.shape == h.shape
-            assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+            actual = applied(case.make(), h.to(dtype), strength)
+            assert actual.dtype is dtype and actual.shape == h.shape
+            assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
             part = applied(case.make(), h.to(dtype), strength, share.to(dtype))
-            assert (part - (h + share * (wanted - h))).abs().max() <= tolerance * wanted.abs().max()
-    assert (case.wanted(h) - h).abs().max() > 0.01
+            assert (part - (h + share * (expected - h))).abs().max() <= tolerance * expected.abs().max()
+    assert (case.expected(h) - h).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,7 +86,7 @@ def test_a_plan_equals_hooks_written_by_hand(family, tiny):
             assert point.width is not None and anatomy.n_heads == HEADS
 
             def edit(h, case=case):
-                return case.wanted(h.view(len(h), -1, h.shape[-1]), 0.7).view_as(h).to(h.dtype)  # the MLP of OPT sees [tokens, width]
+                return case.expected(h.view(len(h), -1, h.shape[-1]), 0.7).view_as(h).to(h.dtype)  # the MLP of OPT sees [tokens, width]
 
             with Plan(Intervention(case.make(width=point.width), point.site, strength=0.7)).attached(model):
                 steered = model(ids(), use_cache=False).logits
@@ -111,9 +111,9 @@ def test_strength_and_mask_zero_keep_every_bit(name, dtype):
     operator, h = CASES[name].make(), states(2, 9, 32, dtype=dtype)
     assert torch.equal(applied(operator, h, 0.0), h)
     mask = torch.tensor([[1.0, 0, 1], [0, 0, 1]]).repeat(1, 3).unsqueeze(-1).to(dtype)
-    found = applied(operator, h, 2.0, mask)
+    actual = applied(operator, h, 2.0, mask)
     left_alone = mask.squeeze(-1) == 0
-    assert torch.equal(found[left_alone], h[left_alone]) and not torch.equal(found, h)
+    assert torch.equal(actual[left_alone], h[left_alone]) and not torch.equal(actual, h)
     assert torch.equal(applied(operator, h, 2.0, mask * 0), h)
 
 
@@ -123,7 +123,7 @@ def test_gradients_against_finite_differences(name):
     if operator.learnable:
         operator.train()
         operator.tensors = {
-            key: torch.nn.Parameter(one.double()) if key in operator.learnable else one for key, one in operator.tensors.items()
+            key: torch.nn.Parameter(tensor.double()) if key in operator.learnable else tensor for key, tensor in operator.tensors.items()
         }
     learned = list(operator.parameters.values())
     h = states(2, 3, 8, dtype=torch.float64).requires_grad_()
@@ -152,15 +152,15 @@ def test_row_slots_equal_single_runs(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_rounds_once(name):
-    """Beside an entry of 5000, as language models have them: coordinates in bf16 would be wrong by more than 1."""
+    """Language models have entries of 5000: beside them, coordinates in bf16 would be wrong by more than 1."""
     case = CASES[name]
     for dtype, digits in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         h = states(2, 3, 32)
         h[..., 5] += 5000
         h = h.to(dtype)
-        found, wanted = applied(case.make(), h, 0.7), case.wanted(h, 0.7)
-        assert found.dtype is dtype
-        assert ((found.double() - wanted).abs() <= digits * wanted.abs() + 0.01).all()
+        actual, expected = applied(case.make(), h, 0.7), case.expected(h, 0.7)
+        assert actual.dtype is dtype
+        assert ((actual.double() - expected).abs() <= digits * expected.abs() + 0.01).all()
 
 
 @pytest.mark.parametrize("name", ["add", "ablate a span", "k_steering", "loreft", "rotate"])
@@ -171,7 +171,7 @@ def test_the_dtype_of_the_model_is_kept(name, dtype, tiny):
     model.model.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.no_grad(), Plan(Intervention(case.make(), "layers.1.output", strength=0.7)).attached(model):
         steered = model(ids()).logits
-    with torch.no_grad(), edited(model.model.layers[1], lambda h: case.wanted(h, 0.7).to(h.dtype)):
+    with torch.no_grad(), edited(model.model.layers[1], lambda h: case.expected(h, 0.7).to(h.dtype)):
         by_hand = model(ids()).logits
     assert set(seen) == {dtype} and steered.dtype is dtype
     assert torch.allclose(steered, by_hand, rtol=0.05, atol={torch.float64: 1e-5}.get(dtype, 0.1))
@@ -181,9 +181,9 @@ def test_the_dtype_of_the_model_is_kept(name, dtype, tiny):
 def test_autocast_keeps_its_residual_stream_in_fp32(site, tiny):
     """A model in fp32 under bf16 autocast: attention and MLP write bf16, the stream is fp32; an edit must not change either."""
     model = tiny("llama")
-    found = {}
+    dtypes = {}
     for steered in (False, True):
-        seen = found[steered] = []
+        seen = dtypes[steered] = []
         handles = [
             part.register_forward_hook(lambda _, __, out, seen=seen: seen.append((out[0] if isinstance(out, tuple) else out).dtype))
             for part in (model.model.layers[1].self_attn, model.model.layers[1].mlp, model.model.layers[1], model.model.layers[2])
@@ -196,7 +196,7 @@ def test_autocast_keeps_its_residual_stream_in_fp32(site, tiny):
                 model(ids(), labels=ids()).loss.backward()
         for handle in handles:
             handle.remove()
-    assert found[True] == found[False] and torch.float32 in found[True] and torch.bfloat16 in found[True]
+    assert dtypes[True] == dtypes[False] and torch.float32 in dtypes[True] and torch.bfloat16 in dtypes[True]
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
@@ -211,8 +211,8 @@ def test_products_under_autocast_are_those_of_fp32():
 @pytest.mark.parametrize("scope", ["all", "response", "last", "positions[0,-1]"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strength_zero_changes_no_bit_of_a_model(scope, dtype, tiny):
-    """In a forward pass, in generation and in a training step, where the weights after AdamW must be the same too."""
-    found = []
+    """Covers a forward pass, generation and a training step, after which the AdamW weights must be equal too."""
+    runs = []
     for steered in (False, True):
         model = tiny("llama").to(dtype)
         batch = padded("left")
@@ -232,38 +232,38 @@ def test_strength_zero_changes_no_bit_of_a_model(scope, dtype, tiny):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-        found.append([forward, text, *losses, *model.state_dict().values()])
+        runs.append([forward, text, *losses, *model.state_dict().values()])
         if steered:
             assert set(attachment.fired().values()) == {0}
-    assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(runs[0]) == len(runs[1]) and all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_gradients_flow_through_to_the_blocks_before(tiny):
     model, case = tiny("llama"), CASES["ablate"]
     batch = padded("right")
-    found = []
+    gradients = []
     for by_hand in (False, True):
         model.zero_grad()
         mask = (batch["labels"] != -100).unsqueeze(-1)
         if by_hand:
-            with edited(model.model.layers[1], lambda h, mask=mask: torch.where(mask, case.wanted(h).to(h.dtype), h)):
+            with edited(model.model.layers[1], lambda h, mask=mask: torch.where(mask, case.expected(h).to(h.dtype), h)):
                 model(**batch).loss.backward()
         else:
             with Plan(Intervention(case.make(), "layers.1.output", "response")).attached(model):
                 model(**batch).loss.backward()
-        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
-    assert torch.allclose(*found, atol=1e-6) and found[0].abs().max() > 1e-4
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-4
 
 
 def test_interventions_on_one_site_are_applied_in_order(tiny):
     model = tiny("llama")
     add, ablate = Intervention(CASES["add"].make(), "layers.1.output"), Intervention(CASES["ablate"].make(), "layers.1.output")
     with torch.no_grad():
-        with edited(model.model.layers[1], lambda h: CASES["ablate"].wanted(h).to(h.dtype)):
+        with edited(model.model.layers[1], lambda h: CASES["ablate"].expected(h).to(h.dtype)):
             removed = model(ids()).logits
-        for ones, wanted in (([add, ablate], True), ([ablate, add], False)):
-            with Plan(ones).attached(model):
-                assert torch.allclose(model(ids()).logits, removed, atol=1e-5) is wanted
+        for interventions, equal in (([add, ablate], True), ([ablate, add], False)):
+            with Plan(interventions).attached(model):
+                assert torch.allclose(model(ids()).logits, removed, atol=1e-5) is equal
 
 
 # ---- files and words
@@ -272,10 +272,10 @@ def test_interventions_on_one_site_are_applied_in_order(tiny):
 @pytest.mark.parametrize("learned", [False, True])
 def test_saved_and_loaded_to_the_bit(learned, tmp_path):
     h, plan = states(2, 3, 32), Plan(every(strength=0.7))
-    for one in plan.interventions:
-        if learned and one.operator.learnable:
-            one.operator.train()
-            for parameter in one.operator.parameters.values():  # as an optimiser leaves them
+    for intervention in plan.interventions:
+        if learned and intervention.operator.learnable:
+            intervention.operator.train()
+            for parameter in intervention.operator.parameters.values():  # as an optimiser leaves them
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
     loaded = Plan.load(plan.save(tmp_path / "plan"))
     for ours, theirs in zip(plan.interventions, loaded.interventions, strict=True):
@@ -324,7 +324,7 @@ def test_vectors_of_the_wrong_shape_are_refused():
 
 
 def test_tensors_are_copies():
-    given = vector()
-    operator = Add(given)
-    given.zero_()
+    tensor = vector()
+    operator = Add(tensor)
+    tensor.zero_()
     assert operator.tensors["vector"].abs().sum() > 1

@@ -50,11 +50,11 @@ def test_learned_by_an_optimiser_saved_and_used(name, tiny, tmp_path):
     assert losses[-1] < losses[0] - 1e-4
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     loaded = Plan.load(plan.save(tmp_path / "plan"))
-    found = []
-    for one in (plan, loaded):
-        with torch.no_grad(), one.attached(model):
-            found.append(model(**batch).logits)
-    assert torch.allclose(*found, atol=1e-6)
+    logits = []
+    for used in (plan, loaded):
+        with torch.no_grad(), used.attached(model):
+            logits.append(model(**batch).logits)
+    assert torch.allclose(*logits, atol=1e-6)
     assert loaded.interventions[0].operator.parameters.keys() == plan.interventions[0].operator.parameters.keys()
 
 
@@ -77,9 +77,9 @@ def test_rows_that_are_learned_turn_smoothly():
     """Householder's QR would turn a row round where its first entry changes sign."""
     rows = states(1, 2, 8)
     rows[0, 0, 0] = 1e-4
-    other = rows.clone()
-    other[0, 0, 0] = -1e-4
-    assert (orthonormalised(rows) - orthonormalised(other)).abs().max() < 1e-3
+    mirrored = rows.clone()
+    mirrored[0, 0, 0] = -1e-4
+    assert (orthonormalised(rows) - orthonormalised(mirrored)).abs().max() < 1e-3
     assert torch.allclose(orthonormalised(orthonormalised(rows)), orthonormalised(rows), atol=1e-6)
 
 
@@ -116,13 +116,13 @@ def test_a_whole_graph_that_is_not_traced_again(tiny, unbroken):
             lambda: None,
             lambda: attachment.set_strength(0.2),
             lambda: attachment.set_strength(-0.3, "rotate"),
-            lambda: changed(one.operator for one in plan.interventions),
+            lambda: changed(intervention.operator for intervention in plan.interventions),
             lambda: attachment.set_rows([2, 2, 0]),
         ):
             change()
-            found, wanted = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
-            assert torch.allclose(found, wanted, atol=1e-4)
-            seen.append(found)
+            actual, expected = compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits
+            assert torch.allclose(actual, expected, atol=1e-4)
+            seen.append(actual)
     assert counters["stats"]["unique_graphs"] == 1
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, seen[1:], strict=False))
 
@@ -135,9 +135,9 @@ def changed(operators: Iterable[Operator]) -> None:
 
 
 def test_gradients_of_a_compiled_graph(unbroken):
-    """Of all operators one after the other with a soft mask, those that can being learned."""
+    """Applies all operators in sequence with a soft mask; those that can learn do."""
     operators = [case.make() for case in CASES.values()]
-    learned = [parameter for one in operators if one.learnable for parameter in one.train().parameters.values()]
+    learned = [parameter for operator in operators if operator.learnable for parameter in operator.train().parameters.values()]
 
     def run(h: torch.Tensor, strength: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for operator in operators:
@@ -148,11 +148,11 @@ def test_gradients_of_a_compiled_graph(unbroken):
     mask = torch.tensor([[1.0, 0.5, 0.0, 1.0]] * 2).unsqueeze(-1)
     for change in (lambda: None, lambda: changed(operators)):
         change()
-        found = []
+        runs = []
         for call in (run, compiled):
             h = states(2, 4, 32).requires_grad_()
             new = call(h, torch.full((1, 1, 1), 0.3), mask)
-            found.append([new, *torch.autograd.grad((new * states(2, 4, 32, seed=1)).sum(), [h, *learned])])
-        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*found, strict=True))
-        assert all(one.abs().max() > 0 for one in found[0])
+            runs.append([new, *torch.autograd.grad((new * states(2, 4, 32, seed=1)).sum(), [h, *learned])])
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*runs, strict=True))
+        assert all(tensor.abs().max() > 0 for tensor in runs[0])
     assert counters["stats"]["unique_graphs"] == 1

@@ -1,4 +1,4 @@
-"""A plan's life: attach, drive, look, keep; and everything that must be refused."""
+"""A plan's life: attach, change strengths, explain, save; and everything that must be refused."""
 
 import json
 
@@ -39,14 +39,14 @@ def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
     model = tiny("llama")
     plan = steered()
     with plan.attached(model) as attachment:
-        wanted = logits(model)
+        expected = logits(model)
         with pytest.raises(AttachError, match="another plan is attached"):
             plan.attach(model)
         with pytest.raises(AttachError, match=r"another plan[\s\S]*stack=True"):
             steered().attach(model)
         with pytest.raises(AttachError, match="another plan"):
             steered().attach(torch.nn.ModuleList([model]))  # through a wrapper
-        assert torch.equal(logits(model), wanted)
+        assert torch.equal(logits(model), expected)
     with pytest.raises(AttachError, match="not attached"):
         attachment.detach()
 
@@ -80,7 +80,7 @@ def test_stacked_plans_may_leave_in_any_order(tiny):
 
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.2", "norm"])
 def test_an_exception_leaves_no_hook(where, tiny):
-    """Raised inside a block, before or after the site, and by the caller's own code."""
+    """The exception comes from a block before or after the site, or from the caller's own code."""
     model = tiny("llama")
     plain = logits(model)
     boom = model.model.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
@@ -133,14 +133,14 @@ def test_a_plan_may_move_to_another_model_and_touches_only_its_own(tiny):
 def test_one_plan_lives_on_two_models_at_once(tiny):
     plan, llama, gpt2 = steered(strength=2.0), tiny("llama"), tiny("gpt2")
     with edited(llama.model.layers[1], lambda h: h + 0.5 * vector()):
-        wanted = logits(llama)
+        expected = logits(llama)
     with edited(gpt2.transformer.h[1], lambda h: h + 2 * vector()):
-        wanted_gpt2 = logits(gpt2)
+        expected_gpt2 = logits(gpt2)
     said = plan.explain()
     with plan.attached(llama) as first, plan.attached(gpt2) as second:
         first.set_strength(0.5)
         first.step(3)
-        assert torch.allclose(logits(llama), wanted, atol=1e-5) and torch.allclose(logits(gpt2), wanted_gpt2, atol=1e-5)
+        assert torch.allclose(logits(llama), expected, atol=1e-5) and torch.allclose(logits(gpt2), expected_gpt2, atol=1e-5)
         logits(gpt2)
         assert first.fired() == {"add@layers.1.output": 14} and second.fired() == {"add@layers.1.output": 28}
         assert (first.current_step, second.current_step) == (3, 0)
@@ -149,7 +149,7 @@ def test_one_plan_lives_on_two_models_at_once(tiny):
 
 
 def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
-    """A method that was tried out in generation is often the one to train with."""
+    """Users often try a method in generation first and train with it later."""
     model = tiny("llama")
     with torch.inference_mode():
         gate = ProbeGate(vector(seed=3), sharpness=1.0)
@@ -183,10 +183,10 @@ def test_a_plan_for_another_model_is_refused(tiny):
     with pytest.raises(WrongModelError, match=r"'model_type': 'llama'[\s\S]*'model_type': 'gpt2'"):
         plan.attach(tiny("gpt2"))
     with torch.no_grad():
-        other = tiny("llama")
-        other.get_input_embeddings().weight.mul_(1.1)
+        shifted = tiny("llama")
+        shifted.get_input_embeddings().weight.mul_(1.1)
     with pytest.warns(UserWarning, match="embeddings differ"):
-        attachment = plan.attach(other)
+        attachment = plan.attach(shifted)
     attachment.detach()
     plan.attach(tiny("llama")).detach()
 
@@ -215,9 +215,9 @@ def test_an_empty_plan_and_unknown_names():
         attachment_of(steered()).set_strength(2.0, "x")
 
 
-def test_repeated_names_are_numbered_and_given_ones_kept():
-    ones = [Intervention(Add(vector()), "layers.1.output") for _ in range(3)]
-    names = [one.name for one in Plan([*ones, Intervention(Add(vector()), "embed", name="mine")]).interventions]
+def test_repeated_names_are_numbered_and_chosen_names_stay():
+    repeated = [Intervention(Add(vector()), "layers.1.output") for _ in range(3)]
+    names = [intervention.name for intervention in Plan([*repeated, Intervention(Add(vector()), "embed", name="mine")]).interventions]
     assert names == ["add@layers.1.output", "add@layers.1.output#2", "add@layers.1.output#3", "mine"]
 
 
@@ -232,10 +232,10 @@ def test_strength_switch_and_schedule_drive_one_buffer(tiny):
         with edited(model.model.layers[1], lambda h: h + strength * vector()):
             return logits(model)
 
-    wanted = {strength: by_hand(strength) for strength in (0.0, 0.5, 1.0, 2.0, 4.0)}
+    expected = {strength: by_hand(strength) for strength in (0.0, 0.5, 1.0, 2.0, 4.0)}
     with plan.attached(model) as attachment:
         buffer = attachment.interventions[0].strength
-        for act, strength in [
+        for change, strength in [
             (lambda: None, 0.0),
             (lambda: attachment.step(5), 1.0),
             (lambda: attachment.set_strength(4.0), 2.0),
@@ -244,20 +244,20 @@ def test_strength_switch_and_schedule_drive_one_buffer(tiny):
             (lambda: attachment.enable(), 4.0),
             (lambda: attachment.set_strength(0.5, "add@layers.1.output"), 0.5),
         ]:
-            act()
+            change()
             assert buffer.tolist() == [[[strength]]] and attachment.interventions[0].strength is buffer
-            assert torch.allclose(logits(model), wanted[strength], atol=1e-5)
+            assert torch.allclose(logits(model), expected[strength], atol=1e-5)
 
 
-def test_one_of_two_can_be_driven_alone(tiny):
+def test_one_of_two_interventions_can_be_set_alone(tiny):
     model = tiny("llama")
     plan = Plan([Intervention(Add(vector()), "layers.0.output", name="a"), Intervention(Add(vector()), "layers.1.output", name="b")])
     with edited(model.model.layers[1], lambda h: h + 3 * vector()):
-        wanted = logits(model)
+        expected = logits(model)
     with plan.attached(model) as attachment:
         attachment.enable(False, "a")
         attachment.set_strength(3.0, "b")
-        assert torch.allclose(logits(model), wanted, atol=1e-5)
+        assert torch.allclose(logits(model), expected, atol=1e-5)
         assert attachment.fired() == {"a": 0, "b": 14}
     with pytest.raises(NonFiniteError):
         attachment.set_strength(float("nan"))
@@ -355,8 +355,8 @@ def test_a_saved_plan_comes_back_to_the_bit(name, tmp_path, tiny):
     loaded = Plan.load(plan.save(tmp_path / name))
     assert loaded.fingerprint == plan.fingerprint and loaded.explain() == plan.explain()
     outputs = []
-    for one in (plan, loaded):
-        with one.attached(model) as attachment:
+    for saved in (plan, loaded):
+        with saved.attached(model) as attachment:
             attachment.enable()
             attachment.step(3)
             attachment.set_rows([1, 0, 1])
@@ -419,9 +419,9 @@ def test_a_resumed_plan_goes_on_where_it_was():
     attachment.enable(False)
     resumed.load_state_dict(attachment.state_dict())
     assert resumed.state_dict()["step"] == 4
-    for one in (attachment, resumed):
-        one.enable()
-        assert one.interventions[0].strength.item() == pytest.approx(1.2)
+    for state_holder in (attachment, resumed):
+        state_holder.enable()
+        assert state_holder.interventions[0].strength.item() == pytest.approx(1.2)
     attachment.set_strength(9.0)
     assert resumed.interventions[0].base == (3.0,)  # nothing shared
     with pytest.raises(ConfigError, match="another plan"):
@@ -430,15 +430,15 @@ def test_a_resumed_plan_goes_on_where_it_was():
 
 @pytest.mark.parametrize(("scope", "strength"), [("generated[:8]", 2.0), ("all", [2.0, 3.0])])
 def test_a_state_that_does_not_fit_changes_nothing(scope, strength):
-    """Not even the interventions before the one that it does not fit."""
+    """Interventions before the misfit stay unchanged too."""
 
-    def made(scope, strength) -> Attachment:
+    def attached(scope, strength) -> Attachment:
         second = Intervention(Add(vector()), "layers.0.output", scope, strength=strength, name="b")
         return attachment_of(Plan([Intervention(Add(vector()), "embed", name="a"), second]))
 
-    attachment, other = made("all", 2.0), made(scope, strength)
-    other.set_strength(7.0, "a")
+    attachment, misfit = attached("all", 2.0), attached(scope, strength)
+    misfit.set_strength(7.0, "a")
     with pytest.raises(ConfigError, match=r"the state of 'b' does not fit"):
-        attachment.load_state_dict(other.state_dict())
-    assert [one.base for one in attachment.interventions] == [(1.0,), (2.0,)]
-    assert [one.strength.item() for one in attachment.interventions] == [1.0, 2.0]
+        attachment.load_state_dict(misfit.state_dict())
+    assert [intervention.base for intervention in attachment.interventions] == [(1.0,), (2.0,)]
+    assert [intervention.strength.item() for intervention in attachment.interventions] == [1.0, 2.0]

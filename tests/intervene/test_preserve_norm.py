@@ -22,40 +22,40 @@ def intervention(operator, strength=1.0, **options) -> Intervention:
     return Intervention(operator, site, **{"strength": strength, "preserve_norm": True, **options})
 
 
-def called(one: Intervention | ActiveIntervention, h: torch.Tensor, **given) -> torch.Tensor:
-    acting = one if isinstance(one, ActiveIntervention) else active(one)
-    return acting(h, build_context({"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **given}, None))
+def called(intervention: Intervention | ActiveIntervention, h: torch.Tensor, **inputs) -> torch.Tensor:
+    acting = intervention if isinstance(intervention, ActiveIntervention) else active(intervention)
+    return acting(h, build_context({"input_ids": torch.ones(h.shape[:2], dtype=torch.long), **inputs}, None))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_edit_scaled_back_to_the_norm_before_it(name):
     h = states(2, 5, 32)
-    wanted = CASES[name].wanted(h, 0.7)
-    wanted = wanted * (h.double().norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True))
-    found = called(intervention(CASES[name].make(), 0.7), h)
-    assert torch.allclose(found.double(), wanted, atol=1e-5)
-    assert torch.allclose(found.norm(dim=-1), h.norm(dim=-1), rtol=1e-6)
+    expected = CASES[name].expected(h, 0.7)
+    expected = expected * (h.double().norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True))
+    actual = called(intervention(CASES[name].make(), 0.7), h)
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
+    assert torch.allclose(actual.norm(dim=-1), h.norm(dim=-1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_norms_of_ten_thousand_in_half_precision(name, dtype):
-    """In fp16 the square of such a norm is beyond the largest number, and some edits are on their way; none is when they arrive."""
+    """In fp16 the square of such a norm overflows, and so do some intermediate results; no final result does."""
     unit = states(2, 5, 32)
     h = (1e4 * unit / unit.norm(dim=-1, keepdim=True)).to(dtype)
-    found = called(intervention(CASES[name].make(), 40.0 if name == "add" else 0.7), h)
-    assert found.dtype is dtype and torch.isfinite(found).all()
+    edited = called(intervention(CASES[name].make(), 40.0 if name == "add" else 0.7), h)
+    assert edited.dtype is dtype and torch.isfinite(edited).all()
     step = torch.finfo(dtype).eps
-    assert torch.allclose(found.double().norm(dim=-1), h.double().norm(dim=-1), rtol=step)
+    assert torch.allclose(edited.double().norm(dim=-1), h.double().norm(dim=-1), rtol=step)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 def test_an_edit_beyond_the_largest_number_of_fp16_comes_back(dtype):
     h = torch.full((1, 2, 4), 3e4).to(dtype)
-    found = called(Intervention(Add(torch.tensor([3e4, 3e4, -3e4, -3e4])), SITE, strength=2.0, preserve_norm=True), h)
-    wanted = torch.tensor([3.0, 3.0, -1.0, -1.0], dtype=torch.float64)
-    wanted = wanted / wanted.norm() * h[0, 0].double().norm()
-    assert torch.isfinite(found).all() and torch.allclose(found[0, 0].double(), wanted, rtol=torch.finfo(dtype).eps * 2)
+    edited = called(Intervention(Add(torch.tensor([3e4, 3e4, -3e4, -3e4])), SITE, strength=2.0, preserve_norm=True), h)
+    expected = torch.tensor([3.0, 3.0, -1.0, -1.0], dtype=torch.float64)
+    expected = expected / expected.norm() * h[0, 0].double().norm()
+    assert torch.isfinite(edited).all() and torch.allclose(edited[0, 0].double(), expected, rtol=torch.finfo(dtype).eps * 2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,18 +65,18 @@ def test_strength_zero_and_closed_gates_keep_every_bit(name, dtype):
     h[0, 2] = 0.0
     assert torch.equal(called(intervention(CASES[name].make(), 0.0), h), h)
     batch = padded("right")
-    given = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-    found = called(intervention(CASES[name].make(), 0.7, scope="response"), h, **given)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    edited = called(intervention(CASES[name].make(), 0.7, scope="response"), h, **inputs)
     meant = batch["labels"] != -100
-    assert torch.equal(found[~meant], h[~meant]) and not torch.equal(found[meant], h[meant])
+    assert torch.equal(edited[~meant], h[~meant]) and not torch.equal(edited[meant], h[meant])
 
 
 def test_rows_of_strength_zero_keep_every_bit():
     h = (30 * states(3, 7, 32)).to(torch.bfloat16)
-    one = active(intervention(Add(vector()), [0.0, 1.0]))
-    one.rows = torch.tensor([0, 1, 0])
-    found = called(one, h)
-    assert torch.equal(found[[0, 2]], h[[0, 2]]) and not torch.equal(found[1], h[1])
+    acting = active(intervention(Add(vector()), [0.0, 1.0]))
+    acting.rows = torch.tensor([0, 1, 0])
+    edited = called(acting, h)
+    assert torch.equal(edited[[0, 2]], h[[0, 2]]) and not torch.equal(edited[1], h[1])
 
 
 def test_zero_vectors():
@@ -84,9 +84,9 @@ def test_zero_vectors():
     v = vector()
     h = torch.stack([torch.zeros(32), v, -v, 2 * v])[None].requires_grad_()
     operator = Add(v).train()
-    found = called(intervention(operator), h)
-    assert torch.equal(found[0, :3].detach(), torch.stack([torch.zeros(32), v, torch.zeros(32)])) and found[0, 3].allclose(2 * v)
-    found.square().sum().backward()
+    edited = called(intervention(operator), h)
+    assert torch.equal(edited[0, :3].detach(), torch.stack([torch.zeros(32), v, torch.zeros(32)])) and edited[0, 3].allclose(2 * v)
+    edited.square().sum().backward()
     assert torch.isfinite(h.grad).all() and torch.isfinite(operator.tensors["vector"].grad).all()
     still = called(intervention(Add(torch.zeros(32))), h)
     assert torch.equal(still, h)
@@ -94,10 +94,10 @@ def test_zero_vectors():
 
 @pytest.mark.parametrize("name", ["add", "ablate a span", "rotate towards", "loreft"])
 def test_gradients_against_finite_differences(name):
-    one = intervention(CASES[name].make(), 0.7, scope="response", gate=None)
+    acting = intervention(CASES[name].make(), 0.7, scope="response", gate=None)
     h = states(1, 12, 32).double().requires_grad_()
-    given = packed((4, 3, 5), prompt=1)
-    assert torch.autograd.gradcheck(lambda x: called(one, x, **given), h)
+    inputs = packed((4, 3, 5), prompt=1)
+    assert torch.autograd.gradcheck(lambda x: called(acting, x, **inputs), h)
 
 
 def test_gradients_of_tokens_that_are_left_alone_are_exact():
@@ -109,7 +109,7 @@ def test_gradients_of_tokens_that_are_left_alone_are_exact():
 
 
 def test_a_vector_of_zero_learns_only_across_the_activation():
-    """From the start: along it there is no change to be had."""
+    """A vector of zeros has a gradient from the start, without the part along the activation, where the norm is fixed."""
     h, operator = states(1, 1, 32), Add(torch.zeros(32)).train()
     weights = states(1, 1, 32, seed=1)
     (called(intervention(operator), h) * weights).sum().backward()
@@ -130,14 +130,14 @@ def test_in_a_model_with_a_gate_between_open_and_closed(dtype, tiny):
 
     with torch.no_grad():
         with plan.attached(model):
-            found = model(x).logits
+            actual = model(x).logits
         with edited(model.model.layers[1], edit):
-            wanted = model(x).logits
-    assert found.dtype is dtype and torch.allclose(found, wanted, atol=0.1 if dtype is torch.bfloat16 else 1e-5)
+            expected = model(x).logits
+    assert actual.dtype is dtype and torch.allclose(actual, expected, atol=0.1 if dtype is torch.bfloat16 else 1e-5)
 
 
 def test_training_with_strength_zero_is_that_of_the_bare_model(tiny):
-    found = []
+    runs = []
     for steered in (False, True):
         model = tiny("llama").train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -148,5 +148,5 @@ def test_training_with_strength_zero_is_that_of_the_bare_model(tiny):
             model(**batch, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(list(model.state_dict().values()))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(list(model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

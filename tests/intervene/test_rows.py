@@ -80,7 +80,7 @@ def test_one_vector_with_a_strength_per_row(tiny):
 
 @pytest.mark.parametrize("task", ["forward", "generate"])
 def test_each_row_has_a_plan_of_its_own(task, tiny):
-    """Other operators, sites and scopes for other rows: a strength of 0 switches an intervention off for a row."""
+    """Rows may differ in operators, sites and scopes: a strength of 0 switches an intervention off for a row."""
     model, batch = tiny("llama"), padded("left")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     edits = [
@@ -161,8 +161,12 @@ def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):
         attachment.set_rows([1, 2])
         attachment.set_strength(1.0)
         model(ids(), labels=ids()).loss.backward()
-        [one] = attachment.interventions
-        assert one.rows.tolist() == [1, 2] and set(one.strength.flatten().tolist()) == {1.0} and not one.rows.is_inference()
+        [intervention] = attachment.interventions
+        assert (
+            intervention.rows.tolist() == [1, 2]
+            and set(intervention.strength.flatten().tolist()) == {1.0}
+            and not intervention.rows.is_inference()
+        )
 
 
 def test_interventions_without_slots_are_left_alone_by_set_rows(tiny):

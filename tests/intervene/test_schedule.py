@@ -23,8 +23,8 @@ def test_constant(step, value):
 
 @given(STEPS, COUNTS, NUMBERS, NUMBERS)
 def test_linear(step, steps, start, end):
-    wanted = end if step >= steps else start * (1 - step / steps) + end * step / steps
-    assert Linear(steps, start, end)(step) == pytest.approx(wanted, abs=1e-9)
+    expected = end if step >= steps else start * (1 - step / steps) + end * step / steps
+    assert Linear(steps, start, end)(step) == pytest.approx(expected, abs=1e-9)
 
 
 @given(STEPS, COUNTS, NUMBERS, NUMBERS)
@@ -37,12 +37,12 @@ def test_cosine(step, steps, start, end):
 def test_warmup_and_decay(step, warmup, decay, level):
     total = warmup + level + decay
     if step <= warmup:
-        wanted = step / warmup
+        expected = step / warmup
     elif step <= warmup + level:
-        wanted = 1.0
+        expected = 1.0
     else:
-        wanted = max(0.0, (total - step) / decay)
-    assert WarmupDecay(warmup, decay, total)(step) == pytest.approx(wanted)
+        expected = max(0.0, (total - step) / decay)
+    assert WarmupDecay(warmup, decay, total)(step) == pytest.approx(expected)
 
 
 EXAMPLES = {

@@ -92,13 +92,13 @@ class Wanted:
 
     @property
     def text(self) -> str:
-        unions = [self.include, *([one] for one in self.exclude)]
-        text = "!".join("|".join("&".join(one.text for one in part) for part in union) for union in unions)
+        unions = [self.include, *([selector] for selector in self.exclude)]
+        text = "!".join("|".join("&".join(selector.text for selector in part) for part in union) for union in unions)
         return text if self.half_life is None else f"{text}~{self.half_life}"
 
     def wants(self, token: Token, generating: bool) -> bool:
         def some(union: list[list[Named]]) -> bool:
-            return any(all(one.wants(token, generating) for one in part) for part in union)
+            return any(all(selector.wants(token, generating) for selector in part) for part in union)
 
         return token.real and some(self.include) and not some(self.exclude)
 
@@ -115,7 +115,7 @@ def windows(least: int) -> st.SearchStrategy[Window]:
 
 
 def selectors(least: int = -5, last: bool = True, roles: bool = True) -> st.SearchStrategy[Named]:
-    """least: 0 where parts of a prompt come one by one, so that its end is not known; responses that are decoded have none ever."""
+    """least: 0 where a prompt comes in parts, so that its end is not known; decoded responses never have a known end."""
     words = st.sampled_from(["all", "prompt", "response", "generated"] + ["last"] * last).map(Named)
     windowed = st.builds(Named, st.sampled_from(["prompt", "positions"]), windows(least))
     decoded = st.builds(Named, st.sampled_from(["response", "generated"]), windows(0))
@@ -124,10 +124,10 @@ def selectors(least: int = -5, last: bool = True, roles: bool = True) -> st.Sear
     return st.one_of(words, windowed, decoded, ids, *[turns] * roles)
 
 
-def scopes(one: st.SearchStrategy[Named]) -> st.SearchStrategy[Wanted]:
-    parts = st.lists(st.lists(one, min_size=1, max_size=2), min_size=1, max_size=2)
+def scopes(selector: st.SearchStrategy[Named]) -> st.SearchStrategy[Wanted]:
+    parts = st.lists(st.lists(selector, min_size=1, max_size=2), min_size=1, max_size=2)
     half_lives = st.none() | st.sampled_from([1.0, 2.5, 64.0])
-    return st.builds(Wanted, parts, st.lists(st.lists(one, min_size=1, max_size=2), max_size=2), half_lives)
+    return st.builds(Wanted, parts, st.lists(st.lists(selector, min_size=1, max_size=2), max_size=2), half_lives)
 
 
 # ---- batches
@@ -140,7 +140,7 @@ class Text:
     seed: int
 
     def tokens(self) -> list[Token]:
-        """As in training, where both ends are known."""
+        """Tokens of the text as in training, where both ends are known."""
         size = self.prompt + self.response
         parts = [("prompt", i, self.prompt) for i in range(self.prompt)] + [("response", i, self.response) for i in range(self.response)]
         return [Token(i, size, *part, i == size - 1, self.id(i), self.turn(i)) for i, part in enumerate(parts)]
@@ -157,7 +157,7 @@ TEXTS = st.lists(st.builds(Text, st.integers(1, 4), st.integers(0, 4), st.intege
 
 
 class Tokens(ScopeMask):
-    """The tokens of a scope, whose lengths are noted when the pass opens, as an attachment does it."""
+    """Masks a scope's tokens; notes lengths when the pass opens, as an attachment does."""
 
     def __init__(self, text: str) -> None:
         super().__init__(Scope.parse(text))
@@ -195,25 +195,25 @@ def test_training_batches(texts, wanted, side, with_positions):
     for text in texts:
         gap = [GAP] * (width - text.prompt - text.response)
         rows.append(gap + text.tokens() if side == "left" else text.tokens() + gap)
-    given_ = {"input_ids": columns(rows, lambda token: token.id), "attention_mask": columns(rows, lambda token: int(token.real))}
+    inputs = {"input_ids": columns(rows, lambda token: token.id), "attention_mask": columns(rows, lambda token: int(token.real))}
     if with_positions:
-        given_["position_ids"] = columns(rows, lambda token: token.index)
+        inputs["position_ids"] = columns(rows, lambda token: token.index)
     response = columns(rows, lambda token: token.part == "response")
-    agrees(wanted, rows, build_context(given_, response, turns=turns_of(rows)), False)
-    given_["labels"] = torch.where(response, 5, -100)
-    agrees(wanted, rows, build_context(given_, None, turns=turns_of(rows)), False)
+    agrees(wanted, rows, build_context(inputs, response, turns=turns_of(rows)), False)
+    inputs["labels"] = torch.where(response, 5, -100)
+    agrees(wanted, rows, build_context(inputs, None, turns=turns_of(rows)), False)
 
 
 @given(TEXTS, scopes(selectors() | st.builds(Named, st.just("response"), windows(-5))))
 def test_packed_rows(texts, wanted):
     row = [token for text in texts for token in text.tokens()]
-    given_ = {"input_ids": columns([row], lambda token: token.id), "position_ids": columns([row], lambda token: token.index)}
-    given_["labels"] = columns([row], lambda token: 5 if token.part == "response" else -100)
-    agrees(wanted, [row], build_context(given_, None, turns=turns_of([row])), False)
+    inputs = {"input_ids": columns([row], lambda token: token.id), "position_ids": columns([row], lambda token: token.index)}
+    inputs["labels"] = columns([row], lambda token: 5 if token.part == "response" else -100)
+    agrees(wanted, [row], build_context(inputs, None, turns=turns_of([row])), False)
 
 
 class Cache:
-    """As long as it is said to be; static ones count in a tensor once they hold something."""
+    """Cache of a settable length; a static one counts in a tensor once it holds something."""
 
     def __init__(self, static: bool) -> None:
         self.length, self.static = 0, static
@@ -248,84 +248,84 @@ class Generation:
             row.append(Token(text.prompt + new, None, "response", new, None, True, text.id(text.prompt + new), "assistant"))
 
     def context(self, tokens: int) -> tuple[ForwardContext, list[list[Token]]]:
-        """The next so many columns go through the model."""
+        """Sends the next `tokens` columns through the model."""
         start, stop = self.cache.length, self.cache.length + tokens
         rows = [row[start:stop] for row in self.rows]
         many = [row[start:stop] for row in self.rows for _ in range(self.beams)]
-        given_ = {"input_ids": columns(many, lambda token: token.id), "past_key_values": self.cache, "use_cache": True}
+        inputs = {"input_ids": columns(many, lambda token: token.id), "past_key_values": self.cache, "use_cache": True}
         mask = columns([row[:stop] for row in self.rows for _ in range(self.beams)], lambda token: int(token.real))
         if not bool(mask.all()):
-            given_["attention_mask"] = mask
-        ctx = build_context(given_, None, turns=turns_of(rows))
+            inputs["attention_mask"] = mask
+        ctx = build_context(inputs, None, turns=turns_of(rows))
         self.cache.length = stop
         return ctx, many
 
 
 @given(TEXTS, scopes(selectors()), st.sampled_from(["left", "right"]), st.booleans(), st.integers(0, 3), st.integers(1, 2))
 def test_generation(texts, wanted, side, static, steps, beams):
-    one = Generation(texts, side, static, beams)
-    ctx, rows = one.context(len(one.rows[0]))
+    generation = Generation(texts, side, static, beams)
+    ctx, rows = generation.context(len(generation.rows[0]))
     agrees(wanted, rows, ctx, True)
     for _ in range(steps):
-        one.decode()
-        ctx, rows = one.context(1)
+        generation.decode()
+        ctx, rows = generation.context(1)
         agrees(wanted, rows, ctx, True)
 
 
 @given(TEXTS, scopes(selectors(0, last=False, roles=False)), st.booleans(), st.integers(2, 3))
 def test_a_prompt_in_copied_parts(texts, wanted, static, chunk):
-    """Only what counts from an end differs from the prompt in one pass, as long as no part is a single token."""
-    one = Generation(texts, "left", static)
-    width = len(one.rows[0])
+    """Only selectors that count from an end differ from one pass over the prompt, as long as no part is a single token."""
+    generation = Generation(texts, "left", static)
+    width = len(generation.rows[0])
     sizes = [chunk] * (width // chunk) + [width % chunk] * (width % chunk > 0)
     if len(sizes) > 1 and sizes[-1] == 1:
         sizes[-2:] = [chunk + 1]
     for size in sizes:
-        one.cache = copy.deepcopy(one.cache)
-        ctx, rows = one.context(size)
+        generation.cache = copy.deepcopy(generation.cache)
+        ctx, rows = generation.context(size)
         agrees(wanted, rows, ctx, True)
     for _ in range(2):
-        one.decode()
-        ctx, rows = one.context(1)
+        generation.decode()
+        ctx, rows = generation.context(1)
         agrees(wanted, rows, ctx, True)
 
 
 def test_a_second_turn_on_the_same_cache_begins_a_new_response():
-    one = Generation([Text(4, 0, 1), Text(3, 0, 2)], "left", False)
+    generation = Generation([Text(4, 0, 1), Text(3, 0, 2)], "left", False)
     scope = Tokens("generated[:1]|prompt[5:]")
-    scope.mask(one.context(4)[0])
+    scope.mask(generation.context(4)[0])
     for _ in range(2):
-        one.decode()
-        scope.mask(one.context(1)[0])
-    for row in one.rows:
+        generation.decode()
+        scope.mask(generation.context(1)[0])
+    for row in generation.rows:
         row += [Token(0, None, "prompt", 0, None, False, 1, "user")] * 2
-    assert scope.mask(one.context(2)[0]).tolist() == [[True, True], [True, True]]
-    for wanted in (True, False):
-        one.decode()
-        mask = scope.mask(one.context(1)[0])
-        assert mask.tolist() == [[wanted], [wanted]]
+    assert scope.mask(generation.context(2)[0]).tolist() == [[True, True], [True, True]]
+    for expected in (True, False):
+        generation.decode()
+        mask = scope.mask(generation.context(1)[0])
+        assert mask.tolist() == [[expected], [expected]]
 
 
 def test_the_first_token_of_a_prompt_of_one_on_a_static_cache_is_no_decoded_one():
     """A reset cache counts in a tensor from the start, and holds what the generation before it left."""
     for name, first, second in (("generated[:1]", False, True), ("prompt", True, False), ("positions[-1]", True, False)):
-        one = Generation([Text(1, 0, 1), Text(1, 0, 2)], "left", True)
-        one.cache.get_seq_length = lambda one=one: torch.tensor(one.cache.length)
+        generation = Generation([Text(1, 0, 1), Text(1, 0, 2)], "left", True)
+        generation.cache.get_seq_length = lambda generation=generation: torch.tensor(generation.cache.length)
         scope = Tokens(name)
         for _ in range(2):  # reused for a second generation
-            one.cache.length, one.rows = 0, [row[:1] for row in one.rows]
-            assert scope.mask(one.context(1)[0]).tolist() == [[first], [first]]
-            one.decode()
-            assert scope.mask(one.context(1)[0]).tolist() == [[second], [second]]
+            generation.cache.length, generation.rows = 0, [row[:1] for row in generation.rows]
+            assert scope.mask(generation.context(1)[0]).tolist() == [[first], [first]]
+            generation.decode()
+            assert scope.mask(generation.context(1)[0]).tolist() == [[second], [second]]
 
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", ["generated[:2]", "response~4"])
 def test_a_cache_that_was_filled_before_says_so(name, static):
-    one = Generation([Text(3, 0, 1)], "left", static)
-    one.context(3)
-    one.decode()
-    ctx, _ = one.context(1)
+    generation = Generation([Text(3, 0, 1)], "left", static)
+    generation.context(3)
+    generation.decode()
+    ctx, _ = generation.context(1)
     with pytest.raises(ContextError, match=r"prompt of this generation was not seen[\s\S]*cache from before the attach"):
         Tokens(name).mask(ctx)
 
@@ -333,26 +333,26 @@ def test_a_cache_that_was_filled_before_says_so(name, static):
 def test_a_cache_keeps_its_prompt_through_a_copy_and_apart_from_others():
     long, short = Generation([Text(5, 0, 1)], "left", False), Generation([Text(2, 0, 1)], "left", False)
     scope = Tokens("generated[:2]")
-    for one in (long, short):
-        scope.mask(one.context(len(one.rows[0]))[0])
+    for generation in (long, short):
+        scope.mask(generation.context(len(generation.rows[0]))[0])
     twin = copy.deepcopy(long)
-    for one in (long, short, twin):
+    for generation in (long, short, twin):
         hits = []
         for _ in range(3):
-            one.decode()
-            hits.append(scope.mask(one.context(1)[0]).item())
+            generation.decode()
+            hits.append(scope.mask(generation.context(1)[0]).item())
         assert hits == [True, True, False]
 
 
 def test_a_cache_of_other_rows_is_refused():
-    one = Generation([Text(3, 0, 1), Text(2, 0, 2)], "left", False)
+    generation = Generation([Text(3, 0, 1), Text(2, 0, 2)], "left", False)
     scope = Tokens("generated[:2]")
-    scope.mask(one.context(3)[0])
-    one.rows = one.rows[:1] * 3
-    one.texts = one.texts[:1] * 3
-    one.decode()
+    scope.mask(generation.context(3)[0])
+    generation.rows = generation.rows[:1] * 3
+    generation.texts = generation.texts[:1] * 3
+    generation.decode()
     with pytest.raises(ContextError, match=r"a cache of 3 rows[\s\S]*one of 2 rows"):
-        scope.mask(one.context(1)[0])
+        scope.mask(generation.context(1)[0])
 
 
 # ---- the text form
@@ -453,12 +453,12 @@ def test_a_decay_needs_to_know_where_the_response_begins():
 @pytest.mark.parametrize("tokens", [3, 1])
 def test_negative_windows_of_a_response_are_refused_in_generation(tokens):
     scope = Tokens("response[-2:]")
-    one = Generation([Text(3, 0, 1)], "left", False)
-    ctx, _ = one.context(3)
+    generation = Generation([Text(3, 0, 1)], "left", False)
+    ctx, _ = generation.context(3)
     if tokens == 1:
         ctx.prompt_length  # noqa: B018
-        one.decode()
-        ctx, _ = one.context(1)
+        generation.decode()
+        ctx, _ = generation.context(1)
     with pytest.raises(ContextError, match=r"'response\[-2:\]' counts from an end[\s\S]*phases=\('train', 'validate'\)"):
         scope.mask(ctx)
 
@@ -477,12 +477,12 @@ def test_roles_need_an_announcement_that_fits(turns, generating):
         Tokens("role[user]").mask(ctx)
 
 
-def test_roles_may_be_announced_with_those_of_the_cache():
-    one = Generation([Text(3, 0, 1)], "left", False)
-    one.context(3)
-    given_ = {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": one.cache}
+def test_roles_may_include_those_of_the_cache():
+    generation = Generation([Text(3, 0, 1)], "left", False)
+    generation.context(3)
+    inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": generation.cache}
     turns = torch.tensor([[0, 1, 1, 2, 1]])
-    assert Tokens("role[user]").mask(build_context(given_, None, turns=turns)).tolist() == [[False, True]]
+    assert Tokens("role[user]").mask(build_context(inputs, None, turns=turns)).tolist() == [[False, True]]
 
 
 def test_a_module_beside_a_decoder_has_no_tokens():
@@ -497,21 +497,24 @@ def test_a_module_beside_a_decoder_has_no_tokens():
 
 
 def attached_to(*names: str) -> Attachment:
-    ones = [Intervention(Add(torch.ones(32)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)]
-    return attachment_of(Plan(ones))
+    interventions = [Intervention(Add(torch.ones(32)), f"layers.{i}.output", name, name="abc"[i]) for i, name in enumerate(names)]
+    return attachment_of(Plan(interventions))
 
 
 def windows_of(attachment: Attachment) -> list[str]:
-    windows = [str(one.scope_mask.scope) for one in attachment.interventions]
-    assert [str(one.scope) for one in attachment.as_plan().interventions] == windows
+    windows = [str(intervention.scope_mask.scope) for intervention in attachment.interventions]
+    assert [str(intervention.scope) for intervention in attachment.as_plan().interventions] == windows
     return windows
 
 
 def test_windows_move_together_or_one_by_one():
     attachment = attached_to("generated[:8]", "generated[:8]", "generated[:8]")
-    assert len({id(one.scope_mask) for one in attachment.interventions}) == 1  # their tokens are worked out once
+    assert len({id(intervention.scope_mask) for intervention in attachment.interventions}) == 1  # their tokens are worked out once
     attachment.set_window(2, None)
-    assert windows_of(attachment) == ["generated[2:]"] * 3 and len({id(one.scope_mask) for one in attachment.interventions}) == 1
+    assert (
+        windows_of(attachment) == ["generated[2:]"] * 3
+        and len({id(intervention.scope_mask) for intervention in attachment.interventions}) == 1
+    )
     attachment.set_window(None, 4, "b")
     assert windows_of(attachment) == ["generated[2:]", "generated[:4]", "generated[2:]"]
     attachment.set_window(1, 2)

@@ -87,27 +87,27 @@ FROM_FIVE = ((PROMPT.cumsum(1) - 1 >= 5) & PROMPT.bool()).float()
 def test_each_decoded_token_is_steered_as_it_should_be(scope, weights, steered, static, tiny):
     """Rows of 7, 4 and 6 prompt tokens; the second one reaches its fifth position with its second decoded token."""
     model = tiny("llama")
-    wanted = weights_by_hand(model, static, weights)
+    by_hand_logits = weights_by_hand(model, static, weights)
     with plan_on(scope).attached(model) as attachment, chat_roles(model, torch.full_like(PROMPT, 1)):
         talk = Talk(model, static)
         for step in range(1, 4):
             talk.say(20 + step)
-    for found, expected in zip(talk.logits, wanted, strict=True):
-        assert torch.allclose(found, expected, atol=1e-4)
+    for actual, expected in zip(talk.logits, by_hand_logits, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-4)
     assert attachment.fired() == {NAME: steered}
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_two_generations_take_turns(static, tiny):
     model = tiny("llama")
-    other = {name: tensor[:2, 2:] for name, tensor in padded("left", (5, 3)).items()}
+    shorter = {name: tensor[:2, 2:] for name, tensor in padded("left", (5, 3)).items()}
     alone = []
-    for batch in (None, other):
+    for batch in (None, shorter):
         with plan_on("generated[:2]").attached(model):
             talk = Talk(model, static, batch)
             alone.append([talk.logits[0], *(talk.say(9) for _ in range(3))])
     with plan_on("generated[:2]").attached(model):
-        talks = [Talk(model, static), Talk(model, static, other)]
+        talks = [Talk(model, static), Talk(model, static, shorter)]
         for _ in range(3):
             for talk in talks:
                 talk.say(9)
@@ -117,7 +117,7 @@ def test_two_generations_take_turns(static, tiny):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_copied_cache_goes_on_as_the_original(static, tiny):
-    """As one does to continue one prompt in several ways."""
+    """Copying a cache continues one prompt in several ways."""
     model = tiny("llama")
     with plan_on("generated[1:2]").attached(model) as attachment:
         first = Talk(model, static)
@@ -170,9 +170,9 @@ def test_beams_of_batched_rows_with_slots_equal_single_runs(scope, cache, tiny):
         attachment.set_rows([2, 0, 1])
         together = model.generate(**inputs, **options)
     for row, slot in enumerate([2, 0, 1]):
-        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        single_row = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         with Plan(Intervention(Add(vectors[slot]), "layers.1.output", scope)).attached(model), chat_roles(model, roles[row : row + 1]):
-            assert torch.equal(together[row], model.generate(**one, **options)[0])
+            assert torch.equal(together[row], model.generate(**single_row, **options)[0])
     assert not torch.equal(together, model.generate(**inputs, **options))
 
 
@@ -191,7 +191,7 @@ def test_gradients_of_windows_and_decay(checkpointing, site, tiny):
     module = model.model.layers[1] if site == "layers.1.output" else model.model.layers[1].mlp
     with edited(module, lambda h: h + weight[..., None] * V):
         model(**batch).loss.backward()
-    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -199,24 +199,24 @@ def test_gradients_of_windows_and_decay(checkpointing, site, tiny):
     with Plan(Intervention(Add(V), site, "response[:3]~2")).attached(model):
         model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, wanted[name], atol=1e-6), name
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
 
 
 def test_turns_in_training(tiny, tiny_tokenizer):
     model = tiny("llama")
     turns = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "no no no"}]
-    tokens, roles = (torch.tensor([one]) for one in encode_chat(tiny_tokenizer, turns))
+    tokens, roles = (torch.tensor([part]) for part in encode_chat(tiny_tokenizer, turns))
     with by_hand(model, (roles == 1).float()):
-        wanted = model(tokens, use_cache=False).logits
+        expected = model(tokens, use_cache=False).logits
     with plan_on("role[user]").attached(model) as attachment:
         with chat_roles(model, roles):
-            assert torch.allclose(model(tokens, use_cache=False).logits, wanted, atol=1e-5)
+            assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-5)
         with pytest.raises(ContextError, match="cannot tell whose turn"):  # only inside the block
             model(tokens, use_cache=False)
     assert attachment.fired() == {NAME: 2 + 4}
 
 
-def test_announced_windows_of_a_completion(tiny):
+def test_windows_of_a_completion_by_a_response_mask(tiny):
     model = tiny("llama")
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with plan_on("response[-2:]").attached(model) as attachment, response_tokens(model, mask):
@@ -225,8 +225,8 @@ def test_announced_windows_of_a_completion(tiny):
 
 
 @pytest.mark.parametrize("scope", ["all", "response"])
-def test_a_generation_has_no_announced_completion(scope, tiny):
-    """What is decoded is longer than any mask that was announced for it."""
+def test_a_generation_takes_no_response_mask(scope, tiny):
+    """The decoded text is longer than any response mask set for it."""
     model = tiny("llama")
     for width, decoding in ((6, True), (3, True), (9, False)):
         seen = 1 if decoding else 6
@@ -258,7 +258,7 @@ def test_a_turn_of_the_real_chat_template(smollm2):
     """The template has a system message of its own; the user's words are what is left of it."""
     model, tokenizer = smollm2
     turns = [{"role": "user", "content": "Name a colour."}]
-    tokens, roles = (torch.tensor([one]) for one in encode_chat(tokenizer, turns, add_generation_prompt=True))
+    tokens, roles = (torch.tensor([part]) for part in encode_chat(tokenizer, turns, add_generation_prompt=True))
     said = [tokenizer.decode(tokens[roles == role]) for role in range(3)]
     assert said[0].startswith("<|im_start|>system") and said[0].endswith("<|im_end|>\n")
     assert said[1:] == ["<|im_start|>user\nName a colour.<|im_end|>\n", "<|im_start|>assistant\n"]

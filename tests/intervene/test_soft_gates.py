@@ -17,7 +17,7 @@ SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)
 
 
-def leaves() -> dict[str, Gate]:
+def gates_by_name() -> dict[str, Gate]:
     return {
         "probe": ProbeGate(W, 0.2, sharpness=0.7),
         "cosine": CosineGate(W, 0.1, sharpness=5.0),
@@ -34,29 +34,29 @@ def gated(gate: Gate, **options) -> Plan:
 
 
 def learned(gate: Gate) -> Gate:
-    for leaf in gate.site_gates():
-        leaf.train()
+    for site_gate in gate.site_gates():
+        site_gate.train()
     return gate
 
 
 # ---- gradients
 
 
-@pytest.mark.parametrize("name", leaves())
+@pytest.mark.parametrize("name", gates_by_name())
 @pytest.mark.parametrize("batch", [padded("left"), packed((3, 4), prompt=2)], ids=["padded", "packed"])
 def test_gradients_against_finite_differences(name, batch):
-    gate = leaves()[name]
+    gate = gates_by_name()[name]
     parts = list(gate.site_gates())
-    names = [(leaf, key) for leaf in parts for key in leaf.learnable if key in leaf.tensors]
-    values = [leaf.tensors[key].double().requires_grad_() for leaf, key in names]
+    names = [(site_gate, key) for site_gate in parts for key in site_gate.learnable if key in site_gate.tensors]
+    values = [site_gate.tensors[key].double().requires_grad_() for site_gate, key in names]
     h = torch.randn(*batch["input_ids"].shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def value(h, *values):
-        for (leaf, key), tensor in zip(names, values, strict=True):
-            leaf.tensors[key] = tensor
+        for (site_gate, key), tensor in zip(names, values, strict=True):
+            site_gate.tensors[key] = tensor
         ctx = build_context(batch, None)
-        for number, leaf in enumerate(parts):
-            leaf.read(h, ctx, str(number))
+        for number, site_gate in enumerate(parts):
+            site_gate.read(h, ctx, str(number))
         decision = gate.decision(ctx, map(str, range(len(parts))))
         closed = 1 - decision.opened if decision.closed is None else decision.closed
         return torch.cat((decision.opened, closed), -1)
@@ -65,7 +65,7 @@ def test_gradients_against_finite_differences(name, batch):
 
 
 def test_gradients_of_a_plan_are_those_of_the_formula(tiny):
-    batch, found = padded("right"), []
+    batch, runs = padded("right"), []
     for by_hand in (True, False):
         model = tiny("llama")
         gate = learned(ProbeGate(W, 0.3, sharpness=0.8))
@@ -81,10 +81,10 @@ def test_gradients_of_a_plan_are_those_of_the_formula(tiny):
         else:
             with plan.attached(model):
                 model(**batch).loss.backward()
-        found.append([v.grad, w.grad, b.grad, *(parameter.grad for parameter in model.parameters())])
+        runs.append([v.grad, w.grad, b.grad, *(parameter.grad for parameter in model.parameters())])
     # what stands on padding is steered by hand, too, but no loss depends on it
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
-    assert all(one.abs().max() > 1e-5 for one in found[0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*runs, strict=True))
+    assert all(gradient.abs().max() > 1e-5 for gradient in runs[0])
 
 
 def run(model, plan, batch) -> list[torch.Tensor]:
@@ -95,18 +95,18 @@ def run(model, plan, batch) -> list[torch.Tensor]:
     with plan.attached(model) as attachment:
         model(**batch, use_cache=False).loss.backward()
         fired = torch.tensor(list(attachment.fired().values()))
-    return [*(one.grad for one in plan.parameters()), *(one.grad for one in model.parameters()), fired]
+    return [*(parameter.grad for parameter in plan.parameters()), *(parameter.grad for parameter in model.parameters()), fired]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["probe", "rows", "either"])
 def test_gradient_checkpointing_changes_no_gradient(name, reentrant, tiny):
     model, batch = tiny("llama").train(), padded("left")
-    plan = gated(learned(leaves()[name]))
+    plan = gated(learned(gates_by_name()[name]))
     plain = run(model, plan, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, run(model, plan, batch), strict=True))
-    assert all(one.abs().max() > 0 for one in plain)
+    assert all(gradient.abs().max() > 0 for gradient in plain)
 
 
 INSIDE = {  # where it reads and what it steers, both at or inside checkpointed blocks
@@ -118,7 +118,7 @@ INSIDE = {  # where it reads and what it steers, both at or inside checkpointed 
 
 @pytest.mark.parametrize("where", INSIDE)
 def test_sites_inside_checkpointed_blocks(where, tiny):
-    """A reentrant block runs without gradients first: a decision that leaves it would have none, and none would be missed."""
+    """A reentrant block first runs without gradients: a gate decision that leaves the block would have none, and no error would show it."""
     read, steered = INSIDE[where]
     model, batch = tiny("llama").train(), padded("left")
     plan = Plan(Intervention(Add(V).train(), steered, gate=learned(ProbeGate(W, 0.2, sharpness=0.7, site=read))))
@@ -148,7 +148,7 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
     plan = Plan([Intervention(Add(V), SITE, gate=hard & ~row), last])
     first, second = plan.interventions
     probe, cosine = first.gate.site_gates()
-    shared, other = second.gate.site_gates()
+    shared, unshared = second.gate.site_gates()
     assert shared is cosine
     seen, fired = [], []
     with plan.attached(model) as attachment, torch.no_grad():
@@ -157,26 +157,26 @@ def test_changes_of_a_gate_trace_nothing_again(tiny, backend):
             lambda: None,
             lambda: probe.tensors["bias"].fill_(1.5),
             lambda: cosine.tensors["threshold"].fill_(-0.2),
-            lambda: other.tensors["sharpness"].fill_(20.0),
+            lambda: unshared.tensors["sharpness"].fill_(20.0),
             lambda: probe.tensors["vector"].copy_(-W[None]),
             lambda: attachment.set_strength(0.5),
         ):
             change()
             before = attachment.fired()
-            found = compiled(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+            actual = compiled(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
             between = attachment.fired()
-            wanted = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
-            assert torch.allclose(found, wanted, atol=1e-5)
+            expected = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+            assert torch.allclose(actual, expected, atol=1e-5)
             after = attachment.fired()
             assert all(after[name] - between[name] == between[name] - before[name] for name in after)
-            seen.append(found)
+            seen.append(actual)
             fired.append(after)
     assert backend.graphs == 1
     assert [float((a - b).abs().max()) > 1e-4 for a, b in zip(seen, seen[1:], strict=False)] == [True] * 5
 
 
 def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(tiny, backend):
-    found = []
+    runs = []
     for compiled in (False, True):
         model = tiny("llama").train()
         plan = gated(learned(ProbeGate(W, 0.2, sharpness=0.7, site=READ) & CosineGate(V, 0.0, sharpness=2.0, per="row")))
@@ -186,9 +186,9 @@ def test_a_compiled_training_step_has_the_gradients_of_the_eager_one(tiny, backe
             for bias in (0.2, -0.4):
                 list(plan.interventions[0].gate.site_gates())[0].tensors["bias"].data.fill_(bias)
                 call(**padded("right"), use_cache=False).loss.backward()
-                gradients += [one.grad.clone() for one in (*plan.parameters(), *model.parameters())]
-        found.append(gradients)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+                gradients += [parameter.grad.clone() for parameter in (*plan.parameters(), *model.parameters())]
+        runs.append(gradients)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*runs, strict=True))
     assert backend.graphs == 1
 
 
@@ -223,7 +223,7 @@ def test_compiled_decoding_with_a_static_cache(tiny, backend):
             changed.append(int((compiled != plain).any(1).sum()))
             graphs.append(backend.graphs)
         assert set(graphs) == {graphs[0]} and graphs[0] > 0
-    assert changed[:2] == [0, 4] and any(0 < one < 4 for one in changed[2:])
+    assert changed[:2] == [0, 4] and any(0 < count < 4 for count in changed[2:])
 
 
 # ---- wrapped
@@ -234,11 +234,11 @@ def test_gates_on_a_peft_model(tiny):
 
     batch, gate = padded("left"), ProbeGate(W, 0.1, site=READ, per="row") & ProbeGate(V, 0.1)
     with torch.no_grad(), gated(gate).attached(plain := tiny("llama")) as attachment:
-        wanted, fired = plain(**batch).logits, attachment.fired()
+        expected, fired = plain(**batch).logits, attachment.fired()
     wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
     with gated(copy.deepcopy(gate)).attached(wrapped) as attachment:
         out = wrapped(**batch)
-        assert torch.allclose(out.logits, wanted, atol=1e-5) and attachment.fired() == fired and 0 < fired["add@layers.1.output"] < 17
+        assert torch.allclose(out.logits, expected, atol=1e-5) and attachment.fired() == fired and 0 < fired["add@layers.1.output"] < 17
         out.loss.backward()
         assert attachment.parameters()[0].grad.abs().max() > 0
         with torch.no_grad(), wrapped.disable_adapter():  # the reference of DPO and GRPO
@@ -252,7 +252,7 @@ def test_values_between_open_and_closed_steer_by_that_share(tiny):
         plan = gated(ProbeGate(torch.zeros(32), bias, sharpness=1.5))
         with torch.no_grad():
             with plan.attached(model) as attachment:
-                found = model(x).logits
+                logits = model(x).logits
             with edited(model.model.layers[1], lambda h, b=bias: h + torch.sigmoid(torch.tensor(1.5 * b)) * V):
-                assert torch.allclose(found, model(x).logits, atol=1e-5)
+                assert torch.allclose(logits, model(x).logits, atol=1e-5)
         assert attachment.fired() == {"add@layers.1.output": 14 * (bias > 0)}

@@ -14,7 +14,7 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(tiny):
     model = tiny("llama").eval()
     tokens = ids(2, 6)
     with torch.no_grad(), Plan(Intervention(Add(vector()), "layers.1.output")).attached(model) as plan:
-        wanted, refused = model(tokens).logits, []
+        expected, refused = model(tokens).logits, []
 
         def second() -> None:
             try:
@@ -28,9 +28,9 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(tiny):
             thread.join()
 
         handle = model.model.layers[0].register_forward_hook(while_running)
-        found = model(tokens).logits
+        actual = model(tokens).logits
         handle.remove()
-        assert torch.equal(found, wanted) and plan.fired() == {"add@layers.1.output": 24}
+        assert torch.equal(actual, expected) and plan.fired() == {"add@layers.1.output": 24}
         second()
         assert len(refused) == 1 and plan.fired() == {"add@layers.1.output": 30}
     with pytest.raises(ContextError, match=r"two threads call a steered model at a time[\s\S]*lock"):

@@ -83,7 +83,7 @@ def test_other_peoples_hooks_stay_and_keep_their_order(tiny):
 
 
 def test_everybody_who_looks_sees_the_steered_activation(tiny):
-    """Also a recorder that was there before: the hooks that transformers keeps after a first output_hidden_states=True."""
+    """Covers a recorder from before the attach, too: hooks that transformers keeps after a first output_hidden_states=True."""
     model = tiny("llama")
     with torch.no_grad():
         plain = model(ids(), output_hidden_states=True).hidden_states
@@ -105,22 +105,22 @@ def test_a_copy_of_a_steered_model_is_plain_and_says_so(how, tiny):
             steered = model(ids()).logits
             if how == "deepcopy":
                 with pytest.warns(UserWarning, match="neither steered nor monitored") as caught:
-                    other = copy.deepcopy(model)
+                    duplicate = copy.deepcopy(model)
                 assert len(caught) == 1
             elif how == "pickle":
                 with pytest.warns(UserWarning, match="neither steered nor monitored"):
-                    other = pickle.loads(pickle.dumps(model))
+                    duplicate = pickle.loads(pickle.dumps(model))
             else:
                 stream = io.BytesIO()
                 with pytest.warns(UserWarning, match="neither steered nor monitored"):
                     torch.save(model, stream)
-                other = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
+                duplicate = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
             fired = attachment.fired()
-            assert torch.equal(other(ids()).logits, plain) and attachment.fired() == fired
+            assert torch.equal(duplicate(ids()).logits, plain) and attachment.fired() == fired
             assert torch.equal(model(ids()).logits, steered)
-        with everywhere(other).attached(other):  # the copy can be steered on its own
-            assert torch.equal(other(ids()).logits, steered)
-        assert torch.equal(other(ids()).logits, plain)
+        with everywhere(duplicate).attached(duplicate):  # the copy can be steered on its own
+            assert torch.equal(duplicate(ids()).logits, steered)
+        assert torch.equal(duplicate(ids()).logits, plain)
 
 
 def test_saving_a_steered_model_saves_the_plain_one(tmp_path, tiny):
@@ -135,12 +135,12 @@ def test_saving_a_steered_model_saves_the_plain_one(tmp_path, tiny):
 def test_training_moves_the_weights_and_not_the_plan(tiny):
     model = tiny("llama").train()
     plan = Plan([Intervention(Add(vector()), "layers.1.output"), Intervention(Ablate(vector(seed=2)), "layers.0.output")])
-    tensors = [{key: value.clone() for key, value in one.operator.tensors.items()} for one in plan.interventions]
+    tensors = [{key: value.clone() for key, value in intervention.operator.tensors.items()} for intervention in plan.interventions]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with plan.attached(model):
         for _ in range(3):
             model(ids(), labels=ids()).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    for one, before in zip(plan.interventions, tensors, strict=True):
-        assert all(torch.equal(one.operator.tensors[key], before[key]) and not before[key].requires_grad for key in before)
+    for intervention, before in zip(plan.interventions, tensors, strict=True):
+        assert all(torch.equal(intervention.operator.tensors[key], before[key]) and not before[key].requires_grad for key in before)

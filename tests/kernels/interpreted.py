@@ -88,13 +88,13 @@ def against(
     single = {name: tensor.clone().requires_grad_(name not in fixed) for name, tensor in tensors.items()}
     single["h"] = surrounded(tensors["h"]).requires_grad_()
     double = {name: tensor.double().requires_grad_(name not in fixed) for name, tensor in tensors.items()}
-    result, wanted = kernel(**single), formula(**double)
-    pull = random(*wanted.shape, seed=9)
+    result, expected = kernel(**single), formula(**double)
+    pull = random(*expected.shape, seed=9)
     learned = [name for name in tensors if name not in fixed]
     g_result = torch.autograd.grad(result, [single[name] for name in learned], surrounded(pull))
-    g_wanted = torch.autograd.grad(wanted, [double[name] for name in learned], pull.double())
-    assert error(result, wanted) <= OUT
-    for name, a, b in zip(learned, g_result, g_wanted, strict=True):
+    g_expected = torch.autograd.grad(expected, [double[name] for name in learned], pull.double())
+    assert error(result, expected) <= OUT
+    for name, a, b in zip(learned, g_result, g_expected, strict=True):
         assert error(a, b) <= (OUT if name == "h" else SMALL), name
     return result.detach()
 
@@ -129,7 +129,7 @@ def test_steer_add_goes_over_a_wide_row_in_steps(monkeypatch: pytest.MonkeyPatch
 
 
 def test_steer_add_of_nothing_to_nothing() -> None:
-    """A norm of 0, before or after, is no reason for a division by 0; nor is a batch without tokens."""
+    """A norm of 0, before or after, must not divide by 0; nor must a batch without tokens."""
     v = random(1, 16, seed=1)
     h = torch.cat([torch.zeros(1, 16), -v, v])[:, None].requires_grad_()
     out = steer_add(h, v, preserve_norm=True)
@@ -263,10 +263,10 @@ def test_many_tokens_along_more_directions_than_the_cache_holds_go_to_tiles(monk
 @pytest.mark.parametrize(("m", "norm", "kernel"), [(17, True, []), (257, False, []), (16, True, ["edit_scalar.forward"])])
 def test_what_no_kernel_takes_runs_in_pytorch(m: int, norm: bool, kernel: list[str], launched: list[str]) -> None:
     h, u = random(1, 2, 20), random(m, 20, seed=1) / 9
-    wanted = edited(
+    expected = edited(
         h.double(), u[None].double(), u[None].double(), {"low": torch.zeros(1, m)}, *torch.ones(2, 1, 1, 1), None, preserve_norm=norm
     )
-    assert error(edit(h, u, low=0.0, preserve_norm=norm), wanted) <= 2e-6 and launched == kernel
+    assert error(edit(h, u, low=0.0, preserve_norm=norm), expected) <= 2e-6 and launched == kernel
 
 
 @pytest.mark.parametrize("m", [2, 20])
@@ -318,8 +318,8 @@ def test_operators_run_the_kernels(launched: list[str]) -> None:
     grads = torch.autograd.grad(out.square().sum(), (h, u))
     assert launched[:4] == ["edit_tiles.forward", "drift_stats.stats", "drift_stats.merge", "edit_tiles.backward"]
     with force("aten"):
-        wanted = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
-    assert all(error(a, b) <= SMALL for a, b in zip(grads, wanted, strict=True))
+        expected = torch.autograd.grad(edit(h, u, low=0.0).square().sum(), (h, u))
+    assert all(error(a, b) <= SMALL for a, b in zip(grads, expected, strict=True))
     with force("op"):  # of the activation alone, along a bank whose columns lie apart
         [only] = torch.autograd.grad(edit(h, u.detach().mT.contiguous().mT, low=0.0).square().sum(), h)
     assert torch.equal(only, grads[0])
@@ -391,11 +391,11 @@ def test_drift_stats(tokens: int, width: int, k: int, tile_size: int, monkeypatc
     weight = (sparse_mask(2, tokens) * 0.7)[..., 0]
     h[weight == 0] = torch.nan
     result = drift_stats(surrounded(h), directions, weight[..., None], bins=6, low=-1.5, high=1.5 * torch.ones(k))
-    wanted = statistics(h, directions, weight, -1.5, 1.5, 6)
+    expected = statistics(h, directions, weight, -1.5, 1.5, 6)
     limits = {"n": 1e-6, "sum": 1e-6, "m2": 1e-5, "norms": OUT, "projections": OUT, "histogram": 0}
     for name in DriftStats._fields:
-        assert error(getattr(result, name), wanted[name]) <= limits[name], name
-    assert error(result.m2[3], wanted["m2"][3]) <= 1e-3, "squares that are not centred lose everything here"
+        assert error(getattr(result, name), expected[name]) <= limits[name], name
+    assert error(result.m2[3], expected["m2"][3]) <= 1e-3, "squares that are not centred lose everything here"
     assert launched == ["drift_stats.stats", "drift_stats.merge"]
 
 
@@ -415,8 +415,10 @@ def test_drift_stats_computes_what_is_asked_for() -> None:
 def test_drift_stats_merges_more_tiles_than_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift_file, "default_launch", lambda n_rows, k: drift_file.StatsLaunch(1, 4, 3))
     h, weight = random(2, 65, 20) + 30 * random(20, seed=1), sparse_mask(2, 65)
-    result, wanted = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
-    assert error(result.n, wanted["n"]) <= 1e-6 and error(result.sum, wanted["sum"]) <= 1e-6 and error(result.m2, wanted["m2"]) <= 1e-5
+    result, expected = drift_stats(h, None, weight), statistics(h, random(1, 20), weight[..., 0], -1, 1, 2)
+    assert (
+        error(result.n, expected["n"]) <= 1e-6 and error(result.sum, expected["sum"]) <= 1e-6 and error(result.m2, expected["m2"]) <= 1e-5
+    )
 
 
 # ---- weighted sums
@@ -432,14 +434,14 @@ def test_weighted_sum(which: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -
     x, c, slots = random(3, 5, 40), random(3, 5, 2, seed=1), SLOTS[which]
     rows_and_tokens = None if slots is None else slots.view(3, -1)
     result = weighted_sum_file.weighted_sum(surrounded(x), c, rows_and_tokens, 3)
-    wanted = torch.zeros(3, 2, 40, dtype=torch.float64)
+    expected = torch.zeros(3, 2, 40, dtype=torch.float64)
     for b in range(3):
         for t in range(5):
             slot = 0 if slots is None else int(slots[b] if slots.dim() == 1 else slots[b, t])
             if 0 <= slot < 3:
-                wanted[slot] += c[b, t, :, None].double() * x[b, t].double()
-    assert error(result, wanted) <= OUT
-    assert error(weighted_sum_file.weighted_sum_reference(x, c, rows_and_tokens, 3), wanted) <= OUT
+                expected[slot] += c[b, t, :, None].double() * x[b, t].double()
+    assert error(result, expected) <= OUT
+    assert error(weighted_sum_file.weighted_sum_reference(x, c, rows_and_tokens, 3), expected) <= OUT
 
 
 def test_a_weighted_sum_of_nothing() -> None:

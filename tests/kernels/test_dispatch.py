@@ -1,4 +1,4 @@
-"""Which path a call takes, and that there is always one."""
+"""Dispatch: which path a call takes, and that every call has one."""
 
 from __future__ import annotations
 

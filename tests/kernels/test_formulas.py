@@ -48,10 +48,10 @@ def task(kind: str, count: int, m: int = 3, width: int = 10) -> tuple[list[Tenso
 def test_steer_add(slots: Tensor | None, norm: bool) -> None:
     tensors = [random(3, 4, 10), random(3, 10, seed=1), random(3, 1, 1, seed=2), mask()]
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    result, wanted = steer_add(*tensors[:2], *tensors[2:], slots, norm), added(*tensors, slots, norm)
-    assert error(result, wanted) <= 1e-14
+    result, expected = steer_add(*tensors[:2], *tensors[2:], slots, norm), added(*tensors, slots, norm)
+    assert error(result, expected) <= 1e-14
     pull = random(3, 4, 10, seed=9)
-    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
+    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(expected, tensors, pull), strict=True):
         assert error(a, b) <= 1e-13
     still = torch.autograd.gradgradcheck(lambda h, v: steer_add(h, v, slots=slots, preserve_norm=norm), (tensors[0], tensors[1]))
     assert still and torch.equal(result[0, 0], tensors[0][0, 0])
@@ -65,10 +65,10 @@ def test_edit(kind: str, slots: Tensor | None, norm: bool) -> None:
     learned = [number for name, number in numbers.items() if name != "threshold"]
     tensors = [tensor.requires_grad_() for tensor in (h, read, write, strength, *learned)]
     result = edit(h, read, write, strength=strength, mask=mask(), slots=slots, preserve_norm=norm, **numbers, **flags)
-    wanted = edited(h, read, write, numbers, strength, mask(), slots, preserve_norm=norm, **flags)
-    assert error(result, wanted) <= 1e-14 and torch.equal(result[0, 0], h[0, 0])
+    expected = edited(h, read, write, numbers, strength, mask(), slots, preserve_norm=norm, **flags)
+    assert error(result, expected) <= 1e-14 and torch.equal(result[0, 0], h[0, 0])
     pull = random(3, 4, 10, seed=9)
-    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(wanted, tensors, pull), strict=True):
+    for a, b in zip(torch.autograd.grad(result, tensors, pull), torch.autograd.grad(expected, tensors, pull), strict=True):
         assert error(a, b) <= 1e-12
 
 
@@ -93,11 +93,11 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             cut, added_to, stats = edit(h, u, scale=0.0), steer_add(h, u[0], 1e4, preserve_norm=True), drift_stats(h, u)
-        for result, wanted in (
+        for result, expected in (
             (cut, h.double() - h.double() @ u.double().mT @ u.double()),
             (added_to, added(h.double(), u.double(), torch.full((1, 1, 1), 1e4), torch.ones(2, 9, 1), None, True)),
         ):
-            assert result.dtype is dtype and (result != wanted.to(dtype)).float().mean() <= 0.02
+            assert result.dtype is dtype and (result != expected.to(dtype)).float().mean() <= 0.02
         assert error(stats.projections, h.double() @ u.double().mT) <= 1e-6 and error(stats.sum, h.double().sum((0, 1))) <= 1e-6
 
 
@@ -108,9 +108,9 @@ def test_drift_stats() -> None:
     for path in ("aten", "op"):
         with force(path):
             result = drift_stats(h, u, weight[..., None], bins=5, low=-1.0, high=torch.ones(2))
-        wanted = statistics(h, u, weight, -1.0, 1.0, 5)
+        expected = statistics(h, u, weight, -1.0, 1.0, 5)
         for name in DriftStats._fields:
-            assert error(getattr(result, name), wanted[name]) <= (1e-5 if name == "m2" else 5e-7), name
+            assert error(getattr(result, name), expected[name]) <= (1e-5 if name == "m2" else 5e-7), name
         empty = drift_stats(h[:0], u, bins=5)
         assert float(empty.n) == 0 and not empty.m2.any() and empty.projections.shape == (0, 4, 2) and not empty.histogram.any()
         nobody = drift_stats(h, u, torch.zeros(3, 4, 1), bins=5)
@@ -121,7 +121,7 @@ def test_drift_stats() -> None:
 
 
 def test_norms_of_0() -> None:
-    """Before or after, they are no reason for a division by 0."""
+    """A norm of 0, before or after, must not divide by 0."""
     v = random(1, 8, seed=1)
     h = torch.cat([torch.zeros(1, 8, dtype=torch.float64), -v, v])[:, None].requires_grad_()
     for out in (steer_add(h, v, preserve_norm=True), edit(h, v / v.norm(), scale=0.0, preserve_norm=True)):
@@ -180,12 +180,12 @@ def test_compiled_code_gets_one_graph_and_the_same_numbers() -> None:
         out = function(*own)  # type: ignore[operator]
         return (out, *torch.autograd.grad(out.square().sum(), own))
 
-    wanted = gradients(edits)
+    expected = gradients(edits)
     for path in ("auto", "op"):
         torch._dynamo.reset()
         with force(path):
             result = gradients(torch.compile(edits, backend="aot_eager", fullgraph=True))
-        assert all(error(a, b) <= 1e-5 for a, b in zip(result, wanted, strict=True))
+        assert all(error(a, b) <= 1e-5 for a, b in zip(result, expected, strict=True))
     torch._dynamo.reset()
 
 
@@ -213,13 +213,13 @@ def test_new_shapes_are_traced_as_any_shape() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_sums_of_slots(slots: Tensor | None, count: int) -> None:
     x = random(3, 4, 2)
-    wanted = torch.zeros(count, 2, dtype=torch.float64)
+    expected = torch.zeros(count, 2, dtype=torch.float64)
     for b in range(3):
         for t in range(4):
             slot = 0 if slots is None else int(slots[b, t % slots.shape[1]])
             if 0 <= slot < count:
-                wanted[slot] += x[b, t]
-    assert error(sum_per_slot(x, slots, count), wanted) <= 1e-14
+                expected[slot] += x[b, t]
+    assert error(sum_per_slot(x, slots, count), expected) <= 1e-14
     assert gather_slots(random(3, 5), slots).shape == ((1, 1, 5) if slots is None else (*slots.shape, 5))
 
 

@@ -25,7 +25,7 @@ PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled anew, and nothing left in the user's folder."""
+    """Compiles anew and leaves nothing in the user's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -44,7 +44,7 @@ def states(tokens: int = TOKENS, learns: bool = True) -> Tensor:
 
 
 def add(norm: bool) -> None:
-    """Rows with their own vectors, which learn."""
+    """Adds a learned vector of its own to each row."""
     task = (there(8, WIDTH, learns=True), there(BATCH, TOKENS, learns=True), there(BATCH, 1, dtype=torch.int64), norm)
     module("steer_add").SteerAdd.apply(states(), *task).backward(states(learns=False))
 

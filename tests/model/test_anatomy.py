@@ -82,8 +82,8 @@ def test_a_family_nobody_listed_is_found_by_structure(family, tiny):
     model = tiny(family)
     known = Anatomy.find(model)
     model.config.model_type = "brand_new_decoder"
-    found = Anatomy.find(model)
-    assert (found.path, found.family.name) == (known.path, known.family.name)
+    detected = Anatomy.find(model)
+    assert (detected.path, detected.family.name) == (known.path, known.family.name)
 
 
 def test_a_bare_decoder_and_a_classifier():
@@ -158,18 +158,18 @@ def test_q_k_v_are_what_attention_gets(name, monkeypatch):
     """The kernel itself is asked: at position 0, where rotary embedding is the identity, it gets q and k of the site; v everywhere."""
     model = FALCONS[name]() if name in FALCONS else FAMILIES[name]()
     anatomy = Anatomy.find(model)
-    given = []
+    attended = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def spy(query, key, value, *args, **kwargs):
-        given.append((query, key, value))
+        attended.append((query, key, value))
         return kernel(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model.set_attn_implementation("sdpa")
     with torch.no_grad(), recorded(model, ["layers.1.attn.q", "layers.1.attn.k", "layers.1.attn.v"]) as seen:
         model(ids(), use_cache=False)
-    query, key, value = given[1]
+    query, key, value = attended[1]
     groups = anatomy.n_heads // anatomy.n_kv_heads
     for part, tensor in (("q", query), ("k", key), ("v", value)):
         heads = anatomy.n_heads if part == "q" else anatomy.n_kv_heads

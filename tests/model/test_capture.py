@@ -43,17 +43,17 @@ def rows(count: int = 9) -> list[Row]:
 
 
 def naive(model, row: Row, site: int, span) -> torch.Tensor:
-    """One text at a time, without padding, everything means."""
+    """Mean over the span of one unpadded text."""
     with torch.no_grad():
         states = model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states[site][0]
-    picked = {
+    states_by_span = {
         "response": states[row.prompt :],
         "prompt": states[: row.prompt],
         "all": states,
         "last": states[-1:],
         "prompt_last": states[row.prompt - 1 : row.prompt],
     }
-    chosen = picked[span] if isinstance(span, str) else states[span][None]
+    chosen = states_by_span[span] if isinstance(span, str) else states[span][None]
     return chosen.mean(0)
 
 
@@ -94,7 +94,7 @@ def calls(model) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("sites", "wanted"),
+    ("sites", "expected"),
     [
         (["embed"], [0, 0, 0]),
         (["layers.0.output"], [1, 0, 0]),
@@ -103,11 +103,11 @@ def calls(model) -> list[int]:
         (["final_norm"], [1, 1, 1]),
     ],
 )
-def test_the_forward_stops_after_the_deepest_site(sites, wanted, tiny):
+def test_the_forward_stops_after_the_deepest_site(sites, expected, tiny):
     model = tiny("llama")
     seen = calls(model)
     capture(model, rows(3), {Site.parse(site): Pooled(3) for site in sites})
-    assert seen == wanted  # and the unembedding never ran
+    assert seen == expected  # and the unembedding never ran
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 100), st.sampled_from([1, 2]))
@@ -256,7 +256,7 @@ def tokens_seen(model) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("span", ["response", "last", "prompt_last", -2])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_shared_prefixes_are_read_once(family, span, tiny):
-    """The prompt of a pair, and what all prompts begin with: every text gives what it gives alone."""
+    """Shared are the prompt of a pair and the common beginning of all prompts; every text gives the same as alone."""
     model, texts = tiny(family), chat()
     shapes = tokens_seen(model)
     pooled = Pooled(len(texts))

@@ -18,8 +18,8 @@ def plan(scope: str = "response") -> Plan:
     """Blocks, and parts of blocks that run a second time under checkpointing."""
     sites = ("layers.1.output", "layers.0.attn.z", "layers.1.attn.output", "layers.2.mlp.output", "layers.2.mlp.neurons")
     widths = {"layers.2.mlp.neurons": 64}
-    ones = [Intervention(Add(vector(widths.get(site, 32), seed)), site, scope) for seed, site in enumerate(sites)]
-    return Plan([*ones, Intervention(Ablate(torch.stack([vector(seed=8), vector(seed=9)])), "layers.1.mlp.output", scope)])
+    additions = [Intervention(Add(vector(widths.get(site, 32), seed)), site, scope) for seed, site in enumerate(sites)]
+    return Plan([*additions, Intervention(Ablate(torch.stack([vector(seed=8), vector(seed=9)])), "layers.1.mlp.output", scope)])
 
 
 def checkpointed(model, mode):
@@ -43,10 +43,10 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {names[name]: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys() and found
-    for name, gradient in wanted.items():
-        assert torch.allclose(found[name], gradient, atol=1e-6), name
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys() and actual
+    for name, gradient in expected.items():
+        assert torch.allclose(actual[name], gradient, atol=1e-6), name
 
 
 def one_batch(model):
@@ -113,19 +113,19 @@ COURSES = [
 def test_gradients_are_those_without_checkpointing(mode, course, tiny):
     if course is middle_hidden_state and "wrapper" in mode:
         return  # transformers records the block inside the wrapper, which is not the stream that goes on
-    found, counts = {}, {}
+    by_mode, counts = {}, {}
     for which in ("none", mode):
         model = checkpointed(tiny("llama"), which)
         with plan().attached(model) as steered:
             course(model)
-        found[which], counts[which] = gradients(model), steered.fired()
-    same(found[mode], found["none"])
+        by_mode[which], counts[which] = gradients(model), steered.fired()
+    same(by_mode[mode], by_mode["none"])
     assert counts[mode] == counts["none"] and all(counts[mode].values())
 
 
 def test_steering_matters_for_these_gradients(tiny):
     """Guards the test above: without the plan, or with it on other tokens, the gradients differ."""
-    found = []
+    by_scope = []
     for scope in ("response", "prompt", None):
         model = checkpointed(tiny("llama"), "reentrant")
         if scope is None:
@@ -133,14 +133,14 @@ def test_steering_matters_for_these_gradients(tiny):
         else:
             with plan(scope).attached(model):
                 same_shape_twice(model)
-        found.append(gradients(model)["model.layers.0.self_attn.q_proj.weight"])
-    assert not any(torch.allclose(found[i], found[j], atol=1e-4) for i, j in ((0, 1), (0, 2), (1, 2)))
+        by_scope.append(gradients(model)["model.layers.0.self_attn.q_proj.weight"])
+    assert not any(torch.allclose(by_scope[i], by_scope[j], atol=1e-4) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("mode", MODES[1:3])
 def test_dpo_reference_pass_between_policy_pass_and_backward(mode, tiny):
     """The recompute belongs to the policy pass, although the reference pass, on the same rows, came last and is not steered."""
-    found = {}
+    by_mode = {}
     for which in ("none", mode):
         torch.manual_seed(0)
         peft = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
@@ -151,25 +151,25 @@ def test_dpo_reference_pass_between_policy_pass_and_backward(mode, tiny):
             with torch.no_grad(), peft.disable_adapter():
                 reference = peft(**batch).logits
             (policy - reference).square().mean().backward()
-        found[which] = gradients(peft)
-    same(found[mode], found["none"])
+        by_mode[which] = gradients(peft)
+    same(by_mode[mode], by_mode["none"])
 
 
 def test_a_replay_that_cannot_be_placed_is_an_error(tiny):
     """A loss on an activation that the model does not return: nothing says which pass is being differentiated."""
     model = checkpointed(tiny("llama"), "reentrant")
-    kept = []
-    model.model.layers[2].register_forward_hook(lambda _, __, output: kept.append(output))
+    outputs = []
+    model.model.layers[2].register_forward_hook(lambda _, __, output: outputs.append(output))
     with plan().attached(model):
         model(**padded("left"))
         with pytest.raises(ContextError, match="outside a forward pass"):
-            kept[0].square().sum().backward()
+            outputs[0].square().sum().backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_model_checkpointed_as_a_whole(reentrant, tiny):
     """The recompute is a full pass of its own: steered, but not counted again."""
-    found, counts = [], []
+    runs, counts = [], []
     for checkpoint in (False, True):
         model = tiny("llama").train()
         embeds = model.get_input_embeddings()(padded("left")["input_ids"]).detach().requires_grad_()
@@ -181,9 +181,9 @@ def test_a_model_checkpointed_as_a_whole(reentrant, tiny):
         with plan().attached(model) as steered:
             loss = torch.utils.checkpoint.checkpoint(run, embeds, use_reentrant=reentrant) if checkpoint else run(embeds)
             loss.backward()
-        found.append(gradients(model) | {"embeds": embeds.grad})
+        runs.append(gradients(model) | {"embeds": embeds.grad})
         counts.append(steered.fired())
-    same(found[1], found[0])
+    same(runs[1], runs[0])
     assert counts[0] == counts[1]
 
 

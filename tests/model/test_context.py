@@ -58,10 +58,10 @@ def test_padding_is_never_touched(side, tiny):
 def test_labels_say_what_is_prompt_and_response(side, scope, tiny):
     batch = padded(side)
     response = batch["labels"] != -100
-    wanted = response if scope == "response" else batch["attention_mask"].bool() & ~response
+    expected = response if scope == "response" else batch["attention_mask"].bool() & ~response
     with Trace(tiny("llama"), scope) as trace:
         trace.model(**batch)
-    assert trace.tokens == [wanted.int().tolist()] and trace.phases == ["train"]
+    assert trace.tokens == [expected.int().tolist()] and trace.phases == ["train"]
 
 
 def test_the_phase_never_comes_from_the_training_mode(tiny):
@@ -97,18 +97,18 @@ def test_a_static_cache_says_the_same_as_a_growing_one(family, scope, tokens, ti
     """Static caches pass 4-D masks (per kind of layer), count in place, and tell their length as a tensor."""
     model = tiny(family)
     batch = padded("left", lengths=(tokens, max(tokens - 2, 1)))
-    found = {}
+    by_cache = {}
     for kind in ("dynamic", "static"):
         with Trace(model, scope) as trace:
             text = model.generate(
                 batch["input_ids"], attention_mask=batch["attention_mask"], cache_implementation=kind, disable_compile=True, **GENERATE
             )
-        found[kind] = (text.tolist(), trace.tokens, trace.attachment.fired())
-    assert found["static"] == found["dynamic"]
+        by_cache[kind] = (text.tolist(), trace.tokens, trace.attachment.fired())
+    assert by_cache["static"] == by_cache["dynamic"]
 
 
 def test_a_static_cache_that_was_set_up_early(tiny):
-    """Its length is a tensor already at the prefill; a prompt of one token is still no decoded token."""
+    """The cache's length is a tensor already at the prefill; a prompt of one token is still not a decoded token."""
     model = tiny("llama")
     cache = StaticCache(config=model.config, max_cache_len=8)
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_a_static_cache_that_was_set_up_early(tiny):
     assert generated.tokens == [[[0]], [[1]]]
 
 
-def test_a_loop_of_ones_own(tiny):
+def test_a_custom_loop(tiny):
     model = tiny("llama")
     seen = {}
     for scope in ("prompt", "generated", "positions[4,6]", "positions[-2]"):
@@ -158,7 +158,7 @@ def test_without_a_cache_generated_tokens_cannot_be_told_and_that_is_said(tiny):
 
 def test_packed_rows(tiny):
     batch = packed((4, 3, 5))
-    for scope, wanted in {
+    for scope, expected in {
         "last": [0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1],
         "positions[0,2]": [1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 0, 0],
         "positions[-2]": [0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0],
@@ -166,10 +166,10 @@ def test_packed_rows(tiny):
     }.items():
         with Trace(tiny("llama"), scope) as trace:
             trace.model(**batch)
-        assert trace.tokens == [[wanted]], scope
+        assert trace.tokens == [[expected]], scope
 
 
-def test_an_announced_mask_stands_in_for_labels(tiny):
+def test_a_response_mask_stands_in_for_labels(tiny):
     model = tiny("llama")
     batch = padded("left")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
@@ -188,7 +188,7 @@ def test_an_announced_mask_stands_in_for_labels(tiny):
     assert trace.tokens[4] == [[0, 0, 0, 0, *row] for row in narrow.tolist()]
 
 
-def test_an_announced_mask_that_does_not_fit_is_refused(tiny):
+def test_a_response_mask_that_does_not_fit_is_refused(tiny):
     model = tiny("llama")
     with Trace(model, "response"):
         for mask in (torch.ones(3, 7), torch.ones(2, 8)):
@@ -200,7 +200,7 @@ def test_an_announced_mask_that_does_not_fit_is_refused(tiny):
         model(ids())
 
 
-def test_announced_masks_nest_and_end_with_their_block(tiny):
+def test_response_masks_nest_and_end_with_their_block(tiny):
     model = tiny("llama")
     with Trace(model, "response") as trace:
         with response_tokens(model, torch.ones(2, 7)):
@@ -308,8 +308,8 @@ def test_prompt_tuning_adds_tokens(tiny):
     batch = padded("right")
     with Trace(peft, "response") as trace:
         peft(**batch)
-    wanted = torch.nn.functional.pad(batch["labels"] != -100, (2, 0))
-    assert trace.tokens == [wanted.int().tolist()]
+    expected = torch.nn.functional.pad(batch["labels"] != -100, (2, 0))
+    assert trace.tokens == [expected.int().tolist()]
 
 
 def test_inputs_embeds_and_positional_arguments(tiny):

@@ -403,7 +403,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 @pytest.mark.real
-def test_the_real_one_has_the_known_weights_and_knows_the_capital_of_france(smollm2):
+def test_the_real_model_has_the_known_weights_and_knows_the_capital_of_france(smollm2):
     model, tokenizer = smollm2
     assert files.tensor_hash(model.state_dict()) == "c2f699947bc813077d40375f8d5faf5b52cac05b2d1ce5b55621395d66471648"
     turn = [{"role": "user", "content": "What is the capital of France?"}]

@@ -35,12 +35,12 @@ def test_modules_beside_the_decoder():
     with torch.no_grad():
         plain = robot(pixels, ids())
         with edited(robot.vision[1], lambda h: h + vector()), edited(robot.action, lambda h: h + vector(4)):
-            wanted = robot(pixels, ids(), use_cache=True)
-    ones = [Intervention(Add(vector()), "module:vision.1:output"), Intervention(Add(vector(4)), "module:action:output")]
+            expected = robot(pixels, ids(), use_cache=True)
+    beside = [Intervention(Add(vector()), "module:vision.1:output"), Intervention(Add(vector(4)), "module:action:output")]
     text = Intervention(Add(vector()), "layers.0.output", strength=0.0)
-    plan = Plan([*ones, text])
+    plan = Plan([*beside, text])
     with plan.attached(robot) as attachment, torch.no_grad():
-        assert torch.allclose(robot(pixels, ids(), use_cache=True), wanted, atol=1e-6)
+        assert torch.allclose(robot(pixels, ids(), use_cache=True), expected, atol=1e-6)
         assert attachment.fired() == {"add@module:vision.1:output": 1, "add@module:action:output": 1, "add@layers.0.output": 0}
         robot.language(ids())  # the tower and the head have no part in this pass
     assert attachment.fired()["add@module:vision.1:output"] == 1
@@ -79,10 +79,10 @@ def test_a_network_that_is_no_decoder():
     x = torch.randn(5, 4)
     plain = net(x)
     with edited(net[0], lambda h: h + vector(6)):
-        wanted = net(x)
+        expected = net(x)
     plan = Plan([Intervention(Add(vector(6)), "module:0:output"), Intervention(Add(vector(4)), "module:0:input", strength=0.0)])
     with plan.attached(net) as attachment:
-        assert torch.allclose(net(x), wanted, atol=1e-6)
+        assert torch.allclose(net(x), expected, atol=1e-6)
         net[0](x)  # called on its own: it acts there too
         assert attachment.fired() == {"add@module:0:output": 2, "add@module:0:input": 0}
     assert torch.equal(net(x), plain)
@@ -137,8 +137,11 @@ def test_a_vision_language_model():
     anatomy = Anatomy.find(model)
     assert anatomy.path == "model.language_model" and anatomy.unembedding is model.lm_head
     tower = "module:vision_tower.encoder.layers.1:output"
-    ones = [Intervention(Add(vector()), "layers.1.output", "response", name="text"), Intervention(Add(vector(16)), tower, name="tower")]
-    plan = Plan(ones)
+    interventions = [
+        Intervention(Add(vector()), "layers.1.output", "response", name="text"),
+        Intervention(Add(vector(16)), tower, name="tower"),
+    ]
+    plan = Plan(interventions)
     with torch.no_grad():
         plain = model(**batch).logits
         with plan.attached(model) as attachment:

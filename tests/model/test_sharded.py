@@ -9,11 +9,11 @@ from sharded import plan, train
 def test_fsdp2_over_two_processes(tmp_path, tiny):
     """Sharded training with the plan gives the gradient of one process, and a capture runs through."""
     store = str(tmp_path / "store")
-    other = mp.get_context("spawn").Process(target=train, args=(1, store), daemon=True)
-    other.start()
+    second_rank = mp.get_context("spawn").Process(target=train, args=(1, store), daemon=True)
+    second_rank.start()
     sharded = train(0, store)
-    other.join(60)
-    assert other.exitcode == 0
+    second_rank.join(60)
+    assert second_rank.exitcode == 0
 
     model = tiny("llama")
     with torch.no_grad(), recorded(model, ["layers.0.output"]) as seen:

@@ -65,10 +65,10 @@ TURNS = [{"role": "user", "content": "who the dog"}, {"role": "assistant", "cont
 
 
 def test_every_token_of_a_conversation_belongs_to_a_turn(tiny_tokenizer):
-    found = roles_of(tiny_tokenizer, TURNS)
-    assert [role for _, role in found] == ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
-    assert found[:5] == [("<user>", "user"), ("who", "user"), ("the", "user"), ("dog", "user"), ("<assistant>", "assistant")]
-    assert roles_of(tiny_tokenizer, TURNS, add_generation_prompt=True) == [*found, ("<assistant>", "assistant")]
+    tokens_and_roles = roles_of(tiny_tokenizer, TURNS)
+    assert [role for _, role in tokens_and_roles] == ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
+    assert tokens_and_roles[:5] == [("<user>", "user"), ("who", "user"), ("the", "user"), ("dog", "user"), ("<assistant>", "assistant")]
+    assert roles_of(tiny_tokenizer, TURNS, add_generation_prompt=True) == [*tokens_and_roles, ("<assistant>", "assistant")]
     assert encode_chat(tiny_tokenizer, []) == ((), ())
 
 
@@ -76,8 +76,8 @@ def test_what_a_template_says_by_itself_is_the_systems(tiny_tokenizer):
     tiny_tokenizer.chat_template = (
         "{% if messages[0]['role'] != 'system' %}<bos> <system> be good {% endif %}" + tiny_tokenizer.chat_template
     )
-    found = roles_of(tiny_tokenizer, TURNS)
-    assert [role for _, role in found] == ["system"] * 4 + ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
+    tokens_and_roles = roles_of(tiny_tokenizer, TURNS)
+    assert [role for _, role in tokens_and_roles] == ["system"] * 4 + ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
     own = [{"role": "system", "content": "be bad"}, *TURNS]
     assert [role for _, role in roles_of(tiny_tokenizer, own)] == ["system"] * 3 + ["user"] * 4 + ["assistant"] * 4 + ["user"] * 2
 

@@ -74,12 +74,12 @@ def test_a_wrapper_changes_nothing(kind, tiny, gloo):
     with torch.no_grad():
         plain = wrapper(input_ids=x).logits
         with edited(block, lambda h: h + vector(seed=0)):
-            wanted = model(input_ids=x).logits  # the inner model, eager
+            expected = model(input_ids=x).logits  # the inner model, eager
         with plan("layers.1.output").attached(wrapper) as steered:
-            assert torch.allclose(wrapper(input_ids=x).logits, wanted, atol=1e-6)
+            assert torch.allclose(wrapper(input_ids=x).logits, expected, atol=1e-6)
             assert steered.fired() == {"add@layers.1.output": 14}
         assert torch.allclose(wrapper(input_ids=x).logits, plain, atol=1e-6)
-    assert not torch.allclose(plain, wanted, atol=1e-2)
+    assert not torch.allclose(plain, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -90,8 +90,8 @@ def test_every_family_is_found_inside_peft_and_lightning(family, tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT about fan_in_fan_out and expert weights
         wrapper = Lit(get_peft_model(model, LoraConfig(r=2, target_modules=linear, task_type="CAUSAL_LM")))
-    found = Anatomy.find(wrapper)
-    assert found.blocks == raw.blocks and found.path.endswith(raw.path) and found.unembedding is raw.unembedding
+    detected = Anatomy.find(wrapper)
+    assert detected.blocks == raw.blocks and detected.path.endswith(raw.path) and detected.unembedding is raw.unembedding
     with torch.no_grad(), recorded(wrapper, SITES) as seen:
         model(ids())
     assert set(seen) == set(SITES)

@@ -1,4 +1,4 @@
-"""Plans that learn in a loop of one's own, and the optimiser that they get beside a trainer's."""
+"""Plans that learn in a custom loop, and the optimiser that they get beside a trainer's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_loreft_and_a_soft_gate_learn_together() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, plan.parameters(), strict=True))
 
 
-def test_fp16_gradients_are_unscaled_and_a_step_with_infinite_ones_is_left_out() -> None:
+def test_fp16_gradients_are_unscaled_and_a_step_with_infinite_gradients_is_left_out() -> None:
     plan, scaler = learner(), torch.amp.GradScaler("cpu", init_scale=1024.0)
     (parameter,) = plan.parameters()
     learning = Learning(plan, 0.5)

@@ -1,4 +1,4 @@
-"""SteeringRun and DriftRun in a loop of one's own: what a trainer of any framework makes of them."""
+"""SteeringRun and DriftRun in a custom loop, as a trainer of any framework uses them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def steering(plan: Plan, **options: Any) -> SteeringRun:
 # ---- a plan
 
 
-def test_a_loop_of_ones_own_trains_as_a_trainer_does() -> None:
+def test_a_custom_loop_trains_as_a_trainer_does() -> None:
     loop, module = Loop(steering(make_plan())), Module()
     loop.train(0, list(loader()))
     callback = SteeringCallback(make_plan(), schedule=Linear(8))

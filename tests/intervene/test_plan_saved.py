@@ -27,7 +27,7 @@ def loreft() -> Plan:
 
 
 def values(plan: Plan) -> list[torch.Tensor]:
-    return [one.detach() for one in plan.parameters()]
+    return [parameter.detach() for parameter in plan.parameters()]
 
 
 def same(ours: Plan, theirs: Plan) -> bool:
@@ -35,10 +35,10 @@ def same(ours: Plan, theirs: Plan) -> bool:
 
 
 def without(path, key: str):
-    """The same file as it was written before it held this."""
+    """Rewrites the file without a key, as older versions wrote it."""
     manifest, tensors = load_artifact(path, "plan")
-    for one in [manifest, *manifest["interventions"]]:
-        one.pop(key, None)
+    for entry in [manifest, *manifest["interventions"]]:
+        entry.pop(key, None)
     return save_artifact(path, "plan", tensors, manifest)
 
 
@@ -49,10 +49,10 @@ def without(path, key: str):
 def test_parameters_have_one_order(name, tmp_path):
     probe, cosine = ProbeGate(vector(seed=3), 0.1, sharpness=1.0), CosineGate(vector(seed=4), 0.2, sharpness=1.0)
     gate = probe.train() & ~cosine.train() | FeatureGate(vector(seed=5), 0.3, 0.4, sharpness=1.0).train()
-    ones = [Intervention(CASES[one].make().train(), "layers.1.attn.z", gate=gate) for one in (name, "loreft")]
-    plan = Plan(ones)
-    wanted = list(plan.interventions[0].operator.learnable)
-    assert list(plan.interventions[0].parameters)[: len(wanted)] == wanted
+    interventions = [Intervention(CASES[operator].make().train(), "layers.1.attn.z", gate=gate) for operator in (name, "loreft")]
+    plan = Plan(interventions)
+    expected = list(plan.interventions[0].operator.learnable)
+    assert list(plan.interventions[0].parameters)[: len(expected)] == expected
     once = Plan.load(plan.save(tmp_path / "plan"))
     assert same(plan, once) and same(plan, Plan.load(once.save(tmp_path / "plan.safetensors")))
 
@@ -87,16 +87,16 @@ def test_what_is_frozen_stays_frozen(tmp_path):
     for name in ("weight", "gate0.vector"):
         plan.interventions[0].parameters[name].requires_grad_(False)
     path = plan.save(tmp_path / "plan")
-    flags = {name: one.requires_grad for name, one in Plan.load(path).interventions[0].parameters.items()}
+    flags = {name: parameter.requires_grad for name, parameter in Plan.load(path).interventions[0].parameters.items()}
     assert flags == {"rotation": True, "weight": False, "bias": True, "gate0.vector": False, "gate0.bias": True}
-    assert all(one.requires_grad for one in Plan.load(without(path, "frozen")).parameters())
+    assert all(parameter.requires_grad for parameter in Plan.load(without(path, "frozen")).parameters())
 
 
 def test_what_is_frozen_and_stands_in_two_places(tmp_path):
     operator = Add(vector()).train()
     operator.tensors["vector"].requires_grad_(False)
     loaded = Plan.load(Plan([Intervention(operator, SITE), Intervention(operator, "embed")]).save(tmp_path / "plan"))
-    assert [one.requires_grad for one in loaded.parameters()] == [False]
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == [False]
 
 
 def test_a_frozen_tensor_that_is_not_there(tmp_path):
@@ -133,8 +133,8 @@ def test_integers_of_other_libraries(step, tmp_path):
     assert (window.start, window.stop) == (3, None) and type(attachment.current_step) is int
     loaded = Plan.load(attachment.as_plan().save(tmp_path / "plan"))
     assert loaded.interventions[0].scope.window == window and loaded.step == 3
-    given = Plan(loaded.interventions, step=step)
-    assert given.step == 3 and type(given.step) is int
+    stepped = Plan(loaded.interventions, step=step)
+    assert stepped.step == 3 and type(stepped.step) is int
 
 
 @pytest.mark.parametrize("wrong", [True, np.bool_(True), torch.tensor(True), 1.0, torch.tensor(1.0), "1", None, torch.tensor([1, 2])])
@@ -165,24 +165,26 @@ def test_a_copy_of_an_attached_plan_is_on_no_model(how, tiny):
     with plan.attached(model) as attachment:
         model(ids(), labels=ids())
         count, fired = hook_count(model), attachment.fired()
-        other = copied(plan, how)
-        assert "not attached" in other.explain()
-        attachment_of(other).set_strength(0.0)  # on a model of its own
+        duplicate = copied(plan, how)
+        assert "not attached" in duplicate.explain()
+        attachment_of(duplicate).set_strength(0.0)  # on a model of its own
         assert hook_count(model) == count and attachment.is_attached and attachment.interventions[0].strength.item() == 1.0
         model(ids(), labels=ids())
         assert attachment.fired() == {name: 2 * number for name, number in fired.items()}
     assert hook_count(model) == 0 and attachment.fired() == {name: 2 * number for name, number in fired.items()}
-    with other.attached(model) as other_attachment:
+    with duplicate.attached(model) as duplicate_attachment:
         model(ids(), labels=ids()).loss.backward()
-        assert other_attachment.fired() == fired
-    assert all(one.grad is not None for one in other.parameters()) and all(one.grad is None for one in plan.parameters())
+        assert duplicate_attachment.fired() == fired
+    assert all(parameter.grad is not None for parameter in duplicate.parameters()) and all(
+        parameter.grad is None for parameter in plan.parameters()
+    )
 
 
 def test_copies_of_a_plan_that_was_never_attached(tiny):
     model = tiny("llama")
     for how in ("copy", "pickle"):
-        other = copied(steered(strength=0.5), how)
-        with other.attached(model) as attachment:
+        duplicate = copied(steered(strength=0.5), how)
+        with duplicate.attached(model) as attachment:
             model(ids())
         assert set(attachment.fired().values()) == {14}
 

@@ -1,0 +1,146 @@
+"""An interrupt anywhere in an attach or a detach: nothing stays on the model, and the next attach works."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import weakref
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hand import hook_count, ids, vector
+
+from steer.errors import AttachError, NonFiniteError
+from steer.intervene import Add, Intervention, Plan
+from steer.model.watcher import watcher_of
+
+
+class Interrupt(BaseException):
+    pass
+
+
+class InterruptAt:
+    """Raises at the n-th line that is executed in files of the package, once."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+        self.raised = False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if "/steer/" not in frame.f_code.co_filename or self.raised:
+            return None
+        if event == "line":
+            self.line -= 1
+            if self.line < 0:
+                self.raised = True
+                raise Interrupt
+        return self
+
+
+def plan() -> Plan:
+    return Plan([Intervention(Add(vector(seed=n)), site) for n, site in enumerate(("layers.0.output", "layers.1.mlp.output"))])
+
+
+def interrupted(action: Any, line: int) -> bool:
+    """Whether the line was reached."""
+    interrupt = InterruptAt(line)
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        action()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return interrupt.raised
+
+
+def check_untouched(model: torch.nn.Module, plain: torch.Tensor) -> None:
+    assert hook_count(model) == 0 and watcher_of(model) is None
+    with plan().attached(model), torch.no_grad():
+        model(ids())
+    assert hook_count(model) == 0
+    with torch.no_grad():
+        assert torch.equal(model(ids()).logits, plain)
+
+
+def lines_of(action: Any) -> int:
+    counter = InterruptAt(sys.maxsize)
+    before = sys.gettrace()
+    sys.settrace(counter)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return sys.maxsize - counter.line
+
+
+def test_an_interrupted_attach_leaves_nothing(tiny):
+    model = tiny("llama").eval()
+    with torch.no_grad():
+        plain = model(ids()).logits
+    steered = plan()
+    lines = lines_of(lambda: steered.attach(model).detach())
+    assert lines > 500
+    for line in range(0, lines, 7):
+
+        def action() -> None:
+            with steered.attached(model), torch.no_grad():
+                model(ids())
+
+        if not interrupted(action, line):
+            break
+        check_untouched(model, plain)
+
+
+def test_an_interrupted_detach_is_finished(tiny):
+    model = tiny("llama").eval()
+    with torch.no_grad():
+        plain = model(ids()).logits
+    steered = plan()
+    attachment = steered.attach(model)
+    lines = lines_of(attachment.detach)
+    for line in range(lines):
+        attachment = steered.attach(model)
+        assert interrupted(attachment.detach, line)
+        if attachment.is_attached:
+            attachment.detach()
+        check_untouched(model, plain)
+
+
+def test_a_model_that_nobody_detached_from_is_freed(tiny):
+    model = tiny("llama")
+    plan().attach(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_an_attachment_is_not_copied(tiny):
+    attachment = plan().attach(tiny("llama"))
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(AttachError, match="as_plan"):
+            duplicate(attachment)
+    attachment.detach()
+
+
+def test_a_schedule_that_fails_changes_nothing(tiny):
+    def breaks_at_two(step: int) -> float:
+        return 1.0 + step if step < 2 else float("nan")
+
+    interventions = [
+        Intervention(Add(vector()), "layers.0.output", schedule=lambda step: 1.0 + step),
+        Intervention(Add(vector()), "layers.1.output", schedule=breaks_at_two),
+    ]
+    attachment = Plan(interventions).attach(tiny("llama"))
+    attachment.step(1)
+    with pytest.raises(NonFiniteError):
+        attachment.step(2)
+    assert attachment.current_step == 1
+    assert [active.strength.item() for active in attachment.interventions] == [2.0, 2.0]
+    attachment.detach()
