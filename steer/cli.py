@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -45,8 +46,19 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; errors of the user's making are printed without a traceback, exit status 2, and 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs a command; errors of the user's making are printed without a traceback, exit status 2, and 130 after Ctrl-C. It ends quietly
+    with 141, as a shell reports it, when whoever reads the output stops reading, as `head` does."""
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 128 + 13  # the number of SIGPIPE
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -65,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _stdout_is_closed() -> bool:
+    """True when nobody reads the output any more; what is left of it then goes nowhere, so that Python does not try again when it ends."""
+    out = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(out, 0)  # asks for errors alone
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
 
 
 class _Job:
@@ -116,8 +139,10 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from steer.commands import help_texts
     from steer.commands.config import config_error
 
+    help_texts.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, not as printed text
     job = _Job(command)
 
@@ -131,7 +156,7 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
         except (HydraException, OmegaConfBaseException) as error:
             raise config_error(command, error) from error
         except OSError as error:
-            if error in job.os_errors:
+            if error in job.os_errors or isinstance(error, BrokenPipeError):
                 raise
             raise _no_output_folder(error) from error  # Hydra makes the folder
         except SystemExit as done:  # --help and the like

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ from steer.directions import Direction, Directions
 from steer.directions.text import plan_from_text
 from steer.errors import ConfigError, NonFiniteError
 from steer.experiment.complete import complete
+from steer.intervene import GATES
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
 from steer.model.site import Site
@@ -106,6 +108,39 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert jobs[0].seed == 1
     assert jobs[1].run == "outputs/tone/2031-04-05" and list(jobs[1].prompts) == ["How do I boil an egg?"]
     assert jobs[2].steer == "0.4 warm@response" and jobs[2].directions == {"warm": "2031-04-05"}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["say", "--help"], ["train", "--cfg", "job"]])
+def test_output_that_nobody_reads_ends_quietly(tmp_path: Path, arguments: list[str], unbuffered: str) -> None:
+    """As for `steer --help | head -3`: 141 is what a shell reports of a program that SIGPIPE ended."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "steer.cli", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_the_work_itself_is_not_passed_over(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "a worker has died")
+
+    monkeypatch.setattr(info, "run", broken)
+    monkeypatch.setattr("steer.cli._stdout_is_closed", lambda: False)
+    with pytest.raises(BrokenPipeError, match="a worker has died"):
+        steer("info")
+
+
+def test_the_help_of_say_names_the_gates_that_there_are(steer: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = sorted(set(GATES) - {"call"})
+    assert f"gate={', '.join(own[:-1])} or {own[-1]};" in steer("say", "--help")[1]
+    (tmp_path / "lots-1.0.dist-info").mkdir()
+    (tmp_path / "lots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lots\nVersion: 1.0\n")
+    (tmp_path / "lots-1.0.dist-info" / "entry_points.txt").write_text("[steer.gates]\nzz_norm = lots.norm:Norm\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert f"gate={', '.join(own)} or zz_norm;" in steer("say", "--help")[1]
 
 
 # ---- info

@@ -26,6 +26,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
+from steer.directions.moments import NEEDS
 from steer.drift import METRICS, DriftTracker
 from steer.drift.writer import DriftWriter
 from steer.experiment.results import to_json
@@ -260,6 +261,15 @@ def test_the_glossary_is_alphabetical_and_has_every_kind_of_method() -> None:
     plain = [word.strip("`").lower() for word in words]
     assert plain == sorted(plain) and len(set(words)) == len(words)
     assert {*script("make_tables").methods(), "plan", "intervention", "attachment", "site", "direction", "tracker"} <= set(words)
+
+
+def test_every_kind_of_method_of_ones_own_has_an_example() -> None:
+    text = (ROOT / "docs" / "methods_of_your_own.md").read_text(encoding="utf-8")
+    for kind, registry in REGISTRIES.items():
+        if registry.package is not None:
+            assert f"\n## {kind.capitalize()}\n" in text and f"| {kind} |" in text, kind
+            assert f"`{registry.package.removeprefix('steer.').replace('.', '/')}/`" in text and f"`{registry.entry_points}`" in text, kind
+    assert all(f"| `{need}` |" in text for need in NEEDS)
 
 
 def cited(page: Path) -> list[tuple[str, str]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steer.errors import ConfigError
-from steer.registry import REGISTRIES, Registry
+from steer.registry import REGISTRIES, Registry, public_classes
 
 ROOT = Path(__file__).resolve().parents[1]
 # folder -> place when installed
@@ -85,7 +89,7 @@ FILES = {
         """
         from steer.directions.importer import IMPORTERS, Importer
 
-        @IMPORTERS.register("new_import format")
+        @IMPORTERS.register("new_import_format")
         class NewImporter(Importer):
             '''Reads nothing so far.'''
 
@@ -101,7 +105,7 @@ FILES = {
         """
         from steer.drift.metric import drift_metric
 
-        @drift_metric("new_drift metric", needs=("effect_sd",))
+        @drift_metric("new_drift_metric", needs=("effect_sd",))
         def new_drift_metric(site):
             '''Square of the effect.'''
             return site.values["effect_sd"].square()
@@ -119,7 +123,7 @@ USE = """
     steer.Plan(intervention).save("plan")
     (loaded,) = steer.Plan.load("plan").interventions
     print(type(loaded.operator).__name__, loaded.gate, loaded.schedule, EXTRACTORS.get("new_extractor").direction.__name__)
-    print(OBJECTIVES.get("new_objective").loss.__name__, IMPORTERS.get("new_import format").__name__)
+    print(OBJECTIVES.get("new_objective").loss.__name__, IMPORTERS.get("new_import_format").__name__)
     assert "NewOperator" in dir(steer)
 """
 
@@ -143,7 +147,7 @@ USE_DRIFT = """
     with DriftStore("drift.sqlite") as store:
         for mode in ("probe", "stream"):
             curve = store.series("trait", "layers.1.output", mode)
-            print(curve["step"], curve["new_drift metric"] == [effect**2 for effect in curve["effect_sd"]])
+            print(curve["step"], curve["new_drift_metric"] == [effect**2 for effect in curve["effect_sd"]])
     print([key for key in tracker.log_values() if "new_" in key])
 """
 
@@ -167,11 +171,11 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     for kind, (folder, code) in FILES.items():
         (installed / folder / f"new_{kind.replace(' ', '_')}.py").write_text(textwrap.dedent(code))
     shown = run(installed, tmp_path, "-m", "steer.cli", "info")
-    assert all(f"new_{kind}" in shown for kind in FILES)
+    assert all(f"new_{kind.replace(' ', '_')}" in shown for kind in FILES)
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
     assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor".split(), "new_objective", "NewImporter"]
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
-    logged = [f"{prefix}/trait@layers.1.output/new_drift metric" for prefix in ("drift", "drift_stream")]
+    logged = [f"{prefix}/trait@layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
 
 
@@ -214,18 +218,241 @@ def test_every_kind_of_method_has_a_folder_and_entry_points():
         assert (ROOT / registry.package.replace(".", "/")).is_dir() and list(registry)
 
 
-def test_a_folder_that_cannot_be_imported_says_so_at_every_look_up(tmp_path, monkeypatch):
-    (tmp_path / "broken_methods").mkdir()
-    (tmp_path / "broken_methods" / "__init__.py").write_text("")
-    (tmp_path / "broken_methods" / "bad.py").write_text("raise RuntimeError('bad file')\n")
+# ---- a folder that cannot be loaded
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Registry[type]]]:
+    """`folder(bad="1 / 0")` makes a registry of a folder with such a file, beside a good one that registers `good`."""
+    count = itertools.count()
+    before = dict(REGISTRIES)
     monkeypatch.syspath_prepend(tmp_path)
-    registry: Registry[type] = Registry("thing of a test", "broken_methods")
-    try:
+
+    def make(**files: str) -> Registry[type]:
+        package = f"methods_{next(count)}"
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+        head = f"from steer.registry import REGISTRIES\nTHINGS = REGISTRIES['{package}']\n"
+        for name, code in {"good": "@THINGS.register('good')\nclass Good: pass", **files}.items():
+            (tmp_path / package / f"{name}.py").write_text(f"{head}{code}\n")
+        importlib.invalidate_caches()
+        return Registry(package, package)
+
+    yield make
+    for kind in set(REGISTRIES) - set(before):
+        del REGISTRIES[kind]
+    for module in [name for name in sys.modules if name.startswith("methods_")]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "said"),
+    [
+        ("raise RuntimeError('bad file')", RuntimeError, "RuntimeError: bad file"),
+        ("def broken(:", SyntaxError, "SyntaxError: invalid syntax"),
+        ("import not_there", ModuleNotFoundError, "No module named 'not_there'"),
+        ("raise SystemExit(3)", SystemExit, "SystemExit: 3"),
+        ("@THINGS.register('mine')\nclass Mine: pass\nimport not_there", ModuleNotFoundError, "No module named 'not_there'"),
+        ("@THINGS.register('good')\nclass Mine: pass", ConfigError, r"methods_0\.good\.Good, and wanted by methods_0\.zz_bad\.Mine"),
+        ("from methods_0.good import Good\nTHINGS.register('better')(Good)", ConfigError, r"methods_0\.good\.Good is[^(]*'good'.*'better'"),
+        (
+            "@THINGS.register('mine')\nclass Good: pass",
+            ConfigError,
+            r"a class called Good .*methods_0\.good\.Good and methods_0\.zz_bad\.Good",
+        ),
+        ("@THINGS.register\nclass Mine: pass", ConfigError, r"methods_0\.zz_bad\.Mine is registered as .* without a name"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_named_at_every_look_up(folder, code: str, cause: type, said: str):
+    registry = folder(zz_bad=code)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"the methods_0 file .*zz_bad.py cannot be loaded[\\s\\S]*{said}") as caught:
+            registry.get("good")
+        assert isinstance(caught.value.__cause__, cause)
+
+
+def test_a_file_that_registers_nothing_is_named_unless_it_is_a_helper(folder):
+    for _ in range(2):
+        registry = folder(idle="x = 1")
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="bad file"):
-                registry.get("bad")
-    finally:
-        del REGISTRIES["thing of a test"]
+            with pytest.raises(ConfigError, match=rf"{registry.kind}\.idle registers no"):
+                registry.get("good")
+    assert list(folder(_helper="x = 1")) == ["good"]
+
+
+def test_a_look_up_goes_on_after_an_interruption(folder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("INTERRUPT", "yes")
+    stopped = "@THINGS.register('mine')\nclass Mine: pass\nimport os\nif os.environ.get('INTERRUPT'): raise KeyboardInterrupt"
+    registry = folder(a_first="@THINGS.register('first')\nclass First: pass", stopped=stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            registry.get("first")
+    monkeypatch.delenv("INTERRUPT")
+    assert list(registry) == ["first", "good", "mine"]
+
+
+@pytest.mark.parametrize("code", ["def broken(:", "raise SystemExit(3)", "@OPERATORS.register('add')\nclass Mine: pass"])
+def test_a_broken_file_ends_a_command_without_a_traceback(installed, tmp_path, code: str):
+    (installed / "steer" / "intervene" / "operators" / "zz_bad.py").write_text(f"from steer.intervene.operator import OPERATORS\n{code}\n")
+    for command in (["info"], ["say", "steer=warm", "prompts=[hello]"]):
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        arguments = [sys.executable, "-m", "steer.cli", *command]
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "zz_bad.py cannot be loaded" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- entry points that cannot be used
+
+
+PLUGIN = """
+from steer.intervene import OPERATORS
+from steer.intervene.operators.add import Add as Base
+
+class Mine(Base): pass
+class Add(Base): pass
+NUMBER = 3
+class Other: pass
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Registry[Any]]]:
+    """`plugin("shrink = lots:Mine")` makes a registry of operators with such entry points of a package `lots`."""
+    from steer.intervene import OPERATORS
+    from steer.intervene.operator import Operator
+
+    OPERATORS.load()
+    before = dict(REGISTRIES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(entry_points: str, code: str = PLUGIN) -> Registry[Any]:
+        (tmp_path / "lots-1.0.dist-info").mkdir()
+        (tmp_path / "lots-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lots\nVersion: 1.0\n")
+        (tmp_path / "lots-1.0.dist-info" / "entry_points.txt").write_text(f"[steer.things]\n{entry_points}\n")
+        (tmp_path / "lots.py").write_text(code)
+        importlib.invalidate_caches()
+        registry: Registry[Any] = Registry("thing", "steer.intervene.operators", "steer.things", subclass_of=Operator)
+        registry._entries = dict(OPERATORS._entries)
+        return registry
+
+    yield make
+    sys.modules.pop("lots", None)
+    REGISTRIES.clear()
+    REGISTRIES.update(before)
+
+
+@pytest.mark.parametrize(
+    ("entry_points", "code", "said"),
+    [
+        ("shrink = lots:NUMBER", PLUGIN, "derived from steer.intervene.operator.Operator; found int '3'"),
+        ("shrink = lots:Other", PLUGIN, "derived from steer.intervene.operator.Operator; found lots.Other"),
+        ("shrink = lots", "x = 1", "the module lots registers no thing"),
+        ("shrink = lots", "raise SystemExit(3)", "SystemExit: 3"),
+        ("shrink = lots:Nope", PLUGIN, "AttributeError"),
+        ("add = lots:Mine", PLUGIN, "'add' is registered twice.*steer.intervene.operators.add.Add, and wanted by lots.Mine"),
+        ("a = lots:Mine\nshrink = lots:Mine", PLUGIN, "lots.Mine is registered as thing 'a' already.*'shrink'"),
+        ("shrink = steer.intervene.operators.add:Add", PLUGIN, "add.Add is registered as thing 'add' already.*'shrink'"),
+        ("two words = lots:Mine", PLUGIN, "'two words' cannot be the name of a thing"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_used_is_a_warning_and_in_the_error_of_whoever_looks_for_it(plugin, entry_points, code, said):
+    registry = plugin(entry_points, code)
+    with pytest.warns(UserWarning, match=rf"of lots \(.*cannot be used: .*{said}") as told:
+        assert registry.get("add").__name__ == "Add"
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError, match=rf"unknown thing 'missing'[\s\S]*of lots \([\s\S]*{said}[\s\S]*mend the other package"):
+            registry.get("missing")
+
+
+def test_entry_points_go_on_after_an_interruption(plugin, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("INTERRUPT", "yes")
+    registering = "from steer.registry import REGISTRIES\nREGISTRIES['thing'].register('mine')(Mine)"
+    stopped = f"{PLUGIN}\n{registering}\nimport os\nif os.environ.get('INTERRUPT'): raise KeyboardInterrupt"
+    registry = plugin("a = steer.intervene.operators.scale\nb = lots", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            registry.get("mine")
+    monkeypatch.delenv("INTERRUPT")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.get("mine").__module__ == "lots"
+
+
+def test_a_class_of_another_package_never_takes_the_place_of_ours(plugin):
+    registry = plugin("shrink = lots:Add")
+    assert registry.get("shrink").__module__ == "lots" and public_classes([registry])["Add"] is registry.get("add")
+
+
+def test_a_script_that_comes_first_does_not_take_a_name_or_an_export_of_ours(installed, tmp_path):
+    code = """
+        from steer.errors import ConfigError
+        from steer.intervene.operator import OPERATORS
+        from steer.intervene.schedule import SCHEDULES, Schedule
+        from steer.intervene.operators.scale import Scale
+        import steer
+
+        @OPERATORS.register("my_add")
+        class Add(Scale):
+            "x"
+
+        @OPERATORS.register("my_linear")
+        class Linear(Scale):
+            "x"
+
+        try:
+            OPERATORS.register("scale")(type("Mine", (Scale,), {}))
+        except ConfigError as error:
+            print("refused:", error.found)
+        print(steer.Add.name, steer.Linear.name, steer.intervene.Add.name, "Add" in dir(steer), OPERATORS.get("my_add") is Add)
+    """
+    printed = run(installed, tmp_path, "-c", textwrap.dedent(code)).splitlines()
+    assert printed[0].startswith("refused: it is the name of steer.intervene.operators.scale.Scale, and wanted by __main__.Mine")
+    assert printed[1] == "add linear add True True"
+
+
+def test_our_own_exports_have_names_of_their_own():
+    import steer
+    from steer.intervene import METHODS
+
+    own = [cls.__name__ for registry in METHODS for cls in registry.classes() if registry.is_own(cls)]
+    assert len(own) == len(set(own)) and not set(own) & set(steer._EXPORTS)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a.b", "1st", "_x", "-x", "Ünd", "a\n", 5, None, ("a",)])
+def test_what_cannot_be_a_name_is_refused(folder, name):
+    registry = folder()
+    for register in (registry.register, lambda name: registry.alias(name, of="good")):
+        with pytest.raises(ConfigError, match=r"cannot be the name of a [\s\S]*letters, digits, _ and -"):
+            register(name)
+
+
+def test_a_decorator_without_a_name_is_refused():
+    from steer.directions.extractor import extractor
+    from steer.directions.trained import objective
+    from steer.drift.metric import drift_metric
+    from steer.intervene import OPERATORS
+
+    def method(moments):
+        return moments.gap
+
+    for decorator in (OPERATORS.register, extractor, lambda function: objective(function, runs=()), drift_metric):
+        with pytest.raises(ConfigError, match=r"test_registry\.\S*method is registered as .* without a name[\s\S]*@\w+\.register\('"):
+            decorator(method)
+
+
+def test_a_class_is_registered_once_and_keeps_its_name():
+    from steer.intervene import OPERATORS, Add
+
+    with pytest.raises(
+        ConfigError, match=r"add\.Add is registered as operator 'add' already[\s\S]*'plus'[\s\S]*OPERATORS\.alias\('plus', of='add'\)"
+    ):
+        OPERATORS.register("plus")(Add)
+    assert Add.name == "add" and "plus" not in OPERATORS
 
 
 def test_a_name_is_given_once_and_the_nearest_one_is_named():

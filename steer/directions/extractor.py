@@ -14,6 +14,8 @@ from steer.errors import ConfigError, ContrastError, WidthError
 from steer.intervene.operator import check_finite
 from steer.registry import Registry
 
+EXTRA_PACKAGES = ("sklearn", "concept_erasure")  # modules that the extra `directions` installs
+
 
 @dataclass(frozen=True)
 class Extractor:
@@ -23,7 +25,7 @@ class Extractor:
         direction: gives a [width] vector of any length and sign, in floating point.
         needs: what it reads beyond the class means, keys of `moments.NEEDS`.
         pairs: it is only defined on pairs.
-        package: a module of the extra `directions` that it imports.
+        package: a module that it imports when it runs, of the extra `directions` or of any other package.
     """
 
     direction: Callable[[ContrastMoments], Tensor]
@@ -60,22 +62,23 @@ class Extractor:
         return vector.detach().double().cpu()
 
 
-EXTRACTORS: Registry[Extractor] = Registry("extractor", "steer.directions.extractors", "steer.extractors")
+EXTRACTORS: Registry[Extractor] = Registry("extractor", "steer.directions.extractors", "steer.extractors", instance_of=Extractor)
 
 
 def extractor(
     name: str, *, needs: tuple[str, ...] = (), pairs: bool = False, package: str | None = None
 ) -> Callable[[Callable[[ContrastMoments], Tensor]], Extractor]:
-    """Registers a function as the extractor of that name."""
+    """Registers a function as the extractor of that name. Raises ConfigError as `Registry.register`."""
+    register = EXTRACTORS.register(name)
 
     def add(function: Callable[[ContrastMoments], Tensor]) -> Extractor:
-        return EXTRACTORS.register(name)(Extractor(function, needs, pairs, package))
+        return register(Extractor(function, needs, pairs, package))
 
     return add
 
 
 def extra(module: str) -> Any:
-    """Imports a module that the extra `directions` installs. Raises ConfigError with the command that does."""
+    """Imports a module that an extractor needs. Raises ConfigError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -110,9 +113,12 @@ def _vector_error(name: str, vector: Tensor, width: int) -> WidthError:
 
 
 def _package_error(module: str, error: ModuleNotFoundError) -> ConfigError:
+    package = module.partition(".")[0]
+    missing = str(error.name).partition(".")[0]
+    is_ours = package in EXTRA_PACKAGES
     return ConfigError(
-        f"this method needs '{module.partition('.')[0]}'",
-        expected="scikit-learn and concept-erasure, which the extra `directions` installs",
+        f"this method needs '{package}'",
+        expected="scikit-learn and concept-erasure, which the extra `directions` installs" if is_ours else f"the package of '{missing}'",
         found=f"no module '{error.name}'",
-        remedy="pip install 'torchsteer[directions]'",
+        remedy="pip install 'torchsteer[directions]'" if is_ours else f"pip install {missing}, or what else brings the module '{missing}'",
     )

@@ -22,8 +22,6 @@ from steer.intervene.plan import Plan
 from steer.model.site import Site
 from steer.registry import Registry
 
-IMPORTERS: Registry[type[Importer]] = Registry("import format", "steer.directions.importers", "steer.importers")
-
 
 @dataclass(eq=False)
 class Source:
@@ -111,6 +109,9 @@ class Importer:
     def read(source: Source) -> Directions | Plan:
         """Raises the errors of `import_directions`."""
         raise NotImplementedError
+
+
+IMPORTERS: Registry[type[Importer]] = Registry("import format", "steer.directions.importers", "steer.importers", subclass_of=Importer)
 
 
 def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: str, span: str | int = "unknown", **notes: Any) -> Directions:

@@ -29,6 +29,7 @@ from steer.checks import of_type
 from steer.directions.direction import Direction, Directions
 from steer.errors import ConfigError, SteerError, WrongModelError, did_you_mean
 from steer.intervene import OPERATORS, Gate, Intervention, Operator, Plan, Scope
+from steer.intervene.file_form import file_form
 from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
 from steer.model.context import PHASES
@@ -244,7 +245,10 @@ def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
     """
     texts = []
     for intervention in plan.interventions:
-        words = [] if intervention.operator.name == "add" else [intervention.operator.name]
+        operator_name, _ = file_form(intervention.operator, OPERATORS)
+        if not _WORD.fullmatch(operator_name):
+            raise _extras_error(intervention, [f"an operator whose name is no word, '{operator_name}'"])
+        words = [] if operator_name == "add" else [operator_name]
         site_and_scope = f"{_name_of(intervention, names)}:{intervention.site}@{intervention.scope}"
         gate = "" if intervention.gate is None else f" ?{_gate_of(intervention, gates or {})}"
         strength = intervention.strength[0]

@@ -87,18 +87,19 @@ class Objective:
         return loss
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", "steer.directions.objectives", "steer.objectives")
+OBJECTIVES: Registry[Objective] = Registry("objective", "steer.directions.objectives", "steer.objectives", instance_of=Objective)
 
 
 def objective(
     name: str, *, runs: tuple[Run, ...], operator: Callable[[Tensor], Operator] = Add, detects: bool = False
 ) -> Callable[[Callable[[Scores], Tensor]], Objective]:
-    """Registers a loss as the objective of that name."""
+    """Registers a loss as the objective of that name. Raises ConfigError as `Registry.register`."""
+    register = OBJECTIVES.register(name)
 
-    def register(loss: Callable[[Scores], Tensor]) -> Objective:
-        return OBJECTIVES.register(name)(Objective(loss, runs, operator, detects))
+    def add(loss: Callable[[Scores], Tensor]) -> Objective:
+        return register(Objective(loss, runs, operator, detects))
 
-    return register
+    return add
 
 
 def train_direction(

@@ -23,8 +23,6 @@ from steer.drift.measurement import MODES, SiteMeasurement
 from steer.errors import ConfigError
 from steer.registry import Registry
 
-METRICS: Registry[Any] = Registry("drift metric", "steer.drift.metrics", "steer.drift_metrics")
-
 RECORD_FIELDS = ("step", "mode", "direction", "site", "kind", "n", "metrics")
 
 
@@ -69,6 +67,9 @@ class DriftMetric:
         return values.detach().cpu()
 
 
+METRICS: Registry[Any] = Registry("drift metric", "steer.drift.metrics", "steer.drift_metrics", instance_of=DriftMetric)
+
+
 def drift_metric(
     name: str,
     *,
@@ -88,9 +89,10 @@ def drift_metric(
         raise _reserved_name(name)
     if not modes or not set(modes) <= set(MODES):
         raise _unknown_modes(name, modes)
+    register = METRICS.register(name)
 
     def add(function: Callable[..., Tensor]) -> DriftMetric:
-        return METRICS.register(name)(DriftMetric(name, function, unit, modes, controls, needs, across_sites, logged))
+        return register(DriftMetric(name, function, unit, modes, controls, needs, across_sites, logged))
 
     return add
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, did_you_mean
+from steer.intervene.file_form import file_form
 from steer.intervene.operator import TensorHolder
 from steer.intervene.scope import Scope
 from steer.intervene.scope_mask import ScopeMask
@@ -23,7 +24,6 @@ from steer.model.context import Decision, ForwardContext, Mask
 from steer.model.site import Site
 from steer.registry import Registry
 
-GATES: Registry[type[SiteGate]] = Registry("gate", "steer.intervene.gates", "steer.gates")
 PER = ("token", "row", "generation")
 POOLS = ("mean", "max")
 _NUMBERS = itertools.count()  # tells the gates of a process apart
@@ -85,6 +85,8 @@ class CombinedGate(Gate):
         return type(self)(*(part.copied(tensors, gates) for part in self.parts))
 
     def to_dict(self) -> dict[str, Any]:
+        if COMBINATIONS.get(self.word) is not type(self):
+            raise _unknown_combination(self)
         return {self.word: [part.to_dict() for part in self.parts]}
 
     def __str__(self) -> str:
@@ -121,6 +123,9 @@ class Not(CombinedGate):
 
     def __str__(self) -> str:
         return f"not {self.parts[0]}"
+
+
+COMBINATIONS = {combination.word: combination for combination in (And, Or, Not)}
 
 
 class SiteGate(Gate, TensorHolder):
@@ -269,20 +274,23 @@ class SiteGate(Gate, TensorHolder):
         return {"site": site, "per": self.per, "over": str(self.over), "pool": self.pool}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"gate": self.name, "options": self.options()}
+        name, options = file_form(self, GATES)
+        return {"gate": name, "options": options}
 
     def __str__(self) -> str:
         where = "" if self.site is None else f" at {self.site}"
         return f"{self.name}{where} per {self.per}"
 
 
+GATES: Registry[type[SiteGate]] = Registry("gate", "steer.intervene.gates", "steer.gates", subclass_of=SiteGate)
+
+
 def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gate:
     """Inverse of `Gate.to_dict`. tensors: those of each site gate, from left to right."""
     if "gate" in spec:
         return GATES.get(spec["gate"]).restore(next(tensors), spec["options"])
-    combined = {kind.word: kind for kind in (And, Or, Not)}
     [(word, parts)] = spec.items()
-    return combined[word](*(from_dict(part, tensors) for part in parts))
+    return COMBINATIONS[word](*(from_dict(part, tensors) for part in parts))
 
 
 def one_number(value: float | Tensor, what: str) -> Tensor:
@@ -340,6 +348,15 @@ def _python_words() -> ConfigError:
         expected="& for and, | for or, ~ for not",
         found="Python's own words, which would drop one of the gates",
         remedy="e.g. (first & ~second)",
+    )
+
+
+def _unknown_combination(gate: CombinedGate) -> ConfigError:
+    return ConfigError(
+        "a file cannot name this combination of gates",
+        expected="one made by &, | or ~",
+        found=f"{type(gate).__module__}.{type(gate).__qualname__}, which would be read as '{gate.word}'",
+        remedy="say the same with &, | and ~, or in a registered gate of your own",
     )
 
 

@@ -13,6 +13,7 @@ from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
+from steer.intervene.file_form import file_form
 from steer.intervene.gate import Gate
 from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite
 from steer.intervene.schedule import Schedule
@@ -128,11 +129,12 @@ class Intervention:
         self.holders[prefix + dot].tensors[tensor_name] = parameter
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form without the tensors."""
+        """JSON form without the tensors. Raises ConfigError where it would not give back the same intervention."""
+        operator_name, options = file_form(self.operator, OPERATORS)
         return {
             "name": self.name,
-            "operator": self.operator.name,
-            "options": self.operator.options(),
+            "operator": operator_name,
+            "options": options,
             "site": str(self.site),
             "scope": str(self.scope),
             "strength": list(self.strength),

@@ -19,8 +19,6 @@ from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.registry import Registry
 
-OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators")
-
 RowTensors = Mapping[str, Tensor]  # tensors by name, [batch or 1, ...]: for each row of a batch those of its row slot
 
 
@@ -182,6 +180,9 @@ class Operator(TensorHolder):
     def describe(self) -> str:
         """One phrase for `Plan.explain()`."""
         return type(self).name
+
+
+OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators", subclass_of=Operator)
 
 
 def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTensors:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError
+from steer.intervene.file_form import check_restored, json_copy
 from steer.registry import Registry
 
 
@@ -21,7 +22,7 @@ class Schedule:
         raise NotImplementedError
 
 
-SCHEDULES: Registry[type[Schedule]] = Registry("schedule", "steer.intervene.schedules", "steer.schedules")
+SCHEDULES: Registry[type[Schedule]] = Registry("schedule", "steer.intervene.schedules", "steer.schedules", subclass_of=Schedule)
 
 
 def check_positive(**values: int) -> None:
@@ -40,16 +41,14 @@ def check_finite(**values: float) -> None:
 
 
 def to_dict(schedule: Any) -> dict[str, Any]:
-    """JSON form: the registered name and the arguments."""
-    name = str(getattr(type(schedule), "name", ""))
-    if name not in SCHEDULES or SCHEDULES.get(name) is not type(schedule):
-        raise ConfigError(
-            f"schedule {schedule!r} is not registered",
-            expected=f"one of {', '.join(SCHEDULES)}",
-            found=type(schedule).__name__,
-            remedy="decorate its class with @SCHEDULES.register('<name>')",
-        )
-    return {"name": name, **asdict(schedule)}  # type: ignore[call-overload]
+    """JSON form: the registered name and the arguments. Raises ConfigError for a schedule that it would not give back."""
+    name = SCHEDULES.name_of(schedule)
+    if not is_dataclass(schedule):
+        raise _no_dataclass(schedule)
+    arguments = asdict(schedule)  # type: ignore[arg-type]
+    restored = from_dict({"name": name, **json_copy(arguments, f"schedule '{name}'")})
+    check_restored("schedule", name, schedule, restored, "make it a field of the dataclass")
+    return {"name": name, **arguments}
 
 
 def from_dict(spec: Any) -> Any:
@@ -60,21 +59,42 @@ def from_dict(spec: Any) -> Any:
         spec = {"name": spec}
     if not hasattr(spec, "keys"):
         if not callable(spec):
-            raise ConfigError(
-                "a schedule is of the wrong type",
-                expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
-                found=repr(spec),
-                remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
-            )
+            raise _no_schedule(spec)
         return spec
     arguments = dict(spec)
     cls = SCHEDULES.get(arguments.pop("name", ""))
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise ConfigError(
-            f"schedule '{spec['name']}' does not take these arguments",
-            expected=", ".join(str(argument.replace(annotation=argument.empty)) for argument in inspect.signature(cls).parameters.values()),
-            found=f"{arguments}: {error}",
-            remedy="give it these arguments; those with a default may be left out",
-        ) from error
+        raise _wrong_arguments(cls, arguments, error) from error
+
+
+# ---- errors
+
+
+def _no_dataclass(schedule: Schedule) -> ConfigError:
+    return ConfigError(
+        f"schedule '{schedule.name}' has no file form",
+        expected="a dataclass, whose fields are the arguments of the schedule",
+        found=f"{type(schedule).__module__}.{type(schedule).__qualname__}, a plain class",
+        remedy="put @dataclass(frozen=True) below @SCHEDULES.register(...), and the arguments into fields",
+    )
+
+
+def _no_schedule(spec: object) -> ConfigError:
+    return ConfigError(
+        "a schedule is of the wrong type",
+        expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
+        found=repr(spec),
+        remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
+    )
+
+
+def _wrong_arguments(cls: type[Schedule], arguments: dict[str, Any], error: TypeError) -> ConfigError:
+    known = inspect.signature(cls).parameters.values()
+    return ConfigError(
+        f"schedule '{cls.name}' does not take these arguments",
+        expected=", ".join(str(argument.replace(annotation=argument.empty)) for argument in known),
+        found=f"{arguments}: {error}",
+        remedy="give it these arguments; those with a default may be left out",
+    )

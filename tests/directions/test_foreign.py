@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from hand import edited, ids
+from method_tables import check_table
 from torch import Tensor
 
 import steer
@@ -364,7 +365,7 @@ def good_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def test_every_format_is_recognised_by_its_content_alone(tmp_path):
     files = good_files(tmp_path)
-    assert files.keys() == set(IMPORTERS)
+    check_table(IMPORTERS, files, "`good_files` of tests/directions/test_foreign.py", "what writes a good file, and the arguments it needs")
     for name, (path, arguments) in files.items():
         read = steer.import_plan if IMPORTERS.get(name).makes == "plan" else steer.import_directions
         told, named = read(path, **arguments), read(path, name, **arguments)

@@ -199,6 +199,13 @@ def test_a_missing_package_is_named_before_a_pass(method, package, tiny, monkeyp
         extract(model, contrast, ["layers.1.output"], name="x", method=method, progress=False)
 
 
+def test_the_missing_package_of_another_extractor_is_named_itself():
+    with pytest.raises(ConfigError) as caught:
+        Extractor(lambda moments: moments.gap, package="not_there.linear").check("odd", paired=True)
+    assert "needs 'not_there'" in str(caught.value) and "pip install not_there," in caught.value.remedy
+    assert "torchsteer" not in str(caught.value) and "scikit-learn" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [

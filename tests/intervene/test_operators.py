@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, HEADS
 from hand import edited, ids, packed, padded, vector
 from intervene.operator_cases import CASES, applied
+from method_tables import check_table
 
 from steer.errors import ConfigError, NonFiniteError, WidthError
 from steer.intervene import OPERATORS, Ablate, Add, Clamp, Intervention, Plan
@@ -33,7 +34,12 @@ def every(site: str | None = None, **options) -> list[Intervention]:
 
 
 def test_every_operator_has_a_case_and_a_line():
-    assert {case.make().name for case in CASES.values()} == set(OPERATORS)
+    check_table(
+        OPERATORS,
+        {case.make().name for case in CASES.values()},
+        "CASES of tests/intervene/operator_cases.py",
+        "how to build the operator, and its formula in fp64 written in another way",
+    )
     assert all(line for _, line in OPERATORS.table())
     with pytest.raises(ConfigError, match="did you mean 'ablate'"):
         OPERATORS.get("ablat")

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from method_tables import check_table
 
 from steer.errors import ConfigError
 from steer.intervene import Constant, Cosine, Linear, WarmupDecay
@@ -44,13 +45,26 @@ def test_warmup_and_decay(step, warmup, decay, level):
     assert WarmupDecay(warmup, decay, total)(step) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("schedule", [Constant(0.5), Linear(7, 1.0, 0.0), Cosine(3), WarmupDecay(2, 3, 10)])
-def test_every_schedule_survives_its_json_form(schedule):
+EXAMPLES = {
+    "constant": Constant(0.5),
+    "linear": Linear(7, 1.0, 0.0),
+    "cosine": Cosine(3),
+    "warmup_decay": WarmupDecay(2, 3, 10),
+}
+
+
+def test_every_schedule_has_an_example():
+    check_table(SCHEDULES, EXAMPLES, "EXAMPLES of tests/intervene/test_schedule.py", "an example, and a test of its closed form above")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_schedule_survives_its_json_form(name):
+    schedule = EXAMPLES[name]
+    assert schedule.name == name
     assert from_dict(to_dict(schedule)) == schedule
 
 
-def test_the_table_above_is_the_registry():
-    assert set(SCHEDULES) == {"constant", "linear", "cosine", "warmup_decay"}
+def test_short_forms():
     assert from_dict(None) == Constant() and from_dict("constant") == Constant()
 
 
