@@ -75,7 +75,7 @@ def kind_table(kind: str) -> str:
 
 
 def aliases(kind: str, name: str) -> list[str]:
-    return [alias for alias, entry in REGISTRIES[kind]._aliases.items() if entry == name] if kind in REGISTRIES else []
+    return REGISTRIES[kind].aliases_of(name) if kind in REGISTRIES else []
 
 
 def formula(text: str) -> str:

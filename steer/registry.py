@@ -101,6 +101,10 @@ class Registry(Generic[T]):
             self._check_free(name, of)
             self._aliases[name] = of
 
+    def aliases_of(self, name: str) -> list[str]:
+        """The other names of an entry."""
+        return [alias for alias, of in self._aliases.items() if of == name]
+
     def is_own(self, entry: T) -> bool:
         """It comes from the folder of this registry, rather than from another package or from a script."""
         return self.package is not None and _module_of(entry).startswith(f"{self.package}.")
