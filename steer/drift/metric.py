@@ -11,6 +11,7 @@ It is computed at every measurement from then on, kept in the store and in the r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.checks import of_type
+from steer.checks import errors_of, of_type
 from steer.drift.measurement import MODES, SiteMeasurement
 from steer.errors import ConfigError
 from steer.registry import Registry
@@ -57,11 +58,21 @@ class DriftMetric:
         return self.function.__doc__
 
     def compute(self, sites: Sequence[SiteMeasurement]) -> list[Tensor]:
-        """The values at each site, fp64. Raises ConfigError when the function returns anything else."""
+        """The values at each site, fp64. A function of another package gets copies, so that it cannot change what other metrics read.
+
+        Raises:
+            ConfigError: the function fails, or returns anything else.
+        """
+        if getattr(self.function, "__module__", "").partition(".")[0] != "steer":
+            sites = [site.copy() for site in sites]
         counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
         if self.across_sites:
-            return list(self._checked(self.function(sites), sum(counts)).split(counts))
-        return [self._checked(self.function(site), count) for site, count in zip(sites, counts, strict=True)]
+            return list(self._checked(self._called(sites), sum(counts)).split(counts))
+        return [self._checked(self._called(site), count) for site, count in zip(sites, counts, strict=True)]
+
+    def _called(self, measured: SiteMeasurement | Sequence[SiteMeasurement]) -> Any:
+        with errors_of(f"drift metric '{self.name}'", "correct its function; metrics that it reads from `values` belong into `needs`"):
+            return self.function(measured)
 
     def _checked(self, values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != (count,):
@@ -82,15 +93,19 @@ def drift_metric(
     """Registers a function as the drift metric of that name; the options are those of `DriftMetric`.
 
     Raises:
-        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode.
+        ConfigError: the name is taken, also by a field of `DriftRecord`, or is no name for a logger; an unknown mode; `needs` that is no
+        tuple.
     """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise _unfit_name(name)
     if name in RECORD_FIELDS:
         raise _reserved_name(name)
     if not modes or not set(modes) <= set(MODES):
         raise _unknown_modes(name, modes)
+    of_type(needs, (tuple, list), f"`needs` of drift metric '{name}'", "pass a tuple of names, e.g. needs=('p',)")
 
     def add(function: Callable[..., Tensor]) -> DriftMetric:
-        return METRICS.register(name)(DriftMetric(name, function, unit, modes, controls, needs, across_sites, logged))
+        return METRICS.register(name)(DriftMetric(name, function, unit, modes, controls, tuple(needs), across_sites, logged))
 
     return add
 
@@ -139,6 +154,15 @@ def _wrong_values(metric: DriftMetric, values: Any, count: int) -> ConfigError:
         expected=f"a tensor of torch.float64 and the shape [{count}], one value per {which} of {where}",
         found=found,
         remedy="return such a tensor; a metric that controls do not have is registered with controls=False",
+    )
+
+
+def _unfit_name(name: Any) -> ConfigError:
+    return ConfigError(
+        f"drift metric {name!r} has no name that a logger can take",
+        expected="letters, digits, '_', '-' and '.'",
+        found=repr(name),
+        remedy="leave out slashes, which part the keys of a logger, and spaces: e.g. 'effect_sd'",
     )
 
 

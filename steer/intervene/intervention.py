@@ -14,7 +14,7 @@ from steer.errors import ConfigError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
 from steer.intervene.gate import Gate
-from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite
+from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite, check_initialised
 from steer.intervene.schedule import Schedule
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
@@ -78,6 +78,9 @@ class Intervention:
             of_type(value, bool, f"`{flag}` of an intervention", "pass True or False")
         if gate is not None:
             of_type(gate, Gate, "the gate of an intervention", "pass a gate such as ProbeGate(vector), or leave it out")
+            for site_gate in gate.site_gates():
+                check_initialised(site_gate, "gate")
+        check_initialised(operator, "operator")
         site = Site.parse(site)
         operator.check_site(site)
         name = name or f"{operator.name}@{site}"
@@ -104,7 +107,7 @@ class Intervention:
 
     def strength_at(self, step: int) -> Tensor:
         """[1 or slots] fp32: strength x schedule x switch at an optimiser step."""
-        return torch.tensor(self.strength) * (self.schedule(step) if self.enabled else 0.0)
+        return torch.tensor(self.strength) * (schedules.factor_at(self.schedule, step) if self.enabled else 0.0)
 
     @property
     def holders(self) -> dict[str, TensorHolder]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict
+import math
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
-from steer.checks import finite_number, whole_number
-from steer.errors import ConfigError
+from torch import Tensor
+
+from steer.checks import errors_of, finite_number, whole_number
+from steer.errors import ConfigError, NonFiniteError
 from steer.registry import Registry
 
 
@@ -39,8 +42,28 @@ def check_finite(**values: float) -> None:
         finite_number(value, f"schedule argument '{name}'")
 
 
+def factor_at(schedule: Any, step: int) -> float:
+    """The factor of a strength at an optimiser step. Raises ConfigError unless it is a real number, NonFiniteError for NaN and infinity.
+
+    Example:
+        >>> factor_at(Linear(steps=4), 1)
+        0.25
+    """
+    with errors_of(f"schedule {schedule!r} at step {step}", "let it take an optimiser step, an integer from 0 on, and return a number"):
+        factor = schedule(step)
+    if isinstance(factor, Tensor) and not factor.dim() and not factor.is_meta:
+        factor = factor.item()
+    elif hasattr(factor, "dtype") and callable(getattr(factor, "item", None)) and getattr(factor, "ndim", None) == 0:
+        factor = factor.item()  # a number of numpy
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise _no_factor(schedule, step, factor)
+    if not math.isfinite(factor):
+        raise _infinite_factor(schedule, step, factor)
+    return float(factor)
+
+
 def to_dict(schedule: Any) -> dict[str, Any]:
-    """JSON form: the registered name and the arguments."""
+    """JSON form: the registered name and the arguments. Raises ConfigError for what a file cannot hold."""
     name = str(getattr(type(schedule), "name", ""))
     if name not in SCHEDULES or SCHEDULES.get(name) is not type(schedule):
         raise ConfigError(
@@ -49,28 +72,30 @@ def to_dict(schedule: Any) -> dict[str, Any]:
             found=type(schedule).__name__,
             remedy="decorate its class with @SCHEDULES.register('<name>')",
         )
+    if not is_dataclass(schedule):
+        raise _no_dataclass(schedule)
     return {"name": name, **asdict(schedule)}  # type: ignore[call-overload]
 
 
 def from_dict(spec: Any) -> Any:
-    """Inverse of `to_dict`; a plain name uses the defaults, None is constant 1, a schedule is returned as it is."""
+    """Inverse of `to_dict`; a plain name uses the defaults, None is constant 1, a schedule is returned as it is.
+
+    Raises:
+        ConfigError: no schedule, unknown arguments, or a schedule that gives no number at step 0. NonFiniteError: NaN or infinity there.
+    """
     if spec is None:
         return SCHEDULES.get("constant")()
     if isinstance(spec, str):
         spec = {"name": spec}
     if not hasattr(spec, "keys"):
-        if not callable(spec):
-            raise ConfigError(
-                "a schedule is of the wrong type",
-                expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
-                found=repr(spec),
-                remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
-            )
+        if not callable(spec) or isinstance(spec, type):
+            raise _no_schedule(spec)
+        factor_at(spec, 0)
         return spec
     arguments = dict(spec)
     cls = SCHEDULES.get(arguments.pop("name", ""))
     try:
-        return cls(**arguments)
+        schedule = cls(**arguments)
     except TypeError as error:
         raise ConfigError(
             f"schedule '{spec['name']}' does not take these arguments",
@@ -78,3 +103,45 @@ def from_dict(spec: Any) -> Any:
             found=f"{arguments}: {error}",
             remedy="give it these arguments; those with a default may be left out",
         ) from error
+    factor_at(schedule, 0)
+    return schedule
+
+
+# ---- errors
+
+
+def _no_schedule(spec: Any) -> ConfigError:
+    instance = f"the class {spec.__name__}: call it, e.g. {spec.__name__}(...)" if isinstance(spec, type) else None
+    return ConfigError(
+        "a schedule is of the wrong type",
+        expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
+        found=instance or repr(spec),
+        remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
+    )
+
+
+def _no_factor(schedule: Any, step: int, factor: Any) -> ConfigError:
+    return ConfigError(
+        f"schedule {schedule!r} gives no factor of a strength",
+        expected="one real number at every optimiser step",
+        found=f"{type(factor).__name__} {str(factor)[:60]!r} at step {step}",
+        remedy="return a number such as min(step / 100, 1.0)",
+    )
+
+
+def _infinite_factor(schedule: Any, step: int, factor: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"schedule {schedule!r} is not finite",
+        expected="a finite factor at every step",
+        found=f"{factor} at step {step}",
+        remedy="correct the numbers of the schedule",
+    )
+
+
+def _no_dataclass(schedule: Any) -> ConfigError:
+    return ConfigError(
+        f"schedule '{schedule.name}' cannot be saved",
+        expected="a dataclass, whose fields a file can hold",
+        found=f"the class {type(schedule).__name__}",
+        remedy="write @dataclass(frozen=True) above the class, below its registration",
+    )
