@@ -96,7 +96,7 @@ def drift_metric(
         ConfigError: the name is taken, also by a field of `DriftRecord`, or is no name for a logger; an unknown mode; `needs` that is no
         tuple.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\s]+( [^/\s]+)*", name):
         raise _unfit_name(name)
     if name in RECORD_FIELDS:
         raise _reserved_name(name)
@@ -160,9 +160,9 @@ def _wrong_values(metric: DriftMetric, values: Any, count: int) -> ConfigError:
 def _unfit_name(name: Any) -> ConfigError:
     return ConfigError(
         f"drift metric {name!r} has no name that a logger can take",
-        expected="letters, digits, '_', '-' and '.'",
+        expected="text without slashes, which part the keys of a logger, and without line breaks and spaces at its ends",
         found=repr(name),
-        remedy="leave out slashes, which part the keys of a logger, and spaces: e.g. 'effect_sd'",
+        remedy="e.g. 'effect_sd'",
     )
 
 
