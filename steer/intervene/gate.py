@@ -284,10 +284,7 @@ def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gat
     if "gate" in spec:
         if unknown := spec.keys() - {"gate", "options"}:
             raise TypeError(f"a gate has no '{min(unknown)}'")
-        own = next(tensors, None)
-        if own is None:
-            raise KeyError(f"tensors of gate '{spec['gate']}'")
-        return GATES.get(spec["gate"]).restore(own, spec["options"])
+        return GATES.get(spec["gate"]).restore(next(tensors), spec["options"])
     combined = {kind.word: kind for kind in (And, Or, Not)}
     [(word, parts)] = spec.items()
     wanted = 1 if combined[word] is Not else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,9 @@ class Intervention:
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-        """Inverse of `to_dict` and `tensors`."""
+        """Inverse of `to_dict` and `tensors`. Raises KeyError for what is missing, TypeError for what there is beyond."""
+        if unknown := spec.keys() - set(_KEYS):
+            raise TypeError(f"an intervention has no '{min(unknown)}'")
         by_holder: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             holder, _, name = key.rpartition(".")
@@ -159,17 +162,26 @@ class Intervention:
         operator = OPERATORS.get(spec["operator"]).restore(by_holder.pop("", {}), spec["options"])
         gate = None
         if spec["gate"] is not None:
-            in_order = sorted(by_holder, key=lambda holder: int(holder.removeprefix("gate")))
-            gate = gates.from_dict(spec["gate"], iter([by_holder[holder] for holder in in_order]))
+            gate = gates.from_dict(spec["gate"], (by_holder.pop(f"gate{number}", {}) for number in itertools.count()))
+        if by_holder:
+            raise TypeError(f"tensors of '{min(by_holder)}', which the intervention does not have")
         as_saved = ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled", "preserve_norm")
         intervention = cls(operator, gate=gate, **{key: spec[key] for key in as_saved})
         learned = {name.rpartition(".")[0] for name in spec["learned"]}
         for prefix, tensor_holder in intervention.holders.items():
             if prefix.removesuffix(".") in learned:
                 tensor_holder.train()
+        if unknown := set(spec["learned"]) - intervention.parameters.keys():
+            raise KeyError(f"'{min(unknown)}', which is said to be learned")
         for name in spec.get("frozen", ()):  # older files do not say
             intervention.parameters[name].requires_grad_(False)
         return intervention
+
+
+_KEYS = (  # of an intervention in a manifest
+    *("name", "operator", "options", "site", "scope", "strength", "phases", "roles"),
+    *("schedule", "enabled", "gate", "preserve_norm", "learned", "frozen"),
+)
 
 
 def checked_strengths(strength: float | Sequence[float] | Tensor, slots: int, name: str) -> tuple[float, ...]:
