@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class SiteMeasurement:
 
     def copy(self) -> SiteMeasurement:
         """The same with tensors of its own, into which a metric of somebody else's may write."""
-        own = {
+        own: dict[str, Any] = {
             name: value.clone()
             for name in ("mean", "sd", "baseline_mean", "baseline_sd", "_states", "_baseline_states")
             if isinstance(value := getattr(self, name), Tensor)

@@ -55,7 +55,7 @@ def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -
             strength = max(map(abs, intervention.strength)) or 1.0
             types = {dtype, torch.promote_types(dtype, torch.float32)} if intervention.preserve_norm else {dtype}
             for one_dtype in sorted(types, key=str):
-                _once(operator, one_dtype, weights.device, lambda own, h, strength=strength: _OperatorRun(own, h, strength).check())
+                _once(operator, one_dtype, weights.device, partial(_check_operator, strength=strength))
         for gate in gates:
             _once(gate, dtype, weights.device, _check_gate)
 
@@ -82,6 +82,10 @@ def _once(holder: _Holder, dtype: torch.dtype, device: torch.device, check: Call
 
 
 # ---- operators
+
+
+def _check_operator(operator: Operator, h: Tensor, strength: float) -> None:
+    _OperatorRun(operator, h, strength).check()
 
 
 class _OperatorRun:

@@ -74,7 +74,7 @@ def to_dict(schedule: Any) -> dict[str, Any]:
         )
     if not is_dataclass(schedule):
         raise _no_dataclass(schedule)
-    return {"name": name, **asdict(schedule)}  # type: ignore[call-overload]
+    return {"name": name, **asdict(schedule)}
 
 
 def from_dict(spec: Any) -> Any:

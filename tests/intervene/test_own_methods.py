@@ -250,3 +250,40 @@ def test_what_a_gate_gives(mistake, options, tiny):
 def test_a_gate_may_look_at_its_pass(tiny):
     own = gate(lambda gate, h, ctx: (h @ gate.tensors["vector"][0]) * ctx.real * ctx.labelled * (ctx.ids >= 0) * (ctx.positions >= 0))
     Plan(Intervention(Add(vector()), SITE, gate=own)).validate(tiny("llama"))
+
+
+# ---- files
+
+
+def test_what_a_file_would_lose_is_said(tmp_path):
+    class Gained(Add):
+        gain = 1.0
+
+        def __init__(self, vector: torch.Tensor, gain: float) -> None:
+            super().__init__(vector)
+            self.gain = gain
+
+    class Powered(SiteGate):
+        def __init__(self, vector: torch.Tensor, power: float = 1.0, **options) -> None:
+            super().__init__({"vector": vector.reshape(1, -1)}, WIDTH, **options)
+            self.power = power
+
+    gained = OPERATORS.register("own")(Gained)(vector(), 5.0)
+    with pytest.raises(ConfigError, match="operator 'own' cannot be saved(.|\n)*'gain'(.|\n)*expected: 5.0"):
+        Plan(Intervention(gained, SITE)).save(tmp_path / "plan")
+    Gained.settings = ("gain",)
+    Plan(Intervention(gained, SITE)).save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").interventions[0].operator.gain == 5.0
+    powered = GATES.register("own")(Powered)
+    Plan(Intervention(Add(vector()), SITE, gate=powered(vector(), per="row"))).save(tmp_path / "plan")
+    with pytest.raises(ConfigError, match="gate 'own' cannot be saved(.|\n)*'power'(.|\n)*found: 1.0"):
+        Plan(Intervention(Add(vector()), SITE, gate=~powered(vector(), -1.0))).save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_subclass_under_the_name_of_its_base_is_not_saved(tmp_path):
+    class Minus(Add):
+        additive = False
+
+    with pytest.raises(ConfigError, match="operator 'add' cannot be saved: its name stands for another class"):
+        Plan(Intervention(Minus(vector()), SITE)).save(tmp_path / "plan")
