@@ -32,7 +32,6 @@ class TensorHolder:
         tensors: fp32 tensors by name, [row slots, ...] each; 1 slot when all rows share them.
         width: size of the activation's last dimension.
         learnable: names of the tensors that `train` may turn into parameters.
-        dry_runs: types and devices with which it passed its dry run, see `steer.intervene.dry_run`.
 
     Raises:
         ConfigError: no tensors, or a class without a registered name. NonFiniteError.
@@ -40,7 +39,6 @@ class TensorHolder:
 
     name: ClassVar[str]
     learnable: ClassVar[tuple[str, ...]] = ()
-    dry_runs: frozenset[tuple[torch.dtype, torch.device]] = frozenset()
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         _check_constructed(type(self), tensors, width)
