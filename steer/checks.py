@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError, NonFiniteError
+from steer.errors import ConfigError, NonFiniteError, SteerError
 
 
 def of_type(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
@@ -29,6 +31,24 @@ def tensor_of(value: Any, what: str, remedy: str) -> Tensor:
         return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_tensor(value, what, remedy) from error
+
+
+@contextmanager
+def errors_of(method: str, remedy: str) -> Iterator[None]:
+    """Raises ConfigError with the name of a method for what its code raises, from the original.
+
+    Typed errors, and want of memory, which programs answer with a smaller batch, go through as they are.
+
+    Args:
+        method: kind and name, e.g. `extractor 'pca'`.
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except (SteerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _method_raised(method, error, remedy) from error
 
 
 def integer(value: Any) -> Any:
@@ -84,6 +104,11 @@ def json_value(value: object, where: str) -> None:
 def _wrong_type(value: Any, kinds: tuple[type, ...], what: str, remedy: str) -> ConfigError:
     expected = " or ".join(kind.__name__ for kind in kinds)
     return ConfigError(f"wrong type for {what}", expected=expected, found=f"{type(value).__name__} {str(value)[:60]!r}", remedy=remedy)
+
+
+def _method_raised(method: str, error: Exception, remedy: str) -> ConfigError:
+    found = f"{type(error).__name__}: {str(error)[:300]}"
+    return ConfigError(f"{method} failed", expected="a method that runs to its end", found=found, remedy=remedy)
 
 
 def _no_tensor(value: Any, what: str, remedy: str) -> ConfigError:

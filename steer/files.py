@@ -255,6 +255,8 @@ def _check_header(manifest: dict[str, Any], kind: str, path: Path) -> None:
     schema = manifest.get("schema")
     if type(schema) is not int:
         raise _broken_manifest(path, "a whole number as schema", f"schema {schema!r}")
+    if schema < 1:
+        raise _broken_manifest(path, f"a schema from 1 to {SCHEMA}", f"schema {schema}")
     if schema > SCHEMA:
         raise _newer_schema(path, schema)
     if manifest.get("kind") != kind:

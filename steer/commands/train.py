@@ -22,7 +22,8 @@ from steer.commands.config import dtype_named
 from steer.commands.info import versions
 from steer.commands.train_arm import train_arm
 from steer.commands.train_checks import check_seed, check_unused, lora_config, texts, tracked_sites
-from steer.directions import EXTRACTORS, ContrastSet, Direction, Directions, extract
+from steer.directions import ContrastSet, Direction, Directions, extract
+from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
 from steer.experiment import results
@@ -124,7 +125,7 @@ class Run:
         data = load_dataset(self.experiment.data)
         check_batch(len(data["train"]), self.experiment.train.batch_size)
         method = self.experiment.trait.method
-        EXTRACTORS.get(method).check(method, paired=True)
+        extractor_of(method).check(method, paired=True)
         return data
 
     def say(self, step: str, text: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steer.checks import of_type
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
-from steer.directions.extractor import EXTRACTORS
+from steer.directions.extractor import EXTRACTORS, extractor_of
 from steer.directions.heldout import heldout_metrics
 from steer.directions.moments import ContrastMoments
 from steer.errors import ConfigError, ContrastError
@@ -71,7 +71,7 @@ def extract_all(
     of_type(methods, (list, tuple), "the methods", f"pass a list of some of {', '.join(EXTRACTORS)}")
     if not methods:
         raise ConfigError("no methods to read with", expected="at least one", found="none", remedy="e.g. methods=['mean_difference']")
-    extractors = {method: EXTRACTORS.get(method) for method in methods}
+    extractors = {method: extractor_of(method) for method in methods}
     for method, extractor in extractors.items():
         extractor.check(method, contrast.paired)
     anatomy = Anatomy.find(model)
@@ -81,8 +81,8 @@ def extract_all(
     moments = read_moments(model, train, chosen_sites, span, needs, progress)
     vectors: dict[Site, Tensor] = {}
     for site, at_site in moments.items():
-        raw = [extractor.read(method, at_site) for method, extractor in extractors.items()]
-        vectors[site] = torch.stack([scaled(vector, at_site, site) for vector in raw])  # [methods, width]
+        raw = {method: extractor.read(method, at_site) for method, extractor in extractors.items()}
+        vectors[site] = torch.stack([scaled(vector, at_site, site, method) for method, vector in raw.items()])  # [methods, width]
     metrics = heldout_metrics(model, held_out, vectors, span, progress)
     provenance = provenance_of(anatomy, contrast, train, holdout, seed)
     by_method = {}
@@ -118,13 +118,32 @@ def provenance_of(anatomy: Anatomy, contrast: ContrastSet, train: ContrastSet, h
     }
 
 
-def scaled(raw: Tensor, moments: ContrastMoments, site: Site) -> Tensor:
-    """Points the vector at the positive class and gives it the length of the class gap along it."""
+def scaled(raw: Tensor, moments: ContrastMoments, site: Site, method: str | None = None) -> Tensor:
+    """Points the vector at the positive class and gives it the length of the class gap along it.
+
+    Args:
+        method: the extractor that gave the vector, for the error.
+
+    Raises:
+        ContrastError: there is no gap along it.
+    """
     unit = raw / raw.norm()
     along = torch.dot(moments.gap, unit)
     if not bool(torch.isfinite(along)) or float(along.abs()) <= 1e-9 * moments.activation_norm:
+        apart = float(moments.gap.norm())
+        if method is not None and apart > 1e-6 * moments.activation_norm:
+            raise _right_angle_error(site, method, apart)
         raise _gap_error(site, along, moments)
     return unit * along
+
+
+def _right_angle_error(site: Site, method: str, apart: float) -> ContrastError:
+    return ContrastError(
+        f"the extractor '{method}' gives a vector along which the two classes do not differ at '{site}'",
+        expected="one that is not at right angles to the difference of the class means",
+        found=f"no gap along it, where the class means are {apart:.3g} apart",
+        remedy="use another method, site or span; correct the extractor if it is your own",
+    )
 
 
 def _gap_error(site: Site, along: Tensor, moments: ContrastMoments) -> ContrastError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from steer.checks import of_type, whole_number
 from steer.directions.direction import Directions
-from steer.directions.importer import Importer, Source, choose
+from steer.directions.importer import Importer, Source, choose, read_by
 from steer.errors import ConfigError, WrongKindError
 from steer.intervene.plan import Plan
 from steer.intervene.scope import Scope
@@ -71,7 +71,7 @@ def _read(source: Source, format: str | None, kind: str, alternative: str) -> Di
     importer = choose(source, format)
     if importer.makes != kind:
         raise _kind_error(source, importer, kind, alternative)
-    return importer.read(source)
+    return read_by(importer, source)
 
 
 def _site_error(site: str | None, error: Exception) -> ConfigError:

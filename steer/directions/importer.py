@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steer.checks import errors_of
 from steer.directions.direction import Direction, Directions
 from steer.errors import ConfigError, DamagedFileError, FileError, UnsafeFileError, WidthError, WrongKindError
 from steer.files import contents
@@ -97,6 +98,7 @@ class Importer:
         makes: `directions` or `plan`.
     """
 
+    name: ClassVar[str]
     looks_for: ClassVar[str]
     makes: ClassVar[str] = "directions"
 
@@ -112,6 +114,7 @@ class Importer:
 
 
 IMPORTERS: Registry[type[Importer]] = Registry("import format", "steer.directions.importers", "steer.importers", subclass_of=Importer)
+KINDS: dict[str, type] = {"directions": Directions, "plan": Plan}  # what importers make
 
 
 def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: str, span: str | int = "unknown", **notes: Any) -> Directions:
@@ -130,7 +133,11 @@ def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: st
             if not isinstance(vector, Tensor):
                 raise incomplete(source, "a tensor for each layer", type(vector).__name__)
     try:
-        tensors = {site: torch.as_tensor(vector).detach().float() for site, vector in vectors.items()}
+        read_in = {site: torch.as_tensor(vector).detach() for site, vector in vectors.items()}
+        for vector in read_in.values():
+            if vector.is_complex() or vector.is_meta or vector.layout is not torch.strided:
+                raise ValueError(f"{vector.dtype}, {vector.layout} on {vector.device}: no plain numbers")
+        tensors = {site: vector.float() for site, vector in read_in.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise incomplete(source, "a vector of numbers for each layer", str(error)) from error
     entries = [Direction(site, vector, method, span) for site, vector in tensors.items() if bool((vector != 0).any())]
@@ -200,20 +207,77 @@ def choose(source: Source, format: str | None) -> type[Importer]:
     """
     if not source.path.exists():
         raise _missing_error(source)
+    try:
+        _ = source.head
+    except OSError as error:
+        raise _unreadable_error(source, error) from error
     if format is not None:
-        chosen = IMPORTERS.get(format)
-        if not chosen.recognises(Source(source.path)):
+        chosen = importer_of(format)
+        if not _recognises(format, chosen, Source(source.path)):
             raise _format_error(source, format, chosen)
         return chosen
-    fitting = [name for name in sorted(IMPORTERS) if IMPORTERS.get(name).recognises(source)]
+    fitting = [name for name in sorted(IMPORTERS) if _recognises(name, importer_of(name), source)]
     if len(fitting) == 1:
-        return IMPORTERS.get(fitting[0])
+        return importer_of(fitting[0])
     raise _several_error(source, fitting) if fitting else _none_error(source)
+
+
+def importer_of(name: str) -> type[Importer]:
+    """The importer of that name. Raises ConfigError for an unknown one, and for one that does not say what it reads."""
+    importer = IMPORTERS.get(name)
+    if not isinstance(getattr(importer, "looks_for", None), str) or importer.makes not in KINDS:
+        raise _importer_error(name, importer)
+    return importer
+
+
+def read_by(importer: type[Importer], source: Source) -> Directions | Plan:
+    """What an importer reads. Raises ConfigError when it fails, or gives something else than it `makes`; besides as `Importer.read`."""
+    what = f"the importer '{importer.name}'"
+    with errors_of(what, "correct its `read`; of a damaged file it raises `steer.directions.importer.incomplete`"):
+        content = importer.read(source)
+    if not isinstance(content, KINDS[importer.makes]):
+        raise _content_error(what, importer, content)
+    return content
+
+
+def _recognises(name: str, importer: type[Importer], source: Source) -> bool:
+    with errors_of(f"the importer '{name}'", "let its `recognises` return False for files of other formats"):
+        recognised = importer.recognises(source)
+    if recognised is None:
+        raise _undecided_error(name)
+    return bool(recognised)
 
 
 def incomplete(source: Source, expected: str, found: object) -> DamagedFileError:
     """The error of a file that lacks a part."""
     return DamagedFileError(f"'{source.path}' lacks a part", expected=expected, found=found, remedy="get it again from where it came")
+
+
+def _importer_error(name: str, importer: object) -> ConfigError:
+    return ConfigError(
+        f"the importer '{name}' does not say what it reads",
+        expected=f"a subclass of Importer with `looks_for`, text, and `makes`, {' or '.join(map(repr, KINDS))}",
+        found=repr(importer),
+        remedy="e.g. looks_for = \"JSON with 'vectors'\" in its class",
+    )
+
+
+def _content_error(what: str, importer: type[Importer], content: object) -> ConfigError:
+    return ConfigError(
+        f"{what} reads something else than it says",
+        expected=KINDS[importer.makes].__name__,
+        found=f"{type(content).__name__} {str(content)[:60]!r}",
+        remedy="return what `gathered(source, vectors, method=...)` makes, or set `makes` to what it returns",
+    )
+
+
+def _undecided_error(name: str) -> ConfigError:
+    return ConfigError(
+        f"the importer '{name}' does not decide whether a file is its own",
+        expected="True or False from `recognises`",
+        found="None",
+        remedy="return the comparison",
+    )
 
 
 def _one_site_error(source: Source, site: Site, layer: int) -> ConfigError:
@@ -288,6 +352,11 @@ def _missing_error(source: Source) -> FileError:
     return FileError(f"no file or folder {source.path}", expected="a vector file", found="nothing there", remedy="check the path")
 
 
+def _unreadable_error(source: Source, error: OSError) -> FileError:
+    remedy = "check its permissions and the disk"
+    return FileError(f"cannot read {source.path}", expected="a file that can be read", found=str(error), remedy=remedy)
+
+
 def _format_error(source: Source, format: str, chosen: type[Importer]) -> WrongKindError:
     return WrongKindError(
         f"'{source.path}' is not of the format '{format}'",
@@ -301,7 +370,7 @@ def _several_error(source: Source, fitting: list[str]) -> ConfigError:
     return ConfigError(
         f"'{source.path}' could be of several formats",
         expected="content that only one of them has",
-        found=", ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in fitting),
+        found=", ".join(f"'{name}': {importer_of(name).looks_for}" for name in fitting),
         remedy=f"pass format='{fitting[0]}' or another of these, or n_layers= to tell them apart",
     )
 
@@ -309,7 +378,7 @@ def _several_error(source: Source, fitting: list[str]) -> ConfigError:
 def _none_error(source: Source) -> WrongKindError:
     return WrongKindError(
         f"'{source.path}' is of no format that can be imported",
-        expected="; ".join(f"'{name}': {IMPORTERS.get(name).looks_for}" for name in sorted(IMPORTERS)),
+        expected="; ".join(f"'{name}': {importer_of(name).looks_for}" for name in sorted(IMPORTERS)),
         found=_looks(source),
         remedy="pass format= if it is one of these, or make a steer.Direction of its vector; steer's own files load with Directions.load",
     )

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steer.checks import finite_number, whole_number
+from steer.checks import errors_of, finite_number, of_type, whole_number
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.extract import provenance_of, read_moments
@@ -79,12 +80,22 @@ class Objective:
             name: what the error calls the objective.
 
         Raises:
-            ConfigError: it gives something else than one number with a gradient.
+            ConfigError: it fails, or gives something else than one real number with a gradient.
         """
-        loss = self.loss(scores)
-        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        with errors_of(f"the objective '{name}'", "let its loss read `scores.steered` by its own `runs`, such as ('positive', 1)"):
+            loss = self.loss(scores)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad or loss.is_complex():
             raise _loss_error(name, loss)
         return loss
+
+    def learnable(self, name: str, vector: Tensor) -> Operator:
+        """The operator that is trained. Raises ConfigError when there is none, or it has no vector to learn. vector: [width]."""
+        with errors_of(f"the operator of the objective '{name}'", "give one that is made of a [width] vector, such as operator=Add"):
+            operator = self.operator(vector)
+        of_type(operator, Operator, f"the operator of the objective '{name}'", "give one that is made of a [width] vector: operator=Add")
+        if "vector" not in operator.train().parameters:
+            raise _nothing_learned(name, operator)
+        return operator
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "steer.directions.objectives", "steer.objectives", instance_of=Objective)
@@ -93,13 +104,26 @@ OBJECTIVES: Registry[Objective] = Registry("objective", "steer.directions.object
 def objective(
     name: str, *, runs: tuple[Run, ...], operator: Callable[[Tensor], Operator] = Add, detects: bool = False
 ) -> Callable[[Callable[[Scores], Tensor]], Objective]:
-    """Registers a loss as the objective of that name. Raises ConfigError as `Registry.register`."""
+    """Registers a loss as the objective of that name; options as in `Objective`.
+
+    Raises:
+        ConfigError: runs that there are not, or as `Registry.register`.
+    """
     register = OBJECTIVES.register(name)
+    check_runs(name, runs)
 
     def add(loss: Callable[[Scores], Tensor]) -> Objective:
         return register(Objective(loss, runs, operator, detects))
 
     return add
+
+
+def check_runs(name: str, runs: Any) -> None:
+    """Raises ConfigError unless these are pairs of a side and a sign, at least one."""
+    known = {(side, sign) for side in SIDES for sign in (1, -1)}
+    is_listed = isinstance(runs, tuple | list) and len(runs) > 0
+    if not is_listed or not all(isinstance(run, tuple) and run in known for run in runs) or len(set(runs)) < len(runs):
+        raise _runs_error(name, runs)
 
 
 def train_direction(
@@ -140,6 +164,8 @@ def train_direction(
         ContrastError: no pairs, or too few. ConfigError, SiteError. NonFiniteError: the training diverged.
     """
     objective: Objective = OBJECTIVES.get(method)
+    of_type(objective, Objective, f"objective '{method}'", f"register its loss with @objective('{method}', runs=...)")
+    check_runs(method, objective.runs)
     check_pairs(contrast, f"'{method}' compares the two answers of a pair")
     check_scope(scope)
     whole_number(steps, "the number of training steps", least=1)
@@ -152,7 +178,7 @@ def train_direction(
     width = len(moments.gap)
     size = moments.activation_norm / width**0.5  # root mean square of the activation
     generator = torch.Generator().manual_seed(seed)
-    operator = objective.operator(0.01 * size * torch.randn(width, generator=generator)).train()
+    operator = objective.learnable(method, 0.01 * size * torch.randn(width, generator=generator))
     signs = sorted({sign for _, sign in objective.runs}, reverse=True)
     training = _Training(
         model=model,
@@ -314,12 +340,31 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _loss_error(name: str, loss: object) -> ConfigError:
     found = f"{type(loss).__name__} {str(loss)[:60]!r}"
     if isinstance(loss, Tensor):
-        found = f"a tensor of the shape {list(loss.shape)}{'' if loss.requires_grad else ', without a gradient'}"
+        kind = f" and {loss.dtype}" if loss.is_complex() else ""
+        found = f"a tensor of the shape {list(loss.shape)}{kind}{'' if loss.requires_grad else ', without a gradient'}"
     return ConfigError(
         f"the objective '{name}' gives no loss to train with",
         expected="one number, a tensor of the shape [] that depends on `scores.steered`",
         found=found,
         remedy="take the mean over the pairs, and detach nothing of `scores.steered`",
+    )
+
+
+def _runs_error(name: str, runs: Any) -> ConfigError:
+    return ConfigError(
+        f"the objective '{name}' asks for runs that there are not",
+        expected="a tuple of different (side, sign), side 'positive' or 'negative' and sign 1 or -1",
+        found=repr(runs),
+        remedy="e.g. runs=(('positive', 1), ('negative', -1))",
+    )
+
+
+def _nothing_learned(name: str, operator: Operator) -> ConfigError:
+    return ConfigError(
+        f"the operator of the objective '{name}' has no vector to learn",
+        expected="a learnable tensor `vector`",
+        found=f"'{operator.name}', which learns {', '.join(operator.parameters)}",
+        remedy="use one such as Add",
     )
 
 

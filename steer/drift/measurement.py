@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -80,6 +81,16 @@ class SiteMeasurement:
     def differences(self) -> Tensor:
         """[prompts, directions], projection of each prompt now minus its own at the baseline; probe mode."""
         return (self.states - self.baseline_states) @ self.directions.units.mT
+
+    def copy(self) -> SiteMeasurement:
+        """The same with tensors of its own, into which a metric of somebody else's may write."""
+        own: dict[str, Any] = {
+            name: value.clone()
+            for name in ("mean", "sd", "baseline_mean", "baseline_sd", "_states", "_baseline_states")
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        directions = replace(self.directions, units=self.directions.units.clone())
+        return replace(self, directions=directions, values={name: value.clone() for name, value in self.values.items()}, **own)
 
     def named(self, columns: Tensor) -> Tensor:
         """Columns of the named directions, [..., named directions] from [..., directions]."""

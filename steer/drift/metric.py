@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.checks import of_type
+from steer.checks import errors_of, of_type
 from steer.drift.measurement import MODES, SiteMeasurement
 from steer.errors import ConfigError
 from steer.registry import Registry
@@ -55,11 +55,21 @@ class DriftMetric:
         return self.function.__doc__
 
     def compute(self, sites: Sequence[SiteMeasurement]) -> list[Tensor]:
-        """The values at each site, fp64. Raises ConfigError when the function returns anything else."""
+        """The values at each site, fp64. A function of another package gets copies, so that it cannot change what other metrics read.
+
+        Raises:
+            ConfigError: the function fails, or returns anything else.
+        """
+        if getattr(self.function, "__module__", "").partition(".")[0] != "steer":
+            sites = [site.copy() for site in sites]
         counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
         if self.across_sites:
-            return list(self._checked(self.function(sites), sum(counts)).split(counts))
-        return [self._checked(self.function(site), count) for site, count in zip(sites, counts, strict=True)]
+            return list(self._checked(self._called(sites), sum(counts)).split(counts))
+        return [self._checked(self._called(site), count) for site, count in zip(sites, counts, strict=True)]
+
+    def _called(self, measured: SiteMeasurement | Sequence[SiteMeasurement]) -> Any:
+        with errors_of(f"drift metric '{self.name}'", "correct its function; metrics that it reads from `values` belong into `needs`"):
+            return self.function(measured)
 
     def _checked(self, values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != (count,):
@@ -83,16 +93,17 @@ def drift_metric(
     """Registers a function as the drift metric of that name; the options are those of `DriftMetric`.
 
     Raises:
-        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode.
+        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode; `needs` that is no tuple.
     """
     if name in RECORD_FIELDS:
         raise _reserved_name(name)
     if not modes or not set(modes) <= set(MODES):
         raise _unknown_modes(name, modes)
     register = METRICS.register(name)
+    of_type(needs, (tuple, list), f"`needs` of drift metric '{name}'", "pass a tuple of names, e.g. needs=('p',)")
 
     def add(function: Callable[..., Tensor]) -> DriftMetric:
-        return register(DriftMetric(name, function, unit, modes, controls, needs, across_sites, logged))
+        return register(DriftMetric(name, function, unit, modes, controls, tuple(needs), across_sites, logged))
 
     return add
 

@@ -65,13 +65,13 @@ def records_of(step: int, measurement: SiteMeasurement) -> list[DriftRecord]:
 def log_values(records: Iterable[DriftRecord]) -> dict[str, float]:
     """Records for a logger: `drift/<direction>@<site>/<metric>` of named directions, `drift_stream/...` in stream mode.
 
-    It has the metrics that are registered as logged, where they are not nan.
+    It has the metrics that are registered as logged, where they are finite; records and stores keep nan and infinity too.
     """
     logged = {name for name in METRICS if METRICS.get(name).logged}
     values = {}
     for record in records:
         prefix = f"{'drift' if record.mode == 'probe' else 'drift_stream'}/{record.direction}@{record.site}"
         for name, value in record.metrics.items() if record.kind == "named" else ():
-            if name in logged and not math.isnan(value):
+            if name in logged and math.isfinite(value):
                 values[f"{prefix}/{name}"] = value
     return values

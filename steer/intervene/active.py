@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from steer import kernels
-from steer.errors import ContextError, NonFiniteError
+from steer.errors import ContextError
 from steer.intervene.intervention import Intervention, width_error
 from steer.intervene.low_rank import widened, with_norm_of
 from steer.intervene.operator import tensors_of_rows
 from steer.intervene.prepared import PreparedEdit
-from steer.intervene.schedule import Schedule
+from steer.intervene.schedule import Schedule, factor_at
 from steer.intervene.scope_mask import ScopeMask, both
 from steer.model.context import ForwardContext, Mask
 
@@ -79,11 +78,8 @@ class ActiveIntervention:
         self.base = tuple(base) if len(base) == len(self.base) else tuple(base) * len(self.base)
 
     def factor(self, step: int) -> float:
-        """Schedule x switch at an optimiser step. Raises NonFiniteError."""
-        factor = self.schedule(step) if self.enabled else 0.0
-        if not math.isfinite(factor):
-            raise _infinite_schedule(self.name, factor, step)
-        return factor
+        """Schedule x switch at an optimiser step. Raises as `factor_at`."""
+        return factor_at(self.schedule, step, self.name) if self.enabled else 0.0
 
     def write_strength(self, factor: float) -> None:
         """Writes strength x factor into the buffer that the hook reads; in place, so that compiled code sees it."""
@@ -244,15 +240,6 @@ def _faded(mask: Mask, fade: Tensor | None) -> Tensor:
 
 
 # ---- errors
-
-
-def _infinite_schedule(name: str, factor: float, step: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"the schedule of '{name}' is not finite",
-        expected="a finite factor at every step",
-        found=f"{factor} at step {step}",
-        remedy="correct the numbers of the schedule",
-    )
 
 
 def _prompt_in_other_phase(name: str, phases: tuple[str, ...], prompt_phase: str) -> ContextError:

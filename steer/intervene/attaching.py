@@ -13,6 +13,7 @@ from steer.errors import AttachError, ConfigError, NonFiniteError, WidthError, W
 from steer.intervene import schedule as schedules
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
+from steer.intervene.dry_run import check_own_methods
 from steer.intervene.gate import SiteGate
 from steer.intervene.intervention import checked_names, width_error
 from steer.intervene.pass_events import PassEvents
@@ -49,6 +50,7 @@ class _Resolved:
         _check_widths(plan, self.anatomy, self.points)
         _check_fingerprint(plan, self.anatomy)
         _check_gates(plan, self)
+        check_own_methods(plan.interventions, model)
 
 
 def validate(plan: Plan, model: nn.Module) -> None:

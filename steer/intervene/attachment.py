@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import integer, of_type, tensor_of, whole_number
-from steer.errors import AttachError, ConfigError, NonFiniteError
+from steer.errors import AttachError, ConfigError, SteerError
 from steer.intervene import attachment_state
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.intervention import Intervention, checked_strengths
@@ -112,7 +112,7 @@ class Attachment:
             for intervention in chosen:
                 intervention.enabled = on
             self._refresh()
-        except NonFiniteError:  # from a schedule that was not asked while it was off
+        except SteerError:  # from a schedule that was not asked while it was off
             for intervention, enabled in zip(chosen, before, strict=True):
                 intervention.enabled = enabled
             raise

@@ -145,6 +145,9 @@ class SiteGate(Gate, TensorHolder):
         sharpness: None compares; a number k makes sigmoid(k * margin), which lets gradients through. Compiled code sees it change when it
             is written to in `tensors`, as it sees thresholds.
 
+    An activation that is NaN gives a margin that is NaN, and nothing looks for it while a model runs: a comparison does not open there (its
+    negation does), and a soft gate makes the edited activation NaN.
+
     Raises:
         ConfigError, SiteError, NonFiniteError.
     """
@@ -288,8 +291,13 @@ GATES: Registry[type[SiteGate]] = Registry("gate", "steer.intervene.gates", "ste
 def from_dict(spec: dict[str, Any], tensors: Iterator[dict[str, Tensor]]) -> Gate:
     """Inverse of `Gate.to_dict`. tensors: those of each site gate, from left to right."""
     if "gate" in spec:
+        if unknown := spec.keys() - {"gate", "options"}:
+            raise TypeError(f"a gate has no '{min(unknown)}'")
         return GATES.get(spec["gate"]).restore(next(tensors), spec["options"])
     [(word, parts)] = spec.items()
+    wanted = 1 if COMBINATIONS[word] is Not else 2
+    if not isinstance(parts, list) or len(parts) != wanted:
+        raise TypeError(f"gate '{word}' of {parts!r}, which takes {wanted} gates")
     return COMBINATIONS[word](*(from_dict(part, tensors) for part in parts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
 from steer.intervene.file_form import file_form
 from steer.intervene.gate import Gate
-from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite
+from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite, check_initialised
 from steer.intervene.schedule import Schedule
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
@@ -79,6 +80,9 @@ class Intervention:
             of_type(value, bool, f"`{flag}` of an intervention", "pass True or False")
         if gate is not None:
             of_type(gate, Gate, "the gate of an intervention", "pass a gate such as ProbeGate(vector), or leave it out")
+            for site_gate in gate.site_gates():
+                check_initialised(site_gate, "gate")
+        check_initialised(operator, "operator")
         site = Site.parse(site)
         operator.check_site(site)
         name = name or f"{operator.name}@{site}"
@@ -105,7 +109,7 @@ class Intervention:
 
     def strength_at(self, step: int) -> Tensor:
         """[1 or slots] fp32: strength x schedule x switch at an optimiser step."""
-        return torch.tensor(self.strength) * (self.schedule(step) if self.enabled else 0.0)
+        return torch.tensor(self.strength) * (schedules.factor_at(self.schedule, step) if self.enabled else 0.0)
 
     @property
     def holders(self) -> dict[str, TensorHolder]:
@@ -150,7 +154,9 @@ class Intervention:
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-        """Inverse of `to_dict` and `tensors`."""
+        """Inverse of `to_dict` and `tensors`. Raises KeyError for what is missing, TypeError for what there is beyond."""
+        if unknown := spec.keys() - set(_KEYS):
+            raise TypeError(f"an intervention has no '{min(unknown)}'")
         by_holder: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             holder, _, name = key.rpartition(".")
@@ -158,17 +164,26 @@ class Intervention:
         operator = OPERATORS.get(spec["operator"]).restore(by_holder.pop("", {}), spec["options"])
         gate = None
         if spec["gate"] is not None:
-            in_order = sorted(by_holder, key=lambda holder: int(holder.removeprefix("gate")))
-            gate = gates.from_dict(spec["gate"], iter([by_holder[holder] for holder in in_order]))
+            gate = gates.from_dict(spec["gate"], (by_holder.pop(f"gate{number}", {}) for number in itertools.count()))
+        if by_holder:
+            raise TypeError(f"tensors of '{min(by_holder)}', which the intervention does not have")
         as_saved = ("name", "site", "scope", "strength", "phases", "roles", "schedule", "enabled", "preserve_norm")
         intervention = cls(operator, gate=gate, **{key: spec[key] for key in as_saved})
         learned = {name.rpartition(".")[0] for name in spec["learned"]}
         for prefix, tensor_holder in intervention.holders.items():
             if prefix.removesuffix(".") in learned:
                 tensor_holder.train()
+        if unknown := set(spec["learned"]) - intervention.parameters.keys():
+            raise KeyError(f"'{min(unknown)}', which is said to be learned")
         for name in spec.get("frozen", ()):  # older files do not say
             intervention.parameters[name].requires_grad_(False)
         return intervention
+
+
+_KEYS = (  # of an intervention in a manifest
+    *("name", "operator", "options", "site", "scope", "strength", "phases", "roles"),
+    *("schedule", "enabled", "gate", "preserve_norm", "learned", "frozen"),
+)
 
 
 def checked_strengths(strength: float | Sequence[float] | Tensor, slots: int, name: str) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from steer.checks import tensor_of
+from steer.checks import integer, of_type, tensor_of, whole_number
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
@@ -30,12 +30,16 @@ class TensorHolder:
         tensors: fp32 tensors by name, [row slots, ...] each; 1 slot when all rows share them.
         width: size of the activation's last dimension.
         learnable: names of the tensors that `train` may turn into parameters.
+
+    Raises:
+        ConfigError: no tensors, or a class without a registered name. NonFiniteError.
     """
 
     name: ClassVar[str]
     learnable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
+        _check_constructed(type(self), tensors, width)
         with torch.inference_mode(False):  # what inference mode made cannot have a part in training later
             self.tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
         self.width = width
@@ -103,14 +107,14 @@ class Operator(TensorHolder):
     A subclass says how an activation changes, in `delta`. One that can do better than to make the change and add it overrides `apply`.
 
     Attributes:
-        parts: names of the tensors it cannot do without, of which the first is as wide as its site.
-        settings: names of its other attributes that a file has to hold, JSON-able.
+        parts: names of the tensors it cannot do without, of which the first is [slots, ..., width], as wide as its site.
+        settings: names of its other attributes that a file has to hold, JSON-able; tuples come back as tuples.
         additive: its change is strength * `vector`, whatever the activation.
         linear_in_strength: its change is strength times a function of the activation, so that a mask may be multiplied into the strength.
         slots: number of row slots, 1 when every row is treated alike.
 
     Raises:
-        ConfigError: tensors with different numbers of row slots.
+        ConfigError: tensors with different numbers of row slots; `parts` that it does not have.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -120,6 +124,7 @@ class Operator(TensorHolder):
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         super().__init__(tensors, width)
+        _check_parts(type(self), tensors, width)
         self.slots = same_slots(self.name, **tensors)
 
     def delta(self, h: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
@@ -154,7 +159,10 @@ class Operator(TensorHolder):
         return None
 
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.settings}
+        missing = [name for name in self.settings if not hasattr(self, name)]
+        if missing:
+            raise _missing_setting(self.name, missing[0])
+        return {name: _with_tuples_marked(getattr(self, name)) for name in self.settings}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
@@ -162,8 +170,11 @@ class Operator(TensorHolder):
         missing = [name for name in (*cls.parts, *cls.settings) if name not in tensors and name not in options]
         if missing:
             raise KeyError(f"{missing[0]} of '{cls.name}'")
+        unknown = options.keys() - set(cls.settings)
+        if unknown:
+            raise TypeError(f"'{cls.name}' has no setting '{min(unknown)}'")
         restored = cls.__new__(cls)
-        vars(restored).update({name: options[name] for name in cls.settings})
+        vars(restored).update({name: _with_tuples(options[name]) for name in cls.settings})
         Operator.__init__(restored, tensors, tensors[cls.parts[0]].shape[-1])
         return restored
 
@@ -190,6 +201,56 @@ def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTe
     if rows is None:
         return tensors
     return {name: tensor if tensor.shape[0] == 1 else tensor[rows] for name, tensor in tensors.items()}
+
+
+_TUPLE = "__tuple__"  # marks a list of a file that was a tuple
+
+
+def _with_tuples_marked(setting: Any) -> Any:
+    """A setting as JSON keeps it."""
+    if isinstance(setting, tuple):
+        return {_TUPLE: [_with_tuples_marked(entry) for entry in setting]}
+    if isinstance(setting, list):
+        return [_with_tuples_marked(entry) for entry in setting]
+    return {key: _with_tuples_marked(entry) for key, entry in setting.items()} if isinstance(setting, dict) else setting
+
+
+def _with_tuples(setting: Any) -> Any:
+    """Inverse of `_with_tuples_marked`."""
+    if isinstance(setting, dict):
+        entries = {key: _with_tuples(entry) for key, entry in setting.items()}
+        return tuple(entries[_TUPLE]) if entries.keys() == {_TUPLE} else entries
+    return [_with_tuples(entry) for entry in setting] if isinstance(setting, list) else setting
+
+
+# ---- checks of what a subclass hands over
+
+
+def check_initialised(holder: TensorHolder, kind: str) -> None:
+    """Raises ConfigError for an operator or a gate whose constructor did not call that of its base class."""
+    missing = [name for name in ("tensors", "width", "slots")[: 3 if kind == "operator" else 2] if name not in vars(holder)]
+    if missing:
+        raise _not_initialised(type(holder), kind, missing[0])
+
+
+def _check_constructed(kind: type[TensorHolder], tensors: Any, width: Any) -> None:
+    if not isinstance(getattr(kind, "name", None), str):
+        raise _without_name(kind)
+    of_type(tensors, dict, f"the tensors of '{kind.name}'", "pass {name: tensor} to super().__init__")
+    whole_number(integer(width), f"the width of '{kind.name}'", least=1)
+    for name, tensor in tensors.items():
+        is_plain = isinstance(tensor, Tensor) and not tensor.is_meta and not tensor.is_complex() and tensor.layout is torch.strided
+        if not is_plain or not tensor.dim():
+            raise _unfit_tensor(kind.name, name, tensor)
+
+
+def _check_parts(kind: type[Operator], tensors: dict[str, Tensor], width: int) -> None:
+    parts = getattr(kind, "parts", ())
+    if not isinstance(parts, tuple) or not parts or not set(parts) <= tensors.keys():
+        raise _wrong_parts(kind.name, parts, tensors)
+    first = tensors[parts[0]]
+    if first.dim() < 2 or first.shape[-1] != width:
+        raise _no_slots(kind.name, parts[0], first, width)
 
 
 # ---- what constructors make of their arguments
@@ -229,6 +290,61 @@ def slotted(tensor: Tensor, ndim: int, what: str) -> Tensor:
 
 
 # ---- errors
+
+
+def _without_name(kind: type[TensorHolder]) -> ConfigError:
+    return ConfigError(
+        f"'{kind.__name__}' has no name, by which plan files would know it",
+        expected="a registered class",
+        found=f"{kind.__module__}.{kind.__qualname__}",
+        remedy="decorate the class with @OPERATORS.register('<name>'), or @GATES.register for a gate",
+    )
+
+
+def _not_initialised(kind: type[TensorHolder], what: str, missing: str) -> ConfigError:
+    return ConfigError(
+        f"{what} '{getattr(kind, 'name', kind.__name__)}' was not initialised",
+        expected=f"`{missing}`, which the constructor of its base class sets",
+        found=f"a constructor of {kind.__name__} that does not call it",
+        remedy="call super().__init__({'vector': vector[None]}, width) in the constructor",
+    )
+
+
+def _unfit_tensor(kind: str, name: str, tensor: Any) -> ConfigError:
+    found = f"{tensor.dtype} of the shape {list(tensor.shape)}, {tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else None
+    return ConfigError(
+        f"'{name}' of '{kind}' is no tensor to work with",
+        expected="a dense tensor of real numbers in memory, [row slots, ...], 1 slot when all rows share it",
+        found=found or f"{type(tensor).__name__} {str(tensor)[:60]!r}",
+        remedy="make it with torch.as_tensor, and put the slot dimension in front: vector[None]",
+    )
+
+
+def _wrong_parts(kind: str, parts: Any, tensors: Mapping[str, Tensor]) -> ConfigError:
+    return ConfigError(
+        f"operator '{kind}' does not say by `parts` which tensors it needs",
+        expected=f"a tuple with some of {', '.join(tensors) or 'its tensors'}, the one as wide as its site first",
+        found=repr(parts) if parts != () else "no `parts`",
+        remedy=f"write parts = ({next(iter(tensors), 'vector')!r},) into the class",
+    )
+
+
+def _no_slots(kind: str, name: str, tensor: Tensor, width: int) -> ConfigError:
+    return ConfigError(
+        f"'{name}' of operator '{kind}' has the wrong shape",
+        expected=f"[row slots, ..., {width}], 1 slot when all rows share it",
+        found=list(tensor.shape),
+        remedy="put the slot dimension in front, vector[None], and give super().__init__ the width of the last one",
+    )
+
+
+def _missing_setting(kind: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"operator '{kind}' lacks its setting '{name}'",
+        expected="an attribute for each of its `settings`",
+        found="none of that name",
+        remedy="set it in the constructor, or take it out of `settings`",
+    )
 
 
 def _nothing_to_learn(name: str) -> ConfigError:

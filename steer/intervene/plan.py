@@ -12,7 +12,7 @@ from torch import nn
 
 from steer import files
 from steer.checks import integer, of_type, whole_number
-from steer.errors import ConfigError, DamagedFileError
+from steer.errors import ConfigError, DamagedFileError, SteerError
 from steer.intervene.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Plan:
         """Reads what `save` wrote; the model is checked on attach.
 
         Raises:
-            DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError.
+            DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError. ConfigError, SiteError: a part that no plan can have.
         """
         manifest, tensors = files.load_artifact(path, "plan")
         by_intervention: dict[str, dict[str, Any]] = {}
@@ -162,12 +162,20 @@ class Plan:
             number, _, name = key.partition(".")
             by_intervention.setdefault(number, {})[name] = tensor
         try:
+            if unknown := manifest.keys() - {"fingerprint", "step", "interventions", "shared"}:
+                raise TypeError(f"a plan has no '{min(unknown)}'")
             interventions = [
-                Intervention.from_dict(spec, by_intervention.get(str(i), {})) for i, spec in enumerate(manifest["interventions"])
+                Intervention.from_dict(spec, by_intervention.pop(str(i), {})) for i, spec in enumerate(manifest["interventions"])
             ]
+            if by_intervention:
+                raise TypeError(f"tensors of an intervention {min(by_intervention)}, which the plan does not have")
             _tie_shared_parameters(interventions, manifest["shared"])
-        except (KeyError, TypeError) as error:
+        except SteerError:
+            raise  # says more
+        except KeyError as error:
             raise _lacking_part(path, error) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _unfitting_part(path, error) from error
         return cls(interventions, fingerprint=manifest.get("fingerprint"), step=manifest.get("step", 0))  # older files do not say
 
 
@@ -271,4 +279,13 @@ def _lacking_part(path: str | Path, error: Exception) -> DamagedFileError:
         expected="for every intervention its tensors, operator, site and settings",
         found=repr(error),
         remedy="restore it from a backup, or make the plan and save it again",
+    )
+
+
+def _unfitting_part(path: str | Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"plan '{path}' holds a part that does not fit",
+        expected="for every intervention its tensors, operator, site and settings, and nothing else",
+        found=f"{type(error).__name__}: {error}",
+        remedy="load it with the version that wrote it, restore it from a backup, or make the plan and save it again",
     )

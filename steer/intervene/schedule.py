@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
-from steer.checks import finite_number, whole_number
-from steer.errors import ConfigError
+from torch import Tensor
+
+from steer.checks import errors_of, finite_number, whole_number
+from steer.errors import ConfigError, NonFiniteError
 from steer.intervene.file_form import check_restored, json_copy
 from steer.registry import Registry
 
@@ -40,6 +43,30 @@ def check_finite(**values: float) -> None:
         finite_number(value, f"schedule argument '{name}'")
 
 
+def factor_at(schedule: Any, step: int, owner: str = "") -> float:
+    """The factor of a strength at an optimiser step. owner: name of the intervention, for errors.
+
+    Raises:
+        ConfigError: it is no real number, or the schedule fails. NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> factor_at(Linear(steps=4), 1)
+        0.25
+    """
+    what = f"schedule {schedule!r} of '{owner}'" if owner else f"schedule {schedule!r}"
+    with errors_of(f"{what} at step {step}", "let it take an optimiser step, an integer from 0 on, and return a number"):
+        factor = schedule(step)
+    if isinstance(factor, Tensor) and not factor.dim() and not factor.is_meta:
+        factor = factor.item()
+    elif hasattr(factor, "dtype") and callable(getattr(factor, "item", None)) and getattr(factor, "ndim", None) == 0:
+        factor = factor.item()  # a number of numpy
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise _no_factor(what, step, factor)
+    if not math.isfinite(factor):
+        raise _infinite_factor(what, step, factor)
+    return float(factor)
+
+
 def to_dict(schedule: Any) -> dict[str, Any]:
     """JSON form: the registered name and the arguments. Raises ConfigError for a schedule that it would not give back."""
     name = SCHEDULES.name_of(schedule)
@@ -52,21 +79,28 @@ def to_dict(schedule: Any) -> dict[str, Any]:
 
 
 def from_dict(spec: Any) -> Any:
-    """Inverse of `to_dict`; a plain name uses the defaults, None is constant 1, a schedule is returned as it is."""
+    """Inverse of `to_dict`; a plain name uses the defaults, None is constant 1, a schedule is returned as it is.
+
+    Raises:
+        ConfigError: no schedule, unknown arguments, or a schedule that gives no number at step 0. NonFiniteError: NaN or infinity there.
+    """
     if spec is None:
         return SCHEDULES.get("constant")()
     if isinstance(spec, str):
         spec = {"name": spec}
     if not hasattr(spec, "keys"):
-        if not callable(spec):
+        if not callable(spec) or isinstance(spec, type):
             raise _no_schedule(spec)
+        factor_at(spec, 0)
         return spec
     arguments = dict(spec)
     cls = SCHEDULES.get(arguments.pop("name", ""))
     try:
-        return cls(**arguments)
+        schedule = cls(**arguments)
     except TypeError as error:
         raise _wrong_arguments(cls, arguments, error) from error
+    factor_at(schedule, 0)
+    return schedule
 
 
 # ---- errors
@@ -81,11 +115,12 @@ def _no_dataclass(schedule: Schedule) -> ConfigError:
     )
 
 
-def _no_schedule(spec: object) -> ConfigError:
+def _no_schedule(spec: Any) -> ConfigError:
+    instance = f"the class {spec.__name__}: call it, e.g. {spec.__name__}(...)" if isinstance(spec, type) else None
     return ConfigError(
         "a schedule is of the wrong type",
         expected=f"a name ({', '.join(SCHEDULES)}), a mapping with one, or a schedule",
-        found=repr(spec),
+        found=instance or repr(spec),
         remedy="e.g. schedule=Linear(steps=100), or leave it out for a constant strength",
     )
 
@@ -97,4 +132,31 @@ def _wrong_arguments(cls: type[Schedule], arguments: dict[str, Any], error: Type
         expected=", ".join(str(argument.replace(annotation=argument.empty)) for argument in known),
         found=f"{arguments}: {error}",
         remedy="give it these arguments; those with a default may be left out",
+    )
+
+
+def _no_factor(what: str, step: int, factor: Any) -> ConfigError:
+    return ConfigError(
+        f"{what} gives no factor of a strength",
+        expected="one real number at every optimiser step",
+        found=f"{type(factor).__name__} {str(factor)[:60]!r} at step {step}",
+        remedy="return a number such as min(step / 100, 1.0)",
+    )
+
+
+def _infinite_factor(what: str, step: int, factor: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"{what} is not finite",
+        expected="a finite factor at every step",
+        found=f"{factor} at step {step}",
+        remedy="correct the numbers of the schedule",
+    )
+
+
+def _no_dataclass(schedule: Any) -> ConfigError:
+    return ConfigError(
+        f"schedule '{schedule.name}' cannot be saved",
+        expected="a dataclass, whose fields a file can hold",
+        found=f"the class {type(schedule).__name__}",
+        remedy="write @dataclass(frozen=True) above the class, below its registration",
     )

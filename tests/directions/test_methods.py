@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from steer.directions import EXTRACTORS, ContrastSet, Erasure, extract, fit_erasure
 from steer.directions.erasure import erasure
-from steer.directions.extractor import Extractor
+from steer.directions.extractor import Extractor, extractor
 from steer.directions.extractors.ccs import consistency
 from steer.directions.heldout import auc
 from steer.directions.moments import NEEDS, ContrastMoments
@@ -230,3 +230,55 @@ def test_an_extractor_may_give_any_floating_point(tiny, monkeypatch):
     contrast = ContrastSet(tuple(rows[:8]), tuple(rows[8:]), True)
     half, full = (extract(tiny("llama"), contrast, ["layers.1.output"], name="x", method=m, progress=False) for m in ("half", "caa"))
     assert aligned(half["layers.1.output"].vector, full["layers.1.output"].vector) > 0.999
+
+
+def contrast() -> ContrastSet:
+    rows = [Row((i, i + 1, i + 2), 1) for i in range(7, 23)]
+    return ContrastSet(tuple(rows[:8]), tuple(rows[8:]), True)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda moments: 1 / 0, ConfigError, r"the extractor 'odd' failed[\s\S]*ZeroDivisionError"),
+        (lambda moments: moments.gap.to("meta"), ConfigError, r"the extractor 'odd' gives no direction[\s\S]*on meta"),
+        (lambda moments: moments.gap.to_sparse(), ConfigError, r"the extractor 'odd' gives no direction[\s\S]*sparse"),
+        (lambda moments: moments.gap + 0j, ConfigError, r"the extractor 'odd' gives no direction[\s\S]*complex"),
+        (lambda moments: moments.gap * 0, ConfigError, r"the extractor 'odd' gives a vector that is zero"),
+        (lambda moments: at_right_angles(moments.gap), ContrastError, r"the extractor 'odd' gives a vector along which the two classes"),
+    ],
+)
+def test_an_extractor_at_fault_is_named(function, error, message, tiny, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS._entries, "odd", Extractor(function))
+    with pytest.raises(error, match=message):
+        extract(tiny("llama"), contrast(), ["layers.1.output"], name="x", method="odd", progress=False)
+
+
+def at_right_angles(gap: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(gap, dim=0)
+    other = torch.ones_like(unit)
+    for _ in range(3):
+        other = other - (other @ unit) * unit
+    return other
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e300, -1.0])
+def test_an_extractor_may_give_any_length_and_sign(factor, tiny, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS._entries, "long", Extractor(lambda moments: moments.gap * factor))
+    model = tiny("llama")
+    long, usual = (extract(model, contrast(), ["layers.1.output"], name="x", method=m, progress=False) for m in ("long", "caa"))
+    torch.testing.assert_close(long["layers.1.output"].vector, usual["layers.1.output"].vector)
+
+
+def test_registrations_of_extractors_that_cannot_work(tiny, monkeypatch):
+    with pytest.raises(ConfigError, match=r"the extractor 'odd' needs what is not kept[\s\S]*did you mean 'scatter'"):
+        extractor("odd", needs=("scater",))
+    with pytest.raises(ConfigError, match="`needs` of the extractor 'odd'"):
+        extractor("odd", needs="scatter")
+    monkeypatch.setitem(EXTRACTORS._entries, "bare", lambda moments: moments.gap)
+    monkeypatch.setitem(EXTRACTORS._entries, "odd", Extractor(lambda moments: moments.gap, needs=("nonsense",)))
+    model = tiny("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was run"))
+    for method, message in (("bare", r"extractor 'bare'[\s\S]*@extractor\('bare'\)"), ("odd", "'odd' needs what is not kept")):
+        with pytest.raises(ConfigError, match=message):
+            extract(model, contrast(), ["layers.1.output"], name="x", method=method, progress=False)

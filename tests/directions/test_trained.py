@@ -9,9 +9,11 @@ from steer.directions import OBJECTIVES, ContrastSet, Directions, train_directio
 from steer.directions.objectives.reps import AddOrNull
 from steer.directions.sweep import pair_gaps
 from steer.directions.trained import Objective, Scores
+from steer.directions.trained import objective as register
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
-from steer.intervene import Add, ReftR1
+from steer.intervene import Add, ReftR1, Scale
 
+ONE_RUN = (("positive", 1),)
 QUICK = {"name": "t", "steps": 30, "batch_size": 4, "learning_rate": 0.05, "progress": False}
 
 
@@ -142,3 +144,33 @@ def test_what_an_objective_gives_is_checked(loss, description, monkeypatch):
     with pytest.raises(ConfigError, match=rf"the objective 'odd' gives no loss to train with[\s\S]*found: {description}"):
         train_direction(model, pairs(8), SITE, method="odd", **QUICK)
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Objective(lambda scores: 1 / 0, ONE_RUN, Add), r"the objective 'odd' failed[\s\S]*ZeroDivisionError"),
+        (Objective(lambda scores: scores.steered["positive", -1].sum(), ONE_RUN, Add), r"the objective 'odd' failed[\s\S]*KeyError"),
+        (Objective(lambda scores: scores.steered["positive", 1].sum() * 1j, ONE_RUN, Add), r"gives no loss[\s\S]*complex"),
+        (Objective(lambda scores: None, ONE_RUN, lambda vector: 1 / 0), r"operator of the objective 'odd' failed"),
+        (Objective(lambda scores: None, ONE_RUN, lambda vector: None), r"wrong type for the operator of the objective 'odd'"),
+        (Objective(lambda scores: None, ONE_RUN, lambda vector: Scale(vector, 1.0)), r"'odd' has no vector to learn[\s\S]*factor"),
+        (Objective(lambda scores: None, (("good", 1),), Add), "the objective 'odd' asks for runs"),
+        (lambda scores: 1.0, r"objective 'odd'[\s\S]*@objective\('odd'"),
+    ],
+)
+def test_an_objective_at_fault_is_named(objective, message, monkeypatch):
+    model, _ = controlled()
+    monkeypatch.setitem(OBJECTIVES._entries, "odd", objective)
+    with pytest.raises(ConfigError, match=message):
+        train_direction(model, pairs(8), SITE, method="odd", **QUICK)
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [(), (("good", 1),), (("positive", 2),), (("positive", 1), ("positive", 1)), "positive", ("positive", 1), None, (["positive", 1],)],
+)
+def test_runs_that_there_are_not(runs):
+    with pytest.raises(ConfigError, match="the objective 'odd' asks for runs that there are not"):
+        register("odd", runs=runs)

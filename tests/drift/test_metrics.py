@@ -213,3 +213,44 @@ def test_registrations_that_cannot_work_are_refused(new: Any) -> None:
     with pytest.raises(ConfigError, match="drift metric 'bare' is none(.|\n)*decorator in steer.drift.metric"):
         METRICS.register("bare")(lambda site: site.mean)
     assert "bare" not in METRICS
+    for name in ("a/b", " a", "a ", "", 3, "a\n"):
+        with pytest.raises(ConfigError, match="cannot be the name of a drift metric"):
+            new(name)
+    with pytest.raises(ConfigError, match="`needs` of drift metric 'odd'"):
+        new("odd", needs="p")
+
+
+@pytest.mark.parametrize("across_sites", [False, True])
+def test_a_metric_cannot_change_what_others_read(new: Any, across_sites: bool) -> None:
+    def measured() -> dict[str, Tensor]:
+        site = shifted(normal(4), torch.eye(4).double()[:2], normal(9, 4, seed=1))
+        compute_metrics([site])
+        return site.values
+
+    def write(site: SiteMeasurement) -> Tensor:
+        for tensor in (site.mean, site.baseline_sd, site.states, site.baseline_states, site.directions.units, *site.values.values()):
+            tensor.zero_()
+        return site.mean
+
+    before = measured()
+    new("a_writing", across_sites=across_sites)(lambda measured_at: write(measured_at[0]) if across_sites else write(measured_at))
+    after = measured()
+    assert after.pop("a_writing").tolist() == [0, 0]
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_metric_that_fails_is_named(new: Any) -> None:
+    new("broken")(lambda site: site.values["nope"])
+    with pytest.raises(ConfigError, match="drift metric 'broken' failed(.|\n)*KeyError: 'nope'") as caught:
+        compute_metrics([shifted(normal(4), torch.eye(4).double()[:2], normal(9, 4, seed=1))])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_loggers_get_finite_values_alone(tiny: Tiny, new: Any) -> None:
+    for name, factor in (("undefined", math.nan), ("endless", math.inf), ("least", -math.inf)):
+        new(name)(lambda site, factor=factor: torch.ones_like(site.mean) * factor)
+    tracker = DriftTracker({"rude": direction()}, probe=prompts(), controls=2)
+    with tracker.attached(tiny("llama")):
+        [named] = [record for record in tracker.measure(0) if record.kind == "named"]
+    assert math.isnan(named.undefined) and named.endless == math.inf and named.least == -math.inf
+    assert tracker.log_values() and all(math.isfinite(value) for value in tracker.log_values().values())

@@ -2,14 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from method_tables import check_table
 
-from steer.errors import ConfigError
-from steer.intervene import Constant, Cosine, Linear, WarmupDecay
-from steer.intervene.schedule import SCHEDULES, from_dict, to_dict
+from steer.errors import ConfigError, NonFiniteError
+from steer.intervene import Add, Constant, Cosine, Intervention, Linear, WarmupDecay
+from steer.intervene.schedule import SCHEDULES, Schedule, factor_at, from_dict, to_dict
 
 STEPS = st.integers(0, 500)
 COUNTS = st.integers(1, 200)
@@ -97,3 +99,45 @@ def test_typos_are_named():
         WarmupDecay(5, 6, 10)
     with pytest.raises(ConfigError, match=r"not registered[\s\S]*SCHEDULES.register"):
         to_dict(lambda step: 1.0)
+
+
+# ---- schedules of one's own
+
+
+class Stairs(Schedule):
+    def __call__(self, step):
+        return step // 10
+
+
+@pytest.mark.parametrize("factor", ["1", None, 1j, True, [1.0], torch.ones(2), np.array([1.0]), np.bool_(True)])
+def test_a_schedule_that_gives_no_number(factor):
+    with pytest.raises(ConfigError, match="gives no factor of a strength"):
+        Intervention(Add(torch.ones(4)), "layers.0.output", schedule=lambda step: factor)
+
+
+@pytest.mark.parametrize("factor", [2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0)])
+def test_a_schedule_may_give_any_kind_of_number(factor):
+    assert factor_at(lambda step: factor, 0) == 2.0
+    Intervention(Add(torch.ones(4)), "layers.0.output", schedule=lambda step: factor)
+
+
+def test_a_schedule_that_fails_or_is_not_finite_is_named():
+    with pytest.raises(ConfigError, match=r"schedule <function[\s\S]*at step 0 failed[\s\S]*ZeroDivisionError") as caught:
+        from_dict(lambda step: 1 / step)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(NonFiniteError, match=r"schedule NaN[\s\S]*nan at step 0"):
+        from_dict(nan := type("NaN", (Constant,), {"__call__": lambda self, step: math.nan})())
+    with pytest.raises(NonFiniteError, match="nan at step 3"):
+        factor_at(nan, 3)
+
+
+def test_a_class_is_no_schedule():
+    with pytest.raises(ConfigError, match=r"a schedule is of the wrong type[\s\S]*the class Linear: call it, e.g. Linear"):
+        from_dict(Linear)
+
+
+def test_only_fields_of_a_dataclass_can_be_saved(monkeypatch):
+    SCHEDULES.load()
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+    with pytest.raises(ConfigError, match=r"schedule 'stairs' cannot be saved[\s\S]*dataclass"):
+        to_dict(SCHEDULES.register("stairs")(Stairs)())
