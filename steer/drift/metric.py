@@ -60,7 +60,7 @@ class DriftMetric:
         Raises:
             ConfigError: the function fails, or returns anything else.
         """
-        if getattr(self.function, "__module__", "").partition(".")[0] != "steer":
+        if (getattr(self.function, "__module__", None) or "").partition(".")[0] != "steer":
             sites = [site.copy() for site in sites]
         counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
         if self.across_sites:

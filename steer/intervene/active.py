@@ -213,11 +213,11 @@ class ActiveIntervention:
         weight = self.weight(mask, h, ctx)
         edited = self.operator.fused(per_token, strength, weight, rows, self.preserve_norm) if kernels.wanted(per_token) else None
         if edited is None:
-            edited = _edited(self, per_token, strength, weight, rows)
+            edited = edited_without_kernel(self, per_token, strength, weight, rows)
         return edited if h.dim() == 3 else edited.reshape(h.shape)
 
 
-def _edited(active: ActiveIntervention, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None) -> Tensor:
+def edited_without_kernel(active: ActiveIntervention, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None) -> Tensor:
     """The edited activation without a kernel. h: [batch, tokens, width]."""
     operator = active.operator
     per_row = tensors_of_rows(operator.tensors, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from steer.intervene.prepared import PreparedEdits
 from steer.intervene.token_counter import TokenCounter
 from steer.model.context import ForwardContext
 from steer.model.watcher import Watcher
+
+T = TypeVar("T")
 
 
 class PassEvents:
@@ -47,12 +51,10 @@ class PassEvents:
 
     def disconnect(self) -> None:
         """Leaves the watcher, and keeps nothing of the model."""
-        if self._watcher is not None:
-            watcher = self._watcher
-            for functions in (watcher.on_open, watcher.on_close, watcher.on_end):
-                for own in (self._open, self.counter.close, self.prepared.end):
-                    if own in functions:  # when it is done again after an interrupt, some are off already
-                        functions.remove(own)  # type: ignore[attr-defined]
+        if self._watcher is not None:  # when it is done again after an interrupt, some are off already
+            _drop(self._watcher.on_open, self._open)
+            _drop(self._watcher.on_close, self.counter.close)
+            _drop(self._watcher.on_end, self.prepared.end)
         self._watcher = None
         self._like = torch.empty(0, dtype=self._like.dtype)
 
@@ -88,3 +90,8 @@ class PassEvents:
                 self._types = types
                 self.prepared.renew()
             self.prepared.open(ctx)
+
+
+def _drop(functions: list[T], function: T) -> None:
+    if function in functions:
+        functions.remove(function)

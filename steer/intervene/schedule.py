@@ -151,12 +151,3 @@ def _infinite_factor(what: str, step: int, factor: float) -> NonFiniteError:
         found=f"{factor} at step {step}",
         remedy="correct the numbers of the schedule",
     )
-
-
-def _no_dataclass(schedule: Any) -> ConfigError:
-    return ConfigError(
-        f"schedule '{schedule.name}' cannot be saved",
-        expected="a dataclass, whose fields a file can hold",
-        found=f"the class {type(schedule).__name__}",
-        remedy="write @dataclass(frozen=True) above the class, below its registration",
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer import kernels
 from steer.intervene import Ablate, Add, Clamp, HeadShift, Intervention, LoReFT, Plan, Scale
+from steer.intervene.active import edited_without_kernel
 from steer.intervene.operator import Operator, tensors_of_rows
 
 WITHOUT = {"k_steering", "k_steering, deep", "reft_r1", "rotate", "rotate towards"}  # no kernel does what they do
@@ -79,7 +80,7 @@ def test_what_is_learned_gets_its_gradient(name: str) -> None:
         with kernels.force(path):
             out = operator.fused(h, strength, None, rows, True)
             if path == "aten":
-                out = active(Intervention(operator, "layers.0.output", preserve_norm=True))._edited(h, strength, None, rows)
+                out = edited_without_kernel(active(Intervention(operator, "layers.0.output", preserve_norm=True)), h, strength, None, rows)
         assert out is not None
         results.append([out, *torch.autograd.grad((out * pull).sum(), list(operator.parameters.values()))])
     for a, b in zip(*results, strict=True):
