@@ -139,5 +139,5 @@ def test_a_class_is_no_schedule():
 def test_only_fields_of_a_dataclass_can_be_saved(monkeypatch):
     SCHEDULES.load()
     monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
-    with pytest.raises(ConfigError, match=r"schedule 'stairs' cannot be saved[\s\S]*dataclass"):
+    with pytest.raises(ConfigError, match=r"schedule 'stairs' has no file form[\s\S]*dataclass"):
         to_dict(SCHEDULES.register("stairs")(Stairs)())
