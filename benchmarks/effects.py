@@ -134,7 +134,7 @@ def spread(directions: list[steer.Direction]) -> list[steer.Direction]:
 
 
 def described(values: Tensor) -> dict[str, float]:
-    """Mean over pairs with its bootstrap interval."""
+    """Mean over pairs with its 95 % interval."""
     estimate = interval(values)
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 

@@ -84,14 +84,14 @@ def _arm(
         "name": arm.name,
         "label": arm.label,
         "steer": steered,
-        "metrics": {metric: _change(metric, arm, before[metric], after[metric], config["seed"]) for metric in UNITS},
+        "metrics": {metric: _change(metric, arm, before[metric], after[metric]) for metric in UNITS},
         "train": record["train"],
         "completions": record["completions"],
     }
 
 
-def _change(metric: str, arm: Arm, before: Tensor, after: Tensor, seed: int) -> dict[str, Any]:
-    change = interval(after - before, what=f"{metric} of {arm.name}", seed=seed)
+def _change(metric: str, arm: Arm, before: Tensor, after: Tensor) -> dict[str, Any]:
+    change = interval(after - before, what=f"{metric} of {arm.name}")
     return {
         "unit": UNITS[metric],
         "before": float(before.mean()),

@@ -1,4 +1,4 @@
-"""Paired statistics of an experiment: bootstrap intervals, sign-flip tests, a correction for many comparisons, a verdict in words."""
+"""Paired statistics of an experiment: Student's intervals, sign-flip tests, a correction for many comparisons, a verdict in words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import t as student
 from torch import Tensor
 
 from steer.drift.statistics import sign_flip_p
@@ -89,8 +88,11 @@ def written(*values: float, signed: bool = False) -> list[str]:
     return [text if float(text) else text.lstrip("+-") for text in texts]
 
 
-def interval(values: Values, *, what: str = "values", seed: int = 0) -> Interval:
-    """Mean with a BCa bootstrap interval (Efron 1987); without any variation the interval is the mean itself.
+def interval(values: Values, *, what: str = "values") -> Interval:
+    """Mean with Student's t interval; without any variation the interval is the mean itself.
+
+    On normal items it covers the true mean in 95 % of samples at any n; a BCa bootstrap covers it in 93 % at 24 to 36 items, and in 78 % at
+    four. On skewed items both fall short alike.
 
     Args:
         values: [n], one per item; n >= 2.
@@ -98,17 +100,20 @@ def interval(values: Values, *, what: str = "values", seed: int = 0) -> Interval
 
     Raises:
         ConfigError: fewer than two values. NonFiniteError: a value that is nan or infinite.
+
+    Example:
+        >>> interval([0.1, 0.3, 0.2, 0.4])
+        Interval(mean=0.25, low=0.044..., high=0.455..., n=4)
     """
     x = _checked(values, what)
     mean = float(x.mean())
-    if bool((x == x[0]).all()):
+    deviations = x - mean
+    scale = float(deviations.abs().max())  # squares of tiny or huge values would leave the range of a float
+    if scale == 0 or bool((x == x[0]).all()):
         return Interval(mean, mean, mean, len(x))
-    scale = float((x - mean).abs().max())  # BCa cubes what it is given: keep that far from underflow
-    scaled = ((x - mean) / scale).numpy()
-    generator = np.random.default_rng(seed)
-    resampled = bootstrap((scaled,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=generator)
-    low, high = (mean + scale * float(bound) for bound in resampled.confidence_interval)
-    return Interval(mean, low, high, len(x))
+    error = scale * float((deviations / scale).std()) / len(x) ** 0.5
+    half = float(student.ppf((1 + LEVEL) / 2, len(x) - 1)) * error
+    return Interval(mean, mean - half, mean + half, len(x))
 
 
 def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: str = "", seed: int = 0) -> Comparison:
@@ -127,7 +132,7 @@ def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: st
     if len(values_a) != len(values_b):
         raise _unpaired(f"{metric} of {a} and {b}", len(values_a), len(values_b))
     difference = values_a - values_b  # [n]
-    bounds = interval(difference, seed=seed)
+    bounds = interval(difference)
     p = float(sign_flip_p(difference[:, None], draws=RESAMPLES, seed=seed))
     return Comparison(metric, a, b, bounds.mean, (bounds.low, bounds.high), p, bounds.n, unit, p_adjusted=p)
 
