@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                                  # this checkout
     git worktree add --detach ../before 326ad19
     python benchmarks/scaling.py --against ../before              # and an older commit, in the same rounds
-    python benchmarks/scaling.py --quick --out /tmp/scaling.json  # small sizes: does it run?
+    python benchmarks/scaling.py --quick --out scaling.json        # small sizes: does it run?
 
 Making a plan, attaching and driving it is given in milliseconds of CPU time. What a plan does in a decode step is given in microseconds
 inside hooks a step, each call's median over the steps, timed where the hooks run (see overhead.py). Every figure is the median over the
