@@ -291,6 +291,11 @@ def _code_of(entry: Any) -> Any:
     return next((value for value in getattr(entry, "__dict__", {}).values() if inspect.isfunction(value)), type(entry))
 
 
+def in_package(entry: Any) -> bool:
+    """A class or function of this package, which its tests hold to the rules, rather than of another one or of a script."""
+    return _module_of(entry).partition(".")[0] == __name__.partition(".")[0]
+
+
 def _module_of(entry: Any) -> str:
     return str(getattr(_code_of(entry), "__module__", None) or "")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from steer.checks import errors_of, of_type
 from steer.drift.measurement import MODES, SiteMeasurement
 from steer.errors import ConfigError
-from steer.registry import Registry
+from steer.registry import Registry, in_package
 
 RECORD_FIELDS = ("step", "mode", "direction", "site", "kind", "n", "metrics")
 
@@ -60,7 +60,7 @@ class DriftMetric:
         Raises:
             ConfigError: the function fails, or returns anything else.
         """
-        if (getattr(self.function, "__module__", None) or "").partition(".")[0] != "steer":
+        if not in_package(self.function):
             sites = [site.copy() for site in sites]
         counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
         if self.across_sites:

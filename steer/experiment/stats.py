@@ -107,10 +107,10 @@ def interval(values: Values, *, what: str = "values") -> Interval:
     """
     x = _checked(values, what)
     mean = float(x.mean())
+    if bool((x == x[0]).all()):
+        return Interval(mean, mean, mean, len(x))
     deviations = x - mean
     scale = float(deviations.abs().max())  # squares of tiny or huge values would leave the range of a float
-    if scale == 0 or bool((x == x[0]).all()):
-        return Interval(mean, mean, mean, len(x))
     error = scale * float((deviations / scale).std()) / len(x) ** 0.5
     half = float(student.ppf((1 + LEVEL) / 2, len(x) - 1)) * error
     return Interval(mean, mean - half, mean + half, len(x))

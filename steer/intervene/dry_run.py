@@ -23,6 +23,7 @@ from steer.intervene.intervention import Intervention
 from steer.intervene.low_rank import LowRank
 from steer.intervene.operator import Operator, TensorHolder, tensors_of_rows
 from steer.model.context import ForwardContext
+from steer.registry import in_package
 
 BATCH = 2
 TOKENS = 3
@@ -38,12 +39,12 @@ def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -
         ConfigError: one that fails, gives something else than it has to, writes into what it is given, or acts at strength 0.
         NonFiniteError: NaN or infinity for finite numbers.
     """
-    operators = [intervention for intervention in interventions if _is_own(intervention.operator)]
+    operators = [intervention for intervention in interventions if not in_package(type(intervention.operator))]
     gates = [
         gate
         for intervention in interventions
         for gate in (intervention.gate.site_gates() if intervention.gate is not None else ())
-        if _is_own(gate) and type(gate).margin is not SiteGate.margin
+        if not in_package(type(gate)) and type(gate).margin is not SiteGate.margin
     ]
     if not operators and not gates:
         return
@@ -56,14 +57,10 @@ def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -
             operator = intervention.operator
             strength = max(map(abs, intervention.strength)) or 1.0
             types = {dtype, torch.promote_types(dtype, torch.float32)} if intervention.preserve_norm else {dtype}
-            for one_dtype in sorted(types, key=str):
-                _once(operator, one_dtype, weights.device, partial(_check_operator, strength=strength))
+            for tried_dtype in sorted(types, key=str):
+                _once(operator, tried_dtype, weights.device, partial(_check_operator, strength=strength))
         for gate in gates:
             _once(gate, dtype, weights.device, _check_gate)
-
-
-def _is_own(holder: TensorHolder) -> bool:
-    return type(holder).__module__.partition(".")[0] != "steer"
 
 
 @contextmanager
@@ -119,12 +116,12 @@ class _OperatorRun:
 
     def _call(self, function: Callable[..., Any], h: Tensor, *arguments: Any) -> Any:
         """What one of its methods gives. Raises ConfigError when it fails, or writes into what it is given."""
-        given = {"h": h.clone(), **{name: tensor.clone() for name, tensor in self.per_row.items()}}
+        copies = {"h": h.clone(), **{name: tensor.clone() for name, tensor in self.per_row.items()}}
         _seed(h.device)  # one that draws at random draws the same each time
         with errors_of(self.what, f"let it take {_in_words(h)}, as a pass will give it"):
-            result = function(given["h"], *arguments, {name: given[name] for name in self.per_row})
+            result = function(copies["h"], *arguments, {name: copies[name] for name in self.per_row})
         for name, before in (("h", h), *self.per_row.items()):
-            if not torch.equal(given[name], before):
+            if not torch.equal(copies[name], before):
                 raise _writes_into(self.what, name)
         return result
 

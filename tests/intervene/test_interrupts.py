@@ -45,8 +45,8 @@ def plan() -> Plan:
     return Plan([Intervention(Add(vector(seed=n)), site) for n, site in enumerate(("layers.0.output", "layers.1.mlp.output"))])
 
 
-def interrupted(action: Any, line: int) -> bool:
-    """Whether the line was reached."""
+def traced(action: Any, line: int) -> InterruptAt:
+    """Runs an action up to a line of it, counted in lines of the package."""
     interrupt = InterruptAt(line)
     before = sys.gettrace()
     sys.settrace(interrupt)
@@ -56,7 +56,17 @@ def interrupted(action: Any, line: int) -> bool:
         pass
     finally:
         sys.settrace(before)
-    return interrupt.raised
+    return interrupt
+
+
+def interrupted(action: Any, line: int) -> bool:
+    """Whether the line was reached."""
+    return traced(action, line).raised
+
+
+def lines_of(action: Any) -> int:
+    """How many lines of the package an action executes."""
+    return sys.maxsize - traced(action, sys.maxsize).line
 
 
 def check_untouched(model: torch.nn.Module, plain: torch.Tensor) -> None:
@@ -66,17 +76,6 @@ def check_untouched(model: torch.nn.Module, plain: torch.Tensor) -> None:
     assert hook_count(model) == 0
     with torch.no_grad():
         assert torch.equal(model(ids()).logits, plain)
-
-
-def lines_of(action: Any) -> int:
-    counter = InterruptAt(sys.maxsize)
-    before = sys.gettrace()
-    sys.settrace(counter)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-    return sys.maxsize - counter.line
 
 
 def test_an_interrupted_attach_leaves_nothing(tiny):
