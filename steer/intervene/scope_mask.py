@@ -140,6 +140,8 @@ class ScopeMask:
             common: Mask = True
             for part in intersection:
                 common = both(common, self._of_part(part, ctx))
+                if ctx.leading and part.selector.kind != "all":  # a soft prompt is steered as `all` only: it belongs to no text
+                    common = both(common, ctx.in_text)
             hits = either(hits, common)
         return hits
 
@@ -167,7 +169,8 @@ class ScopeMask:
             raise _unknown_parts(self.scope)
         if selector.kind == "generated":
             return False
-        part = ~ctx.labelled if selector.kind == "prompt" else ctx.labelled
+        part = both(~ctx.labelled if selector.kind == "prompt" else ctx.labelled, ctx.in_text)
+        assert isinstance(part, Tensor)
         if window is None:
             return part
         part = part & ctx.real
