@@ -80,6 +80,7 @@ class ForwardContext:
         unembedded: positions that the unembedding sees: all (0), the last so many, or these.
         device: of the token ids; None beside a decoder.
         ids: [batch, tokens] token ids; None when embeddings were given.
+        image_ids: token ids that stand for images in the text; () for a model that reads none.
         turns: [batch, tokens] index into `CHAT_ROLES` of the turn that each token belongs to, from `chat_roles`; else None.
         memory: what the prompt decided for the whole generation. It lives on the KV cache and is copied with it, so that two generations
             are mixed up no more than their caches are.
@@ -104,6 +105,7 @@ class ForwardContext:
     unembedded: Tensor | int = 0
     device: torch.device | None = None
     ids: Tensor | None = None
+    image_ids: tuple[int, ...] = ()
     turns: Tensor | None = None
     memory: GenerationMemory = field(default_factory=GenerationMemory)
     scratch: PassScratch = field(default_factory=PassScratch)

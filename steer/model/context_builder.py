@@ -38,6 +38,7 @@ def build_context(
     is_reference: bool = False,
     turns: Tensor | None = None,
     virtual: VirtualTokens = NONE,
+    image_ids: tuple[int, ...] = (),
 ) -> ForwardContext:
     """Makes the context of one pass of a decoder.
 
@@ -47,6 +48,7 @@ def build_context(
         is_reference: PEFT adapters are switched off.
         turns: chat roles from `chat_roles`.
         virtual: positions before every text that are no tokens of it.
+        image_ids: see `ForwardContext`.
 
     Raises:
         ContextError: a mask that belongs to other tokens than those of this pass.
@@ -83,7 +85,8 @@ def build_context(
         unembedded=arguments.get("logits_to_keep", 0),
         device=token_tensor.device,
         ids=_ids(arguments, batch, tokens, leading),
-        turns=_turns(turns, token_tensor, past, is_prompt=generating and not decoding),
+        image_ids=image_ids,
+        turns=_turns(turns, token_tensor, past, leading, is_prompt=generating and not decoding),
         memory=memory_of(cache) if generating else GenerationMemory({}, None, -1),
         scratch=PassScratch({}, {}, {}, set()),
     )
@@ -204,11 +207,13 @@ def _aligned(mask: Tensor, batch: int, tokens: int) -> Tensor:
     return torch.nn.functional.pad(mask, (missing, 0)) if missing else mask  # [batch, tokens]
 
 
-def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, *, is_prompt: bool) -> Tensor | None:
+def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, leading: int, *, is_prompt: bool) -> Tensor | None:
     """The chat roles of a pass: beams follow their row, and what is in the cache already may be named with the rest."""
     if turns is None:
         return None
     turns = turns.to(token_tensor.device)
+    if leading and turns.dim() == 2:
+        turns = torch.nn.functional.pad(turns, (leading, 0), value=-1)
     batch, tokens = token_tensor.shape[:2]
     if not is_prompt or turns.dim() != 2:
         return turns

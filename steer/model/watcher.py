@@ -125,6 +125,7 @@ class Watcher:
         self.on_close: list[Callable[[ForwardContext], None]] = []
         self.on_end: list[Callable[[], None]] = []
         self._first_block: nn.Module | None = None
+        self._image_ids: tuple[int, ...] = ()
         self._context_beside: ForwardContext | None = None
         self._members: set[int] | None = None
         self._own_hooks: dict[nn.Module, tuple[OwnHook, OwnHook]] = {}
@@ -142,6 +143,7 @@ class Watcher:
                 register_hook(module, leave, before=False, always=True)
         self._first_block = anatomy.blocks[0] if anatomy is not None else None
         self._members = None
+        self._image_ids = image_token_ids(chain) or self._image_ids
         self.peft.find(model, chain)
 
     def set_site_hooks(self, hooks: list[SiteHook]) -> None:
@@ -202,7 +204,9 @@ class Watcher:
         if not self.is_decoder:
             return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
         virtual = self.peft.virtual_tokens(self.outermost) if self.peft.models else NONE
-        return build_context(self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=virtual)
+        return build_context(
+            self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=virtual, image_ids=self._image_ids
+        )
 
     def close(self, output: Any) -> None:
         """The root is left. Raises HookDidNotRunError when it ended well and an attached site was not reached."""
@@ -301,6 +305,13 @@ class Watcher:
         if self.outermost != IDLE:
             self._context_beside = context
         return context
+
+
+def image_token_ids(chain: list[nn.Module]) -> tuple[int, ...]:
+    """Token ids that stand for images in the text, as the configs of these modules name them; () for none."""
+    configs = [getattr(module, "config", None) for module in chain]
+    named = (getattr(config, name, None) for config in configs for name in ("image_token_id", "image_token_index"))
+    return tuple(sorted({number for number in named if isinstance(number, int)}))
 
 
 def _set_aside(arguments: dict[str, Any], own: list[str]) -> None:
