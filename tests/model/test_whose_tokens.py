@@ -1,4 +1,4 @@
-"""Tokens of the stack that is steered, where arguments around it speak of others: an encoder's mask, soft prompts, images, packed requests."""
+"""Tokens of the steered stack where arguments around it speak of others: an encoder's mask, soft prompts, images, packed requests."""
 
 from collections.abc import Callable
 
