@@ -55,7 +55,7 @@ def build_context(
     """
     cache = arguments.get("past_key_values")
     is_paged = arguments.get("cache") is not None and _is_paged(arguments["cache"])
-    leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.count else (0, 0)
+    leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.number else (0, 0)
     past = _cached_tokens(cache, in_cache)
     generating = is_paged or _is_generating(arguments, response, past, in_cache)
     phase = _phase(generating)
@@ -134,12 +134,12 @@ def _is_paged(cache: Any) -> bool:
 def _virtual_positions(virtual: VirtualTokens, cache: Any, arguments: dict[str, Any]) -> tuple[int, int]:
     """How many of the virtual tokens run through this pass, and how many are in the cache."""
     if virtual.in_cache:
-        return 0, virtual.count if cache is not None else 0
+        return 0, virtual.number if cache is not None else 0
     entries = 0 if cache is None else cache.get_seq_length()
     embeds = arguments.get("inputs_embeds")
     if embeds is not None and (isinstance(entries, Tensor) or entries == 0):
-        return virtual.count, 0
-    return 0, virtual.count if cache is not None else 0
+        return virtual.number, 0
+    return 0, virtual.number if cache is not None else 0
 
 
 def _is_unclear(arguments: dict[str, Any], cache: Any, past: Tensor | int, tokens: int) -> bool:

@@ -11,12 +11,12 @@ class VirtualTokens(NamedTuple):
     """Positions before every text that are no tokens of it.
 
     Attributes:
-        count: how many; 0 where nothing is tuned but weights, and while the adapter is off.
+        number: how many; 0 where nothing is tuned but weights, and while the adapter is off.
         in_cache: they are entries of the cache from the start (prefix tuning), else embeddings that run through the blocks with the prompt
             (prompt tuning, p-tuning).
     """
 
-    count: int = 0
+    number: int = 0
     in_cache: bool = False
 
 
@@ -28,18 +28,19 @@ class PeftState:
 
     Attributes:
         adapter_layer: a layer of PEFT's, which knows what is switched on, or None.
-        models: PEFT's models above the decoder, with their height above it.
+        models: each model of PEFT's above the decoder, and its height above it.
     """
 
     def __init__(self) -> None:
         self.adapter_layer: Any = None
-        self.models: dict[Any, int] = {}
+        self.models: list[tuple[Any, int]] = []
 
     def find(self, model: nn.Module, chain: list[nn.Module]) -> None:
         """Looks for adapters again: a later attach may come through another wrapper. chain: modules from the model down to the decoder."""
         for height, module in enumerate(reversed(chain)):
-            if hasattr(module, "active_peft_config"):
-                self.models[module] = height
+            # on the class: a compiled model forwards the attributes of the one inside it
+            if hasattr(type(module), "active_peft_config") and all(model is not module for model, _ in self.models):
+                self.models.append((module, height))
         if self.adapter_layer is None:
             # a property on PEFT's layers; transformers' own models have a method of that name
             layers = (module for module in model.modules() if isinstance(getattr(type(module), "disable_adapters", None), property))
@@ -47,7 +48,7 @@ class PeftState:
 
     def is_reference(self) -> bool:
         """True when the adapters are off, or TRL's copy of the initial adapter is on."""
-        for model in self.models:
+        for model, _ in self.models:
             if _is_off(model):
                 return True
         layer = self.adapter_layer
@@ -55,7 +56,7 @@ class PeftState:
 
     def virtual_tokens(self, outermost: int) -> VirtualTokens:
         """Virtual tokens of the pass that began with the module of this height above the decoder."""
-        for model, height in self.models.items():
+        for model, height in self.models:
             config = model.active_peft_config
             if not config.is_prompt_learning or _is_off(model):
                 continue
