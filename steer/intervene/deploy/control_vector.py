@@ -7,11 +7,9 @@ no place for block 0 and refuses a file with `direction.0` (`common_control_vect
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
+from steer.tensor_files import gguf_package
 
 ARCHITECTURE = "controlvector"
 _CARRIER = "a control vector"
@@ -78,14 +77,6 @@ def _block_number(intervention: Intervention, edit: Affine, n_layers: int | None
     if layer < 1:
         raise _block_zero(intervention)
     return layer
-
-
-def gguf_package(what: str) -> Any:
-    """The package `gguf`. Raises ConfigError when it is missing."""
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise _no_gguf_package(what) from error
 
 
 def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
@@ -148,8 +139,3 @@ def _block_out_of_range(intervention: Intervention, n_layers: int) -> DeployErro
 def _block_zero(intervention: Intervention) -> DeployError:
     expected = "the output of block 1 or a later one: llama.cpp has no control vector for block 0"
     return cannot_carry(intervention, _CARRIER, expected, f"'{intervention.site}'", "steer a later block")
-
-
-def _no_gguf_package(what: str) -> ConfigError:
-    install = "pip install 'torchsteer[gguf]'"
-    return ConfigError(what, expected="the package gguf", found="not installed", remedy=install)
