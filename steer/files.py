@@ -191,8 +191,8 @@ def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
 def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
     """A new file or folder beside a path, to be renamed into its place; what killed saves to that path left behind goes first.
 
-    It is locked while it is written. The operating system drops a lock when its process dies, however it dies, so what is not locked belongs
-    to nobody any more.
+    It is locked while it is written. The operating system drops a lock when its process dies, however it dies, so what is not locked
+    belongs to nobody any more.
     """
     _remove_stale(path)
     handle: int | None = None
@@ -406,7 +406,7 @@ def _of_other_origin(path: Path, kind: str, tensors: dict[str, Tensor]) -> Wrong
         f"{path} was not written by steer",
         expected=f"a '{kind}' saved by steer",
         found=f"plain safetensors with {_first_names(tensors) or 'no tensors'}",
-        remedy=f"read its tensors with steer.files.read_safetensors, and make and save the {kind} with them",
+        remedy=f"read vectors by steer.import_directions(path, site=...), other tensors by steer.files.read_safetensors; save a {kind}",
     )
 
 

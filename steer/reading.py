@@ -1,4 +1,4 @@
-"""Reading what may be damaged, hostile or no file at all: every reader of the library begins here, and ends in a typed error instead of a hang.
+"""Reading what may be damaged, hostile or no file at all: every reader begins here, and ends in a typed error instead of a hang.
 
 Only regular files are opened (a named pipe would wait for ever, a device has no end), no more is read than the file had when it was opened,
 and JSON has to say one thing: no key twice, no NaN, no number beyond those of a computer.

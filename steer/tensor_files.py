@@ -128,7 +128,7 @@ def _owned(content: Any, path: Path, room: _Room) -> Any:
 
 
 def read_npy(path: Path) -> Tensor:
-    """The array of a `.npy` file. Raises DamagedFileError; UnsafeFileError: pickled objects. WrongKindError: numbers torch has no type for."""
+    """The array of a `.npy` file. Raises DamagedFileError; UnsafeFileError: pickled objects; WrongKindError: no real numbers."""
     return _array(read_bytes(path), path)
 
 

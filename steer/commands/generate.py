@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.commands.config import dtype_named
-from steer.errors import ConfigError, DamagedFileError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, NonFiniteError, WrongKindError
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.results import SCHEMA
-from steer.files import contents
+from steer.files import SEAL, check_seal, contents
 from steer.intervene import Plan
 from steer.model.load import load
+from steer.reading import read_json
 
 
 def run(config: DictConfig) -> None:
@@ -41,12 +41,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise _no_run(folder)
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        schema = metrics["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged_metrics(file, error) from error
-    if schema != SCHEMA:
-        raise _other_schema(file, schema)
+        metrics = read_json(file)
+    except (DamagedFileError, NonFiniteError) as error:
+        raise _damaged_metrics(file, error.found) from error
+    if not isinstance(metrics, dict) or "schema" not in metrics:
+        raise _damaged_metrics(file, metrics)
+    if metrics["schema"] != SCHEMA:
+        raise _other_schema(file, metrics["schema"])
+    check_seal(metrics, file)  # older versions wrote none
+    metrics.pop(SEAL, None)
     return metrics
 
 
@@ -117,9 +120,9 @@ def _no_run(folder: Path) -> ConfigError:
     )
 
 
-def _damaged_metrics(file: Path, error: Exception) -> DamagedFileError:
+def _damaged_metrics(file: Path, found: object) -> DamagedFileError:
     remedy = "restore it from a backup, or run the experiment again"
-    return DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=repr(error), remedy=remedy)
+    return DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=f"{found!r:.80}", remedy=remedy)
 
 
 def _other_schema(file: Path, schema: Any) -> WrongKindError:

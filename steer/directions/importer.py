@@ -345,7 +345,7 @@ def _none_error(source: Source) -> WrongKindError:
         f"'{source.path}' is of no format that can be imported",
         expected="; ".join(f"'{name}': {importer_of(name).looks_for}" for name in sorted(IMPORTERS)),
         found=_looks(source),
-        remedy="pass site= where the file is nothing but vectors, or make a steer.Direction of one; steer's own files load with Directions.load",
+        remedy="pass site= if it is nothing but vectors, or make a steer.Direction of one; steer's own files load with Directions.load",
     )
 
 

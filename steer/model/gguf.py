@@ -12,6 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer.errors import DamagedFileError, ModelNotFoundError
+from steer.reading import read_bytes
+from steer.tensor_files import open_gguf
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -25,10 +27,10 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise _no_file(path)
     if importlib.util.find_spec("gguf") is None:
         raise _no_package(path)
-    with path.open("rb") as file:
-        magic = file.read(4)
+    magic = read_bytes(path, 4)
     if magic != b"GGUF":
         raise _no_gguf(path, magic)
+    open_gguf(path)  # transformers would go on counting beyond the end of a file that is cut short
     # Newer transformers keep the blocks packed where a GPU kernel can read them; hooks, edits and training need dense weights.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, Toke
 from steer.files import contents
 from steer.model import embedded
 from steer.model.gguf import read_gguf
+from steer.reading import read_json
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -117,7 +117,7 @@ def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) ->
 def _base_of(adapter: Path) -> str:
     """Name or path of the model that an adapter belongs to."""
     try:
-        base_name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base_name = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise _broken_adapter_config(adapter, error) from error
     if not base_name:

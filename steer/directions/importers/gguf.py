@@ -20,8 +20,9 @@ _NAME = re.compile(r"direction\.(\d+)")
 class Gguf(Importer):
     """GGUF control vector (repeng, llama.cpp): `direction.N` -> `layers.N.output`, where both programs add it.
 
-    Every type of number that the package gguf unpacks is read, bfloat16 and the quantised ones too. N is the block, counted from 0, whose output gets the vector. Where it was read is not in the file, and the writers differ: repeng reads
-    `hidden_states[N + 1]`, the generator of llama.cpp the output of block N - 1.
+    Every type of number that the package gguf unpacks is read, bfloat16 and the quantised ones too. N is the block, counted from 0, whose
+    output gets the vector. Where it was read is not in the file, and the writers differ: repeng reads `hidden_states[N + 1]`, the generator
+    of llama.cpp the output of block N - 1.
     """
 
     looks_for = "a GGUF file of the architecture 'controlvector'"
