@@ -147,6 +147,8 @@ def _array(data: bytes, path: Path) -> Tensor:
             raise _pickle(path, "an array of Python objects")
         if dtype.kind not in "fiub":
             raise other_kind(path, "an array of real numbers", f"an array of {dtype}")
+        if min(shape, default=0) < 0:
+            raise ValueError(f"the shape {list(shape)}")
         # bounded by the data, whatever the shape says
         flat = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         if file.tell() + flat.nbytes != len(data):
@@ -162,6 +164,11 @@ def _parts(path: Path, size: int) -> Iterator[tuple[str, bytes]]:
         entries = archive.infolist()
         if len({entry.filename for entry in entries}) < len(entries):
             raise ValueError("two parts of one name")
+        with path.open("rb") as file:
+            file.seek(-12 - len(archive.comment), io.SEEK_END)
+            counted = int.from_bytes(file.read(2), "little")
+        if counted not in (len(entries), 0xFFFF):  # which stands for more than two bytes hold
+            raise ValueError(f"{len(entries)} parts where {counted} are listed")
         declared = sum(entry.file_size for entry in entries)
         if declared > max(_ROOM, _TIMES * size):
             raise _bomb(path, size, declared)
