@@ -1,4 +1,4 @@
-"""Damage, as disks, downloads and editors do it: flipped bits, cut ends, and JSON that says something else. Everything follows from a seed."""
+"""Damage, as disks, downloads and editors do it: flipped bits, cut ends, JSON that says something else. All follows from a seed."""
 
 from __future__ import annotations
 

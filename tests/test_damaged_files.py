@@ -1,4 +1,4 @@
-"""Every kind of file that the library reads, damaged at random: it loads as it was, or ends in a typed error, at once and in little memory."""
+"""Every kind of file that the library reads, damaged at random: it loads as it was, or ends in a typed error, soon, in little memory."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ KINDS = {
     "drift store": Kind(save_store, load_store),
     "drift store, schema 1": Kind(lambda folder: old_store(folder / "old.sqlite"), load_store),
     "lines": Kind(save_lines, lambda path: read_jsonl(path, ("prompt", "answer"))),
-    **{f"bare {name}": Kind(partial(bare, name), load_bare, name in ("v.pt", "v.npz")) for name in ("v.pt", "v.npz", "v.npy", "v.safetensors", "v.old")},
+    **{f"bare {name}": Kind(partial(bare, name), load_bare, True) for name in ("v.pt", "v.npz")},
+    **{f"bare {name}": Kind(partial(bare, name), load_bare) for name in ("v.npy", "v.safetensors", "v.old")},
     **{
         name: Kind(partial(foreign, name), partial(load_foreign, name))
         for name in ("cast", "easyedit", "gguf", "hidden-directions", "persona", "pyvene", "refusal", "repsteer", "steering-vectors")
