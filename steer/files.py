@@ -89,10 +89,10 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         FileError: there is nothing at `path`, or it cannot be read.
     """
     path = place_of(path)
-    place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
-    if not place.exists():
-        raise _nothing_there(path, kind)
     try:
+        place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
+        if not place.exists():
+            raise _nothing_there(path, kind)
         manifest, tensors = _read_folder(place, path, kind) if place.is_dir() else _read_file(place, path, kind)
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -86,14 +86,18 @@ def load_state(path: Path) -> Any:
 
 
 def save_metrics(folder: Path) -> Path:
-    metrics = {"schema": 1, "arms": [{"name": "plain", "loss": 1.25}], "verdict": "specific", "n": 24}
+    config = {
+        "model": {"name": "tiny", "dtype": "float32"},
+        "experiment": {"arms": {"a": {"when": "never"}}, "completions": {"prompts": ["Hi"]}},
+    }
+    metrics = {"schema": 1, "config": config, "verdict": "specific", "n": 24}
     return files.atomic_write(folder / "metrics.json", json.dumps(files.sealed(metrics), indent=1))
 
 
 def load_metrics(path: Path) -> Any:
     """What was saved; a renamed seal is one more key."""
     metrics = read_run(path.parent)
-    return [metrics[name] for name in ("schema", "arms", "verdict", "n")]
+    return [metrics.get(name) for name in ("schema", "config", "verdict", "n")]
 
 
 def save_store(folder: Path) -> Path:
@@ -177,7 +181,7 @@ def outcome(kind: Kind, path: Path, original: Any) -> str:
     try:
         loaded = kind.load(path)
     except steer.SteerError as error:
-        assert error.what and error.remedy and str(error.expected) and str(error.found) != ""
+        assert error.what and error.remedy and str(error.expected)
         return "typed"
     finally:
         signal.alarm(0)
@@ -216,3 +220,30 @@ def test_damage_is_seen_or_does_no_harm(name, tmp_path):
     allowed = {"typed", "same"} | ({"other"} if not KINDS[name].is_sealed else set())
     assert set(counts) <= allowed and counts["typed"] > 0.3 * counts.total(), counts
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 500 * 1024  # KiB
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["plan p", "directions d", "metrics"])
+def test_content_that_makes_no_sense_is_refused(name, tmp_path):
+    """As files of 0.1.0 have no seal, nothing but the readers themselves looks at what is in them."""
+    counts = nonsense(name, tmp_path, 6 * ROUNDS)
+    assert set(counts) <= {"typed", "same", "other"} and counts["typed"] > 0.3 * counts.total(), counts
+
+
+def nonsense(name: str, folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
+    """Rewrites the manifest of a kind as one that no seal protects, and counts what became of it."""
+    kind = KINDS[name]
+    chance = random.Random(f"{name} {seed}")
+    path = kind.make(folder)
+    original = kind.load(path)
+    victim = path / "manifest.json" if path.is_dir() else path
+    content = json.loads(victim.read_bytes()) | {"schema": 1}
+    del content[files.SEAL]
+    counts: Counter[str] = Counter()
+    for _ in range(rounds):
+        victim.write_bytes(damaged := DAMAGE["rewritten"](json.dumps(content).encode(), chance))
+        try:
+            counts[outcome(kind, path, original)] += 1
+        except Exception as error:
+            counts[f"untyped {type(error).__name__}: {str(error)[:80]}, of {damaged.decode('utf-8', 'replace')}"] += 1
+    return counts

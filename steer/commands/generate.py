@@ -20,7 +20,7 @@ from steer.experiment.results import SCHEMA
 from steer.files import SEAL, check_seal, contents
 from steer.intervene import Plan
 from steer.model.load import load
-from steer.reading import read_json
+from steer.reading import damage_of, read_json
 
 
 def run(config: DictConfig) -> None:
@@ -50,7 +50,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise _other_schema(file, metrics["schema"])
     check_seal(metrics, file)  # older versions wrote none
     metrics.pop(SEAL, None)
+    _check_config(metrics.get("config"), file)
     return metrics
+
+
+def _check_config(config: Any, file: Path) -> None:
+    """Raises DamagedFileError when the configuration of a run lacks what is read of it here."""
+    with damage_of(file, "the JSON that `steer train` wrote", f"'{file}' is damaged", "run the experiment again"):
+        experiment = config["experiment"]
+        read_arms(experiment["arms"])
+        prompts = experiment["completions"]["prompts"]
+        texts = [config["model"]["name"], config["model"]["dtype"], *prompts]
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("prompts, or a name or dtype of the model, that are no texts")
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
