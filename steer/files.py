@@ -132,7 +132,7 @@ def atomic_write(path: str | Path, content: bytes | str) -> Path:
     data = content.encode() if isinstance(content, str) else content
     with storage_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, is_folder=False) as temporary:
+        with temporary_sibling(path, is_folder=False) as temporary:
             _write_through(temporary, data)
             os.replace(temporary, path)
         sync_folder(path.parent)
@@ -169,7 +169,7 @@ def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
         if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {MANIFEST, TENSORS}):
             raise _would_delete(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, is_folder=True) as temporary:
+        with temporary_sibling(path, is_folder=True) as temporary:
             for name, data in parts.items():
                 _write_through(temporary / name, data)
             sync_folder(temporary)
@@ -188,7 +188,7 @@ def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
 
 
 @contextmanager
-def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
+def temporary_sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
     """A new file or folder beside a path, to be renamed into its place; what killed saves to that path left behind goes first.
 
     It is locked while it is written. The operating system drops a lock when its process dies, however it dies, so what is not locked

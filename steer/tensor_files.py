@@ -195,7 +195,7 @@ def open_gguf(path: Path) -> Any:
     if not head.startswith(b"GGUF") and (kind := kind_of(head)) is not None:
         raise other_kind(path, "a GGUF file", kind)
 
-    class BoundedReader(package.GGUFReader):  # type: ignore[misc, name-defined]
+    class BoundedReader(package.GGUFReader):  # type: ignore[name-defined]
         """The reader of the package returns less than it was asked for at the end of a file, and goes on counting there, up to 2**64."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:

@@ -31,8 +31,8 @@ from steer.reading import parse_json, size_of
 _FIELDS = RECORD_FIELDS[:-1]  # all but the metrics
 _MAY_BE_MISSING = (float, int, type(None))
 # column of `current` -> type of its values, or the words that it may have; metric and value are NULL in a record without any
-_KINDS: dict[str, Any] = dict(zip(_FIELDS, (int, MODES, str, str, KINDS, int), strict=True))
-_KINDS |= {"metric": (str, type(None)), "value": _MAY_BE_MISSING}
+_COLUMNS: dict[str, Any] = dict(zip(_FIELDS, (int, MODES, str, str, KINDS, int), strict=True))
+_COLUMNS |= {"metric": (str, type(None)), "value": _MAY_BE_MISSING}
 
 
 class StoreInUseError(FileError):
@@ -100,8 +100,8 @@ class DriftStore:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Of the model the records are about."""
-        [[text]] = self._rows("SELECT value FROM meta WHERE key = 'fingerprint'", {"value": str}) or [[""]]
-        fingerprint = parse_json(text, f"the fingerprint in drift store '{self.path}'")
+        rows = self._rows("SELECT value FROM meta WHERE key = 'fingerprint'", {"value": str})
+        fingerprint = parse_json(rows[0][0] if rows else "", f"the fingerprint in drift store '{self.path}'")
         if not isinstance(fingerprint, dict):
             raise _wrong_value(self.path, "fingerprint", dict, fingerprint)
         return fingerprint
@@ -137,8 +137,8 @@ class DriftStore:
         where = " AND ".join(f"{name} = :{name}" for name in filters) or "1"
         metrics: dict[tuple[Any, ...], dict[str, float]] = {}  # the other fields of a record -> its metrics
         with typed_errors(self.path), self._snapshot():
-            select = f"SELECT {', '.join(_KINDS)} FROM {schema.current(self._schema())} WHERE {where}"
-            for *fields, metric, value in self._rows(select, _KINDS, filters):
+            select = f"SELECT {', '.join(_COLUMNS)} FROM {schema.current(self._schema())} WHERE {where}"
+            for *fields, metric, value in self._rows(select, _COLUMNS, filters):
                 of_record = metrics.setdefault(tuple(fields), {})
                 if metric is not None:  # NULL in a record without any
                     of_record[metric] = math.nan if value is None else value  # SQLite keeps nan as NULL

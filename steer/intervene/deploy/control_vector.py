@@ -7,8 +7,6 @@ no place for block 0 and refuses a file with `direction.0` (`common_control_vect
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from steer.checks import of_type
 from steer.errors import ConfigError, DeployError, WidthError
-from steer.files import atomic_write, place_of, storage_errors
+from steer.files import atomic_write, place_of, storage_errors, temporary_sibling
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.intervention import Intervention
@@ -84,10 +82,8 @@ def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
     with storage_errors(path, sum(vector.numel() * 4 for vector in layers.values())):
         path.parent.mkdir(parents=True, exist_ok=True)
         # the writer wants a path of its own; beside the file, so that no other disk has to have room
-        handle, name = tempfile.mkstemp(suffix=".gguf", prefix=".", dir=path.parent)
-        os.close(handle)
-        try:
-            writer = gguf.GGUFWriter(name, ARCHITECTURE)
+        with temporary_sibling(path, is_folder=False) as written:
+            writer = gguf.GGUFWriter(written, ARCHITECTURE)
             writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
             for layer, vector in sorted(layers.items()):
@@ -96,9 +92,7 @@ def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            return atomic_write(path, Path(name).read_bytes())
-        finally:
-            os.unlink(name)
+            return atomic_write(path, written.read_bytes())
 
 
 # ---- errors
