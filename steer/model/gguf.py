@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         marked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **dense)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:  # depends on where the damage is
+    except MemoryError:
+        raise  # the machine's, since the file holds what it declares
+    except Exception as error:  # of any class: it depends on where the damage is
         raise _unreadable(path, error) from error
     return _unmarked(marked), tokenizer
 

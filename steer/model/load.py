@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steer.checks import of_type
-from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, SteerError, TokenizerError, UnsafeFileError
 from steer.files import contents
 from steer.model import embedded
 from steer.model.gguf import read_gguf
@@ -89,9 +89,11 @@ def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any,
             tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
         raise _damaged_weights(f"'{name}'", error) from error
-    except (OSError, ValueError) as error:
-        if is_local:
+    except Exception as error:  # what a damaged config or tokenizer makes transformers stumble over is of any class
+        if is_local and not isinstance(error, SteerError | MemoryError | torch.OutOfMemoryError):
             raise _unloadable(name, error) from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
             raise _unsafe(name, "a repository without safetensors") from error
         raise _not_on_the_hub(name, error) from error
