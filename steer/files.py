@@ -195,8 +195,8 @@ def temporary_sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
     belongs to nobody any more.
     """
     _remove_stale(path)
-    handle: int | None = None
     while True:
+        handle: int | None = None
         temporary = _sibling(path, f"{uuid.uuid4().hex[:12]}.tmp")
         try:
             temporary.mkdir() if is_folder else temporary.touch(exist_ok=False)

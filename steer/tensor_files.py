@@ -70,7 +70,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         if head[:1] == b"\x80" and head[1:2] in b"\x01\x02\x03\x04\x05":
             raise _pickle(path, "a pickle stream")
         if (kind := kind_of(head)) is not None:
-            raise _pickle(path, kind) if head.startswith(b"PK") else other_kind(path, "safetensors", kind)
+            raise _pickle(path, kind) if tensor_format(path) == "torch" else other_kind(path, "safetensors", kind)
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
@@ -144,7 +144,7 @@ def _array(data: bytes, path: Path) -> Tensor:
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, in_columns, dtype = read_header(file)
         if dtype.hasobject:
-            raise _pickle(path, "an array of Python objects")
+            raise _pickle(path, "an array of Python objects", "save an array of numbers")
         if dtype.kind not in "fiub":
             raise other_kind(path, "an array of real numbers", f"an array of {dtype}")
         if min(shape, default=0) < 0:
@@ -228,13 +228,12 @@ def _truncated(path: Path, size: int, error: Exception) -> DamagedFileError:
     return damaged(path, "a whole safetensors file", f"{size} bytes; {error}", what)
 
 
-def _pickle(path: Path, found: str) -> UnsafeFileError:
-    return UnsafeFileError(
-        f"{path} is a pickle, which can run any code when it is opened",
-        expected="tensors, as safetensors",
-        found=found,
-        remedy="convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file",
-    )
+_CONVERT = "convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file"
+
+
+def _pickle(path: Path, found: str, remedy: str = _CONVERT) -> UnsafeFileError:
+    what = f"{path} is a pickle, which can run any code when it is opened"
+    return UnsafeFileError(what, expected="numbers, as safetensors hold them", found=found, remedy=remedy)
 
 
 def _pickle_of_classes(path: Path, error: Exception) -> UnsafeFileError | DamagedFileError:

@@ -42,6 +42,11 @@ class Source:
     placed: dict[Site, int] = field(default_factory=dict)
 
     @cached_property
+    def head(self) -> bytes:
+        """The first bytes of a file; nothing for a folder."""
+        return read_bytes(self.path, 8) if self.path.is_file() else b""
+
+    @cached_property
     def form(self) -> str | None:
         """`torch`, `json`, `npy`, `npz`, `safetensors`, `gguf` or `zip`, by the content; None for a folder or anything else."""
         return tensor_format(self.path) if self.path.is_file() else None
