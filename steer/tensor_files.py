@@ -249,11 +249,11 @@ def _pickle_of_classes(path: Path, error: Exception) -> UnsafeFileError | Damage
 
 
 def _unusual_tensor(path: Path, tensor: Tensor) -> WrongKindError:
-    kind = "quantised" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+    found = "quantised" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
     return WrongKindError(
         f"{path} holds a tensor that cannot be used as it is",
         expected="dense tensors of real numbers",
-        found=f"one of the shape {list(tensor.shape)}: {kind} on {tensor.device}",
+        found=f"one of the shape {list(tensor.shape)}: {found} on {tensor.device}",
         remedy="save tensor.to_dense(), tensor.dequantize() or its real part",
     )
 

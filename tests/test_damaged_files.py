@@ -26,7 +26,7 @@ from drift.test_store import measurement, writer
 
 import steer
 from steer import files
-from steer.commands.generate import read_run
+from steer.commands.generate import read_run, run_config
 from steer.directions import Direction, Directions
 from steer.drift.store import DriftStore
 from steer.experiment.data import read_jsonl
@@ -97,6 +97,7 @@ def save_metrics(folder: Path) -> Path:
 def load_metrics(path: Path) -> Any:
     """What was saved; a renamed seal is one more key."""
     metrics = read_run(path.parent)
+    assert metrics.get("config") == run_config(path.parent)
     return [metrics.get(name) for name in ("schema", "config", "verdict", "n")]
 
 

@@ -28,7 +28,7 @@ def run(config: DictConfig) -> None:
     prompts = listed(config.prompts)
     folder = Path(config.run)
     answers = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
-    side_by_side(Console(), prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"], answers)
+    side_by_side(Console(), prompts or run_config(folder)["experiment"]["completions"]["prompts"], answers)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -50,12 +50,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise _other_schema(file, metrics["schema"])
     check_seal(metrics, file)  # older versions wrote none
     metrics.pop(SEAL, None)
-    _check_config(metrics.get("config"), file)
     return metrics
 
 
-def _check_config(config: Any, file: Path) -> None:
-    """Raises DamagedFileError when the configuration of a run lacks what is read of it here."""
+def run_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a finished run. Raises as `read_run`, and DamagedFileError when it lacks what is read of it here."""
+    config: dict[str, Any] = read_run(folder).get("config", {})
+    file = folder / "metrics.json"
     with damage_of(file, "the JSON that `steer train` wrote", f"'{file}' is damaged", "run the experiment again"):
         experiment = config["experiment"]
         read_arms(experiment["arms"])
@@ -63,6 +64,7 @@ def _check_config(config: Any, file: Path) -> None:
         texts = [config["model"]["name"], config["model"]["dtype"], *prompts]
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in texts):
             raise TypeError("prompts, or a name or dtype of the model, that are no texts")
+    return config
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
@@ -77,7 +79,7 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
         ConfigError: no such run or arm, or no room for an answer. DamagedFileError: an adapter or a plan of the run is missing or damaged.
     """
     check_completions(["?"] if prompts is None else prompts, max_new_tokens)
-    config = read_run(folder)["config"]
+    config = run_config(folder)
     arms = read_arms(config["experiment"]["arms"])
     if unknown := set(names or ()) - {arm.name for arm in arms}:
         raise _unknown_arms(unknown, arms, names)
