@@ -51,8 +51,8 @@ FIRST_INST = (  # Llama 2 and the first Mistral: the system speaks within the fi
 )
 LAST_INST = (  # the later Mistral: the system speaks within the last user's turn
     "{% set sys = messages[0].content if messages[0].role == 'system' else '' %}{% set rest = messages[1:] if sys else messages %}<bos>"
-    "{% set asked = rest | selectattr('role', 'equalto', 'user') | list %}"
-    "{% for m in rest %}{% if m.role == 'user' %}[INST]{{ sys + '\n\n' if sys and m == asked[-1] else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
+    "{% set asked = rest | selectattr('role', 'equalto', 'user') | list %}{% for m in rest %}{% if m.role == 'user' %}[INST]"
+    "{{ sys + '\n\n' if sys and m == asked[-1] else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
 )
 PARTS = (  # vision-language models: content is a list of parts
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
