@@ -99,7 +99,7 @@ def listed(value: Any) -> list[str] | None:
         return [str(value)]
     for text in value or ():
         if text is None or isinstance(text, (ListConfig, DictConfig)):
-            raise _no_text(value, text)
+            raise _no_text(text)
     return [str(text) for text in value or ()] or None
 
 
@@ -134,8 +134,8 @@ def _other_schema(file: Path, schema: Any) -> WrongKindError:
     return WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
 
 
-def _no_text(value: ListConfig, entry: object) -> ConfigError:
-    found = f"{'null' if entry is None else entry} in {value}"
+def _no_text(entry: object) -> ConfigError:
+    found = "null" if entry is None else entry
     return ConfigError("an entry of a list is no text", expected="text", found=found, remedy="leave it out, or quote it: '[\"null\"]'")
 
 

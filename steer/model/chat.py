@@ -98,7 +98,7 @@ class ChatTemplate:
             texts = [part if isinstance(part, str) else part.get("text") for part in content]
             if any(not isinstance(text, str) for text in texts):
                 raise _no_parts_read(content)
-            return {**message, "content": "".join(texts)}  # type: ignore[arg-type]
+            return {**message, "content": "".join(texts)}
         if isinstance(content, str) and self.reads_parts and not self.reads_text:
             return {**message, "content": _parts(content)}
         return dict(message)

@@ -37,7 +37,7 @@ class Baked:
 
     @property
     def changed(self) -> list[str]:
-        return [name for name, *_ in (*self._weights, *self._heads, *self._biases)]
+        return [*(name for name, *_ in self._weights), *(name for name, *_ in self._heads), *(name for name, _ in self._biases)]
 
     @property
     def new_biases(self) -> list[str]:
