@@ -17,7 +17,8 @@ def z_isotropic(site: SiteMeasurement) -> Tensor:
     Where the baseline states are isotropic this is the cosine times the root of the width. Where they vary along few dimensions, chance
     alone gives larger cosines: there that product passes 1.96 in 40 to 80 % of pairs that have nothing to do with each other. The size of
     z is that of a normal variable which is as rare as the cosine, so it ends at 3.9, with 9,999 pairs drawn. Simulated, 1.96 is passed in
-    3 to 7 % with 16 prompts or more and in 1 to 8 % with 6 to 15, whatever the spectrum; with fewer than three it is not defined.
+    3 to 8 % with 16 prompts or more and in 0.5 to 8 % with 6 to 15 (simulated, variances falling as 1/rank^0.5 to 1/rank^2); with fewer
+    than three it is not defined.
     """
     length = site.shift.norm()
     cosines = site.directions.named_units @ site.shift / length  # [named directions]
