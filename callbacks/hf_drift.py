@@ -34,7 +34,7 @@ class HFDriftCallback(TrainerRun):
         self._run.attach(model, ranks)
 
     def start(self, step: int) -> None:
-        self._run.start(step)  # logged nowhere: no log entry is about step 0
+        self._run.start(step, state_place=self.state_place())  # logged nowhere: no log entry is about step 0
 
     # ---- events
 

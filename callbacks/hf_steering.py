@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -66,7 +67,8 @@ class HFSteeringCallback(TrainerRun):
         trainer = self._trainer
         if self.plan.parameters() and trainer.is_deepspeed_enabled:
             raise _steps_by_itself()
-        self._run.start(step, trainer.model, [getattr(trainer.optimizer, "optimizer", trainer.optimizer)])  # unwrapped
+        optimizers = [getattr(trainer.optimizer, "optimizer", trainer.optimizer)]  # unwrapped
+        self._run.start(step, trainer.model, optimizers, state_place=self.state_place())
 
     @contextmanager
     def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
@@ -105,8 +107,12 @@ class HFSteeringCallback(TrainerRun):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and (saved := self.load(Path(best))) is not None:
+        if best is None:
+            return
+        if (saved := self.load(Path(best))) is not None:
             self._run.load_learned(saved)
+        elif self.plan.parameters():
+            warnings.warn(f"the best checkpoint lacks {self.file(Path(best)).name}: the plan stays as it was learned last", stacklevel=2)
 
 
 def _steps_by_itself() -> ConfigError:

@@ -44,6 +44,8 @@ class LightningRun(pl.Callback):
     # ---- hooks on and off
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:  # a checkpoint, if there is one, is loaded after this
+            self._run.renew()
         if is_complete(pl_module):
             self._attach(trainer, pl_module)
 
@@ -68,6 +70,10 @@ class LightningRun(pl.Callback):
         self._run.detach()
 
     # ---- checkpoints
+
+    def state_place(self, trainer: pl.Trainer) -> str:
+        """Where the state is in a checkpoint, for messages."""
+        return f"'{self.state_key}' under 'callbacks' in {getattr(trainer, 'ckpt_path', None) or 'the checkpoint'}"
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._run.state_dict()

@@ -32,7 +32,8 @@ class SteeringCallback(LightningRun):
     computes its own loss needs nothing more; where its passes hold other rows than the batch, wrap them in `steer.response_tokens`.
 
     Args:
-        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`.
+        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`. Every
+            `fit` that begins at step 0 starts from the plan as it was given, not from what an earlier one has learned.
         schedule: takes the place of the plan's schedules.
         phases: where it acts, a subset of train, validate, generate. The reference pass of a PEFT model is no policy pass, so it is left
             alone in every phase.
@@ -90,7 +91,7 @@ class SteeringCallback(LightningRun):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.plan.parameters() and trainer.strategy.handles_gradient_accumulation:
             raise _steps_by_itself(type(trainer.strategy).__name__)
-        self._run.start(trainer.global_step, pl_module, trainer.optimizers)
+        self._run.start(trainer.global_step, pl_module, trainer.optimizers, state_place=self.state_place(trainer))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._run.batch_start(batch)

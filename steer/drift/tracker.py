@@ -130,6 +130,19 @@ class DriftTracker:
             self._remove_hooks()
             raise
 
+    def reset(self) -> None:
+        """Forgets all measurements, so that the next one is a baseline again. Raises AttachError while it is attached."""
+        if self._model is not None:
+            raise _attached_already(self._model)
+        self._close_store()
+        if self.probe is not None:
+            self.probe.load_state_dict({})
+        for reader in self.readers.values():
+            reader.load_state_dict({}, main=False)
+        self.fingerprint = None
+        self.last_step = -1
+        self.latest = []
+
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
         self._attached_model()
