@@ -21,7 +21,7 @@ class DriftCallback(LightningRun):
         trainer = pl.Trainer(max_steps=100, callbacks=[DriftCallback(tracker, every_n_steps=20)])
 
     What `DriftTracker.log_values` gives goes to the loggers and into `trainer.callback_metrics`, so that
-    `ModelCheckpoint(monitor="drift/<direction>@<site>/effect_sd")` and `EarlyStopping` work. Put this callback after a `SteeringCallback`
+    `ModelCheckpoint(monitor="drift/<direction>/<site>/effect_sd")` and `EarlyStopping` work. Put this callback after a `SteeringCallback`
     when the training tokens shall be read as steered. The records go to the tracker's store, written by rank 0; the tracker's state,
     summed over ranks, is part of the checkpoint, and a resumed run gives the records that the uninterrupted one would have given.
 

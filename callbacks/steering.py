@@ -26,7 +26,8 @@ class SteeringCallback(LightningRun):
 
     The hooks are installed in `setup`, or after `configure_model` where the model is made or sharded there, and taken off in `teardown`
     and on an exception. Strengths follow `trainer.global_step`: in the step with global_step = k they are schedule(k), on every
-    micro-batch of it, and after a resume too. Logged are `steer/<intervention>/strength` and `/tokens` (steered so far, over all ranks).
+    micro-batch of it, and after a resume too. Logged are `steer/<intervention>/strength` and `/tokens` (steered so far, over all ranks),
+    `@` in the name of an intervention being written as `/`.
 
     Scopes that tell prompt from response read the batch's `labels`, `completion_mask` or `assistant_masks`, so a `training_step` that
     computes its own loss needs nothing more; where its passes hold other rows than the batch, wrap them in `steer.response_tokens`.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import of_type
+from steer.drift.metric_names import metric_name
 from steer.drift.tracker import DriftTracker
 from steer.errors import ConfigError
 from steer.training.batches import BatchResponseMask
@@ -146,7 +147,8 @@ class DriftRun:
         """
         tracker_state = {name: tensor for name, tensor in state.items() if not name.startswith(LOGGED)}
         self.tracker.load_state_dict(tracker_state, main=is_first_rank)
-        self.values = {name.removeprefix(LOGGED): float(value) for name, value in state.items() if name.startswith(LOGGED)}
+        # older versions wrote names with an `@`
+        self.values = {metric_name(name.removeprefix(LOGGED)): float(value) for name, value in state.items() if name.startswith(LOGGED)}
         self._last_step = self.tracker.last_step
         self._state_loaded = True
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steer.checks import of_type
+from steer.drift.metric_names import check_metric_names, metric_name
 from steer.errors import AttachError, ConfigError, HookDidNotRunError
 from steer.intervene import Attachment, Plan, attachment_state
 from steer.intervene import schedule as schedules
@@ -66,6 +67,7 @@ class SteeringRun:
         self.interval = Interval(every_n_steps)
         self.learning = Learning(plan, learning_rate)
         self.names = [intervention.name for intervention in plan.interventions]
+        check_metric_names(self.names, "interventions")
         self.response_mask = BatchResponseMask()
         self.ranks = Ranks()
         self.attachment: Attachment | None = None
@@ -192,8 +194,10 @@ class SteeringRun:
     def metrics(self) -> dict[str, float]:
         """Strength now (mean over row slots), and tokens steered so far over all ranks, which must call this together."""
         tokens = self.ranks.sum(self._tokens()).tolist()
-        strengths = {f"steer/{active.name}/strength": float(active.strength.mean()) for active in self._attachment().interventions}
-        return strengths | {f"steer/{name}/tokens": float(count) for name, count in zip(self.names, tokens, strict=True)}
+        strengths = {
+            metric_name("steer", active.name, "strength"): float(active.strength.mean()) for active in self._attachment().interventions
+        }
+        return strengths | {metric_name("steer", name, "tokens"): float(count) for name, count in zip(self.names, tokens, strict=True)}
 
     def _attachment(self) -> Attachment:
         if self.attachment is None:

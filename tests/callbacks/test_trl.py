@@ -24,6 +24,7 @@ from datasets import Dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = f"add@{SITE}"
+LOGGED = f"steer/add/{SITE}"  # prefix of its metrics
 
 
 def options(out: Path, **more: Any) -> dict[str, Any]:
@@ -218,5 +219,5 @@ def test_grpo_steers_the_policy_pass_and_not_what_it_samples(tmp_path: Path) -> 
     assert [seen[3] for seen in passes.seen if seen[0] == "train"] == masks and sum(masks) > 0
     assert steering.attachment.fired() == {NAME: sum(masks)}
     assert {record.n for record in tracker.latest if record.mode == "stream"} == {masks[-1]}
-    assert first(trainer, f"steer/{NAME}/tokens") == masks[0]
+    assert first(trainer, f"{LOGGED}/tokens") == masks[0]
     assert n_hooks(trainer.model) == 0
