@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -85,7 +84,7 @@ class SteeringCallback(LightningRun):
         self._run.attach(model, ranks, stack=stack)
 
     def is_wanted(self, trainer: pl.Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING or self._run.phases != ("train",)
+        return lightning.is_fitting(trainer) or self._run.phases != ("train",)
 
     # ---- training
 

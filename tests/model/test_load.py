@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM
 
 from steer import files
 from steer.errors import DamagedFileError, ModelNotFoundError, StorageFullError, TokenizerError, UnsafeFileError
