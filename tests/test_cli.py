@@ -368,6 +368,16 @@ def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical
         assert fired == attachment.fired() and all(fired.values())
 
 
+def test_say_takes_a_file_of_vectors_with_its_site(steer: Run, talker: Path) -> None:
+    torch.save(8 * vector(seed=0), talker / "v.pt")
+    text = """'steer="4 warm@generated"'"""
+    line = f"model.name={talker / 'model'} {text} directions.warm.path={talker / 'v.pt'} 'prompts=[who]' max_new_tokens=4"
+    status, out, err = steer("say", *shlex.split(line), "directions.warm.site=layers.0.output")
+    assert (status, err) == (0, "") and out.splitlines()[0] == "4 warm:layers.0.output@generated"
+    status, _, err = steer("say", *shlex.split(line))
+    assert status == 2 and "site=" in err
+
+
 def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[Any] = []
     monkeypatch.setattr(say, "run", received.append)

@@ -29,6 +29,7 @@ from steer.model.accumulator import TextAccumulator
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
 from steer.model.capture import capture
+from steer.model.devices import input_device
 from steer.model.likelihood import response_logprobs, response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
@@ -313,7 +314,7 @@ class _Training:
 
 
 def _answer_sums(model: nn.Module, rows: list[Row]) -> Tensor:
-    device = next(model.parameters()).device
+    device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in collate(rows, pad=0).items()}
     labels = batch.pop("labels")
     with response_tokens(model, labels != -100):

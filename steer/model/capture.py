@@ -18,6 +18,7 @@ from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
+from steer.model.devices import input_device
 from steer.model.prefix import (
     PROVEN,
     CachedPrefix,
@@ -258,7 +259,7 @@ class _Capture:
         self.spans = spans
         self.pad = pad
         self.shared = shared
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.rest = list(rows) if shared is None else shared.rest
         self.lengths = [len(row.ids) for row in self.rest]
         if shared is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steer.checks import of_type
-from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, SteerError, TokenizerError, UnsafeFileError
 from steer.files import contents
 from steer.model import embedded
 from steer.model.gguf import read_gguf
+from steer.reading import read_json
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -99,9 +99,11 @@ def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any,
             tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
         raise _damaged_weights(f"'{name}'", error) from error
-    except (OSError, ValueError) as error:
-        if is_local:
+    except Exception as error:  # what a damaged config or tokenizer makes transformers stumble over is of any class
+        if is_local and not isinstance(error, SteerError | MemoryError | torch.OutOfMemoryError):
             raise _unloadable(name, error) from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
             raise _unsafe(name, "a repository without safetensors") from error
         raise _not_on_the_hub(name, error) from error
@@ -127,7 +129,7 @@ def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) ->
 def _base_of(adapter: Path) -> str:
     """Name or path of the model that an adapter belongs to."""
     try:
-        base_name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base_name = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise _broken_adapter_config(adapter, error) from error
     if not base_name:

@@ -26,6 +26,7 @@ from steer.intervene.deploy.weight_edit import WeightChange, WeightEdit, is_conv
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 CONFIG = "adapter_config.json"
@@ -59,6 +60,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         >>> steered = peft.PeftModel.from_pretrained(model, "steered")
     """
     anatomy = Anatomy.find(model)
+    check_weights_are_there(model, _CARRIER)
     path = place_of(path)
     base = transformers_model(anatomy)
     if base is None or any(hasattr(module, "base_layer") for module in model.modules()):

@@ -19,6 +19,7 @@ from steer.intervene.deploy.weight_edit import WeightEdit
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 
 _CARRIER = "a bake"
 
@@ -51,6 +52,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
         >>> model.save_pretrained("baked")
     """
     anatomy = Anatomy.find(model)
+    check_weights_are_there(model, _CARRIER)
     edits = constant_edits(plan, _CARRIER)
     check_sites(edits, _CARRIER)
     interventions = [intervention for intervention, _ in edits]
