@@ -107,10 +107,17 @@ def _adapter(folder: Path, arm: str) -> Path:
 
 
 def listed(value: Any) -> list[str] | None:
-    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing."""
-    if value is None or isinstance(value, ListConfig):
-        return [str(text) for text in value or ()] or None
-    return [str(value)]
+    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing.
+
+    Raises:
+        ConfigError: a null, or anything else that is no text, within the list.
+    """
+    if value is not None and not isinstance(value, ListConfig):
+        return [str(value)]
+    for text in value or ():
+        if text is None or isinstance(text, (ListConfig, DictConfig)):
+            raise _no_text(text)
+    return [str(text) for text in value or ()] or None
 
 
 def side_by_side(console: Console, prompts: list[str], answers: dict[str, list[str]]) -> None:
@@ -142,6 +149,11 @@ def _damaged_metrics(file: Path, found: object) -> DamagedFileError:
 def _other_schema(file: Path, schema: Any) -> WrongKindError:
     remedy = "read it with the library version that wrote it"
     return WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
+
+
+def _no_text(entry: object) -> ConfigError:
+    found = "null" if entry is None else entry
+    return ConfigError("an entry of a list is no text", expected="text", found=found, remedy="leave it out, or quote it: '[\"null\"]'")
 
 
 def _unknown_arms(unknown: set[str], arms: list[Arm], names: list[str] | None) -> ConfigError:

@@ -267,7 +267,7 @@ class _Training:
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             self.plan.attached(self.model, stack=True) as attachment,
-            tqdm(total=steps, desc=f"training {self.method}", disable=not progress, leave=False) as bar,
+            tqdm(total=steps, desc=f"training {self.method}", disable=None if progress else True, leave=False) as bar,
         ):
             for step, chosen in zip(range(steps), self.batches(), strict=False):
                 if len(self.signs) > 1:

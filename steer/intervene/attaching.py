@@ -160,7 +160,12 @@ def _edits_by_point(
         like = next(point.module.parameters(), first)
         device = input_device(point.module) if like.is_meta else like.device
         edits_at(point).gates.append((gate.on(device), name))
-    return list(by_point.values())
+    return sorted(by_point.values(), key=lambda entry: _place_in_fused_module(entry[0]))
+
+
+def _place_in_fused_module(point: HookPoint) -> tuple[int, int]:
+    """Queries before keys before values, so that a gate reads one before another is edited, as where each has a module of its own."""
+    return (-2, 0) if point.columns is None else point.site.order
 
 
 # ---- checks

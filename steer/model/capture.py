@@ -223,7 +223,7 @@ def capture(
         with (
             evaluating(model),
             torch.compiler.set_stance("force_eager"),
-            tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+            tqdm(total=len(rows), desc=progress, disable=True if progress is None else None, leave=False) as bar,
         ):
             run = _Capture(model, anatomy, reader, rows, spans, pad, None)
             if shared is not None:
