@@ -46,7 +46,7 @@ class ActiveIntervention:
     ) -> None:
         self.description = description
         self.name = description.name
-        self.site = description.site
+        self.site = description.single_site
         self.operator = description.operator.on(device)
         self.gate = description.gate
         self.preserve_norm = description.preserve_norm

@@ -25,8 +25,9 @@ def state_dict(attachment: Attachment) -> dict[str, Any]:
     return {
         "step": attachment.current_step,
         "interventions": {
-            active.name: _state_of(active.description, active.base, active.enabled, active.scope_mask.scope)
-            for active in attachment.interventions
+            intervention.name: _state_of(intervention, active.base, active.enabled, active.scope_mask.scope)
+            for intervention in attachment.plan.interventions
+            for active in (attachment[intervention.name],)
         },
     }
 
@@ -66,13 +67,14 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
     for active in attachment.interventions:
         factor_at(active.schedule, step)
     windows = {}
-    for active in attachment.interventions:
-        own = state["interventions"][active.name]
-        active.set_base(own["base"].reshape(-1).tolist())
-        active.enabled = own["enabled"]
-        load_learned(active.description, own["learned"])
-        if own["window"] is not None:
-            windows[active] = tuple(own["window"])
+    for intervention in attachment.plan.interventions:
+        own = state["interventions"][intervention.name]
+        load_learned(intervention, own["learned"])
+        for active in attachment.at_sites(intervention.name):
+            active.set_base(own["base"].reshape(-1).tolist())
+            active.enabled = own["enabled"]
+            if own["window"] is not None:
+                windows[active] = tuple(own["window"])
     attachment.move_windows(windows)
     attachment.step(step)
 

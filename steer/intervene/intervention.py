@@ -21,6 +21,7 @@ from steer.intervene.schedule import Schedule
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
 from steer.model.site import Site
+from steer.model.sites import Sites, parse_sites
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -29,7 +30,8 @@ class Intervention:
 
     Args:
         operator: what is done, e.g. `Add(vector)`.
-        site: where, e.g. `layers.12.output`.
+        site: where, e.g. `layers.12.output`; several at once by a pattern such as `layers.*.output` or `layers.4-9.attn.output`, or by a
+            list of sites and patterns. It does the same at each of them, once, whatever names it twice.
         scope: on which tokens, see `steer.intervene.scope`.
         strength: factor of the edit; a list gives one per row slot.
         phases: subset of train, validate, generate.
@@ -48,7 +50,7 @@ class Intervention:
     """
 
     operator: Operator
-    site: Site
+    site: Site | Sites
     scope: Scope
     strength: tuple[float, ...]
     phases: tuple[str, ...]
@@ -62,7 +64,7 @@ class Intervention:
     def __init__(
         self,
         operator: Operator,
-        site: Site | str,
+        site: Site | Sites | str | Sequence[str | Site],
         scope: Scope | str = "all",
         strength: float | Sequence[float] | Tensor = 1.0,
         phases: Sequence[str] = PHASES,
@@ -83,8 +85,9 @@ class Intervention:
             for site_gate in gate.site_gates():
                 check_initialised(site_gate, "gate")
         check_initialised(operator, "operator")
-        site = Site.parse(site)
-        operator.check_site(site)
+        site = parse_sites(site)
+        for example in site.examples() if isinstance(site, Sites) else (site,):
+            operator.check_site(example)
         name = name or f"{operator.name}@{site}"
         fields = {
             "operator": operator,
@@ -101,6 +104,23 @@ class Intervention:
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
+
+    def at(self, site: Site, name: str) -> Intervention:
+        """The same, with the same operator and gate, at one of its sites."""
+        return self.unchecked(site=site, name=name)
+
+    def unchecked(self, **fields: Any) -> Intervention:
+        """A copy with other fields, which are taken as they are; `dataclasses.replace` would check and convert everything again."""
+        changed = object.__new__(type(self))
+        vars(changed).update(vars(self), **fields)
+        return changed
+
+    @property
+    def single_site(self) -> Site:
+        """Its site. Raises ConfigError for several, which a model has to tell apart first."""
+        if isinstance(self.site, Sites):
+            raise _several_sites(self)
+        return self.site
 
     @property
     def slots(self) -> int:
@@ -139,7 +159,7 @@ class Intervention:
             "name": self.name,
             "operator": operator_name,
             "options": options,
-            "site": str(self.site),
+            "site": self.site.to_json() if isinstance(self.site, Sites) else str(self.site),
             "scope": str(self.scope),
             "strength": list(self.strength),
             "phases": list(self.phases),
@@ -217,6 +237,15 @@ def _wrong_number_of_strengths(name: str, slots: int, found: int) -> ConfigError
         expected=f"1 or {slots}" if slots > 1 else "at least 1",
         found=found,
         remedy="give one number for all rows, or one for each row slot",
+    )
+
+
+def _several_sites(intervention: Intervention) -> ConfigError:
+    return ConfigError(
+        f"'{intervention.name}' acts at several sites",
+        expected="an intervention at one site",
+        found=f"'{intervention.site}'",
+        remedy="take plan.expanded(model), which has one intervention for each",
     )
 
 

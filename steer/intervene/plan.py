@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +114,17 @@ class Plan:
                     raise
         attachment.warn_if_idle()
 
+    def expanded(self, model: nn.Module) -> Plan:
+        """The same plan with an intervention of its own for each site of a model that a pattern stands for, named `<name>@<site>`.
+
+        Raises:
+            SiteError: a site that the model does not have; a pattern that none of its layers fits.
+        """
+        from steer.intervene.expansion import at_single_sites
+
+        groups = at_single_sites(self.interventions, model)
+        return Plan([intervention for group in groups for intervention in group], fingerprint=self.fingerprint, step=self.step)
+
     # ---- looking
 
     def explain(self) -> str:
@@ -212,11 +222,8 @@ def _with_own_tensors(interventions: Sequence[Intervention]) -> list[Interventio
     gates: dict[int, Any] = {}
     owned = []
     for intervention in interventions:
-        copied = copy.copy(intervention)
-        object.__setattr__(copied, "operator", intervention.operator.copy(tensors))
-        if intervention.gate is not None:
-            object.__setattr__(copied, "gate", intervention.gate.copied(tensors, gates))
-        owned.append(copied)
+        gate = None if intervention.gate is None else intervention.gate.copied(tensors, gates)
+        owned.append(intervention.unchecked(operator=intervention.operator.copy(tensors), gate=gate))
     return owned
 
 
@@ -233,14 +240,8 @@ def _with_unique_names(interventions: Sequence[Intervention]) -> tuple[Intervent
             number += 1
         next_number[intervention.name] = number
         taken.add(name)
-        unique.append(intervention if name == intervention.name else _renamed(intervention, name))
+        unique.append(intervention if name == intervention.name else intervention.unchecked(name=name))
     return tuple(unique)
-
-
-def _renamed(intervention: Intervention, name: str) -> Intervention:
-    renamed = copy.copy(intervention)  # `dataclasses.replace` would check everything again
-    object.__setattr__(renamed, "name", name)
-    return renamed
 
 
 def _tie_shared_parameters(interventions: Sequence[Intervention], shared: Mapping[str, str]) -> None:
