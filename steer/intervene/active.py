@@ -66,6 +66,10 @@ class ActiveIntervention:
         self._plan_number = plan_number
         self.share(scope_mask, str(description.scope))
 
+    def __repr__(self) -> str:
+        strength = ", ".join(f"{base:.4g}" for base in self.base[:4])
+        return f"ActiveIntervention('{self.name}' at {self.site}, strength {strength}, {'on' if self.enabled else 'off'})"
+
     # ---- driving
 
     def share(self, scope_mask: ScopeMask, tokens_name: str) -> None:

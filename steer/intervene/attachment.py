@@ -17,7 +17,7 @@ from steer.intervene.active import ActiveIntervention
 from steer.intervene.expansion import modules_in_words
 from steer.intervene.intervention import Intervention, checked_strengths
 from steer.intervene.pass_events import PassEvents
-from steer.intervene.plan import Plan, explained, unknown_intervention
+from steer.intervene.plan import Plan, explained, summary_of, unknown_intervention
 from steer.intervene.scope import Scope
 from steer.intervene.scope_mask import ScopeMask
 from steer.model.hooks import Installation
@@ -49,6 +49,11 @@ class Attachment:
         self._events = events
         self._installation: Installation | None = None
         self.step(plan.step)
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "not attached"
+        first = [_as_it_is(intervention, self[intervention.name]) for intervention in self.plan.interventions[:3]]
+        return f"Attachment({state}, step {self.current_step}; {summary_of(first, len(self.plan.interventions))})"
 
     def __getitem__(self, name: str) -> ActiveIntervention:
         """The intervention of that name; at the first of several sites, since strength, switch and window are the same at all of them.

@@ -18,6 +18,7 @@ from steer.intervene.file_form import file_form
 from steer.intervene.gate import Gate
 from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite, check_initialised
 from steer.intervene.schedule import Schedule
+from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
 from steer.model.site import Site
@@ -104,6 +105,21 @@ class Intervention:
         }
         for field, value in fields.items():
             object.__setattr__(self, field, value)
+
+    def __repr__(self) -> str:
+        return f"Intervention({self.summary()})"
+
+    def summary(self) -> str:
+        """One phrase, for a list of interventions."""
+        strength = ", ".join(f"{value:.4g}" for value in self.strength[:4]) + ", ..." * (len(self.strength) > 4)
+        modifiers = [
+            *([] if self.schedule == Constant() else [f"schedule {self.schedule}"]),
+            *([] if self.gate is None else [f"gate {self.gate}"]),
+            *(["norm preserved"] if self.preserve_norm else []),
+            *([] if self.enabled else ["switched off"]),
+        ]
+        what = f"'{self.name}': {self.operator.name} at {self.site} on {self.scope} tokens, strength {strength}"
+        return ", ".join([what, *modifiers])
 
     def at(self, site: Site, name: str) -> Intervention:
         """The same, with the same operator and gate, at one of its sites."""

@@ -54,6 +54,9 @@ class Plan:
         self.fingerprint = fingerprint
         self.step = step
 
+    def __repr__(self) -> str:
+        return f"Plan({summary_of(self.interventions[:3], len(self.interventions))})"
+
     def __getitem__(self, name: str) -> Intervention:
         """The intervention of that name. Raises ConfigError with the known names."""
         for intervention in self.interventions:
@@ -187,6 +190,12 @@ class Plan:
             raise _lacking_part(path, error) from error
         except Exception as error:  # whatever code stumbles over that expects what `save` writes
             raise _unfitting_part(path, error) from error
+
+
+def summary_of(first: Sequence[Intervention], total: int) -> str:
+    """One line. first: those that are shown, of `total` in the plan."""
+    shown = "; ".join(intervention.summary() for intervention in first)
+    return shown if len(first) == total else f"{total} interventions: {shown}; ..."
 
 
 def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[str, str], now: Mapping[str, Sequence[float]] = {}) -> str:

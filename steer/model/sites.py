@@ -26,6 +26,9 @@ class Sites:
 
     entries: tuple[Site | str, ...]
 
+    def __repr__(self) -> str:
+        return f"Sites('{self}')"
+
     def __str__(self) -> str:
         return ",".join(map(str, self.entries))
 

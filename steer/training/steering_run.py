@@ -85,6 +85,9 @@ class SteeringRun:
         """What tells this plan from another one in the same run."""
         return ",".join(self.names)
 
+    def __repr__(self) -> str:
+        return f"SteeringRun({self.attachment or self.plan} in {', '.join(self.phases)})"
+
     @property
     def is_attached(self) -> bool:
         """The hooks are on the model."""
