@@ -77,15 +77,6 @@ def test_heads_are_told_apart(family):
     assert torch.allclose(heads.sum(0) - heads[1], anatomy.head_outputs(1, without).sum(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_family_nobody_listed_is_found_by_structure(family, tiny):
-    model = tiny(family)
-    known = Anatomy.find(model)
-    model.config.model_type = "brand_new_decoder"
-    detected = Anatomy.find(model)
-    assert (detected.path, detected.family.name) == (known.path, known.family.name)
-
-
 def test_a_bare_decoder_and_a_classifier():
     config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
     bare = Anatomy.find(LlamaModel(config))
@@ -168,6 +159,7 @@ def test_q_k_v_are_what_attention_gets(name, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model.set_attn_implementation("sdpa")
     with torch.no_grad(), recorded(model, ["layers.1.attn.q", "layers.1.attn.k", "layers.1.attn.v"]) as seen:
+        attended.clear()  # of the passes in which the sites were found
         model(ids(), use_cache=False)
     query, key, value = attended[1]
     groups = anatomy.n_heads // anatomy.n_kv_heads

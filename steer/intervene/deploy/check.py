@@ -218,7 +218,7 @@ def _overflow(check: Check) -> DeployError:
 
 
 def _does_otherwise(check: Check) -> str:
-    return f"{check.carrier} does not do what the plan does in this {check.anatomy.config.model_type}"
+    return f"{check.carrier} does not do what the plan does in this {check.anatomy.kind}"
 
 
 def _no_float32(carrier: str, error: RuntimeError) -> DeployError:
