@@ -303,7 +303,7 @@ class Anatomy:
         return found
 
     def written_sites(self) -> list[Site]:
-        """The sites of everything that is added to the residual stream, and its start. Raises SiteError where a block's are not all known."""
+        """The sites of all that is added to the residual stream, and its start. Raises SiteError where those of a block are not known."""
         sites = [Site("embed")]
         for layer, parts in enumerate(self.parts):
             known = {writer.path: Site(f"{part}.output", layer) for part, of in (("mixer", parts.mixers()), ("attn", parts.attention()),
@@ -513,12 +513,13 @@ def _no_writer(anatomy: Anatomy, layer: int, part: str, found: list[Writer]) -> 
 
 
 def _scaled(anatomy: Anatomy, site: Site, writer: Writer) -> SiteError:
+    assert site.layer is not None
+    path = anatomy._path_of(anatomy.module_in_block(site.layer, writer.path), site)
     return SiteError(
         f"what '{site}' of this {anatomy.kind} means is no module's output",
         expected="a module whose output is added to the residual stream as it is",
         found=f"'{writer.path}', of whose output {writer.scale:.4g} times is added",
-        remedy=f"use 'layers.{site.layer}.output', or 'module:{anatomy._path_of(anatomy.module_in_block(site.layer or 0, writer.path), site)}"
-        f":output' with a strength of 1 / {writer.scale:.4g}",
+        remedy=f"use 'layers.{site.layer}.output', or 'module:{path}:output' at 1 / {writer.scale:.4g} of the strength",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ContextError
-from steer.model.cache import PROMPT_PHASE, GenerationMemory, memory_of, note_pass
+from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
 
 # the arguments of a forward pass that tell tokens apart
@@ -18,6 +18,7 @@ TOKEN_ARGUMENTS = (
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",  # what models of state spaces call it
     "use_cache",
     "labels",
     "logits_to_keep",
@@ -94,7 +95,7 @@ def tokenless_context(phase: str, role: str = "policy") -> ForwardContext:
 def _cached_tokens(cache: Any, virtual: int) -> Tensor | int:
     if cache is None:
         return 0
-    past = cache.get_seq_length() - virtual
+    past = cached_tokens(cache) - virtual
     return past.clone() if isinstance(past, Tensor) else past  # static caches count up in place while the pass runs
 
 

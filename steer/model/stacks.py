@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, hooked, holds_integers, trial_calls, undisturbed
+from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, holds_integers, hooked, trial_calls, undisturbed
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

@@ -7,6 +7,7 @@ the module: it runs again with another first token. Names decide only what struc
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
@@ -255,21 +256,16 @@ def _adds_up(before: Tensor, after: Tensor, calls: Sequence[_Call]) -> bool:
 
 def _sums(stream: Tensor, outputs: list[Tensor]) -> Iterable[Tensor]:
     """The sum in the orders in which models take it, each rounded as it would be there."""
-    dtype = stream.dtype
-    one_by_one = stream
-    for output in outputs:
-        one_by_one = one_by_one + output.to(dtype)
-    yield one_by_one
-    added = outputs[0]
-    for output in outputs[1:]:
-        added = added + output
-    yield added + stream
-    yield stream + sum(reversed(outputs[1:]), outputs[0])
-    backwards = stream
-    for output in reversed(outputs):
-        backwards = backwards + output
-    yield backwards
-    yield (stream.float() + sum(output.float() for output in outputs)).to(dtype)
+
+    def added(tensors: Sequence[Tensor]) -> Tensor:
+        return functools.reduce(torch.add, tensors)
+
+    for order in (outputs, outputs[::-1]):
+        yield added([stream, *order])
+        for split in range(1, len(order)):  # some are added up before the stream gets them
+            yield stream + added(order[:split]) + added(order[split:])
+        yield added(order) + stream
+    yield added([stream.float(), *(output.float() for output in outputs)]).to(stream.dtype)
 
 
 def _share_equal(total: Tensor, result: Tensor) -> float:
