@@ -173,6 +173,8 @@ def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[Bl
     before, after = block.inputs.get(stack.argument), block.output
     if before is None or after is None or before.shape != after.shape or len(stack.shape) != 3 or stack.axes is None:
         return BlockParts((), "its residual stream is not one tensor [batch, tokens, width]")
+    if not after.isfinite().all():
+        return BlockParts((), "what it gives for a few random tokens is not finite")
     once = [call for call in calls if not call.again and call.output is not None]
     candidates = _candidates(once, after)
     chosen = _adding_up(before, after, candidates, known)
