@@ -22,7 +22,7 @@ from steer.errors import AnatomyError, SiteError
 from steer.model.heads import Heads
 from steer.model.site import LAYER_PARTS, Site, expand, is_pattern
 from steer.model.stacks import LISTS, Stack, survey
-from steer.model.trial_pass import ROWS, TOKENS, runners
+from steer.model.trial_pass import ROWS, TOKENS, obstacle_around, runners
 from steer.model.writers import BlockParts, Writer, block_parts
 
 
@@ -81,7 +81,7 @@ def _find_stack(model: nn.Module) -> tuple[str, Stack]:
     while waiting and not found:
         inner: list[tuple[str, nn.Module]] = []
         for path, module in waiting:
-            seen = survey(module)
+            seen = survey(module, obstacle_around(model, path))
             failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
             if seen.stacks:
                 found.append((path, max(seen.stacks, key=lambda stack: stack.end)))
@@ -128,6 +128,7 @@ class Anatomy:
     def __init__(self, model: nn.Module, runner: str, stack: Stack) -> None:
         self.model = model
         self.runner = model.get_submodule(runner)
+        self._obstacle = obstacle_around(model, runner)
         self.stack = stack
         self.path = _decoder_path(model, runner, stack)
         self.decoder = model.get_submodule(self.path)
@@ -253,7 +254,7 @@ class Anatomy:
     @cached_property
     def parts(self) -> tuple[BlockParts, ...]:
         """What writes to the residual stream in each block; the model runs for that when it is new."""
-        return block_parts(self.runner, self.stack)
+        return block_parts(self.runner, self.stack, self._obstacle)
 
     @property
     def moe(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, holds_integers, hooked, trial_calls, undisturbed
+from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, holds_integers, trial_passes
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -88,22 +88,28 @@ _SURVEYS: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Survey]] = weakre
 
 def structure_of(model: nn.Module) -> Hashable:
     """Changes when a model gets other modules."""
-    return tuple((path, id(module), type(module)) for path, module in model.named_modules())
+    return tuple((path, id(module)) for path, module in model.named_modules())
 
 
-def survey(model: nn.Module) -> Survey:
-    """The stacks of a model; it runs once for that as long as its modules stay."""
+def survey(model: nn.Module, obstacle: str | None = None) -> Survey:
+    """The stacks of a model; it runs once for that as long as its modules stay. obstacle: why it must not run now."""
     structure = structure_of(model)
     known = _SURVEYS.get(model)
-    if known is None or known[0] != structure:
-        known = _SURVEYS[model] = (structure, _survey(model))
-    return known[1]
+    if known is not None and known[0] == structure:
+        return known[1]
+    if obstacle is not None:
+        return Survey((), (f"no pass: {obstacle}",))
+    _SURVEYS[model] = (structure, found := _survey(model))
+    return found
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal in shape and in every value, NaN too: a model of broken weights has blocks like any other."""
+    """Equal in shape and in every value, NaN too: a model of broken weights has blocks like any other. On meta there are no values."""
     if a is None or b is None or a.shape != b.shape:
         return False
+    if a.is_meta or b.is_meta:
+        return True
+    b = b.to(a.device)
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -113,11 +119,10 @@ def _survey(model: nn.Module) -> Survey:
     members = {member for _, holder in lists for member in holder.children()}
     inside = {inner for member in members for inner in member.modules()} - members
     watched = {path: module for path, module in model.named_modules() if module not in inside}
-    for description, call in trial_calls(model) if lists else ():
+    for description, run in trial_passes(model) if lists else ():
         calls = _Calls()
         try:
-            with undisturbed(model), hooked(list(watched.values()), calls.enter, calls.leave):
-                call()
+            run(list(watched.values()), calls.enter, calls.leave)
         except Exception as error:  # whatever an unknown model raises when it is called in an unknown way
             failures.append(f"{description}: {type(error).__name__}: {str(error)[:200]}")
             continue

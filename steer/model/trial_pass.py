@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.model.hook_registration import OwnHook
+
 # few and different, so that the axes of a tensor can be told apart
 ROWS, TOKENS = 3, 5
 # packages whose hooks move weights; without them a pass would not run
@@ -60,6 +62,17 @@ def runners(model: nn.Module) -> list[tuple[str, nn.Module]]:
             found.append((path, module))
             inside |= set(module.modules())
     return found or [("", model)]
+
+
+def obstacle_around(model: nn.Module, path: str) -> str | None:
+    """Why a part of a model must not run by itself: FSDP takes the first module that is called for the outermost it has sharded."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = path.split(".") if path else []
+    for depth in range(len(names)) if fsdp is not None else ():
+        outer = model.get_submodule(".".join(names[:depth]))
+        if isinstance(outer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+            return f"a {type(outer).__name__} around it is sharded; find its sites before sharding: steer.Anatomy.find(model).parts"
+    return None
 
 
 def trial_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -144,8 +157,26 @@ def _random_pixels(model: Any) -> Tensor:
 # ---- the surroundings
 
 
+def trial_passes(model: nn.Module) -> Iterator[tuple[str, Callable[[Sequence[nn.Module], Any, Any], None]]]:
+    """Passes to try, each with a description: run(modules, before, after) calls before(module, args, kwargs) and
+    after(module, args, kwargs, output) around every call of these modules.
+
+    Where a pass fails without the hooks that others have on the model, which may move tensors between devices, it is tried with them.
+    """
+    for description, call in trial_calls(model):
+        for keep_hooks in (False, True) if _has_foreign_hooks(model) else (False,):
+            yield description + " and the hooks on it" * keep_hooks, functools.partial(_run, model, call, keep_hooks)
+
+
+def _run(
+    model: nn.Module, call: Callable[[], Any], keep_hooks: bool, modules: Sequence[nn.Module], before: Callable[..., None], after: Any
+) -> None:
+    with _undisturbed(model, keep_hooks), _hooked(modules, before, after):
+        call()
+
+
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
     """Surroundings of a trial pass; everything is as before on every exit path."""
     devices = {parameter.device for parameter in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
@@ -159,7 +190,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         restore.enter_context(_quiet("transformers"))
-        restore.enter_context(_without_foreign_hooks(model))
+        restore.enter_context(_without_hooks(model, _is_ours if keep_hooks else _is_foreign))
         for module in model.modules():
             if module.training:
                 restore.callback(setattr, module, "training", True)
@@ -188,16 +219,16 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_foreign_hooks(model: nn.Module) -> Iterator[None]:
-    """Puts hooks aside that count, read or edit; those that bring weights stay."""
-    before: list[tuple[dict[int, Any], dict[int, Any]]] = []
+def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
+    """Puts hooks aside, and back in their order."""
+    before: list[tuple[Any, dict[int, Any]]] = []
     try:
-        for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                if hooks and not all(map(_carries_weights, hooks.values())):
-                    before.append((hooks, dict(hooks)))  # type: ignore[arg-type]
-                    for number in [number for number, hook in hooks.items() if not _carries_weights(hook)]:
-                        del hooks[number]
+        for hooks in _hook_dictionaries(model):
+            left_out = [number for number, hook in hooks.items() if leaves_out(hook)]
+            if left_out:
+                before.append((hooks, dict(hooks)))
+            for number in left_out:
+                del hooks[number]
         yield
     finally:
         for hooks, complete in before:
@@ -205,14 +236,29 @@ def _without_foreign_hooks(model: nn.Module) -> Iterator[None]:
             hooks.update(complete)
 
 
-def _carries_weights(hook: Any) -> bool:
+def _hook_dictionaries(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+def _has_foreign_hooks(model: nn.Module) -> bool:
+    return any(_is_foreign(hook) and not _is_ours(hook) for hooks in _hook_dictionaries(model) for hook in hooks.values())
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, OwnHook)
+
+
+def _is_foreign(hook: Any) -> bool:
+    """It counts, reads or edits, for all we know, and does not come from what brings weights where they are needed."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     home = getattr(function, "__module__", None) or type(function).__module__
-    return home.split(".")[0] in _CARRIERS
+    return home.split(".")[0] not in _CARRIERS
 
 
 @contextmanager
-def hooked(modules: Sequence[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+def _hooked(modules: Sequence[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
     """Calls before(module, args, kwargs) and after(module, args, kwargs, output) around every call of some modules."""
     with ExitStack() as restore:
         for module in modules:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from steer.model.heads import Heads, find_heads
 from steer.model.stacks import Stack, same, structure_of
-from steer.model.trial_pass import Argument, arguments_of, first_tensor, hooked, trial_calls, undisturbed
+from steer.model.trial_pass import Argument, arguments_of, first_tensor, trial_passes
 
 _SLIGHT = 1e-3
 _MOST_WRITERS = 4
@@ -85,11 +85,13 @@ class BlockParts:
 _PARTS: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, tuple[BlockParts, ...]]]] = weakref.WeakKeyDictionary()
 
 
-def block_parts(model: nn.Module, stack: Stack) -> tuple[BlockParts, ...]:
-    """The writers of every block of a stack; the model runs once for that as long as its modules stay."""
+def block_parts(model: nn.Module, stack: Stack, obstacle: str | None = None) -> tuple[BlockParts, ...]:
+    """The writers of every block of a stack; the model runs once for that as long as its modules stay. obstacle: why it must not run."""
     structure = structure_of(model)
     known = _PARTS.setdefault(model, {})
     if stack.path not in known or known[stack.path][0] != structure:
+        if obstacle is not None:
+            return tuple(BlockParts((), obstacle) for _ in stack.names)
         known[stack.path] = (structure, _block_parts(model, stack))
     return known[stack.path][1]
 
@@ -97,10 +99,9 @@ def block_parts(model: nn.Module, stack: Stack) -> tuple[BlockParts, ...]:
 def _block_parts(model: nn.Module, stack: Stack) -> tuple[BlockParts, ...]:
     blocks = [model.get_submodule(path) for path in stack.block_paths]
     observed = _Blocks(blocks, stack)
-    for _, call in trial_calls(model):
+    for _, run in trial_passes(model):
         try:
-            with undisturbed(model), hooked(list(observed.paths), observed.enter, observed.leave):
-                call()
+            run(list(observed.paths), observed.enter, observed.leave)
             break
         except Exception:  # this way of calling it did not work in the survey either
             continue
@@ -173,6 +174,9 @@ def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[Bl
     before, after = block.inputs.get(stack.argument), block.output
     if before is None or after is None or before.shape != after.shape or len(stack.shape) != 3 or stack.axes is None:
         return BlockParts((), "its residual stream is not one tensor [batch, tokens, width]")
+    if before.is_meta or after.is_meta:
+        return BlockParts((), "its weights are on the meta device, without values")
+    before = before.to(after.device)
     if not after.isfinite().all():
         return BlockParts((), "what it gives for a few random tokens is not finite")
     once = [call for call in calls if not call.again and call.output is not None]
@@ -190,6 +194,8 @@ def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[Bl
 def _candidates(calls: list[_Call], after: Tensor) -> list[_Call]:
     """Calls whose output could be added to the stream, one for each value: the outermost, then the first."""
     fitting = [call for call in calls if call.output is not None and _rows_of(call.output, after) is not None]
+    for call in fitting:
+        call.output = call.output.to(after.device)  # type: ignore[union-attr]
     different: list[_Call] = []
     for call in sorted(fitting, key=lambda call: call.path.count(".")):
         if not any(torch.equal(_rows_of(call.output, after), _rows_of(other.output, after)) for other in different):
