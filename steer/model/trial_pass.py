@@ -66,7 +66,7 @@ def runners(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def obstacle_around(model: nn.Module, path: str) -> str | None:
     """Why a part of a model must not run by itself: FSDP takes the first module that is called for the outermost it has sharded."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     names = path.split(".") if path else []
     for depth in range(len(names)) if fsdp is not None else ():
         outer = model.get_submodule(".".join(names[:depth]))
@@ -100,8 +100,8 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     if name == "input_features":
         length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
         features = _random(model, ROWS, getattr(model.config, "num_mel_bins", 80), length)
-        ids = {"decoder_input_ids": _random_ids(model)} if "decoder_input_ids" in accepted else {}
-        yield "random audio features", functools.partial(model, input_features=features, **ids)
+        decoder = {"decoder_input_ids": _random_ids(model)} if "decoder_input_ids" in accepted else {}
+        yield "random audio features", functools.partial(model, input_features=features, **decoder)
 
 
 def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -201,7 +201,7 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
 
 def _shard_again(model: nn.Module) -> None:
     """FSDP leaves the weights of its outermost module whole after a pass."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()

@@ -11,7 +11,7 @@ import functools
 import re
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -116,6 +116,7 @@ class _Call:
     Attributes:
         inputs, output: copies.
         args, kwargs: as given, to call it again.
+        rows: [batch * tokens, width] its output, where that could be added to the stream.
         again: it was called more than once in the block.
     """
 
@@ -125,6 +126,7 @@ class _Call:
     kwargs: dict[str, Any]
     inputs: dict[Argument, Tensor]
     output: Tensor | None = None
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
     again: bool = False
 
 
@@ -193,20 +195,15 @@ def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[Bl
 
 def _candidates(calls: list[_Call], after: Tensor) -> list[_Call]:
     """Calls whose output could be added to the stream, one for each value: the outermost, then the first."""
-    fitting = [call for call in calls if call.output is not None and _rows_of(call.output, after) is not None]
-    for call in fitting:
-        call.output = call.output.to(after.device)  # type: ignore[union-attr]
+    flat = (after.shape[0] * after.shape[1], after.shape[2])
+    fitting = [call for call in calls if call.output is not None and call.output.shape in (after.shape, flat)]
     different: list[_Call] = []
-    for call in sorted(fitting, key=lambda call: call.path.count(".")):
-        if not any(torch.equal(_rows_of(call.output, after), _rows_of(other.output, after)) for other in different):
+    for call in sorted(fitting, key=_depth):
+        assert call.output is not None
+        call.rows = call.output.to(after.device).reshape(flat)
+        if not any(torch.equal(call.rows, other.rows) for other in different):
             different.append(call)
     return sorted(different, key=fitting.index)
-
-
-def _rows_of(output: Tensor, after: Tensor) -> Tensor | None:
-    """[batch * tokens, width], when an output has the stream's shape or is flat."""
-    flat = (after.shape[0] * after.shape[1], after.shape[2])
-    return output.reshape(flat) if output.shape in (after.shape, flat) else None
 
 
 # ---- sums
@@ -229,7 +226,7 @@ def _adding_up(before: Tensor, after: Tensor, candidates: list[_Call], known: Se
 
 def _likely_sets(before: Tensor, after: Tensor, candidates: list[_Call]) -> Iterable[tuple[_Call, ...]]:
     """Sets of calls that nearly add up, the smallest first, by what is left of them in a few random directions."""
-    outputs = torch.stack([_rows_of(call.output, after).double().flatten().cpu() for call in candidates]) if candidates else None
+    outputs = torch.stack([call.rows.double().flatten().cpu() for call in candidates]) if candidates else None
     if outputs is None:
         return
     change = (after.double() - before.double()).flatten().cpu()
@@ -251,11 +248,11 @@ def _adds_up(before: Tensor, after: Tensor, calls: Sequence[_Call]) -> bool:
     """In half precision to the bit, in some order, since rounding would hide a small writer; else as far as rounding goes."""
     stream = before.reshape(-1, before.shape[-1])
     result = after.reshape(-1, after.shape[-1])
-    outputs = [_rows_of(call.output, after) for call in calls]
+    outputs = [call.rows for call in calls]
     if after.dtype in (torch.bfloat16, torch.float16):
         return any(_share_equal(total, result) > 0.999 for total in _sums(stream, outputs))
-    total = stream.double() + sum(output.double() for output in outputs)
-    size = stream.abs().double() + sum(output.abs().double() for output in outputs)
+    terms = torch.stack([stream.double(), *(output.double() for output in outputs)])  # [writers + 1, batch * tokens, width]
+    total, size = terms.sum(0), terms.abs().sum(0)
     narrowest = max(torch.finfo(tensor.dtype).eps for tensor in (stream, result))
     change = (result.double() - stream.double()).norm(dim=-1, keepdim=True) / result.shape[-1] ** 0.5
     fits = (total - result.double()).abs() <= 8 * narrowest * size + 1e-5 * change
@@ -287,7 +284,7 @@ def _fit(before: Tensor, after: Tensor, candidates: list[_Call]) -> tuple[tuple[
         The calls, their factors, and that of the stream.
     """
     parts = [call for call in candidates if "." not in call.path]
-    columns = {call: _rows_of(call.output, after).double().flatten().cpu() for call in parts}
+    columns = {call: call.rows.double().flatten().cpu() for call in parts}
     stream, result = before.double().flatten().cpu(), after.double().flatten().cpu()
     change = (result - stream).norm()
     rounding = 4 * torch.finfo(after.dtype).eps * result.norm()
@@ -326,7 +323,8 @@ def _writer(call: _Call, part: _Call, scale: float, calls: list[_Call], stack: S
     if attends and projection is not None:
         outputs = {c.path: c.output for c in calls if c.output is not None and not c.again}
         heads = find_heads(part.module, projection.path, next(iter(projection.inputs.values())), outputs, stack)
-    return Writer(call.path, part.path, projection and projection.path, attends if mixes is None else mixes, attends, scale, heads)
+    end = None if projection is None else projection.path
+    return Writer(call.path, part.path, end, attends if mixes is None else mixes, attends, scale, heads)
 
 
 def _depth(call: _Call) -> int:
