@@ -27,6 +27,7 @@ from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.site import Site
 from steer.model.tokens import Row
+from steer.reading import parse_json
 
 
 class DriftTracker:
@@ -222,13 +223,15 @@ class DriftTracker:
         Raises:
             ConfigError: the state belongs to other directions, controls or prompts.
         """
+        if missing := [name for name in ("digest", "last_step", "fingerprint") if not isinstance(state.get(name), Tensor)]:
+            raise _no_state(missing, state)
         if not torch.equal(_digest(self), state["digest"]):
             raise _another_tracker(_digest(self), state["digest"])
         self._close_store()
         self.last_step = int(state["last_step"])
         self.latest = []
         # Of the model at the baseline: full training moves the embeddings that a fingerprint taken now would describe.
-        self.fingerprint = json.loads(bytes(state["fingerprint"].tolist()))
+        self.fingerprint = parse_json(bytes(state["fingerprint"].tolist()), "the fingerprint in the state of a tracker")
         if self.probe is not None:
             self.probe.load_state_dict(under("probe/", state))
         for site, reader in self.readers.items():
@@ -301,6 +304,15 @@ def _measured_before(step: int, last_step: int) -> ConfigError:
         expected=f"a step after {last_step}",
         found=f"step {step}",
         remedy="skip steps up to tracker.last_step",
+    )
+
+
+def _no_state(missing: list[str], state: Mapping[str, Tensor]) -> ConfigError:
+    return ConfigError(
+        "this is no state of a drift tracker",
+        expected="what `state_dict()` of one returned",
+        found=f"no tensor '{missing[0]}' beside {', '.join(list(state)[:5]) or 'nothing'}",
+        remedy="resume from a checkpoint that was saved with the tracker",
     )
 
 

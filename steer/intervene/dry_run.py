@@ -23,6 +23,7 @@ from steer.intervene.intervention import Intervention
 from steer.intervene.low_rank import LowRank
 from steer.intervene.operator import Operator, TensorHolder, tensors_of_rows
 from steer.model.context import ForwardContext
+from steer.model.devices import input_device
 from steer.registry import in_package
 
 BATCH = 2
@@ -50,17 +51,16 @@ def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -
         return
     weights = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
     dtype = weights.dtype if weights.dtype in _COMPUTES else torch.float32
-    if weights.is_meta:
-        return
-    with _undisturbed(weights.device):
+    device = input_device(model) if weights.is_meta else weights.device
+    with _undisturbed(device):
         for intervention in operators:
             operator = intervention.operator
             strength = max(map(abs, intervention.strength)) or 1.0
             types = {dtype, torch.promote_types(dtype, torch.float32)} if intervention.preserve_norm else {dtype}
             for tried_dtype in sorted(types, key=str):
-                _once(operator, tried_dtype, weights.device, partial(_check_operator, strength=strength))
+                _once(operator, tried_dtype, device, partial(_check_operator, strength=strength))
         for gate in gates:
-            _once(gate, dtype, weights.device, _check_gate)
+            _once(gate, dtype, device, _check_gate)
 
 
 @contextmanager

@@ -236,8 +236,7 @@ class Anatomy:
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this model itself: its shape, and a digest of 16 embedding rows (stable under LoRA, moved by full training)."""
-        config = next((config for module in reversed(self.chain) if (config := getattr(module, "config", None)) is not None), None)
-        config = self.config if config is not None else None
+        config = self.config if any(getattr(module, "config", None) is not None for module in self.chain) else None
         n_heads = getattr(config, "num_attention_heads", None)
         return {
             "model_type": self.kind,
