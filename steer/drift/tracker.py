@@ -17,6 +17,7 @@ from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
 from steer.drift.measurement import SiteMeasurement
 from steer.drift.metric import compute_metrics
+from steer.drift.metric_names import check_metric_names
 from steer.drift.probe import Probe
 from steer.drift.records import DriftRecord, log_values, records_of
 from steer.drift.site_directions import DirectionsLike, SiteDirections, TrackedDirection, as_list, directions_by_site
@@ -60,7 +61,8 @@ class DriftTracker:
         probe_seconds: wall time spent in probe mode so far.
 
     Raises:
-        ConfigError: nothing to track, or no mode. WidthError: directions of one site differ in width.
+        ConfigError: nothing to track, no mode, or two names that loggers cannot tell apart.
+        WidthError: directions of one site differ in width.
 
     Example:
         tracker = DriftTracker({"rude": direction}, probe=prompts, store="drift.sqlite")
@@ -85,6 +87,7 @@ class DriftTracker:
         self.sites: dict[Site, SiteDirections] = directions_by_site(self.directions, controls, seed)
         if len(probe) == 1 or (not len(probe) and not stream):
             raise _nothing_to_measure(len(probe), stream)
+        check_metric_names((f"{name}@{own.site}" for name, of_name in self.directions.items() for own in of_name), "tracked directions")
         self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
         self.seed = seed
         self.span = span
@@ -130,6 +133,19 @@ class DriftTracker:
         except BaseException:
             self._remove_hooks()
             raise
+
+    def reset(self) -> None:
+        """Forgets all measurements, so that the next one is a baseline again. Raises AttachError while it is attached."""
+        if self._model is not None:
+            raise _attached_already(self._model)
+        self._close_store()
+        if self.probe is not None:
+            self.probe.load_state_dict({})
+        for reader in self.readers.values():
+            reader.load_state_dict({}, main=False)
+        self.fingerprint = None
+        self.last_step = -1
+        self.latest = []
 
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,17 @@ def load(
     if untie:
         tied.untie(model)
     # An adapter saved from this model records where its base came from: by the name asked for, not by a path of this machine's cache.
-    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    model.name_or_path = tokenizer.name_or_path = name
+    # What loads "the same model again", as TRL does for a reference model, asks the configuration, and transformers knows no name of ours.
+    model.config._name_or_path = _for_transformers(name, path)
     return model.to(device).eval(), tokenizer
+
+
+def _for_transformers(name: str, path: Path) -> str:
+    """What `from_pretrained` of transformers takes for this model: an absolute path, or a hub id. It reads no GGUF by its path alone."""
+    if name == embedded.NAME:
+        return str(embedded.converted_folder().absolute())
+    return os.path.abspath(path) if path.exists() else name
 
 
 def _check_name(name: str) -> None:

@@ -185,7 +185,7 @@ def test_a_new_metric_is_computed_logged_and_stored(tiny: Tiny, tmp_path: Path, 
         named = [record for record in tracker.measure(0) if record.kind == "named"]
     assert all(record.range > 0 for record in named) and max(record.largest for record in named) == 1.0
     assert [record.range for record in tracker.latest if record.kind == "control"] == [None] * 4
-    assert tracker.log_values()[f"drift/a@{SITE}/range"] == named[0].range
+    assert tracker.log_values()[f"drift/a/{SITE}/range"] == named[0].range
     assert not any(key.endswith("largest") for key in tracker.log_values())
     with DriftStore(tmp_path / "d.sqlite") as store:
         assert store.series("b", SITE)["range"] == [record.range for record in named if record.direction == "b"]

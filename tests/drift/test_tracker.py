@@ -122,7 +122,7 @@ def test_log_values_have_stable_keys(tiny: Tiny) -> None:
     assert tracker.log_values() == {}
     with tracker.attached(tiny("llama")):
         tracker.measure(0)
-    assert set(tracker.log_values()) == {f"drift/rude@{SITE}/{name}" for name in ("effect_sd", "change", "z_controls", "p")}
+    assert set(tracker.log_values()) == {f"drift/rude/{SITE}/{name}" for name in ("effect_sd", "change", "z_controls", "p")}
 
 
 def test_a_measurement_leaves_the_model_as_it_was(tiny: Tiny) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM
 
 from steer import files
 from steer.errors import DamagedFileError, ModelNotFoundError, StorageFullError, TokenizerError, UnsafeFileError
@@ -63,6 +64,18 @@ def test_a_folder(folder, tiny):
     assert not model.training and model.dtype == torch.float32
     assert tokenizer("the cat").input_ids == [7, 9]
     assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "relative", "~/relative"])
+def test_the_configuration_names_what_transformers_loads_again(name, small_embedded, folder, tmp_path, monkeypatch):
+    if name != "smollm2-135m":
+        shutil.copytree(folder, tmp_path / "home" / "relative")
+        monkeypatch.chdir(tmp_path / "home")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model, tokenizer = load(name)
+    monkeypatch.chdir(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    assert torch.equal(logits(model), logits(again)) and model.name_or_path == tokenizer.name_or_path == name
 
 
 def test_dtype_and_device(folder):

@@ -190,7 +190,7 @@ def _config(anatomy: Anatomy, targets: list[str], rank: int, with_biases: bool, 
     base: Any = anatomy.model
     config = LoraConfig(
         task_type="CAUSAL_LM" if base.get_output_embeddings() is not None else None,
-        base_model_name_or_path=base.config.name_or_path or None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or base.config.name_or_path or None,
         r=rank,
         lora_alpha=rank,  # a scale of 1
         target_modules=targets,
