@@ -63,6 +63,26 @@ def json_copy(values: dict[str, Any], what: str) -> dict[str, Any]:
     return copied
 
 
+_TUPLE = "__tuple__"  # marks a list of a file that was a tuple
+
+
+def with_tuples_marked(setting: Any) -> Any:
+    """A setting as JSON keeps it."""
+    if isinstance(setting, tuple):
+        return {_TUPLE: [with_tuples_marked(entry) for entry in setting]}
+    if isinstance(setting, list):
+        return [with_tuples_marked(entry) for entry in setting]
+    return {key: with_tuples_marked(entry) for key, entry in setting.items()} if isinstance(setting, dict) else setting
+
+
+def with_tuples(setting: Any) -> Any:
+    """Inverse of `with_tuples_marked`."""
+    if isinstance(setting, dict):
+        entries = {key: with_tuples(entry) for key, entry in setting.items()}
+        return tuple(entries[_TUPLE]) if entries.keys() == {_TUPLE} else entries
+    return [with_tuples(entry) for entry in setting] if isinstance(setting, list) else setting
+
+
 def _same(a: Any, b: Any) -> bool:
     """Equal to the bit; a tuple equals a list, which is what JSON makes of it, and an object without an equality of its own one with equal
     attributes."""
