@@ -128,6 +128,7 @@ class Attachment:
         for active, base in zip(chosen, checked, strict=True):
             if len(base) not in (1, len(active.base)):
                 raise _wrong_number_of_strengths(active.name, len(active.base), len(base))
+            active.factor(self.current_step, base)
         for active, base in zip(chosen, checked, strict=True):
             active.set_base(base)
         self._refresh()

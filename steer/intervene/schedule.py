@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from steer.checks import errors_of, finite_number, whole_number
@@ -65,6 +67,13 @@ def factor_at(schedule: Any, step: int, owner: str = "") -> float:
     if not math.isfinite(factor):
         raise _infinite_factor(what, step, factor)
     return float(factor)
+
+
+def check_product(strengths: Sequence[float], factor: float, name: str) -> None:
+    """Raises NonFiniteError when a strength times the factor of its schedule is beyond what fp32 holds. name: of the intervention."""
+    largest = max(map(abs, strengths)) * abs(factor)
+    if not largest <= torch.finfo(torch.float32).max:
+        raise _too_strong(name, largest)
 
 
 def to_dict(schedule: Any) -> dict[str, Any]:
@@ -150,4 +159,13 @@ def _infinite_factor(what: str, step: int, factor: float) -> NonFiniteError:
         expected="a finite factor at every step",
         found=f"{factor} at step {step}",
         remedy="correct the numbers of the schedule",
+    )
+
+
+def _too_strong(name: str, largest: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"strength x schedule of '{name}' is beyond fp32",
+        expected=f"at most {torch.finfo(torch.float32).max:.3g}",
+        found=f"{largest:.3g}",
+        remedy="lower the strength, or the numbers of the schedule",
     )
