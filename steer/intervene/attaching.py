@@ -213,10 +213,10 @@ def _check_range(active: ActiveIntervention, dtype: torch.dtype) -> None:
 def _another_plan(stacked: list[SiteEdits]) -> AttachError:
     names = ", ".join(intervention.name for edits in stacked for intervention in edits.interventions)
     return AttachError(
-        "another plan is attached to this model",
+        "a plan is attached to this model already",
         expected="a model without a plan, or stack=True",
         found=f"a plan of {names}",
-        remedy="detach it, or pass stack=True to have both",
+        remedy="detach that one, or pass stack=True to have both; the same plan twice steers twice",
     )
 
 

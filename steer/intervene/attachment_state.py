@@ -76,7 +76,7 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
         if own["window"] is not None:
             windows[active] = tuple(own["window"])
     attachment.move_windows(windows)
-    attachment.step(step)
+    attachment.set_step(step)
 
 
 def load_learned(intervention: Intervention, tensors: Mapping[str, Tensor]) -> None:
