@@ -296,8 +296,9 @@ def _check_new(registry: Registry[Any], name: str, entry: Any) -> None:
 
 
 def _unknown(registry: Registry[Any], name: object) -> ConfigError:
-    where = f", or put a file that registers it into {registry.package.replace('.', '/')}/" if registry.package else ""
-    remedy = did_you_mean(str(name), [*registry._entries, *registry._aliases]) or f"choose one of these{where}"
+    own = "import the module that registers it, if it is one of your own"
+    near = did_you_mean(str(name), [*registry._entries, *registry._aliases]) or "choose one of these"
+    remedy = f"{near}; {own}" if registry.package else near
     problems = [problem for problem in registry._problems.values() if problem is not None]
     return ConfigError(
         f"unknown {registry.kind} '{name}'",

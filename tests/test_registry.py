@@ -548,3 +548,8 @@ def test_a_method_without_a_docstring_shows_none(monkeypatch):
     OPERATORS.register("undocumented")(type("Undocumented", (Add,), {}))
     table = dict(OPERATORS.table())
     assert table["undocumented"] == "" and table["add"].startswith("h + strength * v")
+
+
+def test_a_name_that_a_script_gave_is_looked_for_in_its_module(folder):
+    with pytest.raises(ConfigError, match="import the module that registers it"):
+        folder().get("registered_elsewhere")

@@ -168,8 +168,8 @@ def check_metrics(mode: str, sites: Iterable[SiteDirections]) -> None:
     measurements = []
     for directions in sites:
         count = len(directions.names)
-        moments = [torch.full((count,), value, dtype=torch.float64) for value in (0.5, 1.5, 0.0, 1.0)]
-        measurements.append(SiteMeasurement(directions, mode, 8, *moments))
+        mean, sd, baseline_mean, baseline_sd = (torch.full((count,), value, dtype=torch.float64) for value in (0.5, 1.5, 0.0, 1.0))
+        measurements.append(SiteMeasurement(directions, mode, 8, mean, sd, baseline_mean, baseline_sd))
     compute_metrics(measurements)
 
 

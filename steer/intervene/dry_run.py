@@ -112,7 +112,8 @@ def _small_pass(h: Tensor) -> ForwardContext:
     """A training pass of short texts, with everything that a gate may look at. h: [batch, tokens, width]."""
     ids = torch.zeros(h.shape[:-1], dtype=torch.long, device=h.device)
     every = torch.ones_like(ids, dtype=torch.bool)
-    return ForwardContext(*ids.shape, "train", attention=every, labelled=every.clone(), device=h.device, ids=ids, turns=ids.clone())
+    batch, tokens = ids.shape
+    return ForwardContext(batch, tokens, "train", attention=every, labelled=every.clone(), device=h.device, ids=ids, turns=ids.clone())
 
 
 def _no_margin(gate: SiteGate) -> ConfigError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer.checks import json_value
+from steer.checks import errors_of, json_value, of_type
 from steer.errors import ConfigError, SteerError
 from steer.registry import Registry
 
@@ -29,7 +29,9 @@ def file_form(holder: TensorHolder, registry: Registry[Any]) -> tuple[str, dict[
         ConfigError: its class is not registered, or an attribute that would be lost. NonFiniteError: a tensor, or an option.
     """
     name = registry.name_of(holder)
-    options = holder.options()
+    with errors_of(f"`options` of {registry.kind} '{name}'", "return a dictionary of what the constructor takes beside the tensors"):
+        options = holder.options()
+    of_type(options, dict, f"what `options` of {registry.kind} '{name}' gives", "return a dictionary")
     tensors = {key: tensor.detach().cpu() for key, tensor in holder.tensors.items()}
     try:
         restored = type(holder).restore(dict(tensors), json_copy(options, f"{registry.kind} '{name}'"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.checks import of_type, tensor_of
+from steer.checks import errors_of, of_type, tensor_of
 from steer.errors import ConfigError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
@@ -84,7 +84,8 @@ class Intervention:
                 check_initialised(site_gate, "gate")
         check_initialised(operator, "operator")
         site = Site.parse(site)
-        operator.check_site(site)
+        with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
+            operator.check_site(site)
         name = name or f"{operator.name}@{site}"
         fields: dict[str, Any] = {
             "operator": operator,

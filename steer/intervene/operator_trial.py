@@ -109,7 +109,7 @@ class OperatorTrial:
             called.append(True)
             return self.operator.delta(*arguments)
 
-        watched.delta = delta  # type: ignore[method-assign]
+        watched.delta = delta  # type: ignore[assignment, method-assign]
         self._apply(self.h, by=watched.apply)
         return bool(called)
 

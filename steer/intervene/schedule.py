@@ -82,6 +82,8 @@ def to_dict(schedule: Any) -> dict[str, Any]:
     if not is_dataclass(schedule):
         raise _no_dataclass(schedule)
     arguments = asdict(schedule)  # type: ignore[arg-type]
+    if "name" in arguments:
+        raise _field_called_name(schedule)
     restored = from_dict({"name": name, **json_copy(arguments, f"schedule '{name}'")})
     check_restored("schedule", name, schedule, restored, "make it a field of the dataclass")
     return {"name": name, **arguments}
@@ -121,6 +123,15 @@ def _no_dataclass(schedule: Schedule) -> ConfigError:
         expected="a dataclass, whose fields are the arguments of the schedule",
         found=f"{type(schedule).__module__}.{type(schedule).__qualname__}, a plain class",
         remedy="put @dataclass(frozen=True) below @SCHEDULES.register(...), and the arguments into fields",
+    )
+
+
+def _field_called_name(schedule: Schedule) -> ConfigError:
+    return ConfigError(
+        f"a field of the schedule {type(schedule).__qualname__} is called 'name'",
+        expected="another name: files, and schedule={'name': ...}, know a schedule by it",
+        found="name",
+        remedy="rename the field",
     )
 
 

@@ -330,6 +330,55 @@ def test_one_of_low_rank_passes_in_every_type(dtype, tiny):
         assert model(ids()[:1].repeat(2, 1)).logits.isfinite().all()
 
 
+# ---- other methods that a class may have
+
+
+def fails(*_):
+    return 1 / 0
+
+
+def test_other_methods_that_fail_are_named(tiny, tmp_path):
+    def delta(_, h, strength, per_row):
+        return (strength * per_row["vector"].unsqueeze(1)).to(h.dtype)
+
+    uses = {
+        "check_site": lambda plan: plan(),
+        "check_model": lambda plan: plan().attach(tiny("llama")),
+        "options": lambda plan: plan().save(tmp_path / "plan"),
+        "describe": lambda plan: plan().explain(),
+    }
+    for method, use in uses.items():
+        own = operator(delta, **{method: fails})
+        with pytest.raises(ConfigError, match=f"`{method}` of operator 'own' failed(.|\n)*ZeroDivisionError"):
+            use(lambda own=own: Plan(Intervention(own, SITE)))
+    for method in ("options", "describe"):
+        own = operator(delta, **{method: lambda _: None})
+        with pytest.raises(ConfigError, match=f"wrong type for .*`{method}` of operator 'own'"):
+            uses[method](lambda own=own: Plan(Intervention(own, SITE)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("learnable", ["vector", ["vector"], (3,), None])
+def test_learnable_is_a_tuple_of_names(learnable):
+    with pytest.raises(ConfigError, match="'own' does not say by `learnable`"):
+        operator(Operator.delta, learnable=learnable)
+
+
+def test_what_cannot_be_learned_is_named():
+    own = operator(Operator.delta, learnable=("vector", "vectr"))
+    with pytest.raises(ConfigError, match=r"'vectr' of 'own' cannot be learned(.|\n)*did you mean 'vector'"):
+        own.train()
+    assert not own.parameters
+    whole = operator(Operator.delta, learnable=("vector",))
+    whole.tensors["vector"] = whole.tensors["vector"].long()
+    with pytest.raises(ConfigError, match=r"'vector' of 'own' cannot be learned(.|\n)*torch.int64"):
+        whole.train()
+    soft = gate(lambda own, h, ctx: h[..., 0], sharpness=1.0)
+    type(soft).learnable = ("threshold",)
+    with pytest.raises(ConfigError, match="'threshold' of 'own' cannot be learned"):
+        soft.train()
+
+
 # ---- constructors
 
 

@@ -1,6 +1,7 @@
 """Schedules against their closed forms."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -167,3 +168,19 @@ def test_a_strength_beyond_fp32_is_refused_before_anything_changes(tiny):
         with pytest.raises(NonFiniteError, match="beyond fp32"):
             attachment.load_state_dict({**state, "interventions": {"x": {**state["interventions"]["x"], "base": torch.tensor([1e12])}}})
         assert attachment["x"].base == (1.0,) and attachment.state_dict()["interventions"]["x"]["base"].tolist() == [1.0]
+
+
+def test_a_field_called_name_has_no_file_form(monkeypatch):
+    SCHEDULES.load()
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+
+    @SCHEDULES.register("called")
+    @dataclass(frozen=True)
+    class Called(Schedule):
+        name: str = "called"
+
+        def __call__(self, step):
+            return 1.0
+
+    with pytest.raises(ConfigError, match="a field of the schedule .*Called is called 'name'"):
+        to_dict(Called())
