@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from hand import ids, vector
+from intervene.operator_cases import CASES
 
 from steer import kernels
 from steer.errors import ConfigError, NonFiniteError
@@ -14,6 +15,7 @@ from steer.intervene import GATES, OPERATORS, Ablate, Add, CallGate, Clamp, Inte
 from steer.intervene.gate import SiteGate
 from steer.intervene.low_rank import LowRank, unit
 from steer.intervene.operator import slotted
+from steer.intervene.operator_trial import OperatorTrial
 
 SITE = "layers.1.output"
 WIDTH = 32
@@ -93,6 +95,23 @@ OPERATOR_MISTAKES = {
 def test_what_an_operator_gives(mistake, scope, tiny):
     delta, error, match = OPERATOR_MISTAKES[mistake]
     refused(Plan(Intervention(operator(delta), SITE, scope)), tiny("llama"), error, match)
+
+
+def test_a_new_file_in_our_own_folder_is_tried_too(tiny):
+    own = operator(lambda _, h, s, t: h.mul_(1.5))
+    type(own).__module__ = "steer.intervene.operators.of_a_checkout"
+    refused(Plan(Intervention(own, SITE)), tiny("llama"), ConfigError, "operator 'own' writes into `h`")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_every_operator_of_the_package_passes(name, dtype):
+    h = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(31)).to(dtype)
+    for seeds in ((0,), (0, 1), (0, 1, 2)):
+        for strength in (1.0, -0.7, 8.0, 1e-3):
+            for by_row in (False, True):
+                with torch.no_grad():
+                    OperatorTrial(CASES[name].make(seeds), h, strength, by_row).check()
 
 
 def test_the_original_error_stays_in_sight(tiny):
