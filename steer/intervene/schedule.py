@@ -126,7 +126,7 @@ def _no_dataclass(schedule: Schedule) -> ConfigError:
     )
 
 
-def _field_called_name(schedule: Schedule) -> ConfigError:
+def _field_called_name(schedule: Any) -> ConfigError:
     return ConfigError(
         f"a field of the schedule {type(schedule).__qualname__} is called 'name'",
         expected="another name: files, and schedule={'name': ...}, know a schedule by it",
