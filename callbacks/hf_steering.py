@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -61,12 +62,27 @@ class HFSteeringCallback(TrainerRun):
         steering = [callback for callback in callbacks if isinstance(callback, HFSteeringCallback) and callback is not self]
         stack = any(callback._run.is_attached for callback in steering)
         self._run.attach(model, ranks, stack=stack)
+        self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        """Says, or refuses, that completions are sampled by an engine of its own, which gets the weights and no hooks."""
+        engine = rollout_engine(self._trainer)
+        if engine is None:
+            return
+        generating = [active.name for active in self._run.attachment.interventions if "generate" in active.phases]  # type: ignore[union-attr]
+        if generating:
+            raise _rollouts_elsewhere(engine, generating)
+        warnings.warn(
+            f"completions are sampled by {engine}, which never sees the plan: only the passes of the trainer's own model are steered",
+            stacklevel=2,
+        )
 
     def start(self, step: int) -> None:
         trainer = self._trainer
         if self.plan.parameters() and trainer.is_deepspeed_enabled:
             raise _steps_by_itself()
-        self._run.start(step, trainer.model, [getattr(trainer.optimizer, "optimizer", trainer.optimizer)])  # unwrapped
+        optimizers = [getattr(trainer.optimizer, "optimizer", trainer.optimizer)]  # unwrapped
+        self._run.start(step, trainer.model, optimizers, state_place=self.state_place())
 
     @contextmanager
     def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
@@ -105,8 +121,36 @@ class HFSteeringCallback(TrainerRun):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and (saved := self.load(Path(best))) is not None:
+        if best is None:
+            return
+        if (saved := self.load(Path(best))) is not None:
             self._run.load_learned(saved)
+        elif self.plan.parameters():
+            warnings.warn(f"the best checkpoint lacks {self.file(Path(best)).name}: the plan stays as it was learned last", stacklevel=2)
+
+
+def rollout_engine(trainer: Any) -> str | None:
+    """What samples the completions of a trainer of TRL's, where it is not the trained model itself; None otherwise."""
+    if getattr(trainer, "use_vllm", False) or getattr(trainer.args, "use_vllm", False):
+        mode = getattr(trainer, "vllm_mode", None) or getattr(trainer.args, "vllm_mode", None)
+        return f"vLLM ({mode})" if mode else "vLLM"
+    if getattr(trainer, "rollout_func", None) is not None:
+        return "a rollout_func"
+    if getattr(trainer.args, "vllm_server_base_url", None) and not hasattr(
+        trainer.args, "use_vllm"
+    ):  # asynchronous trainers have no choice
+        return "a vLLM server"
+    return None
+
+
+def _rollouts_elsewhere(engine: str, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"completions are sampled by {engine}, which gets the weights of the model and never sees the plan",
+        expected="rollouts of the trained model itself, where an intervention acts in the phase 'generate'",
+        found=f"{engine}, and {', '.join(names)} in that phase",
+        remedy="pass use_vllm=False (and no rollout_func), leave 'generate' out of phases=..., or bake the plan into the model beforehand: "
+        "steer.bake(plan, model)",
+    )
 
 
 def _steps_by_itself() -> ConfigError:

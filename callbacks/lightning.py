@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
@@ -16,8 +17,29 @@ from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
 
-class LightningRun(pl.Callback):
-    """A run that follows the events of a Lightning Trainer.
+def _callback_classes() -> tuple[type, ...]:
+    """Lightning's class of callbacks, under each of its two names that is installed.
+
+    `lightning.pytorch` and `pytorch_lightning` are copies that know nothing of each other: a Trainer and a LightningCLI take subclasses of
+    their own Callback only.
+    """
+    try:
+        from lightning.pytorch import Callback as SameCallback
+    except ImportError:
+        return (pl.Callback,)
+    return pl.Callback, SameCallback
+
+
+if TYPE_CHECKING:
+    Callback = pl.Callback
+else:
+    Callback = type(
+        "Callback", _callback_classes(), {"__doc__": "Callback of `pytorch_lightning`, and of `lightning` where it is installed."}
+    )
+
+
+class LightningRun(Callback):
+    """A run that follows the events of a Lightning Trainer, of the package `pytorch_lightning` or `lightning`.
 
     It is attached in `setup`, or after `configure_model` where the model is made or sharded there, and detached in `teardown` and on an
     exception. Its state is part of the checkpoint.
@@ -39,11 +61,13 @@ class LightningRun(pl.Callback):
 
     def is_wanted(self, trainer: pl.Trainer) -> bool:
         """True when the run has something to do in fit, validate, test or predict, whichever the trainer does."""
-        return trainer.state.fn == TrainerFn.FITTING
+        return is_fitting(trainer)
 
     # ---- hooks on and off
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if is_fitting(trainer) and trainer.global_step == 0:  # a checkpoint, if there is one, is loaded after this
+            self._run.renew()
         if is_complete(pl_module):
             self._attach(trainer, pl_module)
 
@@ -69,6 +93,10 @@ class LightningRun(pl.Callback):
 
     # ---- checkpoints
 
+    def state_place(self, trainer: pl.Trainer) -> str:
+        """Where the state is in a checkpoint, for messages."""
+        return f"'{self.state_key}' under 'callbacks' in {getattr(trainer, 'ckpt_path', None) or 'the checkpoint'}"
+
     def state_dict(self) -> dict[str, Tensor]:
         return self._run.state_dict()
 
@@ -77,9 +105,15 @@ class LightningRun(pl.Callback):
         self._run.load_state_dict(on_cpu, is_first_rank=self._run.ranks.is_first)
 
 
+def is_fitting(trainer: pl.Trainer) -> bool:
+    """True in `Trainer.fit`, its validation included."""
+    return trainer.state.fn is not None and trainer.state.fn.value == TrainerFn.FITTING.value
+
+
 def is_complete(module: pl.LightningModule) -> bool:
     """True when the model is there at `setup`. One that is built or sharded in `configure_model`, or still on the meta device, is not."""
-    if type(module).configure_model is not pl.LightningModule.configure_model:
+    owner = next(cls for cls in type(module).__mro__ if "configure_model" in vars(cls))
+    if owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning"):  # a class of the user's makes the model there
         return False
     return not any(parameter.device.type == "meta" for parameter in module.parameters())
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,13 +25,15 @@ class SteeringCallback(LightningRun):
 
     The hooks are installed in `setup`, or after `configure_model` where the model is made or sharded there, and taken off in `teardown`
     and on an exception. Strengths follow `trainer.global_step`: in the step with global_step = k they are schedule(k), on every
-    micro-batch of it, and after a resume too. Logged are `steer/<intervention>/strength` and `/tokens` (steered so far, over all ranks).
+    micro-batch of it, and after a resume too. Logged are `steer/<intervention>/strength` and `/tokens` (steered so far, over all ranks),
+    `@` in the name of an intervention being written as `/`.
 
     Scopes that tell prompt from response read the batch's `labels`, `completion_mask` or `assistant_masks`, so a `training_step` that
     computes its own loss needs nothing more; where its passes hold other rows than the batch, wrap them in `steer.response_tokens`.
 
     Args:
-        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`.
+        plan: what acts. Nothing of it changes but what it learns; strengths of the last step are those of `attachment` after `fit`. Every
+            `fit` that begins at step 0 starts from the plan as it was given, not from what an earlier one has learned.
         schedule: takes the place of the plan's schedules.
         phases: where it acts, a subset of train, validate, generate. The reference pass of a PEFT model is no policy pass, so it is left
             alone in every phase.
@@ -83,14 +84,14 @@ class SteeringCallback(LightningRun):
         self._run.attach(model, ranks, stack=stack)
 
     def is_wanted(self, trainer: pl.Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING or self._run.phases != ("train",)
+        return lightning.is_fitting(trainer) or self._run.phases != ("train",)
 
     # ---- training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.plan.parameters() and trainer.strategy.handles_gradient_accumulation:
             raise _steps_by_itself(type(trainer.strategy).__name__)
-        self._run.start(trainer.global_step, pl_module, trainer.optimizers)
+        self._run.start(trainer.global_step, pl_module, trainer.optimizers, state_place=self.state_place(trainer))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._run.batch_start(batch)

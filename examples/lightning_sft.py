@@ -71,7 +71,7 @@ def main() -> None:
             SteeringCallback(plan, schedule=steer.Linear(args.steps, start=1.0, end=0.0)),
             DriftCallback(tracker, every_n_steps=4),
             pl.callbacks.ModelCheckpoint(
-                args.out, monitor=f"drift/gushing@{SITE}/effect_sd", mode="min", every_n_train_steps=4, save_last=True, filename="{step}"
+                args.out, monitor=f"drift/gushing/{SITE}/effect_sd", mode="min", every_n_train_steps=4, save_last=True, filename="{step}"
             ),
         ],
     )

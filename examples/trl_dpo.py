@@ -72,7 +72,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume)
 
     for entry in trainer.state.log_history:
-        if (effect := entry.get(f"drift/gushing@{SITE}/effect_sd")) is not None:
+        if (effect := entry.get(f"drift/gushing/{SITE}/effect_sd")) is not None:
             margin = entry["rewards/margins"]
             print(f"step {entry['step']:3d}  loss {entry['loss']:.3f}  reward margin {margin:+.3f}  drift {effect:+.2f} SD")
     print("steered tokens (policy pass only):", steering.attachment.fired())

@@ -64,9 +64,7 @@ def _(h: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("steer::edit_backward", mutates_args=(), schema=_BACKWARD)
-def _edit_backward(
-    g: Tensor, h: Tensor | None, p: Tensor, h_norm: Tensor, with_q: bool, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _edit_backward(g: Tensor, h: Tensor | None, p: Tensor, h_norm: Tensor, with_q: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, q, dy); the latter two are empty unless more than dh is wanted, and dy also where it is g."""
     task = _task_of(*arguments)
     kept_norm = h_norm if task.options.relative else None

@@ -89,9 +89,7 @@ def edit_reference(h: Tensor, task: EditTask) -> tuple[Tensor, Tensor, Tensor | 
     return (y * norm_ratio(x, y) if options.preserve_norm else y).to(h.dtype), p, h_norm
 
 
-def edit_reference_backward(
-    g: Tensor, h: Tensor | None, task: EditTask, p: Tensor, h_norm: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def edit_reference_backward(g: Tensor, h: Tensor | None, task: EditTask, p: Tensor, h_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, q, dy) from what the forward pass has read; h where the norm is kept."""
     wide = torch.promote_types(g.dtype, torch.float32)
     u = gather_slots(task.read, task.slots).to(wide)

@@ -94,7 +94,7 @@ def json_value(value: object, where: str) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise _non_finite_value(where, value)
-    elif not (value is None or isinstance(value, str | int)):
+    elif not (value is None or isinstance(value, str | int)) or isinstance(value, int) and value.bit_length() > 1023:
         raise _no_json_value(where, value)
 
 
@@ -127,7 +127,7 @@ def _key_is_no_string(key: object, where: str) -> ConfigError:
 
 
 def _no_json_value(where: str, value: object) -> ConfigError:
-    expected = "a JSON value (text, number, boolean, list, dict or None)"
+    expected = "a JSON value (text, number that a float can hold, boolean, list, dict or None)"
     remedy = "convert it, e.g. with .tolist() or str()"
     return ConfigError(f"{where} is no JSON value", expected=expected, found=type(value).__name__, remedy=remedy)
 

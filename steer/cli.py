@@ -32,6 +32,7 @@ COMMANDS = {
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
+MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
         f"steer {__version__}: model editing and steering inside training and generation",
@@ -66,10 +67,11 @@ def _main(arguments: list[str]) -> int:
         print(__version__)
         return 0
     try:
-        command = arguments[0]
+        flags = [word for word in arguments if word in MULTIRUN]  # argparse takes no overrides on both sides of a flag
+        command, *overrides = [word for word in arguments if word not in MULTIRUN] or flags
         if command not in COMMANDS:
             raise _unknown_command(command)
-        _run_with_hydra(command, arguments[1:])
+        _run_with_hydra(command, [*flags, *overrides])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
     return f"did you mean '{near[0]}'?" if near else None
 
 
+def in_file(error: SteerError, path: Any) -> SteerError:
+    """The same error with the name of the file whose content it is about."""
+    return type(error)(f"{error.what} (in '{path}')", expected=error.expected, found=error.found, remedy=error.remedy)
+
+
 class SiteError(SteerError, ValueError):
     """A site that cannot be parsed, does not exist in this model, or whose layer is out of range."""
 

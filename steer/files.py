@@ -2,7 +2,8 @@
 
 Two forms hold the same things. A path that ends in `.safetensors` is one file, with the manifest as JSON in its metadata; any other path is
 a folder with `manifest.json` and `tensors.safetensors`. The manifest carries, beside what the caller put there, the schema version, the
-kind, the library's version and a SHA-256 over the names, types, shapes and bytes of the tensors. Nothing is ever unpickled.
+kind, the library's version, a SHA-256 over the names, types, shapes and bytes of the tensors, and one over everything else in itself.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,27 +12,35 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from steer import __version__
-from steer.checks import json_value, of_type
-from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, StorageFullError, UnsafeFileError, WrongKindError
+from steer.checks import json_value
+from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, StorageFullError, WrongKindError
+from steer.reading import parse_json, place_of, read_bytes
+from steer.tensor_files import read_safetensors
 
-SCHEMA = 1
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what killed saves leave behind stays
+    fcntl = None  # type: ignore[assignment]
+
+SCHEMA = 2  # from 2 on a manifest has a hash of its own
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
-_RESERVED = ("schema", "kind", "library", "sha256")
-_METADATA_KEY = "steer"
+SEAL = "json_sha256"
+_RESERVED = ("schema", "kind", "library", "sha256", SEAL)
+METADATA_KEY = "steer"
 _AGAIN = "restore it from a backup, or make it and save it again"
 
 
@@ -57,11 +66,11 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
     # a copy each: safetensors refuses tensors that share memory, and a view would drag its whole storage along
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     _check_finite(plain, path)
-    complete = {"schema": SCHEMA, "kind": kind, "library": __version__, "sha256": tensor_hash(plain), **manifest}
+    complete = sealed({"schema": SCHEMA, "kind": kind, "library": __version__, "sha256": tensor_hash(plain), **manifest})
     if path.suffix == ".safetensors":
         if path.is_dir():
             raise _folder_in_the_way(path)
-        return atomic_write(path, safetensors.torch.save(plain, {"format": "pt", _METADATA_KEY: json.dumps(complete)}))
+        return atomic_write(path, safetensors.torch.save(plain, {"format": "pt", METADATA_KEY: json.dumps(complete)}))
     parts = {TENSORS: safetensors.torch.save(plain, {"format": "pt"}), MANIFEST: json.dumps(complete, indent=2).encode() + b"\n"}
     return _swap_folder(path, parts)
 
@@ -80,35 +89,37 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         FileError: there is nothing at `path`, or it cannot be read.
     """
     path = place_of(path)
-    place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
-    if not place.exists():
-        raise _nothing_there(path, kind)
     try:
+        place = path if path.exists() else _previous(path)  # a crash between the two renames of a folder swap leaves the old folder there
+        if not place.exists():
+            raise _nothing_there(path, kind)
         manifest, tensors = _read_folder(place, path, kind) if place.is_dir() else _read_file(place, path, kind)
     except OSError as error:
         raise _unreadable(path, error) from error
+    check_seal(manifest, path, is_required=manifest["schema"] > 1)
     digest = tensor_hash(tensors)
     if manifest.get("sha256") != digest:
-        raise _altered(path, manifest.get("sha256"), digest)
+        raise _altered(path, "tensors", manifest.get("sha256"), digest)
     _check_finite(tensors, path)
     return {key: value for key, value in manifest.items() if key not in _RESERVED}, tensors
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of any safetensors file; a pickle is recognised by its first bytes and refused."""
-    path = place_of(path)
-    with path.open("rb") as file:
-        head = file.read(8)
-    # eight bytes give the length of a safetensors header; a pickle or a zip read as one gives a length beyond the file
-    header = int.from_bytes(head, "little")
-    pickled = head[:1] == b"\x80" and head[1:2] in b"\x01\x02\x03\x04\x05"
-    if (pickled or head[:4] == b"PK\x03\x04") and header > path.stat().st_size:
-        raise _pickle(path, "a pickle stream" if pickled else "a zip archive, as torch.save writes it")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise _truncated(path, error) from error
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON content with a SHA-256 over all of it, so that no changed bit goes unseen; `check_seal` looks at it."""
+    return {**content, SEAL: _json_hash(content)}
+
+
+def check_seal(content: dict[str, Any], path: Path, *, is_required: bool = False) -> None:
+    """Raises DamagedFileError when content was altered since it was sealed, or has no seal where one is required."""
+    if SEAL not in content and not is_required:
+        return  # an older version wrote it
+    digest = _json_hash({key: value for key, value in content.items() if key != SEAL})
+    if content.get(SEAL) != digest:
+        raise _altered(path, "contents", content.get(SEAL), digest)
+
+
+def _json_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> Path:
@@ -119,22 +130,13 @@ def atomic_write(path: str | Path, content: bytes | str) -> Path:
     """
     path = place_of(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = _temporary(path)
     with storage_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with temporary_sibling(path, is_folder=False) as temporary:
             _write_through(temporary, data)
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     return path
-
-
-def place_of(path: str | Path) -> Path:
-    """A path as it was given, `~` being the user's home. Raises ConfigError for what is no path."""
-    of_type(path, (str, os.PathLike), "the path of a file", "pass the path as text, e.g. 'my_plan'")
-    return Path(os.path.expanduser(path))
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:
@@ -161,14 +163,13 @@ def sync_folder(folder: Path) -> None:
 def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
     """Writes the parts into a sibling, moves the old folder aside and the new one in; the old one goes only when the new one is there."""
     previous = _previous(path)
-    temporary = _temporary(path)
     with storage_errors(path, sum(map(len, parts.values()))):
         if previous.exists() and not path.exists():
             os.rename(previous, path)  # an earlier run was killed between its two renames
         if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {MANIFEST, TENSORS}):
             raise _would_delete(path)
-        try:
-            temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(path, is_folder=True) as temporary:
             for name, data in parts.items():
                 _write_through(temporary / name, data)
             sync_folder(temporary)
@@ -181,15 +182,68 @@ def _swap_folder(path: Path, parts: dict[str, bytes]) -> Path:
                 if previous.exists():
                     os.rename(previous, path)
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     return path
 
 
-def _temporary(path: Path) -> Path:
-    return _sibling(path, f"{uuid.uuid4().hex[:12]}.tmp")
+@contextmanager
+def temporary_sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A new file or folder beside a path, to be renamed into its place; what killed saves to that path left behind goes first.
+
+    It is locked while it is written. The operating system drops a lock when its process dies, however it dies, so what is not locked
+    belongs to nobody any more.
+    """
+    _remove_stale(path)
+    while True:
+        handle: int | None = None
+        temporary = _sibling(path, f"{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            temporary.mkdir() if is_folder else temporary.touch(exist_ok=False)
+            handle = _lock(temporary, wait=True)
+            if temporary.exists():  # another save may have taken it for a stale one before it was locked
+                yield temporary
+                return
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True) if is_folder else temporary.unlink(missing_ok=True)
+            if handle is not None:
+                os.close(handle)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what saves to this path left behind when they were killed, but nothing that a living process still writes."""
+    sibling = _sibling(path, "")
+    for entry in os.listdir(sibling.parent):
+        if not re.fullmatch(re.escape(sibling.name) + r"[0-9a-f]{12}\.tmp", entry):
+            continue
+        stale = sibling.with_name(entry)
+        handle = _lock(stale, wait=False)
+        if handle is None:
+            continue
+        try:
+            with suppress(OSError):  # of another user
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """A handle that holds the lock of a file or folder; None where another process has it, or the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    except BaseException:  # interrupted while it waited
+        os.close(handle)
+        raise
+    return handle
 
 
 def _previous(path: Path) -> Path:
@@ -202,7 +256,7 @@ def _sibling(path: Path, ending: str) -> Path:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # some file systems report a full disk only here
@@ -224,7 +278,7 @@ def storage_errors(path: Path, size: int) -> Iterator[None]:
 def _read_folder(folder: Path, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / MANIFEST).exists():
         raise _missing_part(folder, folder, MANIFEST, remedy=f"check the path, or {_AGAIN}")
-    manifest = _parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    manifest = _parse_manifest(read_bytes(folder / MANIFEST), folder / MANIFEST)
     _check_header(manifest, kind, path)
     if not (folder / TENSORS).exists():
         raise _missing_part(path, folder, TENSORS, remedy=_AGAIN)
@@ -234,18 +288,15 @@ def _read_folder(folder: Path, path: Path, kind: str) -> tuple[dict[str, Any], d
 
 def _read_file(file: Path, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, metadata = read_safetensors(file)
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise _of_other_origin(path, kind, tensors)
-    manifest = _parse_manifest(metadata[_METADATA_KEY], path)
+    manifest = _parse_manifest(metadata[METADATA_KEY], path)
     _check_header(manifest, kind, path)
     return manifest, tensors
 
 
 def _parse_manifest(text: str | bytes, path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise _broken_manifest(path, "a JSON object", str(error)) from error
+    manifest = parse_json(text, f"the manifest of {path}")
     if not isinstance(manifest, dict):
         raise _broken_manifest(path, "a JSON object", type(manifest).__name__)
     return manifest
@@ -345,24 +396,9 @@ def _broken_manifest(path: Path, expected: str, found: str) -> DamagedFileError:
     return DamagedFileError(f"the manifest of {path} is broken", expected=expected, found=found, remedy=_AGAIN)
 
 
-def _altered(path: Path, recorded: Any, digest: str) -> DamagedFileError:
-    what = f"the tensors of {path} were altered"
-    return DamagedFileError(what, expected=f"sha256 {recorded}", found=f"sha256 {digest}", remedy=_AGAIN)
-
-
-def _truncated(path: Path, error: Exception) -> DamagedFileError:
-    found = f"{path.stat().st_size} bytes; {error}"
-    what = f"{path} is truncated or not safetensors"
-    return DamagedFileError(what, expected="a whole safetensors file", found=found, remedy=_AGAIN)
-
-
-def _pickle(path: Path, found: str) -> UnsafeFileError:
-    return UnsafeFileError(
-        f"{path} is a pickle, which can run any code when it is opened",
-        expected="safetensors",
-        found=found,
-        remedy="convert it where you trust it: torch.load(..., weights_only=True), then safetensors.torch.save_file",
-    )
+def _altered(path: Path, part: str, recorded: Any, digest: str) -> DamagedFileError:
+    what = f"the {part} of {path} were altered"
+    return DamagedFileError(what, expected=f"sha256 {recorded or 'in the file'}", found=f"sha256 {digest}", remedy=_AGAIN)
 
 
 def _of_other_origin(path: Path, kind: str, tensors: dict[str, Tensor]) -> WrongKindError:
@@ -370,7 +406,7 @@ def _of_other_origin(path: Path, kind: str, tensors: dict[str, Tensor]) -> Wrong
         f"{path} was not written by steer",
         expected=f"a '{kind}' saved by steer",
         found=f"plain safetensors with {_first_names(tensors) or 'no tensors'}",
-        remedy=f"read its tensors with steer.files.read_safetensors, and make and save the {kind} with them",
+        remedy=f"read vectors by steer.import_directions(path, site=...), other tensors by steer.files.read_safetensors; save a {kind}",
     )
 
 

@@ -20,7 +20,7 @@ for noisy in ("pytorch_lightning", "lightning.pytorch"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 SITE = "layers.1.output"
-TRAIT = f"drift/trait@{SITE}"
+TRAIT = f"drift/trait/{SITE}"
 ROWS, TOKENS, PROMPT = 16, 8, 3
 
 

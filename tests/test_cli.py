@@ -170,6 +170,13 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
         (("train", "experiment=tne"), ("no experiment is called 'tne'", "one of tone", "did you mean 'tone'?")),
         (("train", "sede"), ("cannot read 'sede'", "key=value")),
         (("train", "-m", "sede=1,2"), ("no key 'sede'", "did you mean 'seed'?")),
+        (("train", "seed=1,2", "sede=3", "-m"), ("no key 'sede'", "did you mean 'seed'?")),
+        (("train", "+sede=1"), ("no key 'sede'", "did you mean 'seed'?")),
+        (("train", "++experiment.train.stpes=3"), ("no key 'experiment.train.stpes'", "did you mean 'experiment.train.steps'?")),
+        (("say", "prompts=[null]", "steer=warm"), ("no text", "null")),
+        (("say", "prompts=[[hello]]", "steer=warm"), ("no text", "hello")),
+        (("generate", "run=x", "arms=[plain,null]"), ("no text", "null")),
+        (("-m", "trian"), ("unknown command 'trian'",)),
         (("info", "verbose=1"), ("no key 'verbose'",)),
         (("generate", "rnu=x"), ("no key 'rnu'", "did you mean 'run'?")),
         (("generate",), ("needs the key 'run'",)),
@@ -255,14 +262,18 @@ def test_an_experiment_of_your_own(steer: Run, jobs: list[Any], tmp_path: Path) 
     assert status == 2 and "a whole number, such as 3" in err
 
 
-def test_multirun_runs_every_combination_into_a_folder_of_its_own(steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_multirun_runs_every_combination_into_a_folder_of_its_own(
+    steer: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: int
+) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     seen = []
     monkeypatch.setattr(
         train, "run", lambda config: seen.append((config.seed, config.experiment.train.steps, HydraConfig.get().runtime.output_dir))
     )
-    status, _, err = steer("train", "-m", "seed=1,2,3", "experiment.train.steps=4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    words = ["train", "seed=1,2,3", "experiment.train.steps=4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    status, _, err = steer(*words[:place], "-m", *words[place:])
     assert (status, err) == (0, "")
     assert [job[:2] for job in seen] == [(seed, steps) for seed in (1, 2, 3) for steps in (4, 5)]
     folders = {Path(folder) for _, _, folder in seen}
@@ -366,6 +377,16 @@ def test_say_answers_side_by_side(steer: Run, talker: Path, line: str, canonical
         with plan.attached(model) as attachment:
             assert said["steered"] == complete(model, tokenizer, prompts, max_new_tokens=6)
         assert fired == attachment.fired() and all(fired.values())
+
+
+def test_say_takes_a_file_of_vectors_with_its_site(steer: Run, talker: Path) -> None:
+    torch.save(8 * vector(seed=0), talker / "v.pt")
+    text = """'steer="4 warm@generated"'"""
+    line = f"model.name={talker / 'model'} {text} directions.warm.path={talker / 'v.pt'} 'prompts=[who]' max_new_tokens=4"
+    status, out, err = steer("say", *shlex.split(line), "directions.warm.site=layers.0.output")
+    assert (status, err) == (0, "") and out.splitlines()[0] == "4 warm:layers.0.output@generated"
+    status, _, err = steer("say", *shlex.split(line))
+    assert status == 2 and "site=" in err
 
 
 def test_the_documented_lines_say_what_they_seem_to(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:

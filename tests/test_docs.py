@@ -118,7 +118,7 @@ def test_the_examples_of_the_readme_run(
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:
         assert sorted({record.step for record in store.records(mode="probe", kind="named")}) == [0, 2, 4]
-    assert "drift/gushing@layers.22.output/effect_sd" in capsys.readouterr().out
+    assert "drift/gushing/layers.22.output/effect_sd" in capsys.readouterr().out
 
 
 # ---- tables and numbers

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,7 +18,16 @@ from hypothesis import given
 from safetensors.torch import save, save_file
 
 from steer import files
-from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, StorageFullError, UnsafeFileError, WrongKindError
+from steer.errors import (
+    ConfigError,
+    DamagedFileError,
+    FileError,
+    NonFiniteError,
+    SteerError,
+    StorageFullError,
+    UnsafeFileError,
+    WrongKindError,
+)
 
 FORMS = pytest.mark.parametrize("name", ["artifact.safetensors", "artifact"])
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2, 3])}
@@ -364,6 +374,106 @@ def test_the_old_folder_is_found_between_the_two_renames(tmp_path):
     with pytest.raises(NonFiniteError):  # a save that fails must not lose it either
         files.save_artifact(path, "direction", {"x": torch.tensor(float("nan"))}, {})
     assert_holds(path, TENSORS, MANIFEST)
+
+
+CHILD = """
+import os, sys, time, torch
+from steer import files
+fsync = os.fsync
+def stop(handle):
+    print("writing", flush=True)
+    time.sleep(60)
+os.fsync = stop
+files.save_artifact(sys.argv[1], "direction", {"a": torch.ones(2)}, {"child": True})
+"""
+
+
+@FORMS
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs locks")
+def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path, name):
+    path = tmp_path / name
+    children = [subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for child in children:
+            assert child.stdout is not None and child.stdout.readline() == b"writing\n"
+        assert len(leftovers(tmp_path)) == 2
+        children[0].kill()
+        children[0].wait()
+        files.save_artifact(tmp_path / f"{name}.other.safetensors", "direction", TENSORS, MANIFEST)
+        assert len(leftovers(tmp_path)) == 2  # another file's
+        files.save_artifact(path, "direction", TENSORS, MANIFEST)
+        assert len(leftovers(tmp_path)) == 1  # the other child is alive
+        assert_holds(path, TENSORS, MANIFEST)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+    files.save_artifact(path, "direction", TENSORS, MANIFEST)
+    assert leftovers(tmp_path) == []
+
+
+# ---- the seal
+
+
+@FORMS
+def test_no_changed_bit_of_a_manifest_goes_unseen(tmp_path, name):
+    path = files.save_artifact(tmp_path / name, "direction", TENSORS, {"strength": 1.5, "metrics": {"auc": 0.9}, "seed": 3})
+    victim = path / "manifest.json" if path.is_dir() else path
+    content = victim.read_bytes()
+    start = 0 if path.is_dir() else content.index(b'"steer"')
+    original = files.load_artifact(path, "direction")[0]
+    seen = 0
+    for position in range(start, start + 330 if path.is_dir() else content.index(b"}}") + 20):
+        for bit in (0, 2, 5):
+            changed = bytearray(content)
+            changed[position % len(content)] ^= 1 << bit
+            victim.write_bytes(changed)
+            try:
+                assert files.load_artifact(path, "direction")[0] == original
+            except SteerError:
+                seen += 1
+    assert seen > 500
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_only_old_files_have_no_seal(tmp_path, schema):
+    path = files.save_artifact(tmp_path / "a", "direction", TENSORS, MANIFEST)
+    full = json.loads((path / "manifest.json").read_text())
+    assert full.pop(files.SEAL)
+    (path / "manifest.json").write_text(json.dumps({**full, "schema": schema, "site": "another"}))
+    if schema == 1:
+        assert files.load_artifact(path, "direction")[0]["site"] == "another"
+    else:
+        with pytest.raises(DamagedFileError, match="contents(.|\n)*sha256 in the file"):
+            files.load_artifact(path, "direction")
+
+
+# ---- no files at all
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("part", ["manifest.json", "tensors.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "loop", "folder"])
+def test_a_part_that_is_no_file_is_refused_at_once(tmp_path, part, kind):
+    path = files.save_artifact(tmp_path / "a", "direction", TENSORS, MANIFEST)
+    (path / part).unlink()
+    if kind == "fifo":
+        os.mkfifo(path / part)
+    elif kind == "folder":
+        (path / part).mkdir()
+    else:
+        (path / part).symlink_to(kind if kind[0] == "/" else path / part)
+    with pytest.raises(FileError) as caught:
+        files.load_artifact(path, "direction")
+    assert part in str(caught.value)
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    for head, kind in ((b"GGUF", "a GGUF file"), (b"\x93NUMPY", "numpy"), (b"SQLite format 3", "SQLite"), (b"<!DOCTYPE html>", "web page")):
+        (tmp_path / "a.safetensors").write_bytes(head + b" " * 100)
+        with pytest.raises(WrongKindError, match=kind):
+            files.load_artifact(tmp_path / "a.safetensors", "direction")
 
 
 # ---- small files

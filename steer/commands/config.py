@@ -43,7 +43,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def check_kinds(config: Any, command: str) -> None:
-    """Compares every value with its default: a number, list or section must stay one; null may stand anywhere.
+    """Compares every value with its default: there must be one, and a number, list or section must stay one; null may stand anywhere.
 
     Args:
         config: of the running job.
@@ -79,6 +79,9 @@ def config_error(command: str, error: Exception) -> ConfigError:
 
 
 def _check_section(config: Any, defaults: Any, command: str, prefix: str) -> None:
+    for key in config:
+        if len(defaults) and key not in defaults.keys():  # noqa: SIM118 - `in` says no of a mandatory key; + and ++ add keys
+            raise _unknown_key(command, f"{prefix}{key}")
     for key in defaults:
         name = f"{prefix}{key}"
         value = _value(config, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.commands.config import dtype_named
-from steer.errors import ConfigError, DamagedFileError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, NonFiniteError, WrongKindError
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.results import SCHEMA
-from steer.files import contents
+from steer.files import SEAL, check_seal, contents
 from steer.intervene import Plan
 from steer.model.load import load
+from steer.reading import damage_of, read_json
 
 
 def run(config: DictConfig) -> None:
@@ -28,7 +28,7 @@ def run(config: DictConfig) -> None:
     prompts = listed(config.prompts)
     folder = Path(config.run)
     answers = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
-    side_by_side(Console(), prompts or read_run(folder)["config"]["experiment"]["completions"]["prompts"], answers)
+    side_by_side(Console(), prompts or run_config(folder)["experiment"]["completions"]["prompts"], answers)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -41,13 +41,30 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise _no_run(folder)
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        schema = metrics["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged_metrics(file, error) from error
-    if schema != SCHEMA:
-        raise _other_schema(file, schema)
+        metrics = read_json(file)
+    except (DamagedFileError, NonFiniteError) as error:
+        raise _damaged_metrics(file, error.found) from error
+    if not isinstance(metrics, dict) or "schema" not in metrics:
+        raise _damaged_metrics(file, metrics)
+    if metrics["schema"] != SCHEMA:
+        raise _other_schema(file, metrics["schema"])
+    check_seal(metrics, file)  # older versions wrote none
+    metrics.pop(SEAL, None)
     return metrics
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a finished run. Raises as `read_run`, and DamagedFileError when it lacks what is read of it here."""
+    config: dict[str, Any] = read_run(folder).get("config", {})
+    file = folder / "metrics.json"
+    with damage_of(file, "the JSON that `steer train` wrote", f"'{file}' is damaged", "run the experiment again"):
+        experiment = config["experiment"]
+        read_arms(experiment["arms"])
+        prompts = experiment["completions"]["prompts"]
+        texts = [config["model"]["name"], config["model"]["dtype"], *prompts]
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("prompts, or a name or dtype of the model, that are no texts")
+    return config
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
@@ -62,7 +79,7 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
         ConfigError: no such run or arm, or no room for an answer. DamagedFileError: an adapter or a plan of the run is missing or damaged.
     """
     check_completions(["?"] if prompts is None else prompts, max_new_tokens)
-    config = read_run(folder)["config"]
+    config = run_config(folder)
     arms = read_arms(config["experiment"]["arms"])
     if unknown := set(names or ()) - {arm.name for arm in arms}:
         raise _unknown_arms(unknown, arms, names)
@@ -90,10 +107,17 @@ def _adapter(folder: Path, arm: str) -> Path:
 
 
 def listed(value: Any) -> list[str] | None:
-    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing."""
-    if value is None or isinstance(value, ListConfig):
-        return [str(text) for text in value or ()] or None
-    return [str(value)]
+    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing.
+
+    Raises:
+        ConfigError: a null, or anything else that is no text, within the list.
+    """
+    if value is not None and not isinstance(value, ListConfig):
+        return [str(value)]
+    for text in value or ():
+        if text is None or isinstance(text, (ListConfig, DictConfig)):
+            raise _no_text(text)
+    return [str(text) for text in value or ()] or None
 
 
 def side_by_side(console: Console, prompts: list[str], answers: dict[str, list[str]]) -> None:
@@ -117,14 +141,19 @@ def _no_run(folder: Path) -> ConfigError:
     )
 
 
-def _damaged_metrics(file: Path, error: Exception) -> DamagedFileError:
+def _damaged_metrics(file: Path, found: object) -> DamagedFileError:
     remedy = "restore it from a backup, or run the experiment again"
-    return DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=repr(error), remedy=remedy)
+    return DamagedFileError(f"'{file}' is damaged", expected="the JSON that `steer train` wrote", found=f"{found!r:.80}", remedy=remedy)
 
 
 def _other_schema(file: Path, schema: Any) -> WrongKindError:
     remedy = "read it with the library version that wrote it"
     return WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
+
+
+def _no_text(entry: object) -> ConfigError:
+    found = "null" if entry is None else entry
+    return ConfigError("an entry of a list is no text", expected="text", found=found, remedy="leave it out, or quote it: '[\"null\"]'")
 
 
 def _unknown_arms(unknown: set[str], arms: list[Arm], names: list[str] | None) -> ConfigError:

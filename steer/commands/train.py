@@ -32,7 +32,7 @@ from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import load_dataset
 from steer.experiment.score import Suite, measure
 from steer.experiment.sft import SFTModule, check_batch, loader
-from steer.files import atomic_write, contents
+from steer.files import atomic_write, contents, sealed
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> None:
         directions=directions,
     )
     metrics |= _facts(job, started) | {"base_completions": base_completions, "wall_seconds": time.perf_counter() - clock}
-    atomic_write(out / "metrics.json", results.to_json(metrics))
+    atomic_write(out / "metrics.json", results.to_json(sealed(metrics)))
     report = write_report(out / "report.html", metrics, results.drift_records(out, metrics))
     job.console.print(summary_table(metrics))
     job.say("report", str(report))

@@ -12,10 +12,11 @@ from torch import Tensor
 from steer import files
 from steer.checks import of_type, tensor_of
 from steer.directions.contrast import text_digest
-from steer.errors import ConfigError, ContrastError, DamagedFileError, SiteError, WidthError
+from steer.errors import ConfigError, ContrastError, SiteError, WidthError
 from steer.intervene.operator import check_finite
 from steer.model.site import Site
 from steer.model.tokens import Row
+from steer.reading import check_kinds, damage_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +134,21 @@ class Directions(Mapping[Site, Direction]):
     def load(cls, path: str | Path) -> Directions:
         """Raises DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError."""
         manifest, tensors = files.load_artifact(path, "directions")
-        try:
+        with damage_of(path, _PARTS, f"directions '{path}' lack a part, or hold one that does not fit", _REMEDY):
+            check_kinds(manifest, {"name": str, "directions": dict, "provenance": dict})
+            if tensors.keys() != manifest["directions"].keys():
+                raise ValueError(f"tensors {', '.join(tensors) or 'none'} for the sites {', '.join(manifest['directions']) or 'none'}")
             seen = frozenset(manifest["provenance"].get("fitted_on", ()))
-            entries = [Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen) for site, spec in manifest["directions"].items()]
+            entries = []
+            for site, spec in manifest["directions"].items():
+                check_kinds(spec, {"method": str, "span": (str, int), "metrics": dict})
+                check_kinds(spec["metrics"], dict.fromkeys(spec["metrics"], (int, float)))
+                entries.append(Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen))
             return cls(entries, manifest["name"], manifest["provenance"])
-        except (KeyError, TypeError) as error:
-            raise _part_error(path, error) from error
+
+
+_PARTS = "name and provenance, and for every site its tensor, method, span and metrics, which are numbers"
+_REMEDY = "restore them from a backup, or extract and save them again"
 
 
 def _shape_error(direction: Direction) -> WidthError:
@@ -192,13 +202,4 @@ def _unread_error(directions: Directions, site: Site | str) -> SiteError:
         expected=f"one of {', '.join(map(str, directions.entries))}",
         found=str(site),
         remedy="choose one of these, or name that site too when you extract",
-    )
-
-
-def _part_error(path: str | Path, error: Exception) -> DamagedFileError:
-    return DamagedFileError(
-        f"directions '{path}' lack a part",
-        expected="name and provenance, and for every site its tensor, method, span and metrics",
-        found=repr(error),
-        remedy="restore them from a backup, or extract and save them again",
     )

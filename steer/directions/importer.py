@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import operator
-import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +14,13 @@ from torch import Tensor
 
 from steer.checks import errors_of
 from steer.directions.direction import Direction, Directions
-from steer.errors import ConfigError, DamagedFileError, FileError, UnsafeFileError, WidthError, WrongKindError
-from steer.files import contents
+from steer.errors import ConfigError, DamagedFileError, FileError, WidthError, WrongKindError
+from steer.files import METADATA_KEY, contents
 from steer.intervene.plan import Plan
 from steer.model.site import Site
+from steer.reading import kind_of, read_bytes, read_json, size_of
 from steer.registry import Registry
+from steer.tensor_files import read_npy, read_npz, read_safetensors, read_torch, tensor_format
 
 
 @dataclass(eq=False)
@@ -45,22 +44,29 @@ class Source:
     @cached_property
     def head(self) -> bytes:
         """The first bytes of a file; nothing for a folder."""
-        if not self.path.is_file():
-            return b""
-        with self.path.open("rb") as file:
-            return file.read(8)
+        return read_bytes(self.path, 8) if self.path.is_file() else b""
 
     @cached_property
+    def form(self) -> str | None:
+        """`torch`, `json`, `npy`, `npz`, `safetensors`, `gguf` or `zip`, by the content; None for a folder or anything else."""
+        return tensor_format(self.path) if self.path.is_file() else None
+
+    @property
     def is_torch(self) -> bool:
         """Looks like a file of torch.save, as a zip or as the pickle that it was before."""
-        return self.head[:4] == b"PK\x03\x04" or self.head[:1] == b"\x80"
+        return self.form == "torch"
 
     @cached_property
     def content(self) -> Any:
-        """What a file of torch.save or JSON holds; None for anything else."""
-        if self.is_torch:
-            return read_torch(self.path)
-        return read_json(self.path) if self.head.lstrip()[:1] == b"{" else None
+        """What a file holds, except for GGUF; None for a folder or anything else."""
+        readers: dict[str | None, Callable[[Path], Any]] = {
+            "torch": read_torch,
+            "json": read_json,
+            "npy": read_npy,
+            "npz": read_npz,
+            "safetensors": _plain_safetensors,
+        }
+        return readers[self.form](self.path) if self.form in readers else None
 
     def has(self, *names: str) -> bool:
         """It is a folder with these files."""
@@ -96,11 +102,13 @@ class Importer:
     Attributes:
         looks_for: what it recognises, for the error that lists all of them.
         makes: `directions` or `plan`.
+        is_last: takes a file only when no other importer recognises it.
     """
 
     name: ClassVar[str]
     looks_for: ClassVar[str]
     makes: ClassVar[str] = "directions"
+    is_last: ClassVar[bool] = False
 
     @staticmethod
     def recognises(source: Source) -> bool:
@@ -135,10 +143,10 @@ def gathered(source: Source, vectors: Mapping[Site, Tensor | Any], *, method: st
     try:
         read_in = {site: torch.as_tensor(vector).detach() for site, vector in vectors.items()}
         for vector in read_in.values():
-            if vector.is_complex() or vector.is_meta or vector.layout is not torch.strided:
+            if vector.is_complex() or vector.is_meta or vector.layout is not torch.strided or vector.dtype is torch.bool:
                 raise ValueError(f"{vector.dtype}, {vector.layout} on {vector.device}: no plain numbers")
         tensors = {site: vector.float() for site, vector in read_in.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise incomplete(source, "a vector of numbers for each layer", str(error)) from error
     entries = [Direction(site, vector, method, span) for site, vector in tensors.items() if bool((vector != 0).any())]
     if not entries:
@@ -176,27 +184,17 @@ def by_layer(source: Source, part: str) -> dict[int, Any]:
     return {layer: layers[layer] for layer in sorted(layers)}
 
 
-def read_torch(path: Path) -> Any:
-    """What a file of torch.save holds, plain containers and tensors only.
-
-    Raises:
-        UnsafeFileError: it holds objects of other classes, which could run any code when they are unpickled.
-        DamagedFileError: truncated.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _pickle_error(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise _torch_error(path, error) from error
+def _plain_safetensors(path: Path) -> dict[str, Tensor] | None:
+    """Tensors by name; None for a file that steer wrote, which says more than its tensors."""
+    tensors, metadata = read_safetensors(path)
+    return None if METADATA_KEY in metadata else tensors
 
 
-def read_json(path: Path) -> Any:
-    """Raises DamagedFileError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _json_error(path, error) from error
+def mapping_of(source: Source, value: Any, what: str) -> Mapping[Any, Any]:
+    """A part of a file that has to be an object or a dictionary. Raises DamagedFileError."""
+    if not isinstance(value, Mapping):
+        raise incomplete(source, f"{what}, an object with keys", f"{type(value).__name__} {value!r:.60}")
+    return value
 
 
 def choose(source: Source, format: str | None) -> type[Importer]:
@@ -207,16 +205,16 @@ def choose(source: Source, format: str | None) -> type[Importer]:
     """
     if not source.path.exists():
         raise _missing_error(source)
-    try:
-        _ = source.head
-    except OSError as error:
-        raise _unreadable_error(source, error) from error
+    if not source.path.is_dir():
+        size_of(source.path)  # raises for a pipe, a device and what cannot be read
     if format is not None:
         chosen = importer_of(format)
-        if not _recognises(format, chosen, Source(source.path)):
+        if not _recognises(format, chosen, Source(source.path, site=source.site)):
             raise _format_error(source, format, chosen)
         return chosen
     fitting = [name for name in sorted(IMPORTERS) if _recognises(name, importer_of(name), source)]
+    if any(not importer_of(name).is_last for name in fitting):
+        fitting = [name for name in fitting if not importer_of(name).is_last]
     if len(fitting) == 1:
         return importer_of(fitting[0])
     raise _several_error(source, fitting) if fitting else _none_error(source)
@@ -325,36 +323,8 @@ def _widths_error(source: Source, entries: list[Direction]) -> WidthError:
     )
 
 
-def _pickle_error(path: Path, error: Exception) -> UnsafeFileError:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return UnsafeFileError(
-        f"{path} is a pickle of more than tensors, which can run any code when it is opened",
-        expected="tensors, numbers, text, lists and dictionaries",
-        found=f"an object of {named[1]}" if named else str(error).split("\n")[0],
-        remedy="where you trust it, load it and save its attributes: torch.save(vars(loaded), path)",
-    )
-
-
-def _torch_error(path: Path, error: Exception) -> DamagedFileError:
-    return DamagedFileError(
-        f"cannot read {path}",
-        expected="a whole file of torch.save",
-        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing'}",
-        remedy="get it again from where it came",
-    )
-
-
-def _json_error(path: Path, error: Exception) -> DamagedFileError:
-    return DamagedFileError(f"cannot read {path}", expected="JSON", found=str(error), remedy="get it again from where it came")
-
-
 def _missing_error(source: Source) -> FileError:
     return FileError(f"no file or folder {source.path}", expected="a vector file", found="nothing there", remedy="check the path")
-
-
-def _unreadable_error(source: Source, error: OSError) -> FileError:
-    remedy = "check its permissions and the disk"
-    return FileError(f"cannot read {source.path}", expected="a file that can be read", found=str(error), remedy=remedy)
 
 
 def _format_error(source: Source, format: str, chosen: type[Importer]) -> WrongKindError:
@@ -380,7 +350,7 @@ def _none_error(source: Source) -> WrongKindError:
         f"'{source.path}' is of no format that can be imported",
         expected="; ".join(f"'{name}': {importer_of(name).looks_for}" for name in sorted(IMPORTERS)),
         found=_looks(source),
-        remedy="pass format= if it is one of these, or make a steer.Direction of its vector; steer's own files load with Directions.load",
+        remedy="pass site= if it is nothing but vectors, or make a steer.Direction of one; steer's own files load with Directions.load",
     )
 
 
@@ -388,8 +358,15 @@ def _looks(source: Source) -> str:
     """What a file or folder holds, in words."""
     if source.path.is_dir():
         return f"a folder with {contents(source.path)}"
-    if isinstance(source.content, Tensor):
-        return f"a torch file with a tensor {list(source.content.shape)}"
-    if isinstance(source.content, Mapping):
-        return f"a {'torch' if source.is_torch else 'JSON'} file with {', '.join(map(str, list(source.content)[:8])) or 'nothing'}"
-    return f"a file that begins with {source.head!r}"
+    form, content = source.form, source.content
+    if isinstance(content, Tensor):
+        return f"a {form} file with a tensor {list(content.shape)} of {content.dtype}"
+    if isinstance(content, Mapping):
+        entries = [f"{key} {list(value.shape)}" if isinstance(value, Tensor) else str(key) for key, value in list(content.items())[:8]]
+        return f"a {form} file with {', '.join(entries) or 'nothing'}"
+    if form == "safetensors":
+        return "an artifact of steer"
+    if content is not None:
+        return f"a {form} file with a {type(content).__name__}"
+    head = read_bytes(source.path, 64)
+    return kind_of(head) or f"a file that begins with {head[:8]!r}"

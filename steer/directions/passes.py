@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
+from steer.model.devices import input_device
 from steer.model.prefix import CachedPrefix, empty_prefix, extended, prefix_batch, replaced_forwards
 from steer.model.resume import recorded_blocks, resumed
 from steer.model.tokens import Row, collate
@@ -86,7 +87,7 @@ class Passes:
         self.depths = [unchanged_blocks(anatomy, entry.plan) if share and anatomy is not None else 0 for entry in plans]
         self.steers_prefix = any(not acts_on_responses(entry.plan) for entry in plans)
         self.head = anatomy.unembedding if gather and anatomy is not None else None
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
 
     def no_prefixes(self) -> ReadPrefixes:
         """Where reading prefixes starts from: one of no tokens."""

@@ -99,7 +99,7 @@ def sweep_plans(
     with (
         evaluating(model),
         torch.compiler.set_stance("force_eager"),  # a shape of its own for nearly every batch
-        tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+        tqdm(total=len(rows), desc=progress, disable=True if progress is None else None, leave=False) as bar,
     ):
         run = _cheapest(model, anatomy, plans, rows, predict, group)
         for chosen in batches_of(run.lengths, max_tokens):

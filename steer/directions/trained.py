@@ -29,6 +29,7 @@ from steer.model.accumulator import TextAccumulator
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
 from steer.model.capture import capture
+from steer.model.devices import input_device
 from steer.model.likelihood import response_logprobs, response_sums
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
@@ -266,7 +267,7 @@ class _Training:
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             self.plan.attached(self.model, stack=True) as attachment,
-            tqdm(total=steps, desc=f"training {self.method}", disable=not progress, leave=False) as bar,
+            tqdm(total=steps, desc=f"training {self.method}", disable=None if progress else True, leave=False) as bar,
         ):
             for step, chosen in zip(range(steps), self.batches(), strict=False):
                 if len(self.signs) > 1:
@@ -313,7 +314,7 @@ class _Training:
 
 
 def _answer_sums(model: nn.Module, rows: list[Row]) -> Tensor:
-    device = next(model.parameters()).device
+    device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in collate(rows, pad=0).items()}
     labels = batch.pop("labels")
     with response_tokens(model, labels != -100):

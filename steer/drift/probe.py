@@ -11,6 +11,7 @@ from steer.checks import of_type
 from steer.drift.measurement import SiteMeasurement
 from steer.drift.site_directions import SiteDirections
 from steer.model.capture import capture, pool
+from steer.model.devices import input_device
 from steer.model.tokens import Row
 
 
@@ -56,7 +57,7 @@ class Probe:
         """
         directions = {site.site: site for site in sites}
         pooled = {site: PooledStates(len(self.prompts), own.width) for site, own in directions.items()}
-        device = next(model.parameters()).device
+        device = input_device(model)
         # Uncompiled, because probe batches have shapes of their own, for which compiled training code would be compiled again.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
             capture(model, self.prompts, dict(pooled), span=self.span)

@@ -9,6 +9,7 @@ from typing import Any
 
 from steer.drift.measurement import SiteMeasurement
 from steer.drift.metric import METRICS
+from steer.drift.metric_names import metric_name
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,16 @@ def records_of(step: int, measurement: SiteMeasurement) -> list[DriftRecord]:
 
 
 def log_values(records: Iterable[DriftRecord]) -> dict[str, float]:
-    """Records for a logger: `drift/<direction>@<site>/<metric>` of named directions, `drift_stream/...` in stream mode.
+    """Records for a logger: `drift/<direction>/<site>/<metric>` of named directions, `drift_stream/...` in stream mode.
 
-    It has the metrics that are registered as logged, where they are finite; records and stores keep nan and infinity too.
+    Names are spelt as `metric_name` spells them. It has the metrics that are registered as logged, where they are finite; records and
+    stores keep nan and infinity too.
     """
     logged = {name for name in METRICS if METRICS.get(name).logged}
     values = {}
     for record in records:
-        prefix = f"{'drift' if record.mode == 'probe' else 'drift_stream'}/{record.direction}@{record.site}"
+        mode = "drift" if record.mode == "probe" else "drift_stream"
         for name, value in record.metrics.items() if record.kind == "named" else ():
             if name in logged and math.isfinite(value):
-                values[f"{prefix}/{name}"] = value
+                values[metric_name(mode, record.direction, record.site, name)] = value
     return values

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import closing
+from functools import cache
 from typing import Any
 
 SCHEMA = 2
@@ -36,6 +38,20 @@ CREATE TABLE metrics (
 CREATE VIEW current AS
     SELECT r.step, r.mode, r.direction, r.site, t.kind, r.n, m.metric, m.value
     FROM records AS r JOIN tracked AS t USING (direction, site) LEFT JOIN metrics AS m USING (record)
+    WHERE NOT EXISTS (SELECT 1 FROM attempts AS later WHERE later.attempt > r.attempt AND later.from_step < r.step);
+"""
+
+_TABLES_1 = """
+CREATE TABLE records (
+    attempt INTEGER NOT NULL REFERENCES attempts,
+    step INTEGER NOT NULL, mode TEXT NOT NULL, direction TEXT NOT NULL, site TEXT NOT NULL, kind TEXT NOT NULL, n INTEGER NOT NULL,
+    mean REAL, sd REAL, change REAL, effect_sd REAL, effect_gap REAL, p REAL, q REAL, z_controls REAL, z_isotropic REAL, z_covariance REAL,
+    PRIMARY KEY (attempt, step, mode, direction, site),
+    FOREIGN KEY (direction, site) REFERENCES tracked
+) WITHOUT ROWID;
+CREATE VIEW current AS
+    SELECT step, mode, direction, site, kind, n, mean, sd, change, effect_sd, effect_gap, p, q, z_controls, z_isotropic, z_covariance
+    FROM records AS r
     WHERE NOT EXISTS (SELECT 1 FROM attempts AS later WHERE later.attempt > r.attempt AND later.from_step < r.step);
 """
 
@@ -70,6 +86,25 @@ def migrate(db: sqlite3.Connection) -> None:
         db.execute(f"INSERT INTO metrics SELECT record, '{metric}', {metric} FROM {joined} WHERE {_has(metric)}")
     _execute(db, "DROP TABLE records_1;\n" + _append_only("records", "metrics"))
     db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def altered(db: sqlite3.Connection, schema: int) -> list[str]:
+    """Names of the tables and views that are not as this library makes them: a view of the same name may say anything, without end."""
+    found = _definitions(db)
+    return [name for name, definition in _expected(schema).items() if found.get(name) != definition]
+
+
+@cache
+def _expected(schema: int) -> dict[str, str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        _execute(db, _TABLES + (_RECORDS if schema == SCHEMA else _TABLES_1))
+        return _definitions(db)
+
+
+def _definitions(db: sqlite3.Connection) -> dict[str, str]:
+    """What each table and view was made with, by its name."""
+    rows = db.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'view')")
+    return {name: " ".join(str(sql).split()) for name, sql in rows}
 
 
 def current(schema: int) -> str:

@@ -1,13 +1,15 @@
-"""Statistics of paired differences: the sign-flip test, its correction for many tests, and division by a spread.
+"""Statistics of paired differences: the sign-flip test, its correction for many tests, a test of a direction, and division by a spread.
 
 Everything is computed in fp64 on the CPU; a column per direction, a row per prompt.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -59,11 +61,56 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     """
     q = torch.full_like(p, torch.nan, dtype=torch.float64)
     tested = torch.isfinite(p)
-    if m := int(tested.sum()):
-        ordered, index = p[tested].double().sort(descending=True)
-        raw = ordered * m / torch.arange(m, 0, -1)
-        q[tested.nonzero()[:, 0][index]] = raw.cummin(0).values.clamp(max=1)
+    if bool(tested.any()):
+        q[tested] = torch.from_numpy(stats.false_discovery_control(p[tested].double().numpy()))
     return q
+
+
+def cosine_p(cosines: Tensor, states: Tensor, *, draws: int = 9999, seed: int = 0) -> Tensor:
+    """Two-sided p of cosines between a direction and a shift, when both are random and vary as the states do.
+
+    States of a language model vary along few of their dimensions, and so do directions that are made from them and shifts of their mean:
+    two that have nothing to do with each other lie much closer than two isotropic ones. So pairs are drawn with the covariance of the
+    states. Fewer states than dimensions span fewer than there are, in which pairs lie closer still; the tangents of the drawn angles are
+    corrected for that by the effective number of dimensions, (trace C)^2 / trace C^2, of the sample and of the population (the latter
+    estimated without bias for normal states).
+
+    Args:
+        cosines: [k].
+        states: [n, width].
+        draws: pairs; the smallest p is 1 / (draws + 1).
+
+    Returns:
+        [k]; nan for fewer than three states, or states that do not vary.
+    """
+    n, width = states.shape
+    centred = states - states.mean(0)
+    gram = centred @ centred.mT  # [n, n]: everything that is needed of the covariance
+    if n < 3 or not bool(gram.trace() > 0):
+        return torch.full_like(cosines, torch.nan)
+    one, other = _random_normal(n, draws, seed)  # [draws, n]
+    lengths = ((one @ gram * one).sum(1) * (other @ gram * other).sum(1)).sqrt()
+    drawn = ((one @ gram * other).sum(1) / lengths).abs()  # [draws]
+    tangents = drawn / (1 - drawn.square()).clamp(min=1e-15).sqrt()  # of the angles from a right angle
+    of_sample, of_population = _effective_dimensions(gram, width)
+    tangents = tangents * math.sqrt(min(1.0, (of_sample - 1) / max(of_population - 1, 1e-9)))
+    drawn = (tangents / (1 + tangents.square()).sqrt()).sort().values
+    at_least = draws - torch.searchsorted(drawn, cosines.abs() - 1e-12)  # [k]
+    return torch.where(torch.isfinite(cosines), (at_least + 1) / (draws + 1.0), torch.nan).double()
+
+
+def _effective_dimensions(gram: Tensor, width: int) -> tuple[float, float]:
+    """(trace C)^2 / trace C^2 of the covariance of a sample, and an estimate for the population that it is drawn from.
+
+    Args:
+        gram: [n, n] inner products of the centred sample.
+    """
+    m = len(gram) - 1  # degrees of freedom
+    trace, square = float(gram.trace()) / m, float(gram.square().sum()) / m**2
+    unbiased = m**2 / ((m - 1) * (m + 2)) * (square - trace**2 / m)  # E is trace C^2
+    squared_trace = trace**2 - 2 * unbiased / m
+    population = squared_trace / unbiased if unbiased > 0 else math.inf
+    return trace**2 / square, min(max(population, 1.0), width)
 
 
 def standardise(change: Tensor, sd: Tensor) -> Tensor:
@@ -83,6 +130,13 @@ def _random_signs(n: int, draws: int, seed: int) -> Tensor:
     """[draws, n] of 1 and -1; the sites of a measurement share them."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (draws, n), generator=generator, dtype=torch.int8).double() * 2 - 1
+
+
+@lru_cache(maxsize=1)
+def _random_normal(n: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two times [draws, n]; the sites of a measurement share them."""
+    drawn = torch.randn(2, draws, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn[0], drawn[1]
 
 
 def _no_pairs() -> ConfigError:

@@ -12,22 +12,27 @@ refuse it), so what the dead attempt saw stays in `records` and `metrics`.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from steer.drift import schema
+from steer.drift.measurement import MODES
 from steer.drift.metric import METRICS, RECORD_FIELDS
 from steer.drift.records import DriftRecord
-from steer.drift.site_directions import TrackedDirection
+from steer.drift.site_directions import KINDS, TrackedDirection
 from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError
+from steer.reading import parse_json, size_of
 
 _FIELDS = RECORD_FIELDS[:-1]  # all but the metrics
+_MAY_BE_MISSING = (float, int, type(None))
+# column of `current` -> type of its values, or the words that it may have; metric and value are NULL in a record without any
+_COLUMNS: dict[str, Any] = dict(zip(_FIELDS, (int, MODES, str, str, KINDS, int), strict=True))
+_COLUMNS |= {"metric": (str, type(None)), "value": _MAY_BE_MISSING}
 
 
 class StoreInUseError(FileError):
@@ -52,8 +57,9 @@ class DriftStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists() or self.path.is_dir():
             raise _no_store(self.path)
+        check_files(self.path)
         with typed_errors(
             self.path
         ):  # read-write even to read: what a killed writer left half-done is rolled back by whoever opens the file
@@ -67,14 +73,16 @@ class DriftStore:
             raise
 
     def _check_kind(self) -> None:
-        findings = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
-        if findings != ["ok"]:
-            raise _damaged_inside(self.path, findings)
         application = self._db.execute("PRAGMA application_id").fetchone()[0]
         version = self._schema()
         if application != schema.APPLICATION or version not in schema.READABLE:
             is_empty = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
             raise _wrong_kind(self.path, application, version, is_empty)
+        if altered := schema.altered(self._db, version):
+            raise _altered_tables(self.path, altered)
+        findings = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
+        if findings != ["ok"]:
+            raise _damaged_inside(self.path, findings)
 
     def _schema(self) -> int:
         return self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -92,20 +100,33 @@ class DriftStore:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Of the model the records are about."""
-        with typed_errors(self.path):
-            return json.loads(self._db.execute("SELECT value FROM meta WHERE key = 'fingerprint'").fetchone()[0])
+        rows = self._rows("SELECT value FROM meta WHERE key = 'fingerprint'", {"value": str})
+        fingerprint = parse_json(rows[0][0] if rows else "", f"the fingerprint in drift store '{self.path}'")
+        if not isinstance(fingerprint, dict):
+            raise _wrong_value(self.path, "fingerprint", dict, fingerprint)
+        return fingerprint
 
     def tracked(self) -> list[TrackedDirection]:
         """Every direction at every site, in the order in which they were first tracked."""
-        with typed_errors(self.path):
-            rows = self._db.execute("SELECT direction, site, kind, gap, sha256 FROM tracked ORDER BY rowid").fetchall()
-        return [TrackedDirection(*row) for row in rows]
+        kinds = {"direction": str, "site": str, "kind": KINDS, "gap": _MAY_BE_MISSING, "sha256": str}
+        return [TrackedDirection(*row) for row in self._rows(f"SELECT {', '.join(kinds)} FROM tracked ORDER BY rowid", kinds)]
 
     def attempts(self) -> list[dict[str, Any]]:
         """attempt, from_step (-1 for a start from scratch), started (ISO time)."""
+        kinds = {"attempt": int, "from_step": int, "started": str}
+        rows = self._rows(f"SELECT {', '.join(kinds)} FROM attempts ORDER BY attempt", kinds)
+        return [dict(zip(kinds, row, strict=True)) for row in rows]
+
+    def _rows(self, select: str, kinds: Mapping[str, Any], filters: Mapping[str, Any] = {}) -> list[tuple[Any, ...]]:
+        """What a query gives. Raises DamagedFileError for a value that is not of the type of its column: SQLite keeps any in any."""
         with typed_errors(self.path):
-            rows = self._db.execute("SELECT attempt, from_step, started FROM attempts ORDER BY attempt").fetchall()
-        return [dict(zip(("attempt", "from_step", "started"), row, strict=True)) for row in rows]
+            rows = self._db.execute(select, filters).fetchall()
+        columns = list(kinds.items())
+        for row in rows:
+            for value, (name, kind) in zip(row, columns, strict=True):
+                if value not in kind if kind in (MODES, KINDS) else not isinstance(value, kind):
+                    raise _wrong_value(self.path, name, kind, value)
+        return rows
 
     def records(
         self, *, direction: str | None = None, site: str | None = None, mode: str | None = None, kind: str | None = None
@@ -116,8 +137,8 @@ class DriftStore:
         where = " AND ".join(f"{name} = :{name}" for name in filters) or "1"
         metrics: dict[tuple[Any, ...], dict[str, float]] = {}  # the other fields of a record -> its metrics
         with typed_errors(self.path), self._snapshot():
-            select = f"SELECT {', '.join(_FIELDS)}, metric, value FROM {schema.current(self._schema())} WHERE {where}"
-            for *fields, metric, value in self._db.execute(select, filters):
+            select = f"SELECT {', '.join(_COLUMNS)} FROM {schema.current(self._schema())} WHERE {where}"
+            for *fields, metric, value in self._rows(select, _COLUMNS, filters):
                 of_record = metrics.setdefault(tuple(fields), {})
                 if metric is not None:  # NULL in a record without any
                     of_record[metric] = math.nan if value is None else value  # SQLite keeps nan as NULL
@@ -149,6 +170,15 @@ def typed_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _typed(error, path) from error
+    except UnicodeDecodeError as error:  # in the text of the schema
+        raise _damaged_inside(path, [str(error)]) from error
+
+
+def check_files(path: Path) -> None:
+    """Raises WrongKindError where a store, or a file that SQLite opens beside it, is a pipe or a device."""
+    for file in (path, *(Path(f"{path}{ending}") for ending in ("-journal", "-wal", "-shm", ".lock"))):
+        if file.exists():
+            size_of(file)
 
 
 def _typed(error: sqlite3.Error, path: Path) -> Exception:
@@ -161,7 +191,7 @@ def _typed(error: sqlite3.Error, path: Path) -> Exception:
             found=f"{shutil.disk_usage(path.parent).free} bytes free on the device",
             remedy="free some space and resume; every measurement before this one is in the file",
         )
-    if code == "SQLITE_NOTADB" or code.startswith("SQLITE_CORRUPT"):
+    if code == "SQLITE_NOTADB" or code.startswith("SQLITE_CORRUPT") or "decode" in str(error):
         return DamagedFileError(f"{where} is damaged or no database", expected="a whole SQLite database", found=str(error), remedy=_DAMAGED)
     if code in ("SQLITE_BUSY", "SQLITE_LOCKED"):
         return StoreInUseError(
@@ -203,6 +233,23 @@ def _damaged_inside(path: Path, findings: list[str]) -> DamagedFileError:
         expected="a database that passes SQLite's quick check",
         found="; ".join(findings),
         remedy=_DAMAGED,
+    )
+
+
+def _altered_tables(path: Path, names: list[str]) -> DamagedFileError:
+    return DamagedFileError(
+        f"the tables of drift store '{path}' were altered",
+        expected="those that this library makes",
+        found=f"others by the name of {', '.join(names)}, or none",
+        remedy=_DAMAGED,
+    )
+
+
+def _wrong_value(path: Path, column: str, kind: Any, value: Any) -> DamagedFileError:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    expected = " or ".join(word if isinstance(word, str) else word.__name__ for word in kinds)
+    return DamagedFileError(
+        f"drift store '{path}' holds a '{column}' that is none", expected=expected, found=repr(value)[:80], remedy=_DAMAGED
     )
 
 

@@ -17,6 +17,7 @@ from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
 from steer.drift.measurement import SiteMeasurement
 from steer.drift.metric import check_metrics, compute_metrics
+from steer.drift.metric_names import check_metric_names
 from steer.drift.probe import Probe
 from steer.drift.records import DriftRecord, log_values, records_of
 from steer.drift.site_directions import DirectionsLike, SiteDirections, TrackedDirection, as_list, directions_by_site
@@ -27,6 +28,7 @@ from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.site import Site
 from steer.model.tokens import Row
+from steer.reading import parse_json
 
 
 class DriftTracker:
@@ -59,7 +61,8 @@ class DriftTracker:
         probe_seconds: wall time spent in probe mode so far.
 
     Raises:
-        ConfigError: nothing to track, or no mode. WidthError: directions of one site differ in width.
+        ConfigError: nothing to track, no mode, or two names that loggers cannot tell apart.
+        WidthError: directions of one site differ in width.
 
     Example:
         tracker = DriftTracker({"rude": direction}, probe=prompts, store="drift.sqlite")
@@ -84,6 +87,7 @@ class DriftTracker:
         self.sites: dict[Site, SiteDirections] = directions_by_site(self.directions, controls, seed)
         if len(probe) == 1 or (not len(probe) and not stream):
             raise _nothing_to_measure(len(probe), stream)
+        check_metric_names((f"{name}@{own.site}" for name, of_name in self.directions.items() for own in of_name), "tracked directions")
         self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
         self.seed = seed
         self.span = span
@@ -129,6 +133,19 @@ class DriftTracker:
         except BaseException:
             self._remove_hooks()
             raise
+
+    def reset(self) -> None:
+        """Forgets all measurements, so that the next one is a baseline again. Raises AttachError while it is attached."""
+        if self._model is not None:
+            raise _attached_already(self._model)
+        self._close_store()
+        if self.probe is not None:
+            self.probe.load_state_dict({})
+        for reader in self.readers.values():
+            reader.load_state_dict({}, main=False)
+        self.fingerprint = None
+        self.last_step = -1
+        self.latest = []
 
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
@@ -224,13 +241,15 @@ class DriftTracker:
         Raises:
             ConfigError: the state belongs to other directions, controls or prompts.
         """
+        if missing := [name for name in ("digest", "last_step", "fingerprint") if not isinstance(state.get(name), Tensor)]:
+            raise _no_state(missing, state)
         if not torch.equal(_digest(self), state["digest"]):
             raise _another_tracker(_digest(self), state["digest"])
         self._close_store()
         self.last_step = int(state["last_step"])
         self.latest = []
         # Of the model at the baseline: full training moves the embeddings that a fingerprint taken now would describe.
-        self.fingerprint = json.loads(bytes(state["fingerprint"].tolist()))
+        self.fingerprint = parse_json(bytes(state["fingerprint"].tolist()), "the fingerprint in the state of a tracker")
         if self.probe is not None:
             self.probe.load_state_dict(under("probe/", state))
         for site, reader in self.readers.items():
@@ -303,6 +322,15 @@ def _measured_before(step: int, last_step: int) -> ConfigError:
         expected=f"a step after {last_step}",
         found=f"step {step}",
         remedy="skip steps up to tracker.last_step",
+    )
+
+
+def _no_state(missing: list[str], state: Mapping[str, Tensor]) -> ConfigError:
+    return ConfigError(
+        "this is no state of a drift tracker",
+        expected="what `state_dict()` of one returned",
+        found=f"no tensor '{missing[0]}' beside {', '.join(list(state)[:5]) or 'nothing'}",
+        remedy="resume from a checkpoint that was saved with the tracker",
     )
 
 

@@ -15,7 +15,7 @@ from steer.drift import schema
 from steer.drift.measurement import MODES
 from steer.drift.records import DriftRecord
 from steer.drift.site_directions import KINDS, TrackedDirection
-from steer.drift.store import DriftStore, StoreInUseError, typed_errors
+from steer.drift.store import DriftStore, StoreInUseError, check_files, typed_errors
 from steer.errors import ConfigError, WrongModelError
 
 
@@ -42,6 +42,7 @@ class DriftWriter(DriftStore):
         self.path = Path(path)
         self.from_step = from_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_files(self.path)
         self._lock = _hold(self.path)
         self._db = self._lock
         try:

@@ -10,6 +10,7 @@ from torch import nn
 
 from steer.errors import ConfigError
 from steer.model.capture import evaluating
+from steer.model.devices import input_device
 from steer.model.tokens import collate, encode, pad_id
 
 
@@ -33,7 +34,7 @@ def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_ne
     """
     check_completions(prompts, max_new_tokens)
     batch = collate([encode(tokenizer, prompt) for prompt in prompts], pad_id(tokenizer), side="left")
-    device = next(model.parameters()).device
+    device = input_device(model)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     with evaluating(model), torch.random.fork_rng(devices=[]):
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id(tokenizer))  # type: ignore[operator]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from steer.errors import ConfigError, DamagedFileError
+from steer.reading import parse_json
 
 # split -> the texts that every line of its file needs; it may hold others
 SPLITS = {
@@ -29,8 +29,8 @@ def read_jsonl(file: Traversable, keys: tuple[str, ...]) -> list[dict[str, str]]
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            record = parse_json(line, f"line {number}")
+        except ValueError as error:  # DamagedFileError and NonFiniteError are ValueErrors
             raise _bad_line(file, number, keys, "is not JSON", found=line[:80]) from error
         if not isinstance(record, dict):
             raise _bad_line(file, number, keys, "is no object", found=type(record).__name__)

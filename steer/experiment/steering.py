@@ -7,19 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from steer.directions.direction import Directions
+from steer.directions.foreign import import_directions
 from steer.directions.text import direction_at, plan_from_text, plan_to_text
 from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.intervene import GATES, Gate, Plan
 from steer.intervene.gate import SiteGate
 from steer.model.site import Site
 
+_IMPORT_OPTIONS = ("path", "site", "n_layers", "format")
 
-def plan_from_config(text: str, directions: Mapping[str, str], gates: Mapping[str, Mapping[str, Any]]) -> tuple[Plan, str]:
+
+def plan_from_config(
+    text: str, directions: Mapping[str, str | Mapping[str, Any]], gates: Mapping[str, Mapping[str, Any]]
+) -> tuple[Plan, str]:
     """Reads a plan.
 
     Args:
         text: see `steer.directions.text`.
-        directions: name -> path of saved `Directions`.
+        directions: name -> path of saved `Directions`, or the arguments of `import_directions`: `path` of a file of another program, and
+            `site`, `n_layers` or `format` as it needs them.
         gates: name -> `gate` (its kind), `direction` (name of the vector that it compares with) and the options of that kind. It reads
             where its direction was read; `site` chooses one of several.
 
@@ -29,10 +35,20 @@ def plan_from_config(text: str, directions: Mapping[str, str], gates: Mapping[st
     Raises:
         ConfigError, FileError, WrongModelError.
     """
-    loaded = {name: Directions.load(path) for name, path in directions.items()}
+    loaded = {name: _directions(name, source) for name, source in directions.items()}
     named_gates = {name: _gate(name, spec, loaded) for name, spec in gates.items()}
     plan = plan_from_text(text, loaded, named_gates)
     return plan, plan_to_text(plan, loaded, named_gates)
+
+
+def _directions(name: str, source: str | Mapping[str, Any]) -> Directions:
+    if not isinstance(source, Mapping):
+        return Directions.load(source)
+    if "path" not in source:
+        raise _no_path(name, source)
+    if unknown := sorted(source.keys() - _IMPORT_OPTIONS):
+        raise _unknown_import_option(name, unknown[0])
+    return import_directions(**source)
 
 
 def _gate(name: str, spec: Mapping[str, Any], directions: Mapping[str, Directions]) -> Gate:
@@ -72,6 +88,18 @@ def _option_names(gate_class: Any) -> list[str]:
 
 def _example(name: str) -> str:
     return f"e.g. gates.{name}.gate=cosine gates.{name}.direction=harm gates.{name}.threshold=0.1"
+
+
+def _no_path(name: str, source: Mapping[str, Any]) -> ConfigError:
+    expected = f"directions.{name}=<saved directions>, or directions.{name}.path=<file of another program>"
+    remedy = f"e.g. directions.{name}.path=vector.npy directions.{name}.site=layers.15.output"
+    return ConfigError(f"direction '{name}' has no file", expected=expected, found=", ".join(source) or "nothing", remedy=remedy)
+
+
+def _unknown_import_option(name: str, option: str) -> ConfigError:
+    remedy = did_you_mean(option, _IMPORT_OPTIONS) or f"leave directions.{name}.{option} out"
+    expected = ", ".join(_IMPORT_OPTIONS)
+    return ConfigError(f"direction '{name}' has no option '{option}'", expected=expected, found=option, remedy=remedy)
 
 
 def _incomplete_gate(name: str, spec: Any) -> ConfigError:

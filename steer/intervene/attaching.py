@@ -21,14 +21,15 @@ from steer.intervene.pass_events import PassEvents
 from steer.intervene.plan import Plan
 from steer.intervene.prepared import PreparedEdits, prepared_for
 from steer.intervene.schedule import Schedule
-from steer.intervene.scope_mask import ScopeMask
+from steer.intervene.scope_mask import ScopeMask, no_images
 from steer.intervene.site_edits import SiteEdits
 from steer.intervene.token_counter import TokenCounter
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.context import PHASES
+from steer.model.devices import input_device
 from steer.model.site import Site
-from steer.model.watcher import watcher_of
+from steer.model.watcher import image_token_ids, watcher_of
 
 
 class _Resolved:
@@ -51,6 +52,7 @@ class _Resolved:
         _check_widths(plan, self.anatomy, self.points)
         _check_fingerprint(plan, self.anatomy)
         _check_gates(plan, self)
+        _check_scopes(plan, self.readers, self.anatomy)
         check_own_methods(plan.interventions, model)
 
 
@@ -76,6 +78,8 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     plan_number = 1 + max((edits.plan_number for edits in stacked), default=-1)
     resolved = _Resolved(plan, model, plan_number)
     first = next(model.parameters(), torch.empty(0))
+    if first.is_meta:  # offloaded: nothing but its type can be read between calls
+        first = torch.empty(0, dtype=first.dtype, device=input_device(model))
     active = _activate(plan, resolved, first, plan_number, allowed, replacement)
     counter = TokenCounter(active, first.device)
     functions = _edits_by_point(active, resolved, first, counter, plan_number)
@@ -128,7 +132,7 @@ def _activate(
         active = ActiveIntervention(
             intervention,
             scope_masks[text],
-            like.device,
+            input_device(point.module) if like.is_meta else like.device,
             plan_number,
             phases=tuple(phase for phase in intervention.phases if phase in allowed),
             schedule=replacement or intervention.schedule,
@@ -154,9 +158,15 @@ def _edits_by_point(
         edits.interventions.append(intervention)
         edits.counts_calls |= intervention.counts_in_calls
     for gate, _, name, point in resolved.readers:
-        device = next(point.module.parameters(), first).device
+        like = next(point.module.parameters(), first)
+        device = input_device(point.module) if like.is_meta else like.device
         edits_at(point).gates.append((gate.on(device), name))
-    return list(by_point.values())
+    return sorted(by_point.values(), key=lambda entry: _place_in_fused_module(entry[0]))
+
+
+def _place_in_fused_module(point: HookPoint) -> tuple[int, int]:
+    """Queries before keys before values, so that a gate reads one before another is edited, as where each has a module of its own."""
+    return (-2, 0) if point.columns is None else point.site.order
 
 
 # ---- checks
@@ -188,6 +198,14 @@ def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
     digests = {plan.fingerprint.get("embedding_digest"), fingerprint["embedding_digest"]}
     if None not in digests and len(digests) == 2:
         warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=6)
+
+
+def _check_scopes(plan: Plan, readers: list[tuple[SiteGate, Site, str, HookPoint]], anatomy: Anatomy | None) -> None:
+    """A model that reads images has what `image` means."""
+    scopes = [*(intervention.scope for intervention in plan.interventions), *(gate.over for gate, *_ in readers)]
+    for scope in scopes:
+        if any(selector.kind == "image" for selector in scope.selectors) and not (anatomy and image_token_ids(anatomy.chain)):
+            raise no_images(str(scope))
 
 
 def _check_gates(plan: Plan, resolved: _Resolved) -> None:

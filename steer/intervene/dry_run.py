@@ -1,7 +1,7 @@
 """Dry run of operators and gates on a small random activation, before a hook is installed.
 
-A hook looks at nothing that an operator gives it: that would cost every decoded token. So each object is tried once for each type and
-device of a model.
+A hook looks at nothing that an operator gives it: that would cost every decoded token. So each class is tried once for each form of its
+tensors and settings, and each type and device of a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +23,10 @@ from steer.intervene.intervention import Intervention
 from steer.intervene.operator import Operator, TensorHolder
 from steer.intervene.operator_trial import BATCH, TOKENS, OperatorTrial, another_tensor, check_unwritten, in_words, not_finite
 from steer.model.context import ForwardContext
+from steer.model.devices import input_device
 
 _COMPUTES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_Holder = TypeVar("_Holder", bound=TensorHolder)
-_passed: WeakKeyDictionary[TensorHolder, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[type, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -> None:
@@ -39,19 +39,18 @@ def check_own_methods(interventions: Sequence[Intervention], model: nn.Module) -
     """
     weights = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
     dtype = weights.dtype if weights.dtype in _COMPUTES else torch.float32
-    if weights.is_meta:
-        return
-    with _undisturbed(weights.device):
+    device = input_device(model) if weights.is_meta else weights.device
+    with _undisturbed(device):
         for intervention in interventions:
             strength = max(map(abs, intervention.strength)) or 1.0
             by_row = intervention.slots > 1
             types = {dtype, torch.promote_types(dtype, torch.float32)} if intervention.preserve_norm else {dtype}
             for tried_dtype in sorted(types, key=str):
                 check = partial(_check_operator, strength=strength, by_row=by_row)
-                _once(intervention.operator, (tried_dtype, by_row), tried_dtype, weights.device, check)
+                _once(intervention.operator, (tried_dtype, by_row), tried_dtype, device, check)
             for gate in intervention.gate.site_gates() if intervention.gate is not None else ():
                 if gate.is_tried:
-                    _once(gate, (dtype,), dtype, weights.device, _check_gate)
+                    _once(gate, (dtype,), dtype, device, _check_gate)
 
 
 @contextmanager
@@ -62,19 +61,26 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def _once(
-    holder: _Holder, trial_of: tuple[Any, ...], dtype: torch.dtype, device: torch.device, check: Callable[[_Holder, Tensor], None]
+    holder: TensorHolder, trial_of: tuple[Any, ...], dtype: torch.dtype, device: torch.device, check: Callable[[Any, Tensor], None]
 ) -> None:
-    """Tries an operator or a gate, unless it has passed the same trial on this device."""
-    remembers = type(holder).__hash__ is not None
-    if remembers and (device, *trial_of) in _passed.get(holder, ()):
+    """Tries an operator or a gate, unless one of the same class, shapes and settings has passed the same trial on this device."""
+    passed = _passed.setdefault(type(holder), set())
+    key = (device, *trial_of, *_form(holder))
+    if key in passed:
         return
     trial = copy.copy(holder)  # what it notes about itself stays with the copy, and so do its tensors
     trial.tensors = {name: tensor.detach().to(device, copy=True) for name, tensor in holder.tensors.items()}
     # a seed that nobody draws a vector with: an ablated token that lies along its direction would have no norm to keep
     h = torch.randn(BATCH, TOKENS, holder.width, generator=torch.Generator().manual_seed(0x7D21))
     check(trial, h.to(device, dtype))
-    if remembers:
-        _passed.setdefault(holder, set()).add((device, *trial_of))
+    passed.add(key)
+
+
+def _form(holder: TensorHolder) -> tuple[Any, ...]:
+    """What tells holders of one class apart, but for the numbers in their tensors."""
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in holder.tensors.items())
+    settings = tuple((name, value) for name, value in vars(holder).items() if isinstance(value, str | int | float | None) and name != "number")
+    return (holder.width, shapes, settings)
 
 
 def _check_operator(operator: Operator, h: Tensor, strength: float, by_row: bool) -> None:

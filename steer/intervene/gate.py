@@ -242,6 +242,8 @@ class SiteGate(Gate, TensorHolder):
 
     def _of_rows(self, h: Tensor, ctx: ForwardContext) -> Decision:
         """[batch, 1, 1], or [batch, tokens, 1] where a row may hold several texts."""
+        if ctx.is_paged:
+            ctx.check_generation_is_clear()
         margin = self.margin(h, ctx)
         counted = self._counted_tokens(ctx)
         if counted.shape != margin.shape:

@@ -164,6 +164,8 @@ class Intervention:
         by_holder: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             holder, _, name = key.rpartition(".")
+            if not name:
+                raise TypeError("a tensor without a name")
             by_holder.setdefault(holder, {})[name] = tensor
         operator = OPERATORS.get(spec["operator"]).restore(by_holder.pop("", {}), spec["options"])
         gate = None

@@ -12,7 +12,7 @@ from torch import nn
 
 from steer import files
 from steer.checks import errors_of, integer, of_type, whole_number
-from steer.errors import ConfigError, DamagedFileError, SteerError
+from steer.errors import ConfigError, DamagedFileError, SteerError, in_file
 from steer.intervene.intervention import Intervention
 from steer.intervene.operator import Operator
 
@@ -170,13 +170,13 @@ class Plan:
             if by_intervention:
                 raise TypeError(f"tensors of an intervention {min(by_intervention)}, which the plan does not have")
             _tie_shared_parameters(interventions, manifest["shared"])
-        except SteerError:
-            raise  # says more
+            return cls(interventions, fingerprint=manifest.get("fingerprint"), step=manifest.get("step", 0))  # older files do not say
+        except SteerError as error:
+            raise in_file(error, path) from error
         except KeyError as error:
             raise _lacking_part(path, error) from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # whatever code stumbles over that expects what `save` writes
             raise _unfitting_part(path, error) from error
-        return cls(interventions, fingerprint=manifest.get("fingerprint"), step=manifest.get("step", 0))  # older files do not say
 
 
 def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[str, str], now: Mapping[str, Sequence[float]] = {}) -> str:

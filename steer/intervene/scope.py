@@ -32,6 +32,7 @@ KINDS = {
     "last": "the last token of each row or packed segment; in generation the newest one",
     "positions[...]": "a window of each text; 0 is its first real token, -1 the last of the prompt or training row",
     "tokens[...]": "tokens with one of these ids",
+    "image": "the positions of images in the text of a vision-language model",
     "role[...]": "turns of system, user, assistant or tool, as announced by steer.chat_roles",
 }
 _WINDOWED = ("prompt", "response", "generated", "positions")

@@ -140,6 +140,8 @@ class ScopeMask:
             common: Mask = True
             for part in intersection:
                 common = both(common, self._of_part(part, ctx))
+                if ctx.leading and part.selector.kind != "all":  # a soft prompt is steered as `all` only: it belongs to no text
+                    common = both(common, ctx.in_text)
             hits = either(hits, common)
         return hits
 
@@ -153,6 +155,8 @@ class ScopeMask:
             return ctx.last
         if kind == "tokens":
             return _of_ids(part, ctx)
+        if kind == "image":
+            return _of_images(part.selector, ctx)
         if kind == "role":
             return _of_roles(selector, ctx)
         if kind == "positions":
@@ -167,7 +171,8 @@ class ScopeMask:
             raise _unknown_parts(self.scope)
         if selector.kind == "generated":
             return False
-        part = ~ctx.labelled if selector.kind == "prompt" else ctx.labelled
+        part = both(~ctx.labelled if selector.kind == "prompt" else ctx.labelled, ctx.in_text)
+        assert isinstance(part, Tensor)
         if window is None:
             return part
         part = part & ctx.real
@@ -189,6 +194,17 @@ def _of_ids(part: _Part, ctx: ForwardContext) -> Mask:
         raise _needs_ids(part.selector)
     assert part.ids is not None
     return torch.isin(ctx.ids, part.ids)
+
+
+def _of_images(selector: Selector, ctx: ForwardContext) -> Mask:
+    if not ctx.image_ids:
+        raise no_images(str(selector))
+    if ctx.ids is None:
+        raise _needs_ids(selector)
+    hits: Mask = False
+    for image_id in ctx.image_ids:
+        hits = either(hits, ctx.ids == image_id)
+    return hits
 
 
 def _in_positions(window: WindowBounds, ctx: ForwardContext) -> Mask:
@@ -249,6 +265,16 @@ def _needs_tokens(scope: Scope) -> ContextError:
         expected="a site of a decoder, or the scope 'all'",
         found="a module that is no part of a decoder, whose passes have no tokens",
         remedy="use scope='all'",
+    )
+
+
+def no_images(scope: str) -> ContextError:
+    """The model is none that reads images."""
+    return ContextError(
+        f"scope '{scope}' needs a vision-language model",
+        expected="a config with image_token_id, the id that stands for images in the text",
+        found="none",
+        remedy="use tokens[<id>] where you know the id, or another scope",
     )
 
 

@@ -198,7 +198,8 @@ class Anatomy:
     def fingerprint(self) -> dict[str, Any]:
         """What makes this model itself: its shape, and a digest of 16 embedding rows (stable under LoRA, moved by full training)."""
         weight, digest = self.embedding.weight, None
-        if isinstance(weight, Tensor) and type(weight.data) is Tensor:  # a DTensor shard does not hold the same rows on every rank
+        # a DTensor shard does not hold the same rows on every rank, an offloaded weight holds none
+        if isinstance(weight, Tensor) and type(weight.data) is Tensor and not weight.is_meta:
             rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
             digest = hashlib.sha256(weight.detach()[rows.to(weight.device)].float().cpu().numpy().tobytes()).hexdigest()[:16]
         return {

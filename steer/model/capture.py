@@ -18,6 +18,7 @@ from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
+from steer.model.devices import input_device
 from steer.model.prefix import (
     PROVEN,
     CachedPrefix,
@@ -222,7 +223,7 @@ def capture(
         with (
             evaluating(model),
             torch.compiler.set_stance("force_eager"),
-            tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+            tqdm(total=len(rows), desc=progress, disable=True if progress is None else None, leave=False) as bar,
         ):
             run = _Capture(model, anatomy, reader, rows, spans, pad, None)
             if shared is not None:
@@ -258,7 +259,7 @@ class _Capture:
         self.spans = spans
         self.pad = pad
         self.shared = shared
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.rest = list(rows) if shared is None else shared.rest
         self.lengths = [len(row.ids) for row in self.rest]
         if shared is not None:

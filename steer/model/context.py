@@ -72,12 +72,15 @@ class ForwardContext:
         labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
         position_ids: [batch or 1, tokens] as given, or None.
         past: number of tokens in the cache before this pass; a tensor for static caches.
-        virtual: number of cache entries that are no tokens of any text (prefix tuning).
+        virtual: number of cache entries before every text that are no tokens of it (prefix tuning, soft prompts of an earlier pass).
+        leading: number of positions at the start of this pass that are none either (a soft prompt).
+        is_paged: continuous batching: one row with tokens of many requests, some of their prompts, some decoded.
         full_mask: [batch, cache + tokens or more] attention mask over cache and pass, or None.
         prompt_phase: phase in which the prompt of this cache ran, when it was not `generate`.
         unembedded: positions that the unembedding sees: all (0), the last so many, or these.
         device: of the token ids; None beside a decoder.
         ids: [batch, tokens] token ids; None when embeddings were given.
+        image_ids: token ids that stand for images in the text; () for a model that reads none.
         turns: [batch, tokens] index into `CHAT_ROLES` of the turn that each token belongs to, from `chat_roles`; else None.
         memory: what the prompt decided for the whole generation. It lives on the KV cache and is copied with it, so that two generations
             are mixed up no more than their caches are.
@@ -95,11 +98,14 @@ class ForwardContext:
     position_ids: Tensor | None = None
     past: Tensor | int = 0
     virtual: int = 0
+    leading: int = 0
+    is_paged: bool = False
     full_mask: Tensor | None = None
     prompt_phase: str | None = None
     unembedded: Tensor | int = 0
     device: torch.device | None = None
     ids: Tensor | None = None
+    image_ids: tuple[int, ...] = ()
     turns: Tensor | None = None
     memory: GenerationMemory = field(default_factory=GenerationMemory)
     scratch: PassScratch = field(default_factory=PassScratch)
@@ -116,29 +122,40 @@ class ForwardContext:
 
     def _positions(self) -> Tensor:
         position_ids = self.position_ids
-        if position_ids is not None and self.virtual:
-            position_ids = position_ids - self.virtual
+        before_text = self.virtual + self.leading
+        if position_ids is not None and before_text:
+            position_ids = position_ids - before_text
         if self.full_mask is None:
-            return (torch.arange(self.tokens, device=self.device) + self.past)[None] if position_ids is None else position_ids
+            if position_ids is not None:
+                return position_ids
+            if isinstance(self.attention, Tensor):
+                raise _unknown_positions()
+            return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
         length = self.memory.length_before(self.past) if self.decoding and isinstance(self.past, int) else None
         if length is not None and length.shape[0] == self.batch:
             counted = length + self.attention - 1  # [batch, 1]
         else:
-            counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - self.virtual
+            counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - before_text
         # position ids start over in packed rows, and may count padding
         return counted if position_ids is None else torch.minimum(counted, position_ids)
 
     @property
     def starts(self) -> Tensor | None:
         """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
-        return None if self.position_ids is None else self.real & (self.position_ids == self.virtual)
+        return None if self.position_ids is None else self.real & (self.position_ids == self.virtual + self.leading)
+
+    @property
+    def in_text(self) -> Mask:
+        """[1, tokens] bool or True: the positions that a text may have, those of a soft prompt left out."""
+        return torch.arange(self.tokens, device=self.device)[None] >= self.leading if self.leading else True
 
     @property
     def real(self) -> Tensor:
-        """[batch, tokens] bool: the tokens that are not padding."""
-        if isinstance(self.attention, Tensor):
-            return self.attention
-        return torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+        """[batch, tokens] bool: the tokens of the texts, without padding and soft prompts."""
+        real = self.attention
+        if not isinstance(real, Tensor):
+            real = torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+        return real & self.in_text if self.leading else real
 
     @property
     def last(self) -> Mask:
@@ -147,19 +164,28 @@ class ForwardContext:
         if self.decoding:
             return self.attention
         real = self.real
-        is_followed = torch.zeros_like(real)
-        is_followed[:, :-1] = real[:, 1:]
-        if self.position_ids is not None:
-            is_followed[:, :-1] &= self.position_ids[:, 1:] != self.virtual
-        return real & ~is_followed
+        return real & (self._real_tokens_after(real) == 0)
+
+    def _real_tokens_after(self, real: Tensor) -> Tensor:
+        """[batch, tokens]: how many tokens of the same text follow; a mask may have holes, so the next one may stand further on."""
+        starts = self.starts
+        after = real.flip(1).long().cumsum(1).flip(1) - real.long()  # in the whole row
+        if starts is None:
+            return after
+        index = torch.arange(self.tokens, device=self.device)
+        following = torch.where(starts, index, self.tokens).roll(-1, 1)  # [batch, tokens]
+        following[:, -1] = self.tokens
+        next_start = following.flip(1).cummin(1).values.flip(1)  # the first start after each token
+        ahead = torch.nn.functional.pad(after + real.long(), (0, 1))  # [batch, tokens + 1] from each token on, itself included
+        return after - ahead.gather(1, next_start)
 
     @property
     def from_end(self) -> Tensor:
         """[batch, tokens]: -1 on the last real token of each row or packed segment, -2 on the one before, ..."""
-        index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
-        last = self.last
-        ends = torch.where(last if isinstance(last, Tensor) else self.real, index, self.tokens)
-        return index - ends.flip(1).cummin(1).values.flip(1) - 1
+        self.check_generation_is_clear()
+        if self.decoding:
+            return torch.full((self.batch, self.tokens), -1, device=self.device)
+        return -1 - self._real_tokens_after(self.real)
 
     # ---- prompt and generated tokens
 
@@ -197,7 +223,7 @@ class ForwardContext:
             length = mask[:, : past + self.virtual].sum(1, keepdim=True) - self.virtual  # [batch, 1]
         self.scratch.lengths_noted = True
         own = self.attention.sum(1, keepdim=True) if isinstance(self.attention, Tensor) else self.tokens
-        self.memory.set_length(length + own, past + self.tokens)
+        self.memory.set_length(length + own - self.leading, past + self.tokens - self.leading)
 
     def remember(self, name: str, from_prompt: Callable[[], Tensor]) -> Tensor:
         """A tensor with one entry per row that the prompt decides and every later pass of the generation uses.
@@ -231,6 +257,8 @@ class ForwardContext:
 
     def check_generation_is_clear(self) -> None:
         """Raises ContextError where given and decoded tokens cannot be told apart."""
+        if self.is_paged:
+            raise _continuous_batching()
         if self.unclear:
             raise _unclear_generation()
 
@@ -266,6 +294,24 @@ def in_backward() -> bool:
 
 
 # ---- errors
+
+
+def _unknown_positions() -> ContextError:
+    return ContextError(
+        "positions cannot be told in this forward pass",
+        expected="a 2-D attention mask, or position_ids of shape [batch, tokens]",
+        found="padding in an attention mask of another form, and no position_ids",
+        remedy="pass the 2-D mask, or position_ids that count each row's tokens",
+    )
+
+
+def _continuous_batching() -> ContextError:
+    return ContextError(
+        "given and decoded tokens cannot be told apart in continuous batching",
+        expected="the scope 'all' or 'tokens[...]', and gates that decide for each token",
+        found="one row with tokens of many requests",
+        remedy="use model.generate, whose batches have a row for each prompt, or scope='all'",
+    )
 
 
 def _unseen_prompt(batch: int, remembered: Tensor | None) -> ContextError:

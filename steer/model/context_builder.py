@@ -10,6 +10,7 @@ from torch import Tensor
 from steer.errors import ContextError
 from steer.model.cache import PROMPT_PHASE, GenerationMemory, memory_of, note_pass
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
+from steer.model.peft_state import NONE, VirtualTokens
 
 # the arguments of a forward pass that tell tokens apart
 TOKEN_ARGUMENTS = (
@@ -21,7 +22,13 @@ TOKEN_ARGUMENTS = (
     "use_cache",
     "labels",
     "logits_to_keep",
+    "cache",
 )
+# those that hold for one stack only: where its own forward has them, what an outer module got under that name is not its own
+OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+# what outer modules got instead, which may tell more: ids where embeddings follow, a plain mask where an expanded one follows
+OUTER_IDS = "outer input_ids"
+OUTER_MASK = "outer attention_mask"
 
 
 def build_context(
@@ -30,7 +37,8 @@ def build_context(
     *,
     is_reference: bool = False,
     turns: Tensor | None = None,
-    virtual: int = 0,
+    virtual: VirtualTokens = NONE,
+    image_ids: tuple[int, ...] = (),
 ) -> ForwardContext:
     """Makes the context of one pass of a decoder.
 
@@ -39,38 +47,46 @@ def build_context(
         response: response mask from `response_tokens`, which wins over labels.
         is_reference: PEFT adapters are switched off.
         turns: chat roles from `chat_roles`.
-        virtual: number of cache entries that are no tokens, see `ForwardContext`.
+        virtual: positions before every text that are no tokens of it.
+        image_ids: see `ForwardContext`.
+
+    Raises:
+        ContextError: a mask that belongs to other tokens than those of this pass.
     """
     cache = arguments.get("past_key_values")
-    virtual = virtual if cache is not None else 0
-    past = _cached_tokens(cache, virtual)
-    generating = _is_generating(arguments, response, past, virtual)
+    is_paged = arguments.get("cache") is not None and _is_paged(arguments["cache"])
+    leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.number else (0, 0)
+    past = _cached_tokens(cache, in_cache)
+    generating = is_paged or _is_generating(arguments, response, past, in_cache)
     phase = _phase(generating)
     role = "reference" if is_reference and not generating else "policy"
     token_tensor = _token_tensor(arguments)
     if token_tensor is None:
         return tokenless_context(phase, role)
     batch, tokens = token_tensor.shape[:2]
-    decoding = generating and tokens == 1 and not (isinstance(past, int) and past == 0)
-    attention_mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+    decoding = generating and not is_paged and tokens == 1 and not (isinstance(past, int) and past == 0)
+    mask = None if is_paged else _plain_mask(arguments, batch, tokens)
     return ForwardContext(
         batch=batch,
         tokens=tokens,
         phase=phase,
         role=role,
         decoding=decoding,
-        unclear=generating and not torch.compiler.is_compiling() and note_pass(cache, past, tokens),
-        attention=_attention(attention_mask, tokens, past + virtual),
+        unclear=generating and not is_paged and _is_unclear(arguments, cache, past, tokens - leading),
+        attention=_attention(mask, tokens, past + in_cache),
         labelled=_response_mask(arguments, response, token_tensor),
-        position_ids=position_ids if isinstance(position_ids, Tensor) and position_ids.dim() == 2 else None,
+        position_ids=_position_ids(arguments),
         past=past,
-        virtual=virtual,
-        full_mask=attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None,
+        virtual=in_cache,
+        leading=leading,
+        is_paged=is_paged,
+        full_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         prompt_phase=getattr(cache, PROMPT_PHASE, None),
         unembedded=arguments.get("logits_to_keep", 0),
         device=token_tensor.device,
-        ids=arguments.get("input_ids"),
-        turns=_turns(turns, token_tensor, past, is_prompt=generating and not decoding),
+        ids=_ids(arguments, batch, tokens, leading),
+        image_ids=image_ids,
+        turns=_turns(turns, token_tensor, past, leading, is_prompt=generating and not decoding),
         memory=memory_of(cache) if generating else GenerationMemory({}, None, -1),
         scratch=PassScratch({}, {}, {}, set()),
     )
@@ -108,6 +124,65 @@ def _phase(generating: bool) -> str:
     return "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
 
 
+def _is_paged(cache: Any) -> bool:
+    """The cache of continuous batching."""
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    return isinstance(cache, PagedAttentionCache)
+
+
+def _virtual_positions(virtual: VirtualTokens, cache: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    """How many of the virtual tokens run through this pass, and how many are in the cache."""
+    if virtual.in_cache:
+        return 0, virtual.number if cache is not None else 0
+    entries = 0 if cache is None else cache.get_seq_length()
+    embeds = arguments.get("inputs_embeds")
+    if embeds is not None and (isinstance(entries, Tensor) or entries == 0):
+        return virtual.number, 0
+    return 0, virtual.number if cache is not None else 0
+
+
+def _is_unclear(arguments: dict[str, Any], cache: Any, past: Tensor | int, tokens: int) -> bool:
+    """See `ForwardContext.unclear`. The first pass of assisted decoding has candidates behind the prompt, all of which get logits."""
+    if torch.compiler.is_compiling():
+        return False
+    n_logits = arguments.get("logits_to_keep", 0)
+    has_candidates = tokens > 1 and isinstance(n_logits, int) and n_logits > 1
+    return note_pass(cache, past, tokens) or has_candidates
+
+
+def _plain_mask(arguments: dict[str, Any], batch: int, tokens: int) -> Any:
+    """The attention mask of the stack; the plain one of an outer module in place of one that was expanded from it."""
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        outer = arguments.get(OUTER_MASK)
+        return outer if outer is not None and outer.shape[0] == batch and outer.shape[1] >= tokens else mask
+    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < tokens):
+        raise _unfitting_mask(mask, batch, tokens)
+    return mask
+
+
+def _position_ids(arguments: dict[str, Any]) -> Tensor | None:
+    """[batch or 1, tokens]; those of the text where an image has more than one position a token, the first of four."""
+    position_ids = arguments.get("position_ids")
+    if not isinstance(position_ids, Tensor):
+        return None
+    if position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        return position_ids[0]
+    return position_ids if position_ids.dim() == 2 else None
+
+
+def _ids(arguments: dict[str, Any], batch: int, tokens: int, leading: int) -> Tensor | None:
+    """[batch, tokens]: token ids, -1 for a soft prompt; those that an outer module embedded where they fit what it made of them."""
+    ids = arguments.get("input_ids")
+    if ids is not None:
+        return ids
+    outer = arguments.get(OUTER_IDS)
+    if outer is None or outer.shape != (batch, tokens - leading):
+        return None
+    return torch.nn.functional.pad(outer, (leading, 0), value=-1) if leading else outer
+
+
 def _token_tensor(arguments: dict[str, Any]) -> Tensor | None:
     """[batch, tokens, ...]: token ids, or embeddings where there are none."""
     ids = arguments.get("input_ids")
@@ -132,11 +207,13 @@ def _aligned(mask: Tensor, batch: int, tokens: int) -> Tensor:
     return torch.nn.functional.pad(mask, (missing, 0)) if missing else mask  # [batch, tokens]
 
 
-def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, *, is_prompt: bool) -> Tensor | None:
+def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, leading: int, *, is_prompt: bool) -> Tensor | None:
     """The chat roles of a pass: beams follow their row, and what is in the cache already may be named with the rest."""
     if turns is None:
         return None
     turns = turns.to(token_tensor.device)
+    if leading and turns.dim() == 2:
+        turns = torch.nn.functional.pad(turns, (leading, 0), value=-1)
     batch, tokens = token_tensor.shape[:2]
     if not is_prompt or turns.dim() != 2:
         return turns
@@ -170,4 +247,13 @@ def _unfitting_response_mask(mask: Tensor, batch: int, tokens: int) -> ContextEr
         expected=f"[{batch}, {tokens}] or a narrower completion mask",
         found=list(mask.shape),
         remedy="announce the mask of exactly the rows that this forward pass gets",
+    )
+
+
+def _unfitting_mask(mask: Tensor, batch: int, tokens: int) -> ContextError:
+    return ContextError(
+        "the attention mask is not that of this forward pass",
+        expected=f"{batch} rows and at least {tokens} tokens",
+        found=list(mask.shape),
+        remedy="pass the mask of the tokens that this stack of blocks gets",
     )

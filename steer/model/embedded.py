@@ -26,6 +26,7 @@ from filelock import FileLock
 from steer.errors import DamagedFileError, ModelNotFoundError, StorageFullError
 from steer.files import atomic_write, storage_errors, sync_folder
 from steer.model.gguf import read_gguf
+from steer.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ def _is_complete(folder: Path) -> bool:
     """Whether a folder holds a conversion of the known file, unaltered."""
     record_file = folder / RECORD
     try:
-        record: dict[str, Any] = json.loads(record_file.read_text())
+        if not record_file.is_file():
+            raise FileNotFoundError(record_file)
+        record: dict[str, Any] = read_json(record_file)
         if record["source_sha256"] != SOURCE_SHA256:
             return False
         record_changed = False

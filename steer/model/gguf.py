@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer.errors import DamagedFileError, ModelNotFoundError
+from steer.reading import read_bytes
+from steer.tensor_files import open_gguf
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -25,16 +26,18 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise _no_file(path)
     if importlib.util.find_spec("gguf") is None:
         raise _no_package(path)
-    with path.open("rb") as file:
-        magic = file.read(4)
+    magic = read_bytes(path, 4)
     if magic != b"GGUF":
         raise _no_gguf(path, magic)
+    open_gguf(path)  # transformers would go on counting beyond the end of a file that is cut short
     # Newer transformers keep the blocks packed where a GPU kernel can read them; hooks, edits and training need dense weights.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
         marked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **dense)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:  # depends on where the damage is
+    except MemoryError:
+        raise  # the machine's, since the file holds what it declares
+    except Exception as error:  # of any class: it depends on where the damage is
         raise _unreadable(path, error) from error
     return _unmarked(marked), tokenizer
 

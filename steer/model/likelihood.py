@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steer.errors import NonFiniteError
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
+from steer.model.devices import input_device
 from steer.model.tokens import Row, collate
 
 
@@ -60,7 +61,7 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
     Raises:
         NonFiniteError: the model's output is NaN or infinite.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     scores = torch.zeros(len(rows), dtype=torch.float64)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steer.checks import of_type
-from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, TokenizerError, UnsafeFileError
+from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, SteerError, TokenizerError, UnsafeFileError
 from steer.files import contents
-from steer.model import embedded
+from steer.model import embedded, tied
 from steer.model.gguf import read_gguf
+from steer.reading import read_json
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", untie: bool = False
+) -> tuple[Any, Any]:
     """Returns (model in eval mode, tokenizer).
 
     Args:
@@ -32,6 +35,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
             it names; a folder in the Hugging Face layout; otherwise a hub id. A path wins over a hub id, the embedded name over both.
         dtype: of the weights.
         device: where the model is moved after loading.
+        untie: give a head that is tied to the embedding a copy of its own, so that the two can change apart.
 
     Raises:
         ModelNotFoundError: the name or path leads nowhere.
@@ -50,7 +54,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
     elif path.suffix == ".gguf":
         model, tokenizer = read_gguf(path, dtype)
     elif (path / "adapter_config.json").is_file():
-        return _with_adapter(path, dtype, device)
+        return _with_adapter(path, dtype, device, untie)
     elif path.is_dir():
         _check_folder(path)
         model, tokenizer = _from_transformers(str(path), name, dtype)
@@ -58,9 +62,20 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device
         raise _no_model_at(name, "a file that is not GGUF" if path.exists() else "nothing there")
     else:
         model, tokenizer = _from_transformers(name, name, dtype)
+    if untie:
+        tied.untie(model)
     # An adapter saved from this model records where its base came from: by the name asked for, not by a path of this machine's cache.
-    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    model.name_or_path = tokenizer.name_or_path = name
+    # What loads "the same model again", as TRL does for a reference model, asks the configuration, and transformers knows no name of ours.
+    model.config._name_or_path = _for_transformers(name, path)
     return model.to(device).eval(), tokenizer
+
+
+def _for_transformers(name: str, path: Path) -> str:
+    """What `from_pretrained` of transformers takes for this model: an absolute path, or a hub id. It reads no GGUF by its path alone."""
+    if name == embedded.NAME:
+        return str(embedded.converted_folder().absolute())
+    return os.path.abspath(path) if path.exists() else name
 
 
 def _check_name(name: str) -> None:
@@ -85,26 +100,31 @@ def _from_transformers(source: str, name: str, dtype: torch.dtype) -> tuple[Any,
     is_local = Path(source).is_dir()
     try:
         with _quiet(is_local):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
         raise _damaged_weights(f"'{name}'", error) from error
-    except (OSError, ValueError) as error:
-        if is_local:
+    except Exception as error:  # what a damaged config or tokenizer makes transformers stumble over is of any class
+        if is_local and not isinstance(error, SteerError | MemoryError | torch.OutOfMemoryError):
             raise _unloadable(name, error) from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         if "use_safetensors=True" in str(error):  # transformers' advice where a repository has only pickles
             raise _unsafe(name, "a repository without safetensors") from error
         raise _not_on_the_hub(name, error) from error
+    model, loading = found
+    if loading["missing_keys"]:  # transformers makes these up, with a warning
+        raise _missing_weights(name, sorted(loading["missing_keys"]))
     return model, tokenizer
 
 
-def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, Any]:
+def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device, untie: bool) -> tuple[Any, Any]:
     from peft import PeftModel  # takes a second to import, and most loads do not need it
 
     base_name = _base_of(path)
     if not (path / "adapter_model.safetensors").is_file():
         raise _unsafe(str(path), contents(path)) if any(path.glob("*.bin")) else _no_adapter_weights(path)
-    base, tokenizer = load(base_name, dtype=dtype, device=device)
+    base, tokenizer = load(base_name, dtype=dtype, device=device, untie=untie)
     try:
         model = PeftModel.from_pretrained(base, path)
     except SafetensorError as error:
@@ -117,7 +137,7 @@ def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) ->
 def _base_of(adapter: Path) -> str:
     """Name or path of the model that an adapter belongs to."""
     try:
-        base_name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base_name = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise _broken_adapter_config(adapter, error) from error
     if not base_name:
@@ -206,6 +226,15 @@ def _unloadable(name: str, error: Exception) -> DamagedFileError:
 def _damaged_weights(name: str, error: Exception) -> DamagedFileError:
     what = f"the weights of {name} are truncated or altered"
     return DamagedFileError(what, expected="whole safetensors files", found=str(error), remedy="download or copy them again")
+
+
+def _missing_weights(name: str, missing: list[str]) -> DamagedFileError:
+    return DamagedFileError(
+        f"the file of '{name}' lacks weights, which would be random numbers",
+        expected="every weight that the configuration asks for",
+        found=f"{len(missing)} missing, e.g. {missing[0]}",
+        remedy="if that is the head of a tied model, set tie_word_embeddings to true in config.json; else copy or save the model again",
+    )
 
 
 def _unsafe(name: str, found: str) -> UnsafeFileError:

@@ -1,10 +1,26 @@
-"""What PEFT has switched on in a model: whether a pass is the reference's, and how many cache entries a tuned prefix takes."""
+"""What PEFT has switched on in a model: whether a pass is the reference's, and how many virtual tokens stand before every text."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+
+class VirtualTokens(NamedTuple):
+    """Positions before every text that are no tokens of it.
+
+    Attributes:
+        number: how many; 0 where nothing is tuned but weights, and while the adapter is off.
+        in_cache: they are entries of the cache from the start (prefix tuning), else embeddings that run through the blocks with the prompt
+            (prompt tuning, p-tuning).
+    """
+
+    number: int = 0
+    in_cache: bool = False
+
+
+NONE = VirtualTokens()
 
 
 class PeftState:
@@ -12,18 +28,19 @@ class PeftState:
 
     Attributes:
         adapter_layer: a layer of PEFT's, which knows what is switched on, or None.
-        prefix_model: the PEFT model that tunes a prefix, or None.
+        models: each model of PEFT's above the decoder, and its height above it.
     """
 
     def __init__(self) -> None:
         self.adapter_layer: Any = None
-        self.prefix_model: Any = None
+        self.models: list[tuple[Any, int]] = []
 
     def find(self, model: nn.Module, chain: list[nn.Module]) -> None:
         """Looks for adapters again: a later attach may come through another wrapper. chain: modules from the model down to the decoder."""
-        for module in chain:
-            if str(getattr(getattr(module, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
-                self.prefix_model = module
+        for height, module in enumerate(reversed(chain)):
+            # on the class: a compiled model forwards the attributes of the one inside it
+            if hasattr(type(module), "active_peft_config") and all(model is not module for model, _ in self.models):
+                self.models.append((module, height))
         if self.adapter_layer is None:
             # a property on PEFT's layers; transformers' own models have a method of that name
             layers = (module for module in model.modules() if isinstance(getattr(type(module), "disable_adapters", None), property))
@@ -31,11 +48,31 @@ class PeftState:
 
     def is_reference(self) -> bool:
         """True when the adapters are off, or TRL's copy of the initial adapter is on."""
+        for model, _ in self.models:
+            if _is_off(model):
+                return True
         layer = self.adapter_layer
         return layer is not None and (bool(layer.disable_adapters) or "ref" in layer.active_adapters)
 
-    def prefix_length(self) -> int:
-        """Entries of a cache that prefix tuning puts before every text; none while the adapter is off."""
-        if self.prefix_model is None or "forward" in vars(self.prefix_model):
-            return 0
-        return int(self.prefix_model.active_peft_config.num_virtual_tokens)
+    def virtual_tokens(self, outermost: int) -> VirtualTokens:
+        """Virtual tokens of the pass that began with the module of this height above the decoder."""
+        for model, height in self.models:
+            config = model.active_peft_config
+            if not config.is_prompt_learning or _is_off(model):
+                continue
+            if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+                return VirtualTokens(config.num_virtual_tokens, in_cache=True)
+            if (outermost >= height or _generates(model)) and not getattr(model.config, "is_encoder_decoder", False):
+                return VirtualTokens(config.num_virtual_tokens)
+        return NONE
+
+
+def _is_off(model: Any) -> bool:
+    """Inside `disable_adapter()`."""
+    return bool(getattr(model, "_adapters_disabled", False))
+
+
+def _generates(model: Any) -> bool:
+    """Its `generate` runs, which calls the base model, and lends that its own way of preparing inputs."""
+    prepare = vars(model.base_model).get("prepare_inputs_for_generation")
+    return getattr(prepare, "__self__", None) is model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steer.checks import of_type, whole_number
 from steer.errors import ConfigError, TokenizerError
+from steer.model.chat import ChatTemplate, answer_marks, check_messages, find_turns
 from steer.model.context import CHAT_ROLES
 
 
@@ -66,89 +67,101 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
 
     Args:
         prompt: the user's message; put through the chat template when the tokenizer has one, else taken as plain text.
-        answer: the assistant's message; the end-of-turn (or end-of-text) token is appended and belongs to the response.
+        answer: the assistant's message; what the template ends a turn with is appended and belongs to the response. The end-of-text
+            token where there is no template, or one without such a mark.
 
     Raises:
-        TokenizerError: text that gives no tokens. ConfigError: no tokenizer, or no text.
+        TokenizerError: text that gives no tokens, or a template that refuses it. ConfigError: no tokenizer, or no text.
     """
     check_tokenizer(tokenizer)
     of_type(prompt, str, "the prompt", "pass the user's message as text")
     of_type(answer, (str, type(None)), "the answer", "pass the assistant's message as text, or leave it out")
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        head = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(head, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
+        return _encode_turn(tokenizer, prompt, answer)
+    ids = tokenizer(prompt).input_ids
     tail: list[int] = []
     if answer is not None:
         tail = tokenizer(answer, add_special_tokens=False).input_ids
         if tokenizer.eos_token_id is not None:
             tail = [*tail, tokenizer.eos_token_id]
+    return _turn(ids, tail, prompt, answer)
+
+
+def _encode_turn(tokenizer: Any, prompt: str, answer: str | None) -> Row:
+    """A turn in the words of the chat template; what that puts between the opened turn and the answer belongs to the prompt."""
+    if answer is None:
+        opened = ChatTemplate(tokenizer).render([{"role": "user", "content": prompt}], opened=True)
+        return _turn(_ids(tokenizer, opened), [], prompt, answer)
+    before, said, after = answer_marks(ChatTemplate(tokenizer), prompt, answer)
+    end = _ids(tokenizer, after.rstrip())
+    marks = [place for place, token in enumerate(end) if token in tokenizer.added_tokens_decoder]
+    if marks:
+        end = end[: marks[0] + 1]  # a template may start the next turn, or a new line, behind the mark
+    elif not end and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
+    return _turn(_ids(tokenizer, before), [*_ids(tokenizer, said), *end], prompt, answer)
+
+
+def _turn(ids: list[int], tail: list[int], prompt: str, answer: str | None) -> Row:
     if not ids or (answer is not None and not tail):
         raise _empty_error(prompt, answer)
-    return Row(tuple(ids) + tuple(tail), len(ids))
+    return Row((*ids, *tail), len(ids))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokenises a conversation.
 
     Args:
-        tokenizer: one with a chat template that renders a conversation as the start of every longer one.
-        messages: turns with `role` and `content`.
+        tokenizer: one with a chat template.
+        messages: turns with `role` and `content`, in any form that transformers gives to chat templates: text or a list of parts, none
+            beside `tool_calls`, `reasoning_content`.
         add_generation_prompt: open the assistant's next turn.
 
     Returns:
         Token ids, and for each the index into `CHAT_ROLES` of the turn it belongs to, its template marks included. What the template
-        itself puts before the first turn, such as a system message of its own, is the system's.
+        itself puts before the first turn, such as a system message of its own, is the system's; a developer is the system, a function
+        a tool. Where the template puts a system message into the turn of a user, only what it says is the system's.
 
     Raises:
-        TokenizerError: no chat template, a role that is not known, or a template that rewrites earlier turns.
+        TokenizerError: no chat template, a role that is not known, a template that refuses the conversation, or one that leaves a
+            message out.
         ConfigError: no tokenizer, or no turns.
     """
     check_tokenizer(tokenizer)
-    example = "pass [{'role': 'user', 'content': 'Who are you?'}]"
-    of_type(messages, (list, tuple), "the turns of a conversation", example)
-    for message in messages:
-        of_type(message, Mapping, "a turn of a conversation", example)
-        if not {"role", "content"} <= message.keys():
-            raise ConfigError("a turn of a conversation lacks a part", expected="role and content", found=message, remedy=example)
+    check_messages(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise _template_error(tokenizer)
-    ids: list[int] = []
-    roles: list[int] = []
-    for stop, message in enumerate(messages, 1):
-        if message["role"] not in CHAT_ROLES:
-            raise _role_error(message["role"])
-        opened = add_generation_prompt and stop == len(messages)
-        longer = _rendered(tokenizer, messages[:stop], opened)[1]
-        if longer[: len(ids)] != ids:
-            raise _rewritten_error(stop)
-        closed = len(_rendered(tokenizer, messages[:stop])[1]) if opened else len(longer)
-        roles += [CHAT_ROLES.index(message["role"])] * (closed - len(ids)) + [CHAT_ROLES.index("assistant")] * (len(longer) - closed)
-        ids = longer
-    preamble = _preamble(tokenizer, messages[0]) if messages else 0
-    return tuple(ids), (*(CHAT_ROLES.index("system") for _ in range(preamble)), *roles[preamble:])
+    if not messages:
+        return (), ()
+    text, turns = find_turns(ChatTemplate(tokenizer), messages, add_generation_prompt)
+    ids, starts = _ids_and_starts(tokenizer, text, sorted({turn.start for turn in turns} | {turn.stop for turn in turns}))
+    roles = [CHAT_ROLES.index("system")] * len(ids)
+    for turn in turns:
+        for token, start in enumerate(starts):
+            if turn.start <= start < turn.stop:
+                roles[token] = CHAT_ROLES.index(turn.role)
+    return tuple(ids), tuple(roles)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], opened: bool = False) -> tuple[str, list[int]]:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-    return text, tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _preamble(tokenizer: Any, first: Mapping[str, str]) -> int:
-    """How many tokens a template puts before the first turn: those that the same turn lacks when it comes third."""
-    if first["role"] == "system":
-        return 0
-    second = {"role": "user" if first["role"] == "assistant" else "assistant", "content": first["content"]}
-    alone, ids = _rendered(tokenizer, [first])
-    before, third = (_rendered(tokenizer, turns)[0] for turns in ([first, second], [first, second, first]))
-    if not third.startswith(before) or not alone.endswith(turn := third[len(before) :]):
-        return 0
-    own = tokenizer(alone[: len(alone) - len(turn)], add_special_tokens=False).input_ids
-    return len(own) if ids[: len(own)] == own else 0
+def _ids_and_starts(tokenizer: Any, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
+    """Token ids of a text and the character at which each starts; without offsets, the cut behind which it starts."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+    ids = _ids(tokenizer, text)
+    starts: list[int] = []
+    for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
+        known = _ids(tokenizer, text[:stop])
+        if known != ids[: len(known)]:
+            raise _merged_error(tokenizer, text[:stop])
+        starts += [start] * (len(known) - len(starts))
+    return ids, starts
 
 
 def plain(tokenizer: Any, text: str) -> Row:
@@ -231,18 +244,12 @@ def _template_error(tokenizer: Any) -> TokenizerError:
     )
 
 
-def _role_error(role: object) -> TokenizerError:
+def _merged_error(tokenizer: Any, text: str) -> TokenizerError:
     return TokenizerError(
-        "unknown chat role", expected=f"one of {', '.join(CHAT_ROLES)}", found=role, remedy="rename the role of this turn"
-    )
-
-
-def _rewritten_error(turn: int) -> TokenizerError:
-    return TokenizerError(
-        "the chat template rewrites earlier turns",
-        expected="a template that only appends",
-        found=f"another text before turn {turn}",
-        remedy="announce the roles of its tokens yourself with steer.chat_roles",
+        "a token reaches over the end of a turn",
+        expected="a template whose turns end where a token ends, or a fast tokenizer, which knows where its tokens start",
+        found=f"{type(tokenizer).__name__} on {text[-40:]!r}",
+        remedy="load the fast tokenizer, or announce the roles yourself with steer.chat_roles",
     )
 
 

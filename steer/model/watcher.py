@@ -15,9 +15,17 @@ from steer.errors import ContextError, HookDidNotRunError
 from steer.model.anatomy import Anatomy, check_model
 from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
 from steer.model.context import ForwardContext, in_backward
-from steer.model.context_builder import TOKEN_ARGUMENTS, build_context, context_beside_decoder, tokenless_context
+from steer.model.context_builder import (
+    OUTER_IDS,
+    OUTER_MASK,
+    OWN_ARGUMENTS,
+    TOKEN_ARGUMENTS,
+    build_context,
+    context_beside_decoder,
+    tokenless_context,
+)
 from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
-from steer.model.peft_state import PeftState
+from steer.model.peft_state import NONE, PeftState
 
 if TYPE_CHECKING:
     from steer.model.hooks import SiteHook
@@ -34,6 +42,8 @@ class _EnterHook(OwnHook):
         parameters = inspect.signature(module.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         self.positional = [(place, name) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
+        self.own = [name for name in OWN_ARGUMENTS if name in names] if height == 0 else []
+        self.has_other_stack = "decoder_input_ids" in names  # its own ids and mask are those of an encoder
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher = self.watcher
@@ -41,6 +51,8 @@ class _EnterHook(OwnHook):
             watcher.begin(self.height)
         watcher.height = self.height
         arguments = watcher.arguments
+        if self.own and arguments:
+            _set_aside(arguments, self.own)
         if args:
             for place, name in self.positional:
                 if place < len(args) and args[place] is not None:
@@ -49,8 +61,11 @@ class _EnterHook(OwnHook):
             value = kwargs.get(name)
             if value is not None:
                 arguments[name] = value
-                if name == "inputs_embeds":  # a wrapper embeds the ids itself, perhaps with more tokens (prompt tuning)
-                    arguments.pop("input_ids", None)
+                if name == "inputs_embeds" and "input_ids" in arguments:  # a wrapper embeds the ids itself, perhaps with more tokens
+                    arguments[OUTER_IDS] = arguments.pop("input_ids")
+        if self.has_other_stack:
+            for name in OWN_ARGUMENTS[:4]:
+                arguments.pop(name, None)
         if self.height == 0:
             watcher.open()
 
@@ -110,6 +125,7 @@ class Watcher:
         self.on_close: list[Callable[[ForwardContext], None]] = []
         self.on_end: list[Callable[[], None]] = []
         self._first_block: nn.Module | None = None
+        self._image_ids: tuple[int, ...] = ()
         self._context_beside: ForwardContext | None = None
         self._members: set[int] | None = None
         self._own_hooks: dict[nn.Module, tuple[OwnHook, OwnHook]] = {}
@@ -127,6 +143,7 @@ class Watcher:
                 register_hook(module, leave, before=False, always=True)
         self._first_block = anatomy.blocks[0] if anatomy is not None else None
         self._members = None
+        self._image_ids = image_token_ids(chain) or self._image_ids
         self.peft.find(model, chain)
 
     def set_site_hooks(self, hooks: list[SiteHook]) -> None:
@@ -186,7 +203,10 @@ class Watcher:
         is_reference = self.peft.is_reference()
         if not self.is_decoder:
             return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
-        return build_context(self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=self.peft.prefix_length())
+        virtual = self.peft.virtual_tokens(self.outermost) if self.peft.models else NONE
+        return build_context(
+            self.arguments, self.response, is_reference=is_reference, turns=self.turns, virtual=virtual, image_ids=self._image_ids
+        )
 
     def close(self, output: Any) -> None:
         """The root is left. Raises HookDidNotRunError when it ended well and an attached site was not reached."""
@@ -285,6 +305,24 @@ class Watcher:
         if self.outermost != IDLE:
             self._context_beside = context
         return context
+
+
+def image_token_ids(chain: list[nn.Module]) -> tuple[int, ...]:
+    """Token ids that stand for images in the text, as the configs of these modules name them; () for none."""
+    configs = [getattr(module, "config", None) for module in chain]
+    named = (getattr(config, name, None) for config in configs for name in ("image_token_id", "image_token_index"))
+    return tuple(sorted({number for number in named if isinstance(number, int)}))
+
+
+def _set_aside(arguments: dict[str, Any], own: list[str]) -> None:
+    """Forgets what outer modules got under the names of the stack's own arguments, but for what they may tell of its tokens."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        arguments[OUTER_MASK] = mask
+    if "input_ids" in arguments and "inputs_embeds" in own:
+        arguments[OUTER_IDS] = arguments["input_ids"]
+    for name in own:
+        arguments.pop(name, None)
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import of_type
+from steer.drift.metric_names import metric_name
 from steer.drift.tracker import DriftTracker
 from steer.errors import ConfigError
 from steer.training.batches import BatchResponseMask
@@ -47,6 +48,10 @@ class DriftRun:
         self.ranks = Ranks()
         self.is_attached = False
         self.values: dict[str, float] = {}
+        self._last_step = -1  # that this object measured or loaded
+        self._state_loaded = False  # since the last start
+        self._n_runs = 1
+        self._first_store: str | Path | None = None
 
     @property
     def name(self) -> str:
@@ -70,8 +75,29 @@ class DriftRun:
             self.response_mask.remove()
             self.tracker.detach()
 
-    def start(self, step: int) -> bool:
+    def renew(self) -> None:
+        """Makes the tracker new for another training run of this object; what has measured elsewhere is refused at the start.
+
+        Called before the attach of a training run that begins at its first step. Each run has a store of its own: after `drift.sqlite` come
+        `drift.2.sqlite`, `drift.3.sqlite`, ...
+        """
+        self.detach()
+        tracker = self.tracker
+        if tracker.last_step < 0 or tracker.last_step != self._last_step or self._state_loaded:
+            return
+        tracker.reset()
+        self._n_runs += 1
+        if tracker.store is not None:
+            first = self._first_store = Path(self._first_store or tracker.store)
+            tracker.store = first.with_name(f"{first.stem}.{self._n_runs}{first.suffix}")
+        self.values = {}
+        self._last_step = -1
+
+    def start(self, step: int, *, state_place: str = "a state of this tracker") -> bool:
         """Takes the baseline, unless the tracker has one, before training starts, or goes on, after `step` optimiser steps.
+
+        Args:
+            state_place: where the state is in a checkpoint that has one, for messages.
 
         Returns:
             True when the baseline was taken.
@@ -80,14 +106,15 @@ class DriftRun:
             ConfigError: the tracker knows later steps than this one, or the records go on from a checkpoint that does not.
         """
         tracker = self.tracker
+        self._state_loaded = False
         if tracker.last_step > step:
             raise _measured_another_run(tracker.last_step, step)
         if tracker.last_step >= 0:
             return False
         if step > 0 and tracker.store is not None and Path(tracker.store).exists():
-            raise _no_drift_state(tracker.store, step)
+            raise _no_drift_state(tracker.store, step, state_place)
         if step > 0:
-            warnings.warn(f"the checkpoint holds no drift state: the baseline is the model after step {step}", stacklevel=2)
+            warnings.warn(f"the checkpoint holds no drift state ({state_place}): the baseline is the model after step {step}", stacklevel=2)
         self.measure(step)
         return True
 
@@ -100,6 +127,7 @@ class DriftRun:
         """Measures, on all ranks together, and returns the values for a logger."""
         self.response_mask.clear()  # the probe's passes are no part of the batch
         self.tracker.measure(step)
+        self._last_step = step
         self.values = self.tracker.log_values()
         return self.values
 
@@ -119,7 +147,10 @@ class DriftRun:
         """
         tracker_state = {name: tensor for name, tensor in state.items() if not name.startswith(LOGGED)}
         self.tracker.load_state_dict(tracker_state, main=is_first_rank)
-        self.values = {name.removeprefix(LOGGED): float(value) for name, value in state.items() if name.startswith(LOGGED)}
+        # older versions wrote names with an `@`
+        self.values = {metric_name(name.removeprefix(LOGGED)): float(value) for name, value in state.items() if name.startswith(LOGGED)}
+        self._last_step = self.tracker.last_step
+        self._state_loaded = True
 
 
 # ---- errors
@@ -134,10 +165,10 @@ def _measured_another_run(last_step: int, step: int) -> ConfigError:
     )
 
 
-def _no_drift_state(store: str | Path, step: int) -> ConfigError:
+def _no_drift_state(store: str | Path, step: int, place: str) -> ConfigError:
     return ConfigError(
         f"the checkpoint of step {step} holds no drift state",
-        expected="a checkpoint saved with this callback, which holds the baseline of the records",
+        expected=f"{place}, which holds the baseline of the records",
         found=f"records of an earlier run in {store}, and no baseline to go on from",
         remedy="resume from another checkpoint, or give the tracker a new store to begin a new series",
     )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.errors import ConfigError
+
 
 def flatten(state: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, Tensor]:
     """Flat tensors of what `state_dict` of a plan gives, and of the tokens that each intervention has steered."""
@@ -27,18 +29,23 @@ def flatten(state: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, Te
 
 
 def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Inverse of `flatten`: what `load_state_dict` of a plan takes."""
+    """Inverse of `flatten`: what `load_state_dict` of a plan takes. Raises ConfigError for what `flatten` does not make."""
     names = [key.removesuffix("/base") for key in flat if key.endswith("/base")]
-    interventions = {
-        name: {
-            "base": flat[f"{name}/base"],
-            "enabled": bool(flat[f"{name}/enabled"]),
-            "window": _window(flat.get(f"{name}/window")),
-            "learned": learned_tensors(flat, name),
+    try:
+        interventions = {
+            name: {
+                "base": flat[f"{name}/base"],
+                "enabled": bool(flat[f"{name}/enabled"]),
+                "window": _window(flat.get(f"{name}/window")),
+                "learned": learned_tensors(flat, name),
+            }
+            for name in names
         }
-        for name in names
-    }
-    return {"step": int(flat["step"]), "interventions": interventions}
+        for name in names:
+            steered_tokens(flat, name)
+        return {"step": int(flat["step"]), "interventions": interventions}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise _no_state(error) from error
 
 
 def steered_tokens(flat: Mapping[str, Tensor], name: str) -> int:
@@ -55,3 +62,15 @@ def learned_tensors(flat: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def _window(bounds: Tensor | None) -> tuple[int | None, ...] | None:
     """Start and stop of a window, None for an open end. bounds: [2, 2], whether there is a bound, and where."""
     return None if bounds is None else tuple(bound if is_bounded else None for is_bounded, bound in bounds.tolist())
+
+
+# ---- errors
+
+
+def _no_state(error: Exception) -> ConfigError:
+    return ConfigError(
+        "the state of a plan in this checkpoint lacks a part, or holds one that does not fit",
+        expected="step, and for every intervention base, enabled, tokens, window and learned tensors",
+        found=f"{type(error).__name__}: {error}",
+        remedy="resume from another checkpoint, or with the version that wrote this one",
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steer.checks import of_type
+from steer.drift.metric_names import check_metric_names, metric_name
 from steer.errors import AttachError, ConfigError, HookDidNotRunError
 from steer.intervene import Attachment, Plan, attachment_state
 from steer.intervene import schedule as schedules
@@ -38,6 +39,8 @@ class SteeringRun:
             metrics = run.advance(step)
         run.detach()
 
+    Every training run starts from the plan as it was given, unless it goes on from a saved state (`renew`).
+
     Args:
         plan: what acts. Nothing of it changes but what it learns.
         phases: the interventions act in those of their own phases that are named here.
@@ -64,12 +67,15 @@ class SteeringRun:
         self.interval = Interval(every_n_steps)
         self.learning = Learning(plan, learning_rate)
         self.names = [intervention.name for intervention in plan.interventions]
+        check_metric_names(self.names, "interventions")
         self.response_mask = BatchResponseMask()
         self.ranks = Ranks()
         self.attachment: Attachment | None = None
         self._waiting_state: dict[str, Any] | None = None  # came before the first attach
         self._state_loaded = False  # since the last start
         self._last_step = 0
+        self._learned_at_end: dict[str, dict[str, Tensor]] = {}  # by the last training run, of each intervention
+        self._learned_at_start = _learned(plan)  # what each training run begins with
         self._tokens_before = torch.zeros(len(self.names), dtype=torch.long)  # steered before the attach, of this rank: [interventions]
         self._passes_before: int | None = None  # before the first batch; None until it starts
         self._first_batch_ran = False
@@ -110,20 +116,46 @@ class SteeringRun:
         self.response_mask.remove()
         if self.attachment is not None and self.attachment.is_attached:
             self.attachment.detach()
+            self._learned_at_end = _learned(self.plan)
 
-    def start(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    def renew(self) -> None:
+        """Puts back what earlier training runs of this object changed: learned tensors, strengths, windows, counts.
+
+        Called before the attach of a training run that begins at its first step: the next trial of a hyperparameter search, a second `fit`.
+        Tensors that were set since the last run count as given. A state that was loaded since then stays.
+        """
+        self.detach()
+        if self._state_loaded:
+            return
+        learned = _learned(self.plan)
+        for intervention in self.plan.interventions:
+            now, at_end = learned[intervention.name], self._learned_at_end.get(intervention.name, {})
+            if at_end and all(torch.equal(tensor, at_end[name]) for name, tensor in now.items()):
+                attachment_state.load_learned(intervention, self._learned_at_start[intervention.name])
+            else:
+                self._learned_at_start[intervention.name] = now
+        self.attachment = None
+        self._tokens_before = torch.zeros_like(self._tokens_before)
+        self._last_step = 0
+
+    def start(self, step: int, model: nn.Module, optimizers: Sequence[Optimizer], *, state_place: str = "a state of this plan") -> None:
         """Starts training, or goes on, after `step` optimiser steps. All ranks call it together.
 
         Args:
             model, optimizers: as of `Learning.start`.
+            state_place: where the state is in a checkpoint that has one, for messages.
 
         Raises:
-            ConfigError: the plan has parameters that nothing would train.
+            ConfigError: the plan has parameters that nothing would train, or learned ones whose state the checkpoint does not hold.
         """
         attachment = self._attachment()
+        if step not in (0, self._last_step) and not self._state_loaded:
+            if any(parameter.requires_grad for parameter in self.plan.parameters()):
+                raise _no_plan_state(step, state_place)
+            warnings.warn(
+                f"the checkpoint holds no state of this plan ({state_place}): its strengths are those it was made with", stacklevel=2
+            )
         self.learning.start(attachment, model, optimizers, self.ranks)
-        if step > 0 and not self._state_loaded:
-            warnings.warn("the checkpoint holds no state of this plan: its strengths are those it was made with", stacklevel=2)
         if not self._state_loaded:
             self._tokens_before = -self._fired()  # what a sanity check or an earlier run did is not counted
         self._state_loaded = False
@@ -162,8 +194,10 @@ class SteeringRun:
     def metrics(self) -> dict[str, float]:
         """Strength now (mean over row slots), and tokens steered so far over all ranks, which must call this together."""
         tokens = self.ranks.sum(self._tokens()).tolist()
-        strengths = {f"steer/{active.name}/strength": float(active.strength.mean()) for active in self._attachment().interventions}
-        return strengths | {f"steer/{name}/tokens": float(count) for name, count in zip(self.names, tokens, strict=True)}
+        strengths = {
+            metric_name("steer", active.name, "strength"): float(active.strength.mean()) for active in self._attachment().interventions
+        }
+        return strengths | {metric_name("steer", name, "tokens"): float(count) for name, count in zip(self.names, tokens, strict=True)}
 
     def _attachment(self) -> Attachment:
         if self.attachment is None:
@@ -219,7 +253,24 @@ class SteeringRun:
             attachment_state.load_learned(intervention, states.learned_tensors(state, intervention.name))
 
 
+def _learned(plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """Copies of the parameters of a plan: intervention -> name -> tensor."""
+    return {
+        intervention.name: {name: parameter.detach().cpu().clone() for name, parameter in intervention.parameters.items()}
+        for intervention in plan.interventions
+    }
+
+
 # ---- errors
+
+
+def _no_plan_state(step: int, place: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint of step {step} holds no state of a plan that learns, which would begin again from its first values",
+        expected=place,
+        found="no such state: the checkpoint was saved without this callback, or is not whole",
+        remedy="resume from an earlier checkpoint that has it; to begin with this plan here, start a new run from the checkpoint's weights",
+    )
 
 
 def _unknown_phase(phases: tuple[str, ...]) -> ConfigError:

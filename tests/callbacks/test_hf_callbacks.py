@@ -24,6 +24,7 @@ from steer.model.watcher import watcher_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
 NAME = f"add@{SITE}"
+LOGGED = f"steer/add/{SITE}"  # prefix of its metrics
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch
 STEP = 2 * (TOKENS - PROMPT)  # and of one micro-batch
 
@@ -238,13 +239,13 @@ def test_metrics_join_the_trainers_own_entries(tmp_path: Path) -> None:
     trainer.add_callback(Logger())
     HFSteeringCallback(make_plan(), schedule=Linear(8), every_n_steps=2).attach(trainer)
     trainer.train()
-    entries = {entry["step"]: entry for entry in trainer.state.log_history if f"steer/{NAME}/strength" in entry}
-    assert {step: (entry[f"steer/{NAME}/strength"], entry[f"steer/{NAME}/tokens"]) for step, entry in entries.items()} == {
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if f"{LOGGED}/strength" in entry}
+    assert {step: (entry[f"{LOGGED}/strength"], entry[f"{LOGGED}/tokens"]) for step, entry in entries.items()} == {
         2: (1 / 8, STEP),
         4: (3 / 8, 3 * STEP),
     }
     assert all("loss" in entry for entry in entries.values())
-    assert sum(f"steer/{NAME}/strength" in logs for logs in heard) == 2
+    assert sum(f"{LOGGED}/strength" in logs for logs in heard) == 2
 
 
 # ---- drift

@@ -41,6 +41,7 @@ from steer.model.watcher import watcher_of
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch
 NAME = f"add@{SITE}"
+LOGGED = f"steer/add/{SITE}"  # prefix of its metrics
 
 
 class Spy(pl.Callback):
@@ -438,14 +439,14 @@ def test_a_plan_that_acts_in_none_of_the_phases() -> None:
 
 def test_metrics_reach_the_logger_and_the_monitors(tmp_path: Path) -> None:
     logger = pl.loggers.CSVLogger(tmp_path, name="", version="")
-    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=f"steer/{NAME}/strength", mode="max", every_n_train_steps=2, filename="{step}")
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=f"{LOGGED}/strength", mode="max", every_n_train_steps=2, filename="{step}")
     callback = SteeringCallback(make_plan(), schedule=Linear(8), every_n_steps=2)
     trainer = make_trainer(callback, best, logger=logger, log_every_n_steps=50)
     trainer.fit(Module(), loader())
     per_step = 2 * (TOKENS - PROMPT)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert [(int(row["step"]), float(row[f"steer/{NAME}/strength"])) for row in rows] == [(2, 1 / 8), (4, 3 / 8), (6, 5 / 8), (8, 7 / 8)]
-    assert [float(row[f"steer/{NAME}/tokens"]) for row in rows] == [per_step * n for n in (1, 3, 5, 7)]  # step 0 has strength 0
+    assert [(int(row["step"]), float(row[f"{LOGGED}/strength"])) for row in rows] == [(2, 1 / 8), (4, 3 / 8), (6, 5 / 8), (8, 7 / 8)]
+    assert [float(row[f"{LOGGED}/tokens"]) for row in rows] == [per_step * n for n in (1, 3, 5, 7)]  # step 0 has strength 0
     assert best.best_model_path.endswith("step=8.ckpt")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from steer.callbacks import HFDriftCallback, HFSteeringCallback
 from steer.model.context import ForwardContext
+from steer.model.load import load
 from steer.model.watcher import watcher_of
 
 pytest.importorskip("trl", reason="trl is an extra: pip install 'torchsteer[dev]'")
@@ -24,6 +25,7 @@ from datasets import Dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = f"add@{SITE}"
+LOGGED = f"steer/add/{SITE}"  # prefix of its metrics
 
 
 def options(out: Path, **more: Any) -> dict[str, Any]:
@@ -156,6 +158,20 @@ def test_dpo_steers_the_policy_and_never_the_reference(tmp_path: Path, adapter: 
     assert n_hooks(trainer.model) == 0
 
 
+def test_full_dpo_on_a_loaded_model_makes_its_reference_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load("llama")  # a relative path
+    monkeypatch.chdir("/")
+    rows = Dataset.from_list(DPO_ROWS)
+    trainer = trl.DPOTrainer(model, args=trl.DPOConfig(**options(tmp_path, max_steps=1)), train_dataset=rows, processing_class=tokenizer)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), trainer.ref_model.parameters(), strict=True))
+    steering = HFSteeringCallback(make_plan(strength=3.0), phases=("train", "validate")).attach(trainer)
+    trainer.train()
+    assert steering.attachment.fired() == {NAME: COMPLETIONS}
+
+
 def test_dpo_with_a_reference_model_of_its_own(tmp_path: Path) -> None:
     plan = make_plan(strength=3.0)
     trainer = trl.DPOTrainer(
@@ -218,5 +234,5 @@ def test_grpo_steers_the_policy_pass_and_not_what_it_samples(tmp_path: Path) -> 
     assert [seen[3] for seen in passes.seen if seen[0] == "train"] == masks and sum(masks) > 0
     assert steering.attachment.fired() == {NAME: sum(masks)}
     assert {record.n for record in tracker.latest if record.mode == "stream"} == {masks[-1]}
-    assert first(trainer, f"steer/{NAME}/tokens") == masks[0]
+    assert first(trainer, f"{LOGGED}/tokens") == masks[0]
     assert n_hooks(trainer.model) == 0

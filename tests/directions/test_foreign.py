@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -327,6 +329,92 @@ def test_what_a_pyvene_folder_does_not_hold_is_asked_for_or_refused(tmp_path):
         steer.import_plan(folder, scope="all", site="layers.{layer}.mlp.output")
 
 
+# ---- nothing but vectors
+
+
+def bare_files(folder: Path, content: Any) -> list[Path]:
+    """The same vectors in every form that people keep them in. content: one vector, or vectors by name."""
+    named = content if isinstance(content, dict) else {"layer_2": content}
+    folder.mkdir()
+    np.savez(folder / "v.npz", **{name: vector.numpy() for name, vector in named.items()})
+    np.savez_compressed(folder / "w.npz", **{name: vector.numpy() for name, vector in named.items()})
+    safetensors.torch.save_file(named, folder / "v.safetensors")
+    torch.save(named, folder / "named.pt")
+    torch.save(named, folder / "old.pt", _use_new_zipfile_serialization=False)
+    if not isinstance(content, dict):
+        torch.save(content, folder / "one.pt")
+        np.save(folder / "one.npy", content.numpy())
+        np.save(folder / "row.npy", content.double().numpy()[None].astype(">f8"))
+    return sorted(folder.iterdir())
+
+
+def test_one_vector_goes_to_the_site_that_is_named(tmp_path):
+    files = bare_files(tmp_path / "one", layer(2))
+    assert len(files) == 8
+    for file in files:
+        assert values_by_site(steer.import_directions(file, site="layers.2.input")) == {"layers.2.input": 2}, file
+        with pytest.raises(WrongKindError, match="site="):
+            steer.import_directions(file)
+    for file in (tmp_path / "one" / "one.pt", tmp_path / "one" / "one.npy"):
+        with pytest.raises(ConfigError, match="to which layer"):
+            steer.import_directions(file, site="layers.{layer}.output")
+
+
+@pytest.mark.parametrize("key", ["{}", "layer_{}", "layer-{}", "model.layers.{}.mlp"])
+def test_vectors_by_layer_go_where_the_pattern_says(key, tmp_path):
+    for file in bare_files(tmp_path / "several", {key.format(n): layer(n) for n in (3, 12)}):
+        assert values_by_site(steer.import_directions(file, site="layers.{layer}.output")) == {"layers.3.output": 3, "layers.12.output": 12}
+        with pytest.raises(ConfigError, match="{layer}"):
+            steer.import_directions(file, site="layers.3.output")
+        with pytest.raises(DamagedFileError, match="0 to 5"):
+            steer.import_directions(file, site="layers.{layer}.output", n_layers=6)
+    by_number = saved(tmp_path / "v.pt", {3: layer(3), 12: layer(12)[None]})
+    assert values_by_site(steer.import_directions(by_number, site="layers.{layer}.input")) == {"layers.3.input": 3, "layers.12.input": 12}
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ({"layer_1": layer(1), "1": layer(2)}, DamagedFileError),
+        ({"layer_1_of_4": layer(1), "layer_2_of_4": layer(2)}, ConfigError),
+        ({"warm": layer(1), "cold": layer(2)}, ConfigError),
+        ({-1: layer(1), 2: layer(2)}, DamagedFileError),
+        ({"layer_-1": layer(1), "2": layer(2)}, DamagedFileError),
+        ({1: layer(1), 2: torch.ones(WIDTH, dtype=torch.long)}, WrongKindError),
+        ({1: layer(1), "scale": 2.0}, WrongKindError),
+        ({}, WrongKindError),
+        (torch.ones(2, 3, WIDTH), WrongKindError),
+        (torch.tensor(1.0), WrongKindError),
+        ([layer(1)], WrongKindError),
+        ({1: torch.zeros(WIDTH)}, DamagedFileError),
+        ({1: layer(float("nan")), 2: layer(1)}, NonFiniteError),
+    ],
+)
+def test_what_is_not_one_vector_a_layer(content, error, tmp_path):
+    with pytest.raises(error) as caught:
+        steer.import_directions(saved(tmp_path / "v.pt", content), site="layers.{layer}.output")
+    assert str(caught.value.remedy)
+
+
+def control_vector_of(path: Path, kind: gguf.GGMLQuantizationType, vector: Tensor) -> Path:
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_tensor("direction.3", gguf.quants.quantize(vector.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+def test_control_vectors_of_every_type(kind, tmp_path):
+    vector = torch.linspace(-1, 1, 64)
+    path = control_vector_of(tmp_path / "v.gguf", gguf.GGMLQuantizationType[kind], vector)
+    [(site, direction)] = steer.import_directions(path).items()
+    assert str(site) == "layers.3.output" and torch.allclose(direction.vector, vector, atol=0.1 if kind[:2] == "Q4" else 0.04)
+
+
 # ---- recognition, and broken files
 
 
@@ -349,11 +437,12 @@ def test_a_pickled_object_is_not_opened(tmp_path):
 
 def good_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """A good file of every format, and the arguments that it needs."""
-    gguf = steer.to_gguf(Plan(Intervention(Add(layer(2)), "layers.2.output")), folder / "v.gguf", model_hint="llama")
+    control_vector = steer.to_gguf(Plan(Intervention(Add(layer(2)), "layers.2.output")), folder / "v.gguf", model_hint="llama")
     return {
+        "bare": (saved(folder / "vector.pt", layer(2)), {"site": "layers.2.output"}),
         "cast": (svec(folder / "v.svec"), {"n_layers": LAYERS}),
         "easyedit": (saved(folder / "layers" / "layer_2.pt", layer(2)).parent, {}),
-        "gguf": (gguf, {}),
+        "gguf": (control_vector, {}),
         "hidden-directions": (saved(folder / "h.pt", torch.stack([layer(n + 1) for n in range(LAYERS)])), {"n_layers": LAYERS}),
         "persona": (saved(folder / "p.pt", torch.stack([layer(n + 1) for n in range(LAYERS + 1)])), {"n_layers": LAYERS}),
         "pyvene": (pyvene(folder / "pv", (2, "block_output", ADDITION, addition(2))), {"scope": "all"}),

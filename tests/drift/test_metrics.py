@@ -39,7 +39,7 @@ def shifted(shift: Tensor, units: Tensor, baseline: Tensor) -> SiteMeasurement:
 
 
 def z_isotropic(shift: Tensor, units: Tensor) -> Tensor:
-    return METRICS.get("z_isotropic").compute([shifted(shift, units, normal(3, len(shift), seed=9))])[0]
+    return METRICS.get("z_isotropic").compute([shifted(shift, units, normal(30, len(shift), seed=9))])[0]
 
 
 def z_covariance(shift: Tensor, units: Tensor, baseline: Tensor) -> Tensor:
@@ -55,15 +55,36 @@ def z_controls(effect: Tensor, controls: Tensor) -> Tensor:
     return METRICS.get("z_controls").compute([site])[0]
 
 
-def test_isotropic_z_is_the_limit_of_many_random_directions() -> None:
+def test_isotropic_z_on_isotropic_states_is_the_cosine_times_the_root_of_the_width() -> None:
     width = 64
-    shift, named = normal(width) * 3, torch.nn.functional.normalize(normal(2, width, seed=1), dim=1)
-    random = torch.nn.functional.normalize(normal(40000, width, seed=2), dim=1)
-    spread = (random @ shift).square().mean().sqrt()
-    torch.testing.assert_close(z_isotropic(shift, named), (named @ shift) / spread, rtol=0.02, atol=0)
-    aligned = z_isotropic(shift, (shift / shift.norm())[None])
-    assert aligned.item() == pytest.approx(math.sqrt(width))
-    assert z_isotropic(torch.zeros(width).double(), named).tolist() == [0.0, 0.0]
+    baseline, shift = normal(200, width), normal(width, seed=1) * 3
+    named = torch.nn.functional.normalize(normal(8, width, seed=2) + torch.linspace(-0.3, 0.3, 8).double()[:, None] * shift, dim=1)
+    expected = named @ shift / shift.norm() * math.sqrt(width)
+    z = METRICS.get("z_isotropic").compute([shifted(shift, named, baseline)])[0]
+    near = expected.abs() < 3
+    assert near.any() and not near.all()
+    torch.testing.assert_close(z[near], expected[near], rtol=0.1, atol=0.1)
+    aligned = z_isotropic(shift, (torch.stack([shift, -shift]) / shift.norm()))
+    assert aligned.tolist() == pytest.approx([stats.norm.isf(0.5e-4), -stats.norm.isf(0.5e-4)])
+    assert z_isotropic(torch.zeros(width).double(), named).tolist() == [0.0] * 8
+    few = METRICS.get("z_isotropic").compute([shifted(shift, named, baseline[:2])])[0]
+    assert bool(few.isnan().all())
+
+
+@pytest.mark.parametrize(("prompts", "decay"), [(8, 1.5), (16, 0.5), (16, 1.0), (16, 1.5), (24, 1.5), (64, 1.0), (64, 2.0)])
+@pytest.mark.parametrize("common", [True, False], ids=["one shift for all prompts", "noise of each prompt"])
+def test_isotropic_z_holds_its_size_on_anisotropic_states(prompts: int, decay: float, common: bool) -> None:
+    """Directions and shifts that vary as the states do and have nothing to do with each other; the spectrum falls as 1 / rank^decay."""
+    width, trials, named = 256, 60, 16
+    sd = torch.arange(1, width + 1).double().pow(-decay / 2)
+    passed = []
+    for trial in range(trials):
+        draws = normal(2 * prompts + named, width, seed=1000 * prompts + trial) * sd
+        baseline, noise = draws[:prompts], draws[prompts : 2 * prompts]
+        units = torch.nn.functional.normalize(draws[2 * prompts :], dim=1)
+        site = SiteMeasurement.of_states(named_only(units), baseline + (noise[0] if common else noise), baseline)
+        passed.append(METRICS.get("z_isotropic").compute([site])[0].abs() > 1.96)
+    assert 0.03 <= float(torch.cat(passed).double().mean()) <= 0.07
 
 
 def test_covariance_z_is_the_limit_of_random_directions_drawn_from_the_states() -> None:
@@ -164,7 +185,7 @@ def test_a_new_metric_is_computed_logged_and_stored(tiny: Tiny, tmp_path: Path, 
         named = [record for record in tracker.measure(0) if record.kind == "named"]
     assert all(record.range > 0 for record in named) and max(record.largest for record in named) == 1.0
     assert [record.range for record in tracker.latest if record.kind == "control"] == [None] * 4
-    assert tracker.log_values()[f"drift/a@{SITE}/range"] == named[0].range
+    assert tracker.log_values()[f"drift/a/{SITE}/range"] == named[0].range
     assert not any(key.endswith("largest") for key in tracker.log_values())
     with DriftStore(tmp_path / "d.sqlite") as store:
         assert store.series("b", SITE)["range"] == [record.range for record in named if record.direction == "b"]

@@ -36,4 +36,4 @@ def test_a_logger_gets_logged_metrics_of_named_directions_where_they_are_numbers
     control = replace(RECORD, direction="random-00", kind="control")
     stream = replace(RECORD, mode="stream", metrics={"effect_sd": 0.5, "mean": 3.0})
     values = log_values([RECORD, control, stream])
-    assert values == {"drift/rude@layers.1.output/effect_sd": 1.5, "drift_stream/rude@layers.1.output/effect_sd": 0.5}
+    assert values == {"drift/rude/layers.1.output/effect_sd": 1.5, "drift_stream/rude/layers.1.output/effect_sd": 0.5}

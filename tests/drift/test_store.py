@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,3 +307,63 @@ def test_unknown_modes_and_steps_are_refused(tmp_path: Path) -> None:
         store.append([replace(measurement(0)[0], mode="dream")])
     with writer(tmp_path / "d.sqlite") as store, pytest.raises(ConfigError, match="already covered"):
         store.append(measurement(-1))
+
+
+# ---- what others have written into the file
+
+
+def altered(path: Path, *statements: str) -> Path:
+    """A store that another program has written to, with the triggers that forbid it taken away."""
+    with writer(path) as store:
+        store.append(measurement(0))
+    with closing(sqlite3.connect(path)) as db:
+        for (trigger,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {trigger}")
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+    return path
+
+
+ENDLESS = "CREATE VIEW {0} AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {1} FROM c"
+CURRENT = "x AS step, x AS mode, x AS direction, x AS site, x AS kind, x AS n, x AS metric, x AS value"
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("DROP VIEW current", ENDLESS.format("current", CURRENT)),
+        ("DROP TABLE attempts", ENDLESS.format("attempts", "x AS attempt, 0 AS from_step, 'now' AS started")),
+        ("ALTER TABLE tracked RENAME COLUMN gap TO gaps",),
+        ("UPDATE meta SET value = '[['",),
+        ("UPDATE meta SET value = '[]'",),
+        ("UPDATE meta SET value = x'00ff'",),
+        ("DELETE FROM meta",),
+        ("UPDATE records SET step = 'ten'",),
+        ("UPDATE records SET n = 1.5",),
+        ("UPDATE records SET mode = 'prove'",),
+        ("UPDATE metrics SET value = 'high' WHERE metric = 'mean'",),
+        ("UPDATE metrics SET value = x'00' WHERE metric = 'mean'",),
+        ("UPDATE tracked SET gap = 'wide'",),
+        ("UPDATE tracked SET kind = 'wild'",),
+        ("UPDATE tracked SET sha256 = CAST(x'c328' AS TEXT)",),
+        ("UPDATE attempts SET from_step = 'begin'",),
+        ("UPDATE attempts SET started = x'00'",),
+    ],
+)
+def test_values_and_tables_that_are_none_of_a_store(tmp_path: Path, statements: tuple[str, ...]) -> None:
+    path = altered(tmp_path / "d.sqlite", *statements)
+    with pytest.raises(DamagedFileError) as caught, DriftStore(path) as store:
+        _ = store.fingerprint, store.tracked(), store.attempts(), store.records()
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("ending", ["", "-journal", ".lock"])
+def test_pipes_in_the_place_of_its_files_are_refused_at_once(tmp_path: Path, ending: str) -> None:
+    path = altered(tmp_path / "d.sqlite")
+    Path(f"{path}{ending}").unlink(missing_ok=True)
+    os.mkfifo(f"{path}{ending}")
+    for opened in (DriftStore, writer):
+        with pytest.raises(WrongKindError, match="pipe"):
+            opened(path)

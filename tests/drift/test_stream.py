@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_the_labelled_tokens(tiny: Tiny, path: str) -> 
     assert records[1].change == pytest.approx((expected[1].mean() - expected[0].mean()).item(), rel=1e-3)
     assert records[1].effect_sd == pytest.approx(records[1].change / expected[0].std().item(), rel=1e-3)
     assert records[1].z_controls is not None and records[1].p is records[1].z_isotropic is None
-    assert set(tracker.log_values()) == {f"drift_stream/rude@{SITE}/{name}" for name in ("effect_sd", "change", "z_controls")}
+    assert set(tracker.log_values()) == {f"drift_stream/rude/{SITE}/{name}" for name in ("effect_sd", "change", "z_controls")}
 
 
 def test_only_the_policys_training_passes_count(tiny: Tiny) -> None:

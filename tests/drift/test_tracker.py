@@ -83,7 +83,7 @@ def test_a_shift_along_the_direction_is_specific_and_one_across_it_is_not(tiny: 
     along, across_it = records["along"], records["across"]
     assert along.change == pytest.approx(3.0, rel=1e-4) and along.effect_gap == pytest.approx(1.5, rel=1e-4)
     assert along.p == 2 / 2**10 and along.q == along.p
-    assert along.z_isotropic == pytest.approx(WIDTH**0.5, rel=1e-3)
+    assert along.z_isotropic == pytest.approx(3.89, abs=0.01)  # rarer than any of 9,999 pairs
     assert along.z_controls > 3 and along.z_covariance > 3
     assert abs(across_it.z_isotropic) < 0.1 and abs(across_it.z_controls) < 0.1
 
@@ -122,7 +122,7 @@ def test_log_values_have_stable_keys(tiny: Tiny) -> None:
     assert tracker.log_values() == {}
     with tracker.attached(tiny("llama")):
         tracker.measure(0)
-    assert set(tracker.log_values()) == {f"drift/rude@{SITE}/{name}" for name in ("effect_sd", "change", "z_controls", "p")}
+    assert set(tracker.log_values()) == {f"drift/rude/{SITE}/{name}" for name in ("effect_sd", "change", "z_controls", "p")}
 
 
 def test_a_measurement_leaves_the_model_as_it_was(tiny: Tiny) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hand import vector
@@ -63,3 +64,18 @@ def test_gates_that_cannot_be_made(warm: dict[str, str], gate: Any, says: str) -
 def test_a_gate_of_a_direction_that_was_not_given() -> None:
     with pytest.raises(ConfigError, match=r"a direction, but none was given[\s\S]*directions.warm=<path>"):
         plan_from_config("warm?loud", {}, {"loud": COSINE})
+
+
+def test_a_file_of_nothing_but_a_vector_is_named_with_its_site(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", vector(seed=3).numpy())
+    source = {"path": str(tmp_path / "v.npy"), "site": "layers.1.output"}
+    plan, text = plan_from_config("0.5 warm@response", {"warm": source}, {})
+    assert text == "0.5 warm:layers.1.output@response"
+    assert torch.equal(plan.interventions[0].operator.tensors["vector"][0], vector(seed=3))
+    for wrong, says in (
+        ({"site": "layers.1.output"}, r"direction 'warm' has no file[\s\S]*directions.warm.path=vector.npy"),
+        ({**source, "sites": "x"}, r"direction 'warm' has no option 'sites'[\s\S]*did you mean 'site'"),
+        ({"path": source["path"]}, "pass site="),
+    ):
+        with pytest.raises(SteerError, match=says):
+            plan_from_config("warm", {"warm": wrong}, {})

@@ -14,7 +14,6 @@ from hand import ids, padded, vector
 from method_tables import own_names
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import steer
 from steer.errors import AttachError, DeployError, WidthError
@@ -72,14 +71,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> N
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """Applies by hand the remedy that the error names."""
-    model.config.tie_word_embeddings = False
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    return model
-
-
 def adding(*sites: str) -> Plan:
     return Plan([Intervention(Add(vector(seed=7 + i)), site, strength=1.5 - i) for i, site in enumerate(sites)])
 
@@ -117,22 +108,18 @@ def test_an_addition_becomes_a_bias(family, sites, tiny):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_an_addition_to_the_embedding(family, tiny):
-    """Learned positions take it even when the embedding is tied; Gemma's scale is found out by running."""
+    """Learned positions take it, else a tied head gets a copy of the old embedding; Gemma's scale is found out by running."""
     model, plan = tiny(family), adding("embed")
     plain, positions = logits(model), family in ("gpt2", "opt")
-    if family in TIED and not positions:
-        with pytest.raises(DeployError, match="tie_word_embeddings=False"):
+    if family in ("gemma2", "gemma3"):
+        with pytest.raises(DeployError, match="scales"):
             bake(plan, model)
-        model = untied(model)
-        if family in SANDWICH:
-            with pytest.raises(DeployError, match="scales"):
-                bake(plan, model)
-            assert torch.equal(logits(model), plain)
-            return
+        assert torch.equal(logits(model), plain)
+        return
     expected = steered(model, plan)
     with bake(plan, model) as baked:
         assert_close(logits(model), expected)
-        assert len(baked.changed) == 1
+        assert len(baked.changed) == (2 if family in TIED and not positions else 1)
     assert torch.equal(logits(model), plain)
 
 
@@ -140,12 +127,10 @@ def test_an_addition_to_the_embedding(family, tiny):
 def test_ablation_of_everything_written_is_orthogonal_weights(family, tiny):
     model = tiny(family)
     plan = Plan([Intervention(Ablate(ROWS), site) for site in WRITERS])
-    if family in TIED or family in SANDWICH:
+    if family in SANDWICH:
         with pytest.raises(DeployError):
             bake(plan, model)
-        if family in SANDWICH:
-            return
-        model = untied(model)
+        return
     expected, plain = steered(model, plan), logits(model)
     with bake(plan, model) as baked:
         assert_close(logits(model), expected)
@@ -395,6 +380,65 @@ def test_a_baked_model_is_saved_and_loaded(family, sites, tiny, tmp_path: Path):
         getattr(before, "attention_bias", None),
     )
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in tiny(family).named_parameters()}
+
+
+@pytest.mark.parametrize("family", sorted(set(TIED) - {"gemma2", "gemma3"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_model_is_untied_saved_and_tied_again_by_undo(family, dtype, tiny, tmp_path: Path):
+    model = tiny(family).to(dtype)
+    plan = Plan([Intervention(Ablate(ROWS), site) for site in WRITERS])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    expected, plain = steered(model, plan), logits(model)
+    with bake(plan, model):
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    assert_close(logits(loaded), expected, 2e-6 if dtype == torch.float32 else 0.1)
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(logits(model), plain) and model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_configuration_that_is_wrong_about_the_head_is_set_right(says_tied, tiny, tmp_path: Path):
+    """Untied by hand and not said so: the head would be lost. Said so and not done: no file would hold a head."""
+    model, plan = tiny("smollm3"), adding("layers.1.attn.output")
+    if says_tied:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone() * 1.5)
+    else:
+        model.config.tie_word_embeddings = False
+    expected = steered(model, plan)
+    with bake(plan, model):
+        model.save_pretrained(tmp_path)
+    assert_close(logits(type(model).from_pretrained(tmp_path)), expected)
+    assert model.config.tie_word_embeddings == says_tied
+
+
+def test_a_head_that_was_trained_after_the_bake_is_not_thrown_away(tiny):
+    model = tiny("smollm3")
+    baked = bake(adding("embed"), model)
+    model.get_output_embeddings().weight.add_(0.1)
+    with pytest.raises(DeployError, match="lm_head.weight"):
+        baked.undo()
+
+
+def test_weights_that_the_configuration_does_not_speak_of_are_refused(tiny):
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight  # tied by hand
+    plain = logits(model)
+    with pytest.raises(DeployError, match=r"layers.0.mlp.up_proj.weight.*layers.1.mlp.up_proj.weight"):
+        bake(Plan(Intervention(Ablate(ROWS), "layers.1.attn.output")), model)
+    assert torch.equal(logits(model), plain)
+
+
+def test_a_weight_that_another_module_uses_is_not_changed(tiny):
+    model = tiny("llama")
+    first, second = (model.model.layers[n].self_attn.o_proj for n in (0, 1))
+    first.weight = second.weight
+    with pytest.raises(DeployError, match="other modules use too"):
+        bake(Plan(Intervention(Ablate(ROWS), "layers.1.attn.output")), model, savable=False)
 
 
 def test_compiled_code_sees_the_bake_and_its_end(tiny):

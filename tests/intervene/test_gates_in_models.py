@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from steer.intervene import Add, CallGate, Intervention, Plan, ProbeGate
 from steer.intervene.gate import Gate
+from steer.model.anatomy import Anatomy
 
 SITE, READ = "layers.1.output", "layers.0.output"
 V, W = vector(seed=1), vector(seed=2)
@@ -339,3 +340,21 @@ def test_steering_on_condition_in_a_real_model(smollm2):
         steered = generate(model, batch)
     changed = (steered != plain).any(1).tolist()
     assert changed == [True, False, True, False]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "falcon", "llama"])
+@pytest.mark.parametrize(("read", "steered"), [("q", "k"), ("k", "v"), ("q", "v"), ("v", "v")])
+def test_a_gate_may_read_an_earlier_projection_of_the_same_module(family, read, steered, tiny):
+    """Queries, keys and values may be columns of one tensor; the gate sees its own before any is edited."""
+    model = tiny(family)
+    anatomy = Anatomy.find(model)
+    read_site, site = (f"layers.1.attn.{part}" for part in (read, steered))
+    probe, added = vector(anatomy.point(read_site).width, 3), vector(anatomy.point(site).width, 4)
+    with torch.no_grad(), recorded(model, list({read_site, site})) as seen:
+        model(input_ids=ids())
+    margins = seen[read_site] @ probe
+    opened = (margins > split(margins))[..., None]  # [batch, tokens, 1]
+    plan = Plan(Intervention(Add(added), site, gate=ProbeGate(probe, -split(margins), site=read_site)))
+    with torch.no_grad(), plan.attached(model), recorded(model, [site]) as after:
+        model(input_ids=ids())
+    assert torch.allclose(after[site], seen[site] + opened * added, atol=1e-6)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM
 
 from steer import files
 from steer.errors import DamagedFileError, ModelNotFoundError, StorageFullError, TokenizerError, UnsafeFileError
@@ -65,6 +66,18 @@ def test_a_folder(folder, tiny):
     assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == str(folder)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "relative", "~/relative"])
+def test_the_configuration_names_what_transformers_loads_again(name, small_embedded, folder, tmp_path, monkeypatch):
+    if name != "smollm2-135m":
+        shutil.copytree(folder, tmp_path / "home" / "relative")
+        monkeypatch.chdir(tmp_path / "home")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model, tokenizer = load(name)
+    monkeypatch.chdir(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    assert torch.equal(logits(model), logits(again)) and model.name_or_path == tokenizer.name_or_path == name
+
+
 def test_dtype_and_device(folder):
     model, _ = load(str(folder), dtype=torch.bfloat16, device=torch.device("meta"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -104,16 +117,38 @@ def test_a_name_of_the_hub_goes_to_transformers(monkeypatch, tiny, tiny_tokenize
 
     def from_pretrained(name, **options):
         asked.append((name, options))
-        return tiny("gpt2") if "dtype" in options else tiny_tokenizer
+        return (tiny("gpt2"), {"missing_keys": set()}) if "dtype" in options else tiny_tokenizer
 
     monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(load_module.AutoTokenizer, "from_pretrained", from_pretrained)
     model, tokenizer = load("someone/some-model", dtype=torch.bfloat16)
-    assert asked[0] == ("someone/some-model", {"dtype": torch.bfloat16, "use_safetensors": True})
+    options = {"dtype": torch.bfloat16, "use_safetensors": True, "output_loading_info": True}
+    assert asked[0] == ("someone/some-model", options)
     assert tokenizer is tiny_tokenizer and model.name_or_path == "someone/some-model"
 
 
+def test_a_tied_model_is_untied_with_a_copy_of_the_head(tmp_path, tiny, tiny_tokenizer):
+    tiny("smollm3").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = load(tmp_path, untie=True)
+    assert torch.equal(logits(model), logits(tiny("smollm3"))) and not model.config.tie_word_embeddings
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "untied")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "untied").lm_head.weight, tiny("smollm3").lm_head.weight)
+
+
 # ---- what is refused
+
+
+def test_a_file_without_a_head_is_not_given_a_random_one(tmp_path, tiny, tiny_tokenizer):
+    """What follows from saying `tie_word_embeddings=False` of the file of a tied model."""
+    tiny("smollm3").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    with pytest.raises(DamagedFileError, match=r"(?s)random.*lm_head.weight.*tie_word_embeddings"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "someone/no-such-model"])

@@ -86,7 +86,7 @@ def test_conversations_that_cannot_be_told_apart_are_named(tiny_tokenizer):
     with pytest.raises(TokenizerError, match=r"unknown chat role[\s\S]*found: dog"):
         encode_chat(tiny_tokenizer, [{"role": "dog", "content": "no"}])
     tiny_tokenizer.chat_template = "{% for message in messages[-2:] %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
-    with pytest.raises(TokenizerError, match=r"rewrites earlier turns[\s\S]*before turn 3"):
+    with pytest.raises(TokenizerError, match=r"rewrites earlier turns[\s\S]*no place that is turn 1"):
         encode_chat(tiny_tokenizer, TURNS)
     tiny_tokenizer.chat_template = None
     with pytest.raises(TokenizerError, match="no chat template"):

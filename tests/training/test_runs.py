@@ -39,6 +39,7 @@ from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
 NAME = f"add@{SITE}"
+LOGGED = f"steer/add/{SITE}"  # prefix of its metrics
 RESPONSE = ROWS * (TOKENS - PROMPT)  # response tokens of one epoch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
@@ -96,8 +97,8 @@ def test_metrics_are_given_when_they_are_due_with_the_strength_of_the_step_befor
     loop.train(0, list(loader()))
     tokens = 2 * (TOKENS - PROMPT)
     assert loop.metrics == {
-        3: {f"steer/{NAME}/strength": 2 / 8, f"steer/{NAME}/tokens": 2.0 * tokens},  # step 0 has strength 0
-        6: {f"steer/{NAME}/strength": 5 / 8, f"steer/{NAME}/tokens": 5.0 * tokens},
+        3: {f"{LOGGED}/strength": 2 / 8, f"{LOGGED}/tokens": 2.0 * tokens},  # step 0 has strength 0
+        6: {f"{LOGGED}/strength": 5 / 8, f"{LOGGED}/tokens": 5.0 * tokens},
     }
     assert n_hooks(loop.model) == 0
 
@@ -106,7 +107,7 @@ def test_an_accumulating_step_advances_nothing() -> None:
     run = steering(make_plan(), every_n_steps=1)
     run.attach(FAMILIES["llama"](), Ranks())
     run.start(4, nn.Linear(1, 1), [])
-    assert run.advance(4) is None and run.advance(5) == run.metrics() | {f"steer/{NAME}/strength": 0.5}
+    assert run.advance(4) is None and run.advance(5) == run.metrics() | {f"{LOGGED}/strength": 0.5}
     run.detach()
     run.detach()  # at any time
 

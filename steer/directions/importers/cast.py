@@ -21,7 +21,7 @@ class Cast(Importer):
 
     @staticmethod
     def recognises(source: Source) -> bool:
-        content = None if source.is_torch else source.content
+        content = source.content if source.form == "json" else None
         return isinstance(content, Mapping) and {"model_type", "directions", "explained_variances"} <= content.keys()
 
     @staticmethod
@@ -29,6 +29,6 @@ class Cast(Importer):
         vectors = {after_block(source, layer): vector for layer, vector in by_layer(source, "directions").items()}
         try:
             variances = {str(layer): float(share) for layer, share in by_layer(source, "explained_variances").items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise incomplete(source, "a number for each layer in explained_variances", str(error)) from error
-        return gathered(source, vectors, method="cast pca", model_type=source.content["model_type"], explained_variances=variances)
+        return gathered(source, vectors, method="cast pca", model_type=str(source.content["model_type"]), explained_variances=variances)

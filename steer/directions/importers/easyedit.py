@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from steer.directions.direction import Directions
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, read_torch
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete
 from steer.errors import ConfigError, WidthError
+from steer.tensor_files import read_torch
 
 _FILE = re.compile(r"layer_(\d+)(_.+)?\.pt")
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.directions.importer import IMPORTERS, Importer, Source, incomplete, read_json, read_torch
+from steer.directions.importer import IMPORTERS, Importer, Source, incomplete, mapping_of
 from steer.errors import ConfigError, WrongKindError
 from steer.intervene import Intervention, Operator, Plan
 from steer.intervene.operators.add import Add
 from steer.intervene.operators.loreft import LoReFT
 from steer.model.site import Site
+from steer.reading import damage_of, read_json
+from steer.tensor_files import read_torch
 
 CONFIG = "config.json"
 # component of pyvene -> site, where both mean the same tensor in every family
@@ -82,10 +84,10 @@ class Pyvene(Importer):
 
 def _representations(source: Source) -> list[Representation]:
     """Raises DamagedFileError when the configuration lacks a part."""
-    config = read_json(source.path / CONFIG)
+    config = mapping_of(source, read_json(source.path / CONFIG), CONFIG)
     representations = []
     seen = Counter[str]()
-    try:
+    with damage_of(source.path, "representations and intervention_types, one for one", f"'{source.path}' lacks a part"):
         for spec, kind in zip(config["representations"], config["intervention_types"], strict=True):
             fields: dict[str, Any] = spec if isinstance(spec, dict) else dict(zip(_FIELDS, spec, strict=False))
             component = str(fields["component"])
@@ -103,8 +105,6 @@ def _representations(source: Source) -> list[Representation]:
                 )
             )
             seen[key] += 1
-    except (KeyError, TypeError, ValueError) as error:
-        raise incomplete(source, "representations and intervention_types, one for one", repr(error)) from error
     return representations
 
 
@@ -117,13 +117,13 @@ def _intervention(source: Source, representation: Representation) -> Interventio
     if not source.has(representation.file):
         files = sorted(file.name for file in source.path.glob("*.bin"))
         raise incomplete(source, representation.file, ", ".join(files) or "no .bin file")
-    state = read_torch(source.path / representation.file)
-    try:
-        operator = make(state)
-    except (KeyError, AttributeError) as error:
-        raise incomplete(source, f"the tensors of a {representation.kind} in {representation.file}", sorted(state)) from error
-    if int(state.get("interchange_dim", operator.width)) != operator.width:
-        raise _dimensions_error(representation, operator.width, int(state["interchange_dim"]))
+    state = mapping_of(source, read_torch(source.path / representation.file), representation.file)
+    expected = f"the tensors of a {representation.kind} in {representation.file}"
+    with damage_of(source.path, expected, f"'{source.path}' lacks a part"):
+        operator = make(dict(state))
+        dimensions = int(state.get("interchange_dim", operator.width))
+    if dimensions != operator.width:
+        raise _dimensions_error(representation, operator.width, dimensions)
     if source.scope is None:
         raise _scope_error(source)
     return Intervention(operator, _site(source, representation), scope=source.scope)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from steer.directions.direction import Directions
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of, read_json, read_torch
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of
+from steer.reading import read_json
+from steer.tensor_files import read_torch
 
 VECTOR, METADATA = "direction.pt", "direction_metadata.json"
 

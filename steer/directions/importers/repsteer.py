@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from steer.directions.direction import Directions
-from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of, read_json
+from steer.directions.importer import IMPORTERS, Importer, Source, gathered, incomplete, integer_of, mapping_of
 from steer.errors import ConfigError, DamagedFileError, WrongKindError
-from steer.files import read_safetensors
 from steer.model.site import Site
+from steer.reading import read_bytes, read_json
+from steer.tensor_files import read_safetensors
 
 MANIFEST, TENSORS, CHECKSUMS = "manifest.json", "tensors.safetensors", "checksums.json"
 _KINDS = {"direction": "direction", "probe": "weight", "sae_feature": "decoder_direction", "subspace": "basis"}  # -> its tensor
@@ -40,10 +41,10 @@ class Repsteer(Importer):
         if not Repsteer.recognises(source):
             raise incomplete(source, Repsteer.looks_for, "not all of them")
         _check_hashes(source)
-        manifest = read_json(source.path / MANIFEST)
+        manifest = mapping_of(source, read_json(source.path / MANIFEST), MANIFEST)
         tensors, _ = read_safetensors(source.path / TENSORS)
         kind = manifest.get("artifact_type")
-        name = _KINDS.get(kind)
+        name = _KINDS.get(str(kind))
         vector = None if name is None else tensors.get(name)
         if vector is None or (vector.ndim > 1 and len(vector) > 1):
             raise _kind_error(source, kind, tensors)
@@ -52,17 +53,19 @@ class Repsteer(Importer):
 
 
 def _check_hashes(source: Source) -> None:
-    listed = read_json(source.path / CHECKSUMS).get("files", {})
+    checksums = mapping_of(source, read_json(source.path / CHECKSUMS), CHECKSUMS)
+    listed = mapping_of(source, checksums.get("files", {}), f"files in {CHECKSUMS}")
     for name in (MANIFEST, TENSORS):
         expected = str(listed.get(name)).removeprefix("sha256:")
-        digest = hashlib.sha256((source.path / name).read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_bytes(source.path / name)).hexdigest()
         if digest != expected:
             raise _altered_error(source, name, expected, digest)
 
 
-def _site(source: Source, manifest: dict[str, Any]) -> Site:
-    site = manifest.get("site") or {}
-    architecture = str((manifest.get("model") or {}).get("architecture") or "").lower()
+def _site(source: Source, manifest: Mapping[str, Any]) -> Site:
+    site = mapping_of(source, manifest.get("site") or {}, f"site in {MANIFEST}")
+    model = mapping_of(source, manifest.get("model") or {}, f"model in {MANIFEST}")
+    architecture = str(model.get("architecture") or "").lower()
     component = str(site.get("component"))
     layer = site.get("layer")
     if site.get("unit") is not None or site.get("stream", "language") != "language":

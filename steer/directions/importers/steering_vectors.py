@@ -32,8 +32,8 @@ class SteeringVectors(Importer):
     def read(source: Source) -> Directions:
         kind = source.content["layer_type"]
         pattern = "layers.{layer}.output"
-        if kind != "decoder_block":
+        if str(kind) != "decoder_block":
             why = f"layer_type '{kind}', which in some families is the tensor before a norm; elsewhere {_OTHERS}"
             pattern = source.asked_site(why, "module:layers.{layer}.self_attn:output")
         vectors = {source.place(layer, pattern): vector for layer, vector in by_layer(source, "layer_activations").items()}
-        return gathered(source, vectors, method="steering-vectors", layer_type=kind)
+        return gathered(source, vectors, method="steering-vectors", layer_type=str(kind))

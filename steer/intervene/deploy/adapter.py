@@ -26,6 +26,7 @@ from steer.intervene.deploy.weight_edit import WeightChange, WeightEdit, is_conv
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 CONFIG = "adapter_config.json"
@@ -40,7 +41,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
     mixture cannot be carried.
 
     `merge_and_unload` gives the same model where PEFT can merge: not into maps without a bias when the plan has constants, and not into
-    tied embeddings (load the model with `tie_word_embeddings=False` for that).
+    tied embeddings (load the model with `steer.load(..., untie=True)` for that).
 
     Args:
         plan: not attached to this model.
@@ -59,6 +60,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         >>> steered = peft.PeftModel.from_pretrained(model, "steered")
     """
     anatomy = Anatomy.find(model)
+    check_weights_are_there(model, _CARRIER)
     path = place_of(path)
     base = transformers_model(anatomy)
     if base is None or any(hasattr(module, "base_layer") for module in model.modules()):
@@ -78,6 +80,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
     check.prove(edits_of_weights)
     with Baked() as trial:
         config, tensors = _adapter(edits_of_weights, base_anatomy)
+        trial.untie(base_anatomy)  # an adapter of a tied embedding leaves the head alone
         for weight_edit in edits_of_weights:
             trial.apply(weight_edit)
         check.compare()
@@ -187,7 +190,7 @@ def _config(anatomy: Anatomy, targets: list[str], rank: int, with_biases: bool, 
     base: Any = anatomy.model
     config = LoraConfig(
         task_type="CAUSAL_LM" if base.get_output_embeddings() is not None else None,
-        base_model_name_or_path=base.config.name_or_path or None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or base.config.name_or_path or None,
         r=rank,
         lora_alpha=rank,  # a scale of 1
         target_modules=targets,

@@ -19,6 +19,7 @@ from steer.intervene.deploy.weight_edit import WeightEdit
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 
 _CARRIER = "a bake"
 
@@ -32,8 +33,8 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
 
     Args:
         plan: not attached to this model.
-        model: dense weights, raw or wrapped. Under PEFT, constants only, and only for interventions with the role `reference`, since
-            the pass without adapters has the same weights.
+        model: dense weights, raw or wrapped. A head that is tied to an embedding which changes gets a copy of it first. Under PEFT,
+            constants only, and only for interventions with the role `reference`, since the pass without adapters has the same weights.
         savable: refuse what `save_pretrained` and `from_pretrained` would lose: a bias that the family has no setting for. Where it
             has one (`mlp_bias`, `attention_bias`), the setting is switched on and the other maps that it speaks of get a bias of 0.
             False for a model that stays in this process.
@@ -51,6 +52,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
         >>> model.save_pretrained("baked")
     """
     anatomy = Anatomy.find(model)
+    check_weights_are_there(model, _CARRIER)
     edits = constant_edits(plan, _CARRIER)
     check_sites(edits, _CARRIER)
     interventions = [intervention for intervention, _ in edits]
@@ -60,11 +62,13 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
             if "reference" not in intervention.roles:
                 raise _reference_not_steered(intervention)
     edits_of_weights = weight_edits(anatomy, edits, _CARRIER)
-    for weight_edit in edits_of_weights:
-        _check_untied(model, weight_edit)
     check.prove(edits_of_weights)
     baked = Baked()
     try:
+        if any(weight_edit.module is anatomy.embedding for weight_edit in edits_of_weights):
+            baked.untie(anatomy)
+        for weight_edit in edits_of_weights:
+            _check_untied(model, weight_edit)
         for weight_edit in edits_of_weights:
             baked.apply(weight_edit)
         if savable:
@@ -103,10 +107,9 @@ def _reference_not_steered(intervention: Intervention) -> DeployError:
 
 
 def _tied_weight(weight_edit: WeightEdit, users: list[str]) -> DeployError:
-    untie = "load it with tie_word_embeddings=False and give it a copy of the embedding as head, or use steer.to_adapter"
     return DeployError(
         f"{_CARRIER} cannot change '{weight_edit.path}', whose weight other modules use too",
         expected="a weight of its own",
         found=f"one weight in {' and '.join(users)}",
-        remedy=f"{untie}, or {AT_RUN_TIME}",
+        remedy=f"use steer.to_adapter, or {AT_RUN_TIME}",
     )

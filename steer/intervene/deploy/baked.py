@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from steer.errors import DeployError
 from steer.files import tensor_hash
 from steer.intervene.deploy.weight_edit import WeightEdit
+from steer.model.anatomy import Anatomy
+from steer.model.tied import SETTING, give_own_weight, tied_head, tying_configs
 
 
 class Baked:
@@ -17,7 +19,8 @@ class Baked:
 
     Attributes:
         changed: names of the parameters that it changed or added.
-        error: relative difference of the final hidden states from those of the plan, when it was tried.
+        error: relative difference of the final hidden states from those of the plan, or of the logits where that is larger, when it
+            was tried.
 
     Example:
         >>> with steer.bake(plan, model) as baked:
@@ -28,12 +31,13 @@ class Baked:
         self.error = 0.0
         self._weights: list[tuple[str, nn.Module, str, Tensor]] = []  # name, module, attribute, old value
         self._biases: list[tuple[str, nn.Module]] = []  # those that are new
+        self._heads: list[tuple[str, nn.Module, nn.Parameter]] = []  # name and module of those untied, and the weight they shared
         self._settings: list[tuple[object, str, object]] = []  # configuration, name, old value
         self._sealed: dict[str, object] = {}  # digests of what was written, by name
 
     @property
     def changed(self) -> list[str]:
-        return [name for name, *_ in self._weights] + [name for name, _ in self._biases]
+        return [*(name for name, *_ in self._weights), *(name for name, *_ in self._heads), *(name for name, _ in self._biases)]
 
     @property
     def new_biases(self) -> list[str]:
@@ -61,6 +65,16 @@ class Baked:
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
         self._biases.append((f"{path}.bias", module))
 
+    def untie(self, anatomy: Anatomy) -> None:
+        """Gives a head that shares the weight of the embedding a copy of it, and lets the configuration say that they are not tied."""
+        head = tied_head(anatomy)
+        if head is not None:
+            path = next(path for path, module in anatomy.model.named_modules() if module is head)
+            self._heads.append((f"{path}.weight", head, head.weight))  # type: ignore[arg-type]
+            give_own_weight(head)
+        for config in tying_configs(anatomy):
+            self.set(config, SETTING, False)
+
     def set(self, config: object, name: str, value: object) -> None:
         """Changes a setting of the model."""
         self._settings.append((config, name, getattr(config, name)))
@@ -85,10 +99,13 @@ class Baked:
             module._parameters[attribute].copy_(old)  # type: ignore[union-attr]
         for _, module in self._biases:
             module.register_parameter("bias", None)
+        for _, head, shared in self._heads:
+            head.weight = shared
         for config, name, value in reversed(self._settings):
             setattr(config, name, value)
         self._weights.clear()
         self._biases.clear()
+        self._heads.clear()
         self._settings.clear()
         self._sealed.clear()
 
@@ -100,6 +117,7 @@ class Baked:
     def _digests(self) -> dict[str, object]:
         """What now stands where it wrote. Versions of tensors would not do: they do not count what is written through `.data`."""
         digests: dict[str, object] = {name: _digest(module, attribute) for name, module, attribute, _ in self._weights}
+        digests |= {name: _digest(head, "weight") for name, head, _ in self._heads}
         digests |= {name: _digest(module, "bias") for name, module in self._biases}
         digests |= {f"config.{name}": getattr(config, name, None) for config, name, _ in self._settings}
         return digests

@@ -58,6 +58,7 @@ class Check:
         self.carrier = carrier
         with self.plan.attached(anatomy.model):
             self.steered = self._final_states()
+        self.steered_logits = self._logits(self.steered)
 
     def prove(self, weight_edits: list[WeightEdit]) -> None:
         """Tries weight edits in float32, on the model as it is without them.
@@ -78,17 +79,26 @@ class Check:
         """Runs the model as it is now, with the edits in its weights.
 
         Returns:
-            The relative difference of the final hidden states, |difference| / |states| over all tokens.
+            The relative difference of the final hidden states, |difference| / |states| over all tokens, or that of the logits where it is
+            larger.
 
         Raises:
             DeployError: they are not finite.
         """
-        edited = self._final_states().double()
-        steered = self.steered.double()
-        difference = float((edited - steered).norm() / steered.norm())
+        edited = self._final_states()
+        difference = max(_relative(edited, self.steered), _relative(self._logits(edited), self.steered_logits))
         if not math.isfinite(difference):
             raise _overflow(self)
         return difference
+
+    @torch.no_grad()
+    def _logits(self, states: Tensor) -> Tensor:
+        """[rows, tokens, vocabulary] of the head alone; the states themselves for a model without one."""
+        head = self.anatomy.unembedding
+        if head is None:
+            return states
+        with _exact_products(states.device.type), torch.compiler.set_stance("force_eager"):
+            return head(states)
 
     def _final_states_in_float32(self, weight_edits: Sequence[WeightEdit] = ()) -> Tensor:
         try:
@@ -110,6 +120,11 @@ class Check:
         with evaluating(self.anatomy.model), _exact_products(device.type), torch.compiler.set_stance("force_eager"):
             output = self.anatomy.decoder(input_ids=ids.to(device), use_cache=False)
         return output[0]
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 @contextmanager

@@ -7,22 +7,19 @@ no place for block 0 and refuses a file with `direction.0` (`common_control_vect
 
 from __future__ import annotations
 
-import importlib
-import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.checks import of_type
 from steer.errors import ConfigError, DeployError, WidthError
-from steer.files import atomic_write, place_of, storage_errors
+from steer.files import atomic_write, place_of, storage_errors, temporary_sibling
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
+from steer.tensor_files import gguf_package
 
 ARCHITECTURE = "controlvector"
 _CARRIER = "a control vector"
@@ -80,23 +77,13 @@ def _block_number(intervention: Intervention, edit: Affine, n_layers: int | None
     return layer
 
 
-def gguf_package(what: str) -> Any:
-    """The package `gguf`. Raises ConfigError when it is missing."""
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise _no_gguf_package(what) from error
-
-
 def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
     gguf = gguf_package("cannot write a control vector")
     with storage_errors(path, sum(vector.numel() * 4 for vector in layers.values())):
         path.parent.mkdir(parents=True, exist_ok=True)
         # the writer wants a path of its own; beside the file, so that no other disk has to have room
-        handle, name = tempfile.mkstemp(suffix=".gguf", prefix=".", dir=path.parent)
-        os.close(handle)
-        try:
-            writer = gguf.GGUFWriter(name, ARCHITECTURE)
+        with temporary_sibling(path, is_folder=False) as written:
+            writer = gguf.GGUFWriter(written, ARCHITECTURE)
             writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
             for layer, vector in sorted(layers.items()):
@@ -105,9 +92,7 @@ def _write(path: Path, hint: str, layers: dict[int, Tensor]) -> Path:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            return atomic_write(path, Path(name).read_bytes())
-        finally:
-            os.unlink(name)
+            return atomic_write(path, written.read_bytes())
 
 
 # ---- errors
@@ -148,8 +133,3 @@ def _block_out_of_range(intervention: Intervention, n_layers: int) -> DeployErro
 def _block_zero(intervention: Intervention) -> DeployError:
     expected = "the output of block 1 or a later one: llama.cpp has no control vector for block 0"
     return cannot_carry(intervention, _CARRIER, expected, f"'{intervention.site}'", "steer a later block")
-
-
-def _no_gguf_package(what: str) -> ConfigError:
-    install = "pip install 'torchsteer[gguf]'"
-    return ConfigError(what, expected="the package gguf", found="not installed", remedy=install)

@@ -1,4 +1,8 @@
-"""Round trips: a bias survives `save_pretrained` and `from_pretrained` only where the family's configuration speaks of it."""
+"""Round trips: `from_pretrained` gives the weights that `save_pretrained` wrote only where the configuration speaks of each.
+
+A bias that the configuration has no setting for is dropped. A head that has a weight of its own while the configuration calls it tied is
+replaced by the embedding; one that shares the weight of the embedding while the configuration says otherwise comes back random, in no file.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,33 @@ from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.constant import AT_RUN_TIME
 from steer.intervene.deploy.transformers_model import transformers_model
 from steer.model.anatomy import Anatomy
+from steer.model.tied import tied_head, tying_configs
 
 SETTINGS = ("attention_bias", "mlp_bias", "bias", "use_bias")
 
 
 def make_savable(anatomy: Anatomy, baked: Baked) -> None:
-    """Switches on the settings that make the configuration speak of every new bias.
+    """Makes the configuration speak of every new bias, and of whether the embeddings are tied.
 
     Raises:
         DeployError: the family has no such setting, or the weights of a PEFT model changed, which are in none of its files.
     """
     if any(hasattr(module, "base_layer") for module in anatomy.model.modules()):
         raise _not_in_adapter_files()
-    if not baked.new_biases:
-        return
     model = transformers_model(anatomy)
     if model is None:
-        raise _not_a_transformers_model(anatomy)
+        if baked.new_biases:
+            raise _not_a_transformers_model(anatomy)
+        return
+    if (tied_head(anatomy) is not None) != bool(tying_configs(anatomy)):
+        baked.untie(anatomy)
+    if baked.new_biases:
+        _switch_biases_on(anatomy, model, baked)
+    if getattr(model, "hf_quantizer", None) is None:  # whose weights have other names in memory
+        _check_configuration(model)
+
+
+def _switch_biases_on(anatomy: Anatomy, model: Any, baked: Baked) -> None:
     prefix = next(path + "." if path else "" for path, module in anatomy.model.named_modules() if module is model)
     needed = {path.removeprefix(prefix) for path in baked.new_biases}
     before = _biased_maps(model) - needed
@@ -41,6 +55,26 @@ def make_savable(anatomy: Anatomy, baked: Baked) -> None:
         baked.add_bias(prefix + path, model.get_submodule(path), 0.0)
     for name in settings:
         baked.set(anatomy.config, name, True)
+
+
+def _check_configuration(model: Any) -> None:
+    """Raises DeployError unless a model made from the configuration has the same weights, of which the same are one."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.tie_weights()
+    differing = model.state_dict().keys() ^ twin.state_dict().keys()
+    for one in _shared_weights(model) ^ _shared_weights(twin):
+        differing |= one
+    if differing:
+        raise _configuration_says_otherwise(model, sorted(differing))
+
+
+def _shared_weights(model: nn.Module) -> set[frozenset[str]]:
+    """Names of parameters that are one and the same."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def _biased_maps(model: nn.Module) -> set[str]:
@@ -86,10 +120,15 @@ def _no_setting_for(anatomy: Anatomy, path: str) -> DeployError:
     return _lost(found, "export it with steer.to_adapter")
 
 
+def _configuration_says_otherwise(model: Any, names: list[str]) -> DeployError:
+    found = f"a {type(model).__name__} whose configuration says otherwise of {', '.join(names[:4])}"
+    return _lost(found, "make the weights what the configuration says, or correct it")
+
+
 def _lost(found: str, remedy: str) -> DeployError:
     return DeployError(
         "a bake that save_pretrained and from_pretrained would lose",
-        expected="a model whose configuration has every bias that the plan needs",
+        expected="a model whose configuration speaks of all its weights, and of the biases that the plan needs",
         found=found,
         remedy=f"{remedy}, pass savable=False for a model that stays in this process, or {AT_RUN_TIME}",
     )

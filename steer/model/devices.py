@@ -1,0 +1,48 @@
+"""Where a model computes, which is not where its parameters lie when these are offloaded between calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.errors import DeployError
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that inputs of a model, or of a part of one, belong on; the CPU for a module without any parameter."""
+    for module in model.modules():
+        if (device := _execution_device(getattr(module, "_hf_hook", None))) is not None:
+            return device
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                return parameter.device
+    return torch.device("cpu")
+
+
+def _execution_device(hook: Any) -> torch.device | None:
+    """Where accelerate loads the weights of a module for a call; None for a module that it leaves alone."""
+    for part in getattr(hook, "hooks", None) or [hook]:
+        if (device := getattr(part, "execution_device", None)) is not None:
+            return torch.device(device)
+    return None
+
+
+def check_weights_are_there(model: nn.Module, purpose: str) -> None:
+    """Raises DeployError when weights are offloaded, so that they can be neither read nor written between calls."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise _offloaded(purpose, missing)
+
+
+# ---- errors
+
+
+def _offloaded(purpose: str, missing: list[str]) -> DeployError:
+    return DeployError(
+        f"{purpose} needs the weights, which are offloaded",
+        expected="a model whose parameters are in memory",
+        found=f"{len(missing)} parameters on 'meta', the first of them {missing[0]}",
+        remedy="load the model without offloading (device_map=None, or one with room for all layers)",
+    )
