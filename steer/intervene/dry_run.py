@@ -79,8 +79,8 @@ def _once(
 def _form(holder: TensorHolder) -> tuple[Any, ...]:
     """What tells holders of one class apart, but for the numbers in their tensors."""
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in holder.tensors.items())
-    settings = tuple((name, value) for name, value in vars(holder).items() if isinstance(value, str | int | float | None) and name != "number")
-    return (holder.width, shapes, settings)
+    settings = [(name, value) for name, value in vars(holder).items() if isinstance(value, str | int | float | None) and name != "number"]
+    return (holder.width, shapes, *settings)
 
 
 def _check_operator(operator: Operator, h: Tensor, strength: float, by_row: bool) -> None:
