@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.model.devices import input_device
 from steer.model.hook_registration import OwnHook
 
 # few and different, so that the axes of a tensor can be told apart
@@ -122,10 +123,6 @@ def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
             break
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def _random(model: nn.Module, *shape: int) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), numbers)
@@ -144,7 +141,7 @@ def _random_ids(model: Any, size: int | None = None) -> Tensor:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
     ordinary = [number for number in order if number not in special] or order
     chosen = (ordinary * (ROWS * TOKENS))[: ROWS * TOKENS]
-    return torch.tensor(chosen, device=_device(model)).view(ROWS, TOKENS)
+    return torch.tensor(chosen, device=input_device(model)).view(ROWS, TOKENS)
 
 
 def _random_pixels(model: Any) -> Tensor:
