@@ -136,7 +136,7 @@ def _virtual_positions(virtual: VirtualTokens, cache: Any, arguments: dict[str, 
     """How many of the virtual tokens run through this pass, and how many are in the cache."""
     if virtual.in_cache:
         return 0, virtual.number if cache is not None else 0
-    entries = 0 if cache is None else cache.get_seq_length()
+    entries = 0 if cache is None else cached_tokens(cache)
     embeds = arguments.get("inputs_embeds")
     if embeds is not None and (isinstance(entries, Tensor) or entries == 0):
         return virtual.number, 0
