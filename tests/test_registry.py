@@ -175,7 +175,7 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
     assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor".split(), "new_objective", "NewImporter"]
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
-    logged = [f"{prefix}/trait@layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
+    logged = [f"{prefix}/trait/layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
 
 
