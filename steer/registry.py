@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import pkgutil
 import re
 import sys
@@ -26,7 +25,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from steer.errors import ConfigError, SteerError, did_you_mean
+from steer.entries import constant, dotted, first_line, in_short, is_later_definition, module_of, with_article
+from steer.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Registry(Generic[T]):
         self.instance_of = instance_of
         self._entries: dict[str, T] = {}
         self._aliases: dict[str, str] = {}
+        self._announced: set[str] = set()  # names of the entries that came by entry points
         self._problems: dict[importlib.metadata.EntryPoint, str | None] = {}  # of each that was tried, None where there is none
         self._folder_is_loaded = False
         self._is_loaded = False
@@ -107,9 +108,15 @@ class Registry(Generic[T]):
 
     def is_own(self, entry: T) -> bool:
         """It comes from the folder of this registry, rather than from another package or from a script."""
-        return self.package is not None and _module_of(entry).startswith(f"{self.package}.")
+        return self.package is not None and module_of(entry).startswith(f"{self.package}.")
+
+    def is_announced(self, name: str) -> bool:
+        """The entry of that name came by an entry point of another package."""
+        return name in self._announced
 
     def _check_free(self, name: str, newcomer: object) -> None:
+        if name in self._entries and is_later_definition(newcomer, self._entries[name]):
+            return
         if name in self._entries or name in self._aliases:
             known_as = self._aliases.get(name, name)
             raise _taken_name(self.kind, name, self._entries.get(known_as, known_as), newcomer)
@@ -148,7 +155,7 @@ class Registry(Generic[T]):
 
     def table(self) -> list[tuple[str, str]]:
         """(name, first line of the docstring) of every entry, for the docs and `steer info`."""
-        return [(name, (inspect.getdoc(self._entries[name]) or "").split("\n")[0]) for name in self]
+        return [(name, first_line(self._entries[name])) for name in self]
 
     def classes(self) -> list[Any]:
         """The entries that are classes, in the order of their registration."""
@@ -206,6 +213,7 @@ class Registry(Generic[T]):
 
     def _problem_of(self, entry_point: importlib.metadata.EntryPoint) -> str | None:
         """Loads an entry point, and says why it cannot be used; None when it can."""
+        before = set(self._entries)
         try:
             with _undone_on_failure():
                 loaded = entry_point.load()
@@ -216,13 +224,14 @@ class Registry(Generic[T]):
                     raise _idle_module(self.kind, loaded.__name__)
         except (Exception, SystemExit) as error:  # whatever another package raises must not take our own methods away
             return _broken_entry_point(self.kind, entry_point, error)
+        self._announced |= set(self._entries) - before
         return None
 
     def _registers(self, module: ModuleType) -> bool:
         """An entry was defined in the module or in a part of it, or is known there."""
         name = module.__name__
         known_there = {id(value) for value in vars(module).values()}
-        return any(f"{_module_of(entry)}.".startswith(f"{name}.") or id(entry) in known_there for entry in self._entries.values())
+        return any(f"{module_of(entry)}.".startswith(f"{name}.") or id(entry) in known_there for entry in self._entries.values())
 
 
 REGISTRIES: dict[str, Registry[Any]] = {}
@@ -250,7 +259,7 @@ def _undone_on_failure() -> Iterator[None]:
     except BaseException:
         for kind, registry in REGISTRIES.items():
             for name in set(registry._entries) - before.get(kind, set()):
-                if _module_of(registry._entries[name]) not in sys.modules:  # Python has taken the module back
+                if module_of(registry._entries[name]) not in sys.modules:  # Python has taken the module back
                     del registry._entries[name]
         raise
 
@@ -266,7 +275,7 @@ def _check_name(kind: str, name: object) -> None:
 def _check_kind(registry: Registry[Any], name: str, entry: object) -> None:
     base, made = registry.subclass_of, registry.instance_of
     if base is not None and not (isinstance(entry, type) and issubclass(entry, base)):
-        raise _wrong_kind(registry.kind, name, entry, f"a class derived from {_dotted(base)}")
+        raise _wrong_kind(registry.kind, name, entry, f"a class derived from {dotted(base)}")
     if made is not None and not isinstance(entry, made):
         raise _wrong_kind(registry.kind, name, entry, f"what the decorator in {made.__module__} makes of a function")
 
@@ -274,60 +283,22 @@ def _check_kind(registry: Registry[Any], name: str, entry: object) -> None:
 def _check_new(registry: Registry[Any], name: str, entry: Any) -> None:
     """Raises ConfigError for an entry that has a name already, and for two classes of the registry's own that Python code would confuse."""
     for known_as, registered in registry._entries.items():
-        if registered is entry:
+        if registered is entry and known_as != name:
             raise _second_name(registry.kind, entry, known_as, name)
+        if known_as == name:  # of which it is a later definition
+            continue
         are_own_classes = all(isinstance(value, type) and registry.is_own(value) for value in (entry, registered))
         if are_own_classes and entry.__name__ == registered.__name__:
             raise _taken_class_name(registry.kind, entry, registered)
 
 
-# ---- where entries come from
-
-
-def _code_of(entry: Any) -> Any:
-    """The class or function that an entry is, or the function that it was made of by a decorator such as `@extractor`."""
-    if isinstance(entry, type) or inspect.isroutine(entry):
-        return entry
-    return next((value for value in getattr(entry, "__dict__", {}).values() if inspect.isfunction(value)), type(entry))
-
-
-def in_package(entry: Any) -> bool:
-    """A class or function of this package, which its tests hold to the rules, rather than of another one or of a script."""
-    return _module_of(entry).partition(".")[0] == __name__.partition(".")[0]
-
-
-def _module_of(entry: Any) -> str:
-    return str(getattr(_code_of(entry), "__module__", None) or "")
-
-
-def _dotted(entry: Any) -> str:
-    """`package.module.Class` of an entry."""
-    code = _code_of(entry)
-    return ".".join(filter(None, (_module_of(entry), str(getattr(code, "__qualname__", code)))))
-
-
 # ---- errors
 
 
-def _in_short(error: BaseException) -> str:
-    """An error on one line."""
-    told = f"{error.what} (expected {error.expected}; found {error.found})" if isinstance(error, SteerError) else str(error)
-    return f"{type(error).__name__}: {told}" if told else type(error).__name__
-
-
-def _constant(kind: str) -> str:
-    """Name of the registry of a kind in Python code."""
-    names = {"import format": "IMPORTERS", "drift metric": "METRICS"}
-    return names.get(kind, f"{kind.upper()}S")
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
 def _unknown(registry: Registry[Any], name: object) -> ConfigError:
-    where = f", or put a file that registers it into {registry.package.replace('.', '/')}/" if registry.package else ""
-    remedy = did_you_mean(str(name), [*registry._entries, *registry._aliases]) or f"choose one of these{where}"
+    own = "import the module that registers it, if it is one of your own"
+    near = did_you_mean(str(name), [*registry._entries, *registry._aliases]) or "choose one of these"
+    remedy = f"{near}; {own}" if registry.package else near
     problems = [problem for problem in registry._problems.values() if problem is not None]
     return ConfigError(
         f"unknown {registry.kind} '{name}'",
@@ -340,16 +311,16 @@ def _unknown(registry: Registry[Any], name: object) -> ConfigError:
 def _no_name(kind: str, name: object) -> ConfigError:
     bare = isinstance(name, type) or callable(name)
     return ConfigError(
-        f"{_dotted(name)} is registered as {kind} without a name" if bare else f"{name!r} cannot be the name of {_a(kind)}",
+        f"{dotted(name)} is registered as {kind} without a name" if bare else f"{name!r} cannot be the name of {with_article(kind)}",
         expected="a name of letters, digits, _ and -, that begins with a letter",
         found="a decorator without parentheses" if bare else f"{type(name).__name__} {name!r}",
-        remedy=f"write the name into the decorator, e.g. @{_constant(kind)}.register('my_method')",
+        remedy=f"write the name into the decorator, e.g. @{constant(kind)}.register('my_method')",
     )
 
 
 def _taken_name(kind: str, name: str, owner: object, newcomer: object) -> ConfigError:
-    owned_by = f"another name of '{owner}'" if isinstance(owner, str) else f"the name of {_dotted(owner)}"
-    wanted_by = f"as another name of '{newcomer}'" if isinstance(newcomer, str) else f"by {_dotted(newcomer)}"
+    owned_by = f"another name of '{owner}'" if isinstance(owner, str) else f"the name of {dotted(owner)}"
+    wanted_by = f"as another name of '{newcomer}'" if isinstance(newcomer, str) else f"by {dotted(newcomer)}"
     return ConfigError(
         f"{kind} '{name}' is registered twice",
         expected="a name that is not taken",
@@ -360,10 +331,10 @@ def _taken_name(kind: str, name: str, owner: object, newcomer: object) -> Config
 
 def _second_name(kind: str, entry: object, name: str, second: str) -> ConfigError:
     return ConfigError(
-        f"{_dotted(entry)} is registered as {kind} '{name}' already",
+        f"{dotted(entry)} is registered as {kind} '{name}' already",
         expected=f"one name for it, '{name}'",
         found=f"a second one, '{second}'",
-        remedy=f"leave the second out, or make it an alias: {_constant(kind)}.alias('{second}', of='{name}')",
+        remedy=f"leave the second out, or make it an alias: {constant(kind)}.alias('{second}', of='{name}')",
     )
 
 
@@ -371,24 +342,35 @@ def _taken_class_name(kind: str, entry: Any, registered: object) -> ConfigError:
     return ConfigError(
         f"two {kind}s of one folder have a class called {entry.__name__}",
         expected="a class name of its own, by which `steer` exports it",
-        found=f"{_dotted(registered)} and {_dotted(entry)}",
+        found=f"{dotted(registered)} and {dotted(entry)}",
         remedy="give the class another name",
     )
 
 
 def _wrong_kind(kind: str, name: str, entry: object, expected: str) -> ConfigError:
-    found = _dotted(entry) if isinstance(entry, type) or callable(entry) else f"{type(entry).__name__} {str(entry)[:60]!r}"
+    found = dotted(entry) if isinstance(entry, type) or callable(entry) else f"{type(entry).__name__} {str(entry)[:60]!r}"
     remedy = "docs/methods_of_your_own.md has an example of each kind"
     return ConfigError(f"what is registered as {kind} '{name}' is none", expected=expected, found=found, remedy=remedy)
 
 
 def _not_registered(kind: str, method: object, name: object, registered: object) -> ConfigError:
-    inherits = f", which would be read as {_dotted(registered)}, registered as '{name}'" if registered is not None else ""
+    if registered is not None and is_later_definition(registered, type(method)):
+        return _defined_again(kind, method, name)
+    inherits = f", which would be read as {dotted(registered)}, registered as '{name}'" if registered is not None else ""
     return ConfigError(
-        f"the class of {_a(kind)} is not registered, so neither a file nor a text can name it",
+        f"the class of {with_article(kind)} is not registered, so neither a file nor a text can name it",
         expected="a class with a registered name of its own",
-        found=f"{_dotted(type(method))}{inherits}",
-        remedy=f"decorate the class with @{_constant(kind)}.register('<name>')",
+        found=f"{dotted(type(method))}{inherits}",
+        remedy=f"decorate the class with @{constant(kind)}.register('<name>')",
+    )
+
+
+def _defined_again(kind: str, method: object, name: object) -> ConfigError:
+    return ConfigError(
+        f"the class of {with_article(kind)} was defined again after it was made",
+        expected=f"an object of the class that is registered as '{name}' now",
+        found=f"one of an earlier definition of {dotted(type(method))}",
+        remedy="make it, and what holds it, once more",
     )
 
 
@@ -396,8 +378,8 @@ def _broken_module(kind: str, module: str, error: BaseException) -> ConfigError:
     spec = importlib.util.find_spec(module)
     return ConfigError(
         f"the {kind} file {spec.origin if spec is not None else module} cannot be loaded",
-        expected=f"a module that can be imported and registers {_a(kind)}",
-        found=_in_short(error),
+        expected=f"a module that can be imported and registers {with_article(kind)}",
+        found=in_short(error),
         remedy="mend the file, or take it out of the folder",
     )
 
@@ -405,7 +387,7 @@ def _broken_module(kind: str, module: str, error: BaseException) -> ConfigError:
 def _idle_module(kind: str, module: str) -> ConfigError:
     return ConfigError(
         f"the module {module} registers no {kind}",
-        expected=f"a class or function under @{_constant(kind)}.register('<name>') or the decorator of its kind",
+        expected=f"a class or function under @{constant(kind)}.register('<name>') or the decorator of its kind",
         found="nothing that is registered",
         remedy=f"register the {kind} there; a helper module of steer's own folders has a name that begins with _",
     )
@@ -413,4 +395,4 @@ def _idle_module(kind: str, module: str) -> ConfigError:
 
 def _broken_entry_point(kind: str, entry_point: importlib.metadata.EntryPoint, error: BaseException) -> str:
     distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown package"
-    return f"the {kind} '{entry_point.name}' of {distribution} ({entry_point.value}) cannot be used: {_in_short(error)}"
+    return f"the {kind} '{entry_point.name}' of {distribution} ({entry_point.value}) cannot be used: {in_short(error)}"

@@ -159,7 +159,7 @@ def keys(node: Any, name: str = "") -> Iterator[str]:
 
 def without_times(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: without_times(inner) for key, inner in node.items() if key not in (*TIMES, "command")}
+        return {key: without_times(inner) for key, inner in node.items() if key not in (*TIMES, "command", "json_sha256")}
     return [without_times(inner) for inner in node] if isinstance(node, list) else node
 
 

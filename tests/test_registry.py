@@ -175,7 +175,7 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
     assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor".split(), "new_objective", "NewImporter"]
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
-    logged = [f"{prefix}/trait@layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
+    logged = [f"{prefix}/trait/layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
 
 
@@ -472,3 +472,84 @@ def test_a_name_is_given_once_and_the_nearest_one_is_named():
             assert registry.table() == [("first", "")]
     finally:
         del REGISTRIES["thing of a test"]
+
+
+# ---- definitions that run again
+
+
+def test_a_cell_of_a_notebook_may_run_again(monkeypatch):
+    import torch
+
+    from steer.intervene import OPERATORS, Add, Intervention, Plan
+
+    OPERATORS.load()
+    monkeypatch.setattr(OPERATORS, "_entries", dict(OPERATORS._entries))
+
+    def cell() -> type[Add]:
+        @OPERATORS.register("of_a_cell")
+        class OfACell(Add):
+            pass
+
+        return OfACell
+
+    first, second = cell(), cell()
+    assert first is not second and OPERATORS.get("of_a_cell") is second
+    assert OPERATORS.name_of(second(torch.ones(4))) == "of_a_cell"
+    with pytest.raises(ConfigError, match=r"was defined again after it was made[\s\S]*once more"):
+        Plan(Intervention(first(torch.ones(4)), "layers.0.output")).interventions[0].to_dict()
+
+    class Other(Add):
+        pass
+
+    with pytest.raises(ConfigError, match="operator 'of_a_cell' is registered twice"):
+        OPERATORS.register("of_a_cell")(Other)
+
+
+def test_a_function_of_a_cell_may_run_again(monkeypatch):
+    from steer.directions.extractor import EXTRACTORS, extractor
+    from steer.drift.metric import METRICS, drift_metric
+
+    for registry, decorator in ((EXTRACTORS, extractor), (METRICS, drift_metric)):
+        registry.load()
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+        def cell(decorator=decorator):
+            @decorator("of_a_cell")
+            def method(moments):
+                return moments.gap
+
+            return method
+
+        cell()
+        second = cell()
+        assert registry.get("of_a_cell") is second
+        with pytest.raises(ConfigError, match="registered twice"):
+            decorator("of_a_cell")(lambda moments: moments.gap)
+
+
+def test_a_module_may_be_loaded_again(tmp_path, monkeypatch):
+    registry: Registry[type] = Registry("thing of a module")
+    try:
+        code = "from steer.registry import REGISTRIES\n@REGISTRIES['thing of a module'].register('thing')\nclass Thing: pass\n"
+        (tmp_path / "loaded_again.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        module = importlib.import_module("loaded_again")
+        assert importlib.reload(module).Thing is registry.get("thing")
+    finally:
+        sys.modules.pop("loaded_again", None)
+        del REGISTRIES["thing of a module"]
+
+
+def test_a_method_without_a_docstring_shows_none(monkeypatch):
+    from steer.intervene import OPERATORS, Add
+
+    OPERATORS.load()
+    monkeypatch.setattr(OPERATORS, "_entries", dict(OPERATORS._entries))
+    OPERATORS.register("undocumented")(type("Undocumented", (Add,), {}))
+    table = dict(OPERATORS.table())
+    assert table["undocumented"] == "" and table["add"].startswith("h + strength * v")
+
+
+def test_a_name_that_a_script_gave_is_looked_for_in_its_module(folder):
+    with pytest.raises(ConfigError, match="import the module that registers it"):
+        folder().get("registered_elsewhere")

@@ -59,7 +59,7 @@ class Extractor:
             WidthError: another shape. NonFiniteError: NaN or infinity.
         """
         with errors_of(f"the extractor '{name}'", "let its function take the moments of one site and return a [width] vector"):
-            vector = self.direction(moments)
+            vector = self.direction(moments.copy(self.needs))  # another extractor reads the same moments
         if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.is_meta or vector.layout is not torch.strided:
             raise _kind_error(name, vector)
         if vector.shape != moments.gap.shape:
@@ -85,8 +85,12 @@ def extractor(
     """
     register = EXTRACTORS.register(name)
     check_needs(name, needs)
+    of_type(pairs, bool, f"`pairs` of the extractor '{name}'", "pass True or False")
+    if package is not None:
+        of_type(package, str, f"`package` of the extractor '{name}'", "pass the name of a module, e.g. package='sklearn'")
 
     def add(function: Callable[[ContrastMoments], Tensor]) -> Extractor:
+        of_type(function, Callable, f"the function of the extractor '{name}'", "put the decorator above a function")  # type: ignore[arg-type]
         return register(Extractor(function, tuple(needs), pairs, package))
 
     return add

@@ -44,6 +44,9 @@ class Moments:
     def mean(self) -> Tensor:
         return self.first / self.n
 
+    def copy(self) -> Moments:
+        return Moments(self.n, self.first.clone(), None if self.second is None else self.second.clone())
+
 
 class ContrastMoments(TextAccumulator):
     """Accumulator of one site: class means, the mean size of an activation, and what extractors need beyond them.
@@ -102,6 +105,23 @@ class ContrastMoments(TextAccumulator):
         self.differences = Moments.empty(width, "differences" in self.needs and not few)
         if "texts" in self.needs or few and self.needs:
             self.texts = torch.full((len(self.is_positive), width), float("nan"))
+
+    def copy(self, needs: Collection[str]) -> ContrastMoments:
+        """The same with tensors of its own, for a method that may write to them.
+
+        Args:
+            needs: what the method reads; nothing else of any size is copied.
+        """
+        copied = ContrastMoments(self.is_positive.clone(), self.paired, needs)
+        copied.positive, copied.negative = self.positive.copy(), self.negative.copy()
+        if "scatter" in copied.needs:
+            copied.all = self.all.copy()
+        if "differences" in copied.needs:
+            copied.differences = self.differences.copy()
+        if self.texts is not None and copied.needs:
+            copied.texts = self.texts.clone()
+        copied.norm, copied.tokens = self.norm, self.tokens
+        return copied
 
     @property
     def n(self) -> int:

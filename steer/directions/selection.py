@@ -174,7 +174,7 @@ def _ablation_scores(
         Mean score of the unsteered model on `showing`, [candidates] that of the ablated ones; mean score of the unsteered model on
         `neutral`, [candidates] KL divergence there.
     """
-    everywhere = anatomy.sites("embed", "layers.*.attn.output", "layers.*.mlp.output")  # all that is ever written to the residual stream
+    everywhere = anatomy.written_sites()
     bypass, kl = torch.zeros(2, len(candidates), dtype=torch.float64)
     for chunk in torch.arange(len(candidates)).split(SLOTS):
         vectors = torch.stack([candidates[i].vector for i in chunk])

@@ -11,7 +11,8 @@ It is computed at every measurement from then on, kept in the store and in the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from steer.checks import errors_of, of_type
 from steer.drift.measurement import MODES, SiteMeasurement
-from steer.errors import ConfigError
-from steer.registry import Registry, in_package
+from steer.drift.site_directions import SiteDirections
+from steer.errors import ConfigError, SteerError, did_you_mean
+from steer.registry import Registry
 
 RECORD_FIELDS = ("step", "mode", "direction", "site", "kind", "n", "metrics")
 
@@ -55,21 +57,25 @@ class DriftMetric:
         return self.function.__doc__
 
     def compute(self, sites: Sequence[SiteMeasurement]) -> list[Tensor]:
-        """The values at each site, fp64. A function of another package gets copies, so that it cannot change what other metrics read.
+        """The values at each site, fp64. The function gets copies, so that it cannot change what other metrics read.
 
         Raises:
             ConfigError: the function fails, or returns anything else.
         """
-        if not in_package(self.function):
-            sites = [site.copy() for site in sites]
+        sites = [site.copy() for site in sites]
         counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
         if self.across_sites:
             return list(self._checked(self._called(sites), sum(counts)).split(counts))
         return [self._checked(self._called(site), count) for site, count in zip(sites, counts, strict=True)]
 
     def _called(self, measured: SiteMeasurement | Sequence[SiteMeasurement]) -> Any:
-        with errors_of(f"drift metric '{self.name}'", "correct its function; metrics that it reads from `values` belong into `needs`"):
-            return self.function(measured)
+        try:
+            with errors_of(f"drift metric '{self.name}'", "correct its function; metrics that it reads from `values` belong into `needs`"):
+                return self.function(measured)
+        except SteerError as error:
+            if f"'{self.name}'" in error.what:
+                raise
+            raise _named(self, error) from error
 
     def _checked(self, values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != (count,):
@@ -97,19 +103,28 @@ def drift_metric(
     """
     if name in RECORD_FIELDS:
         raise _reserved_name(name)
-    if not modes or not set(modes) <= set(MODES):
+    what = f"of drift metric '{name}'"
+    of_type(modes, (tuple, list), f"`modes` {what}", "pass a tuple, e.g. modes=('probe',)")
+    if not modes or not all(mode in MODES for mode in modes):
         raise _unknown_modes(name, modes)
     register = METRICS.register(name)
-    of_type(needs, (tuple, list), f"`needs` of drift metric '{name}'", "pass a tuple of names, e.g. needs=('p',)")
+    of_type(needs, (tuple, list), f"`needs` {what}", "pass a tuple of names, e.g. needs=('p',)")
+    for need in needs:
+        of_type(need, str, f"`needs` {what}", "pass names of metrics, e.g. needs=('p',)")
+    of_type(unit, str, f"`unit` {what}", "pass text")
+    for option, value in (("controls", controls), ("across_sites", across_sites), ("logged", logged)):
+        of_type(value, bool, f"`{option}` {what}", "pass True or False")
 
     def add(function: Callable[..., Tensor]) -> DriftMetric:
-        return register(DriftMetric(name, function, unit, modes, controls, tuple(needs), across_sites, logged))
+        of_type(function, Callable, f"the function {what}", "put the decorator above a function")  # type: ignore[arg-type]
+        return register(DriftMetric(name, function, unit, tuple(modes), controls, tuple(needs), across_sites, logged))
 
     return add
 
 
 def metrics_of(mode: str) -> list[DriftMetric]:
-    """Metrics that are defined in a mode, each after those that it needs.
+    """Metrics that are defined in a mode, each after those that it needs. One of another package that needs what there is not is left out,
+    with a warning, and so are those that need it.
 
     Raises:
         ConfigError: a metric needs one that does not exist, or that needs it in turn.
@@ -123,6 +138,13 @@ def metrics_of(mode: str) -> list[DriftMetric]:
             return
         metric = METRICS.get(name)
         of_type(metric, DriftMetric, f"drift metric '{name}'", f"register it with @drift_metric('{name}')")
+        missing = [need for need in metric.needs if need not in METRICS]
+        if missing and not METRICS.is_announced(name):
+            raise _unknown_need(metric, missing[0])
+        if missing:
+            warnings.warn(f"{_unknown_need(metric, missing[0])}", stacklevel=4)
+            is_defined[name] = False
+            return
         for need in metric.needs:
             visit(need, (*needed_by, name))
         is_defined[name] = mode in metric.modes and all(is_defined[need] for need in metric.needs)
@@ -139,6 +161,30 @@ def compute_metrics(sites: Sequence[SiteMeasurement]) -> None:
     for metric in metrics_of(sites[0].mode):
         for site, values in zip(sites, metric.compute(sites), strict=True):
             site.values[metric.name] = values
+
+
+def check_metrics(mode: str, sites: Iterable[SiteDirections]) -> None:
+    """Computes the metrics of a mode once on made-up moments, before training is under way. Raises ConfigError, which names the metric."""
+    measurements = []
+    for directions in sites:
+        count = len(directions.names)
+        mean, sd, baseline_mean, baseline_sd = (torch.full((count,), value, dtype=torch.float64) for value in (0.5, 1.5, 0.0, 1.0))
+        measurements.append(SiteMeasurement(directions, mode, 8, mean, sd, baseline_mean, baseline_sd))
+    compute_metrics(measurements)
+
+
+def _named(metric: DriftMetric, error: SteerError) -> SteerError:
+    what = f"drift metric '{metric.name}': {error.what}"
+    return type(error)(what, expected=error.expected, found=error.found, remedy=error.remedy)
+
+
+def _unknown_need(metric: DriftMetric, need: str) -> ConfigError:
+    return ConfigError(
+        f"drift metric '{metric.name}' needs one that there is not",
+        expected=f"`needs` among {', '.join(METRICS)}",
+        found=repr(need),
+        remedy=did_you_mean(need, METRICS) or f"register '{need}', or take it out of `needs`",
+    )
 
 
 def _wrong_values(metric: DriftMetric, values: Any, count: int) -> ConfigError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
 from steer.drift.measurement import SiteMeasurement
-from steer.drift.metric import compute_metrics
+from steer.drift.metric import check_metrics, compute_metrics
 from steer.drift.metric_names import check_metric_names
 from steer.drift.probe import Probe
 from steer.drift.records import DriftRecord, log_values, records_of
@@ -197,6 +197,8 @@ class DriftTracker:
         model = self._attached_model()
         if step <= self.last_step:
             raise _measured_before(step, self.last_step)
+        if self.last_step < 0 and self.readers:
+            check_metrics("stream", self.sites.values())  # which would otherwise fail in the middle of training
         records: list[DriftRecord] = []
         if self.probe is not None:
             started = time.perf_counter()

@@ -13,7 +13,7 @@ from steer.intervene.intervention import Intervention, width_error
 from steer.intervene.low_rank import widened, with_norm_of
 from steer.intervene.operator import tensors_of_rows
 from steer.intervene.prepared import PreparedEdit
-from steer.intervene.schedule import Schedule, factor_at
+from steer.intervene.schedule import Schedule, check_product, factor_at
 from steer.intervene.scope_mask import ScopeMask, both
 from steer.model.context import ForwardContext, Mask
 
@@ -81,9 +81,15 @@ class ActiveIntervention:
         """Sets the strength before schedule and switch; one number stands for every row slot."""
         self.base = tuple(base) if len(base) == len(self.base) else tuple(base) * len(self.base)
 
-    def factor(self, step: int) -> float:
-        """Schedule x switch at an optimiser step. Raises as `factor_at`."""
-        return factor_at(self.schedule, step, self.name) if self.enabled else 0.0
+    def factor(self, step: int, base: Sequence[float] | None = None) -> float:
+        """Schedule x switch at an optimiser step. Raises as `factor_at`, and NonFiniteError when the strength would be beyond fp32.
+
+        Args:
+            base: the strengths that are about to be set; those that are when None.
+        """
+        factor = factor_at(self.schedule, step, self.name) if self.enabled else 0.0
+        check_product(self.base if base is None else base, factor, self.name)
+        return factor
 
     def write_strength(self, factor: float) -> None:
         """Writes strength x factor into the buffer that the hook reads; in place, so that compiled code sees it."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steer.checks import errors_of
+from steer.errors import ConfigError
 from steer.intervene.low_rank import LowRank
 from steer.intervene.operator import Operator
 
@@ -77,16 +79,49 @@ def affine_form(operator: Operator, strength: Tensor) -> Affine | None:
 
     Args:
         strength: one number.
+
+    Raises:
+        ConfigError: an operator that says that it is affine, and whose edit is another one than an addition or an affine `LowRank`.
     """
     if not operator.is_affine():
         return None
     strength = strength.double().reshape(1, 1, 1)
+    with errors_of(f"operator '{operator.name}'", "let it take activations in fp64, or let is_affine() return False"):
+        edit = _form_at(operator, strength)
+        # far apart in size, since an edit may be affine near 0 alone
+        h = torch.randn(1, 4, operator.width, generator=torch.Generator().manual_seed(0x7D21), dtype=torch.float64)
+        h = h * torch.tensor([0.1, 1.0, 30.0, 1000.0], dtype=torch.float64).view(1, 4, 1)  # [1, 4, width]
+        edited = operator.apply(h.to(_device(operator)), strength.to(_device(operator)), None, operator.tensors).cpu()
+    expected = h + (h @ edit.right.mT) @ edit.left + edit.shift
+    gap = (edited.double() - expected).abs().amax(-1)  # [1, 4]
+    if not bool((gap <= 1e-4 * (h.abs().amax(-1) + (expected - h).abs().amax(-1))).all()):  # NaN is none
+        raise _another_edit(operator, float(gap.max()))
+    return edit
+
+
+def _device(operator: Operator) -> torch.device:
+    return next(iter(operator.tensors.values())).device
+
+
+def _form_at(operator: Operator, strength: Tensor) -> Affine:
+    """strength: [1, 1, 1] fp64."""
     tensors = operator.tensors
+    strength = strength.to(_device(operator))
     if not isinstance(operator, LowRank):  # reads nothing, so that it adds a constant
-        return Affine.adding(operator.delta(strength.new_zeros(1, 1, operator.width), strength, tensors).flatten().cpu())
+        constant = operator.delta(strength.new_zeros(1, 1, operator.width), strength, tensors)
+        return Affine.adding(constant.double().expand(1, 1, operator.width).flatten().cpu())
     right, write = (rows[0].double() for rows in operator.read_and_write(tensors))  # [rank of R, width], [rank of W, width]
     rank = right.shape[0]
     # the change is affine in the coordinates: its value at 0 is the constant, and that at each unit vector gives one row of the matrix
     points = torch.cat([right.new_zeros(1, rank), torch.eye(rank).to(right)])[None]  # [1, 1 + rank, rank]
     change = operator.change(points, strength, tensors).double().expand(1, rank + 1, -1)[0]  # [1 + rank, rank of W]
     return Affine(right.cpu(), ((change[1:] - change[0]) @ write).cpu(), (change[0] @ write).cpu())
+
+
+def _another_edit(operator: Operator, gap: float) -> ConfigError:
+    return ConfigError(
+        f"operator '{operator.name}' says that it is `is_affine`, and its edit is none that weights and files can carry",
+        expected="strength * a constant, or a `LowRank` whose `change` is an affine function of what it reads",
+        found=f"an edit that differs from such a one by {gap:.3g}",
+        remedy="let is_affine() return False in its class, also where a base class says otherwise",
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import errors_of
 from steer.errors import AttachError, ConfigError, NonFiniteError, WidthError, WrongModelError
 from steer.intervene import schedule as schedules
 from steer.intervene.active import ActiveIntervention
@@ -193,7 +194,11 @@ def _check_widths(resolved: _Resolved) -> None:
         if point.width is not None and point.width != intervention.operator.width:
             raise width_error(intervention, point.width)
         if resolved.anatomy is not None and point.site.module is None:
-            intervention.operator.check_model(resolved.anatomy)
+            operator = intervention.operator
+            with errors_of(
+                f"`check_model` of operator '{operator.name}'", "raise ConfigError for a model that does not fit, and nothing else"
+            ):
+                operator.check_model(resolved.anatomy)
 
 
 def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
@@ -248,10 +253,10 @@ def _check_range(active: ActiveIntervention, dtype: torch.dtype) -> None:
 def _another_plan(stacked: list[SiteEdits]) -> AttachError:
     names = ", ".join(intervention.name for edits in stacked for intervention in edits.interventions)
     return AttachError(
-        "another plan is attached to this model",
+        "a plan is attached to this model already",
         expected="a model without a plan, or stack=True",
         found=f"a plan of {names}",
-        remedy="detach it, or pass stack=True to have both",
+        remedy="detach that one, or pass stack=True to have both; the same plan twice steers twice",
     )
 
 

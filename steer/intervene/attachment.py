@@ -26,6 +26,8 @@ from steer.model.hooks import Installation
 class Attachment:
     """A plan on one model, as `Plan.attach` gives it: strengths, switches, row slots, windows, step and counts.
 
+    Once it is detached it can be read and takes over a state, and driving it raises AttachError.
+
     Attributes:
         plan: as it was attached; nothing of it changes.
         interventions: the plan's, with the buffers that drive their hooks; of one at several sites, each site as `<name>@<site>`. They are
@@ -48,7 +50,8 @@ class Attachment:
         self._by_name = by_name  # as in the plan
         self._events = events
         self._installation: Installation | None = None
-        self.step(plan.step)
+        self._is_over = False
+        self.set_step(plan.step)
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "not attached"
@@ -92,6 +95,7 @@ class Attachment:
         self._events.disconnect()
         self._installation.remove()
         self._installation = None  # it would keep the model in memory
+        self._is_over = True
         if missed and self._events.counter.reached and not replays:
             warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
 
@@ -104,11 +108,21 @@ class Attachment:
 
     def step(self, step: int) -> None:
         """Sets every strength to what its schedule says at this optimiser step, counted from 0. A callback calls it after each step."""
+        self._check_drives()
+        self.set_step(step)
+
+    def set_step(self, step: int) -> None:
+        """`step`, also of an attachment that is detached: a run that begins again takes its state over from there."""
         step = integer(step)
         whole_number(step, "the optimiser step of a plan")
         factors = [intervention.factor(step) for intervention in self.interventions]  # all of them, before anything changes
         self.current_step = step
         self._write(factors)
+
+    def _check_drives(self) -> None:
+        """Raises AttachError when it was detached, where a strength that is set would steer nothing."""
+        if self._is_over:
+            raise _detached()
 
     def _refresh(self) -> None:
         self._write([intervention.factor(self.current_step) for intervention in self.interventions])
@@ -120,6 +134,7 @@ class Attachment:
 
     def enable(self, on: bool = True, name: str | None = None) -> None:
         """Switches the plan, or one intervention, on or off without touching a hook."""
+        self._check_drives()
         of_type(on, bool, "the switch of a plan", "pass True or False; the name of an intervention comes second")
         chosen = self._named(name)
         before = [intervention.enabled for intervention in chosen]
@@ -138,11 +153,13 @@ class Attachment:
         Raises:
             ConfigError: another number of strengths than the intervention has row slots. NonFiniteError.
         """
+        self._check_drives()
         chosen = self._named(name)
         checked = [checked_strengths(strength, active.operator.slots, active.name) for active in chosen]
         for active, base in zip(chosen, checked, strict=True):
             if len(base) not in (1, len(active.base)):
                 raise _wrong_number_of_strengths(active.name, len(active.base), len(base))
+            active.factor(self.current_step, base)
         for active, base in zip(chosen, checked, strict=True):
             active.set_base(base)
         self._refresh()
@@ -157,6 +174,7 @@ class Attachment:
         Raises:
             ConfigError: numbers that are no row slots.
         """
+        self._check_drives()
         with_slots = [active for active in self.interventions if active.slots > 1]
         slots = _checked_rows(rows, with_slots)
         self._events.rows_about_to_change()
@@ -173,6 +191,7 @@ class Attachment:
         Raises:
             ConfigError: a scope without a slice, or with several; a negative bound where the end is not known.
         """
+        self._check_drives()
         start, stop = integer(start), integer(stop)
         self.move_windows({active: (start, stop) for active in self._named(name)})
 
@@ -205,6 +224,7 @@ class Attachment:
     def _named(self, name: str | None) -> list[ActiveIntervention]:
         if name is None:
             return self.interventions
+        of_type(name, str, "the name of an intervention", "pass one name, or leave it out for all of them")
         if name not in self._by_name:
             raise unknown_intervention(name, list(self._by_name))
         return self._by_name[name]
@@ -266,7 +286,7 @@ def _as_it_is(intervention: Intervention, active: ActiveIntervention) -> Interve
 def _checked_rows(rows: Sequence[int] | Tensor, with_slots: list[ActiveIntervention]) -> Tensor:
     """[batch] row slots, which every intervention with row slots has."""
     slots = tensor_of(rows, "the row slots of a batch", "pass the slot of every row, counted from 0")
-    if slots.numel() and (slots.is_floating_point() or slots.is_complex()):
+    if slots.numel() and (slots.is_floating_point() or slots.is_complex() or slots.dtype is torch.bool) or slots.dim() != 1:
         raise _no_whole_numbers(rows)
     if not with_slots:
         raise _no_row_slots()
@@ -320,7 +340,7 @@ def _wrong_number_of_strengths(name: str, slots: int, found: int) -> ConfigError
 def _no_whole_numbers(rows: Any) -> ConfigError:
     return ConfigError(
         "row slots are no whole numbers",
-        expected="the slot of every row, counted from 0",
+        expected="a flat list with the slot of every row, counted from 0",
         found=rows,
         remedy="e.g. set_rows([0, 1, 1])",
     )

@@ -12,7 +12,7 @@ from steer.checks import integer, whole_number
 from steer.errors import ConfigError
 from steer.intervene.intervention import Intervention
 from steer.intervene.operator import check_finite
-from steer.intervene.schedule import factor_at
+from steer.intervene.schedule import check_product, factor_at
 from steer.intervene.scope import Scope
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
     """
     check_state(attachment.plan, state)
     step = integer(state["step"])
-    for active in attachment.interventions:
-        factor_at(active.schedule, step)
+    for name, own in state["interventions"].items():
+        factor = factor_at(attachment[name].schedule, step)
+        check_product(own["base"].reshape(-1).tolist(), factor if own["enabled"] else 0.0, name)
     windows = {}
     for intervention in attachment.plan.interventions:
         own = state["interventions"][intervention.name]
@@ -76,7 +77,7 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
             if own["window"] is not None:
                 windows[active] = tuple(own["window"])
     attachment.move_windows(windows)
-    attachment.step(step)
+    attachment.set_step(step)
 
 
 def load_learned(intervention: Intervention, tensors: Mapping[str, Tensor]) -> None:

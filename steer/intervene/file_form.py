@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer.checks import json_value
+from steer.checks import errors_of, json_value, of_type
 from steer.errors import ConfigError, SteerError
 from steer.registry import Registry
 
@@ -29,7 +29,9 @@ def file_form(holder: TensorHolder, registry: Registry[Any]) -> tuple[str, dict[
         ConfigError: its class is not registered, or an attribute that would be lost. NonFiniteError: a tensor, or an option.
     """
     name = registry.name_of(holder)
-    options = holder.options()
+    with errors_of(f"`options` of {registry.kind} '{name}'", "return a dictionary of what the constructor takes beside the tensors"):
+        options = holder.options()
+    of_type(options, dict, f"what `options` of {registry.kind} '{name}' gives", "return a dictionary")
     tensors = {key: tensor.detach().cpu() for key, tensor in holder.tensors.items()}
     try:
         restored = type(holder).restore(dict(tensors), json_copy(options, f"{registry.kind} '{name}'"))
@@ -61,6 +63,26 @@ def json_copy(values: dict[str, Any], what: str) -> dict[str, Any]:
     json_value(values, what)
     copied: dict[str, Any] = json.loads(json.dumps(values))
     return copied
+
+
+_TUPLE = "__tuple__"  # marks a list of a file that was a tuple
+
+
+def with_tuples_marked(setting: Any) -> Any:
+    """A setting as JSON keeps it."""
+    if isinstance(setting, tuple):
+        return {_TUPLE: [with_tuples_marked(entry) for entry in setting]}
+    if isinstance(setting, list):
+        return [with_tuples_marked(entry) for entry in setting]
+    return {key: with_tuples_marked(entry) for key, entry in setting.items()} if isinstance(setting, dict) else setting
+
+
+def with_tuples(setting: Any) -> Any:
+    """Inverse of `with_tuples_marked`."""
+    if isinstance(setting, dict):
+        entries = {key: with_tuples(entry) for key, entry in setting.items()}
+        return tuple(entries[_TUPLE]) if entries.keys() == {_TUPLE} else entries
+    return [with_tuples(entry) for entry in setting] if isinstance(setting, list) else setting
 
 
 def _same(a: Any, b: Any) -> bool:

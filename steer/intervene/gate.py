@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steer.checks import of_type, tensor_of
 from steer.errors import ConfigError, ContextError, did_you_mean
+from steer.intervene.decisions import as_pair, conjunction, decided_where, negation
 from steer.intervene.file_form import file_form
 from steer.intervene.operator import TensorHolder
 from steer.intervene.scope import Scope
@@ -103,7 +104,7 @@ class And(CombinedGate):
 
     def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
         first, second = [part.decision(ctx, names) for part in self.parts]
-        return _conjunction(first, second)
+        return conjunction(first, second)
 
 
 class Or(CombinedGate):
@@ -113,7 +114,7 @@ class Or(CombinedGate):
 
     def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
         first, second = [part.decision(ctx, names) for part in self.parts]
-        return _negation(_conjunction(_negation(first), _negation(second)))
+        return negation(conjunction(negation(first), negation(second)))
 
 
 class Not(CombinedGate):
@@ -122,7 +123,7 @@ class Not(CombinedGate):
     word = "not"
 
     def decision(self, ctx: ForwardContext, names: Iterator[str]) -> Decision:
-        return _negation(self.parts[0].decision(ctx, names))
+        return negation(self.parts[0].decision(ctx, names))
 
     def __str__(self) -> str:
         return f"not {self.parts[0]}"
@@ -154,6 +155,8 @@ class SiteGate(Gate, TensorHolder):
     Raises:
         ConfigError, SiteError, NonFiniteError.
     """
+
+    is_tried: ClassVar[bool] = True  # before hooks are installed, on a small pass that no model makes
 
     def __init__(
         self,
@@ -212,7 +215,7 @@ class SiteGate(Gate, TensorHolder):
             decision = self._switch(self.margin(h, ctx))
         elif self.per == "generation" and ctx.phase == "generate":
             # with the number, since a cache may outlive the plan: what another gate decided must not be taken for this one's
-            pair = ctx.remember(f"{name} number {self.number}", lambda: _as_pair(self._of_rows(h, ctx))[:, -1:])
+            pair = ctx.remember(f"{name} number {self.number}", lambda: as_pair(self._of_rows(h, ctx))[:, -1:])
             decision = Decision(pair[..., :1], pair[..., 1:])
         else:
             decision = self._of_rows(h, ctx)
@@ -252,10 +255,10 @@ class SiteGate(Gate, TensorHolder):
         starts = None if ctx.phase == "generate" else ctx.starts
         if starts is None:
             count, pooled = self._pooled_over_rows(margin, counted)
-            return _decided_where(count > 0, self._switch(pooled))
+            return decided_where(count > 0, self._switch(pooled))
         text = starts.to(margin.device).long().cumsum(1)  # [batch, tokens] number of the text of each token
         count, pooled = self._pooled_over_texts(margin, counted, text)
-        decision = _decided_where(count > 0, self._switch(pooled))  # [batch, texts + 1, 1]
+        decision = decided_where(count > 0, self._switch(pooled))  # [batch, texts + 1, 1]
         assert decision.closed is not None
         per_token = text.unsqueeze(-1)  # [batch, tokens, 1]
         return Decision(decision.opened.gather(1, per_token), decision.closed.gather(1, per_token))
@@ -315,32 +318,6 @@ def one_number(value: float | Tensor, what: str) -> Tensor:
     if number.numel() != 1:
         raise ConfigError(f"{what} is not one number", expected="one number for all rows", found=list(number.shape), remedy="pass a number")
     return number.detach().to(torch.float32, copy=True).reshape(1)
-
-
-def _closed(decision: Decision) -> Tensor:
-    return 1 - decision.opened if decision.closed is None else decision.closed
-
-
-def _negation(decision: Decision) -> Decision:
-    return Decision(_closed(decision), None if decision.closed is None else decision.opened)
-
-
-def _conjunction(a: Decision, b: Decision) -> Decision:
-    opened = a.opened * b.opened.to(a.opened.device)
-    if a.closed is None and b.closed is None:
-        return Decision(opened)
-    return Decision(opened, 1 - (1 - _closed(a)) * (1 - _closed(b).to(a.opened.device)))
-
-
-def _decided_where(has_tokens: Tensor, decision: Decision) -> Decision:
-    """Neither open nor closed where there was no token to decide by. has_tokens: [batch, texts]."""
-    has_tokens = has_tokens.unsqueeze(-1)
-    return Decision(torch.where(has_tokens, decision.opened, 0.0), torch.where(has_tokens, _closed(decision), 0.0))
-
-
-def _as_pair(decision: Decision) -> Tensor:
-    """[batch, tokens, 2]: how far open, how far closed."""
-    return torch.cat((decision.opened, _closed(decision)), -1)
 
 
 def _checked_gate(gate: Any) -> Gate:

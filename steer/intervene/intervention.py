@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.checks import of_type, tensor_of
+from steer.checks import errors_of, of_type, tensor_of
 from steer.errors import ConfigError, WidthError
 from steer.intervene import gate as gates
 from steer.intervene import schedule as schedules
@@ -87,10 +87,11 @@ class Intervention:
                 check_initialised(site_gate, "gate")
         check_initialised(operator, "operator")
         site = parse_sites(site)
-        for example in site.examples() if isinstance(site, Sites) else (site,):
-            operator.check_site(example)
+        with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
+            for example in site.examples() if isinstance(site, Sites) else (site,):
+                operator.check_site(example)
         name = name or f"{operator.name}@{site}"
-        fields = {
+        fields: dict[str, Any] = {
             "operator": operator,
             "site": site,
             "scope": Scope.parse(scope),
@@ -103,6 +104,7 @@ class Intervention:
             "gate": gate,
             "preserve_norm": preserve_norm,
         }
+        schedules.check_product(fields["strength"], schedules.factor_at(fields["schedule"], 0, name), name)
         for field, value in fields.items():
             object.__setattr__(self, field, value)
 
@@ -144,8 +146,10 @@ class Intervention:
         return max(self.operator.slots, len(self.strength))
 
     def strength_at(self, step: int) -> Tensor:
-        """[1 or slots] fp32: strength x schedule x switch at an optimiser step."""
-        return torch.tensor(self.strength) * (schedules.factor_at(self.schedule, step) if self.enabled else 0.0)
+        """[1 or slots] fp32: strength x schedule x switch at an optimiser step. Raises as `factor_at`, and NonFiniteError beyond fp32."""
+        factor = schedules.factor_at(self.schedule, step) if self.enabled else 0.0
+        schedules.check_product(self.strength, factor, self.name)
+        return torch.tensor(self.strength) * factor
 
     @property
     def holders(self) -> dict[str, TensorHolder]:

@@ -29,6 +29,7 @@ class LowRank(Operator):
 
     reads: ClassVar[str]
     writes: ClassVar[str]
+    short_paths = ("fused", "kernel_arguments")
 
     def change(self, x: Tensor, strength: Tensor, per_row: RowTensors) -> Tensor:
         """How far to move along each row of W, [batch, tokens, rank of W], at full mask.

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import integer, of_type, tensor_of, whole_number
-from steer.errors import ConfigError, NonFiniteError
+from steer.errors import ConfigError, NonFiniteError, did_you_mean
+from steer.intervene.file_form import with_tuples, with_tuples_marked
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.registry import Registry
 
 RowTensors = Mapping[str, Tensor]  # tensors by name, [batch or 1, ...]: for each row of a batch those of its row slot
+FORMULAS = ("apply", "delta", "change", "factor", "read_and_write", "reads", "writes")  # by which a subclass may say what an edit is
 
 
 class TensorHolder:
@@ -47,13 +49,19 @@ class TensorHolder:
             check_finite(tensor, f"{name} of '{type(self).name}'")
 
     def train(self) -> Self:
-        """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser. Raises ConfigError when there are none."""
+        """Makes the learnable tensors parameters, which `Plan.parameters` hands to an optimiser.
+
+        Raises:
+            ConfigError: there are none, or one that it does not have or that is of whole numbers.
+        """
         if not self.learnable:
             raise _nothing_to_learn(self.name)
+        for name in self.learnable:  # all of them, before anything changes
+            if name not in self.tensors or not self.tensors[name].is_floating_point():
+                raise _not_learnable(self.name, name, self.tensors)
         for name in self.learnable:
-            tensor = self.tensors.get(name)
-            if tensor is not None and not isinstance(tensor, nn.Parameter):  # a parameter may be in an optimiser already
-                self.tensors[name] = nn.Parameter(tensor)
+            if not isinstance(self.tensors[name], nn.Parameter):  # a parameter may be in an optimiser already
+                self.tensors[name] = nn.Parameter(self.tensors[name])
         return self
 
     def __repr__(self) -> str:
@@ -117,6 +125,8 @@ class Operator(TensorHolder):
         additive: its change is strength * `vector`, whatever the activation.
         linear_in_strength: its change is strength times a function of the activation, so that a mask may be multiplied into the strength.
         slots: number of row slots, 1 when every row is treated alike.
+        short_paths: names of the methods that say the edit once more, for kernels. A subclass that overrides a formula loses those that it
+            inherits, since they stand for another edit.
 
     Raises:
         ConfigError: tensors with different numbers of row slots; `parts` that it does not have.
@@ -126,6 +136,14 @@ class Operator(TensorHolder):
     settings: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = False
     linear_in_strength: ClassVar[bool] = False
+    short_paths: ClassVar[tuple[str, ...]] = ("fused",)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        general = next(base for base in cls.__mro__ if "short_paths" in vars(base))
+        for path in cls.short_paths:
+            if getattr(cls, path) is not getattr(general, path) and not is_current(cls, path, *FORMULAS):
+                setattr(cls, path, getattr(general, path))
 
     def __init__(self, tensors: dict[str, Tensor], width: int) -> None:
         super().__init__(tensors, width)
@@ -167,7 +185,7 @@ class Operator(TensorHolder):
         missing = [name for name in self.settings if not hasattr(self, name)]
         if missing:
             raise _missing_setting(self.name, missing[0])
-        return {name: _with_tuples_marked(getattr(self, name)) for name in self.settings}
+        return {name: with_tuples_marked(getattr(self, name)) for name in self.settings}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
@@ -179,7 +197,7 @@ class Operator(TensorHolder):
         if unknown:
             raise TypeError(f"'{cls.name}' has no setting '{min(unknown)}'")
         restored = cls.__new__(cls)
-        vars(restored).update({name: _with_tuples(options[name]) for name in cls.settings})
+        vars(restored).update({name: with_tuples(options[name]) for name in cls.settings})
         Operator.__init__(restored, tensors, tensors[cls.parts[0]].shape[-1])
         return restored
 
@@ -198,6 +216,15 @@ class Operator(TensorHolder):
         return type(self).name
 
 
+def is_current(kind: type[Operator], path: str, *formulas: str) -> bool:
+    """No class below the one from which an operator has a method, its short path, overrides a formula that the path stands for."""
+
+    def depth(name: str) -> int:
+        return next((depth for depth, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))
+
+    return all(depth(path) <= depth(formula) for formula in formulas)
+
+
 OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators", subclass_of=Operator)
 
 
@@ -206,26 +233,6 @@ def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTe
     if rows is None:
         return tensors
     return {name: tensor if tensor.shape[0] == 1 else tensor[rows] for name, tensor in tensors.items()}
-
-
-_TUPLE = "__tuple__"  # marks a list of a file that was a tuple
-
-
-def _with_tuples_marked(setting: Any) -> Any:
-    """A setting as JSON keeps it."""
-    if isinstance(setting, tuple):
-        return {_TUPLE: [_with_tuples_marked(entry) for entry in setting]}
-    if isinstance(setting, list):
-        return [_with_tuples_marked(entry) for entry in setting]
-    return {key: _with_tuples_marked(entry) for key, entry in setting.items()} if isinstance(setting, dict) else setting
-
-
-def _with_tuples(setting: Any) -> Any:
-    """Inverse of `_with_tuples_marked`."""
-    if isinstance(setting, dict):
-        entries = {key: _with_tuples(entry) for key, entry in setting.items()}
-        return tuple(entries[_TUPLE]) if entries.keys() == {_TUPLE} else entries
-    return [_with_tuples(entry) for entry in setting] if isinstance(setting, list) else setting
 
 
 # ---- checks of what a subclass hands over
@@ -243,6 +250,8 @@ def _check_constructed(kind: type[TensorHolder], tensors: Any, width: Any) -> No
         raise _without_name(kind)
     of_type(tensors, dict, f"the tensors of '{kind.name}'", "pass {name: tensor} to super().__init__")
     whole_number(integer(width), f"the width of '{kind.name}'", least=1)
+    if not isinstance(kind.learnable, tuple) or not all(isinstance(name, str) for name in kind.learnable):
+        raise _wrong_learnable(kind.name, kind.learnable, tensors)
     for name, tensor in tensors.items():
         is_plain = isinstance(tensor, Tensor) and not tensor.is_meta and not tensor.is_complex() and tensor.layout is torch.strided
         if not is_plain or not tensor.dim():
@@ -331,6 +340,24 @@ def _wrong_parts(kind: str, parts: Any, tensors: Mapping[str, Tensor]) -> Config
         expected=f"a tuple with some of {', '.join(tensors) or 'its tensors'}, the one as wide as its site first",
         found=repr(parts) if parts != () else "no `parts`",
         remedy=f"write parts = ({next(iter(tensors), 'vector')!r},) into the class",
+    )
+
+
+def _wrong_learnable(kind: str, learnable: Any, tensors: Mapping[str, Tensor]) -> ConfigError:
+    return ConfigError(
+        f"'{kind}' does not say by `learnable` which tensors can be learned",
+        expected=f"a tuple with some of {', '.join(tensors) or 'its tensors'}, or an empty one",
+        found=repr(learnable),
+        remedy=f"write learnable = ({next(iter(tensors), 'vector')!r},) into the class; a tuple of one name needs its comma",
+    )
+
+
+def _not_learnable(kind: str, name: str, tensors: Mapping[str, Tensor]) -> ConfigError:
+    return ConfigError(
+        f"'{name}' of '{kind}' cannot be learned",
+        expected=f"`learnable` with names of its tensors in floating point: {', '.join(tensors) or 'none'}",
+        found=f"a tensor of {tensors[name].dtype}" if name in tensors else f"no tensor '{name}'",
+        remedy=did_you_mean(name, tensors) or "correct `learnable` in the class, or make the tensor with .float()",
     )
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from steer import files
-from steer.checks import integer, of_type, whole_number
+from steer.checks import errors_of, integer, of_type, whole_number
 from steer.errors import ConfigError, DamagedFileError, SteerError, in_file
 from steer.intervene.intervention import Intervention
+from steer.intervene.operator import Operator
 
 if TYPE_CHECKING:
     from steer.intervene.attachment import Attachment
@@ -105,16 +106,15 @@ class Plan:
         """`attach` and `detach` around a block, on every exit path. Warns when no forward pass went through the plan."""
         attachment = None
         try:
-            attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
-            yield attachment
-        finally:
-            if attachment is not None and attachment.is_attached:  # a block may detach early
-                try:
+            try:
+                attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
+                yield attachment
+            finally:
+                if attachment is not None and attachment.is_attached:  # a block may detach early
                     attachment.detach()
-                except BaseException:
-                    if attachment.is_attached:  # it was interrupted on the way
-                        attachment.detach()
-                    raise
+        finally:
+            if attachment is not None and attachment.is_attached:  # it was interrupted on the way
+                attachment.detach()
         attachment.warn_if_idle()
 
     def expanded(self, model: nn.Module) -> Plan:
@@ -213,7 +213,7 @@ def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[
         path = f" ({paths[name]})" if name in paths else ""
         width = intervention.operator.width
         switch = "" if intervention.enabled else ", switched off"
-        lines.append(f"{number}. {name}: {intervention.operator.describe()} at {intervention.site}{path}, width {width}")
+        lines.append(f"{number}. {name}: {_described(intervention.operator)} at {intervention.site}{path}, width {width}")
         lines.append(f"   strength {strength}{' now' if name in now else ''} ({intervention.schedule}){switch}")
         roles = " and ".join(intervention.roles)
         lines.append(f"   on {intervention.scope} tokens, in {', '.join(intervention.phases)}, for the {roles} pass")
@@ -251,6 +251,14 @@ def _with_unique_names(interventions: Sequence[Intervention]) -> tuple[Intervent
         taken.add(name)
         unique.append(intervention if name == intervention.name else intervention.unchecked(name=name))
     return tuple(unique)
+
+
+def _described(operator: Operator) -> str:
+    what = f"`describe` of operator '{operator.name}'"
+    with errors_of(what, "return one phrase"):
+        phrase = operator.describe()
+    of_type(phrase, str, what, "return one phrase")
+    return phrase
 
 
 def _tie_shared_parameters(interventions: Sequence[Intervention], shared: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.intervene.low_rank import LinearLowRank, LowRank, with_norm_of
-from steer.intervene.operator import RowTensors, tensors_of_rows
+from steer.intervene.operator import RowTensors, is_current, tensors_of_rows
 from steer.model.context import ForwardContext
 
 if TYPE_CHECKING:
@@ -147,9 +147,12 @@ def prepared_for(active: ActiveIntervention, dtype: torch.dtype) -> PreparedEdit
         return None
     if operator.additive:
         return PreparedAdd(active, dtype)
-    if isinstance(operator, LowRank) and all(rows.shape[1] == 1 for rows in operator.read_and_write(operator.tensors)):
-        return (PreparedRankOne if isinstance(operator, LinearLowRank) else PreparedCoordinate)(active, dtype)
-    return PreparedStrength(active, dtype)
+    kind = type(operator)
+    reads_one = isinstance(operator, LowRank) and all(rows.shape[1] == 1 for rows in operator.read_and_write(operator.tensors))
+    if not reads_one or not is_current(kind, "change", "apply"):
+        return PreparedStrength(active, dtype)
+    is_multiple = isinstance(operator, LinearLowRank) and is_current(kind, "factor", "change", "apply")
+    return (PreparedRankOne if is_multiple else PreparedCoordinate)(active, dtype)
 
 
 class PreparedGroup:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from steer.checks import errors_of, finite_number, whole_number
@@ -67,12 +69,21 @@ def factor_at(schedule: Any, step: int, owner: str = "") -> float:
     return float(factor)
 
 
+def check_product(strengths: Sequence[float], factor: float, name: str) -> None:
+    """Raises NonFiniteError when a strength times the factor of its schedule is beyond what fp32 holds. name: of the intervention."""
+    largest = max(map(abs, strengths)) * abs(factor)
+    if not largest <= torch.finfo(torch.float32).max:
+        raise _too_strong(name, largest)
+
+
 def to_dict(schedule: Any) -> dict[str, Any]:
     """JSON form: the registered name and the arguments. Raises ConfigError for a schedule that it would not give back."""
     name = SCHEDULES.name_of(schedule)
     if not is_dataclass(schedule):
         raise _no_dataclass(schedule)
     arguments = asdict(schedule)  # type: ignore[arg-type]
+    if "name" in arguments:
+        raise _field_called_name(schedule)
     restored = from_dict({"name": name, **json_copy(arguments, f"schedule '{name}'")})
     check_restored("schedule", name, schedule, restored, "make it a field of the dataclass")
     return {"name": name, **arguments}
@@ -115,6 +126,15 @@ def _no_dataclass(schedule: Schedule) -> ConfigError:
     )
 
 
+def _field_called_name(schedule: Any) -> ConfigError:
+    return ConfigError(
+        f"a field of the schedule {type(schedule).__qualname__} is called 'name'",
+        expected="another name: files, and schedule={'name': ...}, know a schedule by it",
+        found="name",
+        remedy="rename the field",
+    )
+
+
 def _no_schedule(spec: Any) -> ConfigError:
     instance = f"the class {spec.__name__}: call it, e.g. {spec.__name__}(...)" if isinstance(spec, type) else None
     return ConfigError(
@@ -150,4 +170,13 @@ def _infinite_factor(what: str, step: int, factor: float) -> NonFiniteError:
         expected="a finite factor at every step",
         found=f"{factor} at step {step}",
         remedy="correct the numbers of the schedule",
+    )
+
+
+def _too_strong(name: str, largest: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"strength x schedule of '{name}' is beyond fp32",
+        expected=f"at most {torch.finfo(torch.float32).max:.3g}",
+        found=f"{largest:.3g}",
+        remedy="lower the strength, or the numbers of the schedule",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 MEMORY = "_steer_memory"
 PASSES = "_steer_passes"
 PROMPT_PHASE = "_steer_prompt_phase"
+TOKENS = "_steer_tokens"  # of a cache that does not count them
 
 
 @dataclass(eq=False)
@@ -88,6 +89,14 @@ def memory_of(cache: Any) -> GenerationMemory:
     return memory
 
 
+def cached_tokens(cache: Any) -> Tensor | int:
+    """Tokens that went into a cache. One of states alone (state space, linear attention) keeps no entries: its passes are counted."""
+    try:
+        return cache.get_seq_length()
+    except (ValueError, AttributeError):
+        return getattr(cache, TOKENS, 0)
+
+
 def note_pass(cache: Any, past: Tensor | int, tokens: int) -> bool:
     """Notes a pass on its cache.
 
@@ -103,4 +112,6 @@ def note_pass(cache: Any, past: Tensor | int, tokens: int) -> bool:
         if tokens > 1 or not prompt_end:
             end = past + tokens if isinstance(past, int) else 0
         setattr(cache, PASSES, (end, tokens > 1, id(cache)))
+        if isinstance(past, int):
+            setattr(cache, TOKENS, past + tokens)
     return follows_prompt or isinstance(past, int) and past < prompt_end

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ContextError
-from steer.model.cache import PROMPT_PHASE, GenerationMemory, memory_of, note_pass
+from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
 from steer.model.peft_state import NONE, VirtualTokens
 
@@ -19,6 +19,7 @@ TOKEN_ARGUMENTS = (
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",  # what models of state spaces call it
     "use_cache",
     "labels",
     "logits_to_keep",
@@ -110,7 +111,7 @@ def tokenless_context(phase: str, role: str = "policy") -> ForwardContext:
 def _cached_tokens(cache: Any, virtual: int) -> Tensor | int:
     if cache is None:
         return 0
-    past = cache.get_seq_length() - virtual
+    past = cached_tokens(cache) - virtual
     return past.clone() if isinstance(past, Tensor) else past  # static caches count up in place while the pass runs
 
 
@@ -135,7 +136,7 @@ def _virtual_positions(virtual: VirtualTokens, cache: Any, arguments: dict[str, 
     """How many of the virtual tokens run through this pass, and how many are in the cache."""
     if virtual.in_cache:
         return 0, virtual.number if cache is not None else 0
-    entries = 0 if cache is None else cache.get_seq_length()
+    entries = 0 if cache is None else cached_tokens(cache)
     embeds = arguments.get("inputs_embeds")
     if embeds is not None and (isinstance(entries, Tensor) or entries == 0):
         return virtual.number, 0

@@ -83,6 +83,7 @@ class SiteHook(OwnHook):
         self.function = function
         self.watcher = watcher
         self.columns = point.columns
+        self.axes = point.axes
         self.ran = False
         self.ever_ran = False
         in_decoder = watcher.is_decoder and watcher.holds(point.module)
@@ -90,14 +91,17 @@ class SiteHook(OwnHook):
         self.context_of_pass: Callable[[], ForwardContext] = watcher.context_in_decoder if in_decoder else watcher.context_beside
         if self.place == "after":
             self.context_of_pass = watcher.context_after_decoder
-        # edits of some columns, and gates, take the ordinary way
-        self.prepared: PreparedEdit | None = getattr(function, "prepared", None) if self.columns is None else None
+        # edits of some columns or of axes in another order, and gates, take the ordinary way
+        plain = self.columns is None and self.axes is None
+        self.prepared: PreparedEdit | None = getattr(function, "prepared", None) if plain else None
 
     def edited(self, activation: Tensor) -> Tensor | None:
         """The new activation, None for no change. activation: what the module takes or gives, of which the site may be some columns."""
         if not self.watcher.replays and (self.watcher.inside or self.place != "decoder"):  # not where a checkpointed block is recomputed
             self.ran = self.ever_ran = True
         context = self.context_of_pass()
+        if self.axes is not None:
+            return self._in_order_of_axes(activation, context)
         if self.columns is None and activation.dim() != 2:
             new = self.function(activation, context)
             return None if new is activation else new
@@ -111,6 +115,16 @@ class SiteHook(OwnHook):
         if flat:
             new = new.flatten(0, 1)  # [batch * tokens, width]
         return self._in_columns(activation, new)
+
+    def _in_order_of_axes(self, activation: Tensor, context: ForwardContext) -> Tensor | None:
+        """Brings batch and tokens to the front, and several streams side by side, and back."""
+        assert self.axes is not None
+        ordered = activation.permute(self.axes)
+        h = ordered.flatten(2)  # [batch, tokens, streams * width]
+        new = self.function(h, context)
+        if new is None or new is h:
+            return None
+        return new.reshape(ordered.shape).permute([self.axes.index(axis) for axis in range(len(self.axes))])
 
     def _in_columns(self, activation: Tensor, new: Tensor) -> Tensor:
         if self.columns is None:

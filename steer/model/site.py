@@ -21,6 +21,7 @@ LAYER_PARTS = {
     "attn.q": "query projection, before q-norm and rotary embedding, heads concatenated",
     "attn.k": "key projection, likewise, key-value heads concatenated",
     "attn.v": "value projection, key-value heads concatenated",
+    "mixer.output": "what mixes tokens adds to the residual stream: attention, state space, convolution",
     "mlp.input": "input of the MLP, after its norm",
     "mlp.neurons": "input of the down projection, one number per neuron",
     "mlp.output": "what the MLP adds to the residual stream (after a post-norm where the family has one)",
@@ -33,7 +34,19 @@ MODEL_PARTS = {
 GRAMMAR = "layers.<n>.<part> | embed | final_norm | logits | module:<dotted path>:<input|output>; parts: " + ", ".join(LAYER_PARTS)
 
 # in the order in which a pass reaches them
-_ORDER = ("input", "attn.q", "attn.k", "attn.v", "attn.z", "attn.output", "mlp.input", "mlp.neurons", "mlp.output", "output")
+_ORDER = (
+    "input",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.z",
+    "attn.output",
+    "mixer.output",
+    "mlp.input",
+    "mlp.neurons",
+    "mlp.output",
+    "output",
+)
 
 _LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
 _PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
@@ -90,6 +103,11 @@ class Site:
         if self.module is not None:
             return f"module:{self.module}:{self.part}"
         return self.part if self.layer is None else f"layers.{self.layer}.{self.part}"
+
+
+def is_pattern(text: str | Site) -> bool:
+    """True for text that stands for several layers."""
+    return isinstance(text, str) and _PATTERN.fullmatch(text) is not None
 
 
 def expand(pattern: str | Site, n_layers: int) -> list[Site]:

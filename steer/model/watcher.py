@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +96,7 @@ class Watcher:
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
         thread: in which the running pass began.
         outermost: height above the root of the module that the running pass began with; `height` that of the module entered last.
+        gives_no_cache: a pass that asked for a cache gave none that is known, so that decoded tokens cannot be told from a prompt.
         replays: compiled code with gradient checkpointing, where site hooks inside a block cannot note that they ran.
         response, turns: annotations in force, see `steer.model.annotations`.
         site_hooks: the hooks at sites, in the order in which they were attached.
@@ -116,6 +118,7 @@ class Watcher:
         self.context: ForwardContext | None = None
         self.inside = False
         self.differentiated: ForwardContext | None = None
+        self.gives_no_cache = False
         self.replays = False
         self.site_hooks: list[SiteHook] = []
         self._hooks_by_place: dict[str, list[SiteHook]] = {}
@@ -190,6 +193,8 @@ class Watcher:
                     hook.ran = False
             self._has_marks = True
         context = self._build_context()
+        if self.gives_no_cache and context.phase == "generate" and self.arguments.get("past_key_values") is None:
+            context = replace(context, unclear=True)
         for amend in self.amend:
             context = amend(context)
         self.context = context
@@ -200,6 +205,8 @@ class Watcher:
             prepare(context)
 
     def _build_context(self) -> ForwardContext:
+        if "cache_params" in self.arguments:
+            self.arguments["past_key_values"] = self.arguments.pop("cache_params")
         is_reference = self.peft.is_reference()
         if not self.is_decoder:
             return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
@@ -223,8 +230,12 @@ class Watcher:
                 self._mark_differentiated(output, context)
             if in_backward():
                 return  # a recompute of the whole model: it was counted when it ran first
-        if self.arguments.get("past_key_values") is None and (cache := getattr(output, "past_key_values", None)) is not None:
-            self._note_new_cache(cache, context)
+        if self.arguments.get("past_key_values") is None:
+            cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+            if cache is not None:
+                self._note_new_cache(cache, context)
+            elif context.phase == "generate" and not isinstance(output, tuple):
+                self.gives_no_cache = True
         for finish in self.on_close:
             finish(context)
 

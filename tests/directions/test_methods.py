@@ -282,3 +282,43 @@ def test_registrations_of_extractors_that_cannot_work(tiny, monkeypatch):
     for method, message in (("bare", r"extractor 'bare'[\s\S]*@extractor\('bare'\)"), ("odd", "'odd' needs what is not kept")):
         with pytest.raises(ConfigError, match=message):
             extract(model, contrast(), ["layers.1.output"], name="x", method=method, progress=False)
+
+
+def test_an_extractor_that_writes_changes_nothing_of_the_others(monkeypatch):
+    monkeypatch.setattr(EXTRACTORS, "_entries", dict(EXTRACTORS._entries))
+
+    @extractor("vandal", needs=("scatter", "differences", "texts"))
+    def vandal(moments: ContrastMoments) -> torch.Tensor:
+        """Writes into all that it gets."""
+        gap = moments.gap
+        for tensor in (moments.is_positive, moments.collected(), moments.within.matrix, moments.positive.first, moments.negative.first):
+            tensor.zero_()
+        for scatter in (moments.all, moments.differences):
+            if scatter.second is not None:
+                scatter.second.zero_()
+        moments.norm = moments.tokens = 0.0
+        return gap
+
+    for count in (N, WIDTH - 2):  # more texts than dimensions, and fewer, which are kept instead of second moments
+        x, side = texts()[:count], SIDE[:count]
+        moments, untouched = (moments_of(x, side, True, tuple(NEEDS)) for _ in range(2))
+        assert aligned(vandal.read("vandal", moments), untouched.gap) > 1 - 1e-9
+        assert torch.equal(moments.is_positive, side) and moments.activation_norm == untouched.activation_norm
+        for method in ("mean_difference", "lda", "pca"):
+            own = EXTRACTORS.get(method)
+            assert torch.equal(own.read(method, moments), own.read(method, untouched))
+
+
+def test_an_extractor_reads_what_it_asked_for_even_where_others_ask_for_more():
+    own = Extractor(lambda moments: moments.within.matrix.diagonal())
+    with pytest.raises(ConfigError, match="'scatter' was not kept"):
+        own.read("own", moments_of(texts(), SIDE, True, ("scatter",)))
+
+
+@pytest.mark.parametrize("options", [{"package": 5}, {"pairs": "no"}, {"needs": "scatter"}, {"needs": (5,)}])
+def test_options_of_the_decorator_are_typed(options, monkeypatch):
+    monkeypatch.setattr(EXTRACTORS, "_entries", dict(EXTRACTORS._entries))
+    with pytest.raises(ConfigError, match="extractor 'typed'"):
+        extractor("typed", **options)(lambda moments: moments.gap)
+    with pytest.raises(ConfigError, match="the function of the extractor 'typed'"):
+        extractor("typed")(5)

@@ -217,7 +217,7 @@ def test_anything_but_a_column_of_values_is_refused(tiny: Tiny, new: Any, return
 
 def test_needs_that_cannot_be_met_are_refused(new: Any) -> None:
     new("a", needs=("b",))(lambda site: site.values["b"])
-    with pytest.raises(ConfigError, match="unknown drift metric 'b'"):
+    with pytest.raises(ConfigError, match="drift metric 'a' needs one that there is not"):
         metrics_of("probe")
     new("b", needs=("a",))(lambda site: site.values["a"])
     with pytest.raises(ConfigError, match="needs itself(.|\n)*a -> b -> a"):
@@ -275,3 +275,86 @@ def test_loggers_get_finite_values_alone(tiny: Tiny, new: Any) -> None:
         [named] = [record for record in tracker.measure(0) if record.kind == "named"]
     assert math.isnan(named.undefined) and named.endless == math.inf and named.least == -math.inf
     assert tracker.log_values() and all(math.isfinite(value) for value in tracker.log_values().values())
+
+
+# ---- metrics that fail
+
+
+def tracked(**options: Any) -> DriftTracker:
+    return DriftTracker({"a": direction(SITE)}, probe=prompts(), controls=2, **options)
+
+
+def test_states_in_a_mode_without_them_are_found_at_the_first_measurement(tiny: Tiny, new: Any) -> None:
+    @new("forgetful")
+    def forgetful(site: SiteMeasurement) -> Tensor:
+        """It should say modes=('probe',)."""
+        return site.states.mean() + 0 * site.sd
+
+    tracker = tracked()
+    with tracker.attached(tiny("llama")):
+        with pytest.raises(ConfigError, match=r"drift metric 'forgetful': a drift metric reads states[\s\S]*modes=\('probe',\)"):
+            tracker.measure(0)
+        assert tracker.last_step == -1
+    tracker = tracked(stream=False)
+    with tracker.attached(tiny("llama")):
+        assert all(record.forgetful is not None for record in tracker.measure(0))
+
+
+def test_a_metric_that_writes_changes_nothing_of_the_others(tiny: Tiny, new: Any) -> None:
+    @new("a_vandal")
+    def vandal(site: SiteMeasurement) -> Tensor:
+        """Writes into all that it gets."""
+        site.values.clear()
+        site.directions.units.zero_()
+        return site.mean.mul_(0)
+
+    with (tracker := tracked()).attached(tiny("llama")):
+        spoilt = {record.direction: record.mean for record in tracker.measure(0)}
+    del METRICS._entries["a_vandal"]
+    with (tracker := tracked()).attached(tiny("llama")):
+        assert spoilt == {record.direction: record.mean for record in tracker.measure(0)}
+    vandal_of_ours = DriftMetric("x", vandal.function)
+    vandal.function.__module__ = "steer.drift.metrics.vandal"  # in the folder of the kind, as a new file of a checkout is
+    units = torch.eye(3).double()
+    site = SiteMeasurement.of_states(named_only(units), normal(4, 3), normal(4, 3, seed=1))
+    before = site.mean.clone()
+    vandal_of_ours.compute([site])
+    assert torch.equal(site.mean, before)
+
+
+def test_a_need_that_there_is_not_names_who_has_it(new: Any) -> None:
+    @new("hungry", needs=("effect_sdd",))
+    def hungry(site: SiteMeasurement) -> Tensor:
+        """Needs what there is not."""
+        return site.sd
+
+    with pytest.raises(ConfigError, match=r"drift metric 'hungry' needs one that there is not[\s\S]*did you mean 'effect_sd'"):
+        metrics_of("probe")
+    METRICS._announced.add("hungry")
+    try:
+        with pytest.warns(UserWarning, match="drift metric 'hungry' needs one that there is not"):
+            names = [metric.name for metric in metrics_of("probe")]
+        assert "hungry" not in names and "effect_sd" in names
+    finally:
+        METRICS._announced.discard("hungry")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modes": 3},
+        {"modes": "probe"},
+        {"modes": ("x",)},
+        {"needs": (5,)},
+        {"needs": "p"},
+        {"unit": None},
+        {"controls": 1},
+        {"logged": "no"},
+    ],
+)
+def test_options_of_the_decorator_are_typed(options: dict[str, Any], new: Any) -> None:
+    with pytest.raises(ConfigError, match="drift metric 'typed'"):
+        new("typed", **options)(lambda site: site.sd)
+    with pytest.raises(ConfigError, match="the function of drift metric 'typed'"):
+        new("typed")(5)
+    assert "typed" not in METRICS

@@ -15,7 +15,7 @@ from hand import edited, ids, vector
 
 import steer
 from steer.errors import ConfigError, DamagedFileError, DeployError, SiteError, StorageFullError, WrongKindError
-from steer.intervene import Ablate, AblateThenAdd, Add, Clamp, Intervention, Plan
+from steer.intervene import OPERATORS, Ablate, AblateThenAdd, Add, Clamp, Intervention, Plan
 
 SIX = torch.full((32,), 6.0)
 
@@ -211,3 +211,32 @@ def test_lm_eval_knows_the_form_by_the_ending_and_the_model_its_layers(tiny, tmp
         steer.to_lm_eval(plan(intervention), tiny("llama"), tmp_path / "steer.bin")
     with pytest.raises(SiteError, match="out of range"):
         steer.to_lm_eval(plan(intervention), tiny("llama"), tmp_path / "steer.pt")
+
+
+@pytest.mark.parametrize("export", ["gguf", "lm_eval", "bake"])
+def test_an_edit_that_only_says_that_it_is_affine_is_refused_by_name(export, tiny, tmp_path, monkeypatch):
+    OPERATORS.load()
+    monkeypatch.setattr(OPERATORS, "_entries", dict(OPERATORS._entries))
+
+    @OPERATORS.register("bounded")
+    class Bounded(Add):
+        additive = False
+
+        def delta(self, h, strength, per_row):
+            return strength * torch.tanh(h)
+
+    @OPERATORS.register("near_zero")
+    class NearZero(Ablate):
+        def change(self, x, strength, per_row):
+            return -strength * x.clamp(-50, 50)
+
+    for operator in (Bounded(vector()), NearZero(vector())):
+        steering = plan(Intervention(operator, "layers.1.output"))
+        with pytest.raises(ConfigError, match=f"operator '{operator.name}' says that it is `is_affine`, and its edit is none"):
+            if export == "gguf":
+                steer.to_gguf(steering, tmp_path / "vector.gguf", model_hint="llama")
+            elif export == "lm_eval":
+                steer.to_lm_eval(steering, tiny("llama"), tmp_path / "steer.pt")
+            else:
+                steer.bake(steering, tiny("llama"), savable=False)
+    assert not list(tmp_path.iterdir())

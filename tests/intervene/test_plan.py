@@ -40,11 +40,11 @@ def test_attaching_twice_is_an_error_and_leaves_the_first_attach_alone(tiny):
     plan = steered()
     with plan.attached(model) as attachment:
         expected = logits(model)
-        with pytest.raises(AttachError, match="another plan is attached"):
+        with pytest.raises(AttachError, match="a plan is attached to this model already"):
             plan.attach(model)
-        with pytest.raises(AttachError, match=r"another plan[\s\S]*stack=True"):
+        with pytest.raises(AttachError, match=r"a plan is attached to this model already[\s\S]*stack=True"):
             steered().attach(model)
-        with pytest.raises(AttachError, match="another plan"):
+        with pytest.raises(AttachError, match="a plan is attached"):
             steered().attach(torch.nn.ModuleList([model]))  # through a wrapper
         assert torch.equal(logits(model), expected)
     with pytest.raises(AttachError, match="not attached"):
@@ -259,8 +259,8 @@ def test_one_of_two_interventions_can_be_set_alone(tiny):
         attachment.set_strength(3.0, "b")
         assert torch.allclose(logits(model), expected, atol=1e-5)
         assert attachment.fired() == {"a": 0, "b": 14}
-    with pytest.raises(NonFiniteError):
-        attachment.set_strength(float("nan"))
+        with pytest.raises(NonFiniteError):
+            attachment.set_strength(float("nan"))
     assert attachment.interventions[1].strength.item() == attachment["b"].strength.item() == 3.0
 
 
@@ -442,3 +442,36 @@ def test_a_state_that_does_not_fit_changes_nothing(scope, strength):
         attachment.load_state_dict(misfit.state_dict())
     assert [intervention.base for intervention in attachment.interventions] == [(1.0,), (2.0,)]
     assert [intervention.strength.item() for intervention in attachment.interventions] == [1.0, 2.0]
+
+
+def test_an_attachment_that_is_detached_takes_nothing(tiny):
+    attachment = steered().attach(tiny("llama"))
+    attachment.detach()
+    before = attachment.state_dict(), attachment.explain(), attachment.fired(), attachment.as_plan().explain()
+    changes = {
+        "set_strength": lambda: attachment.set_strength(3.0),
+        "step": lambda: attachment.step(3),
+        "enable": lambda: attachment.enable(False),
+        "set_rows": lambda: attachment.set_rows([0]),
+        "set_window": lambda: attachment.set_window(0, 2),
+        "detach": attachment.detach,
+    }
+    for change in changes.values():
+        with pytest.raises(AttachError, match="this plan is not attached"):
+            change()
+    after = attachment.state_dict(), attachment.explain(), attachment.fired(), attachment.as_plan().explain()
+    assert str(before) == str(after)
+    attachment.load_state_dict(before[0])  # as a run does that begins again
+
+
+def test_names_and_rows_are_typed(tiny):
+    two = Plan(Intervention(Add(torch.stack([vector(), -vector()])), "layers.1.output", name="x"))
+    with two.attached(tiny("llama")) as attachment:
+        for rows in ([True, False], torch.tensor([True, False]), [[0, 1], [1, 0]], 1, [0.0]):
+            with pytest.raises(ConfigError, match="row slots are no whole numbers"):
+                attachment.set_rows(rows)
+        for name in (["x"], 0):
+            with pytest.raises(ConfigError, match="wrong type for the name of an intervention"):
+                attachment.set_strength(1.0, name)
+        attachment.set_rows([0, 1])
+        assert attachment["x"].rows.tolist() == [0, 1]

@@ -141,13 +141,13 @@ def test_rows_must_be_said_and_fit(tiny):
         for batch in (2, 6):
             with pytest.raises(ContextError, match=rf"do not fit[\s\S]*{batch} rows[\s\S]*found: 3"):
                 model(ids(batch), use_cache=False)
-    for rows in ([0, 3], [-1], []):
-        with pytest.raises(ConfigError, match="expected: 0 to 2"):
-            attachment.set_rows(rows)
+        for rows in ([0, 3], [-1], []):
+            with pytest.raises(ConfigError, match="expected: 0 to 2"):
+                attachment.set_rows(rows)
+        with pytest.raises(ConfigError, match="strengths"):
+            attachment.set_strength([1.0, 2.0])
     with pytest.raises(ConfigError, match=r"wrong number of strengths[\s\S]*1 or 3"):
         Intervention(Add(VECTORS), "layers.1.output", strength=[1.0, 2.0])
-    with pytest.raises(ConfigError, match="strengths"):
-        attachment.set_strength([1.0, 2.0])
 
 
 def test_rows_set_in_inference_mode_can_be_set_again_in_training(tiny):

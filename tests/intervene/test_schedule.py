@@ -1,6 +1,7 @@
 """Schedules against their closed forms."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from method_tables import check_table
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.intervene import Add, Constant, Cosine, Intervention, Linear, WarmupDecay
+from steer.intervene import Add, Constant, Cosine, Intervention, Linear, Plan, WarmupDecay
 from steer.intervene.schedule import SCHEDULES, Schedule, factor_at, from_dict, to_dict
 
 STEPS = st.integers(0, 500)
@@ -141,3 +142,45 @@ def test_only_fields_of_a_dataclass_can_be_saved(monkeypatch):
     monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
     with pytest.raises(ConfigError, match=r"schedule 'stairs' has no file form[\s\S]*dataclass"):
         to_dict(SCHEDULES.register("stairs")(Stairs)())
+
+
+def test_a_strength_beyond_fp32_is_refused_before_anything_changes(tiny):
+    def intervention(**options):
+        return Intervention(Add(torch.ones(32)), "layers.1.output", name="x", **options)
+
+    for options in ({"schedule": Constant(1e39)}, {"strength": 1e30, "schedule": Constant(1e9)}):
+        with pytest.raises(NonFiniteError, match="strength x schedule of 'x' is beyond fp32"):
+            intervention(**options)
+    plan = Plan(intervention(strength=1e10, schedule=Linear(steps=2, start=1.0, end=1e30)))
+    with pytest.raises(NonFiniteError, match="beyond fp32"):
+        plan.interventions[0].strength_at(2)
+    with plan.attached(tiny("llama")) as attachment:
+        for change in (lambda: attachment.step(2), lambda: attachment.set_strength(1e38) or attachment.step(1)):
+            before = attachment.state_dict()
+            with pytest.raises(NonFiniteError, match="beyond fp32"):
+                change()
+            assert attachment.current_step == before["step"] and attachment["x"].strength.isfinite().all()
+        attachment.set_strength(1.0)
+        attachment.step(1)
+        state = attachment.state_dict()
+        with pytest.raises(NonFiniteError, match="beyond fp32"):
+            attachment.set_strength([1e10])
+        with pytest.raises(NonFiniteError, match="beyond fp32"):
+            attachment.load_state_dict({**state, "interventions": {"x": {**state["interventions"]["x"], "base": torch.tensor([1e12])}}})
+        assert attachment["x"].base == (1.0,) and attachment.state_dict()["interventions"]["x"]["base"].tolist() == [1.0]
+
+
+def test_a_field_called_name_has_no_file_form(monkeypatch):
+    SCHEDULES.load()
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+
+    @SCHEDULES.register("called")
+    @dataclass(frozen=True)
+    class Called(Schedule):
+        name: str = "called"
+
+        def __call__(self, step):
+            return 1.0
+
+    with pytest.raises(ConfigError, match="a field of the schedule .*Called is called 'name'"):
+        to_dict(Called())

@@ -375,7 +375,8 @@ def test_half_lives_are_read_back_exactly(half_life):
 
 
 def test_every_kind_is_in_the_table_and_in_the_tests():
-    assert {name.split("[")[0] for name in KINDS} == {"all", "prompt", "response", "generated", "last", "positions", "tokens", "role"}
+    kinds = {"all", "prompt", "response", "generated", "last", "positions", "tokens", "image", "role"}
+    assert {name.split("[")[0] for name in KINDS} == kinds
 
 
 @pytest.mark.parametrize(

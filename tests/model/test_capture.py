@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from steer.errors import ConfigError, ContrastError, NonFiniteError, SiteError
 from steer.intervene import Add, Intervention, Plan
 from steer.model.accumulator import TextAccumulator, pool
+from steer.model.anatomy import Anatomy
 from steer.model.capture import batches, capture
 from steer.model.site import Site
 from steer.model.span import span_of
@@ -258,6 +259,7 @@ def tokens_seen(model) -> list[tuple[int, ...]]:
 def test_shared_prefixes_are_read_once(family, span, tiny):
     """Shared are the prompt of a pair and the common beginning of all prompts; every text gives the same as alone."""
     model, texts = tiny(family), chat()
+    Anatomy.find(model)  # runs it once
     shapes = tokens_seen(model)
     pooled = Pooled(len(texts))
     capture(model, texts, {Site.parse("layers.1.output"): pooled}, span=span, group=2, max_tokens=100)

@@ -1,9 +1,16 @@
 """FSDP2 over two processes, this one being rank 0."""
 
+import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from hand import ids, recorded
 from sharded import plan, train
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from steer.errors import AnatomyError
+from steer.model.anatomy import Anatomy
 
 
 def test_fsdp2_over_two_processes(tmp_path, tiny):
@@ -25,3 +32,23 @@ def test_fsdp2_over_two_processes(tmp_path, tiny):
     assert sharded["digest"] is None  # a rank holds no whole rows
     assert sharded["finished"] == ["model"]  # no early stop: FSDP counts on the end of every forward
     assert torch.allclose(sharded["h"], seen["layers.0.output"], atol=1e-6)
+
+
+def test_a_model_sharded_from_outside_is_not_run_by_itself(tiny, tmp_path):
+    """FSDP would take it for the outermost module; what was found before the sharding stays known."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for known in (False, True):
+            outer = nn.Sequential(tiny("llama"))
+            if known:
+                Anatomy.find(outer).point("layers.0.attn.output")
+            fully_shard(outer[0].model, mesh=mesh)
+            fully_shard(outer, mesh=mesh)
+            if known:
+                assert Anatomy.find(outer).point("layers.0.attn.output").path == "0.model.layers.0.self_attn"
+            else:
+                with pytest.raises(AnatomyError, match="before sharding"):
+                    Anatomy.find(outer)
+    finally:
+        dist.destroy_process_group()

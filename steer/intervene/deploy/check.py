@@ -114,7 +114,7 @@ class Check:
 
     def _final_states(self) -> Tensor:
         """[rows, tokens, width] of the decoder on random tokens."""
-        device = next(self.anatomy.embedding.parameters()).device
+        device = next(self.anatomy.decoder.parameters()).device
         ids = torch.randint(self.anatomy.config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
         # compiled code would be traced again for every type, and once more for the hooks
         with evaluating(self.anatomy.model), _exact_products(device.type), torch.compiler.set_stance("force_eager"):
@@ -233,7 +233,7 @@ def _overflow(check: Check) -> DeployError:
 
 
 def _does_otherwise(check: Check) -> str:
-    return f"{check.carrier} does not do what the plan does in this {check.anatomy.config.model_type}"
+    return f"{check.carrier} does not do what the plan does in this {check.anatomy.kind}"
 
 
 def _no_float32(carrier: str, error: RuntimeError) -> DeployError:

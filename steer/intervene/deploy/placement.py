@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from steer.errors import DeployError
+from steer.errors import DeployError, SiteError
 from steer.intervene.affine import Affine
-from steer.intervene.deploy.constant import cannot_carry
+from steer.intervene.deploy.constant import AT_RUN_TIME, cannot_carry
 from steer.intervene.deploy.weight_edit import WeightEdit, is_conv1d, is_dense
 from steer.intervene.intervention import Intervention
-from steer.model.anatomy import Anatomy, child
+from steer.model.anatomy import Anatomy
 from steer.model.site import Site
+from steer.model.writers import Writer
 
 _NOTHING = 1e-5  # share of a row that counts as nothing left to read; directions are orthonormal to fp32
 
@@ -55,7 +56,6 @@ class _Placement:
     def __init__(self, anatomy: Anatomy, carrier: str) -> None:
         self.anatomy = anatomy
         self.carrier = carrier
-        self.family = anatomy.family
         self.weight_edits: dict[str, WeightEdit] = {}
         self.paths = {id(module): path for path, module in anatomy.model.named_modules()}
 
@@ -72,7 +72,7 @@ class _Placement:
             self._place_in_embedding(intervention, edit)
         elif site.part == "output":
             self._place_in_residual_stream(site, intervention, edit)
-        elif site.part in ("attn.output", "mlp.output"):
+        elif site.part in ("attn.output", "mixer.output", "mlp.output"):
             self._last_map(site, intervention, edit).add_to_output(edit)
         else:
             self._place_in_projection(site, intervention, edit)
@@ -114,14 +114,14 @@ class _Placement:
     def _nothing_to_read(self, layer: int, edit: Affine) -> bool:
         """Nothing up to the end of this block writes to the residual stream along the rows that an edit reads."""
         writers = self._embeddings()
-        for block in self.anatomy.blocks[: layer + 1]:
-            attention = child(block, f"{self.family.attn}.{self.family.out}")
-            mlp = child(block, self.family.down)
-            if mlp is None:
-                mlp = self._experts(block)
-            if mlp is None:
+        for number, parts in enumerate(self.anatomy.parts[: layer + 1]):
+            for writer in parts.writers:
+                module = self._last_module(number, writer)
+                if module is None or writer.scale != 1:
+                    return False
+                writers.append(module)
+            if not parts.writers:
                 return False
-            writers += [mlp] if attention is None else [attention, mlp]
         size = float(edit.right.norm())
         for module in writers:
             weight_edit = self.weight_edits.get(self.paths[id(module)])
@@ -139,27 +139,34 @@ class _Placement:
     def _last_map(self, site: Site, intervention: Intervention, edit: Affine) -> WeightEdit:
         """The last linear map of attention or MLP, or the experts of a mixture."""
         assert site.layer is not None
-        block = self.anatomy.blocks[site.layer]
-        in_attention = site.part == "attn.output"
-        norm = self.family.post_attn if in_attention else self.family.post_mlp
-        if norm is not None:
-            raise _norm_behind(intervention, self.carrier, self.anatomy, norm)
-        module = child(block, f"{self.family.attn}.{self.family.out}" if in_attention else self.family.down)
-        if module is not None:
-            return self._linear(module, intervention, edit)
-        experts = self._experts(block)
-        if experts is None or edit.rank == 0 or edit.shifts:
+        try:
+            writer = self.anatomy.writer(site.layer, site.part.partition(".")[0])
+        except SiteError as error:
+            raise _no_last_map(intervention, self.carrier, str(error.found)) from error
+        if writer.scale != 1:
+            raise _no_last_map(intervention, self.carrier, f"{writer.scale:.3g} times what '{writer.path}' gives is added")
+        if self.anatomy.post_norm(site.layer, writer) is not None:
+            raise _norm_behind(intervention, self.carrier, self.anatomy, writer.path)
+        module = self._last_module(site.layer, writer)
+        if module is None and not hasattr(self.anatomy.module_in_block(site.layer, writer.part), "experts"):
+            raise _no_last_map(intervention, self.carrier, f"'{writer.part}', which scales or gates what its last linear map gives")
+        if module is None or (writer.projection is None and (edit.rank == 0 or edit.shifts)):
             raise _weighted_by_router(intervention, self.carrier, site.layer)
-        return self._weight_edit(experts, "experts")
+        return self._linear(module, intervention, edit) if writer.projection is not None else self._weight_edit(module, "experts")
 
-    def _experts(self, block: nn.Module) -> nn.Module | None:
-        """The experts of a block when nothing else writes the output of its MLP, and their weights are stacked as [experts, out, in]."""
-        mlp = child(block, self.family.mlp_out)
-        experts = child(mlp, "experts") if mlp is not None else None
+    def _last_module(self, layer: int, writer: Writer) -> nn.Module | None:
+        """The last linear map of a writer, or its experts."""
+        if writer.projection is not None:
+            return self.anatomy.module_in_block(layer, writer.projection)
+        return self._experts(self.anatomy.module_in_block(layer, writer.part))
+
+    def _experts(self, mlp: nn.Module) -> nn.Module | None:
+        """The experts of an MLP when nothing else writes its output, and their weights are stacked as [experts, out, in]."""
+        experts = getattr(mlp, "experts", None)
         stack = getattr(experts, "down_proj", None)
         stacked = isinstance(stack, nn.Parameter) and stack.ndim == 3 and stack.shape[1] == self.anatomy.width
         plain = stacked and not getattr(experts, "is_transposed", False) and not getattr(experts, "has_bias", False)
-        alone = mlp is not None and {name for name, _ in mlp.named_children()} <= {"experts", "gate", "router"}
+        alone = {name for name, _ in mlp.named_children()} <= {"experts", "gate", "router"}
         return experts if plain and alone else None
 
     def _embeddings(self) -> list[Any]:
@@ -224,8 +231,18 @@ def _norm_behind(intervention: Intervention, carrier: str, anatomy: Anatomy, nor
         intervention,
         carrier,
         expected="a family without norms after attention and MLP",
-        found=f"{anatomy.config.model_type}, where '{norm}' follows the last linear map",
+        found=f"{anatomy.kind}, where '{norm}' follows the last linear map",
         remedy="steer attn.z or mlp.neurons",
+    )
+
+
+def _no_last_map(intervention: Intervention, carrier: str, found: str) -> DeployError:
+    return cannot_carry(
+        intervention,
+        carrier,
+        expected="a last linear map whose output is added to the residual stream as it is; this family scales or gates it",
+        found=found,
+        remedy=AT_RUN_TIME,
     )
 
 

@@ -116,7 +116,7 @@ def _not_a_transformers_model(anatomy: Anatomy) -> DeployError:
 
 
 def _no_setting_for(anatomy: Anatomy, path: str) -> DeployError:
-    found = f"{anatomy.config.model_type}, whose configuration knows no bias of {path}"
+    found = f"{anatomy.kind}, whose configuration knows no bias of {path}"
     return _lost(found, "export it with steer.to_adapter")
 
 

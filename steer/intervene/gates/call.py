@@ -24,6 +24,8 @@ class CallGate(SiteGate):
         options: site, per, over, pool, sharpness, see `SiteGate`.
     """
 
+    is_tried = False  # its function may go by what only a real pass has; what it gives is looked at in each
+
     def __init__(self, function: Callable[[Tensor, ForwardContext], Tensor], width: int, **options: Any) -> None:
         if not callable(function):
             raise _no_function(function)

@@ -1,0 +1,210 @@
+"""Stacks of residual blocks, found by what goes in and out of modules in a trial pass, not by their names.
+
+A stack is a list of modules of which each takes what the one before gave, in the same shape: the residual stream. What is found holds
+paths and no modules, and is kept for each model as long as it has the same modules.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, holds_integers, trial_passes
+
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of residual blocks, in paths of the module that was run.
+
+    Attributes:
+        path: of the list that holds the blocks.
+        names: of the blocks in it, in order.
+        argument: place or name of the stream among the arguments of a block.
+        shape: of the stream in the trial pass.
+        final_norm, embedding, unembedding: as far as the pass showed them.
+        end: tells which of several stacks ended last.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    argument: Argument
+    shape: tuple[int, ...]
+    final_norm: str | None
+    embedding: str | None
+    unembedding: str | None
+    end: int
+
+    @property
+    def block_paths(self) -> list[str]:
+        return [f"{self.path}.{name}" if self.path else name for name in self.names]
+
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """Order of the axes of the stream that begins with batch and tokens; None when the pass did not show where these are."""
+        if self.shape.count(ROWS) != 1 or self.shape.count(TOKENS) != 1:
+            return (0, 1, *range(2, len(self.shape))) if self.shape[:2] == (ROWS, TOKENS) else None
+        rows, tokens = self.shape.index(ROWS), self.shape.index(TOKENS)
+        return (rows, tokens, *(axis for axis in range(len(self.shape)) if axis not in (rows, tokens)))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a trial pass showed of a model: its stacks, and the calls that failed or showed none."""
+
+    stacks: tuple[Stack, ...]
+    failures: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Call:
+    """The first call of a module in a trial pass.
+
+    Attributes:
+        inputs: copies of the floating-point tensors it was called with.
+        takes_ids: its first argument was integers.
+        is_leaf: the module holds no others.
+        is_norm: it has no weights, or vectors alone.
+        output: copy of what it gave.
+        end: how many calls ended before this one did; None while it runs.
+    """
+
+    inputs: dict[Argument, Tensor]
+    takes_ids: bool
+    is_leaf: bool
+    is_norm: bool
+    output: Tensor | None = None
+    end: int | None = None
+
+
+# by model that was run, with the state of its modules that it holds for
+_SURVEYS: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Survey]] = weakref.WeakKeyDictionary()
+
+
+def structure_of(model: nn.Module) -> Hashable:
+    """Changes when a model gets other modules."""
+    return tuple((path, id(module)) for path, module in model.named_modules())
+
+
+def survey(model: nn.Module, obstacle: str | None = None) -> Survey:
+    """The stacks of a model; it runs once for that as long as its modules stay. obstacle: why it must not run now."""
+    structure = structure_of(model)
+    known = _SURVEYS.get(model)
+    if known is not None and known[0] == structure:
+        return known[1]
+    if obstacle is not None:
+        return Survey((), (f"no pass: {obstacle}",))
+    _SURVEYS[model] = (structure, found := _survey(model))
+    return found
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal in shape and in every value, NaN too: a model of broken weights has blocks like any other. On meta there are no values."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    b = b.to(a.device)
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _survey(model: nn.Module) -> Survey:
+    failures: list[str] = []
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, LISTS)]
+    members = {member for _, holder in lists for member in holder.children()}
+    inside = {inner for member in members for inner in member.modules()} - members
+    watched = {path: module for path, module in model.named_modules() if module not in inside}
+    for description, run in trial_passes(model) if lists else ():
+        calls = _Calls()
+        try:
+            run(list(watched.values()), calls.enter, calls.leave)
+        except Exception as error:  # whatever an unknown model raises when it is called in an unknown way
+            failures.append(f"{description}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        outside = {path: calls.ended[module] for path, module in watched.items() if module in calls.ended and module not in members}
+        found = [stack for path, holder in lists if (stack := _stack(path, holder, calls.ended, outside)) is not None]
+        stacks = [stack for stack in found if not any(_lies_in_block(stack.path, other) for other in found)]
+        if stacks:
+            return Survey(tuple(stacks), tuple(failures))
+        failures.append(f"{description}: no list of modules that pass one tensor on")
+    return Survey((), tuple(failures))
+
+
+class _Calls:
+    """Records the first call of each module."""
+
+    def __init__(self) -> None:
+        self.ended: dict[nn.Module, Call] = {}
+        self._begun: dict[nn.Module, Call] = {}
+
+    def enter(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if module not in self._begun:
+            inputs = {place: tensor.detach().clone() for place, tensor in arguments_of(args, kwargs).items()}
+            is_norm = all(parameter.dim() <= 1 for parameter in module.parameters())
+            self._begun[module] = Call(inputs, holds_integers(args, kwargs), not any(module.children()), is_norm)
+
+    def leave(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        call = self._begun[module]
+        if call.end is None:
+            tensor = first_tensor(output)
+            call.end = len(self.ended)
+            call.output = None if tensor is None else tensor.detach().clone()  # it may be written to later
+            self.ended[module] = call
+
+
+def _lies_in_block(path: str, stack: Stack) -> bool:
+    return any(path == block or path.startswith(block + ".") for block in stack.block_paths)
+
+
+def _stack(path: str, holder: nn.Module, calls: dict[nn.Module, Call], outside: dict[str, Call]) -> Stack | None:
+    """The stack that a list of modules is; None when it is none. Members that did not run are taken for blocks like the others."""
+    members = dict(holder.named_children())
+    ran = [member for member in members.values() if member in calls]
+    if not ran or not all(any(member.children()) for member in ran):  # a bare linear map or activation is no block
+        return None
+    in_order = sorted((calls[member] for member in ran), key=lambda call: call.end or 0)
+    argument = _argument_of_stream(in_order)
+    if argument is None:
+        return None
+    last, shape = in_order[-1], in_order[-1].output.shape  # type: ignore[union-attr]
+    after = {path: call for path, call in outside.items() if call.end is not None and last.end is not None and call.end > last.end}
+    final_norm = next((path for path, call in after.items() if call.is_norm and _changes(call, last.output)), None)
+    end_of_stream = after[final_norm].output if final_norm is not None else last.output
+    unembedding = next((path for path, call in after.items() if call.is_leaf and _is_head(call, end_of_stream)), None)
+    embedding = next((path for path, call in outside.items() if call.is_leaf and call.takes_ids and _is_of_tokens(call)), None)
+    return Stack(path, tuple(members), argument, tuple(shape), final_norm, embedding, unembedding, last.end or 0)
+
+
+def _argument_of_stream(calls: list[Call]) -> Argument | None:
+    """The argument by which each block takes what the one before gave, in the shape in which it gives its own."""
+    fitting = {place for place, tensor in calls[-1].inputs.items()}
+    for before, after in zip(calls, calls[1:], strict=False):
+        fitting &= {place for place, tensor in after.inputs.items() if same(tensor, before.output)}
+    shapes = {call.output.shape if call.output is not None else None for call in calls}
+    fitting = {p for p in fitting if all(p in call.inputs for call in calls) and {c.inputs[p].shape for c in calls} == shapes}
+    if len(calls) == 1:  # nothing passes it on: what a single block changes at all
+        fitting = {place for place in fitting if not same(calls[0].inputs[place], calls[0].output)}
+    return min(fitting, key=str) if fitting else None
+
+
+def _is_of_tokens(call: Call) -> bool:
+    return call.output is not None and call.output.shape[:2] == (ROWS, TOKENS)
+
+
+def _changes(call: Call, stream: Tensor | None) -> bool:
+    """It takes the stream and gives another tensor of that shape."""
+    if not call.inputs or not same(next(iter(call.inputs.values())), stream):
+        return False
+    return stream is not None and call.output is not None and call.output.shape == stream.shape and not same(call.output, stream)
+
+
+def _is_head(call: Call, end_of_stream: Tensor | None) -> bool:
+    """It takes the end of the stream and gives something of another width for every token."""
+    if not call.inputs or call.output is None or not same(given := next(iter(call.inputs.values())), end_of_stream):
+        return False
+    return call.output.shape[:-1] == given.shape[:-1] and call.output.shape != given.shape

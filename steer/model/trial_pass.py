@@ -1,0 +1,264 @@
+"""A trial pass: a few random tokens go through a model once, to see how its modules are called and what they give.
+
+Nothing of the model is changed by it and nobody is told: evaluation mode, no gradients, no autocast, random numbers as before, and the
+hooks of everybody but those that bring weights where they are needed (sharding, offloading) are put aside.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.model.devices import input_device
+from steer.model.hook_registration import OwnHook
+
+# few and different, so that the axes of a tensor can be told apart
+ROWS, TOKENS = 3, 5
+# packages whose hooks move weights; without them a pass would not run
+_CARRIERS = ("torch", "accelerate", "deepspeed")
+
+Argument = int | str  # of a call: its place, or its name
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """What a site reads of a module's output: a tensor, or the first entry of a tuple or list."""
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, Tensor]:
+    """The floating-point tensors that a module was called with, by place or name."""
+    given: list[tuple[Argument, Any]] = [*enumerate(args), *kwargs.items()]
+    return {place: value for place, value in given if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def holds_integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The first argument of a call is a tensor of integers, such as token ids."""
+    given = args[0] if args else next(iter(kwargs.values()), None)
+    return isinstance(given, Tensor) and not given.is_floating_point()
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """True for a model of transformers; it is not imported for that, which takes a second."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def runners(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost models of transformers in a model, with their paths; the model itself where there are none."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module not in inside and is_transformers_model(module):
+            found.append((path, module))
+            inside |= set(module.modules())
+    return found or [("", model)]
+
+
+def obstacle_around(model: nn.Module, path: str) -> str | None:
+    """Why a part of a model must not run by itself: FSDP takes the first module that is called for the outermost it has sharded."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    names = path.split(".") if path else []
+    for depth in range(len(names)) if fsdp is not None else ():
+        outer = model.get_submodule(".".join(names[:depth]))
+        if isinstance(outer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+            return f"a {type(outer).__name__} around it is sharded; find its sites before sharding: steer.Anatomy.find(model).parts"
+    return None
+
+
+def trial_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Ways to call a model, the likeliest first, each with a description. All are with the same random tokens."""
+    if is_transformers_model(model):
+        yield from _transformers_calls(model)
+        return
+    example = getattr(model, "example_input_array", None)
+    if example is not None:
+        args, kwargs = ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
+        yield "example_input_array", functools.partial(model, *args, **kwargs)
+    yield from _guessed_calls(model)
+
+
+def _transformers_calls(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    accepted = set(inspect.signature(model.forward).parameters)
+    settings = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids" or "input_ids" in accepted:
+        ids = _random_ids(model)
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if "decoder_input_ids" in accepted else {})
+        yield f"random tokens, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
+    if name == "pixel_values":
+        yield "random pixels", functools.partial(model, pixel_values=_random_pixels(model))
+    if name == "input_features":
+        length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
+        features = _random(model, ROWS, getattr(model.config, "num_mel_bins", 80), length)
+        decoder = {"decoder_input_ids": _random_ids(model)} if "decoder_input_ids" in accepted else {}
+        yield "random audio features", functools.partial(model, input_features=features, **decoder)
+
+
+def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of a module nobody knows, with what its first layers take."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if embeddings:
+        ids = _random_ids(model, min(module.num_embeddings for module in embeddings))
+        yield f"token ids [{ROWS}, {TOKENS}]", functools.partial(model, ids)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            size = module.in_features
+            yield f"numbers [{ROWS}, {TOKENS}, {size}]", functools.partial(model, _random(model, ROWS, TOKENS, size))
+            break
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            pixels = _random(model, ROWS, module.in_channels, 32, 32)
+            yield f"pixels {list(pixels.shape)}", functools.partial(model, pixels)
+            break
+
+
+def _random(model: nn.Module, *shape: int) -> Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), numbers)
+    return numbers.to(like.device, like.dtype)
+
+
+def _random_ids(model: Any, size: int | None = None) -> Tensor:
+    """[rows, tokens] of ordinary tokens, all different where the vocabulary is large enough."""
+    special: set[Any] = set()
+    if size is None:
+        embedding = model.get_input_embeddings()
+        size = int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
+        configs = [model.config, model.config.get_text_config()]
+        special = {value for config in configs for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))
+                   if isinstance(value, int)}  # fmt: skip
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    ordinary = [number for number in order if number not in special] or order
+    chosen = (ordinary * (ROWS * TOKENS))[: ROWS * TOKENS]
+    return torch.tensor(chosen, device=input_device(model)).view(ROWS, TOKENS)
+
+
+def _random_pixels(model: Any) -> Tensor:
+    config = getattr(model.config, "vision_config", model.config)
+    size = config.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return _random(model, ROWS, getattr(config, "num_channels", 3), height, width)
+
+
+# ---- the surroundings
+
+
+def trial_passes(model: nn.Module) -> Iterator[tuple[str, Callable[[Sequence[nn.Module], Any, Any], None]]]:
+    """Passes to try, each with a description: run(modules, before, after) calls before(module, args, kwargs) and
+    after(module, args, kwargs, output) around every call of these modules.
+
+    Where a pass fails without the hooks that others have on the model, which may move tensors between devices, it is tried with them.
+    """
+    for description, call in trial_calls(model):
+        for keep_hooks in (False, True) if _has_foreign_hooks(model) else (False,):
+            yield description + " and the hooks on it" * keep_hooks, functools.partial(_run, model, call, keep_hooks)
+
+
+def _run(
+    model: nn.Module, call: Callable[[], Any], keep_hooks: bool, modules: Sequence[nn.Module], before: Callable[..., None], after: Any
+) -> None:
+    with _undisturbed(model, keep_hooks), _hooked(modules, before, after):
+        call()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
+    """Surroundings of a trial pass; everything is as before on every exit path."""
+    devices = {parameter.device for parameter in model.parameters()}
+    cuda = [device for device in devices if device.type == "cuda"]
+    kinds = {device.type for device in devices if torch.amp.is_autocast_available(device.type)} | {"cpu"}
+    with ExitStack() as restore:
+        restore.enter_context(torch.random.fork_rng(devices=cuda))
+        restore.enter_context(torch.no_grad())
+        for kind in kinds:
+            restore.enter_context(torch.autocast(kind, enabled=False))
+        restore.enter_context(torch.compiler.set_stance("force_eager"))
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        restore.enter_context(_quiet("transformers"))
+        restore.enter_context(_without_hooks(model, _is_ours if keep_hooks else _is_foreign))
+        for module in model.modules():
+            if module.training:
+                restore.callback(setattr, module, "training", True)
+                module.training = False
+        restore.callback(_shard_again, model)
+        yield
+
+
+def _shard_again(model: nn.Module) -> None:
+    """FSDP leaves the weights of its outermost module whole after a pass."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
+    """Puts hooks aside, and back in their order."""
+    before: list[tuple[Any, dict[int, Any]]] = []
+    try:
+        for hooks in _hook_dictionaries(model):
+            left_out = [number for number, hook in hooks.items() if leaves_out(hook)]
+            if left_out:
+                before.append((hooks, dict(hooks)))
+            for number in left_out:
+                del hooks[number]
+        yield
+    finally:
+        for hooks, complete in before:
+            hooks.clear()
+            hooks.update(complete)
+
+
+def _hook_dictionaries(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        yield module._forward_pre_hooks
+        yield module._forward_hooks
+
+
+def _has_foreign_hooks(model: nn.Module) -> bool:
+    return any(_is_foreign(hook) and not _is_ours(hook) for hooks in _hook_dictionaries(model) for hook in hooks.values())
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, OwnHook)
+
+
+def _is_foreign(hook: Any) -> bool:
+    """It counts, reads or edits, for all we know, and does not come from what brings weights where they are needed."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home.split(".")[0] not in _CARRIERS
+
+
+@contextmanager
+def _hooked(modules: Sequence[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    """Calls before(module, args, kwargs) and after(module, args, kwargs, output) around every call of some modules."""
+    with ExitStack() as restore:
+        for module in modules:
+            restore.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            restore.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        yield
