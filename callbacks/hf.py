@@ -48,6 +48,9 @@ class TrainerRun(TrainerCallback):
         self._resumed_from: Path | None = None
         self._pending: dict[str, float] = {}  # metrics on their way into the next log entry
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._run})"
+
     def attach(self, trainer: Trainer) -> Self:
         """Joins a trainer, before `train` is called. `HFSteeringCallback(plan).attach(trainer)` is all it takes.
 

@@ -69,7 +69,9 @@ class HFSteeringCallback(TrainerRun):
         engine = rollout_engine(self._trainer)
         if engine is None:
             return
-        generating = [active.name for active in self._run.attachment.interventions if "generate" in active.phases]  # type: ignore[union-attr]
+        attachment = self._run.attachment
+        assert attachment is not None
+        generating = [name for name in self._run.names if "generate" in attachment[name].phases]
         if generating:
             raise _rollouts_elsewhere(engine, generating)
         warnings.warn(

@@ -53,6 +53,9 @@ class LightningRun(Callback):
         self.submodule = submodule
         self._device: torch.device | None = None  # where the model was at the attach
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._run})"
+
     # ---- what a subclass does
 
     def begin(self, trainer: pl.Trainer, model: nn.Module, ranks: Ranks) -> None:

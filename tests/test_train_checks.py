@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,3 +181,17 @@ def test_remedies_of_the_command_line(
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert all(name in err for name in names), err
+
+
+@pytest.mark.parametrize(("is_terminal", "wanted", "bars"), [(False, True, 0), (True, True, 1), (True, False, 0)])
+def test_training_shows_one_bar_of_tqdm_in_a_terminal_and_none_in_a_pipe(monkeypatch, tmp_path, is_terminal, wanted, bars):
+    from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
+
+    from steer.commands.train_arm import _trainer
+
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal, write=len, flush=lambda: None))
+    config = SimpleNamespace(trainer=SimpleNamespace(accelerator="cpu", devices=1, precision="32-true", progress=wanted))
+    experiment = SimpleNamespace(train=SimpleNamespace(steps=1, gradient_clip=1.0))
+    run = SimpleNamespace(config=config, experiment=experiment, out=tmp_path)
+    found = [callback for callback in _trainer(run, SimpleNamespace(name="bare"), []).callbacks if isinstance(callback, ProgressBar)]
+    assert [type(bar) for bar in found] == [TQDMProgressBar] * bars

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from peft import get_peft_model
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,19 +60,21 @@ def train_arm(run: Run, arm: Arm, plan: Plan | None, directions: Directions) -> 
 
 
 def _trainer(run: Run, arm: Arm, callbacks: list[pl.Callback]) -> pl.Trainer:
+    # Lightning's own choice would be another kind of bar than that of all else here, and would print into a pipe
+    shows_progress = run.config.trainer.progress and sys.stdout.isatty()
     return pl.Trainer(
         max_steps=run.experiment.train.steps,
         max_epochs=-1,
         accelerator=run.config.trainer.accelerator,
         devices=run.config.trainer.devices,
         precision=run.config.trainer.precision,
-        enable_progress_bar=run.config.trainer.progress,
+        enable_progress_bar=shows_progress,
         enable_model_summary=False,
         enable_checkpointing=False,
         gradient_clip_val=run.experiment.train.gradient_clip,
         logger=CSVLogger(run.out / "logs", name=arm.name, version=""),
         log_every_n_steps=1,
-        callbacks=callbacks,
+        callbacks=[*callbacks, TQDMProgressBar(leave=False)] if shows_progress else callbacks,
     )
 
 

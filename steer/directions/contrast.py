@@ -51,6 +51,11 @@ class ContrastSet:
                 if first.setdefault(row, i) != i:  # a copy among the held-out texts would be judged by what it was learned from
                     raise _repeated_error(side, first[row], i, self.paired)
 
+    def __repr__(self) -> str:
+        if self.paired:
+            return f"ContrastSet({len(self.positive)} pairs)"
+        return f"ContrastSet({len(self.positive)} positive and {len(self.negative)} negative texts)"
+
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
         """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt)."""

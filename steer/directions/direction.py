@@ -50,6 +50,11 @@ class Direction:
         if float(self.vector.norm()) == 0:
             raise _zero_error(self)
 
+    def __repr__(self) -> str:
+        measured = "".join(f", {name} {self.metrics[name]:.3g}" for name in ("auc", "dprime") if name in self.metrics)
+        length = float(self.vector.norm())
+        return f"Direction({self.method} of {self.span} at {self.site}, width {len(self.vector)}, length {length:.4g}{measured})"
+
     @property
     def unit(self) -> Tensor:
         """[width], length 1."""
@@ -99,6 +104,11 @@ class Directions(Mapping[Site, Direction]):
                 raise _site_twice_error(name, self.entries[entry.site], entry)
         self.name = name
         self.provenance = provenance
+
+    def __repr__(self) -> str:
+        sites = list(self.entries)
+        where = "at no site" if not sites else f"at {sites[0]}" if len(sites) == 1 else f"at {len(sites)} sites, {sites[0]} to {sites[-1]}"
+        return f"Directions('{self.name}' {where})"
 
     def __contains__(self, site: object) -> bool:
         return isinstance(site, Site | str) and Site.parse(site) in self.entries

@@ -70,6 +70,10 @@ class DoseCurve:
     n_pairs: int
     n_neutral: int
 
+    def __repr__(self) -> str:
+        doses = ", ".join(f"{point.dose:.3g}" for point in self.working) or "none"
+        return f"DoseCurve({self.method} at {self.site} on {self.scope} tokens, {len(self.points)} doses, working: {doses})"
+
     @property
     def working(self) -> tuple[DosePoint, ...]:
         """The working range: doses below the first that breaks the budget, whose effect exceeds two standard errors and `share` of the

@@ -37,6 +37,9 @@ class Erasure:
     right: Tensor
     mean: Tensor
 
+    def __repr__(self) -> str:
+        return f"Erasure(rank {self.left.shape[0]}, width {self.left.shape[1]})"
+
     def __call__(self, x: Tensor) -> Tensor:
         """Erased activations, [..., width]."""
         return x - (x - self.mean) @ self.right.mT @ self.left

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.intervene import Plan
+from steer.intervene.expansion import sites_in
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
 from steer.model.devices import input_device
@@ -204,11 +205,11 @@ def unchanged_blocks(anatomy: Anatomy, plan: Plan) -> int:
     """How many blocks, from the first, give the same with a plan as without it."""
     depths = []
     for intervention in plan.interventions:
-        site = anatomy.point(intervention.site).site
-        if intervention.gate is not None or site.module is not None or site.part == "embed":
-            return 0
-        layer = anatomy.n_layers if site.layer is None else site.layer  # final_norm and logits come after all blocks
-        depths.append(layer + 1 if site.part == "output" else layer)
+        for site in sites_in(intervention, anatomy):
+            if intervention.gate is not None or site.module is not None or site.part == "embed":
+                return 0
+            layer = anatomy.n_layers if site.layer is None else site.layer  # final_norm and logits come after all blocks
+            depths.append(layer + 1 if site.part == "output" else layer)
     return min(depths)
 
 
@@ -227,7 +228,7 @@ def may_split(plan: Plan) -> bool:
 
 def reads_logits(anatomy: Anatomy, plan: Plan) -> bool:
     """True when a plan acts on the logits, where it has to see those of all tokens."""
-    return any(anatomy.point(intervention.site).site.part == "logits" for intervention in plan.interventions)
+    return any(site.part == "logits" for intervention in plan.interventions for site in sites_in(intervention, anatomy))
 
 
 def _repeated(batch: dict[str, Tensor], slots: int) -> dict[str, Tensor]:

@@ -34,6 +34,10 @@ class Dictionary:
     w_dec: Tensor
     threshold: Tensor | None = None
 
+    def __repr__(self) -> str:
+        width, features = self.w_enc.shape
+        return f"Dictionary({features} features of width {width}, {'ReLU' if self.threshold is None else 'JumpReLU'})"
+
     def encode(self, h: Tensor) -> Tensor:
         """[..., width] -> [..., features] activations of the features, fp32."""
         pre = h.float() @ self.w_enc.to(h.device, torch.float32) + self.b_enc.to(h.device, torch.float32)
@@ -81,6 +85,9 @@ class Refined:
     direction: Direction
     features: Tensor
     shares: Tensor
+
+    def __repr__(self) -> str:
+        return f"Refined({self.direction}, {len(self.features)} features)"
 
 
 def sae_refined(

@@ -37,6 +37,11 @@ class Screen:
     anti_fraction: float
     anti_interval: tuple[float, float]
 
+    def __repr__(self) -> str:
+        low, high = self.anti_interval
+        share = f"{self.anti_fraction:.0%} the other way ({low:.0%} to {high:.0%})"
+        return f"Screen({self.method} at {self.site}, {len(self.slopes)} pairs, steerability {self.steerability:.3g} nat/token, {share})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {**asdict(self), "doses": list(self.doses), "slopes": list(self.slopes), "anti_interval": list(self.anti_interval)}

@@ -63,6 +63,11 @@ class Selection:
     showing: float
     lacking: float
 
+    def __repr__(self) -> str:
+        rejected = sum(bool(candidate.rejected) for candidate in self.candidates)
+        chosen = f", chosen: {self.chosen}" if rejected < len(self.candidates) else ""
+        return f"Selection({len(self.candidates)} candidates, {rejected} rejected{chosen})"
+
     @property
     def chosen(self) -> Direction:
         """The candidate with the lowest bypass score among those that were not rejected. Raises ConfigError when all were."""

@@ -6,8 +6,9 @@
 - sign and number: the strength; 1 when there is no number.
 - operator: a registered one that needs nothing but a vector, such as `ablate`; `add` when there is none.
 - name: of a direction; a word of letters, digits and `_`.
-- site: one site, as in `warm:layers.12.output`. Without it a direction acts where it was read, and of directions read at several sites
-  the one that `Directions.best` chooses. A `Direction` alone acts wherever it is told to, `Directions` only where they were read.
+- site: one site, as in `warm:layers.12.output`, a pattern such as `layers.*.output`, or several of both with commas and no spaces between
+  them. Without it a direction acts where it was read, and of directions read at several sites the one that `Directions.best` chooses. A
+  `Direction` alone acts wherever it is told to, `Directions` only where they were read, and at a pattern if there is but one of them.
 - scope: as in `steer.intervene.scope`, spaces included; `all` when there is none.
 - gate: the name of a gate.
 - `^`: the activation keeps the norm that it had before the edit.
@@ -34,6 +35,7 @@ from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
 from steer.model.context import PHASES
 from steer.model.site import Site
+from steer.model.sites import Sites, parse_sites
 
 Names = Mapping[str, Direction | Directions]
 Gates = Mapping[str, Gate]
@@ -42,7 +44,9 @@ GRAMMAR = '[number] [operator] name [":" site] ["@" scope] ["?" gate] ["^"], joi
 _SPACE = re.compile(r"\s*")
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?=\s)")
 _WORD = re.compile(r"[^\W\d]\w*")
-_SITE = re.compile(r"module:[^\s@?^]+?:(?:input|output)|(?:[^\s@?^+\-]|(?<=\.)-)+")  # layers.-1.output has a sign of its own
+# layers.-1.output and layers.4-9.output have signs of their own
+_ONE_SITE = r"(?:module:[^\s@?^]+?:(?:input|output)|(?:layers\.\d+-\d+(?=\.)|[^\s@?^+\-,]|(?<=\.)-)+)"
+_SITE = re.compile(f"{_ONE_SITE}(?:,{_ONE_SITE})*")
 _SCOPE = re.compile(r"(?:[^\[\]+\-?^]|\[[^\[\]]*\])*")  # signs count in brackets only
 
 
@@ -64,6 +68,8 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self._scopes: dict[str, Scope] = {}
+        self._edits: dict[tuple[str, str, str | None], tuple[Operator, Site | Sites]] = {}
 
     def fail(self, what: str, expected: str, remedy: str, at: int | None = None) -> NoReturn:
         at = self.at if at is None else at
@@ -112,6 +118,19 @@ class _Reader:
             expected = f"one of {', '.join(known)}" if known else f"a text without them: no {what} was given"
             remedy = did_you_mean(word, known) or f"correct the name, or give that {what} too"
             self.fail(f"no {what} is called '{word}'", expected, remedy, at)
+
+    def scope(self, text: str) -> Scope:
+        """The scope, read once for all terms that name it."""
+        if text not in self._scopes:
+            self._scopes[text] = Scope.parse(text)
+        return self._scopes[text]
+
+    def edit(self, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
+        """See `_edit`; made once for all terms that name it."""
+        key = (term.operator, term.name, term.site)
+        if key not in self._edits:
+            self._edits[key] = _edit(self, term, names)
+        return self._edits[key]
 
     def terms(self) -> list[Term]:
         self.skip()
@@ -181,6 +200,18 @@ def _check_names(what: str, named: Any, kinds: type | tuple[type, ...]) -> None:
 
 
 def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> Intervention:
+    edit, site = reader.edit(term, names)
+    with reader.located(term.at.get("scope", 0)):
+        scope = reader.scope(term.scope)
+    if term.gate is not None:
+        reader.known("gate", term.gate, gates, term.at["gate"])
+    with reader.located(term.at["number"]):
+        gate = None if term.gate is None else gates[term.gate]
+        return Intervention(edit.copy({}), site, scope, term.strength, gate=gate, preserve_norm=term.preserve_norm, name=term.name)
+
+
+def _edit(reader: _Reader, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
+    """What a term does, and where. Raises ConfigError."""
     if term.operator not in OPERATORS and term.operator in names:
         what = f"'{term.operator}' and '{term.name}' stand side by side"
         reader.fail(what, GRAMMAR, "put a + or - between two directions", term.at["name"])
@@ -188,23 +219,28 @@ def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> In
         operator = OPERATORS.get(term.operator)
     reader.known("direction", term.name, names, term.at["name"])
     with reader.located(term.at.get("site", term.at["name"])):
-        direction, site = direction_at(names[term.name], None if term.site is None else Site.parse(term.site))
-    with reader.located(term.at.get("scope", 0)):
-        scope = Scope.parse(term.scope)
-    if term.gate is not None:
-        reader.known("gate", term.gate, gates, term.at["gate"])
+        direction, site = direction_at(names[term.name], None if term.site is None else _sites(term.site))
     with reader.located(term.at["operator"]):
         edit = _operator_of(operator, direction)
-        edit.check_site(site)
-    with reader.located(term.at["number"]):
-        gate = None if term.gate is None else gates[term.gate]
-        return Intervention(edit, site, scope, term.strength, gate=gate, preserve_norm=term.preserve_norm, name=term.name)
+        for example in site.examples() if isinstance(site, Sites) else (site,):
+            edit.check_site(example)
+    return edit, site
 
 
-def direction_at(named: Direction | Directions, site: Site | None) -> tuple[Direction, Site]:
-    """The direction that is meant, and where it acts."""
+def _sites(written: str) -> Site | Sites:
+    """A site, a pattern, or several of both with commas between them."""
+    return parse_sites(written.split(",") if "," in written else written)
+
+
+def direction_at(named: Direction | Directions, site: Site | Sites | None) -> tuple[Direction, Site | Sites]:
+    """The direction that is meant, and where it acts. Raises ConfigError where it is not clear which of several goes to several sites."""
     if isinstance(named, Directions):
-        named = named[site or next(iter(named))] if site or len(named) == 1 else named.best()
+        if isinstance(site, Sites) and len(named) > 1:
+            raise _one_of_several_error(named, site)
+        if isinstance(site, Site):
+            named = named[site]
+        else:
+            named = named[next(iter(named))] if len(named) == 1 else named.best()
     return named, site or named.site
 
 
@@ -275,12 +311,17 @@ def _name_of(intervention: Intervention, names: Names) -> str:
     own = intervention.name.split("#")[0]  # plans number names that repeat
     for name in sorted(names, key=lambda name: name != own):
         named = names[name]
-        if isinstance(named, Directions) and intervention.site not in named.entries:
+        if isinstance(named, Directions) and not _is_clear(named, intervention.site):
             continue
         direction, _ = direction_at(named, intervention.site)
         if len(direction.vector) == intervention.operator.width and _same_operator(intervention.operator, direction):
             return name
     raise _unnamed_error(intervention, names)
+
+
+def _is_clear(named: Directions, site: Site | Sites) -> bool:
+    """One of several directions is meant at a site."""
+    return len(named) == 1 if isinstance(site, Sites) else site in named.entries
 
 
 def _same_operator(operator: Operator, direction: Direction) -> bool:
@@ -320,6 +361,15 @@ def _operator_error(operator: type[Operator], error: TypeError) -> ConfigError:
         expected="one that needs nothing but a vector, such as add or ablate",
         found=str(error),
         remedy=f"build the plan in Python, with an Intervention({operator.__name__}(...), ...)",
+    )
+
+
+def _one_of_several_error(named: Directions, site: Sites) -> ConfigError:
+    return ConfigError(
+        f"it is not clear which direction acts at '{site}'",
+        expected="one direction, which acts at all of these sites",
+        found=f"{len(named)} directions, at {', '.join(map(str, list(named.entries)[:3]))}{', ...' * (len(named) > 3)}",
+        remedy="name one of them, e.g. directions.best(), or write a term for each site",
     )
 
 

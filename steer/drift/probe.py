@@ -50,6 +50,9 @@ class Probe:
         self.seed = seed
         self.baseline: dict[str, Tensor] = {}
 
+    def __repr__(self) -> str:
+        return f"Probe({len(self.prompts)} prompts, span {self.span}, {'with' if self.baseline else 'without'} a baseline)"
+
     def measure(self, model: nn.Module, sites: Iterable[SiteDirections]) -> list[SiteMeasurement]:
         """Runs the prompts through the model as it is now; the first call is the baseline.
 

@@ -56,6 +56,10 @@ class SiteDirections:
     units: Tensor
     gaps: tuple[float, ...]
 
+    def __repr__(self) -> str:
+        named = ", ".join(self.names[: len(self.gaps)])
+        return f"SiteDirections({named} at {self.site}, {len(self.names) - len(self.gaps)} controls)"
+
     @property
     def width(self) -> int:
         return self.units.shape[1]

@@ -72,6 +72,9 @@ class DriftStore:
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}('{self.path}')"
+
     def _check_kind(self) -> None:
         application = self._db.execute("PRAGMA application_id").fetchone()[0]
         version = self._schema()

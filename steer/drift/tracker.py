@@ -102,6 +102,11 @@ class DriftTracker:
         self._main = True
         self._reduce: Reduce = identity
 
+    def __repr__(self) -> str:
+        modes = [*([] if self.probe is None else [repr(self.probe)]), *(["stream"] if self.readers else [])]
+        state = "not attached" if self._model is None else "attached"
+        return f"DriftTracker({', '.join(self.directions)} at {len(self.sites)} sites, {' and '.join(modes)}, {state})"
+
     def attach(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> DriftTracker:
         """Installs the read-only hooks of stream mode and remembers the model for the probe.
 

@@ -46,7 +46,7 @@ class ActiveIntervention:
     ) -> None:
         self.description = description
         self.name = description.name
-        self.site = description.site
+        self.site = description.single_site
         self.operator = description.operator.on(device)
         self.gate = description.gate
         self.preserve_norm = description.preserve_norm
@@ -65,6 +65,10 @@ class ActiveIntervention:
         self.prepared: PreparedEdit | None = None
         self._plan_number = plan_number
         self.share(scope_mask, str(description.scope))
+
+    def __repr__(self) -> str:
+        strength = ", ".join(f"{base:.4g}" for base in self.base[:4])
+        return f"ActiveIntervention('{self.name}' at {self.site}, strength {strength}, {'on' if self.enabled else 'off'})"
 
     # ---- driving
 

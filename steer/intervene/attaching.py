@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,9 @@ from steer.intervene import schedule as schedules
 from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
 from steer.intervene.dry_run import check_own_methods
+from steer.intervene.expansion import at_single_sites
 from steer.intervene.gate import SiteGate
-from steer.intervene.intervention import checked_names, width_error
+from steer.intervene.intervention import Intervention, checked_names, width_error
 from steer.intervene.pass_events import PassEvents
 from steer.intervene.plan import Plan
 from steer.intervene.prepared import PreparedEdits, prepared_for
@@ -37,21 +39,25 @@ class _Resolved:
 
     Attributes:
         anatomy: of the model; None when it is no decoder.
-        points: hook point of each intervention.
+        at_sites: the interventions of the plan, each as one for each of its sites.
+        interventions: all of those.
+        points: hook point of each.
         readers: every site gate with its site, the name of its decision and its hook point; one that several interventions share reads
             once.
         decisions: names of the decisions that the gate of each intervention is made of, from left to right.
     """
 
     def __init__(self, plan: Plan, model: nn.Module, plan_number: int) -> None:
-        readers, self.decisions = _named_decisions(plan, plan_number)
-        sites = [intervention.site for intervention in plan.interventions]
+        self.at_sites = at_single_sites(plan.interventions, model)
+        self.interventions = [intervention for at_sites in self.at_sites for intervention in at_sites]
+        readers, self.decisions = _named_decisions(self.interventions, plan_number)
+        sites = [intervention.single_site for intervention in self.interventions]
         self.anatomy, points = resolve(model, [*sites, *(site for _, site, _ in readers)])
         self.points = points[: len(sites)]
         self.readers = [(*reader, point) for reader, point in zip(readers, points[len(sites) :], strict=True)]
-        _check_widths(plan, self.anatomy, self.points)
+        _check_widths(self)
         _check_fingerprint(plan, self.anatomy)
-        _check_gates(plan, self)
+        _check_gates(self)
         _check_scopes(plan, self.readers, self.anatomy)
         check_own_methods(plan.interventions, model)
 
@@ -60,7 +66,7 @@ def validate(plan: Plan, model: nn.Module) -> None:
     """Raises as `attach` does where a plan does not fit a model, and leaves the model alone."""
     resolved = _Resolved(plan, model, 0)
     first = next(model.parameters(), torch.empty(0))
-    for intervention, point in zip(plan.interventions, resolved.points, strict=True):
+    for intervention, point in zip(resolved.interventions, resolved.points, strict=True):
         like = next(point.module.parameters(), first)
         active = ActiveIntervention(
             intervention, ScopeMask(intervention.scope), torch.device("cpu"), 0, phases=intervention.phases, schedule=intervention.schedule
@@ -80,12 +86,12 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     first = next(model.parameters(), torch.empty(0))
     if first.is_meta:  # offloaded: nothing but its type can be read between calls
         first = torch.empty(0, dtype=first.dtype, device=input_device(model))
-    active = _activate(plan, resolved, first, plan_number, allowed, replacement)
+    active = _activate(resolved, first, plan_number, allowed, replacement)
     counter = TokenCounter(active, first.device)
     functions = _edits_by_point(active, resolved, first, counter, plan_number)
     events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
-    attachment = Attachment(plan, active, events, paths)
+    attachment = Attachment(plan, _by_name(plan, resolved, active), events, paths)
     installation = hooks.Installation(model, resolved.anatomy, functions)
     try:
         events.connect(installation.install())
@@ -102,14 +108,16 @@ def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
     return [] if watcher is None else [hook.function for hook in watcher.site_hooks if isinstance(hook.function, SiteEdits)]
 
 
-def _named_decisions(plan: Plan, plan_number: int) -> tuple[list[tuple[SiteGate, Site, str]], list[tuple[str, ...]]]:
+def _named_decisions(
+    interventions: Sequence[Intervention], plan_number: int
+) -> tuple[list[tuple[SiteGate, Site, str]], list[tuple[str, ...]]]:
     readers: dict[str, tuple[SiteGate, Site, str]] = {}
     numbers: dict[int, int] = {}
     decisions = []
-    for intervention in plan.interventions:
+    for intervention in interventions:
         names = []
         for gate in intervention.gate.site_gates() if intervention.gate is not None else ():
-            site = gate.site or intervention.site
+            site = gate.site or intervention.single_site
             # strings alone: torch.compile writes other objects in its own way
             name = f"plan {plan_number} gate {numbers.setdefault(id(gate), len(numbers))}@{site}"
             names.append(name)
@@ -119,12 +127,12 @@ def _named_decisions(plan: Plan, plan_number: int) -> tuple[list[tuple[SiteGate,
 
 
 def _activate(
-    plan: Plan, resolved: _Resolved, first: Tensor, plan_number: int, allowed: Sequence[str], replacement: Schedule | None
+    resolved: _Resolved, first: Tensor, plan_number: int, allowed: Sequence[str], replacement: Schedule | None
 ) -> list[ActiveIntervention]:
     """The interventions with their buffers, each on the device of its module. Those that name the same tokens share a scope mask."""
     scope_masks: dict[str, ScopeMask] = {}
     activated = []
-    for intervention, point, decisions in zip(plan.interventions, resolved.points, resolved.decisions, strict=True):
+    for intervention, point, decisions in zip(resolved.interventions, resolved.points, resolved.decisions, strict=True):
         like = next(point.module.parameters(), first)
         text = str(intervention.scope)
         if text not in scope_masks:
@@ -142,6 +150,15 @@ def _activate(
         active.prepared = prepared_for(active, first.dtype)
         activated.append(active)
     return activated
+
+
+def _by_name(plan: Plan, resolved: _Resolved, active: list[ActiveIntervention]) -> dict[str, list[ActiveIntervention]]:
+    """What the name of each intervention of the plan stands for: the intervention at each of its sites."""
+    waiting = iter(active)
+    return {
+        intervention.name: list(itertools.islice(waiting, len(at_sites)))
+        for intervention, at_sites in zip(plan.interventions, resolved.at_sites, strict=True)
+    }
 
 
 def _edits_by_point(
@@ -172,16 +189,16 @@ def _place_in_fused_module(point: HookPoint) -> tuple[int, int]:
 # ---- checks
 
 
-def _check_widths(plan: Plan, anatomy: Anatomy | None, points: list[HookPoint]) -> None:
-    for intervention, point in zip(plan.interventions, points, strict=True):
+def _check_widths(resolved: _Resolved) -> None:
+    for intervention, point in zip(resolved.interventions, resolved.points, strict=True):
         if point.width is not None and point.width != intervention.operator.width:
             raise width_error(intervention, point.width)
-        if anatomy is not None and point.site.module is None:
+        if resolved.anatomy is not None and point.site.module is None:
             operator = intervention.operator
             with errors_of(
                 f"`check_model` of operator '{operator.name}'", "raise ConfigError for a model that does not fit, and nothing else"
             ):
-                operator.check_model(anatomy)
+                operator.check_model(resolved.anatomy)
 
 
 def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
@@ -208,13 +225,13 @@ def _check_scopes(plan: Plan, readers: list[tuple[SiteGate, Site, str, HookPoint
             raise no_images(str(scope))
 
 
-def _check_gates(plan: Plan, resolved: _Resolved) -> None:
+def _check_gates(resolved: _Resolved) -> None:
     """A gate fits the site that it reads, and does not decide after the edit that it is for."""
     read_at = {name: point for _, _, name, point in resolved.readers}
     for gate, site, _, point in resolved.readers:
         if point.width not in (None, gate.width):
             raise _gate_width(gate, site, point)
-    for intervention, steered, names in zip(plan.interventions, resolved.points, resolved.decisions, strict=True):
+    for intervention, steered, names in zip(resolved.interventions, resolved.points, resolved.decisions, strict=True):
         for name in names:
             read = read_at[name].site
             if read.module is None and steered.site.module is None and read.order > steered.site.order:

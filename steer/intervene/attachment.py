@@ -14,9 +14,10 @@ from steer.checks import integer, of_type, tensor_of, whole_number
 from steer.errors import AttachError, ConfigError, SteerError
 from steer.intervene import attachment_state
 from steer.intervene.active import ActiveIntervention
+from steer.intervene.expansion import modules_in_words
 from steer.intervene.intervention import Intervention, checked_strengths
 from steer.intervene.pass_events import PassEvents
-from steer.intervene.plan import Plan, explained, unknown_intervention
+from steer.intervene.plan import Plan, explained, summary_of, unknown_intervention
 from steer.intervene.scope import Scope
 from steer.intervene.scope_mask import ScopeMask
 from steer.model.hooks import Installation
@@ -29,8 +30,9 @@ class Attachment:
 
     Attributes:
         plan: as it was attached; nothing of it changes.
-        interventions: the plan's, with the buffers that drive their hooks.
-        paths: name of the hooked module of each intervention, by its name.
+        interventions: the plan's, with the buffers that drive their hooks; of one at several sites, each site as `<name>@<site>`. They are
+            driven together, by the name in the plan.
+        paths: name of the hooked module of each of these interventions, by its name.
         current_step: optimiser step that the schedules are at.
 
     Example:
@@ -40,20 +42,33 @@ class Attachment:
         >>> attachment.detach()
     """
 
-    def __init__(self, plan: Plan, active: list[ActiveIntervention], events: PassEvents, paths: dict[str, str]) -> None:
+    def __init__(self, plan: Plan, by_name: dict[str, list[ActiveIntervention]], events: PassEvents, paths: dict[str, str]) -> None:
         self.plan = plan
-        self.interventions = active
+        self.interventions = [active for at_sites in by_name.values() for active in at_sites]
         self.paths = paths
         self.current_step = plan.step
-        self._by_name = {intervention.name: intervention for intervention in active}
+        self._by_name = by_name  # as in the plan
         self._events = events
         self._installation: Installation | None = None
         self._is_over = False
         self.set_step(plan.step)
 
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "not attached"
+        first = [_as_it_is(intervention, self[intervention.name]) for intervention in self.plan.interventions[:3]]
+        return f"Attachment({state}, step {self.current_step}; {summary_of(first, len(self.plan.interventions))})"
+
     def __getitem__(self, name: str) -> ActiveIntervention:
-        """The intervention of that name. Raises ConfigError with the known names."""
-        return self._named(name)[0]
+        """The intervention of that name; at the first of several sites, since strength, switch and window are the same at all of them.
+
+        Raises:
+            ConfigError: an unknown name; it says those that are known.
+        """
+        return self.at_sites(name)[0]
+
+    def at_sites(self, name: str) -> list[ActiveIntervention]:
+        """The intervention of that name at each of its sites. Raises ConfigError with the known names."""
+        return self._named(name)
 
     # ---- hooks on and off
 
@@ -199,8 +214,11 @@ class Attachment:
                 members[0].scope_mask.set_window(moved[(id(members[0].scope_mask), *windows[members[0]])])
             else:
                 parted |= {member: moved[(id(member.scope_mask), *windows[member])] for member in members if member in windows}
-        for active, scope in parted.items():
-            active.share(ScopeMask(scope), f"{scope} of {active.name}")
+        for name, at_sites in self._by_name.items():
+            if (scope := parted.get(at_sites[0])) is not None:
+                scope_mask = ScopeMask(scope)
+                for active in at_sites:
+                    active.share(scope_mask, f"{scope} of {name}")
         self._events.windows_moved(parted=bool(parted))
 
     def _named(self, name: str | None) -> list[ActiveIntervention]:
@@ -209,16 +227,25 @@ class Attachment:
         of_type(name, str, "the name of an intervention", "pass one name, or leave it out for all of them")
         if name not in self._by_name:
             raise unknown_intervention(name, list(self._by_name))
-        return [self._by_name[name]]
+        return self._by_name[name]
 
     def __reduce__(self) -> Any:
         raise _copied()
 
     # ---- looking
 
-    def fired(self) -> dict[str, int]:
-        """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens)."""
-        return self._events.counter.read()
+    def fired(self, *, by_site: bool = False) -> dict[str, int]:
+        """On how many tokens each intervention acted since the attach, with a strength other than 0 (passes, in a model without tokens).
+
+        Args:
+            by_site: one number for each site of an intervention that has several, by `<name>@<site>`. Without it such an intervention has
+                the number of the site where it acted on most tokens: they differ only where a gate reads each site for itself, and at
+                modules that are not called in every pass.
+        """
+        counts = self._events.counter.read()
+        if by_site:
+            return counts
+        return {name: max(counts[active.name] for active in at_sites) for name, at_sites in self._by_name.items()}
 
     @property
     def passes(self) -> int:
@@ -228,8 +255,9 @@ class Attachment:
     def explain(self) -> str:
         """The plan in words, with the strengths, switches and windows of now and the modules that are hooked."""
         state = "attached" if self.is_attached else "not attached"
-        now = {active.name: active.strength.flatten().tolist() for active in self.interventions}
-        return explained(self.as_plan().interventions, f"{state}, step {self.current_step}", self.paths, now)
+        now = {name: at_sites[0].strength.flatten().tolist() for name, at_sites in self._by_name.items()}
+        modules = {name: modules_in_words([self.paths[active.name] for active in at_sites]) for name, at_sites in self._by_name.items()}
+        return explained(self.as_plan().interventions, f"{state}, step {self.current_step}", modules, now)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is being learned, see `Plan.parameters`."""
@@ -239,7 +267,8 @@ class Attachment:
 
     def as_plan(self) -> Plan:
         """The plan as it is now: with the strengths, switches and windows that were set, at this step."""
-        return Plan([_as_it_is(active) for active in self.interventions], fingerprint=self.plan.fingerprint, step=self.current_step)
+        now = [_as_it_is(intervention, self[intervention.name]) for intervention in self.plan.interventions]
+        return Plan(now, fingerprint=self.plan.fingerprint, step=self.current_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes while a plan runs: step, strengths, switches, windows, and tensors that are being learned. `Plan.save` has all."""
@@ -250,8 +279,8 @@ class Attachment:
         attachment_state.load_state_dict(self, state)
 
 
-def _as_it_is(active: ActiveIntervention) -> Intervention:
-    return dataclasses.replace(active.description, strength=active.base, enabled=active.enabled, scope=active.scope_mask.scope)
+def _as_it_is(intervention: Intervention, active: ActiveIntervention) -> Intervention:
+    return dataclasses.replace(intervention, strength=active.base, enabled=active.enabled, scope=active.scope_mask.scope)
 
 
 def _checked_rows(rows: Sequence[int] | Tensor, with_slots: list[ActiveIntervention]) -> Tensor:

@@ -25,8 +25,9 @@ def state_dict(attachment: Attachment) -> dict[str, Any]:
     return {
         "step": attachment.current_step,
         "interventions": {
-            active.name: _state_of(active.description, active.base, active.enabled, active.scope_mask.scope)
-            for active in attachment.interventions
+            intervention.name: _state_of(intervention, active.base, active.enabled, active.scope_mask.scope)
+            for intervention in attachment.plan.interventions
+            for active in (attachment[intervention.name],)
         },
     }
 
@@ -63,18 +64,18 @@ def load_state_dict(attachment: Attachment, state: Mapping[str, Any]) -> None:
     """
     check_state(attachment.plan, state)
     step = integer(state["step"])
-    for active in attachment.interventions:
-        own = state["interventions"][active.name]
-        factor = factor_at(active.schedule, step)
-        check_product(own["base"].reshape(-1).tolist(), factor if own["enabled"] else 0.0, active.name)
+    for name, own in state["interventions"].items():
+        factor = factor_at(attachment[name].schedule, step)
+        check_product(own["base"].reshape(-1).tolist(), factor if own["enabled"] else 0.0, name)
     windows = {}
-    for active in attachment.interventions:
-        own = state["interventions"][active.name]
-        active.set_base(own["base"].reshape(-1).tolist())
-        active.enabled = own["enabled"]
-        load_learned(active.description, own["learned"])
-        if own["window"] is not None:
-            windows[active] = tuple(own["window"])
+    for intervention in attachment.plan.interventions:
+        own = state["interventions"][intervention.name]
+        load_learned(intervention, own["learned"])
+        for active in attachment.at_sites(intervention.name):
+            active.set_base(own["base"].reshape(-1).tolist())
+            active.enabled = own["enabled"]
+            if own["window"] is not None:
+                windows[active] = tuple(own["window"])
     attachment.move_windows(windows)
     attachment.set_step(step)
 

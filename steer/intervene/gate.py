@@ -90,6 +90,9 @@ class CombinedGate(Gate):
             raise _unknown_combination(self)
         return {self.word: [part.to_dict() for part in self.parts]}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
+
     def __str__(self) -> str:
         return f"({f' {self.word} '.join(map(str, self.parts))})"
 
@@ -284,6 +287,9 @@ class SiteGate(Gate, TensorHolder):
     def to_dict(self) -> dict[str, Any]:
         name, options = file_form(self, GATES)
         return {"gate": name, "options": options}
+
+    def __repr__(self) -> str:
+        return TensorHolder.__repr__(self)
 
     def __str__(self) -> str:
         where = "" if self.site is None else f" at {self.site}"

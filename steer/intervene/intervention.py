@@ -18,9 +18,11 @@ from steer.intervene.file_form import file_form
 from steer.intervene.gate import Gate
 from steer.intervene.operator import OPERATORS, Operator, TensorHolder, check_finite, check_initialised
 from steer.intervene.schedule import Schedule
+from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
 from steer.model.site import Site
+from steer.model.sites import Sites, parse_sites
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -29,7 +31,8 @@ class Intervention:
 
     Args:
         operator: what is done, e.g. `Add(vector)`.
-        site: where, e.g. `layers.12.output`.
+        site: where, e.g. `layers.12.output`; several at once by a pattern such as `layers.*.output` or `layers.4-9.attn.output`, or by a
+            list of sites and patterns. It does the same at each of them, once, whatever names it twice.
         scope: on which tokens, see `steer.intervene.scope`.
         strength: factor of the edit; a list gives one per row slot.
         phases: subset of train, validate, generate.
@@ -48,7 +51,7 @@ class Intervention:
     """
 
     operator: Operator
-    site: Site
+    site: Site | Sites
     scope: Scope
     strength: tuple[float, ...]
     phases: tuple[str, ...]
@@ -62,7 +65,7 @@ class Intervention:
     def __init__(
         self,
         operator: Operator,
-        site: Site | str,
+        site: Site | Sites | str | Sequence[str | Site],
         scope: Scope | str = "all",
         strength: float | Sequence[float] | Tensor = 1.0,
         phases: Sequence[str] = PHASES,
@@ -83,9 +86,10 @@ class Intervention:
             for site_gate in gate.site_gates():
                 check_initialised(site_gate, "gate")
         check_initialised(operator, "operator")
-        site = Site.parse(site)
+        site = parse_sites(site)
         with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
-            operator.check_site(site)
+            for example in site.examples() if isinstance(site, Sites) else (site,):
+                operator.check_site(example)
         name = name or f"{operator.name}@{site}"
         fields: dict[str, Any] = {
             "operator": operator,
@@ -103,6 +107,38 @@ class Intervention:
         schedules.check_product(fields["strength"], schedules.factor_at(fields["schedule"], 0, name), name)
         for field, value in fields.items():
             object.__setattr__(self, field, value)
+
+    def __repr__(self) -> str:
+        return f"Intervention({self.summary()})"
+
+    def summary(self) -> str:
+        """One phrase, for a list of interventions."""
+        strength = ", ".join(f"{value:.4g}" for value in self.strength[:4]) + ", ..." * (len(self.strength) > 4)
+        modifiers = [
+            *([] if self.schedule == Constant() else [f"schedule {self.schedule}"]),
+            *([] if self.gate is None else [f"gate {self.gate}"]),
+            *(["norm preserved"] if self.preserve_norm else []),
+            *([] if self.enabled else ["switched off"]),
+        ]
+        what = f"'{self.name}': {self.operator.name} at {self.site} on {self.scope} tokens, strength {strength}"
+        return ", ".join([what, *modifiers])
+
+    def at(self, site: Site, name: str) -> Intervention:
+        """The same, with the same operator and gate, at one of its sites."""
+        return self.unchecked(site=site, name=name)
+
+    def unchecked(self, **fields: Any) -> Intervention:
+        """A copy with other fields, which are taken as they are; `dataclasses.replace` would check and convert everything again."""
+        changed = object.__new__(type(self))
+        vars(changed).update(vars(self), **fields)
+        return changed
+
+    @property
+    def single_site(self) -> Site:
+        """Its site. Raises ConfigError for several, which a model has to tell apart first."""
+        if isinstance(self.site, Sites):
+            raise _several_sites(self)
+        return self.site
 
     @property
     def slots(self) -> int:
@@ -143,7 +179,7 @@ class Intervention:
             "name": self.name,
             "operator": operator_name,
             "options": options,
-            "site": str(self.site),
+            "site": self.site.to_json() if isinstance(self.site, Sites) else str(self.site),
             "scope": str(self.scope),
             "strength": list(self.strength),
             "phases": list(self.phases),
@@ -221,6 +257,15 @@ def _wrong_number_of_strengths(name: str, slots: int, found: int) -> ConfigError
         expected=f"1 or {slots}" if slots > 1 else "at least 1",
         found=found,
         remedy="give one number for all rows, or one for each row slot",
+    )
+
+
+def _several_sites(intervention: Intervention) -> ConfigError:
+    return ConfigError(
+        f"'{intervention.name}' acts at several sites",
+        expected="an intervention at one site",
+        found=f"'{intervention.site}'",
+        remedy="take plan.expanded(model), which has one intervention for each",
     )
 
 

@@ -64,6 +64,11 @@ class TensorHolder:
                 self.tensors[name] = nn.Parameter(self.tensors[name])
         return self
 
+    def __repr__(self) -> str:
+        shapes = [f"{name} {list(tensor.shape)}" for name, tensor in vars(self).get("tensors", {}).items()]
+        learned = [f"learned: {', '.join(self.parameters)}"] if shapes and self.parameters else []
+        return f"{type(self).__name__}({', '.join([*shapes, *learned])})"
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that are being learned, by name, in the order of `learnable`: the state of an optimiser knows them by place, and

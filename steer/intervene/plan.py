@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +54,9 @@ class Plan:
         self.interventions = _with_unique_names(_with_own_tensors(listed))
         self.fingerprint = fingerprint
         self.step = step
+
+    def __repr__(self) -> str:
+        return f"Plan({summary_of(self.interventions[:3], len(self.interventions))})"
 
     def __getitem__(self, name: str) -> Intervention:
         """The intervention of that name. Raises ConfigError with the known names."""
@@ -114,6 +116,17 @@ class Plan:
             if attachment is not None and attachment.is_attached:  # it was interrupted on the way
                 attachment.detach()
         attachment.warn_if_idle()
+
+    def expanded(self, model: nn.Module) -> Plan:
+        """The same plan with an intervention of its own for each site of a model that a pattern stands for, named `<name>@<site>`.
+
+        Raises:
+            SiteError: a site that the model does not have; a pattern that none of its layers fits.
+        """
+        from steer.intervene.expansion import at_single_sites
+
+        groups = at_single_sites(self.interventions, model)
+        return Plan([intervention for group in groups for intervention in group], fingerprint=self.fingerprint, step=self.step)
 
     # ---- looking
 
@@ -179,6 +192,12 @@ class Plan:
             raise _unfitting_part(path, error) from error
 
 
+def summary_of(first: Sequence[Intervention], total: int) -> str:
+    """One line. first: those that are shown, of `total` in the plan."""
+    shown = "; ".join(intervention.summary() for intervention in first)
+    return shown if len(first) == total else f"{total} interventions: {shown}; ..."
+
+
 def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[str, str], now: Mapping[str, Sequence[float]] = {}) -> str:
     """Interventions in words.
 
@@ -212,11 +231,8 @@ def _with_own_tensors(interventions: Sequence[Intervention]) -> list[Interventio
     gates: dict[int, Any] = {}
     owned = []
     for intervention in interventions:
-        copied = copy.copy(intervention)
-        object.__setattr__(copied, "operator", intervention.operator.copy(tensors))
-        if intervention.gate is not None:
-            object.__setattr__(copied, "gate", intervention.gate.copied(tensors, gates))
-        owned.append(copied)
+        gate = None if intervention.gate is None else intervention.gate.copied(tensors, gates)
+        owned.append(intervention.unchecked(operator=intervention.operator.copy(tensors), gate=gate))
     return owned
 
 
@@ -233,7 +249,7 @@ def _with_unique_names(interventions: Sequence[Intervention]) -> tuple[Intervent
             number += 1
         next_number[intervention.name] = number
         taken.add(name)
-        unique.append(intervention if name == intervention.name else _renamed(intervention, name))
+        unique.append(intervention if name == intervention.name else intervention.unchecked(name=name))
     return tuple(unique)
 
 
@@ -243,12 +259,6 @@ def _described(operator: Operator) -> str:
         phrase = operator.describe()
     of_type(phrase, str, what, "return one phrase")
     return phrase
-
-
-def _renamed(intervention: Intervention, name: str) -> Intervention:
-    renamed = copy.copy(intervention)  # `dataclasses.replace` would check everything again
-    object.__setattr__(renamed, "name", name)
-    return renamed
 
 
 def _tie_shared_parameters(interventions: Sequence[Intervention], shared: Mapping[str, str]) -> None:

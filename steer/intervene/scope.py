@@ -126,6 +126,9 @@ class Selector:
         """It has a window that can be moved."""
         return self.window is not None and not self.window.indices
 
+    def __repr__(self) -> str:
+        return f"Selector('{self}')"
+
     def __str__(self) -> str:
         argument = str(self.window) if self.window is not None else ",".join(map(str, self.ids or self.roles))
         return f"{self.kind}[{argument}]" if argument else self.kind
@@ -165,6 +168,9 @@ class Scope:
                 raise _no_half_life(text, fade)
         included, *excluded = (_parse_union(union) for union in body.split("!"))
         return cls(included, tuple(intersection for union in excluded for intersection in union), half_life)
+
+    def __repr__(self) -> str:
+        return f"Scope('{self}')"
 
     def __str__(self) -> str:
         included = "|".join("&".join(map(str, intersection)) for intersection in self.include)

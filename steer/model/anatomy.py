@@ -230,6 +230,9 @@ class Anatomy:
         names = self.path.split(".") if self.path else []
         return [self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
 
+    def __repr__(self) -> str:
+        return f"Anatomy({type(self.model).__name__}: {self.n_layers} blocks of width {self.width} in '{self.path}')"
+
     @cached_property
     def _paths(self) -> dict[int, str]:
         return {id(module): path for path, module in self.model.named_modules()}

@@ -149,6 +149,9 @@ class ForwardContext:
         """[1, tokens] bool or True: the positions that a text may have, those of a soft prompt left out."""
         return torch.arange(self.tokens, device=self.device)[None] >= self.leading if self.leading else True
 
+    def __repr__(self) -> str:
+        return f"ForwardContext({self.batch} x {self.tokens} tokens, {self.phase}, {self.role})"
+
     @property
     def real(self) -> Tensor:
         """[batch, tokens] bool: the tokens of the texts, without padding and soft prompts."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from steer.errors import SiteError, did_you_mean
+from steer.errors import SiteError
+from steer.model.site_hints import site_hint
 
 # part -> what the tensor is; every tensor is [batch, tokens, width]
 LAYER_PARTS = {
@@ -85,8 +86,7 @@ class Site:
             return cls(match[2], layer=int(match[1]))
         if match := _MODULE.fullmatch(text):
             return cls(match[2], module=match[1])
-        known = [text[: match.start(2)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else MODEL_PARTS
-        remedy = did_you_mean(text, known) or "write it in one of these forms, e.g. 'layers.0.output'"
+        remedy = site_hint(text, LAYER_PARTS, MODEL_PARTS) or "write it in one of these forms, e.g. 'layers.0.output'"
         raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, found=text, remedy=remedy)
 
     @property
@@ -95,6 +95,9 @@ class Site:
         if self.layer is not None:
             return self.layer, _ORDER.index(self.part)
         return (-1, 0) if self.part == "embed" else (2**31, list(MODEL_PARTS).index(self.part))
+
+    def __repr__(self) -> str:
+        return f"Site('{self}')"
 
     def __str__(self) -> str:
         if self.module is not None:

@@ -31,6 +31,9 @@ class Row:
         if self.prompt > len(self.ids):
             raise _prompt_error(self)
 
+    def __repr__(self) -> str:
+        return f"Row({len(self.ids)} tokens, {self.prompt} of them the prompt)"
+
     @property
     def response(self) -> int:
         """Number of response tokens."""

@@ -53,6 +53,9 @@ class DriftRun:
         self._n_runs = 1
         self._first_store: str | Path | None = None
 
+    def __repr__(self) -> str:
+        return f"DriftRun({self.tracker} every {self.interval.every_n_steps} steps)"
+
     @property
     def name(self) -> str:
         """What tells this tracker from another one in the same run."""

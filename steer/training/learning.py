@@ -77,7 +77,7 @@ class Learning:
             self.plan_optimizer = PlanOptimizer(unclaimed, self.learning_rate, optimizers)
             self.plan_optimizer.load_state_dict(self._saved)
         self._saved = {}
-        self._tokens_at_start = attachment.fired()
+        self._tokens_at_start = attachment.fired(by_site=True)
         self._ran_backward = False
         self._without_gradient = [entry for entry in self._named() if entry[2].requires_grad]
 
@@ -117,8 +117,13 @@ class Learning:
         self._without_gradient = [entry for entry in self._without_gradient if entry[2].grad is None]
         if self._attachment is None or not self._without_gradient or not self._ran_backward:
             return
-        fired = self._attachment.fired()
-        cut_off = [f"{edit}/{name}" for edit, name, _ in self._without_gradient if fired[edit] > self._tokens_at_start[edit]]
+        fired = self._attachment.fired(by_site=True)
+        acted = {
+            name
+            for name in {edit for edit, _, _ in self._without_gradient}
+            if any(fired[active.name] > self._tokens_at_start[active.name] for active in self._attachment.at_sites(name))
+        }
+        cut_off = [f"{edit}/{name}" for edit, name, _ in self._without_gradient if edit in acted]
         if cut_off:
             raise _no_gradient(cut_off)
 

@@ -85,6 +85,9 @@ class SteeringRun:
         """What tells this plan from another one in the same run."""
         return ",".join(self.names)
 
+    def __repr__(self) -> str:
+        return f"SteeringRun({self.attachment or self.plan} in {', '.join(self.phases)})"
+
     @property
     def is_attached(self) -> bool:
         """The hooks are on the model."""
@@ -193,10 +196,9 @@ class SteeringRun:
 
     def metrics(self) -> dict[str, float]:
         """Strength now (mean over row slots), and tokens steered so far over all ranks, which must call this together."""
+        attachment = self._attachment()
         tokens = self.ranks.sum(self._tokens()).tolist()
-        strengths = {
-            metric_name("steer", active.name, "strength"): float(active.strength.mean()) for active in self._attachment().interventions
-        }
+        strengths = {metric_name("steer", name, "strength"): float(attachment[name].strength.mean()) for name in self.names}
         return strengths | {metric_name("steer", name, "tokens"): float(count) for name, count in zip(self.names, tokens, strict=True)}
 
     def _attachment(self) -> Attachment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
@@ -148,7 +149,9 @@ def test_any_text_is_a_plan_or_a_mistake_with_its_place(text):
         ("warm:layers.9.output", r"'warm' was not read at 'layers.9.output', at character 6[\s\S]*layers.0.output, layers.1.output"),
         ("warm:layers.1.outptu", r"unknown site 'layers.1.outptu', at character 6[\s\S]*did you mean 'layers.1.output'"),
         ("warm:", "no site, at character 6"),
-        ("warm:layers.*.output", "unknown site"),
+        ("warm:layers.*.output", r"not clear which direction acts at 'layers.\*.output', at character 6[\s\S]*3 directions"),
+        ("verbose:layers.*.outptu", r"unknown sites 'layers.\*.outptu', at character 9[\s\S]*did you mean 'layers.\*.output'"),
+        ("verbose:layers.1.output,", "cannot be read, at character 24"),
         ("warm@", "no scope, at character 6"),
         ("warm@respons", r"unknown scope 'respons', at character 6[\s\S]*did you mean 'response'"),
         ("2 warm @ prompt[a]", r"'prompt\[a\]' has no window, at character 10"),
@@ -164,6 +167,36 @@ def test_any_text_is_a_plan_or_a_mistake_with_its_place(text):
 def test_mistakes_are_shown(text, says):
     with pytest.raises(ConfigError, match=says):
         plan_from_text(text, NAMES, GATES)
+
+
+@pytest.mark.parametrize(
+    ("site", "entries"),
+    [
+        ("layers.*.output", ["layers.*.output"]),
+        ("layers.4-9.mlp.output", ["layers.4-9.mlp.output"]),
+        ("layers.-1.output,layers.0-2.attn.output,embed", ["layers.-1.output", "layers.0-2.attn.output", "embed"]),
+        ("module:a-b.0:output,module:c:input", ["module:a-b.0:output", "module:c:input"]),
+    ],
+)
+def test_several_sites_are_read_and_written(site, entries):
+    text = f"0.4 verbose:{site}@response - 2 Überlang_2:{site}@all"
+    plan = plan_from_text(text, NAMES)
+    assert [[str(entry) for entry in intervention.site.entries] for intervention in plan.interventions] == [entries, entries]
+    assert [str(intervention.scope) for intervention in plan.interventions] == ["response", "all"]
+    assert plan_to_text(plan, NAMES) == text
+
+
+def test_thousands_of_terms_take_less_than_a_second():
+    text = " + ".join(["0.4 verbose@response"] * 5000)
+    seconds = []
+    for _ in range(3):  # other work on the machine slows some of them
+        start = time.process_time()
+        plan = plan_from_text(text, NAMES)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1.0
+    assert plan.interventions[-1].name == "verbose#5000"
+    first, second = (intervention.operator.tensors["vector"] for intervention in plan.interventions[:2])
+    assert first.data_ptr() != second.data_ptr()  # what one of them learns, or is given, stays its own
 
 
 def test_nothing_is_known_without_names():

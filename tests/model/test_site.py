@@ -1,5 +1,7 @@
 """Site: every address can be written and read back; anything else is refused with the grammar."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,50 @@ def test_the_nearest_address_is_offered():
         Site.parse("layers.3.mlp.out")
     with pytest.raises(SiteError, match="did you mean 'final_norm'"):
         Site.parse("finalnorm")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("layer.3.output", "layers.3.output"),
+        ("layers.3.attention.output", "layers.3.attn.output"),
+        ("layers.3.mlp.out", "layers.3.mlp.output"),
+        ("block.3", "layers.3.output"),
+        ("layers.3", "layers.3.output"),
+        ("layers[3].output", "layers.3.output"),
+        ("model.layers.-1", "layers.-1.output"),
+        ("layers.3.attn", "layers.3.attn.output"),
+        ("model.layers.3.self_attn.q_proj", "layers.3.attn.q"),
+        ("model.layers.3.self_attn.o_proj", "layers.3.attn.output"),
+        ("transformer.h.3.mlp", "layers.3.mlp.output"),
+        ("blocks.3.hook_resid_pre", "layers.3.input"),
+        ("blocks.3.hook_resid_post", "layers.3.output"),
+        ("blocks.3.hook_attn_out", "layers.3.attn.output"),
+        ("blocks.3.attn.hook_z", "layers.3.attn.z"),
+        ("hidden_states[3]", "layers.3.input"),
+        ("layers.3.feed_forward.input", "layers.3.mlp.input"),
+        ("layers.3.mlp.neuron", "layers.3.mlp.neurons"),
+        ("Layers.3.Output", "layers.3.output"),
+        ("layer-3.output", "layers.3.output"),
+        ("layer.*.output", "layers.*.output"),
+        ("layer.4-9.attention", "layers.4-9.attn.output"),
+        ("embedding", "embed"),
+        ("model.embed_tokens", "embed"),
+        ("lm_head", "logits"),
+        ("model.norm", "final_norm"),
+        ("module:encoder.2", "module:encoder.2:output"),
+    ],
+)
+def test_what_other_programs_call_a_site_is_understood(text, meant):
+    with pytest.raises(SiteError, match=re.escape(f"did you mean '{meant}'?")):
+        Site.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "nothing", "layers.3.x", "gpt4.turbo", "layers.x.output", "module:", "module::output"])
+def test_no_site_is_made_up_for_what_is_like_none(text):
+    with pytest.raises(SiteError) as caught:
+        Site.parse(text)
+    assert caught.value.remedy == "write it in one of these forms, e.g. 'layers.0.output'"
 
 
 def test_a_bare_layer_number_is_refused_with_the_remedy():

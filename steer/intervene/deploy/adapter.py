@@ -65,7 +65,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
     base = transformers_model(anatomy)
     if base is None or any(hasattr(module, "base_layer") for module in model.modules()):
         raise _no_plain_model(model, with_adapters=base is not None)
-    edits = constant_edits(plan, _CARRIER)
+    edits = constant_edits(plan, _CARRIER, anatomy)
     check_sites(edits, _CARRIER)
     interventions = [intervention for intervention, _ in edits]
     for intervention in interventions:

@@ -53,7 +53,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
     """
     anatomy = Anatomy.find(model)
     check_weights_are_there(model, _CARRIER)
-    edits = constant_edits(plan, _CARRIER)
+    edits = constant_edits(plan, _CARRIER, anatomy)
     check_sites(edits, _CARRIER)
     interventions = [intervention for intervention, _ in edits]
     check = Check(anatomy, interventions, plan.fingerprint, _CARRIER)

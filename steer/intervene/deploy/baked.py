@@ -35,6 +35,9 @@ class Baked:
         self._settings: list[tuple[object, str, object]] = []  # configuration, name, old value
         self._sealed: dict[str, object] = {}  # digests of what was written, by name
 
+    def __repr__(self) -> str:
+        return f"Baked({len(self.changed)} parameters, error {self.error:.2g})"
+
     @property
     def changed(self) -> list[str]:
         return [*(name for name, *_ in self._weights), *(name for name, *_ in self._heads), *(name for name, _ in self._biases)]

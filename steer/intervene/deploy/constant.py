@@ -7,18 +7,23 @@ from collections.abc import Collection
 from steer.checks import of_type
 from steer.errors import DeployError
 from steer.intervene.affine import Affine, affine_form
+from steer.intervene.expansion import at_single_sites
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.intervene.schedules.constant import Constant
+from steer.model.anatomy import Anatomy
 from steer.model.context import PHASES
 
 AT_RUN_TIME = "keep it at run time: `with plan.attached(model):`"
 
 
-def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -> list[tuple[Intervention, Affine]]:
+def constant_edits(
+    plan: Plan, carrier: str, anatomy: Anatomy | None, phases: Collection[str] = PHASES
+) -> list[tuple[Intervention, Affine]]:
     """The interventions of a plan that do something, with their affine forms.
 
     Args:
+        anatomy: of a model, in which an intervention at several sites is one at each; None where there is no model to look at.
         carrier: what they are to be put into, for the errors.
         phases: those that the carrier cannot tell apart.
 
@@ -27,7 +32,7 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
             activation; or a plan that does nothing.
     """
     of_type(plan, Plan, "the plan", "pass a steer.Plan first")
-    edits = []
+    edits: list[tuple[Intervention, Affine]] = []
     for intervention in plan.interventions:
         if not _acts(intervention, plan.step):
             continue
@@ -35,7 +40,8 @@ def constant_edits(plan: Plan, carrier: str, phases: Collection[str] = PHASES) -
         edit = affine_form(intervention.operator, intervention.strength_at(plan.step))
         if edit is None:
             raise _not_affine(intervention, carrier)
-        edits.append((intervention, edit))
+        placed = [intervention] if anatomy is None else at_single_sites([intervention], anatomy.model, anatomy)[0]
+        edits += [(at_site, edit) for at_site in placed]
     if not edits:
         raise _nothing_to_carry(plan, carrier)
     return edits

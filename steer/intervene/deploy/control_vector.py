@@ -17,8 +17,10 @@ from steer.errors import ConfigError, DeployError, WidthError
 from steer.files import atomic_write, place_of, storage_errors, temporary_sibling
 from steer.intervene.affine import Affine
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
+from steer.intervene.expansion import expanded
 from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
+from steer.model.sites import Sites
 from steer.tensor_files import gguf_package
 
 ARCHITECTURE = "controlvector"
@@ -42,8 +44,10 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
     Example:
         >>> steer.to_gguf(plan, "happy.gguf", model_hint=model.config.model_type)
     """
-    edits = constant_edits(plan, _CARRIER, phases=("generate",))
+    as_written = constant_edits(plan, _CARRIER, None, phases=("generate",))
     known = plan.fingerprint or {}
+    n_layers = known.get("n_layers")
+    edits = [(placed, edit) for intervention, edit in as_written for placed in _at_single_sites(intervention, n_layers)]
     hint = model_hint or known.get("model_type")
     if hint is None:
         raise _no_model_hint()
@@ -51,16 +55,27 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
     width = known.get("width", edits[0][0].operator.width)
     layers: dict[int, Tensor] = {}
     for intervention, edit in edits:
-        layer = _block_number(intervention, edit, known.get("n_layers"))
+        layer = _block_number(intervention, edit, n_layers)
         if intervention.operator.width != width:
             raise _other_width(intervention, width)
         layers[layer] = layers.get(layer, torch.zeros_like(edit.shift)) + edit.shift  # [width]
     return _write(place_of(path), hint, layers)
 
 
+def _at_single_sites(intervention: Intervention, n_layers: int | None) -> list[Intervention]:
+    """The intervention at each of its sites. Raises DeployError for a pattern where the depth of the model is not known."""
+    if n_layers is None:
+        if isinstance(intervention.site, Sites) and intervention.site.has_pattern:
+            raise _unknown_depth(intervention)
+        n_layers = 0  # nobody asks
+    depth = n_layers
+    [placed] = expanded([intervention], lambda sites: sites.in_layers(depth))
+    return placed
+
+
 def _block_number(intervention: Intervention, edit: Affine, n_layers: int | None) -> int:
     """The block to whose output an edit adds. Raises DeployError for anything else than an addition there, and for block 0."""
-    site = intervention.site
+    site = intervention.single_site
     if edit.rank or site.part not in ("input", "output") or site.layer is None:
         raise _no_addition_to_stream(intervention)
     layer = site.layer
@@ -123,7 +138,13 @@ def _no_addition_to_stream(intervention: Intervention) -> DeployError:
 
 def _unknown_depth(intervention: Intervention) -> DeployError:
     expected = "a layer counted from 0, or a plan with a fingerprint"
-    return cannot_carry(intervention, _CARRIER, expected, f"'{intervention.site}' of a model of unknown depth", "count the layer from 0")
+    return cannot_carry(
+        intervention,
+        _CARRIER,
+        expected,
+        f"'{intervention.site}' of a model of unknown depth",
+        "count the layer from 0, or take plan.expanded(model)",
+    )
 
 
 def _block_out_of_range(intervention: Intervention, n_layers: int) -> DeployError:

@@ -51,7 +51,7 @@ def to_lm_eval(plan: Plan, model: nn.Module, path: str | Path) -> Path:
     base = transformers_model(anatomy) or anatomy.decoder
     module_names = {id(module): name for name, module in getattr(base, "base_model", base).named_modules()}
     edits: dict[str, Affine] = {}  # by the name of the module
-    for intervention, edit in constant_edits(plan, _CARRIER, phases=("validate", "generate")):
+    for intervention, edit in constant_edits(plan, _CARRIER, anatomy, phases=("validate", "generate")):
         point = _hook_point(anatomy, intervention)
         name = module_names.get(id(point.module))
         if point.side != "output" or point.columns is not None or not name:
@@ -71,7 +71,9 @@ def to_lm_eval(plan: Plan, model: nn.Module, path: str | Path) -> Path:
 
 def _hook_point(anatomy: Anatomy, intervention: Intervention) -> HookPoint:
     """The hook point of an intervention; for the input of a block that of the output of the block before, which is the same tensor."""
-    site = intervention.site if intervention.site.module is not None else anatomy.point(intervention.site).site
+    site = intervention.single_site
+    if site.module is None:
+        site = anatomy.point(site).site
     if site.part == "input" and site.layer:
         site = Site("output", site.layer - 1)
     return anatomy.point(site)

@@ -22,7 +22,8 @@ _NOTHING = 1e-5  # share of a row that counts as nothing left to read; direction
 def check_sites(edits: list[tuple[Intervention, Affine]], carrier: str) -> None:
     """Raises DeployError for a site that no map alone takes or gives, in any model."""
     for intervention, _ in edits:
-        if intervention.site.module is not None or intervention.site.part in ("mlp.input", "final_norm", "logits"):
+        site = intervention.single_site
+        if site.module is not None or site.part in ("mlp.input", "final_norm", "logits"):
             raise _no_map_at_site(intervention, carrier)
 
 
@@ -39,7 +40,7 @@ def weight_edits(anatomy: Anatomy, edits: list[tuple[Intervention, Affine]], car
     placement = _Placement(anatomy, carrier)
     placed = [(placement.canonical_site(intervention), intervention, edit) for intervention, edit in edits]
     # on one tensor first what is done at the output of a block, then at the input of the next; at one site in the order of the plan
-    placed.sort(key=lambda entry: (entry[0].order, entry[0].part == "output" and entry[1].site.part == "input"))
+    placed.sort(key=lambda entry: (entry[0].order, entry[0].part == "output" and entry[1].single_site.part == "input"))
     for site, intervention, edit in placed:
         placement.place(site, intervention, edit)
     return list(placement.weight_edits.values())
@@ -60,7 +61,7 @@ class _Placement:
 
     def canonical_site(self, intervention: Intervention) -> Site:
         """One name for each tensor: the input of a block is the output of the block before; the input of the first is the embedding."""
-        site = self.anatomy.point(intervention.site).site
+        site = self.anatomy.point(intervention.single_site).site
         if site.part != "input" or site.layer is None:
             return site
         return Site("embed") if site.layer == 0 else Site("output", site.layer - 1)
