@@ -171,9 +171,16 @@ class OutputHook(SiteHook):
 
 
 class InputHook(SiteHook):
-    """Edits the first argument of a module."""
+    """Edits an argument of a module, mostly the first."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        argument = self.point.argument
+        if argument.__class__ is int and 0 < argument < len(args):  # type: ignore[operator]
+            new = self.edited_in(args[argument])  # type: ignore[index]
+            return None if new is None else ((*args[:argument], new, *args[argument + 1 :]), kwargs)  # type: ignore[operator]
+        if argument in kwargs:
+            new = self.edited_in(kwargs[argument])  # type: ignore[index]
+            return None if new is None else (args, {**kwargs, argument: new})  # type: ignore[dict-item]
         if args:
             new = self.edited_in(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
