@@ -103,16 +103,16 @@ class Plan:
         """`attach` and `detach` around a block, on every exit path. Warns when no forward pass went through the plan."""
         attachment = None
         try:
-            attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
-            yield attachment
-        finally:
-            if attachment is not None and attachment.is_attached:  # a block may detach early
-                try:
+            try:
+                attachment = self.attach(model, stack=stack, phases=phases, schedule=schedule)
+                yield attachment
+            finally:
+                if attachment is not None and attachment.is_attached:  # a block may detach early
                     attachment.detach()
-                except BaseException:
-                    if attachment.is_attached:  # it was interrupted on the way
-                        attachment.detach()
-                    raise
+        except BaseException:
+            if attachment is not None and attachment.is_attached:  # it was interrupted on the way out
+                attachment.detach()
+            raise
         attachment.warn_if_idle()
 
     # ---- looking

@@ -21,7 +21,8 @@ from steer.model.find_stack import FoundStack, check_model, find_stack, path_of_
 from steer.model.fingerprint import configured_kv_heads, embedding_digest
 from steer.model.heads import Heads
 from steer.model.hook_points import HookPoint, module_point, out_width
-from steer.model.site import LAYER_PARTS, Site, expand, is_pattern
+from steer.model.other_stacks import stack_named
+from steer.model.site import LAYER_PARTS, Site, expand, is_pattern, stack_of
 from steer.model.trial_pass import ROWS, TOKENS, obstacle_around
 from steer.model.writers import BlockParts, Writer, block_parts
 
@@ -33,10 +34,14 @@ class Anatomy:
         model: the model as it was given; `path` leads from it to `decoder`, the module that is called with the tokens.
         blocks: the residual blocks, checkpoint wrappers included.
         width: size of the residual stream.
+        main: the stack that the tokens of a text go through, which may be this one.
     """
 
-    def __init__(self, model: nn.Module, found: FoundStack) -> None:
+    def __init__(self, model: nn.Module, found: FoundStack, main: Anatomy | None = None) -> None:
         stack = found.stack
+        self.main = self if main is None else main
+        self._found = found
+        self._others: dict[str, Anatomy] = {}
         self.model = model
         self.runner = model.get_submodule(found.runner)
         self._obstacle = obstacle_around(model, found.runner)
@@ -56,6 +61,18 @@ class Anatomy:
         """
         check_model(model)
         return cls(model, find_stack(model))
+
+    def of_stack(self, name: str | None) -> Anatomy:
+        """The anatomy of a stack by its name (`encoder`, `vision`, a path); None for the main one. Raises SiteError where there is none."""
+        if name is None:
+            return self.main
+        if self.main is not self:
+            return self.main.of_stack(name)
+        if name not in self._others:
+            found = stack_named(self.model, name, self._found)
+            known = {other.stack.path: other for other in self._others.values()}
+            self._others[name] = self if found is self._found else known.get(found.stack.path) or Anatomy(self.model, found, self)
+        return self._others[name]
 
     @property
     def n_layers(self) -> int:
@@ -111,7 +128,9 @@ class Anatomy:
         """Token embedding, [vocabulary, width]; None where no token ids are taken."""
         if self._description is not None and self._description.embed is not None:
             return self._seen(self.stack.embedding)
-        for module in reversed(self.chain):
+        if self.main is not self and not self.stack.takes_ids:
+            return None
+        for module in reversed(self._own_chain):
             try:
                 embedding = getattr(module, "get_input_embeddings", lambda: None)()
             except NotImplementedError:
@@ -128,6 +147,8 @@ class Anatomy:
     @cached_property
     def unembedding(self) -> nn.Module | None:
         """The module that makes logits, None for a bare decoder."""
+        if self.main is not self:
+            return None
         for module in reversed(self.chain):
             if isinstance(head := getattr(module, "get_output_embeddings", lambda: None)(), nn.Module):
                 return head
@@ -137,6 +158,11 @@ class Anatomy:
 
     def _seen(self, path: str | None) -> nn.Module | None:
         return None if path is None else self.runner.get_submodule(path)
+
+    @property
+    def _own_chain(self) -> list[nn.Module]:
+        """What belongs to this stack alone."""
+        return self.chain if self.main is self else self.chain[-1:]
 
     @cached_property
     def chain(self) -> list[nn.Module]:
@@ -199,7 +225,7 @@ class Anatomy:
         return [site for pattern in chosen for site in self._expanded(pattern, may_lack=not patterns)]
 
     def _expanded(self, pattern: str | Site, *, may_lack: bool) -> list[Site]:
-        sites = expand(pattern, self.n_layers)
+        sites = expand(pattern, self.of_stack(stack_of(pattern)).n_layers if self.main is self else self.n_layers)
         if not is_pattern(pattern) and not may_lack:
             return sites
         found, errors = [], []
@@ -257,6 +283,10 @@ class Anatomy:
         site = Site.parse(site)
         if site.module is not None:
             return module_point(self.model, site)
+        if site.stack is not None and self.main is self:
+            anatomy = self.of_stack(site.stack)
+            if anatomy is not self:
+                return anatomy.point(site)
         if site.layer is None:
             return self._model_point(site)
         if not -self.n_layers <= site.layer < self.n_layers:
@@ -264,7 +294,7 @@ class Anatomy:
             remedy = f"layers are numbered from 0; the last of this model is layers.{last}, which is also layers.-1"
             raise SiteError(f"layer of '{site}' is out of range", expected=f"0 to {last}", found=site.layer, remedy=remedy)
         layer = site.layer % self.n_layers
-        site = Site(site.part, layer)
+        site = replace(site, layer=layer)
         if site.part in ("input", "output"):
             return self._stream_point(site, self.blocks[layer], site.part)
         return part_point(self, site, layer)
@@ -281,7 +311,7 @@ class Anatomy:
         if module is None:
             raise _no_model_part(self, site)
         width = self.width if site.part == "final_norm" else out_width(module)
-        return HookPoint(site, module, self.path_of(module, site), "output", width)
+        return HookPoint(site, module, self.path_of(module, site), "output", width, anatomy=self)
 
     def path_of(self, module: nn.Module, site: Site) -> str:
         """Name of a module in the model."""
@@ -290,7 +320,7 @@ class Anatomy:
     def hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
         """A site at a side of a module, in the order of axes of this stack."""
         axes = None if self.stack.axes in (None, (0, 1, 2)) else self.stack.axes
-        return HookPoint(site, module, self.path_of(module, site), side, width, columns, axes)
+        return HookPoint(site, module, self.path_of(module, site), side, width, columns, axes, anatomy=self)
 
 
 def resolve(model: nn.Module, sites: list[Site]) -> tuple[Anatomy | None, list[HookPoint]]:

@@ -209,10 +209,12 @@ def capture(
         raise _empty_error()
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
+    if len(stacks := {point.anatomy for point in points if point.anatomy is not None}) == 1:
+        (anatomy,) = stacks
     check_vocabulary(anatomy, rows)
     spans = [span_of(row, span) for row in rows]
     shared = None
-    if anatomy is not None and anatomy.stack.own_call is None and may_share(model):
+    if anatomy is not None and anatomy.main is anatomy and anatomy.stack.own_call is None and may_share(model):
         shared = share_prefixes(
             rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
         )

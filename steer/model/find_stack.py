@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def find_stack(model: nn.Module) -> FoundStack:
             seen = survey(module, obstacle_around(model, path))
             failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
             if seen.stacks:
-                found.append(FoundStack(path, max(seen.stacks, key=lambda stack: stack.end)))
+                found.append(FoundStack(path, main_stack(seen.stacks)))
             else:
                 inner += [(joined(path, name), part) for name, part in module.named_children() if holds_lists(part)]
         waiting = inner
@@ -66,6 +67,12 @@ def find_stack(model: nn.Module) -> FoundStack:
     if len(found) == 1:
         return found[0]
     raise _no_single_stack(model, [entry.path for entry in found], failures)
+
+
+def main_stack(stacks: Sequence[Stack]) -> Stack:
+    """Of those that ran in one pass: the text's beside an image's; then the one that ended last, which is the decoder's."""
+    of_text = [stack for stack in stacks if _is_text(stack.path)]
+    return max(of_text or stacks, key=lambda stack: stack.end)
 
 
 def _described(model: nn.Module, place: str, description: Description) -> FoundStack:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from steer.errors import SiteError
 from steer.model.site import Site
+
+if TYPE_CHECKING:
+    from steer.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class HookPoint:
         columns: which columns of a fused projection belong to the site; None for all.
         axes: order of the tensor's axes that begins with batch and tokens, when it is another one than [batch, tokens, width]; those that
             follow (several residual streams) are put side by side.
+        anatomy: of the stack that the site belongs to; None for a module of unknown role.
         argument: place or name of the tensor among the arguments of the module, on the input side; None for the first.
     """
 
@@ -33,6 +38,7 @@ class HookPoint:
     columns: slice | Tensor | None = None
     axes: tuple[int, ...] | None = None
     argument: int | str | None = None
+    anatomy: Anatomy | None = field(default=None, repr=False, compare=False)
 
 
 def out_width(module: nn.Module) -> int | None:

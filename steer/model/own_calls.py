@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import ConfigError, ContextError
-from steer.model.trial_pass import Run, first_tensor, is_mask_name, named_arguments
+from steer.model.trial_pass import Run, first_tensor, is_mask_name, named_arguments, token_parameters
 
 if TYPE_CHECKING:
     from steer.model.anatomy import Anatomy
@@ -87,23 +87,33 @@ def texts_call(model: nn.Module, anatomy: Anatomy | None) -> Callable[..., Any]:
     Raises:
         ConfigError: it takes no token ids, or more than these.
     """
+    if anatomy is not None and anatomy.main is not anatomy and anatomy.stack.own_call is None:
+        return _encoder_call(anatomy)
     if anatomy is None or anatomy.stack.own_call is None:
         return model
     call, runner = anatomy.stack.own_call, anatomy.runner
-    if call.outer_ids is None:
+    ids_name, mask_name = call.outer_ids, call.outer_mask
+    if ids_name is None:
         raise _takes_no_ids(runner)
     needed = [p.name for p in inspect.signature(runner.forward).parameters.values() if p.default is p.empty and p.kind in _NAMED]
-    if missing := [name for name in needed if name not in (call.outer_ids, call.outer_mask)]:
+    if missing := [name for name in needed if name not in (ids_name, mask_name)]:
         raise _takes_more(runner, missing)
 
     def run(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
-        given = {call.outer_ids: input_ids}
-        if call.outer_mask is not None:
+        given = {ids_name: input_ids}
+        if mask_name is not None:
             mask = attention_mask == 0 if call.marks_padding else attention_mask != 0
-            given[call.outer_mask] = mask.to(call.mask_dtype)
+            given[mask_name] = mask.to(call.mask_dtype)
         return runner(**given)
 
     return run
+
+
+def _encoder_call(anatomy: Anatomy) -> Callable[..., Any]:
+    """Texts go through the module of another stack alone."""
+    if "input_ids" not in token_parameters(anatomy.decoder):
+        raise _takes_no_ids(anatomy.decoder)
+    return lambda input_ids, attention_mask, **_: anatomy.decoder(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def needs_equal_lengths(anatomy: Anatomy | None) -> bool:
@@ -150,8 +160,11 @@ class _Trials:
         given, outer = self.calls.get(root, {}), self.calls.get("", {})
         dtype = None if mask is None else given[mask].dtype
         marks_padding = mask is not None and not bool(given[mask].flatten()[0])  # nothing was hidden
-        outer_names = [next((own for own, value in outer.items() if n is not None and value is given.get(n)), None) for n in (name, mask)]
-        return OwnCall(root, name, mask, marks_padding, dtype, *outer_names, problem)
+
+        def outer_name(inner: str | None) -> str | None:
+            return next((own for own, value in outer.items() if inner is not None and value is given.get(inner)), None)
+
+        return OwnCall(root, name, mask, marks_padding, dtype, outer_name(name), outer_name(mask), problem)
 
     def _root_with_ids(self, ids: Tensor | None) -> tuple[str, str | None]:
         for path in self.around:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from steer.model.devices import input_device
 from steer.model.hook_registration import OwnHook
 
 # few and different, so that the axes of a tensor can be told apart
@@ -120,11 +121,14 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any
     accepted = set(inspect.signature(model.forward).parameters)
     settings = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
     name = getattr(model, "main_input_name", "input_ids")
-    if name == "input_ids" or "input_ids" in accepted:
+    if "input_ids" in accepted or name == "input_ids" and "pixel_values" not in accepted:
         ids = _random_ids(model)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if "decoder_input_ids" in accepted else {})
         yield f"random tokens, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
-    if name == "pixel_values":
+        if "pixel_values" in accepted and hasattr(model.config, "vision_config"):
+            inputs["pixel_values"] = _random_pixels(model)
+            yield f"random tokens and pixels, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
+    if name == "pixel_values" or "pixel_values" in accepted and "input_ids" not in accepted:
         yield "random pixels", functools.partial(model, pixel_values=_random_pixels(model))
     if name == "input_features":
         length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
@@ -166,29 +170,28 @@ def _other_arguments(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]
             continue
         for real in (False, True) if any("pad" in parameter.name for parameter in chosen) else (True, False):
             for kind in (torch.bool, torch.long):  # some are inverted by ~, some subtracted from 1
-                mask = torch.full((ROWS, TOKENS), real, dtype=kind, device=_device(model))
+                mask = torch.full((ROWS, TOKENS), real, dtype=kind, device=input_device(model))
                 yield f" and a mask of {real}, {kind}", {**positions, **{parameter.name: mask for parameter in chosen}}
 
 
 def _positions(model: nn.Module) -> Tensor:
-    return torch.arange(TOKENS, device=_device(model)).expand(ROWS, TOKENS)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.arange(TOKENS, device=input_device(model)).expand(ROWS, TOKENS)
 
 
 def _random(model: nn.Module, *shape: int) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), numbers)
-    return numbers.to(like.device, like.dtype)
+    return numbers.to(input_device(model), like.dtype)
 
 
 def _random_ids(model: Any, size: int | None = None) -> Tensor:
     """[rows, tokens] of ordinary tokens, all different where the vocabulary is large enough."""
     special: set[Any] = set()
     if size is None:
-        embedding = model.get_input_embeddings()
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError:
+            embedding = None
         size = int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
         configs = [model.config, model.config.get_text_config()]
         special = {value for config in configs for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))
@@ -196,7 +199,7 @@ def _random_ids(model: Any, size: int | None = None) -> Tensor:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
     ordinary = [number for number in order if number not in special] or order
     chosen = (ordinary * (ROWS * TOKENS))[: ROWS * TOKENS]
-    return torch.tensor(chosen, device=_device(model)).view(ROWS, TOKENS)
+    return torch.tensor(chosen, device=input_device(model)).view(ROWS, TOKENS)
 
 
 def _random_pixels(model: Any) -> Tensor:

@@ -36,6 +36,8 @@ class Watcher:
 
     Attributes:
         root: the decoder; the model itself when it is none.
+        main_root: the root of the stack that the tokens of a text go through. Another one has its own call alone: what a module around
+            both is given (labels, a cache, a mask) belongs to the main one.
         context: of the pass that runs or ran last.
         inside: the root's forward is running.
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
@@ -53,8 +55,9 @@ class Watcher:
         on_end: functions called when the root is left, by an exception too.
     """
 
-    def __init__(self, root: nn.Module, *, is_decoder: bool) -> None:
+    def __init__(self, root: nn.Module, *, is_decoder: bool, main_root: nn.Module | None = None) -> None:
         self.root = root
+        self.main_root = root if main_root is None else main_root
         self.is_decoder = is_decoder
         self.peft = PeftState()
         self.arguments: dict[str, Any] = {}
@@ -87,6 +90,8 @@ class Watcher:
     def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
         """Watches every module from `model` down to the root; called again when a later attach comes through another wrapper."""
         chain = anatomy.chain if anatomy is not None else [model]
+        if not self.is_main:
+            chain = [self.root]
         for height, module in enumerate(reversed(chain)):
             compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
             if module not in self._own_hooks and not compiled:
@@ -101,6 +106,11 @@ class Watcher:
         self._members = None
         self._image_ids = image_token_ids(chain) or self._image_ids
         self.peft.find(model, chain)
+
+    @property
+    def is_main(self) -> bool:
+        """It follows the stack that the tokens of a text go through."""
+        return self.root is self.main_root
 
     def _follow_own(self, anatomy: Anatomy) -> None:
         """Readies itself for a root whose arguments have names of their own, or do not tell its tokens."""
@@ -311,10 +321,15 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 WATCHERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 
 
-def watcher_of(model: nn.Module) -> Watcher | None:
-    """The live watcher of a model, reached from any wrapper around it."""
+def watchers_of(model: nn.Module) -> list[Watcher]:
+    """The live watchers of a model, one for each stack, reached from any wrapper around it."""
     check_model(model)
-    return next((watcher for module in model.modules() if module in WATCHERS and (watcher := WATCHERS[module]()) is not None), None)
+    return [watcher for module in model.modules() if module in WATCHERS and (watcher := WATCHERS[module]()) is not None]
+
+
+def watcher_of(model: nn.Module) -> Watcher | None:
+    """The live watcher of the stack that the tokens of a text go through."""
+    return next((watcher for watcher in watchers_of(model) if watcher.is_main), None)
 
 
 # ---- errors
