@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 _EXPORTS: dict[str, str] = {
     "load": "steer.model.load",
     "Anatomy": "steer.model.anatomy",
+    "describe": "steer.model.describe",
     "Site": "steer.model.site",
     "prepare_compile": "steer.model.hooks",
     "undo_prepare_compile": "steer.model.hooks",

@@ -31,13 +31,14 @@ from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.context import PHASES
 from steer.model.devices import input_device
 from steer.model.site import Site
-from steer.model.watcher import image_token_ids, watcher_of
+from steer.model.watcher import image_token_ids, watchers_of
 
 
 class _Resolved:
     """Where a plan meets a model.
 
     Attributes:
+        model: as it was given.
         anatomy: of the model; None when it is no decoder.
         at_sites: the interventions of the plan, each as one for each of its sites.
         interventions: all of those.
@@ -48,6 +49,7 @@ class _Resolved:
     """
 
     def __init__(self, plan: Plan, model: nn.Module, plan_number: int) -> None:
+        self.model = model
         self.at_sites = at_single_sites(plan.interventions, model)
         self.interventions = [intervention for at_sites in self.at_sites for intervention in at_sites]
         readers, self.decisions = _named_decisions(self.interventions, plan_number)
@@ -60,6 +62,11 @@ class _Resolved:
         _check_gates(self)
         _check_scopes(plan, self.readers, self.anatomy)
         check_own_methods(plan.interventions, model)
+
+    def root(self, point: HookPoint) -> nn.Module:
+        """The module whose passes a hook point belongs to."""
+        anatomy = point.anatomy or self.anatomy
+        return self.model if anatomy is None else anatomy.decoder
 
 
 def validate(plan: Plan, model: nn.Module) -> None:
@@ -87,25 +94,27 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     if first.is_meta:  # offloaded: nothing but its type can be read between calls
         first = torch.empty(0, dtype=first.dtype, device=input_device(model))
     active = _activate(resolved, first, plan_number, allowed, replacement)
-    counter = TokenCounter(active, first.device)
-    functions = _edits_by_point(active, resolved, first, counter, plan_number)
-    events = PassEvents(active, [gate for gate, *_ in resolved.readers], counter, PreparedEdits(active), first)
+    events = _events_by_stack(active, resolved, first)
+    functions = _edits_by_point(active, resolved, first, events, plan_number)
     paths = {intervention.name: point.path for intervention, point in zip(active, resolved.points, strict=True)}
-    attachment = Attachment(plan, _by_name(plan, resolved, active), events, paths)
+    attachment = Attachment(plan, _by_name(plan, resolved, active), list(events.values()), paths)
     installation = hooks.Installation(model, resolved.anatomy, functions)
     try:
-        events.connect(installation.install())
+        installation.install()
+        for root, of_stack in events.items():
+            of_stack.connect(installation.watchers[root])
         attachment.installed(installation)
         return attachment
     except BaseException:
-        events.disconnect()
+        for of_stack in events.values():
+            of_stack.disconnect()
         installation.remove()
         raise
 
 
 def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
-    watcher = watcher_of(model)
-    return [] if watcher is None else [hook.function for hook in watcher.site_hooks if isinstance(hook.function, SiteEdits)]
+    hooks_at_sites = [hook for watcher in watchers_of(model) for hook in watcher.site_hooks]
+    return [hook.function for hook in hooks_at_sites if isinstance(hook.function, SiteEdits)]
 
 
 def _named_decisions(
@@ -161,14 +170,24 @@ def _by_name(plan: Plan, resolved: _Resolved, active: list[ActiveIntervention]) 
     }
 
 
+def _events_by_stack(active: list[ActiveIntervention], resolved: _Resolved, first: Tensor) -> dict[nn.Module, PassEvents]:
+    """What happens in the passes of each stack that the plan has sites in, by the root of the stack."""
+    events = {}
+    for root in dict.fromkeys(map(resolved.root, resolved.points)):
+        members = [intervention for intervention, point in zip(active, resolved.points, strict=True) if resolved.root(point) is root]
+        gates = [gate for gate, _, _, point in resolved.readers if resolved.root(point) is root]
+        events[root] = PassEvents(members, gates, TokenCounter(members, first.device), PreparedEdits(members), first)
+    return events
+
+
 def _edits_by_point(
-    active: list[ActiveIntervention], resolved: _Resolved, first: Tensor, counter: TokenCounter, plan_number: int
+    active: list[ActiveIntervention], resolved: _Resolved, first: Tensor, events: dict[nn.Module, PassEvents], plan_number: int
 ) -> list[tuple[HookPoint, SiteEdits]]:
     by_point: dict[Any, tuple[HookPoint, SiteEdits]] = {}
 
     def edits_at(point: HookPoint) -> SiteEdits:
         key = (id(point.module), point.side, None if point.columns is None else str(point.site))
-        return by_point.setdefault(key, (point, SiteEdits(counter, plan_number)))[1]
+        return by_point.setdefault(key, (point, SiteEdits(events[resolved.root(point)].counter, plan_number)))[1]
 
     for intervention, point in zip(active, resolved.points, strict=True):
         edits = edits_at(point)
@@ -234,6 +253,8 @@ def _check_gates(resolved: _Resolved) -> None:
     for intervention, steered, names in zip(resolved.interventions, resolved.points, resolved.decisions, strict=True):
         for name in names:
             read = read_at[name].site
+            if resolved.root(read_at[name]) is not resolved.root(steered):
+                raise _gate_in_another_stack(intervention.name, read, steered.site)
             if read.module is None and steered.site.module is None and read.order > steered.site.order:
                 raise _late_gate(intervention.name, read, steered.site)
 
@@ -275,6 +296,15 @@ def _gate_width(gate: SiteGate, site: Site, point: HookPoint) -> WidthError:
         expected=f"width {point.width}",
         found=f"width {gate.width}",
         remedy="give the gate a vector that was made for this site",
+    )
+
+
+def _gate_in_another_stack(name: str, read: Site, steered: Site) -> ConfigError:
+    return ConfigError(
+        f"the gate of '{name}' reads another stack, whose tokens are not those of '{steered}'",
+        expected="a site of the same stack",
+        found=str(read),
+        remedy="let the gate read the stack that is steered",
     )
 
 

@@ -42,7 +42,7 @@ class Attachment:
         >>> attachment.detach()
     """
 
-    def __init__(self, plan: Plan, by_name: dict[str, list[ActiveIntervention]], events: PassEvents, paths: dict[str, str]) -> None:
+    def __init__(self, plan: Plan, by_name: dict[str, list[ActiveIntervention]], events: list[PassEvents], paths: dict[str, str]) -> None:
         self.plan = plan
         self.interventions = [active for at_sites in by_name.values() for active in at_sites]
         self.paths = paths
@@ -92,16 +92,17 @@ class Attachment:
         hooks = self._installation.hooks
         missed = [str(hook.point.site) for hook in hooks if hook.place == "anywhere" and not hook.ever_ran]
         replays = any(hook.watcher.replays for hook in hooks)
-        self._events.disconnect()
+        for of_stack in self._events:
+            of_stack.disconnect()
         self._installation.remove()
         self._installation = None  # it would keep the model in memory
         self._is_over = True
-        if missed and self._events.counter.reached and not replays:
+        if missed and any(of_stack.counter.reached for of_stack in self._events) and not replays:
             warnings.warn(f"{', '.join(missed)} never ran while the plan was attached: nothing was steered there", stacklevel=3)
 
     def warn_if_idle(self) -> None:
         """Warns when no forward pass of the model ran while it was attached."""
-        if not self._events.counter.reached:
+        if not any(of_stack.counter.reached for of_stack in self._events):
             warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=4)
 
     # ---- driving
@@ -130,7 +131,8 @@ class Attachment:
     def _write(self, factors: list[float]) -> None:
         for intervention, factor in zip(self.interventions, factors, strict=True):
             intervention.write_strength(factor)
-        self._events.strengths_changed()
+        for of_stack in self._events:
+            of_stack.strengths_changed()
 
     def enable(self, on: bool = True, name: str | None = None) -> None:
         """Switches the plan, or one intervention, on or off without touching a hook."""
@@ -177,7 +179,8 @@ class Attachment:
         self._check_drives()
         with_slots = [active for active in self.interventions if active.slots > 1]
         slots = _checked_rows(rows, with_slots)
-        self._events.rows_about_to_change()
+        for of_stack in self._events:
+            of_stack.rows_about_to_change()
         for active in with_slots:
             active.set_rows(slots)
 
@@ -219,7 +222,8 @@ class Attachment:
                 scope_mask = ScopeMask(scope)
                 for active in at_sites:
                     active.share(scope_mask, f"{scope} of {name}")
-        self._events.windows_moved(parted=bool(parted))
+        for of_stack in self._events:
+            of_stack.windows_moved(parted=bool(parted))
 
     def _named(self, name: str | None) -> list[ActiveIntervention]:
         if name is None:
@@ -239,18 +243,18 @@ class Attachment:
 
         Args:
             by_site: one number for each site of an intervention that has several, by `<name>@<site>`. Without it such an intervention has
-                the number of the site where it acted on most tokens: they differ only where a gate reads each site for itself, and at
-                modules that are not called in every pass.
+                the number of the site where it acted on most tokens: they differ only where a gate reads each site for itself, at
+                modules that are not called in every pass, and where the sites are in several stacks.
         """
-        counts = self._events.counter.read()
+        counts = {name: count for of_stack in self._events for name, count in of_stack.counter.read().items()}
         if by_site:
-            return counts
+            return {active.name: counts[active.name] for active in self.interventions}
         return {name: max(counts[active.name] for active in at_sites) for name, at_sites in self._by_name.items()}
 
     @property
     def passes(self) -> int:
-        """Forward passes that went through the plan since the attach."""
-        return self._events.counter.passes
+        """Forward passes that went through the plan since the attach; of several stacks, those of the one that ran most often."""
+        return max(of_stack.counter.passes for of_stack in self._events)
 
     def explain(self) -> str:
         """The plan in words, with the strengths, switches and windows of now and the modules that are hooked."""

@@ -112,9 +112,10 @@ class Plan:
             finally:
                 if attachment is not None and attachment.is_attached:  # a block may detach early
                     attachment.detach()
-        finally:
-            if attachment is not None and attachment.is_attached:  # it was interrupted on the way
+        except BaseException:
+            if attachment is not None and attachment.is_attached:  # it was interrupted on the way out
                 attachment.detach()
+            raise
         attachment.warn_if_idle()
 
     def expanded(self, model: nn.Module) -> Plan:

@@ -6,114 +6,25 @@ what writes to its residual stream, is seen in trial passes over a few random to
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steer.checks import of_type
 from steer.errors import AnatomyError, SiteError
+from steer.model.block_sites import AS_MODULE, heads_of, part_point, writer_of
+from steer.model.description import described_parts
+from steer.model.find_stack import FoundStack, check_model, find_stack, path_of_decoder
+from steer.model.fingerprint import configured_kv_heads, embedding_digest
 from steer.model.heads import Heads
-from steer.model.site import LAYER_PARTS, Site, expand, is_pattern
-from steer.model.stacks import LISTS, Stack, survey
-from steer.model.trial_pass import ROWS, TOKENS, obstacle_around, runners
+from steer.model.hook_points import HookPoint, module_point, out_width
+from steer.model.other_stacks import stack_named
+from steer.model.site import LAYER_PARTS, Site, expand, is_pattern, stack_of
+from steer.model.trial_pass import ROWS, TOKENS, obstacle_around
 from steer.model.writers import BlockParts, Writer, block_parts
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """Where and how to read and write one site.
-
-    Attributes:
-        module, path: the module that is hooked, and its name in the model.
-        side: `input` or `output` of that module.
-        width: size of the last dimension; None when only a call can tell (module sites).
-        columns: which columns of a fused projection belong to the site; None for all.
-        axes: order of the tensor's axes that begins with batch and tokens, when it is another one than [batch, tokens, width]; those that
-            follow (several residual streams) are put side by side.
-    """
-
-    site: Site
-    module: nn.Module
-    path: str
-    side: str
-    width: int | None
-    columns: slice | Tensor | None = None
-    axes: tuple[int, ...] | None = None
-
-
-def out_width(module: nn.Module) -> int | None:
-    """Output width of a linear map, an embedding or a norm, as far as its attributes tell."""
-    for name in ("out_features", "nf", "embedding_dim"):
-        if isinstance(width := getattr(module, name, None), int):
-            return width
-    weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 1 else None
-
-
-def in_width(module: nn.Module) -> int | None:
-    """Input width of a linear map (Conv1D of GPT-2 stores its weight as [in, out])."""
-    for name in ("in_features", "nx"):
-        if isinstance(width := getattr(module, name, None), int):
-            return width
-    return None
-
-
-def check_model(model: Any) -> None:
-    """Raises ConfigError unless this is a model."""
-    of_type(model, nn.Module, "the model", "pass the model itself; steer.load returns (model, tokenizer)")
-
-
-def _find_stack(model: nn.Module) -> tuple[str, Stack]:
-    """The stack that the tokens of a text go through, and the path of the module whose trial pass showed it.
-
-    Of several stacks in one model (encoder and decoder) it is the one that ends last.
-    """
-    found: list[tuple[str, Stack]] = []
-    failures: list[str] = []
-    waiting = runners(model)
-    while waiting and not found:
-        inner: list[tuple[str, nn.Module]] = []
-        for path, module in waiting:
-            seen = survey(module, obstacle_around(model, path))
-            failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
-            if seen.stacks:
-                found.append((path, max(seen.stacks, key=lambda stack: stack.end)))
-            else:
-                inner += [(f"{path}.{name}" if path else name, part) for name, part in module.named_children() if _holds_lists(part)]
-        waiting = inner
-    for preferred in (lambda entry: entry[1].embedding is not None, lambda entry: _is_text(".".join((entry[0], entry[1].path)))):
-        if len(found) > 1 and len(chosen := [entry for entry in found if preferred(entry)]) == 1:
-            found = chosen
-    if len(found) == 1:
-        return found[0]
-    raise _no_single_stack(model, [f"{path}.{stack.path}".strip(".") for path, stack in found], failures)
-
-
-def _holds_lists(module: nn.Module) -> bool:
-    return any(isinstance(part, LISTS) for part in module.modules())
-
-
-def _is_text(path: str) -> bool:
-    return any(mark in path for mark in ("language_model", "text_model", "decoder"))
-
-
-def _decoder_path(model: nn.Module, runner: str, stack: Stack) -> str:
-    """The innermost module around the stack that is called with the tokens; else the innermost that is more than a list."""
-    names = stack.path.split(".") if stack.path else []
-    around = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
-    paths = [f"{runner}.{path}".strip(".") for path in around]
-    modules = [(path, model.get_submodule(path)) for path in paths]
-    for path, module in modules:
-        if not {"input_ids", "inputs_embeds"}.isdisjoint(inspect.signature(module.forward).parameters):
-            return path
-    return next((path for path, module in modules if not isinstance(module, LISTS)), modules[-1][0])
 
 
 class Anatomy:
@@ -123,14 +34,20 @@ class Anatomy:
         model: the model as it was given; `path` leads from it to `decoder`, the module that is called with the tokens.
         blocks: the residual blocks, checkpoint wrappers included.
         width: size of the residual stream.
+        main: the stack that the tokens of a text go through, which may be this one.
     """
 
-    def __init__(self, model: nn.Module, runner: str, stack: Stack) -> None:
+    def __init__(self, model: nn.Module, found: FoundStack, main: Anatomy | None = None) -> None:
+        stack = found.stack
+        self.main = self if main is None else main
+        self._found = found
+        self._others: dict[str, Anatomy] = {}
         self.model = model
-        self.runner = model.get_submodule(runner)
-        self._obstacle = obstacle_around(model, runner)
+        self.runner = model.get_submodule(found.runner)
+        self._obstacle = obstacle_around(model, found.runner)
+        self._description = found.description
         self.stack = stack
-        self.path = _decoder_path(model, runner, stack)
+        self.path = path_of_decoder(model, found)
         self.decoder = model.get_submodule(self.path)
         self.blocks: list[nn.Module] = [self.runner.get_submodule(path) for path in stack.block_paths]
         self.width: int = math.prod(size for axis, size in enumerate(stack.shape) if axis not in (stack.axes or (0, 1))[:2])
@@ -143,7 +60,19 @@ class Anatomy:
             AnatomyError: no stack of residual blocks was seen, or several; it lists what was tried.
         """
         check_model(model)
-        return cls(model, *_find_stack(model))
+        return cls(model, find_stack(model))
+
+    def of_stack(self, name: str | None) -> Anatomy:
+        """The anatomy of a stack by its name (`encoder`, `vision`, a path); None for the main one. Raises SiteError where there is none."""
+        if name is None:
+            return self.main
+        if self.main is not self:
+            return self.main.of_stack(name)
+        if name not in self._others:
+            found = stack_named(self.model, name, self._found)
+            known = {other.stack.path: other for other in self._others.values()}
+            self._others[name] = self if found is self._found else known.get(found.stack.path) or Anatomy(self.model, found, self)
+        return self._others[name]
 
     @property
     def n_layers(self) -> int:
@@ -197,7 +126,11 @@ class Anatomy:
     @cached_property
     def embedding(self) -> nn.Module | None:
         """Token embedding, [vocabulary, width]; None where no token ids are taken."""
-        for module in reversed(self.chain):
+        if self._description is not None and self._description.embed is not None:
+            return self._seen(self.stack.embedding)
+        if self.main is not self and not self.stack.takes_ids:
+            return None
+        for module in reversed(self._own_chain):
             try:
                 embedding = getattr(module, "get_input_embeddings", lambda: None)()
             except NotImplementedError:
@@ -214,6 +147,8 @@ class Anatomy:
     @cached_property
     def unembedding(self) -> nn.Module | None:
         """The module that makes logits, None for a bare decoder."""
+        if self.main is not self:
+            return None
         for module in reversed(self.chain):
             if isinstance(head := getattr(module, "get_output_embeddings", lambda: None)(), nn.Module):
                 return head
@@ -223,6 +158,11 @@ class Anatomy:
 
     def _seen(self, path: str | None) -> nn.Module | None:
         return None if path is None else self.runner.get_submodule(path)
+
+    @property
+    def _own_chain(self) -> list[nn.Module]:
+        """What belongs to this stack alone."""
+        return self.chain if self.main is self else self.chain[-1:]
 
     @cached_property
     def chain(self) -> list[nn.Module]:
@@ -246,9 +186,9 @@ class Anatomy:
             "n_layers": self.n_layers,
             "width": self.width,
             "n_heads": n_heads if isinstance(n_heads, int) else None,
-            "n_kv_heads": _configured_kv_heads(config, n_heads) if isinstance(n_heads, int) else None,
+            "n_kv_heads": configured_kv_heads(config, n_heads) if isinstance(n_heads, int) else None,
             "vocabulary": getattr(config, "vocab_size", getattr(self.embedding, "num_embeddings", None)),
-            "embedding_digest": _digest(self.embedding),
+            "embedding_digest": embedding_digest(self.embedding),
         }
 
     # ---- parts of blocks
@@ -256,7 +196,8 @@ class Anatomy:
     @cached_property
     def parts(self) -> tuple[BlockParts, ...]:
         """What writes to the residual stream in each block; the model runs for that when it is new."""
-        return block_parts(self.runner, self.stack, self._obstacle)
+        parts = block_parts(self.runner, self.stack, self._obstacle)
+        return parts if self._description is None else described_parts(parts, self._description, self.blocks)
 
     @property
     def moe(self) -> bool:
@@ -265,11 +206,7 @@ class Anatomy:
 
     def writer(self, layer: int, part: str) -> Writer:
         """The one writer that is `attn`, `mlp` or `mixer` in a block. Raises SiteError where there is none, or not one alone."""
-        parts = self.parts[layer]
-        found = {"attn": parts.attention, "mlp": parts.mlp, "mixer": parts.mixers}[part]()
-        if len(found) != 1:
-            raise _no_writer(self, layer, part, found)
-        return found[0]
+        return writer_of(self, layer, part)
 
     def module_in_block(self, layer: int, path: str) -> nn.Module:
         return self.blocks[layer].get_submodule(path)
@@ -291,7 +228,7 @@ class Anatomy:
         return [site for pattern in chosen for site in self._expanded(pattern, may_lack=not patterns)]
 
     def _expanded(self, pattern: str | Site, *, may_lack: bool) -> list[Site]:
-        sites = expand(pattern, self.n_layers)
+        sites = expand(pattern, self.of_stack(stack_of(pattern)).n_layers if self.main is self else self.n_layers)
         if not is_pattern(pattern) and not may_lack:
             return sites
         found, errors = [], []
@@ -326,7 +263,7 @@ class Anatomy:
             [heads + 1, batch, tokens, width]; the last row is the bias of W_O. A post-norm is applied with its scale frozen at the value it
             has for the whole attention output, which makes the rows add up to `layers.<layer>.attn.output`.
         """
-        writer, heads = self.writer(layer, "attn"), self._heads_of(layer)
+        writer, heads = self.writer(layer, "attn"), heads_of(self, layer)
         assert writer.projection is not None
         project = self.module_in_block(layer, writer.projection)
         masked = z.new_zeros((heads.n_heads + 1, *z.shape))
@@ -342,12 +279,6 @@ class Anatomy:
         normed = post_norm(total)
         return written * torch.where(total == 0, 0.0, normed / torch.where(total == 0, 1.0, total))
 
-    def _heads_of(self, layer: int) -> Heads:
-        heads = self.writer(layer, "attn").heads
-        if heads is None:
-            raise _no_heads(self, layer, "attn.z")
-        return heads
-
     # ---- hook points
 
     def point(self, site: str | Site) -> HookPoint:
@@ -355,6 +286,10 @@ class Anatomy:
         site = Site.parse(site)
         if site.module is not None:
             return module_point(self.model, site)
+        if site.stack is not None and self.main is self:
+            anatomy = self.of_stack(site.stack)
+            if anatomy is not self:
+                return anatomy.point(site)
         if site.layer is None:
             return self._model_point(site)
         if not -self.n_layers <= site.layer < self.n_layers:
@@ -362,41 +297,15 @@ class Anatomy:
             remedy = f"layers are numbered from 0; the last of this model is layers.{last}, which is also layers.-1"
             raise SiteError(f"layer of '{site}' is out of range", expected=f"0 to {last}", found=site.layer, remedy=remedy)
         layer = site.layer % self.n_layers
-        site = Site(site.part, layer)
+        site = replace(site, layer=layer)
         if site.part in ("input", "output"):
             return self._stream_point(site, self.blocks[layer], site.part)
-        part, _, tensor = site.part.partition(".")
-        writer = self.writer(layer, part)
-        if tensor == "output":
-            if abs(writer.scale - 1) > 0:
-                raise _scaled(self, site, writer)
-            return self._hook_point(site, self.module_in_block(layer, writer.path), "output", self.width)
-        if tensor in ("z", "neurons"):
-            if writer.projection is None:
-                raise _no_projection(self, site, writer)
-            module = self.module_in_block(layer, writer.projection)
-            return self._hook_point(site, module, "input", in_width(module))
-        if tensor == "input":
-            return self._hook_point(site, self._mlp_reading(site, writer), "input", self.width)
-        heads = self._heads_of(layer)
-        path = heads.path(tensor)
-        if path is None:
-            raise _no_heads(self, layer, site.part)
-        return self._hook_point(site, self.module_in_block(layer, path), "output", heads.width(tensor), heads.columns(tensor))
-
-    def _mlp_reading(self, site: Site, writer: Writer) -> nn.Module:
-        """The module that takes the input of an MLP: the MLP, or the first of two linear maps that lie in the block themselves."""
-        assert site.layer is not None
-        if writer.part != writer.projection:
-            return self.module_in_block(site.layer, writer.part)
-        if writer.part.rpartition(".")[2] == "fc2":
-            return self.module_in_block(site.layer, writer.part.removesuffix("fc2") + "fc1")
-        raise _no_mlp_input(self, site, writer)
+        return part_point(self, site, layer)
 
     def _stream_point(self, site: Site, module: nn.Module, side: str) -> HookPoint:
         if self.stack.axes is None:
             raise _no_tokens_in_stream(self, site)
-        return self._hook_point(site, module, side, self.width)
+        return replace(self.hook_point(site, module, side, self.width), argument=self.stack.argument)
 
     def _model_point(self, site: Site) -> HookPoint:
         if site.part == "embed":
@@ -405,48 +314,16 @@ class Anatomy:
         if module is None:
             raise _no_model_part(self, site)
         width = self.width if site.part == "final_norm" else out_width(module)
-        return HookPoint(site, module, self._path_of(module, site), "output", width)
+        return HookPoint(site, module, self.path_of(module, site), "output", width, anatomy=self)
 
-    def _path_of(self, module: nn.Module, site: Site) -> str:
+    def path_of(self, module: nn.Module, site: Site) -> str:
+        """Name of a module in the model."""
         return self._paths.get(id(module), str(site))
 
-    def _hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
+    def hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
+        """A site at a side of a module, in the order of axes of this stack."""
         axes = None if self.stack.axes in (None, (0, 1, 2)) else self.stack.axes
-        return HookPoint(site, module, self._path_of(module, site), side, width, columns, axes)
-
-
-def _configured_kv_heads(config: Any, n_heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    number = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    return number if isinstance(number, int) else n_heads
-
-
-def _digest(embedding: nn.Module | None) -> str | None:
-    """Of 16 rows; None for a DTensor shard, which does not hold the same rows on every rank."""
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.is_meta:
-        return None
-    rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
-    return hashlib.sha256(weight.detach()[rows.to(weight.device)].float().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def module_point(model: nn.Module, site: Site) -> HookPoint:
-    """Resolves a `module:` site by its full path, or by a path that ends in it (under a wrapper's prefix)."""
-    assert site.module is not None
-    named = dict(model.named_modules())
-    matches = [site.module] if site.module in named else [path for path in named if path.endswith("." + site.module)]
-    if len(matches) != 1:
-        near = difflib.get_close_matches(site.module, named, n=3) or list(named)[1:9]
-        raise SiteError(
-            f"module '{site.module}' is {'ambiguous' if matches else 'not'} in {type(model).__name__}",
-            expected="the path of one module, or an end of it that no other has",
-            found=matches or f"no such path; near it: {near}",
-            remedy="give more of the path" if matches else "take a path of model.named_modules()",
-        )
-    module = named[matches[0]]
-    width = out_width(module) if site.part == "output" else in_width(module)
-    return HookPoint(site, module, matches[0], site.part, width)
+        return HookPoint(site, module, self.path_of(module, site), side, width, columns, axes, anatomy=self)
 
 
 def resolve(model: nn.Module, sites: list[Site]) -> tuple[Anatomy | None, list[HookPoint]]:
@@ -463,20 +340,6 @@ def resolve(model: nn.Module, sites: list[Site]) -> tuple[Anatomy | None, list[H
 
 
 # ---- errors
-
-
-_AS_MODULE = "'module:<dotted path>:<input|output>' always exists"
-
-
-def _no_single_stack(model: nn.Module, stacks: list[str], failures: list[str]) -> AnatomyError:
-    lists = [f"{path} ({len(m)} x {type(m[0]).__name__})" for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    tried = f"; tried {'; '.join(failures)}" if failures else ""
-    return AnatomyError(
-        f"{type(model).__name__} has {'several decoders' if stacks else 'no decoder'} that could be recognised",
-        expected="one stack of residual blocks: a list of modules of which each takes what the one before gave",
-        found=f"{stacks or lists or 'no nn.ModuleList at all'}{tried}",
-        remedy="pass the one that is meant" if stacks else "address its tensors as 'module:<dotted path>:<input|output>'",
-    )
 
 
 def _no_config(anatomy: Anatomy) -> AnatomyError:
@@ -497,40 +360,6 @@ def _no_one_number_of_heads(anatomy: Anatomy, name: str, values: set[int]) -> An
     )
 
 
-def _no_writer(anatomy: Anatomy, layer: int, part: str, found: list[Writer]) -> SiteError:
-    parts = anatomy.parts[layer]
-    if not parts.writers:
-        return SiteError(
-            f"what '{part}' adds to the residual stream in block {layer} of this {anatomy.kind} is no module's output",
-            expected="modules whose outputs add up to the change of the stream",
-            found=parts.reason,
-            remedy=f"use 'layers.{layer}.input' or 'layers.{layer}.output'; {_AS_MODULE}",
-        )
-    what = f"several parts that could be '{part}'" if found else f"no '{part}'"
-    return SiteError(
-        f"block {layer} of this {anatomy.kind} has {what}",
-        expected=f"one module that is '{part}'",
-        found=", ".join(_named(writer) for writer in found or parts.writers),
-        remedy=f"hybrid blocks lack some sites; 'layers.{layer}.output' and {_AS_MODULE}",
-    )
-
-
-def _scaled(anatomy: Anatomy, site: Site, writer: Writer) -> SiteError:
-    assert site.layer is not None
-    path = anatomy._path_of(anatomy.module_in_block(site.layer, writer.path), site)
-    return SiteError(
-        f"what '{site}' of this {anatomy.kind} means is no module's output",
-        expected="a module whose output is added to the residual stream as it is",
-        found=f"'{writer.path}', of whose output {writer.scale:.4g} times is added",
-        remedy=f"use 'layers.{site.layer}.output', or 'module:{path}:output' at 1 / {writer.scale:.4g} of the strength",
-    )
-
-
-def _named(writer: Writer) -> str:
-    role = "attention" if writer.mixes and writer.attends else "mixer.output" if writer.mixes else "mlp.output"
-    return f"{writer.path} ({role})"
-
-
 def _unknown_writers(anatomy: Anatomy, layer: int, paths: list[str]) -> SiteError:
     return SiteError(
         f"not all that block {layer} of this {anatomy.kind} adds to the residual stream has a site",
@@ -540,39 +369,13 @@ def _unknown_writers(anatomy: Anatomy, layer: int, paths: list[str]) -> SiteErro
     )
 
 
-def _no_projection(anatomy: Anatomy, site: Site, writer: Writer) -> SiteError:
-    return SiteError(
-        f"block {site.layer} of this {anatomy.kind} has no '{site.part}'",
-        expected="one linear map at the end of the part",
-        found=f"'{writer.part}', which ends in none",
-        remedy=f"mixture-of-experts and hybrid blocks lack some sites; '{site.part.partition('.')[0]}.output' and {_AS_MODULE}",
-    )
-
-
-def _no_heads(anatomy: Anatomy, layer: int, part: str) -> SiteError:
-    return SiteError(
-        f"block {layer} of this {anatomy.kind} has no '{part}' that is known",
-        expected="projections named q_proj, k_proj and v_proj, or a fused one whose layout could be proven",
-        found=[name for name, _ in anatomy.module_in_block(layer, anatomy.writer(layer, "attn").part).named_children()],
-        remedy=f"use 'layers.{layer}.attn.output'; {_AS_MODULE}",
-    )
-
-
-def _no_mlp_input(anatomy: Anatomy, site: Site, writer: Writer) -> SiteError:
-    return SiteError(
-        f"block {site.layer} of this {anatomy.kind} has no '{site.part}' that is known",
-        expected="a module that is the MLP",
-        found=f"'{writer.part}', its last linear map",
-        remedy=f"{_AS_MODULE}",
-    )
-
-
 def _no_tokens_in_stream(anatomy: Anatomy, site: Site) -> SiteError:
     return SiteError(
         f"'{site}' of this {anatomy.kind} is no tensor with one entry per token",
         expected="[batch, tokens, width]",
-        found=f"{list(anatomy.stack.shape)} in a pass over {ROWS} texts of {TOKENS} tokens",
-        remedy=f"{_AS_MODULE}",
+        found=(call.problem if (call := anatomy.stack.own_call) else "")
+        or f"{list(anatomy.stack.shape)} in a pass over {ROWS} texts of {TOKENS} tokens",
+        remedy=f"{AS_MODULE}",
     )
 
 

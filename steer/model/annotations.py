@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from steer.checks import tensor_of
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.context import CHAT_ROLES
-from steer.model.watcher import watcher_of
+from steer.model.watcher import watchers_of
 
 _RESPONSE_REMEDY = "pass [batch, tokens] of True on response tokens, or labels"
 _ROLES_REMEDY = "pass [batch, tokens] indices, as steer.model.tokens.encode_chat gives them; padding may have any of them"
@@ -74,10 +74,11 @@ class Annotation:
 _IN_FORCE: list[Annotation] = []  # the innermost last; kept here because an attach inside the block makes its watcher later
 
 
-def annotation_for(root: nn.Module, kind: str) -> Tensor | None:
-    """The innermost annotation of a kind that holds for a decoder."""
+def annotation_for(root: nn.Module, kind: str, main_root: nn.Module) -> Tensor | None:
+    """The innermost annotation of a kind that holds for a stack: one of a module around several is that of the main one."""
     for annotation in reversed(_IN_FORCE):
-        if annotation.kind == kind and any(module is root for module in annotation.model.modules()):
+        modules = set(annotation.model.modules()) if annotation.kind == kind else set()
+        if root in modules and (root is main_root or main_root not in modules):
             return annotation.value
     return None
 
@@ -85,8 +86,8 @@ def annotation_for(root: nn.Module, kind: str) -> Tensor | None:
 @contextmanager
 def _annotated(model: nn.Module, kind: str, value: Tensor) -> Iterator[None]:
     def tell_watcher() -> None:
-        if (watcher := watcher_of(model)) is not None:
-            setattr(watcher, kind, annotation_for(watcher.root, kind))
+        for watcher in watchers_of(model):
+            setattr(watcher, kind, annotation_for(watcher.root, kind, watcher.main_root))
 
     annotation = Annotation(model, kind, value)
     _IN_FORCE.append(annotation)

@@ -19,6 +19,7 @@ from steer.model.anatomy import Anatomy, resolve
 from steer.model.annotations import response_tokens
 from steer.model.context import ForwardContext
 from steer.model.devices import input_device
+from steer.model.own_calls import needs_equal_lengths, texts_call
 from steer.model.prefix import (
     PROVEN,
     CachedPrefix,
@@ -208,10 +209,12 @@ def capture(
         raise _empty_error()
     sites = list(accumulators)
     anatomy, points = resolve(model, sites)
+    if len(stacks := {point.anatomy for point in points if point.anatomy is not None}) == 1:
+        (anatomy,) = stacks
     check_vocabulary(anatomy, rows)
     spans = [span_of(row, span) for row in rows]
     shared = None
-    if anatomy is not None and may_share(model):
+    if anatomy is not None and anatomy.main is anatomy and anatomy.stack.own_call is None and may_share(model):
         shared = share_prefixes(
             rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
         )
@@ -229,10 +232,16 @@ def capture(
             if shared is not None:
                 run = _checked(run, _Capture(model, anatomy, reader, rows, spans, pad, shared), group)
             for chosen in batches_of(run.lengths, max_tokens, group):
-                run.read(chosen)
+                for of_length in _by_length(chosen, run.lengths) if needs_equal_lengths(anatomy) else (chosen,):
+                    run.read(of_length)
                 bar.update(len(chosen))
     finally:
         installation.remove()
+
+
+def _by_length(chosen: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """A batch, split into texts of one length each."""
+    return [[i for i in chosen if lengths[i] == length] for length in sorted({lengths[i] for i in chosen})]
 
 
 class _Capture:
@@ -259,6 +268,7 @@ class _Capture:
         self.spans = spans
         self.pad = pad
         self.shared = shared
+        self.call = texts_call(model, anatomy)
         self.device = input_device(model)
         self.rest = list(rows) if shared is None else shared.rest
         self.lengths = [len(row.ids) for row in self.rest]
@@ -309,7 +319,7 @@ class _Capture:
     def _run(self, inputs: dict[str, Any], labels: Tensor) -> None:
         placed = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         with suppress(StoppedPass), response_tokens(self.model, labels != -100):  # a plan that is attached stays in force
-            self.model(**placed)
+            self.call(**placed)
 
 
 def _checked(plain: _Capture, sharing: _Capture, group: int) -> _Capture:

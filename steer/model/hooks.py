@@ -22,7 +22,7 @@ from steer.model.anatomy import Anatomy, HookPoint
 from steer.model.annotations import annotation_for
 from steer.model.context import ForwardContext
 from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
-from steer.model.watcher import WATCHERS, Watcher, watcher_of
+from steer.model.watcher import WATCHERS, Watcher
 
 log = logging.getLogger("steer")
 
@@ -171,9 +171,16 @@ class OutputHook(SiteHook):
 
 
 class InputHook(SiteHook):
-    """Edits the first argument of a module."""
+    """Edits an argument of a module, mostly the first."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        argument = self.point.argument
+        if isinstance(argument, int) and 0 < argument < len(args):
+            new = self.edited_in(args[argument])
+            return None if new is None else ((*args[:argument], new, *args[argument + 1 :]), kwargs)
+        if isinstance(argument, str) and argument in kwargs:
+            new = self.edited_in(kwargs[argument])
+            return None if new is None else (args, {**kwargs, argument: new})
         if args:
             new = self.edited_in(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
@@ -193,7 +200,7 @@ class Installation:
         functions: what is called at each hook point, in order, before everybody else's hooks.
 
     Attributes:
-        watcher: of the model, from `install` on.
+        watchers: of the stacks that have hooks, by their roots, from `install` on.
         hooks: the hooks at sites.
 
     Example:
@@ -206,44 +213,51 @@ class Installation:
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy | None, functions: Sequence[tuple[HookPoint, HookFunction]]) -> None:
-        self.watcher: Watcher | None = None
+        self.watchers: dict[nn.Module, Watcher] = {}
         self.hooks: list[SiteHook] = []
         self._model = model
         self._anatomy = anatomy
         self._functions = functions
 
-    def install(self) -> Watcher:
+    def install(self) -> None:
         """Puts the hooks on. Where this is interrupted, `remove` takes off what is on."""
         prepare_compile()
-        watcher = watcher_of(self._model)
-        if watcher is None:
-            watcher = Watcher(self._model if self._anatomy is None else self._anatomy.decoder, is_decoder=self._anatomy is not None)
-            watcher.response = annotation_for(watcher.root, "response")
-            watcher.turns = annotation_for(watcher.root, "turns")
-            WATCHERS[watcher.root] = weakref.ref(watcher)
-        self.watcher = watcher
-        watcher.follow(self._model, self._anatomy)
-        self.hooks = [
-            (OutputHook if point.side == "output" else InputHook)(point, function, watcher) for point, function in self._functions
-        ]
+        main = self._model if self._anatomy is None else self._anatomy.main.decoder
+        for point, function in self._functions:
+            anatomy = point.anatomy or self._anatomy
+            watcher = self._watcher(main if anatomy is None else anatomy.decoder, anatomy, main)
+            self.hooks.append((OutputHook if point.side == "output" else InputHook)(point, function, watcher))
         for hook in self.hooks:
             register_hook(hook.point.module, hook, before=hook.point.side == "input")
-        watcher.set_site_hooks([*watcher.site_hooks, *self.hooks])
-        return watcher
+        for watcher in self.watchers.values():
+            watcher.set_site_hooks([*watcher.site_hooks, *(hook for hook in self.hooks if hook.watcher is watcher)])
+
+    def _watcher(self, root: nn.Module, anatomy: Anatomy | None, main: nn.Module) -> Watcher:
+        """The watcher of a stack, made and set to follow its passes where there is none."""
+        if root in self.watchers:
+            return self.watchers[root]
+        live = WATCHERS[root]() if root in WATCHERS else None
+        if live is None:
+            live = Watcher(root, is_decoder=anatomy is not None, main_root=main)
+            live.response = annotation_for(root, "response", main)
+            live.turns = annotation_for(root, "turns", main)
+        self.watchers[root] = live  # before anybody finds it, so that an interrupt takes it away
+        WATCHERS[root] = weakref.ref(live)
+        live.follow(self._model, anatomy)
+        return live
 
     def remove(self) -> None:
-        """Takes the hooks off, and those of the watcher after the last of all users; done again, it does nothing."""
-        if self.watcher is None:
-            return
-        for hook in self.hooks:
+        """Takes the hooks off, and those of each watcher after the last of all its users; done again, it does nothing."""
+        for hook in self.hooks if self.watchers else ():
             unregister_hook(hook.point.module, hook)
         removed = set(map(id, self.hooks))
-        self.watcher.set_site_hooks([hook for hook in self.watcher.site_hooks if id(hook) not in removed])
-        if not self.watcher.site_hooks:
-            self.watcher.remove()
-            if watcher_of(self.watcher.root) is self.watcher:
-                WATCHERS.pop(self.watcher.root)
-        self.watcher = None
+        for root, watcher in list(self.watchers.items()):
+            watcher.set_site_hooks([hook for hook in watcher.site_hooks if id(hook) not in removed])
+            if not watcher.site_hooks:
+                watcher.remove()
+                if root in WATCHERS and WATCHERS[root]() is watcher:
+                    WATCHERS.pop(root)
+            self.watchers.pop(root)
 
 
 def prepare_compile() -> None:

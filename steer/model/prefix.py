@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from steer.model.anatomy import Anatomy
 from steer.model.hook_registration import OwnHook
 from steer.model.tokens import Row, collate
-from steer.model.watcher import watcher_of
+from steer.model.watcher import watchers_of
 
 LEAST_TOKENS = 4  # a shorter prefix costs more in one more pass than it saves
 
@@ -187,7 +187,7 @@ def extended(prefix: CachedPrefix, batch: dict[str, Tensor]) -> CachedPrefix:
 
 def may_share(model: nn.Module) -> bool:
     """True unless something on the model may look at a pass as a whole: another plan, somebody's hook, or sharded weights."""
-    if watcher_of(model) is not None or is_sharded(model):
+    if watchers_of(model) or is_sharded(model):
         return False
     hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
     return all(isinstance(hook, OwnHook) or (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)

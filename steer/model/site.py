@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from steer.errors import SiteError
+from steer.errors import SiteError, did_you_mean
 from steer.model.site_hints import site_hint
 
 # part -> what the tensor is; every tensor is [batch, tokens, width]
@@ -31,7 +31,10 @@ MODEL_PARTS = {
     "final_norm": "output of the final norm",
     "logits": "output of the unembedding",
 }
-GRAMMAR = "layers.<n>.<part> | embed | final_norm | logits | module:<dotted path>:<input|output>; parts: " + ", ".join(LAYER_PARTS)
+GRAMMAR = (
+    "layers.<n>.<part> | embed | final_norm | logits, of another stack after its name (encoder.layers.<n>.<part>) | "
+    "module:<dotted path>:<input|output>; parts: " + ", ".join(LAYER_PARTS)
+)
 
 # in the order in which a pass reaches them
 _ORDER = (
@@ -48,8 +51,10 @@ _ORDER = (
     "output",
 )
 
-_LAYER = re.compile(r"layers\.(-?\d+)\.(.+)")
-_PATTERN = re.compile(r"layers\.(\*|\d+-\d+)\.(.+)")
+_STACK = r"(?:([A-Za-z_]\w*(?:\.\w+)*?)\.)?"
+_LAYER = re.compile(_STACK + r"layers\.(-?\d+)\.(.+)")
+_PATTERN = re.compile(_STACK + r"layers\.(\*|\d+-\d+)\.(.+)")
+_MODEL_PART = re.compile(_STACK + "(" + "|".join(MODEL_PARTS) + ")")
 _MODULE = re.compile(r"module:(.+):(input|output)")
 
 
@@ -61,11 +66,13 @@ class Site:
         part: a key of `LAYER_PARTS` or `MODEL_PARTS`; `input` or `output` for a module site.
         layer: index of the block (negative counts from the end), else None.
         module: dotted path of an `nn.Module`, for models that are not decoders.
+        stack: name of a stack of blocks (`encoder`, `vision`, a path); None for the one that the tokens of a text go through.
     """
 
     part: str
     layer: int | None = None
     module: str | None = None
+    stack: str | None = None
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
@@ -80,13 +87,15 @@ class Site:
                 found=repr(text),
                 remedy=f"say as text which tensor of which layer is meant, e.g. 'layers.{number}.output'",
             )
-        if text in MODEL_PARTS:
-            return cls(text)
-        if (match := _LAYER.fullmatch(text)) and match[2] in LAYER_PARTS:
-            return cls(match[2], layer=int(match[1]))
+        if match := _MODEL_PART.fullmatch(text):
+            return cls(match[2], stack=match[1])
+        if (match := _LAYER.fullmatch(text)) and match[3] in LAYER_PARTS:
+            return cls(match[3], layer=int(match[2]), stack=match[1])
         if match := _MODULE.fullmatch(text):
             return cls(match[2], module=match[1])
-        remedy = site_hint(text, LAYER_PARTS, MODEL_PARTS) or "write it in one of these forms, e.g. 'layers.0.output'"
+        parts = [text[: match.start(3)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else []
+        hint = did_you_mean(text, parts) or site_hint(text, LAYER_PARTS, MODEL_PARTS)
+        remedy = hint or "write it in one of these forms, e.g. 'layers.0.output'"
         raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, found=text, remedy=remedy)
 
     @property
@@ -102,7 +111,15 @@ class Site:
     def __str__(self) -> str:
         if self.module is not None:
             return f"module:{self.module}:{self.part}"
-        return self.part if self.layer is None else f"layers.{self.layer}.{self.part}"
+        prefix = "" if self.stack is None else f"{self.stack}."
+        return prefix + (self.part if self.layer is None else f"layers.{self.layer}.{self.part}")
+
+
+def stack_of(text: str | Site) -> str | None:
+    """The stack that a site or a pattern names."""
+    if isinstance(text, str) and (match := _PATTERN.fullmatch(text)):
+        return match[1]
+    return Site.parse(text).stack
 
 
 def is_pattern(text: str | Site) -> bool:
@@ -113,13 +130,14 @@ def is_pattern(text: str | Site) -> bool:
 def expand(pattern: str | Site, n_layers: int) -> list[Site]:
     """Sites of `layers.*.output` or `layers.4-9.mlp.output` (both ends included); a plain site gives itself."""
     if isinstance(pattern, str) and (match := _PATTERN.fullmatch(pattern)):
-        first, last = (0, n_layers - 1) if match[1] == "*" else map(int, match[1].split("-"))
+        prefix = "" if match[1] is None else f"{match[1]}."
+        first, last = (0, n_layers - 1) if match[2] == "*" else map(int, match[2].split("-"))
         if not first <= last < n_layers:
             raise SiteError(
                 f"layer range of '{pattern}' is empty or outside the model",
                 expected=f"a range within 0 to {n_layers - 1}, the smaller number first",
-                found=match[1],
-                remedy=f"layers are numbered from 0, and both ends count; 'layers.0-{n_layers - 1}.{match[2]}' means all of this model",
+                found=match[2],
+                remedy=f"layers are numbered from 0, and both ends count; '{prefix}layers.0-{n_layers - 1}.{match[3]}' means all",
             )
-        return [Site.parse(f"layers.{layer}.{match[2]}") for layer in range(first, last + 1)]
+        return [Site.parse(f"{prefix}layers.{layer}.{match[3]}") for layer in range(first, last + 1)]
     return [Site.parse(pattern)]

@@ -25,6 +25,9 @@ _OF_MODEL = {
 }
 
 
+_STACKS = ("encoder", "decoder", "vision", "audio", "text")  # which a site of theirs begins with
+
+
 def site_hint(text: str, layer_parts: Collection[str], model_parts: Collection[str]) -> str | None:
     """`did you mean '<site>'?`, or None where nothing is near.
 
@@ -39,13 +42,14 @@ def site_hint(text: str, layer_parts: Collection[str], model_parts: Collection[s
         last = re.sub(r"[\W_]", "", text.split(".")[-1]).lower()
         return f"did you mean '{_OF_MODEL[last]}'?" if last in _OF_MODEL else did_you_mean(text, model_parts)
     before = text[: number.start()].lower()
+    stack = next((f"{name}." for name in _STACKS if before.startswith(f"{name}.")), "")
     after = text[number.end() :].lower()
     part = _part(after, layer_parts)
     if part is None or not re.search(r"\w", after) and _words(before)[-1:] and _words(before)[-1] not in _BLOCKS:
         return None
     if not re.search(r"\w", after) and "hidden" in before:  # entry L of hidden_states is what comes into block L
         part = "input"
-    return f"did you mean 'layers.{number[0]}.{part}'?"
+    return f"did you mean '{stack}layers.{number[0]}.{part}'?"
 
 
 def _words(text: str) -> list[str]:

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from steer.model.trial_pass import ROWS, TOKENS, Argument, arguments_of, first_tensor, holds_integers, trial_passes
+from steer.model.own_calls import OwnCall, find_own_call
+from steer.model.trial_pass import (
+    ROWS,
+    TOKENS,
+    Argument,
+    Run,
+    arguments_of,
+    first_tensor,
+    integers_of,
+    is_transformers_model,
+    token_parameters,
+    trial_passes,
+)
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -29,6 +41,8 @@ class Stack:
         shape: of the stream in the trial pass.
         final_norm, embedding, unembedding: as far as the pass showed them.
         end: tells which of several stacks ended last.
+        takes_ids: the module that is called with its tokens takes token ids, so that the stream has one entry for each of these.
+        own_call: how the module around it is called when that is none of transformers.
     """
 
     path: str
@@ -39,6 +53,8 @@ class Stack:
     embedding: str | None
     unembedding: str | None
     end: int
+    takes_ids: bool = True
+    own_call: OwnCall | None = None
 
     @property
     def block_paths(self) -> list[str]:
@@ -47,6 +63,10 @@ class Stack:
     @property
     def axes(self) -> tuple[int, ...] | None:
         """Order of the axes of the stream that begins with batch and tokens; None when the pass did not show where these are."""
+        if self.own_call is not None:
+            return None if self.own_call.problem else (0, 1, 2)
+        if not self.takes_ids and len(self.shape) == 3 and self.shape[0] == ROWS:
+            return (0, 1, 2)  # tokens of an image or of audio
         if self.shape.count(ROWS) != 1 or self.shape.count(TOKENS) != 1:
             return (0, 1, *range(2, len(self.shape))) if self.shape[:2] == (ROWS, TOKENS) else None
         rows, tokens = self.shape.index(ROWS), self.shape.index(TOKENS)
@@ -67,7 +87,7 @@ class Call:
 
     Attributes:
         inputs: copies of the floating-point tensors it was called with.
-        takes_ids: its first argument was integers.
+        ids: copy of its first argument when that was integers; None when it was not.
         is_leaf: the module holds no others.
         is_norm: it has no weights, or vectors alone.
         output: copy of what it gave.
@@ -75,7 +95,7 @@ class Call:
     """
 
     inputs: dict[Argument, Tensor]
-    takes_ids: bool
+    ids: Tensor | None
     is_leaf: bool
     is_norm: bool
     output: Tensor | None = None
@@ -91,16 +111,27 @@ def structure_of(model: nn.Module) -> Hashable:
     return tuple((path, id(module)) for path, module in model.named_modules())
 
 
-def survey(model: nn.Module, obstacle: str | None = None) -> Survey:
-    """The stacks of a model; it runs once for that as long as its modules stay. obstacle: why it must not run now."""
-    structure = structure_of(model)
+def survey(model: nn.Module, obstacle: str | None = None, layers: str | None = None) -> Survey:
+    """The stacks of a model; it runs once for that as long as its modules stay.
+
+    Args:
+        obstacle: why it must not run now.
+        layers: path of a module that is said to hold blocks, whatever its class.
+    """
+    structure = (structure_of(model), layers)
     known = _SURVEYS.get(model)
     if known is not None and known[0] == structure:
         return known[1]
     if obstacle is not None:
         return Survey((), (f"no pass: {obstacle}",))
-    _SURVEYS[model] = (structure, found := _survey(model))
+    _SURVEYS[model] = (structure, found := _survey(model, layers))
     return found
+
+
+def forget_survey(model: nn.Module) -> None:
+    """Lets a model run again when its stacks are asked for."""
+    for module in model.modules():
+        _SURVEYS.pop(module, None)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -113,12 +144,13 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _survey(model: nn.Module) -> Survey:
+def _survey(model: nn.Module, layers: str | None) -> Survey:
     failures: list[str] = []
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, LISTS)]
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, LISTS) or path == layers]
     members = {member for _, holder in lists for member in holder.children()}
     inside = {inner for member in members for inner in member.modules()} - members
     watched = {path: module for path, module in model.named_modules() if module not in inside}
+    broken: Survey | None = None  # by this way of calling it, at least
     for description, run in trial_passes(model) if lists else ():
         calls = _Calls()
         try:
@@ -126,13 +158,41 @@ def _survey(model: nn.Module) -> Survey:
         except Exception as error:  # whatever an unknown model raises when it is called in an unknown way
             failures.append(f"{description}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        outside = {path: calls.ended[module] for path, module in watched.items() if module in calls.ended and module not in members}
-        found = [stack for path, holder in lists if (stack := _stack(path, holder, calls.ended, outside)) is not None]
+        found = [stack for path, holder in lists if (stack := _stack(path, holder, calls.ended, watched)) is not None]
         stacks = [stack for stack in found if not any(_lies_in_block(stack.path, other) for other in found)]
-        if stacks:
-            return Survey(tuple(stacks), tuple(failures))
-        failures.append(f"{description}: no list of modules that pass one tensor on")
-    return Survey((), tuple(failures))
+        if not stacks:
+            failures.append(f"{description}: no list of modules that pass one tensor on")
+        elif is_transformers_model(model):
+            return Survey(tuple(replace(stack, takes_ids=_takes_ids(model, stack)) for stack in stacks), tuple(failures))
+        else:
+            seen = Survey(tuple(_with_own_call(model, stack, run, calls.ended) for stack in stacks), tuple(failures))
+            if all(_is_finite(model, stack, calls.ended) for stack in stacks):
+                return seen
+            broken = broken or seen
+    return broken or Survey((), tuple(failures))
+
+
+def _takes_ids(model: nn.Module, stack: Stack) -> bool:
+    """Of the innermost module around it that is called with token ids or embeddings."""
+    names = stack.path.split(".") if stack.path else []
+    around = [token_parameters(model.get_submodule(".".join(names[:depth]))) for depth in range(len(names), -1, -1)]
+    return "input_ids" in next((parameters for parameters in around if parameters), ())
+
+
+def _is_finite(model: nn.Module, stack: Stack, calls: dict[nn.Module, Call]) -> bool:
+    call = calls.get(model.get_submodule(stack.block_paths[-1]))
+    return call is None or call.output is None or call.output.is_meta or bool(call.output.isfinite().all())
+
+
+def _with_own_call(model: nn.Module, stack: Stack, run: Run, calls: dict[nn.Module, Call]) -> Stack:
+    names = stack.path.split(".") if stack.path else []
+    around = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
+    callable_around = [path for path in around if not isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict))]
+    beyond = [path for path in callable_around if path != stack.path] or callable_around
+    ran = [path for path in stack.block_paths if model.get_submodule(path) in calls]
+    last = max(ran, key=lambda path: calls[model.get_submodule(path)].end or 0)
+    ids = None if stack.embedding is None else calls[model.get_submodule(stack.embedding)].ids
+    return replace(stack, own_call=find_own_call(model, run, beyond, last, ids))
 
 
 class _Calls:
@@ -146,7 +206,7 @@ class _Calls:
         if module not in self._begun:
             inputs = {place: tensor.detach().clone() for place, tensor in arguments_of(args, kwargs).items()}
             is_norm = all(parameter.dim() <= 1 for parameter in module.parameters())
-            self._begun[module] = Call(inputs, holds_integers(args, kwargs), not any(module.children()), is_norm)
+            self._begun[module] = Call(inputs, integers_of(args, kwargs), not any(module.children()), is_norm)
 
     def leave(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         call = self._begun[module]
@@ -161,9 +221,11 @@ def _lies_in_block(path: str, stack: Stack) -> bool:
     return any(path == block or path.startswith(block + ".") for block in stack.block_paths)
 
 
-def _stack(path: str, holder: nn.Module, calls: dict[nn.Module, Call], outside: dict[str, Call]) -> Stack | None:
+def _stack(path: str, holder: nn.Module, calls: dict[nn.Module, Call], watched: dict[str, nn.Module]) -> Stack | None:
     """The stack that a list of modules is; None when it is none. Members that did not run are taken for blocks like the others."""
     members = dict(holder.named_children())
+    blocks = set(members.values())
+    outside = {path: calls[module] for path, module in watched.items() if module in calls and module not in blocks}
     ran = [member for member in members.values() if member in calls]
     if not ran or not all(any(member.children()) for member in ran):  # a bare linear map or activation is no block
         return None
@@ -176,7 +238,7 @@ def _stack(path: str, holder: nn.Module, calls: dict[nn.Module, Call], outside: 
     final_norm = next((path for path, call in after.items() if call.is_norm and _changes(call, last.output)), None)
     end_of_stream = after[final_norm].output if final_norm is not None else last.output
     unembedding = next((path for path, call in after.items() if call.is_leaf and _is_head(call, end_of_stream)), None)
-    embedding = next((path for path, call in outside.items() if call.is_leaf and call.takes_ids and _is_of_tokens(call)), None)
+    embedding = next((path for path, call in outside.items() if call.is_leaf and call.ids is not None and _is_of_tokens(call)), None)
     return Stack(path, tuple(members), argument, tuple(shape), final_norm, embedding, unembedding, last.end or 0)
 
 

@@ -11,9 +11,10 @@ import inspect
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,27 @@ ROWS, TOKENS = 3, 5
 _CARRIERS = ("torch", "accelerate", "deepspeed")
 
 Argument = int | str  # of a call: its place, or its name
+# by module: what its forward was said to take
+EXAMPLES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class Run(Protocol):
+    """One way to run a model: calls before(module, args, kwargs) and after(module, args, kwargs, output) around every call of some modules.
+
+    change: gives other arguments for the model, from those of this way by name.
+    """
+
+    def __call__(
+        self, modules: Sequence[nn.Module], before: Any, after: Any, change: Callable[[dict[str, Any]], dict[str, Any]] | None = None, /
+    ) -> None: ...
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the forward of a module gives them."""
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except TypeError:  # it is called in a way that its signature does not show
+        return dict(kwargs)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -42,10 +64,10 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument
     return {place: value for place, value in given if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def holds_integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """The first argument of a call is a tensor of integers, such as token ids."""
+def integers_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Copy of the first argument of a call when that is a tensor of integers, such as token ids."""
     given = args[0] if args else next(iter(kwargs.values()), None)
-    return isinstance(given, Tensor) and not given.is_floating_point()
+    return given.detach().clone() if isinstance(given, Tensor) and not given.is_floating_point() else None
 
 
 def is_transformers_model(module: nn.Module) -> bool:
@@ -76,27 +98,37 @@ def obstacle_around(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def trial_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+def token_parameters(module: nn.Module) -> set[str]:
+    """Which of the names that transformers gives to token ids and embeddings are arguments of a module."""
+    return {"input_ids", "inputs_embeds"} & inspect.signature(module.forward).parameters.keys()
+
+
+def is_mask_name(name: str) -> bool:
+    """The name of an argument that may say which tokens are padding."""
+    return "mask" in name.lower()
+
+
+def trial_calls(model: nn.Module) -> Iterator[tuple[str, functools.partial[Any]]]:
     """Ways to call a model, the likeliest first, each with a description. All are with the same random tokens."""
-    if is_transformers_model(model):
-        yield from _transformers_calls(model)
-        return
-    example = getattr(model, "example_input_array", None)
-    if example is not None:
-        args, kwargs = ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
-        yield "example_input_array", functools.partial(model, *args, **kwargs)
-    yield from _guessed_calls(model)
+    for name, example in (("the example", EXAMPLES.get(model)), ("example_input_array", getattr(model, "example_input_array", None))):
+        if example is not None:
+            args, kwargs = ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
+            yield name, functools.partial(model, *args, **kwargs)
+    yield from _transformers_calls(model) if is_transformers_model(model) else _guessed_calls(model)
 
 
-def _transformers_calls(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any]]]:
     accepted = set(inspect.signature(model.forward).parameters)
     settings = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
     name = getattr(model, "main_input_name", "input_ids")
-    if name == "input_ids" or "input_ids" in accepted:
+    if "input_ids" in accepted or name == "input_ids" and "pixel_values" not in accepted:
         ids = _random_ids(model)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if "decoder_input_ids" in accepted else {})
         yield f"random tokens, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
-    if name == "pixel_values":
+        if "pixel_values" in accepted and hasattr(model.config, "vision_config"):
+            inputs["pixel_values"] = _random_pixels(model)
+            yield f"random tokens and pixels, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
+    if name == "pixel_values" or "pixel_values" in accepted and "input_ids" not in accepted:
         yield "random pixels", functools.partial(model, pixel_values=_random_pixels(model))
     if name == "input_features":
         length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
@@ -105,35 +137,61 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "random audio features", functools.partial(model, input_features=features, **decoder)
 
 
-def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, functools.partial[Any]]]:
     """Calls of a module nobody knows, with what its first layers take."""
+    for description, tensor in _guessed_inputs(model):
+        for filled, others in _other_arguments(model):
+            yield description + filled, functools.partial(model, tensor, **others)
+
+
+def _guessed_inputs(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if embeddings:
         ids = _random_ids(model, min(module.num_embeddings for module in embeddings))
-        yield f"token ids [{ROWS}, {TOKENS}]", functools.partial(model, ids)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            size = module.in_features
-            yield f"numbers [{ROWS}, {TOKENS}, {size}]", functools.partial(model, _random(model, ROWS, TOKENS, size))
-            break
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            pixels = _random(model, ROWS, module.in_channels, 32, 32)
-            yield f"pixels {list(pixels.shape)}", functools.partial(model, pixels)
-            break
+        yield f"token ids [{ROWS}, {TOKENS}]", ids
+    size = next((module.in_features for module in model.modules() if isinstance(module, nn.Linear)), None)
+    if size is not None:
+        yield f"numbers [{ROWS}, {TOKENS}, {size}]", _random(model, ROWS, TOKENS, size)
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if channels is not None:
+        yield f"pixels [{ROWS}, {channels}, 32, 32]", _random(model, ROWS, channels, 32, 32)
+
+
+def _other_arguments(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Masks and positions for the arguments that follow the first, with a description: first those that may be left out, too."""
+    following = list(inspect.signature(model.forward).parameters.values())[1:]
+    named = [parameter for parameter in following if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    masks = [parameter for parameter in named if is_mask_name(parameter.name)]
+    positions = {p.name: _positions(model) for p in named if p.default is p.empty and "pos" in p.name.lower()}
+    needed = [parameter for parameter in masks if parameter.default is parameter.empty]
+    for chosen in [masks, needed] if len(needed) < len(masks) else [needed]:
+        if not chosen:
+            yield " and their positions" * bool(positions), positions
+            continue
+        for real in (False, True) if any("pad" in parameter.name for parameter in chosen) else (True, False):
+            for kind in (torch.bool, torch.long):  # some are inverted by ~, some subtracted from 1
+                mask = torch.full((ROWS, TOKENS), real, dtype=kind, device=input_device(model))
+                yield f" and a mask of {real}, {kind}", {**positions, **{parameter.name: mask for parameter in chosen}}
+
+
+def _positions(model: nn.Module) -> Tensor:
+    return torch.arange(TOKENS, device=input_device(model)).expand(ROWS, TOKENS)
 
 
 def _random(model: nn.Module, *shape: int) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), numbers)
-    return numbers.to(like.device, like.dtype)
+    return numbers.to(input_device(model), like.dtype)
 
 
 def _random_ids(model: Any, size: int | None = None) -> Tensor:
     """[rows, tokens] of ordinary tokens, all different where the vocabulary is large enough."""
     special: set[Any] = set()
     if size is None:
-        embedding = model.get_input_embeddings()
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError:
+            embedding = None
         size = int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
         configs = [model.config, model.config.get_text_config()]
         special = {value for config in configs for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))
@@ -154,9 +212,8 @@ def _random_pixels(model: Any) -> Tensor:
 # ---- the surroundings
 
 
-def trial_passes(model: nn.Module) -> Iterator[tuple[str, Callable[[Sequence[nn.Module], Any, Any], None]]]:
-    """Passes to try, each with a description: run(modules, before, after) calls before(module, args, kwargs) and
-    after(module, args, kwargs, output) around every call of these modules.
+def trial_passes(model: nn.Module) -> Iterator[tuple[str, Run]]:
+    """Passes to try, each with a description.
 
     Where a pass fails without the hooks that others have on the model, which may move tensors between devices, it is tried with them.
     """
@@ -166,8 +223,16 @@ def trial_passes(model: nn.Module) -> Iterator[tuple[str, Callable[[Sequence[nn.
 
 
 def _run(
-    model: nn.Module, call: Callable[[], Any], keep_hooks: bool, modules: Sequence[nn.Module], before: Callable[..., None], after: Any
+    model: nn.Module,
+    call: functools.partial[Any],
+    keep_hooks: bool,
+    modules: Sequence[nn.Module],
+    before: Any,
+    after: Any,
+    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
+    if change is not None:
+        call = functools.partial(model, **change(named_arguments(model, call.args, call.keywords)))
     with _undisturbed(model, keep_hooks), _hooked(modules, before, after):
         call()
 

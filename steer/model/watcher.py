@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,77 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import ContextError, HookDidNotRunError
-from steer.model.anatomy import Anatomy, check_model
+from steer.model.anatomy import Anatomy
 from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
 from steer.model.context import ForwardContext, in_backward
 from steer.model.context_builder import (
-    OUTER_IDS,
-    OUTER_MASK,
-    OWN_ARGUMENTS,
-    TOKEN_ARGUMENTS,
     build_context,
     context_beside_decoder,
     tokenless_context,
 )
+from steer.model.find_stack import check_model
 from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
+from steer.model.own_calls import OwnCall
+from steer.model.pass_hooks import IDLE, EnterHook, LeaveHook, OpenHook
 from steer.model.peft_state import NONE, PeftState
+from steer.model.trial_pass import token_parameters
 
 if TYPE_CHECKING:
     from steer.model.hooks import SiteHook
-
-IDLE = -1
-
-
-class _EnterHook(OwnHook):
-    """Pre-hook of a module between the given model and its decoder: collects the arguments that tell tokens apart."""
-
-    def __init__(self, watcher: Watcher, module: nn.Module, height: int) -> None:
-        self.watcher = watcher
-        self.height = height
-        parameters = inspect.signature(module.forward).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        self.positional = [(place, name) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
-        self.own = [name for name in OWN_ARGUMENTS if name in names] if height == 0 else []
-        self.has_other_stack = "decoder_input_ids" in names  # its own ids and mask are those of an encoder
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watcher = self.watcher
-        if self.height >= watcher.height:  # not called by the module entered last: a new pass
-            watcher.begin(self.height)
-        watcher.height = self.height
-        arguments = watcher.arguments
-        if self.own and arguments:
-            _set_aside(arguments, self.own)
-        if args:
-            for place, name in self.positional:
-                if place < len(args) and args[place] is not None:
-                    arguments[name] = args[place]
-        for name in TOKEN_ARGUMENTS:
-            value = kwargs.get(name)
-            if value is not None:
-                arguments[name] = value
-                if name == "inputs_embeds" and "input_ids" in arguments:  # a wrapper embeds the ids itself, perhaps with more tokens
-                    arguments[OUTER_IDS] = arguments.pop("input_ids")
-        if self.has_other_stack:
-            for name in OWN_ARGUMENTS[:4]:
-                arguments.pop(name, None)
-        if self.height == 0:
-            watcher.open()
-
-
-class _LeaveHook(OwnHook):
-    """Hook of the same module that runs when its forward ends, by an exception too (`output` is None then)."""
-
-    def __init__(self, watcher: Watcher, height: int) -> None:
-        self.watcher = watcher
-        self.height = height
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.watcher.is_foreign():
-            return
-        if self.height == 0:
-            self.watcher.close(output)
-        self.watcher.leave(self.height, output)
 
 
 class Watcher:
@@ -91,6 +36,8 @@ class Watcher:
 
     Attributes:
         root: the decoder; the model itself when it is none.
+        main_root: the root of the stack that the tokens of a text go through. Another one has its own call alone: what a module around
+            both is given (labels, a cache, a mask) belongs to the main one.
         context: of the pass that runs or ran last.
         inside: the root's forward is running.
         differentiated: the pass whose output got its gradient last; a recompute of gradient checkpointing belongs to it.
@@ -100,13 +47,17 @@ class Watcher:
         replays: compiled code with gradient checkpointing, where site hooks inside a block cannot note that they ran.
         response, turns: annotations in force, see `steer.model.annotations`.
         site_hooks: the hooks at sites, in the order in which they were attached.
+        own_call: how the root is called when it is none of transformers.
+        opener: the hook that opens a pass at the first block, where the root's arguments do not tell the tokens; None where they do.
+        opens_at_block: the root was entered, and its first block was not yet.
         amend: functions that may replace the facts of a pass when it opens, for callers who know more than its arguments say.
         on_open, on_close: functions called with the context when the root is entered, and when it is left well.
         on_end: functions called when the root is left, by an exception too.
     """
 
-    def __init__(self, root: nn.Module, *, is_decoder: bool) -> None:
+    def __init__(self, root: nn.Module, *, is_decoder: bool, main_root: nn.Module | None = None) -> None:
         self.root = root
+        self.main_root = root if main_root is None else main_root
         self.is_decoder = is_decoder
         self.peft = PeftState()
         self.arguments: dict[str, Any] = {}
@@ -127,6 +78,9 @@ class Watcher:
         self.on_open: list[Callable[[ForwardContext], None]] = []
         self.on_close: list[Callable[[ForwardContext], None]] = []
         self.on_end: list[Callable[[], None]] = []
+        self.own_call: OwnCall | None = None
+        self.opener: OpenHook | None = None
+        self.opens_at_block = False
         self._first_block: nn.Module | None = None
         self._image_ids: tuple[int, ...] = ()
         self._context_beside: ForwardContext | None = None
@@ -136,18 +90,36 @@ class Watcher:
     def follow(self, model: nn.Module, anatomy: Anatomy | None) -> None:
         """Watches every module from `model` down to the root; called again when a later attach comes through another wrapper."""
         chain = anatomy.chain if anatomy is not None else [model]
+        if not self.is_main:
+            chain = [self.root]
         for height, module in enumerate(reversed(chain)):
             compiled = "_orig_mod" in module._modules  # adds no arguments, and its hooks run outside the compiled graph
             if module not in self._own_hooks and not compiled:
-                enter = _EnterHook(self, module, height)
-                leave = _LeaveHook(self, height)
+                enter = EnterHook(self, module, height)
+                leave = LeaveHook(self, height)
                 self._own_hooks[module] = (enter, leave)
                 register_hook(module, enter, before=True)
                 register_hook(module, leave, before=False, always=True)
+        if anatomy is not None and self.opener is None:
+            self._follow_own(anatomy)
         self._first_block = anatomy.blocks[0] if anatomy is not None else None
         self._members = None
         self._image_ids = image_token_ids(chain) or self._image_ids
         self.peft.find(model, chain)
+
+    @property
+    def is_main(self) -> bool:
+        """It follows the stack that the tokens of a text go through."""
+        return self.root is self.main_root
+
+    def _follow_own(self, anatomy: Anatomy) -> None:
+        """Readies itself for a root whose arguments have names of their own, or do not tell its tokens."""
+        call, axes = anatomy.stack.own_call, anatomy.stack.axes
+        self.own_call = call
+        if token_parameters(self.root) or axes is None or call is not None and call.ids is not None:
+            return
+        self.opener = OpenHook(self, anatomy.stack.argument, axes)
+        register_hook(anatomy.blocks[0], self.opener, before=True)
 
     def set_site_hooks(self, hooks: list[SiteHook]) -> None:
         """Notes the hooks at sites, in the order in which they were attached."""
@@ -161,6 +133,8 @@ class Watcher:
         for module, own_hooks in self._own_hooks.items():
             for hook in own_hooks:
                 unregister_hook(module, hook)
+        if self.opener is not None and self._first_block is not None:
+            unregister_hook(self._first_block, self.opener)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module is the root or inside it."""
@@ -183,6 +157,7 @@ class Watcher:
         self.arguments = {}
         self._context_beside = None
         self.inside = False
+        self.opens_at_block = False
 
     def open(self) -> None:
         """The root is entered: everything that tells tokens apart is known."""
@@ -199,6 +174,7 @@ class Watcher:
             context = amend(context)
         self.context = context
         self.inside = True
+        self.opens_at_block = False
         if not in_backward():
             self.differentiated = None
         for prepare in self.on_open:
@@ -220,7 +196,10 @@ class Watcher:
         self.inside = False
         for end in self.on_end:
             end()
-        context = self.context
+        context = None if self.opens_at_block else self.context
+        if self.opens_at_block and output is not None:
+            raise _unreached([hook for hook in self.site_hooks if hook.place == "decoder"])
+        self.opens_at_block = False
         if output is None or context is None:
             return
         if not self.replays:
@@ -296,6 +275,8 @@ class Watcher:
         """The pass that a module of the decoder runs in: the open one, or under gradient checkpointing the one being differentiated."""
         if self.inside:
             return self.context  # type: ignore[return-value]
+        if self.opens_at_block:  # a module before the first block
+            return self.context_beside()
         if in_backward() and self.differentiated is not None:
             return self.differentiated
         raise _outside_pass()
@@ -325,17 +306,6 @@ def image_token_ids(chain: list[nn.Module]) -> tuple[int, ...]:
     return tuple(sorted({number for number in named if isinstance(number, int)}))
 
 
-def _set_aside(arguments: dict[str, Any], own: list[str]) -> None:
-    """Forgets what outer modules got under the names of the stack's own arguments, but for what they may tell of its tokens."""
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        arguments[OUTER_MASK] = mask
-    if "input_ids" in arguments and "inputs_embeds" in own:
-        arguments[OUTER_IDS] = arguments["input_ids"]
-    for name in own:
-        arguments.pop(name, None)
-
-
 def _tensors_in(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
@@ -351,10 +321,15 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 WATCHERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 
 
-def watcher_of(model: nn.Module) -> Watcher | None:
-    """The live watcher of a model, reached from any wrapper around it."""
+def watchers_of(model: nn.Module) -> list[Watcher]:
+    """The live watchers of a model, one for each stack, reached from any wrapper around it."""
     check_model(model)
-    return next((watcher for module in model.modules() if module in WATCHERS and (watcher := WATCHERS[module]()) is not None), None)
+    return [watcher for module in model.modules() if module in WATCHERS and (watcher := WATCHERS[module]()) is not None]
+
+
+def watcher_of(model: nn.Module) -> Watcher | None:
+    """The live watcher of the stack that the tokens of a text go through."""
+    return next((watcher for watcher in watchers_of(model) if watcher.is_main), None)
 
 
 # ---- errors

@@ -23,7 +23,7 @@ from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
-from steer.model.watcher import watcher_of
+from steer.model.watcher import watchers_of
 
 # How far the final hidden states may be from those of the plan: a share of what the plan changes in them, and beside that what rounding
 # makes of the states in the type that the edits are tried in. SmolLM2-135M with all 30 blocks edited has 2e-6 in float32, whatever the type
@@ -50,9 +50,8 @@ class Check:
     """
 
     def __init__(self, anatomy: Anatomy, interventions: list[Intervention], fingerprint: dict[str, Any] | None, carrier: str) -> None:
-        watcher = watcher_of(anatomy.model)
-        if watcher is not None:
-            raise _something_attached([str(hook.point.site) for hook in watcher.site_hooks])
+        if attached := [str(hook.point.site) for watcher in watchers_of(anatomy.model) for hook in watcher.site_hooks]:
+            raise _something_attached(attached)
         self.anatomy = anatomy
         self.plan = Plan(interventions, fingerprint=fingerprint)
         self.carrier = carrier

@@ -1,0 +1,26 @@
+"""Fingerprint: what makes a model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def configured_kv_heads(config: Any, n_heads: int) -> int:
+    """Key-value heads by a config of transformers."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    number = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    return number if isinstance(number, int) else n_heads
+
+
+def embedding_digest(embedding: nn.Module | None) -> str | None:
+    """Of 16 rows; None for a DTensor shard, which does not hold the same rows on every rank."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.is_meta:
+        return None
+    rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
+    return hashlib.sha256(weight.detach()[rows.to(weight.device)].float().cpu().numpy().tobytes()).hexdigest()[:16]
