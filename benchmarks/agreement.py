@@ -56,10 +56,22 @@ CONTINUATIONS = (
 # what the environment of a program is made of, besides torch
 PACKAGES = {
     **{name: PEERS[name] for name in ("repeng", "steering-vectors", "nnsight", "transformer-lens")},
-    "pyreft": ("pyreft==0.1.0",),
+    # it pins an old transformers; with the newest of the rest pip searches for many minutes
+    "pyreft": (
+        "pyreft==0.1.0",
+        "pyvene==0.1.8",
+        "accelerate==1.1.1",
+        "datasets==3.1.0",
+        "gcsfs==2024.9.0.post1",
+        "matplotlib==3.9.4",
+        "numpy==2.1.3",
+        "plotnine==0.14.1",
+        "wandb==0.18.7",
+        "ydata-profiling==4.12.0",
+    ),
     "lm-eval": ("lm-eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2"),
-    # llama-cpp-python comes as source only; this one carries the libraries of llama.cpp
-    "llama-cpp": ("llama-cpp-py-sync==0.11739", "gguf==0.19.0", "transformers==5.23.0"),
+    # llama-cpp-python comes as source only; this one carries the library of llama.cpp
+    "llama-cpp": ("llama-cpp-cffi==0.4.42", "gguf==0.19.0"),
 }
 
 
@@ -311,7 +323,7 @@ def tried(programs: list[str], environments: Path | None) -> Outcome:
             except subprocess.CalledProcessError:
                 absent[program] = f"pip could not install {' '.join(PACKAGES[program])}"
             except Exception as error:  # the table shows it, and the other programs go on
-                absent[program] = first_line(error)
+                absent[program] = first_line(error).removeprefix("Failed: ").replace(str(environments), "DIR")
     return rows, made_of, absent
 
 

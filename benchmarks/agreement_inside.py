@@ -288,7 +288,7 @@ def sft(tokenizer: Any, mode: Mode, way: str) -> Tensor:
             def noting(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
                 told(inputs["labels"])
                 loss = compute_loss(model, inputs, *args, **kwargs)
-                losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+                losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
                 return loss
 
             trainer.compute_loss = noting  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ PEERS = {
     "nnsight": ("nnsight==0.8.1",),
     "nnterp": ("nnterp==1.3.0", "nnsight<0.8"),  # cannot be imported with the nnsight 0.8 that it allows
     "pyvene": ("pyvene==0.1.8",),
-    "transformer-lens": ("transformer-lens==4.3.0",),
+    "transformer-lens": ("transformer-lens==4.3.0", "transformers<5.24"),  # from 5.24 on its generate loses the cache, steered or not
     "repsteer": ("repsteer==0.2.4",),
 }
 BATCH = 32  # texts per forward pass of an extraction

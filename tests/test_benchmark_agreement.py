@@ -107,7 +107,7 @@ def test_a_program_that_cannot_be_tried_is_named_with_the_reason(agreement, own,
         raise agreement.subprocess.CalledProcessError(1, "pip")
 
     monkeypatch.setattr(agreement, "environment", refused)
-    assert agreement.tried(["llama-cpp"], tmp_path)[2]["llama-cpp"].startswith("pip could not install llama-cpp-py-sync==")
+    assert agreement.tried(["llama-cpp"], tmp_path)[2]["llama-cpp"].startswith("pip could not install llama-cpp-cffi==")
 
 
 def test_the_embedded_model_is_unpacked_into_a_file_that_reads_the_same(agreement, tmp_path, monkeypatch):

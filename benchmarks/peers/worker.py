@@ -104,9 +104,11 @@ def main():
         # transformers 4 does not know the class that transformers 5 names in a saved tokenizer
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job["model"])
         config = transformers.AutoConfig.from_pretrained(job["model"])
+        in_float32 = {"dtype": torch.float32}
         if version("transformers") < "5":  # nor the name under which it saves the base of the rotary embedding
+            in_float32 = {"torch_dtype": torch.float32}
             config.rope_theta = config.rope_parameters["rope_theta"]
-        model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], config=config, **in_float32).eval()
         model.generation_config.eos_token_id = None  # every arm decodes as many tokens
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model(torch.tensor([[0]]))  # so that all weights are in memory
