@@ -18,7 +18,8 @@ class Arm:
     @contextmanager
     def applied(self, setting):
         torch.manual_seed(0)
-        intervention = pyreft.LoreftIntervention(embed_dim=self.model.config.hidden_size, low_rank_dimension=RANK)
+        sizes = {"embed_dim": self.model.config.hidden_size, "low_rank_dimension": RANK}
+        intervention = pyreft.LoreftIntervention(**sizes, dtype=torch.float32)  # bfloat16 unless told
         place = {"layer": setting["layer"], "component": "block_output", "low_rank_dimension": RANK, "intervention": intervention}
         self.reft = pyreft.get_reft_model(self.model, pyreft.ReftConfig(representations=place), set_device=False)
         self.reft.save(setting["folder"])
