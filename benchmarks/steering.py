@@ -50,7 +50,7 @@ PEERS = {
     "nnsight": ("nnsight==0.8.1",),
     "nnterp": ("nnterp==1.3.0", "nnsight<0.8"),  # cannot be imported with the nnsight 0.8 that it allows
     "pyvene": ("pyvene==0.1.8",),
-    "transformer-lens": ("transformer-lens==4.3.0",),
+    "transformer-lens": ("transformer-lens==4.3.0", "transformers<5.24"),  # from 5.24 on its generate loses the cache, steered or not
     "repsteer": ("repsteer==0.2.4",),
 }
 BATCH = 32  # texts per forward pass of an extraction
@@ -100,10 +100,10 @@ def columns(tokenizer: Any, layers: int, new: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def environment(folder: Path, peer: str) -> Path:
+def environment(folder: Path, peer: str, packages: tuple[str, ...]) -> Path:
     """Returns the interpreter of a peer's virtual environment. Builds the environment first if it is missing or has other versions."""
     pins = (HERE.parent / "constraints" / "cpu.txt").read_text().splitlines()
-    requirements = [next(line for line in pins if line.startswith("torch==")), *PEERS[peer]]
+    requirements = [next(line for line in pins if line.startswith("torch==")), *packages]
     place, record = folder / peer, folder / peer / "made-of.txt"
     python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not record.is_file() or record.read_text().split("\n") != requirements:
@@ -319,7 +319,7 @@ def main() -> None:
     chosen = parser.parse_args()
     environments = chosen.environments.expanduser().resolve()
     arms: dict[str, Path | str] = {name: sys.executable for name in OWN}
-    arms |= {peer: environment(environments, peer) for peer in chosen.peers}
+    arms |= {peer: environment(environments, peer, PEERS[peer]) for peer in chosen.peers}
     with prepared(chosen) as (job, specs), ExitStack() as stack:
         # the hook arm makes the vectors that every arm steers by
         arms = {"hook": arms.pop("hook"), **arms}

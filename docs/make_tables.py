@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import agreement_tables
 import drift_tables
 import result_tables
 import speed_tables
@@ -129,6 +130,8 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
         ("docs/results/speed.md", "against_plain"): lambda: speed_tables.against_plain(markdown),
         ("docs/results/speed.md", "hook_cost"): lambda: speed_tables.hook_cost(markdown),
         ("docs/results/speed.md", "growth"): lambda: speed_tables.growth(markdown),
+        ("docs/results/agreement.md", "setting"): lambda: agreement_tables.setting(markdown),
+        ("docs/results/agreement.md", "programs"): lambda: agreement_tables.programs(markdown),
     }
 
 

@@ -96,10 +96,9 @@ def test_an_environment_is_made_once(steering, tmp_path, monkeypatch):
     monkeypatch.setattr(steering.venv, "create", lambda place, **_: place.mkdir(parents=True, exist_ok=True))
     monkeypatch.setattr(steering.subprocess, "run", lambda command, **_: installs.append(list(map(str, command[-2:]))))
     for _ in range(2):
-        assert steering.environment(tmp_path, "repeng").is_relative_to(tmp_path / "repeng")
+        assert steering.environment(tmp_path, "repeng", ("repeng==0.4.0",)).is_relative_to(tmp_path / "repeng")
     assert len(installs) == 1 and installs[0][0].startswith("torch==") and installs[0][1] == "repeng==0.4.0"
-    monkeypatch.setitem(steering.PEERS, "repeng", ("repeng==9.9",))
-    steering.environment(tmp_path, "repeng")
+    steering.environment(tmp_path, "repeng", ("repeng==9.9",))
     assert installs[1][1] == "repeng==9.9"
 
 

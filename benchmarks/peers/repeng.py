@@ -24,8 +24,16 @@ class Arm:
 
     @contextmanager
     def steered(self, vectors):
-        self.controlled = ControlModel(self.model, list(vectors))
-        self.controlled.set_control(ControlVector("llama", {layer: v.numpy() for layer, v in vectors.items()}))
+        with self.controlled_by(ControlVector("llama", {layer: v.numpy() for layer, v in vectors.items()})):
+            yield
+
+    def applied(self, setting):
+        return self.controlled_by(ControlVector.import_gguf(setting["control_vector"]))
+
+    @contextmanager
+    def controlled_by(self, vector):
+        self.controlled = ControlModel(self.model, list(vector.directions))
+        self.controlled.set_control(vector)
         try:
             yield
         finally:

@@ -22,13 +22,13 @@ class Arm:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
-    def extract(self, pairs, layers, batch):
+    def extract(self, pairs, layers, batch, method="mean_difference"):
         rows = [plain(self.tokenizer, text) for pair in pairs for text in pair]
         sides = torch.tensor([True, False] * len(pairs))
-        moments = {Site.parse(f"layers.{layer}.output"): ContrastMoments(sides, paired=True) for layer in layers}
+        extractor = EXTRACTORS.get(method)
+        moments = {Site.parse(f"layers.{layer}.output"): ContrastMoments(sides, paired=True, needs=extractor.needs) for layer in layers}
         capture(self.model, rows, dict(moments), span="last", group=2, max_tokens=batch * max(len(row.ids) for row in rows))
-        direction = EXTRACTORS.get("mean_difference").direction
-        return {layer: direction(layer_moments) for layer, layer_moments in zip(layers, moments.values(), strict=True)}
+        return {layer: extractor.direction(layer_moments) for layer, layer_moments in zip(layers, moments.values(), strict=True)}
 
     def steered(self, vectors):
         return Plan([Intervention(Add(v), f"layers.{layer}.output") for layer, v in vectors.items()]).attached(self.model)

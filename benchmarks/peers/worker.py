@@ -1,4 +1,4 @@
-"""One arm of `benchmarks/steering.py`: does a column's work on request and measures itself.
+"""One arm of `benchmarks/steering.py` or `agreement.py`: does a column's work on request and measures itself.
 
     python -P worker.py ADAPTER.py JOB.json
 
@@ -14,6 +14,11 @@ An adapter holds a class `Arm` with
     steered(vectors)                    context in which {layer: [width]} is added to the outputs of these layers, at every token
     forward(ids)                        logits of [batch, tokens], in that context
     generate(ids, new)                  [batch, tokens + new] greedily, in that context
+
+and for `benchmarks/agreement.py`, where the library has it,
+
+    applied(setting)                    context like `steered`, in which what the column's setting says acts, such as a file
+    loglikelihoods(texts)               log-probability of each continuation after its context, in that context
 
 and `DISTRIBUTIONS`, the packages whose versions are recorded.
 """
@@ -40,9 +45,15 @@ def measure(arm, column, job, vectors, keep):
     if column["work"] == "extract":
         context, work = nullcontext(), lambda: arm.extract(job["pairs"], column["layers"], job["batch"])
     else:
-        ids = torch.tensor(column["ids"])
-        context = arm.steered({layer: column["share"] * vectors[layer] for layer in column["layers"]})
-        work = (lambda: arm.forward(ids)) if column["work"] == "forward" else (lambda: arm.generate(ids, column["new"]))
+        if "setting" in column:
+            context = arm.applied(column["setting"])
+        else:
+            context = arm.steered({layer: column["share"] * vectors[layer] for layer in column["layers"]})
+        if column["work"] == "loglikelihoods":
+            work = lambda: arm.loglikelihoods(column["texts"])  # noqa: E731
+        else:
+            ids = torch.tensor(column["ids"])
+            work = (lambda: arm.forward(ids)) if column["work"] == "forward" else (lambda: arm.generate(ids, column["new"]))
     gc.collect()
     with context:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -52,7 +63,7 @@ def measure(arm, column, job, vectors, keep):
         if column["work"] == "extract":
             tensors = {f"layer.{layer}": torch.as_tensor(vector).float().contiguous() for layer, vector in result.items()}
         else:
-            tensors = {column["work"]: (result[:, -1] if column["work"] == "forward" else result).clone().contiguous()}
+            tensors = {column["work"]: torch.as_tensor(result[:, -1] if column["work"] == "forward" else result).clone().contiguous()}
         save_file(tensors, keep)
     return {"cpu": cpu, "wall": wall, "peak_mb": peak_mb()}
 
@@ -93,9 +104,11 @@ def main():
         # transformers 4 does not know the class that transformers 5 names in a saved tokenizer
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job["model"])
         config = transformers.AutoConfig.from_pretrained(job["model"])
+        in_float32 = {"dtype": torch.float32}
         if version("transformers") < "5":  # nor the name under which it saves the base of the rotary embedding
+            in_float32 = {"torch_dtype": torch.float32}
             config.rope_theta = config.rope_parameters["rope_theta"]
-        model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], config=config, **in_float32).eval()
         model.generation_config.eos_token_id = None  # every arm decodes as many tokens
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model(torch.tensor([[0]]))  # so that all weights are in memory
