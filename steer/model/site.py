@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from steer.errors import SiteError, did_you_mean
+from steer.errors import SiteError
 from steer.model.site_hints import site_hint
 
 # part -> what the tensor is; every tensor is [batch, tokens, width]
@@ -93,9 +93,7 @@ class Site:
             return cls(match[3], layer=int(match[2]), stack=match[1])
         if match := _MODULE.fullmatch(text):
             return cls(match[2], module=match[1])
-        parts = [text[: match.start(3)] + part for part in LAYER_PARTS] if (match := _LAYER.fullmatch(text)) else []
-        hint = did_you_mean(text, parts) or site_hint(text, LAYER_PARTS, MODEL_PARTS)
-        remedy = hint or "write it in one of these forms, e.g. 'layers.0.output'"
+        remedy = site_hint(text, LAYER_PARTS, MODEL_PARTS) or "write it in one of these forms, e.g. 'layers.0.output'"
         raise SiteError(f"unknown site '{text}'", expected=GRAMMAR, found=text, remedy=remedy)
 
     @property

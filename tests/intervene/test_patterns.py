@@ -49,7 +49,7 @@ def test_a_pattern_does_what_an_intervention_for_each_site_does(tiny, family):
     for plan in (one, many):
         with plan.attached(model) as attachment, torch.no_grad():
             generated.append(model.generate(ids(), max_new_tokens=5, do_sample=False))
-            assert len(attachment._events.prepared._groups) == 1  # stacked for all sites
+            assert len(attachment._events[0].prepared._groups) == 1  # stacked for all sites
     assert torch.equal(*generated)
 
 
