@@ -26,7 +26,7 @@ TOKEN_ARGUMENTS = (
     "cache",
 )
 # those that hold for one stack only: where its own forward has them, what an outer module got under that name is not its own
-OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_params", "cache")
 # what outer modules got instead, which may tell more: ids where embeddings follow, a plain mask where an expanded one follows
 OUTER_IDS = "outer input_ids"
 OUTER_MASK = "outer attention_mask"
@@ -95,6 +95,7 @@ def build_context(
 
 def context_beside_decoder(arguments: dict[str, Any], response: Tensor | None, *, is_reference: bool) -> ForwardContext:
     """The context of a module that is no part of the decoder and has no tokens (a vision tower, an action head)."""
+    with_one_name_of_the_cache(arguments)
     past = _cached_tokens(arguments.get("past_key_values"), 0)
     generating = _is_generating(arguments, response, past, 0)
     return tokenless_context(_phase(generating), "reference" if is_reference and not generating else "policy")
@@ -125,11 +126,17 @@ def _phase(generating: bool) -> str:
     return "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
 
 
-def _is_paged(cache: Any) -> bool:
-    """The cache of continuous batching."""
-    from transformers.generation.continuous_batching import PagedAttentionCache
+def with_one_name_of_the_cache(arguments: dict[str, Any]) -> None:
+    """Puts the cache under one name: models of state spaces call it `cache_params`, transformers from 5.24 on `cache`, as the one of
+    continuous batching was called before."""
+    for name in ("cache_params", "cache"):
+        if name in arguments and not _is_paged(arguments[name]):
+            arguments["past_key_values"] = arguments.pop(name)
 
-    return isinstance(cache, PagedAttentionCache)
+
+def _is_paged(cache: Any) -> bool:
+    """The cache of continuous batching, whose class is not imported for that in every pass."""
+    return type(cache).__name__ == "PagedAttentionCache"
 
 
 def _virtual_positions(virtual: VirtualTokens, cache: Any, arguments: dict[str, Any]) -> tuple[int, int]:
