@@ -15,6 +15,7 @@ from steer.intervene.active import ActiveIntervention
 from steer.intervene.attachment import Attachment
 from steer.intervene.scope_mask import ScopeMask
 from steer.model import hooks
+from steer.model.accumulator import TextAccumulator, pool
 from steer.model.anatomy import resolve
 from steer.model.site import Site
 
@@ -103,3 +104,16 @@ def hook_count(model: nn.Module) -> int:
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+class Means(TextAccumulator):
+    """Mean over the span of each text, [width], by its number."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Tensor] = {}
+
+    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
+        return pool(h, weight)
+
+    def add(self, values: Tensor, rows: Tensor) -> None:
+        self.values |= dict(zip(rows.tolist(), values, strict=True))

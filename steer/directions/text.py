@@ -35,7 +35,7 @@ from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
 from steer.model.context import PHASES
 from steer.model.site import Site
-from steer.model.sites import Sites, parse_sites
+from steer.model.sites import Sites, examples_of, parse_sites
 
 Names = Mapping[str, Direction | Directions]
 Gates = Mapping[str, Gate]
@@ -222,7 +222,7 @@ def _edit(reader: _Reader, term: Term, names: Names) -> tuple[Operator, Site | S
         direction, site = direction_at(names[term.name], None if term.site is None else _sites(term.site))
     with reader.located(term.at["operator"]):
         edit = _operator_of(operator, direction)
-        for example in site.examples() if isinstance(site, Sites) else (site,):
+        for example in examples_of(site):
             edit.check_site(example)
     return edit, site
 

@@ -22,7 +22,7 @@ from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import Scope
 from steer.model.context import PHASES, ROLES
 from steer.model.site import Site
-from steer.model.sites import Sites, parse_sites
+from steer.model.sites import Sites, examples_of, parse_sites
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -88,7 +88,7 @@ class Intervention:
         check_initialised(operator, "operator")
         site = parse_sites(site)
         with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
-            for example in site.examples() if isinstance(site, Sites) else (site,):
+            for example in examples_of(site):
                 operator.check_site(example)
         name = name or f"{operator.name}@{site}"
         fields: dict[str, Any] = {

@@ -12,21 +12,15 @@ from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, mem
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
 from steer.model.peft_state import NONE, VirtualTokens
 
-# the arguments of a forward pass that tell tokens apart
-TOKEN_ARGUMENTS = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache_params",  # what models of state spaces call it
-    "use_cache",
-    "labels",
-    "logits_to_keep",
-    "cache",
-)
+# what a cache is called: by most models, by those of state spaces, and by transformers from 5.24 on (before, that of continuous batching)
+CACHE_NAMES = ("past_key_values", "cache_params", "cache")
+# the arguments of a forward pass that tell tokens apart -> the one name that each has here
+TOKEN_ARGUMENTS = {
+    **{name: name for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "labels", "logits_to_keep")},
+    **dict.fromkeys(CACHE_NAMES, "past_key_values"),
+}
 # those that hold for one stack only: where its own forward has them, what an outer module got under that name is not its own
-OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_params", "cache")
+OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 # what outer modules got instead, which may tell more: ids where embeddings follow, a plain mask where an expanded one follows
 OUTER_IDS = "outer input_ids"
 OUTER_MASK = "outer attention_mask"
@@ -44,7 +38,8 @@ def build_context(
     """Makes the context of one pass of a decoder.
 
     Args:
-        arguments: those of `TOKEN_ARGUMENTS` that were seen on the way down to the decoder, the innermost module's winning.
+        arguments: those of `TOKEN_ARGUMENTS` that were seen on the way down to the decoder, under the names they have here; the innermost
+            module's win.
         response: response mask from `response_tokens`, which wins over labels.
         is_reference: PEFT adapters are switched off.
         turns: chat roles from `chat_roles`.
@@ -55,7 +50,9 @@ def build_context(
         ContextError: a mask that belongs to other tokens than those of this pass.
     """
     cache = arguments.get("past_key_values")
-    is_paged = arguments.get("cache") is not None and _is_paged(arguments["cache"])
+    is_paged = _is_paged(cache)
+    if is_paged:
+        cache = None  # it belongs to many requests, and says nothing of the tokens of one
     leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.number else (0, 0)
     past = _cached_tokens(cache, in_cache)
     generating = is_paged or _is_generating(arguments, response, past, in_cache)
@@ -95,7 +92,6 @@ def build_context(
 
 def context_beside_decoder(arguments: dict[str, Any], response: Tensor | None, *, is_reference: bool) -> ForwardContext:
     """The context of a module that is no part of the decoder and has no tokens (a vision tower, an action head)."""
-    with_one_name_of_the_cache(arguments)
     past = _cached_tokens(arguments.get("past_key_values"), 0)
     generating = _is_generating(arguments, response, past, 0)
     return tokenless_context(_phase(generating), "reference" if is_reference and not generating else "policy")
@@ -124,14 +120,6 @@ def _is_generating(arguments: dict[str, Any], response: Tensor | None, past: Ten
 
 def _phase(generating: bool) -> str:
     return "generate" if generating else "train" if torch.is_grad_enabled() else "validate"
-
-
-def with_one_name_of_the_cache(arguments: dict[str, Any]) -> None:
-    """Puts the cache under one name: models of state spaces call it `cache_params`, transformers from 5.24 on `cache`, as the one of
-    continuous batching was called before."""
-    for name in ("cache_params", "cache"):
-        if name in arguments and not _is_paged(arguments[name]):
-            arguments["past_key_values"] = arguments.pop(name)
 
 
 def _is_paged(cache: Any) -> bool:

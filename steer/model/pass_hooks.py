@@ -25,8 +25,9 @@ class EnterHook(OwnHook):
         self.height = height
         parameters = inspect.signature(module.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        self.positional = [(place, name) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
-        self.own = [name for name in OWN_ARGUMENTS if name in names] if height == 0 else []
+        self.positional = [(place, TOKEN_ARGUMENTS[name]) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
+        taken = {meaning for _, meaning in self.positional}
+        self.own = [name for name in OWN_ARGUMENTS if name in taken] if height == 0 else []
         self.has_other_stack = "decoder_input_ids" in names  # its own ids and mask are those of an encoder
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,10 +42,10 @@ class EnterHook(OwnHook):
             for place, name in self.positional:
                 if place < len(args) and args[place] is not None:
                     arguments[name] = args[place]
-        for name in TOKEN_ARGUMENTS:
+        for name, meaning in TOKEN_ARGUMENTS.items():
             value = kwargs.get(name)
             if value is not None:
-                arguments[name] = value
+                arguments[meaning] = value
                 if name == "inputs_embeds" and "input_ids" in arguments:  # a wrapper embeds the ids itself, perhaps with more tokens
                     arguments[OUTER_IDS] = arguments.pop("input_ids")
         if self.has_other_stack:

@@ -67,6 +67,14 @@ class Sites:
         return list(dict.fromkeys(site for entry in self.entries for site in expand(entry, n_layers)))
 
 
+def examples_of(site: Site | Sites) -> Iterator[Site]:
+    """One site of each entry of what was written; a single site is its own example."""
+    if isinstance(site, Sites):
+        yield from site.examples()
+    else:
+        yield site
+
+
 def parse_sites(written: str | Site | Sites | Sequence[str | Site]) -> Site | Sites:
     """Reads a site, a pattern, or a list of both. Raises SiteError."""
     if isinstance(written, Sites):

@@ -15,12 +15,7 @@ from steer.errors import ContextError, HookDidNotRunError
 from steer.model.anatomy import Anatomy
 from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
 from steer.model.context import ForwardContext, in_backward
-from steer.model.context_builder import (
-    build_context,
-    context_beside_decoder,
-    tokenless_context,
-    with_one_name_of_the_cache,
-)
+from steer.model.context_builder import CACHE_NAMES, build_context, context_beside_decoder, tokenless_context
 from steer.model.find_stack import check_model
 from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
 from steer.model.own_calls import OwnCall
@@ -182,8 +177,6 @@ class Watcher:
             prepare(context)
 
     def _build_context(self) -> ForwardContext:
-        if "cache_params" in self.arguments or "cache" in self.arguments:
-            with_one_name_of_the_cache(self.arguments)
         is_reference = self.peft.is_reference()
         if not self.is_decoder:
             return context_beside_decoder(self.arguments, self.response, is_reference=is_reference)
@@ -211,8 +204,7 @@ class Watcher:
             if in_backward():
                 return  # a recompute of the whole model: it was counted when it ran first
         if self.arguments.get("past_key_values") is None:
-            names = ("past_key_values", "cache_params", "cache")
-            cache = next((cache for name in names if (cache := getattr(output, name, None)) is not None), None)
+            cache = next((cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
             if cache is not None:
                 self._note_new_cache(cache, context)
             elif context.phase == "generate" and not isinstance(output, tuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hand import edited, ids, vector
+from hand import Means, edited, ids, vector
 from own_models import own_model
 from torch import Tensor, nn
 from transformers import (
@@ -40,7 +40,6 @@ import steer
 from steer.errors import ConfigError, ContextError, DeployError, SiteError
 from steer.intervene import Add, Intervention, Plan
 from steer.intervene.gates.cosine import CosineGate
-from steer.model.accumulator import TextAccumulator, pool
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.hook_registration import OwnHook
@@ -316,17 +315,6 @@ def test_weights_of_other_stacks_are_not_edited(tmp_path):
         steer.bake(plan, build("t5"))
     with pytest.raises(DeployError, match=r"encoder.layers.0.output"):
         steer.to_adapter(plan, build("t5"), tmp_path / "adapter")
-
-
-class Means(TextAccumulator):
-    def __init__(self) -> None:
-        self.values: dict[int, Tensor] = {}
-
-    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
-        return pool(h, weight)
-
-    def add(self, values: Tensor, rows: Tensor) -> None:
-        self.values |= dict(zip(rows.tolist(), values, strict=True))
 
 
 @pytest.mark.parametrize(("name", "site"), [("t5", "encoder.layers.1.output"), ("bert", "layers.1.output")])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand import edited, vector
+from hand import Means, edited, vector
 from own_models import BLOCKS, LAYERS, OWN, VOCAB, WIDTH, TinyEncoder, TinyGPT, call_of, logits_of, own_model
 from torch import Tensor, nn
 
 import steer
 from steer.errors import AnatomyError, ConfigError, ContextError, SiteError, WrongModelError
 from steer.intervene import Add, Intervention, Plan
-from steer.model.accumulator import TextAccumulator, pool
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.site import Site
@@ -181,17 +180,6 @@ def test_an_example_runs_what_cannot_be_guessed():
     with Plan(Intervention(Add(vector()), "layers.0.output", "last")).attached(robot) as attachment:
         robot({"words": words})
     assert attachment.fired() == {"add@layers.0.output": 4}
-
-
-class Means(TextAccumulator):
-    def __init__(self) -> None:
-        self.values: dict[int, Tensor] = {}
-
-    def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
-        return pool(h, weight)
-
-    def add(self, values: Tensor, rows: Tensor) -> None:
-        self.values |= dict(zip(rows.tolist(), values, strict=True))
 
 
 @pytest.mark.parametrize("name", ["gpt", "encoder"])

@@ -328,6 +328,32 @@ def test_what_continuous_batching_mixes_up_is_refused(options, tiny):
         together(model)
 
 
+def test_a_prompt_after_continuous_batching_is_as_clear_as_before(tiny):
+    model = tiny("llama").eval()
+    with plan_of().attached(model):
+        together(model)
+        with plan_of("last").attached(model, stack=True) as attachment, torch.no_grad():
+            model(ids(), use_cache=True)
+    assert attachment.fired() == {"add@layers.1.output": 2}
+
+
+class CalledCache(transformers.LlamaModel):
+    """With the name that the cache has in transformers from 5.24 on."""
+
+    def forward(self, input_ids: Tensor, cache: transformers.DynamicCache | None = None) -> Tensor:
+        return super().forward(input_ids, past_key_values=cache).last_hidden_state
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_cache_of_another_name(by_place, tiny):
+    model = CalledCache(tiny("llama").config).eval()
+    cache = transformers.DynamicCache()
+    with plan_of("generated").attached(model) as attachment, torch.no_grad():
+        for tokens in (7, 1, 1):
+            _ = model(ids(2, tokens), cache) if by_place else model(ids(2, tokens), cache=cache)
+    assert attachment.fired() == {"add@layers.1.output": 4}
+
+
 def test_an_assisted_generation_that_ends_in_its_first_pass_is_refused(tiny):
     model = tiny("llama").eval()
     text = torch.tensor([[5, 9, 11, 4, 5, 9, 11, 4, 5, 9]])

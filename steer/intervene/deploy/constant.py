@@ -13,7 +13,7 @@ from steer.intervene.plan import Plan
 from steer.intervene.schedules.constant import Constant
 from steer.model.anatomy import Anatomy
 from steer.model.context import PHASES
-from steer.model.sites import Sites
+from steer.model.sites import examples_of
 
 AT_RUN_TIME = "keep it at run time: `with plan.attached(model):`"
 
@@ -57,7 +57,7 @@ def _acts(intervention: Intervention, step: int) -> bool:
 
 def _check_constant(intervention: Intervention, carrier: str, phases: Collection[str]) -> None:
     """Raises DeployError for an intervention that acts differently on some rows, tokens, phases or steps."""
-    for site in intervention.site.examples() if isinstance(intervention.site, Sites) else [intervention.site]:
+    for site in examples_of(intervention.site):
         if site.stack is not None:
             remedy = "name the site without a stack where it is that of the text"
             raise cannot_carry(intervention, carrier, "a site of the stack that the tokens of a text go through", str(site), remedy)
