@@ -15,6 +15,7 @@ from transformers import Trainer
 from steer.callbacks.hf import TrainerRun, replaced
 from steer.errors import ConfigError
 from steer.intervene import Attachment, Plan
+from steer.intervene.deploy import Handover
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -35,6 +36,12 @@ class HFSteeringCallback(TrainerRun):
     `load_best_model_at_end` they end as they were in the best checkpoint, too.
 
     Metrics `steer/<intervention>/strength` and `/tokens` join the trainer's own log entries.
+
+    An engine that samples completions by itself (vLLM) gets the weights of the model and no hooks, which is said at the start, or refused
+    when the plan shall act in the phase `generate`. With `bake_rollouts=True` the weights hold the plan while TRL synchronises them, see
+    `steer.Handover` for what they can hold:
+
+        HFSteeringCallback(plan, phases=("train", "generate"), bake_rollouts=True).attach(trainer)
     """
 
     kind = "steering_state"
@@ -48,9 +55,14 @@ class HFSteeringCallback(TrainerRun):
         phases: Sequence[str] = ("train",),
         every_n_steps: int = 10,
         learning_rate: float | None = None,
+        bake_rollouts: bool = False,
     ) -> None:
         super().__init__(SteeringRun(plan, schedule=schedule, phases=phases, every_n_steps=every_n_steps, learning_rate=learning_rate))
+        if bake_rollouts and "generate" not in self._run.phases:
+            raise _no_rollouts_to_bake(self._run.phases)
         self.plan = plan
+        self._bake_rollouts = bake_rollouts
+        self._handover: Handover | None = None  # while the completions of a training run are sampled elsewhere
 
     @property
     def attachment(self) -> Attachment | None:
@@ -61,14 +73,18 @@ class HFSteeringCallback(TrainerRun):
         callbacks = self._trainer.callback_handler.callbacks
         steering = [callback for callback in callbacks if isinstance(callback, HFSteeringCallback) and callback is not self]
         stack = any(callback._run.is_attached for callback in steering)
-        self._run.attach(model, ranks, stack=stack)
-        self._check_rollouts()
-
-    def _check_rollouts(self) -> None:
-        """Says, or refuses, that completions are sampled by an engine of its own, which gets the weights and no hooks."""
         engine = rollout_engine(self._trainer)
-        if engine is None:
-            return
+        if engine is not None and self._bake_rollouts:
+            if synchronisation(self._trainer) is None:
+                raise _no_synchronisation(engine)
+            self._run.detach()
+            self._handover = Handover(self.plan, model)  # proved on the model without hooks
+        self._run.attach(model, ranks, stack=stack)
+        if engine is not None and self._handover is None:
+            self._check_rollouts(engine)
+
+    def _check_rollouts(self, engine: str) -> None:
+        """Says, or refuses, that completions are sampled by an engine of its own, which gets the weights and no hooks."""
         attachment = self._run.attachment
         assert attachment is not None
         generating = [name for name in self._run.names if "generate" in attachment[name].phases]
@@ -88,8 +104,34 @@ class HFSteeringCallback(TrainerRun):
 
     @contextmanager
     def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
-        with super().wrapped_methods(trainer), replaced(trainer, "training_step", self._wrap_training_step(trainer.training_step)):
+        with (
+            super().wrapped_methods(trainer),
+            replaced(trainer, "training_step", self._wrap_training_step(trainer.training_step)),
+            self._wrapped_synchronisation(trainer),
+        ):
             yield
+
+    @contextmanager
+    def _wrapped_synchronisation(self, trainer: Trainer) -> Iterator[None]:
+        """The weights hold the plan while the engine that samples completions copies them."""
+        if not self._bake_rollouts or (found := synchronisation(trainer)) is None:
+            yield
+            return
+        owner, name = found
+        synchronise = getattr(owner, name)
+
+        @wraps(synchronise)
+        def synchronise_with_plan(*args: Any, **kwargs: Any) -> Any:
+            attachment = self._run.attachment
+            assert self._handover is not None and attachment is not None
+            with self._handover.weights(attachment):
+                return synchronise(*args, **kwargs)
+
+        with replaced(owner, name, synchronise_with_plan):
+            try:
+                yield
+            finally:
+                self._handover = None
 
     def _wrap_training_step(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
         """No event lies between the backward pass and the clipping of gradients."""
@@ -145,13 +187,42 @@ def rollout_engine(trainer: Any) -> str | None:
     return None
 
 
+def synchronisation(trainer: Any) -> tuple[Any, str] | None:
+    """The method of TRL's that copies the weights of the model to the engine, as its owner and name; None where there is none."""
+    engine = getattr(trainer, "vllm_generation", None)
+    if hasattr(engine, "sync_weights"):
+        return engine, "sync_weights"
+    return (trainer, "_move_model_to_vllm") if hasattr(trainer, "_move_model_to_vllm") else None
+
+
+# ---- errors
+
+
 def _rollouts_elsewhere(engine: str, names: list[str]) -> ConfigError:
     return ConfigError(
         f"completions are sampled by {engine}, which gets the weights of the model and never sees the plan",
         expected="rollouts of the trained model itself, where an intervention acts in the phase 'generate'",
         found=f"{engine}, and {', '.join(names)} in that phase",
-        remedy="pass use_vllm=False (and no rollout_func), leave 'generate' out of phases=..., or bake the plan into the model beforehand: "
-        "steer.bake(plan, model)",
+        remedy="pass use_vllm=False (and no rollout_func), leave 'generate' out of phases=..., or let the weights carry the plan: "
+        "bake_rollouts=True, or steer.bake(plan, model) beforehand",
+    )
+
+
+def _no_rollouts_to_bake(phases: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        "bake_rollouts=True is for a plan that acts in rollouts",
+        expected="the phase 'generate' among phases=...",
+        found=", ".join(phases),
+        remedy="pass phases=('train', 'generate'), or leave bake_rollouts out",
+    )
+
+
+def _no_synchronisation(engine: str) -> ConfigError:
+    return ConfigError(
+        f"completions are sampled by {engine}, and it is not known where it gets the weights of the model",
+        expected="a trainer of TRL's that copies them: vllm_generation.sync_weights, or _move_model_to_vllm",
+        found="neither",
+        remedy="copy the weights inside `with steer.Handover(plan, model).weights(attachment):` yourself, and leave bake_rollouts out",
     )
 
 

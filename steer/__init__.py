@@ -28,6 +28,7 @@ _EXPORTS: dict[str, str] = {
     "Scope": "steer.intervene",
     "ContrastSet": "steer.directions",
     "bake": "steer.intervene.deploy",
+    "Handover": "steer.intervene.deploy",
     "to_adapter": "steer.intervene.deploy",
     "to_gguf": "steer.intervene.deploy",
     "to_lm_eval": "steer.intervene.deploy",
