@@ -53,7 +53,7 @@ class Metric(ABC):
     needs: ClassVar[str] = "forward"
     keys: ClassVar[tuple[str, ...]] = ()
 
-    def prepare(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> None:
+    def prepare(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> None:  # noqa: B027 - most need nothing
         """Sees the base model once, before anything acts on it: for what a metric compares with."""
 
     @abstractmethod
