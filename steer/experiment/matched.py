@@ -1,0 +1,215 @@
+"""Matched random partners of a plan: other directions, the same geometry, an edit as large.
+
+Random directions come out of two sources. An edit that adds a vector whatever the activation is (`Add`) is as large along any direction, so
+its partner is isotropic. One that reads the activation (an ablation, a clamp) changes much along directions in which activations vary, and
+next to nothing along isotropic ones; its partner lies between an isotropic frame and one made of random combinations of token states, where
+the mean squared edit E|dh|^2 over the tokens of the experiment is that of the edit itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import ConfigError
+from steer.intervene import Intervention, Operator, Plan
+from steer.intervene.expansion import at_single_sites
+from steer.intervene.low_rank import LowRank
+from steer.intervene.operator import tensors_of_rows
+from steer.intervene.operators.add import Add
+from steer.model.accumulator import Accumulator
+from steer.model.capture import capture
+from steer.model.site import Site
+from steer.model.tokens import Row
+
+TOLERANCE = 0.02  # of the matched quantity, between an edit and its partner
+_TRIES = 32  # pairs of frames, before an edit counts as one that no random direction matches
+_MOST_TOKENS = 2048
+
+States = Mapping[Site, Tensor]
+
+
+class _Tokens(Accumulator):
+    """The activations of the first tokens, [tokens, width] fp32."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.missing = _MOST_TOKENS
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        taken = h[weight.bool()][: self.missing].float().cpu()
+        self.missing -= len(taken)
+        self.parts.append(taken)
+
+
+def states_at(model: nn.Module, plan: Plan, rows: Sequence[Row]) -> dict[Site, Tensor]:
+    """Activations without the plan at every site of it, [tokens, width] each, on up to 2,048 tokens of the texts."""
+    sites = {each.single_site for group in at_single_sites(plan.interventions, model) for each in group}
+    read = {site: _Tokens() for site in sites}
+    capture(model, rows, dict(read), span="all")
+    return {site: torch.cat(tokens.parts) for site, tokens in read.items()}
+
+
+def edit_norms(plan: Plan, model: nn.Module, states: States) -> dict[str, float]:
+    """Root mean square of |dh| over tokens and sites, by intervention: what an edit does at full scope, before gates and schedules.
+
+    Args:
+        states: as `states_at` gives them.
+    """
+    norms = {}
+    for intervention, placed in zip(plan.interventions, at_single_sites(plan.interventions, model), strict=True):
+        of_sites = [_energy(intervention.operator, intervention.strength[0], states[each.single_site]) for each in placed]
+        norms[intervention.name] = math.sqrt(sum(of_sites) / len(of_sites))
+    return norms
+
+
+def random_partner(plan: Plan, model: nn.Module, states: States, seed: int) -> Plan:
+    """The same plan along random directions: same sites, scopes, strengths and norms, same angles within an operator, and edits as large.
+
+    Args:
+        states: as `states_at` gives them, for edits that read the activation.
+        seed: of the directions.
+
+    Raises:
+        ConfigError: an operator of which no random partner is known, or an edit that no random direction matches.
+    """
+    made: dict[int, Operator] = {}  # an operator that several interventions share stays one
+    partners = []
+    for number, (intervention, placed) in enumerate(zip(plan.interventions, at_single_sites(plan.interventions, model), strict=True)):
+        operator = intervention.operator
+        if id(operator) not in made:
+            generator = torch.Generator().manual_seed(seed * 10007 + number)
+            of_sites = [states[each.single_site] for each in placed] if isinstance(operator, LowRank) else []
+            made[id(operator)] = _random_operator(intervention, of_sites, generator)
+        partners.append(intervention.unchecked(operator=made[id(operator)]))
+    return Plan(partners, fingerprint=plan.fingerprint, step=plan.step)
+
+
+def check_matched(what: str, unit: str, of_edit: Mapping[str, float], of_partner: Mapping[str, float]) -> None:
+    """Raises ConfigError when a quantity of an edit and of its partner differ by more than 2 %."""
+    for name, value in of_edit.items():
+        other = of_partner.get(name, math.nan)
+        if not abs(other - value) <= TOLERANCE * abs(value):
+            raise _mismatch(what, name, unit, value, other)
+
+
+# ---- one operator
+
+
+def _random_operator(intervention: Intervention, states: list[Tensor], generator: torch.Generator) -> Operator:
+    operator = intervention.operator
+    if isinstance(operator, LowRank):
+        return _like_it_in_energy(intervention, states, generator)
+    if isinstance(operator, Add):
+        vector = operator.tensors["vector"].detach()
+        support = (vector != 0).any(0)  # the vector of some heads stays in those heads
+        return _with_frame(operator, ["vector"], _isotropic(_rank(vector), operator.width, generator) * support)
+    raise _no_partner(intervention)
+
+
+def _like_it_in_energy(intervention: Intervention, states: list[Tensor], generator: torch.Generator) -> Operator:
+    """Turns a frame from isotropic directions to directions of token states until the edit is as large."""
+    operator, strength = intervention.operator, intervention.strength[0]
+    assert isinstance(operator, LowRank)
+    names = [name for name in dict.fromkeys((operator.reads, operator.writes, "step")) if name in operator.tensors]
+    rank = _rank(torch.cat([operator.tensors[name].detach().flatten(0, -2) for name in names]))
+    pool = torch.cat(states)
+    pool = pool - pool.mean(0)
+
+    def energy(candidate: Operator) -> float:
+        return sum(_energy(candidate, strength, of_site) for of_site in states)
+
+    wanted, seen = energy(operator), []
+    for _ in range(_TRIES):
+        ends = (_isotropic(rank, operator.width, generator), torch.randn(rank, len(pool), generator=generator) @ pool)
+        low, high = (_with_frame(operator, names, end) for end in ends)
+        seen += [energy(low), energy(high)]
+        if not min(seen[-2:]) <= wanted <= max(seen[-2:]):
+            continue
+        rises = seen[-1] > seen[-2]
+        below, above = 0.0, 1.0
+        for _ in range(40):
+            share = (below + above) / 2
+            turned = _with_frame(operator, names, (1 - share) * _unit(ends[0]) + share * _unit(ends[1]))
+            reached = energy(turned)
+            if abs(reached - wanted) <= TOLERANCE / 4 * wanted:
+                return turned
+            below, above = (share, above) if (reached < wanted) == rises else (below, share)
+    raise _out_of_reach(intervention, wanted, seen)
+
+
+def _with_frame(operator: Operator, names: Sequence[str], frame: Tensor) -> Operator:
+    """A copy whose tensors have the same coordinates in another orthonormal frame: norms and angles between all of them stay.
+
+    Args:
+        names: tensors [..., width].
+        frame: [rank or more, width], not yet orthonormal.
+    """
+    rows = torch.cat([operator.tensors[name].detach().flatten(0, -2).double() for name in names])  # [rows, width]
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    rank = _rank(rows)
+    coordinates = u[:, :rank] * s[:rank]  # [rows, rank]
+    orthonormal = torch.linalg.qr(frame[:rank].double().mT)[0].mT  # [rank, width]
+    turned = coordinates @ orthonormal
+    copied = operator.copy({})
+    start = 0
+    for name in names:
+        old = operator.tensors[name]
+        stop = start + old.numel() // operator.width
+        copied.tensors[name] = turned[start:stop].reshape(old.shape).to(old.dtype)
+        start = stop
+    return copied
+
+
+def _energy(operator: Operator, strength: float, states: Tensor) -> float:
+    """Mean of |dh|^2 over tokens."""
+    h = states[None]  # [1, tokens, width]
+    with torch.no_grad():
+        tensors = {name: tensor.to(h.device) for name, tensor in operator.tensors.items()}
+        edited = operator.apply(h, torch.full((1, 1, 1), strength), None, tensors_of_rows(tensors, torch.zeros(1, dtype=torch.long)))
+    return float((edited - h).double().square().sum(-1).mean())
+
+
+def _rank(rows: Tensor) -> int:
+    return max(1, int(torch.linalg.matrix_rank(rows.detach().flatten(0, -2).double())))
+
+
+def _isotropic(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rank, width, generator=generator)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+# ---- errors
+
+
+def _no_partner(intervention: Intervention) -> ConfigError:
+    return ConfigError(
+        f"no matched random partner of '{intervention.name}' can be made",
+        expected="an operator that adds a vector, or one that reads and writes along directions",
+        found=f"'{intervention.operator.name}'",
+        remedy="write the control yourself, as an arm with a plan of its own",
+    )
+
+
+def _out_of_reach(intervention: Intervention, wanted: float, seen: list[float]) -> ConfigError:
+    return ConfigError(
+        f"no random direction matches '{intervention.name}'",
+        expected=f"an edit with E|dh|^2 = {wanted:.4g}",
+        found=f"{min(seen):.4g} to {max(seen):.4g} along {len(seen)} random directions",
+        remedy="the edit is larger or smaller than any at random: lower its strength, or write the control yourself",
+    )
+
+
+def _mismatch(what: str, name: str, unit: str, value: float, other: float) -> ConfigError:
+    return ConfigError(
+        f"a control of '{what}' is not matched: {unit} of '{name}'",
+        expected=f"{value:.4g}, within {TOLERANCE:.0%}",
+        found=f"{other:.4g}",
+        remedy="measure it on more texts, or write the control yourself",
+    )

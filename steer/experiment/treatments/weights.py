@@ -1,0 +1,143 @@
+"""Other weights as a treatment: the change that an adapter makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from steer.checks import of_type
+from steer.errors import ConfigError, ModelNotFoundError
+from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
+from steer.files import contents, tensor_hash
+from steer.model.devices import check_weights_are_there
+
+
+@TREATMENTS.register("weights")
+class Weights(Treatment):
+    """Adds the weight changes of a LoRA adapter: where training starts from (`train`), or what is used (`inference`).
+
+    Controls: random matrices of the same rank and Frobenius norm in the same modules.
+
+    Args:
+        adapter: folder of a LoRA adapter of PEFT for the base model.
+    """
+
+    when = (TRAIN, INFERENCE, BOTH, BAKED)
+    unit = "Frobenius norm of the change"
+
+    def __init__(self, adapter: str | Path) -> None:
+        of_type(adapter, (str, Path), "the adapter of a treatment", "pass the folder that save_pretrained wrote")
+        if not all((Path(adapter) / file).is_file() for file in ("adapter_config.json", "adapter_model.safetensors")):
+            raise _no_adapter(Path(adapter))
+        self.adapter = str(adapter)
+        self.changes: dict[str, Tensor] = {}  # by module, [out, in] fp32
+        self.drawn: int | None = None  # seed of a control
+
+    def describe(self) -> str:
+        return (
+            f"the weights of {Path(self.adapter).name}" if self.drawn is None else f"random weights as large as {Path(self.adapter).name}"
+        )
+
+    def spec(self) -> dict[str, Any]:
+        return {"changes": tensor_hash(self.changes), "random": self.drawn}
+
+    def prepare(self, bench: Bench) -> Self:
+        check_weights_are_there(bench.model, "a treatment of weights")
+        self.changes = self.changes or _changes(bench.model, self.adapter)
+        return self
+
+    @contextmanager
+    def acting(self, model: nn.Module) -> Iterator[nn.Module]:
+        modules = dict(model.named_modules())
+        weights: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for path, change in self.changes.items():
+                    weight = _weight(modules, path)
+                    weights.append((weight, weight.detach().clone()))
+                    weight += change.to(weight)
+            yield model
+        finally:
+            with torch.no_grad():
+                for weight, before in reversed(weights):
+                    weight.copy_(before)
+
+    baked = acting
+    trained_from = acting
+
+    def size(self, bench: Bench) -> dict[str, float]:
+        return {path: float(change.norm()) for path, change in self.changes.items()}
+
+    def control(self, bench: Bench, seed: int) -> Treatment:
+        generator = torch.Generator().manual_seed(seed)
+        partner = Weights(self.adapter)
+        partner.drawn = seed
+        partner.changes = {path: _random_like(change, generator) for path, change in self.changes.items()}
+        return partner
+
+
+def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What an adapter adds to each weight."""
+    adapted = PeftModel.from_pretrained(model, adapter)  # type: ignore[arg-type]
+    try:
+        changes = {}
+        for path, module in adapted.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                changes[path] = module.get_delta_weight("default").detach().float().cpu()  # type: ignore[operator]
+        others = [
+            type(module).__name__ for module in adapted.modules() if hasattr(module, "active_adapter") and not isinstance(module, LoraLayer)
+        ]
+        if not changes or any(name not in ("PeftModel", "PeftModelForCausalLM", "LoraModel") for name in others):
+            raise _no_lora(adapter, others)
+        return changes
+    finally:
+        adapted.unload()  # type: ignore[operator]
+
+
+def _weight(modules: dict[str, nn.Module], path: str) -> nn.Parameter:
+    """The weight of a module of the base, also inside a PEFT model."""
+    for name in (path, f"base_model.model.{path}"):
+        if (module := modules.get(name)) is not None:
+            return getattr(module, "base_layer", module).weight
+    raise _no_module(path)
+
+
+def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:
+    """A random matrix of the same shape, rank and norm."""
+    rank = int(torch.linalg.matrix_rank(change))
+    out, inner = change.shape
+    made = torch.randn(out, rank, generator=generator) @ torch.randn(rank, inner, generator=generator)
+    return made * (change.norm() / made.norm())
+
+
+# ---- errors
+
+
+def _no_adapter(folder: Path) -> ModelNotFoundError:
+    expected = "a folder with adapter_config.json and adapter_model.safetensors, as save_pretrained of PEFT writes it"
+    return ModelNotFoundError(f"no adapter in {folder}", expected=expected, found=contents(folder), remedy="check the path")
+
+
+def _no_lora(adapter: str, found: list[str]) -> ConfigError:
+    return ConfigError(
+        f"the adapter in {adapter} is not one whose weight changes can be read",
+        expected="LoRA",
+        found=", ".join(sorted(set(found))) or "no LoRA layer",
+        remedy="use a LoRA adapter, or merge it and compare the two models",
+    )
+
+
+def _no_module(path: str) -> ConfigError:
+    return ConfigError(
+        "the weights of a treatment do not fit this model",
+        expected=f"a module '{path}'",
+        found="none",
+        remedy="use the adapter with the base that it was made for",
+    )
