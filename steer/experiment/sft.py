@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, get_scheduler
 
 from steer.errors import ConfigError
 from steer.model.tokens import Row, collate
 
 SCHEDULES = [scheduler.value for scheduler in SchedulerType]
+_MOST_STEPS = 1_000_000  # of a run; steps of two seeds draw different numbers
 
 
 class SFTModule(pl.LightningModule):
     """Cross-entropy on the response tokens, AdamW, warm-up and a named transformers schedule.
 
+    What is random in a step (dropout) depends on the seed and the step alone, and a checkpoint holds the trained parameters alone: a run
+    that was killed goes on from its last checkpoint to the same bit.
+
     Args:
         model: causal language model, PEFT-wrapped or not.
         learning_rate, warmup_steps, steps, schedule: see `transformers.get_scheduler`.
+        seed: of what is random in a step.
 
     Raises:
         ConfigError: no steps (null counts as none), a learning rate that is not positive, or a schedule that does not exist.
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
+    strict_loading = False
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine", seed: int = 0
+    ) -> None:
         super().__init__()
         if None in (steps, warmup_steps, learning_rate) or steps < 1 or warmup_steps < 0 or learning_rate <= 0:
             raise _nothing_trained(steps, warmup_steps, learning_rate)
@@ -40,9 +49,11 @@ class SFTModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.steps = steps
         self.schedule = schedule
+        self.seed = seed
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        torch.manual_seed(self.seed * _MOST_STEPS + self.global_step)
         loss = self.model(**batch, use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
         self.losses.append(loss.detach())
@@ -54,6 +65,32 @@ class SFTModule(pl.LightningModule):
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["losses"] = [float(loss) for loss in self.losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.losses = [torch.tensor(loss) for loss in checkpoint["losses"]]
+
+
+class _Steps(Sampler[list[int]]):
+    """Rows of the batch of each optimiser step, from a step on."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, first: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        batches: list[list[int]] = []
+        while len(batches) < steps:  # an epoch more
+            order = torch.randperm(rows, generator=generator)
+            batches += [chosen.tolist() for chosen in order.split(batch_size) if len(chosen) == batch_size]
+        self.batches = batches[first:steps]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
 
 def check_batch(rows: int, batch_size: int | None) -> None:
     """Raises ConfigError when so many rows do not fill a batch."""
@@ -61,8 +98,12 @@ def check_batch(rows: int, batch_size: int | None) -> None:
         raise _batch_not_filled(rows, batch_size)
 
 
-def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
-    """Batches in an order that depends on the seed alone, so that every arm sees the same ones.
+def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int, steps: int, first: int = 0) -> DataLoader[Any]:
+    """The batches of a training run, in an order that depends on the seed alone, so that every arm sees the same ones.
+
+    Args:
+        steps: optimiser steps of the run, each of one batch; epochs follow one another.
+        first: the step that a resumed run begins with.
 
     Raises:
         ConfigError: fewer rows than a batch, or a row without any response token within `max_length`.
@@ -72,10 +113,7 @@ def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_len
         raise _prompt_too_long(longest, max_length)
     return DataLoader(
         rows,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        generator=torch.Generator().manual_seed(seed),
+        batch_sampler=_Steps(len(rows), batch_size, seed, steps, first),
         collate_fn=partial(collate, pad=pad, max_length=max_length),
     )
 

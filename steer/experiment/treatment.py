@@ -46,17 +46,18 @@ class Bench:
 class Treatment(ABC):
     """What is done to a model.
 
-    A subclass overrides what it does: `acting` at inference, `training_plan` or `training_row` in training, `item` for what the model is
-    asked.
+    A subclass overrides what it does: `acting` or `system` at inference, `training_plan` or `training_rows` in training.
 
     Attributes:
         when: `train`, `inference`, `both` or `baked`, as far as it can act then.
         unit: of `size`, the quantity in which controls are matched.
+        system: message before what the model is asked at inference.
     """
 
     name: ClassVar[str]
     when: ClassVar[tuple[str, ...]]
     unit: ClassVar[str] = ""
+    system: str | None = None
 
     @abstractmethod
     def describe(self) -> str:
@@ -93,10 +94,6 @@ class Treatment(ABC):
     def training_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows that the model is trained on."""
         return list(rows)
-
-    def item(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the model is asked."""
-        return item
 
     def size(self, bench: Bench) -> dict[str, float]:
         """The matched quantity, by part; empty when there is none."""

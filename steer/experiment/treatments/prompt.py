@@ -26,6 +26,7 @@ class Prompt(Treatment):
     """
 
     when = (TRAIN, INFERENCE, BOTH)
+    system: str
     unit = "tokens"
 
     def __init__(self, system: str) -> None:
@@ -41,10 +42,7 @@ class Prompt(Treatment):
         return {"system": self.system}
 
     def training_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [self.item(row) for row in rows]
-
-    def item(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**item, "system": self.system} if "prompt" in item else item
+        return [{**row, "system": self.system} for row in rows]
 
     def size(self, bench: Bench) -> dict[str, float]:
         return {"message": float(n_tokens(bench.tokenizer, self.system))}
