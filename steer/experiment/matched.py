@@ -45,9 +45,13 @@ class _Tokens(Accumulator):
         self.parts.append(taken)
 
 
-def states_at(model: nn.Module, plan: Plan, rows: Sequence[Row]) -> dict[Site, Tensor]:
-    """Activations without the plan at every site of it, [tokens, width] each, on up to 2,048 tokens of the texts."""
-    sites = {each.single_site for group in at_single_sites(plan.interventions, model) for each in group}
+def sites_of(plan: Plan, model: nn.Module) -> list[Site]:
+    """Every site of a plan in a model, once."""
+    return list(dict.fromkeys(each.single_site for group in at_single_sites(plan.interventions, model) for each in group))
+
+
+def states_at(model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> dict[Site, Tensor]:
+    """Activations at sites, [tokens, width] each, on up to 2,048 tokens of the texts."""
     read = {site: _Tokens() for site in sites}
     capture(model, rows, dict(read), span="all")
     return {site: torch.cat(tokens.parts) for site, tokens in read.items()}

@@ -6,19 +6,19 @@ in words or on rows that mean nothing. An arm is a treatment and a `when` (`stee
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from steer.directions.direction import Directions
 from steer.errors import ConfigError
+from steer.experiment.matched import sites_of, states_at
 from steer.intervene import Plan
+from steer.model.site import Site
 from steer.model.tokens import Row
 from steer.registry import Registry
 
@@ -41,6 +41,13 @@ class Bench:
     rows: Sequence[Row]
     directions: Mapping[str, Directions] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
+    _states: dict[Site, Tensor] = field(default_factory=dict, repr=False)
+
+    def states(self, plan: Plan) -> dict[Site, Tensor]:
+        """Activations of the base at the sites of a plan, [tokens, width] each, on the texts of the experiment; read once."""
+        if missing := [site for site in sites_of(plan, self.model) if site not in self._states]:
+            self._states |= states_at(self.model, missing, self.rows)
+        return self._states
 
 
 class Treatment(ABC):
@@ -65,7 +72,7 @@ class Treatment(ABC):
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """What it is, JSON-able: two treatments with the same `spec` do the same."""
+        """What it is, JSON-able, before `prepare`: two treatments with the same `spec` do the same in the same experiment."""
 
     def prepare(self, bench: Bench) -> Self:
         """Reads what it is made of, and finds fault with it, on the base model. Called once, before it acts."""
@@ -102,12 +109,6 @@ class Treatment(ABC):
     def control(self, bench: Bench, seed: int) -> Treatment:
         """A matched random partner. Raises ConfigError where none can be made."""
         raise _no_controls(self)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what it is."""
-        text = json.dumps([self.name, self.spec()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 TREATMENTS: Registry[type[Treatment]] = Registry("treatment", "steer.experiment.treatments", "steer.treatments", subclass_of=Treatment)

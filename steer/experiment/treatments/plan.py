@@ -12,7 +12,7 @@ from torch import nn
 from steer.checks import of_type
 from steer.directions.text import plan_from_text
 from steer.errors import ConfigError
-from steer.experiment.matched import edit_norms, random_partner, states_at
+from steer.experiment.matched import edit_norms, random_partner
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
 from steer.files import tensor_hash
 from steer.intervene import Plan
@@ -41,11 +41,13 @@ class PlanTreatment(Treatment):
     def __init__(self, plan: Plan | str | Path) -> None:
         of_type(plan, (Plan, str, Path), "the plan of a treatment", "pass a steer.Plan, the path of a saved one, or its text")
         self.source = plan
-        self._plan = plan if isinstance(plan, Plan) else None
+        is_saved = isinstance(plan, Path) or isinstance(plan, str) and (Path(plan) / "manifest.json").is_file()
+        self._is_text = isinstance(plan, str) and not is_saved
+        self._plan = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
 
     @property
     def plan(self) -> Plan:
-        """The plan. Raises ConfigError before `prepare` when it is a text or a path."""
+        """The plan. Raises ConfigError before `prepare` when it is a text."""
         if self._plan is None:
             raise _not_prepared(self.source)
         return self._plan
@@ -54,13 +56,14 @@ class PlanTreatment(Treatment):
         return "; ".join(each.summary() for each in self._plan.interventions) if self._plan is not None else str(self.source)
 
     def spec(self) -> dict[str, Any]:
+        if self._is_text:
+            return {"text": self.source}
         manifest, tensors = self.plan.file_form()
         return {"plan": manifest, "tensors": tensor_hash(tensors)}
 
     def prepare(self, bench: Bench) -> Self:
         if self._plan is None:
-            is_saved = isinstance(self.source, Path) or (Path(str(self.source)) / "manifest.json").is_file()
-            self._plan = Plan.load(self.source) if is_saved else plan_from_text(str(self.source), bench.directions)
+            self._plan = plan_from_text(str(self.source), bench.directions)
         self._plan.validate(bench.model)
         return self
 
@@ -78,11 +81,10 @@ class PlanTreatment(Treatment):
         return self.plan
 
     def size(self, bench: Bench) -> dict[str, float]:
-        return edit_norms(self.plan, bench.model, states_at(bench.model, self.plan, bench.rows))
+        return edit_norms(self.plan, bench.model, bench.states(self.plan))
 
     def control(self, bench: Bench, seed: int) -> Treatment:
-        states = states_at(bench.model, self.plan, bench.rows)
-        return PlanTreatment(random_partner(self.plan, bench.model, states, seed)).prepare(bench)
+        return PlanTreatment(random_partner(self.plan, bench.model, bench.states(self.plan), seed)).prepare(bench)
 
 
 # ---- errors

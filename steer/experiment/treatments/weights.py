@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from steer.checks import of_type
 from steer.errors import ConfigError, ModelNotFoundError
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
-from steer.files import contents, tensor_hash
+from steer.files import contents
 from steer.model.devices import check_weights_are_there
+from steer.reading import read_json
 
 
 @TREATMENTS.register("weights")
@@ -46,7 +48,10 @@ class Weights(Treatment):
         )
 
     def spec(self) -> dict[str, Any]:
-        return {"changes": tensor_hash(self.changes), "random": self.drawn}
+        file = Path(self.adapter) / "adapter_model.safetensors"
+        config = read_json(file.with_name("adapter_config.json"))
+        scaling = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")}
+        return {"adapter": hashlib.sha256(file.read_bytes()).hexdigest(), **scaling, "random": self.drawn}
 
     def prepare(self, bench: Bench) -> Self:
         check_weights_are_there(bench.model, "a treatment of weights")
