@@ -21,6 +21,7 @@ from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
 COMMANDS = {
     "train": ("fine-tune the arms of an experiment, track drift, write a report", "steer train experiment=tone seed=1"),
+    "ab": ("compare edits in cells of arms, controls and seeds, resumable, on one page", "steer ab experiment=tone seeds=[0,1,2,3,4]"),
     "generate": (
         "show completions of an experiment's arms side by side",
         "steer generate run=outputs/tone/<date> 'prompts=[How do I boil an egg?]'",
@@ -32,6 +33,7 @@ COMMANDS = {
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
+ACTIONS = {"ab": ("run", "plan", "lock", "report")}  # of a command, said as a word behind it: steer ab plan experiment=tone
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
@@ -71,6 +73,8 @@ def _main(arguments: list[str]) -> int:
         command, *overrides = [word for word in arguments if word not in MULTIRUN] or flags
         if command not in COMMANDS:
             raise _unknown_command(command)
+        if overrides and overrides[0] in ACTIONS.get(command, ()):
+            overrides[0] = f"do={overrides[0]}"
         _run_with_hydra(command, [*flags, *overrides])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

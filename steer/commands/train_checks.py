@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ def check_seed(seed: int | None) -> None:
     """Raises ConfigError for a seed that not every generator of random numbers takes."""
     if seed is None or not 0 <= seed < 2**32:
         raise ConfigError("this cannot be a seed", expected=f"a whole number from 0 to {2**32 - 1}", found=seed, remedy="set seed=0")
+
+
+def check_seeds(seeds: Any) -> list[int]:
+    """The seeds of an experiment. Raises ConfigError for none, one twice, or one that is no seed."""
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        seeds = [seeds]
+    for seed in seeds:
+        check_seed(seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise _no_seeds(list(seeds))
+    return list(seeds)
 
 
 def check_unused(out: Path) -> None:
@@ -84,6 +95,11 @@ def lora_config(anatomy: Anatomy, peft: DictConfig) -> LoraConfig:
 
 
 # ---- errors
+
+
+def _no_seeds(seeds: list[int]) -> ConfigError:
+    expected = "one seed or more, each once"
+    return ConfigError("these cannot be the seeds of an experiment", expected=expected, found=seeds or "none", remedy="set seeds=[0,1,2]")
 
 
 def _used_folder(out: Path, files: list[str]) -> ConfigError:
