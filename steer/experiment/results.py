@@ -16,7 +16,8 @@ from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
 from steer.errors import NonFiniteError
 from steer.experiment.arms import Arm
-from steer.experiment.stats import Comparison, compare, holm, interval
+from steer.experiment.contrasts import Contrast, contrast, holm
+from steer.experiment.stats import interval
 
 UNITS = {"behaviour_gap": "nat/token", "task_logprob": "nat/token", "neutral_loss": "nat/token"}
 SCHEMA = 1
@@ -43,7 +44,7 @@ def collect(
     experiment = config["experiment"]
     comparisons = holm(
         [
-            compare(metric, a.name, b.name, measures_a[metric], measures_b[metric], unit=unit, seed=config["seed"])
+            contrast(metric, a.name, b.name, measures_a[metric], measures_b[metric], unit=unit, seed=config["seed"])
             for (a, _, measures_a), (b, _, measures_b) in combinations(arms, 2)
             for metric, unit in UNITS.items()
         ]
@@ -103,7 +104,7 @@ def _change(metric: str, arm: Arm, before: Tensor, after: Tensor) -> dict[str, A
     }
 
 
-def specificity(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def specificity(arms: Sequence[Arm], comparisons: Sequence[Contrast]) -> dict[str, Any]:
     """Did the trait direction do more than a random one of the same length? Only the paired tests are allowed to say so.
 
     Compared are the first arm trained with the trait direction that has a partner, that partner (the first arm trained with a
@@ -134,7 +135,7 @@ def _trained_along(direction: str, arms: Sequence[Arm]) -> list[Arm]:
     return [arm for arm in arms if arm.when == "train" and arm.direction == direction]
 
 
-def _gap_difference(arm: Arm, reference: Arm, comparisons: Sequence[Comparison]) -> tuple[float, Comparison]:
+def _gap_difference(arm: Arm, reference: Arm, comparisons: Sequence[Contrast]) -> tuple[float, Contrast]:
     """Behaviour gap of an arm minus that of another, and the test of it."""
     names = {arm.name, reference.name}
     test = next(test for test in comparisons if test.metric == "behaviour_gap" and {test.a, test.b} == names)
