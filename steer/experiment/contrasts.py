@@ -67,8 +67,8 @@ class Contrast:
         low, high = self.estimate.low, self.estimate.high
         if not self.estimate.bounded:
             (size,) = written(self.difference, signed=True)
-            many = self.estimate.items
-            return f"{self.metric}: {many} items are too few to show a difference between {self.a} and {self.b} ({size}{unit}, {tail})"
+            sample = f"{self.estimate.items} items" if self.estimate.seeds == 1 else self.estimate.sample
+            return f"{self.metric}: {sample} are too few to show a difference between {self.a} and {self.b} ({size}{unit}, {tail})"
         if self.shown:
             sign = -1 if self.difference < 0 else 1
             texts = written(abs(self.difference), *sorted((sign * low, sign * high)))

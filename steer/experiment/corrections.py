@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import false_discovery_control, norm
+import torch
+from scipy.stats import norm
 
+from steer.drift.statistics import benjamini_hochberg
 from steer.experiment.crossed import Estimate, mean_squares, sources
 from steer.experiment.sign_flips import DRAWS
 from steer.experiment.stats import Array
@@ -23,7 +25,7 @@ def adjusted_holm(p: Sequence[float]) -> list[float]:
 
 def adjusted_bh(p: Sequence[float]) -> list[float]:
     """Benjamini and Hochberg's correction: false discovery rate (1995, Journal of the Royal Statistical Society B 57, 289-300)."""
-    return false_discovery_control(p).tolist() if len(p) else []
+    return benjamini_hochberg(torch.tensor(p, dtype=torch.float64)).tolist()
 
 
 def adjusted_max_t(tests: Sequence[tuple[Array, Estimate]], *, draws: int = DRAWS, seed: int = 0) -> list[float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from steer.errors import ConfigError
@@ -147,10 +148,11 @@ def _effect_at(at: float, damage: Array, effect: Array) -> float:
     return float(np.interp(at, places, fitted))
 
 
-def _undominated(effect: Array, damage: Array) -> Array:
+def _undominated(effect: Array, damage: Array) -> NDArray[np.bool_]:
     """[resamples, arms] of effects and damages -> True where no other arm dominates."""
     more, less = effect[:, None, :] - effect[:, :, None], damage[:, None, :] - damage[:, :, None]  # [resamples, arm, other]
-    return ~((more >= 0) & (less <= 0) & ((more > 0) | (less < 0))).any(2)
+    dominated = (more >= 0) & (less <= 0) & ((more > 0) | (less < 0))
+    return np.logical_not(dominated.any(axis=2))
 
 
 def _resampled(of_effect: Array, of_damage: Array, resamples: int, seed: int) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from steer.drift.statistics import EXACT, sign_patterns
+from steer.drift.statistics import BLOCK, EXACT, sign_patterns
 from steer.experiment.stats import ROUNDING, Array
 
 DRAWS = 9999
@@ -44,12 +44,14 @@ def sign_flips(values: Array, *, alpha: float, draws: int = DRAWS, seed: int = 0
     n, scale = len(values), float(abs(values).max()) or 1.0
     x = torch.as_tensor(values / scale)
     signs = sign_patterns(n, draws=draws, seed=seed)  # [patterns, n]
-    total, flipped_sum, sign_sum = float(x.sum()), (signs @ x).numpy(), signs.sum(1).numpy()
+    beside_ones = torch.stack([x, torch.ones_like(x)], 1)  # [n, 2]
+    sums = torch.cat([block.double() @ beside_ones for block in signs.split(BLOCK)]).numpy()  # [patterns, 2]
+    total, flipped_sum, sign_sum = float(x.sum()), sums[:, 0], sums[:, 1]
     # Sums over the flipped and over the kept items, both twice, and their numbers, both twice.
     subsets = ((total - flipped_sum, n - sign_sum), (total + flipped_sum, n + sign_sum))
     # The pattern that flips none, or all, is the observed one: as large whatever is taken off.
-    lowest = np.minimum(*(_mean(sums, counts, -np.inf) for sums, counts in subsets))  # [patterns]
-    highest = np.maximum(*(_mean(sums, counts, np.inf) for sums, counts in subsets))
+    lowest = np.minimum(*(_mean(twice, counts, -np.inf) for twice, counts in subsets))  # [patterns]
+    highest = np.maximum(*(_mean(twice, counts, np.inf) for twice, counts in subsets))
     if n > EXACT:
         lowest, highest = np.append(lowest, -np.inf), np.append(highest, np.inf)  # the observed pattern is not among random ones
     # Equal sums come out different in the last digits when they are added up in another order, and must still count as equal.
