@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import numpy as np
 from scipy.stats import binomtest
@@ -79,14 +80,12 @@ def rank_among_controls(effect: float, controls: Values, *, wanted: str) -> Cont
         ControlRank(effect=0.4, controls=(0.1, -0.2, 0.45, -0.0), rank=2, p=0.4, smallest_p=0.2)
     """
     sign = _sign(wanted)
-    draws = [sign * float(control) for control in controls]
+    own = sign * _finite(effect, "the treatment")
+    draws = tuple(sign * _finite(control, f"control draw {i}") for i, control in enumerate(controls))
     if not draws:
         raise _no_controls()
-    for name, value in [("the treatment", effect), *((f"control draw {i}", control) for i, control in enumerate(draws))]:
-        if not math.isfinite(value):
-            raise _non_finite(name, value)
-    at_least = sum(control >= sign * effect for control in draws)
-    return ControlRank(sign * float(effect), tuple(draws), 1 + at_least, (1 + at_least) / (len(draws) + 1), 1 / (len(draws) + 1))
+    at_least = sum(control >= own for control in draws)
+    return ControlRank(own, draws, 1 + at_least, (1 + at_least) / (len(draws) + 1), 1 / (len(draws) + 1))
 
 
 def wrong_way(differences: Table, *, wanted: str, level: float = LEVEL) -> WrongWay:
@@ -113,6 +112,16 @@ def wrong_way(differences: Table, *, wanted: str, level: float = LEVEL) -> Wrong
     return WrongWay(wrong / items, float(bounds.low), float(bounds.high), wrong, int((of_item == 0).sum()), items, level)
 
 
+def _finite(value: SupportsFloat, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_number(name, value) from None
+    if not math.isfinite(number):
+        raise _non_finite(name, number)
+    return number
+
+
 def _sign(wanted: str) -> int:
     if wanted not in ("higher", "lower"):
         raise _unknown_aim(wanted)
@@ -125,6 +134,11 @@ def _sign(wanted: str) -> int:
 def _no_controls() -> ConfigError:
     remedy = "add draws of a matched random edit; 19 are needed for p = 0.05"
     return ConfigError("a rank among controls needs controls", expected="at least one draw", found="none", remedy=remedy)
+
+
+def _no_number(name: str, value: object) -> ConfigError:
+    remedy = "give the mean of its differences over items and seeds"
+    return ConfigError(f"the effect of {name} is no number", expected="a number", found=str(value)[:60], remedy=remedy)
 
 
 def _non_finite(name: str, value: float) -> NonFiniteError:

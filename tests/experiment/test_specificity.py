@@ -60,6 +60,8 @@ def test_bad_input() -> None:
         rank_among_controls(1.0, [0.1, math.nan], wanted="higher")
     with pytest.raises(NonFiniteError, match="the treatment"):
         rank_among_controls(math.inf, [0.1], wanted="higher")
+    with pytest.raises(ConfigError, match="control draw 0 is no number"):
+        rank_among_controls(1.0, [None], wanted="higher")  # type: ignore[list-item]
     for call in (lambda: rank_among_controls(1.0, [0.1], wanted="up"), lambda: wrong_way([1.0, 2.0], wanted="")):
         with pytest.raises(ConfigError, match="aim is unknown"):
             call()
