@@ -93,6 +93,7 @@ class Judge(GenerationMetric):
     """
 
     needs = "judge"
+    unit = "grade"
 
     def __init__(
         self,
