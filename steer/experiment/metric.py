@@ -56,6 +56,10 @@ class Metric(ABC):
     better: str | None = None
     keys: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self)) if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(options)})"
+
     def prepare(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> None:  # noqa: B027 - most need nothing
         """Sees the base model once, before anything acts on it: for what a metric compares with."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -56,7 +56,7 @@ class Outcome:
     """
 
     name: str
-    metric: Metric
+    metric: Any  # a Metric from __post_init__ on
     items: Sequence[Item] = None  # type: ignore[assignment]
     role: str = PRIMARY
     better: str | None = None
@@ -123,7 +123,8 @@ def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *
     answers = _answers(outcomes, items, model, tokenizer)
     values = {}
     for outcome in outcomes:
-        own, metric = items[outcome.name], outcome.metric
+        own = items[outcome.name]
+        metric: Metric = outcome.metric
         if not _shares_answers(metric):
             values[outcome.name] = measured(metric, model, tokenizer, own)
             continue
@@ -141,7 +142,7 @@ def _question(metric: GenerationMetric, item: Item) -> _Question:
     return (metric.max_new_tokens, item["prompt"], item.get("system"))
 
 
-def _shares_answers(metric: Metric) -> bool:
+def _shares_answers(metric: Metric) -> TypeGuard[GenerationMetric]:
     """It scores texts, rather than having `items` of its own."""
     return isinstance(metric, GenerationMetric) and type(metric).items is GenerationMetric.items
 
@@ -150,9 +151,10 @@ def _answers(outcomes: Sequence[Outcome], items: Mapping[str, Sequence[Item]], m
     """What the model says to each question of the metrics of answers, asked once."""
     asked: dict[int, dict[_Question, Item]] = {}
     for outcome in outcomes:
-        if _shares_answers(outcome.metric):
+        metric: Metric = outcome.metric
+        if _shares_answers(metric):
             for item in items[outcome.name]:
-                asked.setdefault(outcome.metric.max_new_tokens, {}).setdefault(_question(outcome.metric, item), item)
+                asked.setdefault(metric.max_new_tokens, {}).setdefault(_question(metric, item), item)
     texts: dict[_Question, str] = {}
     for max_new_tokens, questions in asked.items():
         texts |= zip(questions, complete(model, tokenizer, list(questions.values()), max_new_tokens=max_new_tokens), strict=True)

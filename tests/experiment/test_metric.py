@@ -58,6 +58,7 @@ def test_every_form_of_a_metric() -> None:
     assert metric_of(Words).max_new_tokens == 48 and name_of(metric_of(Words)) == "Words"
     words = metric_of({"metric": Words, "least": 3, "max_new_tokens": 5})
     assert (words.least, words.max_new_tokens) == (3, 5)
+    assert repr(words) == "Words(least=3, max_new_tokens=5)"
     assert option_names(Words) == ["least", "max_new_tokens"]
     assert values_of(lengths) == values_of({"metric": lengths, "unit": "letters"}) == dict(zip(IDS, [5.0, 6.0], strict=True))
 

@@ -11,7 +11,7 @@ from torch import nn
 from steer.checks import of_type, one_of
 from steer.entries import dotted, in_short
 from steer.errors import ConfigError, did_you_mean
-from steer.experiment.metric import HIGHER, LOWER, METRICS, Item, Metric
+from steer.experiment.metric import HIGHER, LOWER, METRICS, Item, Metric, name_of
 
 
 @METRICS.register("function")
@@ -37,14 +37,14 @@ class Function(Metric):
         self.better = None if better is None else one_of(better, (HIGHER, LOWER), "better of 'function'")
 
     def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> Mapping[str, float]:
-        values = self.function(model, tokenizer, items)
+        values, name = self.function(model, tokenizer, items), name_of(self)
         if isinstance(values, Mapping):
             return values
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-            raise _no_values(self.label, values)
+            raise _no_values(name, values)
         numbers = values.tolist() if hasattr(values, "tolist") else list(values)  # of an array or a tensor
         if len(numbers) != len(items):
-            raise _other_number(self.label, len(items), len(numbers))
+            raise _other_number(name, len(items), len(numbers))
         return dict(zip([item["id"] for item in items], numbers, strict=True))
 
 

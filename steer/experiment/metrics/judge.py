@@ -93,6 +93,7 @@ class Judge(GenerationMetric):
     """
 
     needs = "judge"
+    unit = "grade"
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class Judge(GenerationMetric):
         self.price = _price(price, budget)
         self.more = dict(request or {})
         self.endpoint = ChatEndpoint(_address(base_url), os.environ.get(KEY), timeout, retries)
-        self.cache = ReplyCache(cache if cache is not None else cache_folder() / "judge")
+        self.replies = ReplyCache(cache if cache is not None else cache_folder() / "judge")
         self.calls = 0  # so far
         self.spent = 0.0
         self._lock = threading.Lock()
@@ -141,11 +142,11 @@ class Judge(GenerationMetric):
 
     def scores(self, items: Sequence[Item], texts: Sequence[str], tokenizer: Any = None) -> Mapping[str, float]:
         requests = {item["id"]: self._request(item, text) for item, text in zip(items, texts, strict=True)}
-        keys = {name: self.cache.key(self.endpoint, request) for name, request in requests.items()}
+        keys = {name: self.replies.key(self.endpoint, request) for name, request in requests.items()}
         by_key = {keys[name]: request for name, request in requests.items()}
         grades: dict[str, float] = {}
         for key in by_key:
-            if (reply := self.cache.get(key)) is not None and (grade := self._grade(reply)) is not None:
+            if (reply := self.replies.get(key)) is not None and (grade := self._grade(reply)) is not None:
                 grades[key] = grade
         if missing := sorted(by_key.keys() - grades.keys()):  # in the order of hashes
             cost = self._cost([by_key[key] for key in missing])
@@ -156,8 +157,8 @@ class Judge(GenerationMetric):
 
     def cost(self, items: Sequence[Item], texts: Sequence[str]) -> Cost:
         """What grading these answers takes, those in the cache left out."""
-        requests = {self.cache.key(self.endpoint, one): one for one in (self._request(*pair) for pair in zip(items, texts, strict=True))}
-        return self._cost([request for key, request in requests.items() if self.cache.get(key) is None])
+        requests = {self.replies.key(self.endpoint, one): one for one in (self._request(*pair) for pair in zip(items, texts, strict=True))}
+        return self._cost([request for key, request in requests.items() if self.replies.get(key) is None])
 
     # ---- one call
 
@@ -190,7 +191,7 @@ class Judge(GenerationMetric):
             reply = self.endpoint.reply(request)
             self._pay(request, reply)
             if (grade := self._grade(reply.text)) is not None:
-                self.cache.put(key, request, reply.text)
+                self.replies.put(key, request, reply.text)
                 return grade
         raise _no_grade(self, reply.text)
 

@@ -69,7 +69,7 @@ class LmEval(Metric):
         known = sorted(set.intersection(*(set(task.higher_is_better()) for task in self._tasks.values())))
         if score is None and len(known) == 1:
             return known[0]
-        if score not in known:
+        if score is None or score not in known:
             raise _which("score", self.task, score, known)
         return score
 

@@ -133,3 +133,11 @@ def test_a_metric_of_answers_that_scores_nothing_says_so() -> None:
 
     with pytest.raises(ConfigError, match="Idle defines neither score nor scores"):
         measured(Idle(max_new_tokens=2), FAMILIES["llama"](), tiny_tokenizer(), ITEMS)
+
+
+@pytest.mark.real
+def test_the_embedded_model_answers_without_a_loop(smollm2) -> None:
+    model, tokenizer = smollm2
+    items = with_ids([{"prompt": "What is the capital of France?", "expected": "Paris"}, {"prompt": "Say hello.", "expected": "Paris"}])
+    assert list(measured(metric_of({"metric": "checker", "max_new_tokens": 12}), model, tokenizer, items).values()) == [1.0, 0.0]
+    assert max(measured(metric_of({"metric": "repetition", "max_new_tokens": 12}), model, tokenizer, items).values()) < 0.3

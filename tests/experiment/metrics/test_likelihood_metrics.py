@@ -11,12 +11,13 @@ from callback_helpers import make_plan
 from experiment.metrics.metric_helpers import CHAT, PAIRS, answer_by_hand, logprobs_by_hand, passage_by_hand
 from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.experiment.metric import check_items, measured, metric_of, with_ids, with_system
+from steer.experiment.metric import check_items, measured, metric_of, passage, with_ids, with_system
 from steer.experiment.score import Suite, measure
 from steer.intervene import Plan
-from steer.model.tokens import encode, pad_id, plain
+from steer.model.tokens import Row, encode, pad_id, plain
 
 ITEMS = with_ids(PAIRS)
 IDS = [item["id"] for item in ITEMS]
@@ -84,6 +85,13 @@ def test_a_system_message_moves_a_passage_without_changing_what_is_scored(model,
         logprobs = logprobs_by_hand(model, tokenizer, f"be rude {first}", rest)
         by_hand.append(-float(logprobs[range(len(ids)), ids].mean()))
     assert list(values.values()) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_token_that_begins_every_text_stays_first(tokenizer) -> None:
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    the, cat, be = tokenizer("the cat be", add_special_tokens=False).input_ids
+    assert passage(tokenizer, {"text": "the cat"}) == Row((1, the, cat), 1)
+    assert passage(tokenizer, {"text": "the cat", "system": "be"}) == Row((1, be, the, cat), 2), "both words are scored as before"
 
 
 def test_a_system_message_stands_before_that_of_the_item() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -16,6 +17,7 @@ from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
 from steer.errors import ConfigError, ContextError
+from steer.experiment.complete import complete
 from steer.experiment.metric import check_items, measured, metric_of
 from steer.experiment.outcome import Outcome
 from steer.intervene import Plan
@@ -89,6 +91,52 @@ def test_a_system_message_stands_before_all_documents(task) -> None:
     assert list(told.values()) == [by_hand(model, tokenizer, doc | {"question": f"be rude {doc['question']}"}) for doc in DOCS]
     with pytest.raises(ConfigError, match="one system message"):
         measured(metric, model, tokenizer, [{**item, "system": item["id"]} for item in items])
+
+
+def test_answers_that_are_generated_and_read_in_two_ways(task, tmp_path: Path) -> None:
+    model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
+    said = complete(model, bare(tokenizer), [doc["question"] for doc in DOCS], max_new_tokens=4)
+    assert sum(map(bool, said)) > 1, "some of them say something"
+    docs = [{"question": doc["question"], "word": text.split()[0] if text else "nothing"} for doc, text in zip(DOCS, said, strict=True)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)) + "\n")
+    filters = [
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)"}, {"function": "take_first"}]},
+        {"name": "all", "filter": [{"function": "take_first"}]},
+    ]
+    generated = {
+        "task": "words_of_a_test",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{word}}",
+        "generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 4, "do_sample": False},
+        "filter_list": filters,
+        "metric_list": [{"metric": "exact_match", "higher_is_better": True}],
+    }
+    (tmp_path / "words.yaml").write_text(json.dumps(generated))
+    spec = {"metric": "lm_eval", "task": "words_of_a_test", "include_path": str(tmp_path)}
+    metric = metric_of(spec | {"filter": "first"})
+    assert metric.score == "exact_match"
+    items = metric.own_items()
+    assert list(measured(metric, model, tokenizer, items).values()) == [float(bool(text)) for text in said]
+    assert list(measured(metric_of(spec | {"filter": "all"}), model, tokenizer, items).values()) == [
+        float(text == doc["word"]) for doc, text in zip(docs, said, strict=True)
+    ]
+    with pytest.raises(ConfigError, match="more than one filter[\\s\\S]*all, first"):
+        measured(metric_of(spec), model, tokenizer, items)
+    edit = make_plan(strength=40.0, phases=("generate",)).interventions[0]
+    with Plan(dataclasses.replace(edit, scope="response")).attached(model) as attachment:
+        measured(metric, model, tokenizer, items)
+        assert attachment.fired()["add@layers.1.output"] > 0, "generation tells the response by the cache"
+
+
+def bare(tokenizer: Any) -> Any:
+    """Without the chat template, which lm-eval leaves out too."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 @pytest.mark.parametrize(
