@@ -52,10 +52,11 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     arm = next(arm for arm in run.arms if arm.name == cell.arm)
     treatment = run.treatments[arm.name][cell.draw]
     treatment.save(cells.of(cell))
-    training, cost = None, {}
+    training: dict[str, Any] | None = None
+    cost: dict[str, Any] = {}
     if run.trains and cell.needs is None:
         adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell))
-        adapted.unload()  # type: ignore[operator]
+        adapted.unload()
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
@@ -81,7 +82,7 @@ def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[t
             yield acting, treatment.system if arm.acts_at_inference else None
     finally:
         if run.trains:
-            model.unload()  # type: ignore[operator]
+            model.unload()
 
 
 def adapter_of(cell: Cell, cells: CellFolder) -> Path:
@@ -96,7 +97,7 @@ def adapter_of(cell: Cell, cells: CellFolder) -> Path:
 @contextmanager
 def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Module]:
     if arm.when == BAKED:
-        merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
+        merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
         with treatment.baked(merged) as acting:
             yield acting
     elif arm.acts_at_inference:
