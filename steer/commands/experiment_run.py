@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from steer.commands.config import dtype_named
+from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, lora_config, texts, tracked_sites
 from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.directions.extractor import extractor_of
@@ -83,6 +84,7 @@ class ExperimentRun:
     def _check(self) -> None:
         if self.experiment.scope is not None:
             check_scope(self.experiment.scope)
+        check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
         if self.trains:
             self.module(nn.Identity(), 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Cell:
     def name(self) -> str:
         """For people, and for its folder."""
         draw = f".{self.draw}" if self.draw else ""
-        return f"{self.arm}{draw}.seed{self.seed}.{self.key[:10]}"
+        return f"{re.sub('[^A-Za-z0-9.+-]+', '_', self.arm)}{draw}.seed{self.seed}.{self.key[:10]}"
 
 
 class CellFolder:
