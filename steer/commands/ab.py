@@ -219,7 +219,8 @@ def write_config(job: ExperimentRun) -> None:
 
 def quieten_libraries() -> None:
     """Keeps from the output what libraries say about one another."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for package in ("pytorch_lightning", "lightning.pytorch"):  # where both are installed, one speaks by the logger of the other
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
 
