@@ -14,7 +14,7 @@ from typing import Any
 from steer.report.extra import extra
 from steer.report.palette import LIGHT
 
-WIDE = 11.4  # inches; the page shows an inch as 98 pixels, so this fills its column
+WIDE = 9.8  # inches; the page shows an inch as 98 pixels
 NARROW = 3.3  # of a telephone
 HOVER = "hover:"  # what an artist's gid begins with that says something under the pointer
 ROUND_STEPS = [1, 2, 5, 10]  # of matplotlib's locator: distances between ticks

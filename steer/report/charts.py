@@ -33,7 +33,7 @@ class Charts:
         if outcome is None or not has_rows(self.metrics):
             return None
         signed = is_change(self.metrics, outcome)
-        words = "; ".join(f"{row.label}: {row.words(signed=signed)}" for row in arm_rows(self.metrics, outcome))
+        words = "; ".join(f"{row.name}: {row.words(signed=signed)}" for row in arm_rows(self.metrics, outcome))
         return self._svg(draw_primary, self.metrics, key="primary", title=f"{readable(outcome)} in each arm", description=f"{words}.")
 
     @property
@@ -51,8 +51,7 @@ class Charts:
         rows = view.guardrail_rows(self.metrics)
         if not rows:
             return None
-        labels, indices = view.labels_of(self.metrics), view.indices_of(self.metrics)
-        arms = {name: (label, indices[name]) for name, label in labels.items()}
+        arms = view.indices_of(self.metrics)
         words = " ".join(str(row.get("verdict") or "") for row in rows)
         return self._svg(draw_guardrails, rows, arms, key="guardrails", title="Guardrails and their margins", description=words)
 

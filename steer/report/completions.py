@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steer.report.numbers import measured, number
-from steer.report.view import indices_of, labels_of
+from steer.report.view import indices_of
 
 LONG = 700  # characters; of a longer text the rest is folded
 SHOWN = 600
@@ -14,7 +14,8 @@ SHOWN = 600
 
 def completion_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Prompts in their first order, each with the answer of the base model and of every arm (None: not generated)."""
-    labels, indices = {"base": "Base model", **labels_of(metrics)}, indices_of(metrics)
+    labels = {"base": "the model as it is"} | {str(arm["name"]): str(arm.get("label") or "") for arm in metrics.get("arms") or []}
+    indices = indices_of(metrics)
     by_arm = {arm: {str(each.get("prompt", "")): each for each in answers or ()} for arm, answers in _ordered(metrics, labels)}
     prompts = dict.fromkeys(prompt for answers in by_arm.values() for prompt in answers)
     most = largest_projection(metrics)
@@ -22,7 +23,7 @@ def completion_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "prompt": prompt,
             "answers": [
-                {"label": labels.get(arm, arm), "index": indices.get(arm), **_answer(answers.get(prompt), most)}
+                {"name": arm, "label": labels.get(arm, ""), "index": indices.get(arm), **_answer(answers.get(prompt), most)}
                 for arm, answers in by_arm.items()
             ],
         }

@@ -13,7 +13,7 @@ from steer.report.canvas import both_widths
 from steer.report.curves import BAND, ArmCurve, DriftCurve, Run, chance_bound, drift_curves
 from steer.report.drift_plot import draw_drift
 from steer.report.numbers import number
-from steer.report.view import indices_of, labels_of
+from steer.report.view import indices_of
 
 STEERED_HERE = {"train": "steered here in training", "inference": "steered here at inference", "both": "steered here throughout"}
 MISSING = (math.nan, math.nan)
@@ -55,15 +55,16 @@ def acts_at(treatment: Mapping[str, Any], site: str) -> bool:
 
 def _curve(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int, markup: Any) -> dict[str, Any]:
     """One figure of drift with its tables: the last step in short, every number of it, and every step."""
-    labels, indices = labels_of(metrics), indices_of(metrics)
+    indices = indices_of(metrics)
+    names = {name: name for name in indices}
     at_site = {str(arm["name"]): str(arm.get("when")) for arm in metrics.get("arms") or [] if acts_at(arm.get("treatment") or {}, curve.site)}
     notes = {name: STEERED_HERE.get(when, "") for name, when in at_site.items()}
-    last = [_last_step(arm, labels, indices, looks) for arm in curve.arms]
+    last = [_last_step(arm, indices, looks) for arm in curve.arms]
     steps = sorted({int(step) for arm in curve.arms for step in arm.steps})
     by_step = [dict(zip(arm.steps.tolist(), zip(arm.effect.tolist(), arm.band.tolist(), strict=True), strict=True)) for arm in curve.arms]
     title = f"{curve.direction} at {curve.site}, {curve.mode} mode"
     description = f"Shift in baseline SD at the last measured step. {' '.join(_sentence(row) for row in last)}"
-    svg = both_widths(draw_drift, curve, labels, notes, key=f"drift-{index}", title=f"Drift of {title}", description=description)
+    svg = both_widths(draw_drift, curve, names, notes, key=f"drift-{index}", title=f"Drift of {title}", description=description)
     return {
         "title": title,
         "direction": curve.direction,
@@ -73,7 +74,7 @@ def _curve(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int
         "steered": any(notes.values()),
         "svg": markup(svg),
         "last": last,
-        "runs": [_run_row(run, labels.get(arm.arm, arm.arm), looks) for arm in curve.arms for run in arm.runs],
+        "runs": [_run_row(run, arm.arm, looks) for arm in curve.arms for run in arm.runs],
         "steps": [{"step": step, "cells": [_shift_and_band(of_arm.get(step, MISSING)) for of_arm in by_step]} for step in steps],
     }
 
@@ -82,7 +83,7 @@ def _shift_and_band(values: tuple[float, float]) -> tuple[str, str]:
     return number(values[0], signed=True, digits=2), number(values[1], digits=2)
 
 
-def _last_step(arm: ArmCurve, labels: Mapping[str, str], indices: Mapping[str, int], looks: int) -> dict[str, Any]:
+def _last_step(arm: ArmCurve, indices: Mapping[str, int], looks: int) -> dict[str, Any]:
     beyond, compared = arm.beyond(looks)
     if not compared:
         verdict = "not comparable"
@@ -91,7 +92,7 @@ def _last_step(arm: ArmCurve, labels: Mapping[str, str], indices: Mapping[str, i
     else:
         verdict = f"beyond chance in {beyond} of {compared} runs"
     return {
-        "label": labels.get(arm.arm, arm.arm),
+        "label": arm.arm,
         "index": indices.get(arm.arm, len(indices)) % len(palette.ARMS),
         "step": int(arm.steps[-1]),
         "effect": number(float(arm.effect[-1]), signed=True, digits=2),

@@ -16,7 +16,7 @@ from steer.report.rows import ArmRow, arm_rows, axis_label, better_label, is_cha
 from steer.report.schema import read
 
 ARROWS = {"lower is better": "\N{LEFTWARDS ARROW} lower is better", "higher is better": "higher is better \N{RIGHTWARDS ARROW}"}
-SEEDS_AT, DRAWS_AT = 0.25, 0.3  # below and above the interval of a row, whose height is 1
+SEEDS_AT, DRAWS_AT = 0.23, 0.25  # below and above the interval of a row, whose height is 1
 
 
 def comparison_figure(metrics: Mapping[str, Any], *, width: float = 8.0) -> Any:
@@ -51,7 +51,7 @@ def draw_primary(metrics: Mapping[str, Any], width: float) -> Any:
     assert outcome is not None, "see has_rows"
     rows = arm_rows(metrics, outcome)
     narrow, change = is_narrow(width), is_change(metrics, outcome)
-    figure = new_figure(width, (0.86 if narrow else 0.66) * len(rows) + 1.35)
+    figure = new_figure(width, (0.95 if narrow else 0.7) * len(rows) + (1.9 if narrow else 1.35))
     ax = figure.subplots()
     drawn = [draw for row in rows for draw in row.draws]
     if len(drawn) > 1:
@@ -72,38 +72,42 @@ def draw_primary(metrics: Mapping[str, Any], width: float) -> Any:
     ax.tick_params(axis="x", length=3)
     ax.grid(axis="x", color=LIGHT["rule"], linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
-    figure.legend(handles=_legend(rows, len(drawn)), loc="outside lower left", ncols=2 if narrow else 4, handlelength=1.4, columnspacing=1.6)
+    figure.legend(handles=_legend(rows, len(drawn)), loc="outside lower left", ncols=1 if narrow else 4, handlelength=1.4, columnspacing=1.6)
     return figure
 
 
 def _draw_row(ax: Any, row: ArmRow, y: int, signed: bool) -> None:
     colour = LIGHT[ARMS[row.index % len(ARMS)]]
     # The same scatter on every run, so that one tree gives one file.
-    scatter = np.random.default_rng(0).uniform(-0.09, 0.09, len(row.draws))
+    scatter = np.random.default_rng(0).uniform(-0.07, 0.07, len(row.draws))
     for number_of_draw, (draw, jitter) in enumerate(zip(row.draws, scatter, strict=True), 1):
         (dot,) = ax.plot(draw, y + DRAWS_AT + jitter, "o", color=colour, markersize=4.6, markerfacecolor="none", markeredgewidth=0.9)
-        hover(dot, f"{row.label}, control draw {number_of_draw}: {number(draw, signed=signed)}")
+        hover(dot, f"{row.name}, control draw {number_of_draw}: {number(draw, signed=signed)}")
     for seed, value in row.seeds.items():
         (dot,) = ax.plot(value, y - SEEDS_AT, "o", color=colour, markersize=3.4, markeredgewidth=0, alpha=0.8)
-        hover(dot, f"{row.label}, seed {seed}: {number(value, signed=signed)}")
+        hover(dot, f"{row.name}, seed {seed}: {number(value, signed=signed)}")
     if row.low is not None and row.high is not None:
         (line,) = ax.plot([row.low, row.high], [y, y], color=colour, linewidth=2.4)
-        hover(line, f"{row.label}: {row.words(signed=signed)}, 95 % interval")
+        hover(line, f"{row.name}: {row.words(signed=signed)}, 95 % interval")
     if row.value is not None:
         (dot,) = ax.plot(row.value, y, "D", color=colour, markersize=6.4, markeredgewidth=0, zorder=4)
-        hover(dot, f"{row.label}: {row.words(signed=signed)}")
+        hover(dot, f"{row.name}: {row.words(signed=signed)}")
 
 
 def _write_row(ax: Any, row: ArmRow, y: int, signed: bool, narrow: bool) -> None:
-    """Label and numbers: beside the row, or above it on a telephone."""
-    place, words = ax.get_yaxis_transform(), row.words(signed=signed)
+    """Name, label and numbers: beside the row, or above it on a telephone."""
+    style = {"transform": ax.get_yaxis_transform(), "va": "center"}
+    words = row.words(signed=signed)
     ax.set_yticks([])
     if narrow:
-        ax.text(0, y - 0.5, short(row.label, 44), transform=place, va="center", size=8.5)
-        ax.text(1, y + 0.02, words.partition(" ")[0], transform=place, va="center", ha="left", size=8, color=LIGHT["muted"])
+        ax.text(0, y - 0.47, short(row.name, 22), weight="bold", size=8.5, **style)
+        ax.text(1, y - 0.47, words, ha="right", size=8.5, color=LIGHT["muted"], **style)
         return
-    ax.text(-0.015, y, lines(row.label, 34), transform=place, va="center", ha="right")
-    ax.text(1.01, y, words, transform=place, va="center", ha="left", color=LIGHT["muted"])
+    has_label = row.label != row.name
+    ax.text(-0.015, y - 0.17 * has_label, row.name, ha="right", weight="bold", **style)
+    if has_label:
+        ax.text(-0.015, y + 0.17, short(row.label, 48), ha="right", size=8, color=LIGHT["muted"], **style)
+    ax.text(1.01, y, words, ha="left", color=LIGHT["muted"], **style)
 
 
 def _legend(rows: Sequence[ArmRow], draws: int) -> list[Any]:

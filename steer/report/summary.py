@@ -27,7 +27,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     """
     tree = read(metrics)
     outcome = primary_outcome(tree)
-    table = Table(title=_title(tree), title_justify="left", caption=_caption(tree), caption_justify="left")
+    table = Table(title=_title(tree), title_justify="left", min_width=60, caption=_caption(tree), caption_justify="left")
     table.add_column("arm", overflow="fold")
     if outcome is None:
         return table
@@ -36,7 +36,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column(Text("\n".join([*words, "mean [95 % interval]"])), justify="right")
     if change:
         table.add_column(Text("change from\nthe base model"), justify="right")
-    table.add_column(Text("contrast [its interval]\ncorrected p"), justify="right")
+    table.add_column(Text("contrast\n[its interval]\ncorrected p"), justify="right")
     values = [(arm.get("outcomes") or {}).get(outcome) or {} for arm in tree.get("arms") or []]
     digits = common_digits([(each.get("mean"), each.get("ci")) for each in values])
     of_change = common_digits([(each.get("change"), each.get("change_ci")) for each in values])
@@ -75,4 +75,4 @@ def _contrast(metrics: Mapping[str, Any], arm: str, outcome: str) -> str:
     digits = common_digits([(each.get("difference"), each.get("ci"))])
     difference, bounds = number(each.get("difference"), signed=True, digits=digits), interval(each.get("ci"), signed=True, digits=digits)
     role = "" if each.get("role") == "primary" else f", {each.get('role')}"
-    return f"against {each['b']}: {difference} {bounds}\np {sign}{p}{role}"
+    return f"against {each['b']}\n{difference} {bounds}\np {sign}{p}{role}"

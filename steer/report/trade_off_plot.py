@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer.report.canvas import annotate, hover, is_narrow, new_figure, short
+from steer.report.canvas import annotate, hover, is_narrow, lines, new_figure, short
 from steer.report.numbers import is_interval, measured, number, percentage
 from steer.report.palette import ARMS, LIGHT
 from steer.report.rows import readable
@@ -55,8 +55,8 @@ def _mark_margin(ax: Any, metrics: Mapping[str, Any], guardrail: str) -> None:
     if measured(margin) and low < margin < high:
         ax.axvspan(margin, high, color=LIGHT["band"], linewidth=0, zorder=0)
         ax.set_xlim(low, high)
-        style = {"xycoords": ax.get_xaxis_transform(), "color": LIGHT["muted"], "size": 8, "va": "top"}
-        annotate(ax, "beyond the margin", (margin, 1), (4, -3), **style)
+        style = {"xycoords": ax.get_xaxis_transform(), "color": LIGHT["muted"], "size": 8, "va": "bottom"}
+        annotate(ax, "beyond the margin", (high, 1), (0, 3), ha="right", **style)
 
 
 def _name_points(ax: Any, metrics: Mapping[str, Any], points: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
@@ -86,29 +86,29 @@ def _label_trade_off(ax: Any, metrics: Mapping[str, Any], point: Mapping[str, An
     ax.set_ylabel(f"effect \N{RIGHTWARDS ARROW}\n{better}")
 
 
-def draw_guardrails(guardrails: Sequence[Mapping[str, Any]], arms: Mapping[str, tuple[str, int]], width: float) -> Any:
+def draw_guardrails(guardrails: Sequence[Mapping[str, Any]], arms: Mapping[str, int], width: float) -> Any:
     """A panel for each outcome that must not get worse: the harm in every arm with its one-sided bounds, and the margin.
 
     Args:
-        arms: name -> label and number, which chooses the colour.
+        arms: name -> number, which chooses the colour.
     """
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for each in guardrails:
         panels.setdefault(str(each["metric"]), []).append(each)
     narrow = is_narrow(width)
-    heights = [0.62 * len(rows) + 0.35 if narrow else 0.4 * len(rows) + 0.35 for rows in panels.values()]
-    figure = new_figure(min(width, 9.6), sum(heights) + 0.6 * len(panels))
+    heights = [0.6 * len(rows) + 0.2 if narrow else 0.36 * len(rows) + 0.3 for rows in panels.values()]
+    figure = new_figure(min(width, 9.6), sum(heights) + (0.75 if narrow else 0.6) * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (metric, rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(ax, metric, rows, arms, narrow)
     return figure
 
 
-def _draw_panel(ax: Any, metric: str, rows: Sequence[Mapping[str, Any]], arms: Mapping[str, tuple[str, int]], narrow: bool) -> None:
+def _draw_panel(ax: Any, metric: str, rows: Sequence[Mapping[str, Any]], arms: Mapping[str, int], narrow: bool) -> None:
     margin = float(rows[0]["margin"])
     for y, row in enumerate(rows):
-        label, index = arms.get(str(row["arm"]), (str(row["arm"]), 0))
-        colour = LIGHT[ARMS[index % len(ARMS)]]
+        name = str(row["arm"])
+        colour = LIGHT[ARMS[arms.get(name, 0) % len(ARMS)]]
         if is_interval(row.get("bounds")):
             (line,) = ax.plot(row["bounds"], [y, y], color=colour, linewidth=2.2)
             hover(line, str(row.get("verdict") or ""))
@@ -117,9 +117,10 @@ def _draw_panel(ax: Any, metric: str, rows: Sequence[Mapping[str, Any]], arms: M
         hover(dot, str(row.get("verdict") or ""))
         place = ax.get_yaxis_transform()
         if narrow:
-            ax.text(0, y - 0.42, f"{short(label, 30)}: {row['outcome']}", transform=place, va="center", size=8)
+            plain = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
+            ax.text(0, y - 0.42, f"{short(name, 20)}: {row['outcome']}", transform=place, va="center", size=8, bbox=plain)
         else:
-            ax.text(-0.015, y, short(label, 42), transform=place, va="center", ha="right")
+            ax.text(-0.015, y, short(name, 30), transform=place, va="center", ha="right")
             weight = "normal" if row["outcome"] == KEPT else "bold"
             ax.text(1.01, y, row["outcome"], transform=place, va="center", ha="left", weight=weight)
     ax.margins(x=0.08)
@@ -130,7 +131,9 @@ def _draw_panel(ax: Any, metric: str, rows: Sequence[Mapping[str, Any]], arms: M
     ax.axvline(0, color=LIGHT["rule"], linewidth=0.8, zorder=1)
     ax.set(xlim=(min(low, 0), high), ylim=(len(rows) - 0.5, -0.7 if narrow else -0.5))
     ax.set_yticks([])
+    ax.locator_params(axis="x", nbins=4 if narrow else 8)
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="x", length=3)
     unit = f", {rows[0]['unit']}" if rows[0].get("unit") else ""
-    ax.set_xlabel(f"{readable(metric)}: worse than {rows[0]['reference']} by{unit} \N{RIGHTWARDS ARROW}   (margin {number(margin)})", size=8.5)
+    label = f"{readable(metric)}: worse than {rows[0]['reference']} by{unit} \N{RIGHTWARDS ARROW} (margin {number(margin)})"
+    ax.set_xlabel(lines(label, 46) if narrow else label, size=8.5)

@@ -52,14 +52,9 @@ class Badge:
     kind: str = "plain"
 
 
-def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Name of an arm -> its label."""
-    return {str(arm["name"]): str(arm.get("label") or arm["name"]) for arm in metrics.get("arms") or []}
-
-
 def indices_of(metrics: Mapping[str, Any]) -> dict[str, int]:
     """Name of an arm -> its number, which chooses its colour."""
-    return {name: i for i, name in enumerate(labels_of(metrics))}
+    return {str(arm["name"]): i for i, arm in enumerate(metrics.get("arms") or [])}
 
 
 def spoken(metrics: Mapping[str, Any], text: Any) -> str:
@@ -117,8 +112,8 @@ def arm_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         {
             "index": i,
-            "label": str(arm.get("label") or arm["name"]),
             "name": str(arm["name"]),
+            "label": str(arm.get("label") or ""),
             "steering": treated(arm),
             "cells": [of_outcome[i] for of_outcome in cells],
         }
@@ -171,24 +166,21 @@ def _cell(row: ArmRow, place: Forest | None, signed: bool, digits: int | None) -
 def contrast_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Contrasts with their words; the forests of one outcome share a scale."""
     contrasts = metrics.get("contrasts") or []
-    labels = labels_of(metrics)
     rows: list[dict[str, Any] | None] = [None] * len(contrasts)
     for outcome in dict.fromkeys(str(each.get("metric")) for each in contrasts):
         places = [i for i, each in enumerate(contrasts) if str(each.get("metric")) == outcome]
         estimates = [(contrasts[i].get("difference"), contrasts[i].get("ci")) for i in places]
         digits, scale = common_digits(estimates), forest(estimates)
         for i, place in zip(places, scale, strict=True):
-            rows[i] = _contrast_row(metrics, contrasts[i], labels, digits, place)
+            rows[i] = _contrast_row(metrics, contrasts[i], digits, place)
     return [row for row in rows if row is not None]
 
 
-def _contrast_row(
-    metrics: Mapping[str, Any], each: Mapping[str, Any], labels: Mapping[str, str], digits: int | None, place: Forest | None
-) -> dict[str, Any]:
+def _contrast_row(metrics: Mapping[str, Any], each: Mapping[str, Any], digits: int | None, place: Forest | None) -> dict[str, Any]:
     level = each.get("level")
     return {
-        "a": labels.get(str(each.get("a")), str(each.get("a"))),
-        "b": labels.get(str(each.get("b")), str(each.get("b"))),
+        "a": str(each.get("a")),
+        "b": str(each.get("b")),
         "outcome": axis_label(metrics, str(each.get("metric"))),
         "role": str(each.get("role") or ""),
         "difference": number(each.get("difference"), signed=True, digits=digits),
@@ -241,8 +233,8 @@ def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:
 
 
 def training_losses(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float]]]:
-    """Label, number and mean loss by step of every trained arm; runs that are shorter than the longest are left out of the mean."""
-    labels, indices = labels_of(metrics), indices_of(metrics)
+    """Name, number and mean loss by step of every trained arm; runs that are shorter than the longest are left out of the mean."""
+    indices = indices_of(metrics)
     runs: dict[str, list[list[float]]] = {}
     for name, training in (metrics.get("training") or {}).items():
         loss = [float("nan") if x is None else float(x) for x in training.get("loss") or ()]
@@ -252,19 +244,19 @@ def training_losses(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[flo
     for arm, losses in runs.items():
         longest = [loss for loss in losses if len(loss) == max(map(len, losses))]
         count = f", mean of {len(longest)} runs" if len(longest) > 1 else ""
-        means.append((f"{labels.get(arm, arm)}{count}", indices.get(arm, len(indices)), np.mean(longest, axis=0).tolist()))
+        means.append((f"{arm}{count}", indices.get(arm, len(indices)), np.mean(longest, axis=0).tolist()))
     return means
 
 
 def training_costs(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Steps, seconds and overhead of every trained arm, over its runs."""
-    labels, indices, overhead = labels_of(metrics), indices_of(metrics), metrics.get("overhead") or {}
+    indices, overhead = indices_of(metrics), metrics.get("overhead") or {}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for name, training in (metrics.get("training") or {}).items():
         runs.setdefault(str(training.get("arm") or name), []).append(training)
     return [
         {
-            "label": labels.get(arm, arm),
+            "label": arm,
             "index": indices.get(arm, len(indices)),
             "runs": len(of_arm),
             "steps": of_arm[0].get("steps", "not recorded"),
