@@ -22,11 +22,13 @@ from torch import nn
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
+from steer.errors import DamagedFileError
 from steer.experiment.arms import Arm
 from steer.experiment.cells import Cell, CellFolder
 from steer.experiment.outcome import measure_all
 from steer.experiment.overhead import step_overhead
 from steer.experiment.treatment import BAKED, Treatment
+from steer.files import contents
 from steer.intervene import Plan
 from steer.model.tokens import Row, collate
 
@@ -49,19 +51,13 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
         return {**result, "timing": {"started": started, "seconds": time.perf_counter() - clock}, "versions": versions()}
     arm = next(arm for arm in run.arms if arm.name == cell.arm)
     treatment = run.treatments[arm.name][cell.draw]
+    treatment.save(cells.of(cell))
     training, cost = None, {}
-    if not run.trains:
-        model = run.model
-    elif cell.needs is not None:
-        model = PeftModel.from_pretrained(run.model, cells.of(cell.needs) / ADAPTER)  # type: ignore[arg-type]
-    else:
-        model, training, cost = _train(run, cell, arm, treatment, cells.of(cell))
-    try:
-        with _acting(arm, treatment, model) as acting:
-            result = _measure(run, acting, treatment.system if arm.acts_at_inference else None)
-    finally:
-        if run.trains:
-            model.unload()  # type: ignore[operator]
+    if run.trains and cell.needs is None:
+        adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell))
+        adapted.unload()  # type: ignore[operator]
+    with as_measured(run, cell, cells) as (acting, system):
+        result = _measure(run, acting, system)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
     return {**result, "training": training, "timing": timing, "versions": versions()}
 
@@ -73,8 +69,32 @@ def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[s
 
 
 @contextmanager
+def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[tuple[nn.Module, str | None]]:
+    """The model of a trained cell with what acts in it, as it is measured, and the system message that it is asked behind."""
+    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    treatment = run.treatments[arm.name][cell.draw]
+    model = run.model
+    if run.trains:
+        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))  # type: ignore[arg-type]
+    try:
+        with _acting(arm, treatment, model) as acting:
+            yield acting, treatment.system if arm.acts_at_inference else None
+    finally:
+        if run.trains:
+            model.unload()  # type: ignore[operator]
+
+
+def adapter_of(cell: Cell, cells: CellFolder) -> Path:
+    """The adapter of a trained cell. Raises DamagedFileError when it is not whole; PEFT would ask the hub for one that is missing."""
+    folder = cells.of(cell) / ADAPTER
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise _missing_adapter(cell, folder / name)
+    return folder
+
+
+@contextmanager
 def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Module]:
-    """The model as the arm is measured."""
     if arm.when == BAKED:
         merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
         with treatment.baked(merged) as acting:
@@ -183,3 +203,15 @@ def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan:
 
     cost = step_overhead(adapted, batch, attached)
     return {"callback_overhead": cost.median, "callback_overhead_range": [cost.low, cost.high]}
+
+
+# ---- errors
+
+
+def _missing_adapter(cell: Cell, file: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"cell '{cell.name}' lacks its adapter",
+        expected=str(file),
+        found=contents(file.parent),
+        remedy=f"remove '{file.parents[1]}', and run the experiment again",
+    )

@@ -59,7 +59,9 @@ class ExperimentRun:
         self.settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         spec = self.settings["experiment"]
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
-        self.arms = _with_weights(arms) if self.trains else arms
+        arms = _with_weights(arms) if self.trains else arms
+        most = config.draws
+        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
         self.prompts = texts(self.experiment.completions.prompts)

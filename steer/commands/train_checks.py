@@ -15,7 +15,7 @@ from steer.errors import ConfigError, SiteError, did_you_mean
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
-RUN_FILES = ("metrics.json", "report.html", "directions", "plans", "adapters", "drift", "logs")
+RUN_FILES = ("metrics.json", "report.html", "plans", "adapters")  # of a finished run, or of one of an older version
 
 
 def texts(value: Any) -> list[str]:
@@ -41,7 +41,7 @@ def check_seeds(seeds: Any) -> list[int]:
 
 
 def check_unused(out: Path) -> None:
-    """Raises ConfigError when a folder holds a run, finished or begun, which this one would mix with its own or overwrite."""
+    """Raises ConfigError when a folder holds a finished run, which this one would overwrite. One that was interrupted goes on."""
     if files := [name for name in RUN_FILES if (out / name).exists()]:
         raise _used_folder(out, files)
 
@@ -107,7 +107,7 @@ def _used_folder(out: Path, files: list[str]) -> ConfigError:
         f"'{out}' holds a run already",
         expected="a folder without one",
         found=", ".join(files),
-        remedy="leave hydra.run.dir out, which makes a new folder for each run, or name another; a run cannot be resumed",
+        remedy="leave hydra.run.dir out, which makes a new folder for each run, or name another",
     )
 
 

@@ -6,6 +6,7 @@ The tree is what `metrics.json` holds (schema 2, docs/metrics.md), what the page
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -133,7 +134,7 @@ def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcom
     mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean())
     draws = [float(scores.matrix(outcome.name, control.name, draw).values.mean()) for draw in scores.draws(control.name)]
     rank = rank_among_controls(mean, draws, wanted=outcome.better or "higher")
-    return {"arm": question.primary.arm, "control": control.name, **rank.to_dict()}
+    return {"arm": question.primary.arm, "control": control.name, **asdict(rank)}
 
 
 def _items(scores: Scores, pair: Pair, outcome: Outcome) -> list[dict[str, Any]]:
@@ -147,7 +148,7 @@ def _items(scores: Scores, pair: Pair, outcome: Outcome) -> list[dict[str, Any]]
 def _wrong_way(scores: Scores, pair: Pair, outcome: Outcome) -> dict[str, Any] | None:
     if outcome.better is None:
         return None
-    return wrong_way(scores.difference(pair.outcome, pair.arm, pair.against).values, wanted=outcome.better).to_dict()
+    return asdict(wrong_way(scores.difference(pair.outcome, pair.arm, pair.against).values, wanted=outcome.better))
 
 
 def _trade_off(
@@ -163,7 +164,7 @@ def _trade_off(
     harm = -1 if damaged.better == "higher" else 1
     effects = {name: sign * scores.difference(outcome.name, name, untreated.name).values for name in others}
     damages = {name: harm * scores.difference(damaged.name, name, untreated.name).values for name in others}
-    return [{**each.to_dict(), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
+    return [{**asdict(each), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
 
 
 def _power(answered: Answer) -> dict[str, Any]:

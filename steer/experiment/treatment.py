@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -101,6 +102,9 @@ class Treatment(ABC):
     def training_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows that the model is trained on."""
         return list(rows)
+
+    def save(self, folder: Path) -> None:  # noqa: B027 - most have nothing to keep
+        """Writes what it is made of into the folder of a cell, for whoever wants to use it."""
 
     def size(self, bench: Bench) -> dict[str, float]:
         """The matched quantity, by part; empty when there is none."""

@@ -41,7 +41,7 @@ def test_every_pair_is_compared_in_every_metric_as_one_family() -> None:
     pairs = {(comparison["metric"], frozenset((comparison["a"], comparison["b"]))) for comparison in comparisons}
     assert len(comparisons) == len(pairs) == 6 * len(results.UNITS)
     assert all(comparison["p_adjusted"] >= comparison["p"] for comparison in comparisons)
-    assert all("18 comparisons" in comparison["verdict"] for comparison in comparisons)
+    assert all("18 contrasts" in comparison["verdict"] for comparison in comparisons)
 
 
 def test_strict_json_that_the_report_can_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from steer.experiment.metric import METRICS, Item, Metric, encoded
+from steer.experiment.metric import METRICS, Item, Metric, encoded, item_key
 from steer.model.likelihood import response_logprobs
 from steer.model.tokens import pad_id
 
@@ -23,9 +23,9 @@ class LogProbGap(Metric):
     unit = "nat/token"
 
     def __init__(self, answer: str = "trait", other: str = "neutral") -> None:
-        self.answer = answer
-        self.other = other
-        self.keys = ("prompt", answer, other)  # type: ignore[misc]
+        self.answer = item_key(answer, "answer")
+        self.other = item_key(other, "other")
+        self.keys = ("prompt", answer, other)
 
     def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
         pad = pad_id(tokenizer)

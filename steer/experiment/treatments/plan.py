@@ -80,6 +80,9 @@ class PlanTreatment(Treatment):
     def training_plan(self) -> Plan | None:
         return self.plan
 
+    def save(self, folder: Path) -> None:
+        self.plan.save(folder / "plan")
+
     def size(self, bench: Bench) -> dict[str, float]:
         return edit_norms(self.plan, bench.model, bench.states(self.plan))
 
