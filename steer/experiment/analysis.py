@@ -134,7 +134,7 @@ def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcom
     mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean())
     draws = [float(scores.matrix(outcome.name, control.name, draw).values.mean()) for draw in scores.draws(control.name)]
     rank = rank_among_controls(mean, draws, wanted=outcome.better or "higher")
-    return {"arm": question.primary.arm, "control": control.name, **asdict(rank)}
+    return {"arm": question.primary.arm, "control": control.name, **asdict(rank), "verdict": rank.verdict}
 
 
 def _items(scores: Scores, pair: Pair, outcome: Outcome) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ ONE_SEED = (
     "Repeat with other seeds before believing a small difference."
 )
 NOT_TRAINED = "No arm was trained: the answer is about these weights and other items like these."
-FEW = "{count} seeds: an interval over so few seeds is wide, and at three seeds covers the truth in about 91 to 96 of 100 experiments, not 95."
+FEW = "{count} seeds: an interval over so few seeds is wide; with three it covers the truth in 91 to 96 of 100 experiments, not always 95."
 INTERIM = (
     "{done} of {planned} planned seeds are done. Whoever looks after every seed and stops when it suits finds effects that are not there: "
     "the plan decides when to stop."

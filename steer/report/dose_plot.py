@@ -14,6 +14,8 @@ from steer.report.rows import axis_label, better_label
 
 COLUMNS = 2
 
+Lines = Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]  # arm -> strengths and values of one outcome
+
 
 def sweep_outcomes(metrics: Mapping[str, Any]) -> list[str]:
     """Outcomes that any strength of the sweep has, in their order in the tree."""
@@ -21,7 +23,7 @@ def sweep_outcomes(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in metrics.get("outcomes") or {} if name in swept]
 
 
-def sweep_lines(metrics: Mapping[str, Any], outcome: str) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+def sweep_lines(metrics: Mapping[str, Any], outcome: str) -> Lines:
     """Arm -> strengths, ascending, and values of one outcome. A sweep of one arm may leave its name out."""
     lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     for point in metrics.get("sweep") or []:
@@ -51,7 +53,9 @@ def draw_sweep(metrics: Mapping[str, Any], width: float) -> Any:
     return figure
 
 
-def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str, lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]) -> None:
+def _draw_outcome(
+    ax: Any, metrics: Mapping[str, Any], outcome: str, lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+) -> None:
     ax.axhline(0, color=LIGHT["rule"], linewidth=0.8)
     for number_of_arm, (arm, line) in enumerate(lines.items()):
         colour = LIGHT[ARMS[number_of_arm % len(ARMS)]]
@@ -72,7 +76,7 @@ def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str, lines: Mapp
     ax.tick_params(length=3)
 
 
-def _legend(lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]) -> list[Any]:
+def _legend(lines: Lines) -> list[Any]:
     line, patch = extra("matplotlib.lines").Line2D, extra("matplotlib.patches").Patch
     handles = [
         line([], [], color=LIGHT[ARMS[i % len(ARMS)]], marker="o", markersize=5, dashes=DASHES[i % len(DASHES)] or (None, None), label=arm)

@@ -57,7 +57,9 @@ def _curve(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int
     """One figure of drift with its tables: the last step in short, every number of it, and every step."""
     indices = indices_of(metrics)
     names = {name: name for name in indices}
-    at_site = {str(arm["name"]): str(arm.get("when")) for arm in metrics.get("arms") or [] if acts_at(arm.get("treatment") or {}, curve.site)}
+    at_site = {
+        str(arm["name"]): str(arm.get("when")) for arm in metrics.get("arms") or [] if acts_at(arm.get("treatment") or {}, curve.site)
+    }
     notes = {name: STEERED_HERE.get(when, "") for name, when in at_site.items()}
     last = [_last_step(arm, indices, looks) for arm in curve.arms]
     steps = sorted({int(step) for arm in curve.arms for step in arm.steps})

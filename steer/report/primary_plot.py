@@ -72,7 +72,9 @@ def draw_primary(metrics: Mapping[str, Any], width: float) -> Any:
     ax.tick_params(axis="x", length=3)
     ax.grid(axis="x", color=LIGHT["rule"], linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
-    figure.legend(handles=_legend(rows, len(drawn)), loc="outside lower left", ncols=1 if narrow else 4, handlelength=1.4, columnspacing=1.6)
+    figure.legend(
+        handles=_legend(rows, len(drawn)), loc="outside lower left", ncols=1 if narrow else 4, handlelength=1.4, columnspacing=1.6
+    )
     return figure
 
 
@@ -104,9 +106,9 @@ def _write_row(ax: Any, row: ArmRow, y: int, signed: bool, narrow: bool) -> None
         ax.text(1, y - 0.47, words, ha="right", size=8.5, color=LIGHT["muted"], **style)
         return
     has_label = row.label != row.name
-    ax.text(-0.015, y - 0.17 * has_label, row.name, ha="right", weight="bold", **style)
+    ax.text(-0.015, y - 0.2 * has_label, row.name, ha="right", weight="bold", **style)
     if has_label:
-        ax.text(-0.015, y + 0.17, short(row.label, 48), ha="right", size=8, color=LIGHT["muted"], **style)
+        ax.text(-0.015, y - 0.02, lines(row.label, 40), ha="right", size=8, color=LIGHT["muted"], **(style | {"va": "top"}))
     ax.text(1.01, y, words, ha="left", color=LIGHT["muted"], **style)
 
 

@@ -1,4 +1,4 @@
-"""metrics.json of schema 1, which `steer train` of 0.1 wrote, as a tree of schema 2. What it did not hold is left out; nothing is computed anew."""
+"""metrics.json of schema 1, which `steer train` of 0.1 wrote, as a tree of schema 2: what it did not hold is left out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def renewed(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": metrics.get("wall_seconds"),
         "completions": _completions(metrics, arms),
         "training": {arm["name"]: {"arm": arm["name"], "draw": 0, "seed": metrics.get("seed"), **arm["train"]} for arm in _trained(arms)},
-        "overhead": {arm["name"]: (arm.get("train") or {}).get("callback_overhead") for arm in arms},
+        "overhead": {arm["name"]: _overhead(arm["train"]) for arm in arms if arm.get("train")},
     }
 
 
@@ -136,6 +136,10 @@ def _contrasts(comparisons: Sequence[Mapping[str, Any]], compared: Mapping[str, 
 def _completions(metrics: Mapping[str, Any], arms: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     of_base = {"base": metrics["base_completions"]} if metrics.get("base_completions") else {}
     return of_base | {arm["name"]: arm["completions"] for arm in arms if arm.get("completions")}
+
+
+def _overhead(train: Mapping[str, Any]) -> dict[str, Any]:
+    return {"median": train.get("callback_overhead"), "range": train.get("callback_overhead_range")}
 
 
 def _trained(arms: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

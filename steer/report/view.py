@@ -261,7 +261,7 @@ def training_costs(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             "runs": len(of_arm),
             "steps": of_arm[0].get("steps", "not recorded"),
             "seconds": _middle([training["seconds"] for training in of_arm if measured(training.get("seconds"))]),
-            "overhead": overhead.get(arm),
+            "overhead": overhead.get(arm) or {},
         }
         for arm, of_arm in runs.items()
     ]

@@ -132,7 +132,7 @@ def tree(
         "seconds": 3124.0,
         "completions": {name: completions(name) for name in ("base", *(arm.name for arm in of))},
         "training": {cell_name(*cell): training(*cell) for cell in trained},
-        "overhead": {name: 0.017 for name in ("preventative", "random") if name in chosen},
+        "overhead": {name: {"median": 0.017, "range": [-0.004, 0.031]} for name in ("preventative", "random") if name in chosen},
         "cells": {cell_name(*cell): dict(zip(("arm", "draw", "seed"), cell, strict=True)) | {"key": "9f2c51aa07d3"} for cell in trained},
         "drift": {"stores": {cell_name(*cell): f"cells/{cell_name(*cell)}/drift.sqlite" for cell in trained}},
         "artifacts": {"adapters": {cell_name(*cell): f"cells/{cell_name(*cell)}/adapter" for cell in trained}},
@@ -151,7 +151,7 @@ def training(arm: str, draw: int, seed: int) -> dict[str, Any]:
     noise = np.random.default_rng([draw, seed])
     floor = {"plain": 1.15, "preventative": 1.32}.get(arm, 1.19)
     loss = floor + 1.6 * np.exp(-np.arange(60) / 14) + 0.08 * noise.standard_normal(60)
-    return {"arm": arm, "draw": draw, "seed": seed, "steps": 60, "seconds": 61.3, "probe_seconds": 4.0, "loss": loss.tolist()}
+    return {"arm": arm, "draw": draw, "seed": seed, "steps": 60, "loss": loss.tolist(), "store": "drift.sqlite"}
 
 
 def with_projections(metrics: dict[str, Any]) -> dict[str, Any]:
