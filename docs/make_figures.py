@@ -21,10 +21,12 @@ from steer.commands.generate import read_run
 from steer.experiment.results import drift_records
 from steer.report import drift_figure
 from steer.report.curves import natural
-from steer.report.numbers import duration, number
-from steer.report.view import arm_cells, metric_columns
+from steer.report.numbers import duration, interval, number
+from steer.report.schema1 import OUTCOMES
+from steer.report.view import common_digits
 
 PICTURE, QUOTED, README = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "README.md"
+NAMES = {"behaviour_gap": "behaviour gap", "task_logprob": "task log-probability", "neutral_loss": "neutral text loss"}
 VERDICT = ("specific", "trait_minus_plain", "trait_minus_random")
 NOTES = {"train": "steered here in training", "inference": "steered here at inference"}
 
@@ -59,13 +61,10 @@ def quoted(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def section(demo: dict[str, Any]) -> str:
     """The demo's findings in markdown."""
     trait, arms = demo["trait"], demo["arms"]
-    columns = metric_columns(arms)
-    cells = {key: arm_cells(arms, key) for key in columns}
-    head = ["arm", *(f"{words.name.lower()}, {words.unit} ({words.reading})" for words in columns.values())]
-    rows = [
-        [arm["label"], *(f"{cell.change} {cell.ci}" if (cell := cells[key][i]) else "not measured" for key in columns)]
-        for i, arm in enumerate(arms)
-    ]
+    measured = [key for key in OUTCOMES if any(key in arm["metrics"] for arm in arms)]
+    head = ["arm", *(f"{NAMES[key]}, {OUTCOMES[key]['unit']} ({OUTCOMES[key]['reading']})" for key in measured)]
+    digits = {key: common_digits([(arm["metrics"][key]["change"], arm["metrics"][key]["ci"]) for arm in arms]) for key in measured}
+    rows = [[arm["label"], *(_change(arm["metrics"][key], digits[key]) for key in measured)] for arm in arms]
     items = " and ".join(sorted({str(values["n"]) for arm in arms for values in arm["metrics"].values()}, key=int))
     versions = ", ".join(f"{name} {version}" for name, version in demo["versions"].items())
     auc, norm, dose = number(trait["auc_heldout"], digits=2), number(trait["vector_norm"]), number(trait["relative_dose"])
@@ -79,6 +78,10 @@ def section(demo: dict[str, Any]) -> str:
             *([_other_seeds(demo["seeds"])] if len(demo["seeds"]) > 1 else []),
         ]
     )
+
+
+def _change(values: dict[str, Any], digits: int | None) -> str:
+    return f"{number(values['change'], signed=True, digits=digits)} {interval(values['ci'], signed=True, digits=digits)}"
 
 
 def _other_seeds(seeds: list[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from steer.experiment.cells import Cell, CellFolder, run_missing, state
 from steer.experiment.lock import check_lock, write_lock
 from steer.experiment.question import Question, question_of
 from steer.experiment.result import Result
+from steer.experiment.results import drift_records
 from steer.experiment.scores import Place, Scores
 from steer.files import atomic_write
 
@@ -121,7 +122,7 @@ def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted
         raise _nothing_done(job, wanted, cells)
     chosen = [cell for cell in wanted if cell.arm == BASE or cell.seed in done]
     metrics = _analysed(job, question, cells, chosen)
-    result = Result(metrics, metrics.pop("_scores"))
+    result = Result(metrics, metrics.pop("_scores"), drift_records(job.root, metrics))
     result.save(job.root)
     job.console.print(str(result))
     job.say("report", str(job.root / "report.html"))
@@ -165,7 +166,9 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "completions": {name: results[cell]["completions"] for name, cell in first.items()},
         "training": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, **results[cell]["training"]} for cell in trained},
         "overhead": {
-            cell.arm: results[cell]["timing"].get("callback_overhead") for cell in trained if "callback_overhead" in results[cell]["timing"]
+            cell.arm: {"median": cost["callback_overhead"], "range": cost["callback_overhead_range"]}
+            for cell in trained
+            if "callback_overhead" in (cost := results[cell]["timing"])
         },
         "cells": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, "key": cell.key} for cell in chosen},
         "drift": {"stores": {cell.name: f"cells/{cell.name}/{STORE}" for cell in trained if results[cell]["training"]["store"]}},

@@ -63,6 +63,7 @@ def analyse(
         "contrasts": [_with_wanted(each, of_name) for each in answered.contrasts],
         "guardrails": [each.to_dict() for each in guards],
         "specificity": specific,
+        "items": _items(scores, question.primary, primary),
         "wrong_way": _wrong_way(scores, question.primary, primary),
         "trade_off": _trade_off(scores, question, arms, primary, outcomes),
         "power": _power(answered),
@@ -134,7 +135,15 @@ def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcom
     mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean())
     draws = [float(scores.matrix(outcome.name, control.name, draw).values.mean()) for draw in scores.draws(control.name)]
     rank = rank_among_controls(mean, draws, wanted=outcome.better or "higher")
-    return {"arm": question.primary.arm, "control": control.name, **asdict(rank)}
+    return {"arm": question.primary.arm, "control": control.name, **asdict(rank), "verdict": rank.verdict}
+
+
+def _items(scores: Scores, pair: Pair, outcome: Outcome) -> list[dict[str, Any]]:
+    """The primary contrast in each item, averaged over seeds, with the text that the item asks or holds."""
+    difference = scores.difference(pair.outcome, pair.arm, pair.against)
+    texts = {str(item["id"]): item.get("prompt") or item.get("text") or "" for item in outcome.items}
+    means = difference.values.mean(1).tolist()
+    return [{"id": item, "text": texts.get(item, ""), "difference": mean} for item, mean in zip(difference.items, means, strict=True)]
 
 
 def _wrong_way(scores: Scores, pair: Pair, outcome: Outcome) -> dict[str, Any] | None:

@@ -124,7 +124,9 @@ def compare(
                     treated, tokenizer, [{"prompt": prompt, "system": system} for prompt in prompts], max_new_tokens=max_new_tokens
                 )
                 completions[arm.name] = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    analysis = analyse(scores, asked, read, outcomes, sizes=sizes)
+    untreated = next((arm.name for arm in read if arm.when == NEVER), None)
+    before = None if untreated is None else {outcome.name: scores[Place(outcome.name, untreated, 0, 0)] for outcome in outcomes}
+    analysis = analyse(scores, asked, read, outcomes, before=before, sizes=sizes)
     return Result(analysis | {"completions": completions, "design": {"trained": False}}, scores)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from steer.drift.records import DriftRecord
 from steer.experiment.scores import Scores
 from steer.files import atomic_write, sealed
 from steer.report import comparison_figure, summary_table, write_report
@@ -30,11 +31,13 @@ class Result:
     Attributes:
         metrics: the tree of `metrics.json`, see docs/metrics.md.
         scores: the value of each item.
+        drift: records of what was tracked while the arms were trained, by cell; empty where nothing was.
     """
 
-    def __init__(self, metrics: Mapping[str, Any], scores: Scores) -> None:
+    def __init__(self, metrics: Mapping[str, Any], scores: Scores, drift: Mapping[str, Sequence[DriftRecord]] | None = None) -> None:
         self.metrics = dict(metrics)
         self.scores = scores
+        self.drift = dict(drift or {})
 
     @property
     def verdict(self) -> str:
@@ -60,7 +63,7 @@ class Result:
 
     def report(self, path: str | Path) -> Path:
         """Writes the page. Raises as `steer.report.write_report`."""
-        return write_report(path, self.metrics, {})
+        return write_report(path, self.metrics, self.drift)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `metrics.json`, the tidy table of scores and the page into a folder, each in one step."""
