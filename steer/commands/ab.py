@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -118,9 +119,11 @@ def lock(job: ExperimentRun) -> None:
 
 def report(job: ExperimentRun) -> None:
     """Reads the cells that are done, and writes the page."""
-    cells = CellFolder(job.root / "cells")
-    question = asked(job)
-    write_page(job, question, cells, job.cells())
+    others = [Path(folder) / "cells" for folder in job.config.get("folders") or ()]
+    cells = CellFolder(job.root / "cells", others)
+    wanted = job.cells()
+    cells.check_others(wanted[0].spec)
+    write_page(job, asked(job), cells, wanted)
 
 
 def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted: Sequence[Cell]) -> Result:
@@ -181,10 +184,15 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             if "callback_overhead" in (cost := results[cell]["timing"])
         },
         "cells": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, "key": cell.key} for cell in chosen},
-        "drift": {"stores": {cell.name: f"cells/{cell.name}/{STORE}" for cell in trained if results[cell]["training"]["store"]}},
-        "artifacts": {"adapters": {cell.name: f"cells/{cell.name}/{ADAPTER}" for cell in trained}},
+        "drift": {"stores": {cell.name: _relative(job, cells, cell, STORE) for cell in trained if results[cell]["training"]["store"]}},
+        "artifacts": {"adapters": {cell.name: _relative(job, cells, cell, ADAPTER) for cell in trained}},
         "_scores": scores,
     }
+
+
+def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:
+    """Where a file of a cell is, from the folder of metrics.json."""
+    return os.path.relpath(cells.of(cell) / name, job.root)
 
 
 def _design(job: ExperimentRun, question: Question) -> dict[str, Any]:
