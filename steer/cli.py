@@ -106,6 +106,7 @@ class _Job:
 
     def __init__(self, command: str) -> None:
         self.command = command
+        self.process = os.getpid()
         self.failures: list[SteerError] = []
         self.os_errors: list[OSError] = []
 
@@ -118,14 +119,19 @@ class _Job:
             check_kinds(config, self.command)
             self._run(config)
         except SteerError as error:
-            self.failures.append(error)
+            self._failed(error)
         except OmegaConfBaseException as error:
-            self.failures.append(config_error(self.command, error))
+            self._failed(config_error(self.command, error))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self.os_errors.append(error)
                 raise
-            self.failures.append(_storage_full(error))
+            self._failed(_storage_full(error))
+
+    def _failed(self, error: SteerError) -> None:
+        if os.getpid() != self.process:  # a launcher runs the job in a process of its own, and hands back what is raised alone
+            raise error
+        self.failures.append(error)
 
     def _run(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig

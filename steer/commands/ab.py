@@ -63,7 +63,7 @@ def run_all(job: ExperimentRun) -> Result:
     for number, cell in enumerate(run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)), 1):
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
-    return write_page(job, question, cells, wanted)
+    return write_page(job, question, cells)
 
 
 def what_is_left(out: Path) -> str:
@@ -113,7 +113,7 @@ def plan(job: ExperimentRun) -> None:
 
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
-    design = _design(job, asked(job))
+    design = _design(job, asked(job), job.cells())
     job.say("locked", str(write_lock(job.root, design, _first_cell(job.root / "cells"))))
 
 
@@ -121,13 +121,13 @@ def report(job: ExperimentRun) -> None:
     """Reads the cells that are done, and writes the page."""
     others = [Path(folder) / "cells" for folder in job.config.get("folders") or ()]
     cells = CellFolder(job.root / "cells", others)
-    wanted = job.cells()
-    cells.check_others(wanted[0].spec)
-    write_page(job, asked(job), cells, wanted)
+    cells.check_others(job.cells()[0].spec)
+    write_page(job, asked(job), cells)
 
 
-def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted: Sequence[Cell]) -> Result:
-    """metrics.json, the table of scores and the page of the seeds whose cells are all done."""
+def write_page(job: ExperimentRun, question: Question, cells: CellFolder) -> Result:
+    """metrics.json, the table of scores and the page of the seeds whose cells are all done, what other jobs ran here too."""
+    wanted = job.cells(cells.seeds())
     done = _seeds_done(job, wanted, cells)
     if not done:
         raise _nothing_done(job, wanted, cells)
@@ -169,7 +169,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "design": {
             "trained": job.trains,
             "seeds": sorted({cell.seed for cell in chosen if cell.arm != BASE}),
-            **_lock_state(job, question),
+            **_lock_state(job, question, chosen),
         },
         "model": {"name": job.config.model.name},
         "versions": versions(),
@@ -195,19 +195,19 @@ def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> s
     return os.path.relpath(cells.of(cell) / name, job.root)
 
 
-def _design(job: ExperimentRun, question: Question) -> dict[str, Any]:
+def _design(job: ExperimentRun, question: Question, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a lock holds."""
     return {
         "question": question.to_dict(),
         "outcomes": job.settings["experiment"]["outcomes"],
         "arms": {arm.name: {"when": arm.when, "control_of": arm.control_of, "draws": arm.draws, "uses": arm.uses} for arm in job.arms},
-        "seeds": list(job.seeds),
-        "cells": {f"{cell.arm}.{cell.draw}.{cell.seed}": cell.key for cell in job.cells()},
+        "seeds": sorted({cell.seed for cell in cells if cell.arm != BASE}),
+        "cells": {f"{cell.arm}.{cell.draw}.{cell.seed}": cell.key for cell in cells},
     }
 
 
-def _lock_state(job: ExperimentRun, question: Question) -> dict[str, Any]:
-    return {"lock": check_lock(job.root, _design(job, question), _first_cell(job.root / "cells"))}
+def _lock_state(job: ExperimentRun, question: Question, chosen: Sequence[Cell]) -> dict[str, Any]:
+    return {"lock": check_lock(job.root, _design(job, question, chosen), _first_cell(job.root / "cells"))}
 
 
 def _first_cell(folder: Path) -> str | None:

@@ -232,10 +232,11 @@ class ExperimentRun:
 
     # ---- cells
 
-    def cells(self) -> list[Cell]:
+    def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec())]
-        for seed in self.seeds if self.trains else self.seeds[:1]:
+        seeds = sorted({*self.seeds, *more_seeds})
+        for seed in seeds if self.trains else seeds[:1]:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None
