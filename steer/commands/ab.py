@@ -160,7 +160,8 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=getattr(job, "sizes", None))
+    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -188,6 +189,12 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "artifacts": {"adapters": {cell.name: _relative(job, cells, cell, ADAPTER) for cell in trained}},
         "_scores": scores,
     }
+
+
+def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
+    """The cells of an arm in its first seed, one for each draw."""
+    own = [cell for cell in cells if cell.arm == arm]
+    return [cell for cell in own if cell.seed == own[0].seed]
 
 
 def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:

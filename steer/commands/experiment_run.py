@@ -20,6 +20,7 @@ from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.cells import Cell
 from steer.experiment.complete import check_completions, complete
@@ -87,6 +88,8 @@ class ExperimentRun:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        if not self.trains and len(self.seeds) > 1:
+            raise _nothing_random(self.seeds)
         if self.trains:
             self.module(nn.Identity(), 0)
             check_batch(len(self.data.split("train")), self.experiment.train.batch_size)
@@ -173,7 +176,7 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.peft)
             self.batches(self.training_rows(None), self.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.experiment.drift is None else tracked_sites(self.anatomy, self.experiment)
-        self.sizes = {name: [each.size(self.bench) for each in group] for name, group in self.treatments.items()}
+        _ = self.treatments
         if self.directions is not None:
             _ = self.neutral_projection  # of the base, before an arm acts
         prepare_all(self.outcomes, self.model, self.tokenizer)
@@ -270,3 +273,15 @@ def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
     """Arms that do nothing in training, and do not say whose weights they use, use those of the first that does nothing at all."""
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     return [replace(arm, uses=untreated) if arm.when in (INFERENCE, BAKED) and arm.uses is None else arm for arm in arms]
+
+
+# ---- errors
+
+
+def _nothing_random(seeds: list[int]) -> ConfigError:
+    return ConfigError(
+        "an experiment that trains nothing has no seeds",
+        expected="one seed: every other one would give the same numbers, and claim to have tried again",
+        found=seeds,
+        remedy="set seeds=[0], raise the draws of its controls, or train: experiment.train",
+    )

@@ -58,7 +58,9 @@ class PlanTreatment(Treatment):
         return self._plan
 
     def describe(self) -> str:
-        return "; ".join(each.summary() for each in self._plan.interventions) if self._plan is not None else str(self.source)
+        if self._is_text:
+            return f"plan `{self.source}`" + (f", dose {self.dose:g}" if self.dose != 1 else "")
+        return "; ".join(each.summary() for each in self.plan.interventions)
 
     def spec(self) -> dict[str, Any]:
         if self._is_text:
