@@ -23,8 +23,7 @@ from steer.experiment.analysis import analyse
 from steer.experiment.cells import Cell, CellFolder, run_missing, state
 from steer.experiment.lock import check_lock, write_lock
 from steer.experiment.question import Question, question_of
-from steer.experiment.result import Result
-from steer.experiment.results import drift_records
+from steer.experiment.result import Result, drift_records
 from steer.experiment.scores import Place, Scores
 from steer.files import atomic_write
 
@@ -124,7 +123,7 @@ def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted
     metrics = _analysed(job, question, cells, chosen)
     result = Result(metrics, metrics.pop("_scores"), drift_records(job.root, metrics))
     result.save(job.root)
-    job.console.print(str(result))
+    job.console.print(result)
     job.say("report", str(job.root / "report.html"))
     return result
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from steer.drift.records import DriftRecord
+from steer.drift.store import DriftStore
 from steer.experiment.scores import Scores
 from steer.files import atomic_write, sealed
 from steer.report import comparison_figure, summary_table, write_report
@@ -47,14 +49,17 @@ class Result:
     def __repr__(self) -> str:
         return f"Result({self.verdict})"
 
+    def __rich__(self) -> Table:
+        return summary_table(self.metrics)
+
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=120).print(summary_table(self.metrics))
+        Console(file=text, width=100).print(self)
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=120, record=True)
-        console.print(summary_table(self.metrics))
+        console = Console(file=io.StringIO(), width=100, record=True)
+        console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def plot(self) -> Any:
@@ -72,3 +77,12 @@ class Result:
         atomic_write(folder / METRICS, json.dumps(sealed(self.metrics | {"scores": table.name}), indent=1, allow_nan=False))
         self.report(folder / "report.html")
         return folder
+
+
+def drift_records(folder: str | Path, metrics: Mapping[str, Any]) -> dict[str, list[DriftRecord]]:
+    """Drift records of each cell, read from the stores that metrics.json names, relative to its folder."""
+    records = {}
+    for cell, name in (metrics.get("drift") or {}).get("stores", {}).items():
+        with DriftStore(Path(folder) / name) as store:
+            records[cell] = list(store.records())
+    return records

@@ -8,7 +8,7 @@ from typing import Any
 
 from steer.report.canvas import hover, is_narrow, new_figure
 from steer.report.extra import extra
-from steer.report.numbers import interval, is_interval, measured, number
+from steer.report.numbers import estimate, is_interval, measured, number
 from steer.report.palette import ARMS, DASHES, LIGHT
 from steer.report.rows import axis_label, better_label
 
@@ -62,7 +62,7 @@ def _draw_outcome(
         strengths = [strength for strength, _ in line]
         for strength, values in line:
             for draw, value in enumerate(values.get("controls") or (), 1):
-                (dot,) = ax.plot(strength, value, "o", color=LIGHT["other"], markersize=4, markerfacecolor="none", markeredgewidth=0.8)
+                (dot,) = ax.plot(strength, value, "o", color=LIGHT["muted"], markersize=4, markerfacecolor="none", markeredgewidth=0.8)
                 hover(dot, f"control draw {draw} at strength {strength:g}: {number(value)}")
         bounds = [values["ci"] if is_interval(values.get("ci")) else (math.nan, math.nan) for _, values in line]
         ax.fill_between(strengths, *zip(*bounds, strict=True), color=colour, alpha=0.16, linewidth=0)
@@ -70,7 +70,7 @@ def _draw_outcome(
         ax.plot(strengths, [values["mean"] for _, values in line], color=colour, linewidth=1.9, dashes=dashes)
         for strength, values in line:
             (dot,) = ax.plot(strength, values["mean"], "o", color=colour, markersize=5)
-            hover(dot, f"{arm} at strength {strength:g}: {number(values['mean'])} {interval(values.get('ci'))}".strip())
+            hover(dot, f"{arm} at strength {strength:g}: {estimate(values['mean'], values.get('ci'))}")
     better = better_label(metrics, outcome)
     ax.set_title(axis_label(metrics, outcome) + (f" ({better})" if better else ""))
     ax.tick_params(length=3)
@@ -86,5 +86,5 @@ def _legend(lines: Lines) -> list[Any]:
         handles.append(patch(color=LIGHT["other"], alpha=0.5, label="95 % interval"))
     if any(values.get("controls") for points in lines.values() for _, values in points):
         style = {"marker": "o", "markersize": 4, "markerfacecolor": "none", "linewidth": 0}
-        handles.append(line([], [], color=LIGHT["other"], label="one control draw", **style))
+        handles.append(line([], [], color=LIGHT["muted"], label="one control draw", **style))
     return handles
