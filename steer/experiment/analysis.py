@@ -82,6 +82,8 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
     unsure = [each for each in guards if each.arm == primary.a and each.outcome not in ("exceeded", "kept")]
     if broken:
         said += f", but {broken[0].metric} exceeds its margin"
+    elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
+        said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
     elif unsure and primary.shown:
         said += f"; {unsure[0].metric} is not shown to keep its margin"
     words = said.split()

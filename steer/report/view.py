@@ -88,7 +88,9 @@ def badges(metrics: Mapping[str, Any]) -> list[Badge]:
     else:
         found = [Badge("Exploratory: the question was not locked")]
     seeds = seeds_of(metrics)
-    if len(seeds) == 1:
+    if (metrics.get("design") or {}).get("trained") is False:
+        found.append(Badge("Items only: no arm was trained"))
+    elif len(seeds) == 1:
         found.append(Badge("Items only: one seed", "warn"))
     elif seeds:
         found.append(Badge(f"{(metrics.get('question') or {}).get('items', 'Its')} items \N{MULTIPLICATION SIGN} {len(seeds)} seeds"))

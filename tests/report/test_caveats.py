@@ -34,6 +34,10 @@ def unsure(tree: Tree) -> None:
     tree["guardrails"][0]["outcome"] = "not shown to be kept"
 
 
+def among_its_controls(tree: Tree) -> None:
+    tree["specificity"]["controls"] = [tree["specificity"]["effect"] + shift for shift in (-0.2, 0.1)]
+
+
 def without_guardrails(tree: Tree) -> None:
     tree["guardrails"] = []
 
@@ -71,6 +75,7 @@ def untrained(tree: Tree) -> None:
     ("change", "words"),
     [
         (without_guardrails, "No guardrail was set"),
+        (among_its_controls, "'preventative' lies within the range of its control draws"),
         (unsure, "task_logprob of 'preventative' is not shown to stay within its margin"),
         (three_seeds_of_five, "3 of 5 planned seeds are done"),
         (three_seeds_of_five, "3 seeds: an interval over so few seeds is wide"),

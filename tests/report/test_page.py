@@ -287,3 +287,10 @@ def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"pip install 'torchsteer\[report\]'"):
         write_report(tmp_path / "report.html", bare, {})
+
+
+def test_the_verdict_says_when_single_control_draws_do_as_much() -> None:
+    """A contrast with the mean of draws that differ widely says little about the edit."""
+    found = trees.tree(5, draws=3, effect=0.15)
+    assert found["contrasts"][0]["shown"] is False or found["specificity"]["rank"] == 1 or "control draws do as much" in found["verdict"]
+    assert len(found["verdict"].split()) <= 20
