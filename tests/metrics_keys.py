@@ -13,7 +13,6 @@ CHOSEN = {
     "outcomes": "outcome",
     "arms[].outcomes": "outcome",
     "arms[].outcomes.<outcome>.by_seed": "seed",
-    "sweep[].outcomes": "outcome",
     "completions": "arm",
     "overhead": "arm",
     "training": "cell",

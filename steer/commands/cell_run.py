@@ -16,12 +16,13 @@ from typing import Any
 import pytorch_lightning as pl
 from peft import PeftModel, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
+from steer.commands.trackers import log_result, tracker_of
 from steer.errors import DamagedFileError
 from steer.experiment.arms import Arm
 from steer.experiment.cells import Cell, CellFolder
@@ -52,12 +53,15 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     arm = next(arm for arm in run.arms if arm.name == cell.arm)
     treatment = run.treatments[arm.name][cell.draw]
     treatment.save(cells.of(cell))
-    training, cost = None, {}
+    logger = tracker_of(run.settings.get("tracker"), run.experiment.name, cell)
+    training: dict[str, Any] | None = None
+    cost: dict[str, Any] = {}
     if run.trains and cell.needs is None:
-        adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell))
+        adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell), logger)
         adapted.unload()  # type: ignore[operator]
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
+    log_result(logger, result)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
     return {**result, "training": training, "timing": timing, "versions": versions()}
 
@@ -75,7 +79,7 @@ def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[t
     treatment = run.treatments[arm.name][cell.draw]
     model = run.model
     if run.trains:
-        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))
     try:
         with _acting(arm, treatment, model) as acting:
             yield acting, treatment.system if arm.acts_at_inference else None
@@ -96,7 +100,7 @@ def adapter_of(cell: Cell, cells: CellFolder) -> Path:
 @contextmanager
 def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Module]:
     if arm.when == BAKED:
-        merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
+        merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
         with treatment.baked(merged) as acting:
             yield acting
     elif arm.acts_at_inference:
@@ -110,7 +114,7 @@ def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Mod
 
 
 def _train(
-    run: ExperimentRun, cell: Cell, arm: Arm, treatment: Treatment, folder: Path
+    run: ExperimentRun, cell: Cell, arm: Arm, treatment: Treatment, folder: Path, logger: Logger | None
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """The model with the adapters of the arm, what its training was like, and what that cost."""
     pl.seed_everything(cell.seed, verbose=False)
@@ -124,14 +128,14 @@ def _train(
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
     with started_from as base:
-        adapted = get_peft_model(base, copy.deepcopy(run.lora))  # type: ignore[arg-type]  # PEFT writes into the configuration
+        adapted = get_peft_model(base, copy.deepcopy(run.lora))  # PEFT writes into the configuration
         module = run.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
         callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]
         if tracker is not None:
             callbacks.append(DriftCallback(tracker, every_n_steps=run.experiment.drift.every_n_steps))
         adapted.train()  # models are loaded in evaluation mode
-        trainer = _trainer(run, folder, callbacks)
+        trainer = _trainer(run, folder, callbacks, logger)
         first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
         _fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
         adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
@@ -152,7 +156,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return written[-1] if written else None
 
 
-def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
     # Lightning's own choice would be another kind of bar than that of all else here, and would print into a pipe
     shows_progress = run.config.trainer.progress and sys.stdout.isatty()
     checkpoints = ModelCheckpoint(
@@ -172,7 +176,7 @@ def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback]) -> 
         enable_progress_bar=shows_progress,
         enable_model_summary=False,
         gradient_clip_val=run.experiment.train.gradient_clip,
-        logger=CSVLogger(folder / "logs", name="", version=""),
+        logger=[CSVLogger(folder / "logs", name="", version=""), *([] if logger is None else [logger])],
         log_every_n_steps=1,
         callbacks=[*callbacks, checkpoints, *([TQDMProgressBar(leave=False)] if shows_progress else [])],
     )

@@ -67,6 +67,7 @@ def analyse(
         "wrong_way": _wrong_way(scores, question.primary, primary),
         "trade_off": _trade_off(scores, question, arms, primary, outcomes),
         "power": _power(answered),
+        "sweep": _sweep(arms, scores, outcomes),
     }
 
 
@@ -167,6 +168,21 @@ def _trade_off(
     effects = {name: sign * scores.difference(outcome.name, name, untreated.name).values for name in others}
     damages = {name: harm * scores.difference(damaged.name, name, untreated.name).values for name in others}
     return [{**asdict(each), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
+
+
+def _sweep(arms: Sequence[Arm], scores: Scores, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Dose-response: every outcome at every dose of each arm that is swept, with its interval, and of its controls by draw."""
+    curves: dict[tuple[str, str], dict[str, Any]] = {}
+    for outcome in outcomes:
+        for arm in arms:
+            if arm.sweep is None:
+                continue
+            estimate = crossed(scores.matrix(outcome.name, arm.name).values, what=f"{outcome.name} of {arm.name}")
+            draws = [float(scores.matrix(outcome.name, arm.name, draw).values.mean()) for draw in scores.draws(arm.name)]
+            point = {"dose": arm.dose, "arm": arm.name, "mean": estimate.mean, "ci": _bounds(estimate), "draws": draws}
+            curve = {"name": arm.sweep, "outcome": outcome.name, "is_control": arm.control_of is not None, "points": []}
+            curves.setdefault((arm.sweep, outcome.name), curve)["points"].append(point)
+    return list(curves.values())
 
 
 def _power(answered: Answer) -> dict[str, Any]:

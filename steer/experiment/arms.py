@@ -11,7 +11,7 @@ from typing import Any
 from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, NEVER, TRAIN, TREATMENTS, WHEN, Bench, Treatment, check_when
 
-KEYS = ("label", "treatment", "when", "uses", "controls", "draws")
+KEYS = ("label", "treatment", "when", "uses", "controls", "draws", "doses")
 _OLD_KEYS = ("direction", "strength")  # of configurations before treatments were registered
 _OLD_DIRECTIONS = ("none", "trait", "random")
 DRAWS = 8
@@ -28,6 +28,7 @@ class Arm:
         uses: the arm whose weights an arm that does nothing in training uses; None for the base model, or for weights of its own.
         control_of: the arm whose matched random partner it is.
         draws: number of random partners; 1 for an arm that is no control.
+        sweep, dose: of an arm of a sweep, the name that its doses share, and its own.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Arm:
     uses: str | None = None
     control_of: str | None = None
     draws: int = 1
+    sweep: str | None = None
+    dose: float | None = None
 
     def __post_init__(self) -> None:
         check_when(self.treatment, self.when, self.name)
@@ -106,26 +109,59 @@ def read_arms(specs: Any, *, trait: Mapping[str, Any] | None = None, scope: str 
             raise _unknown_keys(name, spec, known)
     if not chosen:
         raise _no_arms()
-    new = {name: _renewed(name, spec, chosen, trait or {}, scope) for name, spec in chosen.items()}
+    new = _swept({name: _renewed(name, spec, chosen, trait or {}, scope) for name, spec in chosen.items()})
     arms: dict[str, Arm] = {}
     for name in sorted(new, key=lambda name: "controls" in new[name]):  # an arm before its controls
         arms[name] = _arm(name, new[name], arms)
-    ordered = [arms[name] for name in chosen]
+    ordered = [arms[name] for name in new]
     for arm in ordered:
         if arm.uses is not None and not (arm.uses in arms and arms[arm.uses].is_trained):
             raise _untrained(arm, [other.name for other in ordered if other.is_trained])
     return ordered
 
 
+def _swept(specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """An arm with `doses` as one for each dose, and its controls with it."""
+    doses = {name: spec.pop("doses") for name, spec in specs.items() if "doses" in spec}
+    swept: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        of = spec.get("controls", name)
+        if of not in doses:
+            swept[name] = spec
+            continue
+        if (
+            not isinstance(doses[of], Sequence)
+            or isinstance(doses[of], str)
+            or len(set(doses[of])) < max(1, len(doses[of]))
+            or not doses[of]
+        ):
+            raise _no_doses(of, doses[of])
+        for dose in doses[of]:
+            one = {**spec, "label": f"{spec.get('label') or name}, dose {dose:g}", "sweep": (name, dose)}
+            if "controls" in spec:
+                one["controls"] = _dosed_name(of, dose)
+            elif not isinstance(spec.get("treatment"), Mapping):
+                raise _no_dose_of(name, spec.get("treatment"))
+            else:
+                one["treatment"] = {**spec["treatment"], "dose": dose}
+            swept[_dosed_name(name, dose)] = one
+    return swept
+
+
+def _dosed_name(name: str, dose: float) -> str:
+    return f"{name} x{dose:g}"
+
+
 def _arm(name: str, spec: Mapping[str, Any], arms: Mapping[str, Arm]) -> Arm:
     label = str(spec.get("label") or name)
+    sweep, dose = spec.get("sweep", (None, None))
     of = spec.get("controls")
     if of is None:
         if "draws" in spec:
             raise _contradiction(name, "draws", "draws only with controls")
         treatment = treatment_of(spec.get("treatment"), name)
         when = str(spec.get("when") or (NEVER if not treatment.when else INFERENCE))
-        return Arm(name, label, treatment, when, spec.get("uses"))
+        return Arm(name, label, treatment, when, spec.get("uses"), sweep=sweep, dose=dose)
     if of not in arms:
         raise _no_such_arm(name, of, list(arms))
     if "treatment" in spec:
@@ -136,7 +172,8 @@ def _arm(name: str, spec: Mapping[str, Any], arms: Mapping[str, Arm]) -> Arm:
     like = arms[of]
     if not like.treatment.when:
         raise _control_of_nothing(name, of)
-    return Arm(name, label, like.treatment, str(spec.get("when") or like.when), spec.get("uses", like.uses), of, draws)
+    when = str(spec.get("when") or like.when)
+    return Arm(name, label, like.treatment, when, spec.get("uses", like.uses), of, draws, sweep, dose)
 
 
 def treatment_of(spec: Any, arm: str) -> Treatment:
@@ -265,6 +302,21 @@ def _no_such_arm(name: str, of: Any, arms: Sequence[str]) -> ConfigError:
 def _control_of_nothing(name: str, of: str) -> ConfigError:
     what = f"arm '{name}' controls '{of}', to which nothing is done"
     return ConfigError(what, expected="an arm with a treatment", found="none", remedy=f"set experiment.arms.{name}.controls")
+
+
+def _no_doses(name: str, doses: Any) -> ConfigError:
+    return ConfigError(
+        f"arm '{name}' needs doses", expected="numbers, each once", found=doses, remedy=f"set experiment.arms.{name}.doses=[0.5,1,2]"
+    )
+
+
+def _no_dose_of(name: str, treatment: Any) -> ConfigError:
+    return ConfigError(
+        f"arm '{name}' has doses of nothing",
+        expected="a treatment that has a dose, such as kind: plan",
+        found=treatment,
+        remedy=f"set experiment.arms.{name}.treatment, or leave its doses out",
+    )
 
 
 def _no_draws(name: str, draws: Any) -> ConfigError:

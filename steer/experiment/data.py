@@ -57,7 +57,7 @@ class DataSet:
         self.name = str(folder)
         self.root: Traversable = shipped.get(self.name, Path(folder))
         if not self.root.is_dir():
-            raise _no_data_set(folder, sorted(shipped))
+            raise _no_data_set(self.name, sorted(shipped))
         self._splits: dict[str, list[dict[str, str]]] = {}
 
     def split(self, name: str, keys: tuple[str, ...] | None = None) -> list[dict[str, str]]:

@@ -79,10 +79,10 @@ class Result:
         return folder
 
 
-def drift_records(folder: str | Path, metrics: Mapping[str, Any]) -> dict[str, list[DriftRecord]]:
-    """Drift records of each cell, read from the stores that metrics.json names, relative to its folder."""
+def drift_records(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[DriftRecord]]:
+    """Drift records by the name of the cell, read from the stores that metrics.json names."""
     records = {}
-    for cell, name in (metrics.get("drift") or {}).get("stores", {}).items():
-        with DriftStore(Path(folder) / name) as store:
+    for cell, name in metrics["drift"]["stores"].items():
+        with DriftStore(folder / name) as store:
             records[cell] = list(store.records())
     return records

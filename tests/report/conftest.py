@@ -50,7 +50,7 @@ def _comparison(metric: str, a: str, b: str, difference: float, half: float, p: 
 
 @pytest.fixture(scope="session")
 def _five_seeds() -> dict[str, Any]:
-    return trees.with_sweep(trees.with_projections(trees.tree()))
+    return trees.with_projections(trees.tree())
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +63,20 @@ def _bare() -> dict[str, Any]:
     return trees.tree(1, chosen=("plain", "preventative"), locked=False)
 
 
+@pytest.fixture(scope="session")
+def _swept() -> dict[str, Any]:
+    return trees.swept()
+
+
+@pytest.fixture
+def swept(_swept: dict[str, Any]) -> dict[str, Any]:
+    """Four doses of an arm at inference and their controls."""
+    return copy.deepcopy(_swept)
+
+
 @pytest.fixture
 def five_seeds(_five_seeds: dict[str, Any]) -> dict[str, Any]:
-    """A metrics.json with all there can be: 5 seeds, a control of 8 draws, guardrails, a lock, a sweep, projections of tokens."""
+    """A metrics.json with all there can be: 5 seeds, a control of 8 draws, guardrails, a lock, projections of tokens."""
     return copy.deepcopy(_five_seeds)
 
 

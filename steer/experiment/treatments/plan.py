@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from steer.checks import of_type
+from steer.checks import finite_number, of_type
 from steer.directions.text import plan_from_text
 from steer.errors import ConfigError
 from steer.experiment.matched import edit_norms, random_partner
@@ -30,6 +31,7 @@ class PlanTreatment(Treatment):
     Args:
         plan: a Plan, the path of a saved one, or its text, e.g. `2 gushing:layers.22.output@response`; a text names directions of the
             experiment.
+        dose: factor of every strength, which a sweep varies.
 
     Example:
         >>> steer.compare(model, {"plain": None, "warm": plan}, "logprob_gap", items)
@@ -38,12 +40,15 @@ class PlanTreatment(Treatment):
     when = (TRAIN, INFERENCE, BOTH, BAKED)
     unit = "root mean square of |dh|"
 
-    def __init__(self, plan: Plan | str | Path) -> None:
+    def __init__(self, plan: Plan | str | Path, dose: float = 1.0) -> None:
         of_type(plan, (Plan, str, Path), "the plan of a treatment", "pass a steer.Plan, the path of a saved one, or its text")
+        finite_number(dose, "the dose of a plan")
         self.source = plan
+        self.dose = dose
         is_saved = isinstance(plan, Path) or isinstance(plan, str) and (Path(plan) / "manifest.json").is_file()
         self._is_text = isinstance(plan, str) and not is_saved
-        self._plan = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
+        given = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
+        self._plan = None if given is None else _dosed(given, dose)
 
     @property
     def plan(self) -> Plan:
@@ -57,13 +62,13 @@ class PlanTreatment(Treatment):
 
     def spec(self) -> dict[str, Any]:
         if self._is_text:
-            return {"text": self.source}
+            return {"text": self.source, "dose": self.dose}
         manifest, tensors = self.plan.file_form()
         return {"plan": manifest, "tensors": tensor_hash(tensors)}
 
     def prepare(self, bench: Bench) -> Self:
         if self._plan is None:
-            self._plan = plan_from_text(str(self.source), bench.directions)
+            self._plan = _dosed(plan_from_text(str(self.source), bench.directions), self.dose)
         self._plan.validate(bench.model)
         return self
 
@@ -88,6 +93,14 @@ class PlanTreatment(Treatment):
 
     def control(self, bench: Bench, seed: int) -> Treatment:
         return PlanTreatment(random_partner(self.plan, bench.model, bench.states(self.plan), seed)).prepare(bench)
+
+
+def _dosed(plan: Plan, dose: float) -> Plan:
+    """The plan with every strength times the dose."""
+    if dose == 1:
+        return plan
+    dosed = [dataclasses.replace(each, strength=tuple(dose * value for value in each.strength)) for each in plan.interventions]
+    return Plan(dosed, fingerprint=plan.fingerprint, step=plan.step)
 
 
 # ---- errors

@@ -67,7 +67,7 @@ class Weights(Treatment):
                 for path, change in self.changes.items():
                     weight = _weight(modules, path)
                     weights.append((weight, weight.detach().clone()))
-                    weight += change.to(weight)
+                    weight.add_(change.to(weight))
             yield model
         finally:
             with torch.no_grad():
@@ -90,12 +90,12 @@ class Weights(Treatment):
 
 def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What an adapter adds to each weight."""
-    adapted = PeftModel.from_pretrained(model, adapter)  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(model, adapter)
     try:
         changes = {}
         for path, module in adapted.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
-                changes[path] = module.get_delta_weight("default").detach().float().cpu()  # type: ignore[operator]
+                changes[path] = module.get_delta_weight("default").detach().float().cpu()
         others = [
             type(module).__name__ for module in adapted.modules() if hasattr(module, "active_adapter") and not isinstance(module, LoraLayer)
         ]
@@ -103,14 +103,16 @@ def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             raise _no_lora(adapter, others)
         return changes
     finally:
-        adapted.unload()  # type: ignore[operator]
+        adapted.unload()
 
 
 def _weight(modules: dict[str, nn.Module], path: str) -> nn.Parameter:
     """The weight of a module of the base, also inside a PEFT model."""
     for name in (path, f"base_model.model.{path}"):
         if (module := modules.get(name)) is not None:
-            return getattr(module, "base_layer", module).weight
+            weight = getattr(module, "base_layer", module).weight
+            assert isinstance(weight, nn.Parameter)
+            return weight
     raise _no_module(path)
 
 
