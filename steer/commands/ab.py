@@ -178,6 +178,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "started": _first_cell(job.root / "cells"),
         "seconds": sum(result["timing"]["seconds"] for result in results.values()),
         "completions": {name: results[cell]["completions"] for name, cell in first.items()},
+        "projections": _projections(job),
         "training": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, **results[cell]["training"]} for cell in trained},
         "overhead": {
             cell.arm: {"median": cost["callback_overhead"], "range": cost["callback_overhead_range"]}
@@ -195,6 +196,12 @@ def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
     """The cells of an arm in its first seed, one for each draw."""
     own = [cell for cell in cells if cell.arm == arm]
     return [cell for cell in own if cell.seed == own[0].seed]
+
+
+def _projections(job: ExperimentRun) -> dict[str, Any] | None:
+    """What the values of the tokens of completions are; None where no direction was read."""
+    trait = job.settings["experiment"].get("trait")
+    return None if trait is None else {"direction": trait["name"], "site": trait.get("site"), "unit": "class gaps"}
 
 
 def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:

@@ -67,7 +67,7 @@ def analyse(
         "wrong_way": _wrong_way(scores, question.primary, primary),
         "trade_off": _trade_off(scores, question, arms, primary, outcomes),
         "power": _power(answered),
-        "sweep": _sweep(arms, scores, primary),
+        "sweep": _sweep(arms, scores, outcomes),
     }
 
 
@@ -83,6 +83,8 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
     unsure = [each for each in guards if each.arm == primary.a and each.outcome not in ("exceeded", "kept")]
     if broken:
         said += f", but {broken[0].metric} exceeds its margin"
+    elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
+        said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
     elif unsure and primary.shown:
         said += f"; {unsure[0].metric} is not shown to keep its margin"
     words = said.split()
@@ -168,17 +170,18 @@ def _trade_off(
     return [{**asdict(each), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
 
 
-def _sweep(arms: Sequence[Arm], scores: Scores, outcome: Outcome) -> list[dict[str, Any]]:
-    """Dose-response: the primary outcome at every dose of each arm that is swept, with its interval, and of its controls by draw."""
-    curves: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        if arm.sweep is None:
-            continue
-        estimate = crossed(scores.matrix(outcome.name, arm.name).values, what=f"{outcome.name} of {arm.name}")
-        draws = [float(scores.matrix(outcome.name, arm.name, draw).values.mean()) for draw in scores.draws(arm.name)]
-        point = {"dose": arm.dose, "arm": arm.name, "mean": estimate.mean, "ci": _bounds(estimate), "draws": draws}
-        curve = {"name": arm.sweep, "outcome": outcome.name, "is_control": arm.control_of is not None, "points": []}
-        curves.setdefault(arm.sweep, curve)["points"].append(point)
+def _sweep(arms: Sequence[Arm], scores: Scores, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Dose-response: every outcome at every dose of each arm that is swept, with its interval, and of its controls by draw."""
+    curves: dict[tuple[str, str], dict[str, Any]] = {}
+    for outcome in outcomes:
+        for arm in arms:
+            if arm.sweep is None:
+                continue
+            estimate = crossed(scores.matrix(outcome.name, arm.name).values, what=f"{outcome.name} of {arm.name}")
+            draws = [float(scores.matrix(outcome.name, arm.name, draw).values.mean()) for draw in scores.draws(arm.name)]
+            point = {"dose": arm.dose, "arm": arm.name, "mean": estimate.mean, "ci": _bounds(estimate), "draws": draws}
+            curve = {"name": arm.sweep, "outcome": outcome.name, "is_control": arm.control_of is not None, "points": []}
+            curves.setdefault((arm.sweep, outcome.name), curve)["points"].append(point)
     return list(curves.values())
 
 
