@@ -72,6 +72,7 @@ class ForwardContext:
         labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
         position_ids: [batch or 1, tokens] as given, or None.
         past: number of tokens in the cache before this pass; a tensor for static caches.
+        is_uncounted: a cache of an unknown kind holds it is not known how many tokens before this pass.
         virtual: number of cache entries before every text that are no tokens of it (prefix tuning, soft prompts of an earlier pass).
         leading: number of positions at the start of this pass that are none either (a soft prompt).
         is_paged: continuous batching: one row with tokens of many requests, some of their prompts, some decoded.
@@ -97,6 +98,7 @@ class ForwardContext:
     labelled: Tensor | None = None
     position_ids: Tensor | None = None
     past: Tensor | int = 0
+    is_uncounted: bool = False
     virtual: int = 0
     leading: int = 0
     is_paged: bool = False
@@ -121,6 +123,8 @@ class ForwardContext:
         return scratch.positions
 
     def _positions(self) -> Tensor:
+        if self.is_uncounted:
+            raise _unknown_cache()
         position_ids = self.position_ids
         before_text = self.virtual + self.leading
         if position_ids is not None and before_text:
@@ -305,6 +309,15 @@ def _unknown_positions() -> ContextError:
         expected="a 2-D attention mask, or position_ids of shape [batch, tokens]",
         found="padding in an attention mask of another form, and no position_ids",
         remedy="pass the 2-D mask, or position_ids that count each row's tokens",
+    )
+
+
+def _unknown_cache() -> ContextError:
+    return ContextError(
+        "positions cannot be told in this forward pass",
+        expected="a cache that says how many tokens it holds, or none",
+        found="one of an unknown kind, such as a list of tensors",
+        remedy="use the scopes 'all', 'last', 'generated' or 'tokens[...]', or a cache with get_seq_length() as those of transformers",
     )
 
 

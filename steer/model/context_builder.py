@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ContextError
-from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass
+from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass, takes_notes
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
 from steer.model.peft_state import NONE, VirtualTokens
 
@@ -53,6 +53,9 @@ def build_context(
     is_paged = _is_paged(cache)
     if is_paged:
         cache = None  # it belongs to many requests, and says nothing of the tokens of one
+    is_uncounted = not takes_notes(cache)
+    if is_uncounted:
+        cache = None
     leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.number else (0, 0)
     past = _cached_tokens(cache, in_cache)
     generating = is_paged or _is_generating(arguments, response, past, in_cache)
@@ -62,7 +65,8 @@ def build_context(
     if token_tensor is None:
         return tokenless_context(phase, role)
     batch, tokens = token_tensor.shape[:2]
-    decoding = generating and not is_paged and tokens == 1 and not (isinstance(past, int) and past == 0)
+    follows = is_uncounted or not (isinstance(past, int) and past == 0)
+    decoding = generating and not is_paged and tokens == 1 and follows
     mask = None if is_paged else _plain_mask(arguments, batch, tokens)
     return ForwardContext(
         batch=batch,
@@ -70,11 +74,12 @@ def build_context(
         phase=phase,
         role=role,
         decoding=decoding,
-        unclear=generating and not is_paged and _is_unclear(arguments, cache, past, tokens - leading),
-        attention=_attention(mask, tokens, past + in_cache),
+        unclear=is_uncounted and tokens > 1 or generating and not is_paged and _is_unclear(arguments, cache, past, tokens - leading),
+        attention=_attention(mask, tokens, _columns_before(mask, tokens) if is_uncounted else past + in_cache),
         labelled=_response_mask(arguments, response, token_tensor),
         position_ids=_position_ids(arguments),
         past=past,
+        is_uncounted=is_uncounted,
         virtual=in_cache,
         leading=leading,
         is_paged=is_paged,
@@ -92,7 +97,8 @@ def build_context(
 
 def context_beside_decoder(arguments: dict[str, Any], response: Tensor | None, *, is_reference: bool) -> ForwardContext:
     """The context of a module that is no part of the decoder and has no tokens (a vision tower, an action head)."""
-    past = _cached_tokens(arguments.get("past_key_values"), 0)
+    cache = arguments.get("past_key_values")
+    past = _cached_tokens(cache, 0) if takes_notes(cache) else 0
     generating = _is_generating(arguments, response, past, 0)
     return tokenless_context(_phase(generating), "reference" if is_reference and not generating else "policy")
 
@@ -216,6 +222,11 @@ def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, leadi
     if turns.shape[0] and batch % turns.shape[0] == 0:
         turns = turns.repeat_interleave(batch // turns.shape[0], 0)
     return turns[:, past:] if isinstance(past, int) and turns.shape[1] == past + tokens else turns
+
+
+def _columns_before(mask: Any, tokens: int) -> int:
+    """Columns of a mask over cache and pass that belong to the cache, where that does not say how much it holds."""
+    return mask.shape[1] - tokens if isinstance(mask, Tensor) and mask.dim() == 2 else 0
 
 
 def _attention(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
