@@ -129,24 +129,46 @@ class ForwardContext:
         before_text = self.virtual + self.leading
         if position_ids is not None and before_text:
             position_ids = position_ids - before_text
+        counts = self._position_ids_count
         if self.full_mask is None:
             if position_ids is not None:
-                return position_ids
+                return position_ids if counts is True else torch.where(counts, position_ids, self._places)
             if isinstance(self.attention, Tensor):
                 raise _unknown_positions()
-            return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
+            return self._places
         length = self.memory.length_before(self.past) if self.decoding and isinstance(self.past, int) else None
         if length is not None and length.shape[0] == self.batch:
             counted = length + self.attention - 1  # [batch, 1]
         else:
             counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - before_text
+        if position_ids is None:
+            return counted
         # position ids start over in packed rows, and may count padding
-        return counted if position_ids is None else torch.minimum(counted, position_ids)
+        return (
+            torch.minimum(counted, position_ids) if counts is True else torch.where(counts, torch.minimum(counted, position_ids), counted)
+        )
+
+    @property
+    def _places(self) -> Tensor:
+        """[1, tokens]: index of each token in cache and pass."""
+        return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
+
+    @property
+    def _position_ids_count(self) -> Mask:
+        """[batch or 1, 1] or True: rows whose position ids tell tokens apart. Some models give the same for all, which says nothing."""
+        position_ids = self.position_ids
+        if position_ids is None or self.tokens == 1:
+            return True
+        return (position_ids != position_ids[:, :1]).any(1, keepdim=True)
 
     @property
     def starts(self) -> Tensor | None:
         """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
-        return None if self.position_ids is None else self.real & (self.position_ids == self.virtual + self.leading)
+        if self.position_ids is None:
+            return None
+        real, counts = self.real, self._position_ids_count
+        starts = self.position_ids == self.virtual + self.leading
+        return real & (starts if counts is True else torch.where(counts, starts, real.cumsum(1) == 1))
 
     @property
     def in_text(self) -> Mask:

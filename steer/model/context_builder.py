@@ -156,12 +156,18 @@ def _is_unclear(arguments: dict[str, Any], cache: Any, past: Tensor | int, token
 def _plain_mask(arguments: dict[str, Any], batch: int, tokens: int) -> Any:
     """The attention mask of the stack; the plain one of an outer module in place of one that was expanded from it."""
     mask = arguments.get("attention_mask")
+    follows_cache = arguments.get("past_key_values") is not None
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         outer = arguments.get(OUTER_MASK)
-        return outer if outer is not None and outer.shape[0] == batch and outer.shape[1] >= tokens else mask
-    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < tokens):
+        return outer if outer is not None and _fits(outer, batch, tokens, follows_cache) else mask
+    if mask is not None and not _fits(mask, mask.shape[0] if mask.shape[0] == 1 else batch, tokens, follows_cache):
         raise _unfitting_mask(mask, batch, tokens)
     return mask
+
+
+def _fits(mask: Tensor, rows: int, tokens: int, follows_cache: bool) -> bool:
+    """A 2-D mask is that of a pass; nothing but a cache has tokens before those of the pass."""
+    return mask.shape[0] == rows and (mask.shape[1] >= tokens if follows_cache else mask.shape[1] == tokens)
 
 
 def _position_ids(arguments: dict[str, Any]) -> Tensor | None:
@@ -260,7 +266,7 @@ def _unfitting_response_mask(mask: Tensor, batch: int, tokens: int) -> ContextEr
 def _unfitting_mask(mask: Tensor, batch: int, tokens: int) -> ContextError:
     return ContextError(
         "the attention mask is not that of this forward pass",
-        expected=f"{batch} rows and at least {tokens} tokens",
+        expected=f"{batch} rows and {tokens} tokens, and those of a cache before them",
         found=list(mask.shape),
         remedy="pass the mask of the tokens that this stack of blocks gets",
     )

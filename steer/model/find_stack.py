@@ -63,7 +63,7 @@ def find_stack(model: nn.Module) -> FoundStack:
                 found.append(FoundStack(path, main_stack(seen.stacks)))
             else:
                 if not is_transformers_model(module):
-                    missed += _unknown_lists(path, module)
+                    missed += unknown_lists(path, module)
                 inner += [(joined(path, name), part) for name, part in module.named_children() if holds_lists(part)]
         waiting = inner
     for preferred in (lambda entry: entry.stack.embedding is not None, lambda entry: is_text(entry.path)):
@@ -80,10 +80,10 @@ def _lists_outside(model: nn.Module, paths: list[str]) -> list[str]:
     """Lists of blocks of one's own beside models of transformers, by their paths."""
     if not is_transformers_model(model.get_submodule(paths[0])):
         return []
-    return [path for path in _unknown_lists("", model) if not any(f"{path}.".startswith(f"{inner}." if inner else "") for inner in paths)]
+    return [path for path in unknown_lists("", model) if not any(f"{path}.".startswith(f"{inner}." if inner else "") for inner in paths)]
 
 
-def _unknown_lists(path: str, module: nn.Module) -> list[str]:
+def unknown_lists(path: str, module: nn.Module) -> list[str]:
     """Lists of several modules of one class that hold others, as blocks are; the outermost alone."""
     found: list[str] = []
     for name, part in module.named_modules():

@@ -158,7 +158,7 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any
         wanted.append(("random pixels", {"pixel_values": pixels} | dict.fromkeys(decoder, ids)))
     if name == "input_features":
         length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
-        bands = getattr(model.config, "num_mel_bins", 80)
+        bands = getattr(model.config, "num_mel_bins", None) or getattr(model.config, "input_feat_per_channel", 80)
         for shape in ((ROWS, bands, length), (ROWS, length, bands)):
             features = functools.partial(_random, model, *shape)
             wanted.append((f"random audio features {list(shape)}", {"input_features": features} | dict.fromkeys(decoder, ids)))
