@@ -132,7 +132,7 @@ class ForwardContext:
         counts = self._position_ids_count
         if self.full_mask is None:
             if position_ids is not None:
-                return position_ids if counts is True else torch.where(counts, position_ids, self._places)
+                return position_ids if counts is None else torch.where(counts, position_ids, self._places)
             if isinstance(self.attention, Tensor):
                 raise _unknown_positions()
             return self._places
@@ -145,7 +145,7 @@ class ForwardContext:
             return counted
         # position ids start over in packed rows, and may count padding
         return (
-            torch.minimum(counted, position_ids) if counts is True else torch.where(counts, torch.minimum(counted, position_ids), counted)
+            torch.minimum(counted, position_ids) if counts is None else torch.where(counts, torch.minimum(counted, position_ids), counted)
         )
 
     @property
@@ -154,11 +154,11 @@ class ForwardContext:
         return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
 
     @property
-    def _position_ids_count(self) -> Mask:
-        """[batch or 1, 1] or True: rows whose position ids tell tokens apart. Some models give the same for all, which says nothing."""
+    def _position_ids_count(self) -> Tensor | None:
+        """[batch or 1, 1]: rows whose position ids tell tokens apart; None where all do. Some models give the same for all tokens."""
         position_ids = self.position_ids
         if position_ids is None or self.tokens == 1:
-            return True
+            return None
         return (position_ids != position_ids[:, :1]).any(1, keepdim=True)
 
     @property
@@ -168,7 +168,7 @@ class ForwardContext:
             return None
         real, counts = self.real, self._position_ids_count
         starts = self.position_ids == self.virtual + self.leading
-        return real & (starts if counts is True else torch.where(counts, starts, real.cumsum(1) == 1))
+        return real & (starts if counts is None else torch.where(counts, starts, real.cumsum(1) == 1))
 
     @property
     def in_text(self) -> Mask:

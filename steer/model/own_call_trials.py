@@ -166,7 +166,7 @@ class CallTrials:
     def _changed_places(self, plain: Tensor, axis: int) -> Iterator[Tensor]:
         """[first axis, second axis] of the stream: what another first entry along an axis of the arguments of some length changes."""
         for length in dict.fromkeys(plain.shape[:2]):
-            seen = self._pass(partial(_changed, lambda name, value, n=length: _has_length(name, value, axis, n), axis=axis))
+            seen = self._pass(partial(_changed, partial(_has_length, axis=axis, length=length), axis=axis))
             if seen is not None and seen.end is not None and seen.end.shape == plain.shape:
                 yield (seen.end - plain).norm(dim=-1) > _SLIGHT * plain.norm(dim=-1)
 

@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -148,7 +148,7 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any
     name = getattr(model, "main_input_name", "input_ids")
     decoder = {"decoder_input_ids"} & accepted
     ids, pixels = functools.partial(_random_ids, model), functools.partial(_random_pixels, model)
-    wanted: list[tuple[str, dict[str, Callable[[], Tensor]]]] = []
+    wanted: list[tuple[str, Mapping[str, Callable[[], Tensor]]]] = []
     if "input_ids" in accepted or name == "input_ids" and "pixel_values" not in accepted:
         texts: dict[str, Callable[[], Tensor]] = {"input_ids": ids} | dict.fromkeys(decoder, lambda: ids().flip(0))
         wanted.append((f"random tokens, {sorted(texts)}", texts))
@@ -286,7 +286,7 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
         for kind in kinds:
             restore.enter_context(torch.autocast(kind, enabled=False))
         restore.enter_context(torch.compiler.set_stance("force_eager"))
-        restore.enter_context(_without_fast_path())
+        restore.enter_context(without_fast_path())
         restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         restore.enter_context(_quiet("transformers"))
@@ -320,7 +320,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """torch's TransformerEncoder packs padded texts into nested tensors, and skips the modules in its layers, where it can."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -458,6 +458,10 @@ def test_texts_that_torch_packs_without_their_padding_are_refused():
         assert sum(attachment.fired().values()) == 12
         with torch.no_grad(), pytest.raises(SiteError, match="nested tensor"):
             model(WORDS, padding)
+    means = {Site.parse("layers.0.output"): Means()}
+    capture(model, [Row(tuple(words.tolist()), 2) for words in (WORDS[0], WORDS[1, :5])], means, span="all")  # which reads them as they are
+    assert means[Site.parse("layers.0.output")].values[1].isfinite().all()
+    assert torch.backends.mha.get_fastpath_enabled()
     model.enc.use_nested_tensor = False
     assert agrees(model, (WORDS, padding), model.enc.layers[0], "last", F.one_hot((~padding).sum(1) - 1, 7).bool())
 
