@@ -57,6 +57,9 @@ def find_stack(model: nn.Module) -> FoundStack:
         inner: list[tuple[str, nn.Module]] = []
         missed = _lists_outside(model, [path for path, _ in waiting])
         for path, module in waiting:
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):  # which nothing calls
+                inner += [(joined(path, name), part) for name, part in module.named_children() if holds_lists(part)]
+                continue
             seen = survey(module, obstacle_around(model, path))
             failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
             if seen.stacks:

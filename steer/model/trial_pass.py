@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
 import warnings
 import weakref
@@ -162,6 +163,9 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any
         for shape in ((ROWS, bands, length), (ROWS, length, bands)):
             features = functools.partial(_random, model, *shape)
             wanted.append((f"random audio features {list(shape)}", {"input_features": features} | dict.fromkeys(decoder, ids)))
+    if name == "input_values" and (strides := getattr(model.config, "conv_stride", None)):
+        sound = functools.partial(_random, model, ROWS, 12 * math.prod(strides))
+        wanted.append(("random sound", {"input_values": sound} | dict.fromkeys(decoder, ids)))
     for description, inputs in wanted:
         with suppress(AttributeError, TypeError, ValueError):  # its config has no such sizes
             given = {argument: make() for argument, make in inputs.items()}
