@@ -39,6 +39,7 @@ from steer.model.resume import StoppedPass
 from steer.model.site import Site
 from steer.model.span import span_of
 from steer.model.tokens import Row, check_rows, collate
+from steer.model.trial_pass import without_fast_path
 
 log = logging.getLogger(__name__)
 
@@ -163,12 +164,12 @@ def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every module is restored on every exit path."""
+    """Evaluation mode without gradients, and without packing texts; the mode of every module is restored on every exit path."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_fast_path():
             yield
     finally:
         for module in training:
