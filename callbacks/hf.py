@@ -21,6 +21,7 @@ from steer.checks import of_type
 from steer.drift.stream import under
 from steer.errors import AttachError, ConfigError, DamagedFileError
 from steer.files import contents, load_artifact, save_artifact
+from steer.model.restoring import restoring
 from steer.training.drift_run import DriftRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
@@ -82,13 +83,15 @@ class TrainerRun(TrainerCallback):
             if self._resumed_from is not None and not is_whole(self._resumed_from):
                 raise _not_whole(self._resumed_from)
             self._pending = {}
-            self._in_train = True
-            try:
-                with self.wrapped_methods(trainer):
-                    return train(resume_from_checkpoint, *args, **kwargs)
-            finally:
+
+            def end() -> None:
                 self._in_train = False
                 self._run.detach()
+
+            with restoring(end):
+                self._in_train = True
+                with self.wrapped_methods(trainer):
+                    return train(resume_from_checkpoint, *args, **kwargs)
 
         return train_with_run
 
@@ -221,14 +224,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Gives an object an attribute of its own for a while."""
     had_own = name in vars(owner)
     before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if had_own:
             setattr(owner, name, before)
         else:
-            delattr(owner, name)
+            vars(owner).pop(name, None)
+
+    with restoring(put_back):
+        setattr(owner, name, value)
+        yield
 
 
 # ---- errors

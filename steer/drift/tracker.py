@@ -26,6 +26,7 @@ from steer.drift.writer import DriftWriter
 from steer.errors import AttachError, ConfigError, WidthError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
+from steer.model.restoring import restoring
 from steer.model.site import Site
 from steer.model.tokens import Row
 from steer.reading import parse_json
@@ -167,11 +168,15 @@ class DriftTracker:
     @contextmanager
     def attached(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> Iterator[DriftTracker]:
         """`attach` and `detach` around a block, on every exit path."""
-        self.attach(model, reduce=reduce, main=main)
-        try:
-            yield self
-        finally:
-            self.detach()
+        of_another = self._model is not None
+
+        def put_back() -> None:
+            if not of_another:
+                self._remove_hooks()
+                self._close_store()
+
+        with restoring(put_back):
+            yield self.attach(model, reduce=reduce, main=main)
 
     def _attached_model(self) -> nn.Module:
         if self._model is None:

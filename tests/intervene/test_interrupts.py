@@ -14,8 +14,13 @@ import pytest
 import torch
 from hand import hook_count, ids, vector
 
+import steer
+from steer.directions import Direction
+from steer.drift import DriftTracker
 from steer.errors import AttachError, NonFiniteError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Ablate, Add, Intervention, Plan
+from steer.model.site import Site
+from steer.model.tokens import Row
 from steer.model.watcher import watcher_of
 
 
@@ -109,6 +114,63 @@ def test_an_interrupted_detach_is_finished(tiny):
         if attachment.is_attached:
             attachment.detach()
         check_untouched(model, plain)
+
+
+class Nothing:
+    """An accumulator that keeps nothing."""
+
+    def update(self, h: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> None: ...
+
+
+ROWS = [Row((11, 12, 13), 1), Row((21, 22, 23), 1)]
+
+
+def reading(model: torch.nn.Module) -> None:
+    steer.capture(model, ROWS, {Site.parse("layers.1.output"): Nothing()})
+
+
+def tracking(model: torch.nn.Module) -> None:
+    tracker = DriftTracker({"a": Direction("layers.1.output", vector(), "given", "all", {})}, probe=ROWS)
+    with tracker.attached(model):
+        tracker.measure(0)
+
+
+def announcing(model: torch.nn.Module) -> None:
+    with steer.response_tokens(model, torch.ones(1, 2)):
+        pass
+
+
+def baking(model: torch.nn.Module) -> None:
+    with steer.bake(Plan(Intervention(Add(vector()), "layers.1.mlp.output")), model, savable=False):
+        pass
+
+
+@pytest.mark.parametrize(("use", "stride"), [(reading, 23), (tracking, 67), (announcing, 1), (baking, 97)])
+def test_an_interrupted_use_leaves_nothing(use, stride, tiny):
+    model = tiny("llama").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(ids()).logits
+    use(model)
+    for line in range(0, lines_of(lambda: use(model)), stride):
+        assert interrupted(lambda: use(model), line)
+        check_untouched(model, plain)
+        assert not any(module.training for module in model.modules())
+        now = model.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def test_an_interrupted_undo_is_finished(tiny):
+    model = tiny("llama").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for line in range(200):
+        baked = steer.bake(Plan(Intervention(Ablate(vector()), "layers.*.mlp.output")), model)
+        was_interrupted = interrupted(baked.undo, line)
+        baked.undo()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        if not was_interrupted:
+            break
+    assert line > 5
 
 
 def test_a_model_that_nobody_detached_from_is_freed(tiny):
