@@ -29,7 +29,7 @@ from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.restoring import restoring
 from steer.model.site import Site
 from steer.model.tokens import Row
-from steer.reading import parse_json
+from steer.reading import parse_json, place_of
 
 
 class DriftTracker:
@@ -92,7 +92,7 @@ class DriftTracker:
         self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
         self.seed = seed
         self.span = span
-        self.store = store
+        self.store = None if store is None else place_of(store)
         self.fingerprint: dict[str, Any] | None = None
         self.last_step = -1
         self.latest: list[DriftRecord] = []
