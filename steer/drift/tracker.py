@@ -156,8 +156,13 @@ class DriftTracker:
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
         self._attached_model()
-        self._remove_hooks()
         self._close_store()
+        self._remove_hooks()  # last: where this is interrupted, it is attached still, and may be detached again
+
+    @property
+    def is_attached(self) -> bool:
+        """It is on a model."""
+        return self._model is not None
 
     def _remove_hooks(self) -> None:
         if self._installation is not None:
