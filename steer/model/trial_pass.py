@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from steer.model.devices import input_device
 from steer.model.hook_registration import OwnHook
+from steer.model.restoring import restoring
 
 # few and different, so that the axes of a tensor can be told apart
 ROWS, TOKENS = 3, 5
@@ -357,7 +358,13 @@ def _quiet(name: str) -> Iterator[None]:
 def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
     """Puts hooks aside, and back in their order."""
     before: list[tuple[Any, dict[int, Any]]] = []
-    try:
+
+    def put_back() -> None:
+        for hooks, complete in before:
+            hooks.clear()
+            hooks.update(complete)
+
+    with restoring(put_back):
         for hooks in _hook_dictionaries(model):
             left_out = [number for number, hook in hooks.items() if leaves_out(hook)]
             if left_out:
@@ -365,10 +372,6 @@ def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Itera
             for number in left_out:
                 del hooks[number]
         yield
-    finally:
-        for hooks, complete in before:
-            hooks.clear()
-            hooks.update(complete)
 
 
 def _hook_dictionaries(model: nn.Module) -> Iterator[Any]:
