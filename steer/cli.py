@@ -102,6 +102,7 @@ class _Job:
     Attributes:
         failures: errors of the user's making; through Hydra they would come with a line of noise.
         os_errors: errors of the operating system that the command itself raised.
+        has_begun: Hydra has read the overrides.
     """
 
     def __init__(self, command: str) -> None:
@@ -109,12 +110,14 @@ class _Job:
         self.process = os.getpid()
         self.failures: list[SteerError] = []
         self.os_errors: list[OSError] = []
+        self.has_begun = False
 
     def __call__(self, config: Any) -> None:
         from omegaconf.errors import OmegaConfBaseException
 
         from steer.commands.config import check_kinds, config_error
 
+        self.has_begun = True
         try:
             check_kinds(config, self.command)
             self._run(config)
@@ -166,6 +169,10 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
         try:
             hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
         except (HydraException, OmegaConfBaseException) as error:
+            raise config_error(command, error) from error
+        except ValueError as error:  # of a group of which something else than a choice is made, such as `trainer=null`
+            if job.has_begun:
+                raise
             raise config_error(command, error) from error
         except OSError as error:
             if error in job.os_errors or isinstance(error, BrokenPipeError):
