@@ -129,11 +129,11 @@ def run_missing(cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell],
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
     """Every cell, and those that it needs, once, each behind what it needs."""
-    ordered: dict[str, Cell] = {}
+    ordered: dict[str, Cell] = {}  # by name: two arms may do the same
     for cell in cells:
-        if cell.needs is not None:
-            ordered.setdefault(cell.needs.key, cell.needs)
-        ordered.setdefault(cell.key, cell)
+        for needed in in_order([] if cell.needs is None else [cell.needs]):
+            ordered.setdefault(needed.name, needed)
+        ordered.setdefault(cell.name, cell)
     return list(ordered.values())
 
 
