@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -18,15 +19,16 @@ from rich.table import Table
 from steer.commands.cell_run import ADAPTER, STORE, run_cell
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
+from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, did_you_mean
 from steer.experiment.analysis import analyse
 from steer.experiment.cells import Cell, CellFolder, run_missing, state
 from steer.experiment.lock import check_lock, write_lock
 from steer.experiment.question import Question, question_of
-from steer.experiment.result import Result
-from steer.experiment.results import drift_records
+from steer.experiment.result import Result, drift_records
 from steer.experiment.scores import Place, Scores
 from steer.files import atomic_write
+from steer.report import summary_table
 
 # Said by libraries about one another; a reader of our output can do nothing about them.
 NOISE = (
@@ -62,6 +64,13 @@ def run_all(job: ExperimentRun) -> Result:
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
     return write_page(job, question, cells, wanted)
+
+
+def what_is_left(out: Path) -> str:
+    """What an interrupted run leaves in its folder, in a line."""
+    done = sorted(file.parent.name for file in out.glob("cells/*/done.json"))
+    kept = f"{len(done)} finished cells" if done else "what was begun"
+    return f"interrupted: '{out}' keeps {kept}; the same command goes on from there"
 
 
 def _announced(job: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any]:
@@ -110,9 +119,11 @@ def lock(job: ExperimentRun) -> None:
 
 def report(job: ExperimentRun) -> None:
     """Reads the cells that are done, and writes the page."""
-    cells = CellFolder(job.root / "cells")
-    question = asked(job)
-    write_page(job, question, cells, job.cells())
+    others = [Path(folder) / "cells" for folder in job.config.get("folders") or ()]
+    cells = CellFolder(job.root / "cells", others)
+    wanted = job.cells()
+    cells.check_others(wanted[0].spec)
+    write_page(job, asked(job), cells, wanted)
 
 
 def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted: Sequence[Cell]) -> Result:
@@ -124,7 +135,9 @@ def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted
     metrics = _analysed(job, question, cells, chosen)
     result = Result(metrics, metrics.pop("_scores"), drift_records(job.root, metrics))
     result.save(job.root)
-    job.console.print(str(result))
+    job.console.print(summary_table(metrics))
+    said = {name: [answer["text"] for answer in answers[:1]] for name, answers in metrics["completions"].items()}
+    side_by_side(job.console, job.prompts[:1], said)
     job.say("report", str(job.root / "report.html"))
     return result
 
@@ -148,7 +161,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
     metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=getattr(job, "sizes", None))
-    first = {cell.arm: cell for cell in reversed(chosen) if cell.draw == 0}
+    first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
         "experiment": job.experiment.name,
@@ -171,10 +184,15 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             if "callback_overhead" in (cost := results[cell]["timing"])
         },
         "cells": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, "key": cell.key} for cell in chosen},
-        "drift": {"stores": {cell.name: f"cells/{cell.name}/{STORE}" for cell in trained if results[cell]["training"]["store"]}},
-        "artifacts": {"adapters": {cell.name: f"cells/{cell.name}/{ADAPTER}" for cell in trained}},
+        "drift": {"stores": {cell.name: _relative(job, cells, cell, STORE) for cell in trained if results[cell]["training"]["store"]}},
+        "artifacts": {"adapters": {cell.name: _relative(job, cells, cell, ADAPTER) for cell in trained}},
         "_scores": scores,
     }
+
+
+def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:
+    """Where a file of a cell is, from the folder of metrics.json."""
+    return os.path.relpath(cells.of(cell) / name, job.root)
 
 
 def _design(job: ExperimentRun, question: Question) -> dict[str, Any]:

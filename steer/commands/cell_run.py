@@ -58,7 +58,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     cost: dict[str, Any] = {}
     if run.trains and cell.needs is None:
         adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell), logger)
-        adapted.unload()
+        adapted.unload()  # type: ignore[operator]
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     log_result(logger, result)
@@ -79,13 +79,13 @@ def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[t
     treatment = run.treatments[arm.name][cell.draw]
     model = run.model
     if run.trains:
-        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))
     try:
         with _acting(arm, treatment, model) as acting:
             yield acting, treatment.system if arm.acts_at_inference else None
     finally:
         if run.trains:
-            model.unload()
+            model.unload()  # type: ignore[operator]
 
 
 def adapter_of(cell: Cell, cells: CellFolder) -> Path:
@@ -128,7 +128,7 @@ def _train(
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
     with started_from as base:
-        adapted = get_peft_model(base, copy.deepcopy(run.lora))  # type: ignore[arg-type]  # PEFT writes into the configuration
+        adapted = get_peft_model(base, copy.deepcopy(run.lora))  # PEFT writes into the configuration
         module = run.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
         callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]

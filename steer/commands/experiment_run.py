@@ -26,6 +26,7 @@ from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
 from steer.experiment.outcome import Outcome, check_outcomes, prepare_all
+from steer.experiment.projections import mean_projection, token_projections
 from steer.experiment.sft import SFTModule, check_batch, loader
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER, Bench, Treatment
 from steer.model.anatomy import Anatomy
@@ -173,6 +174,8 @@ class ExperimentRun:
             self.batches(self.training_rows(None), self.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.experiment.drift is None else tracked_sites(self.anatomy, self.experiment)
         self.sizes = {name: [each.size(self.bench) for each in group] for name, group in self.treatments.items()}
+        if self.directions is not None:
+            _ = self.neutral_projection  # of the base, before an arm acts
         prepare_all(self.outcomes, self.model, self.tokenizer)
 
     # ---- training
@@ -210,11 +213,22 @@ class ExperimentRun:
         probe = [encode(self.tokenizer, row["prompt"]) for row in self.data.split("probe")]
         return DriftTracker(watched, probe=probe, controls=drift.controls, stream=drift.stream, store=store, seed=seed)
 
-    def completions(self, model: nn.Module, system: str | None) -> list[dict[str, str]]:
-        """What a model says to the prompts of the experiment."""
+    @cached_property
+    def neutral_projection(self) -> float:
+        """Mean projection of the experiment's texts on the trait direction, on the base model."""
+        assert self.directions is not None
+        return mean_projection(self.model, self.chosen_of(self.directions), self.measured_rows)
+
+    def completions(self, model: nn.Module, system: str | None) -> list[dict[str, Any]]:
+        """What a model says to the prompts of the experiment, and where in it the trait is."""
         asked: list[Any] = [{"prompt": prompt, "system": system} for prompt in self.prompts]
         answers = complete(model, self.tokenizer, asked, max_new_tokens=self.experiment.completions.max_new_tokens)
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(self.prompts, answers, strict=True)]
+        said: list[dict[str, Any]] = [{"prompt": prompt, "text": text} for prompt, text in zip(self.prompts, answers, strict=True)]
+        if self.directions is not None:
+            chosen = self.chosen_of(self.directions)
+            tokens = token_projections(model, self.tokenizer, chosen, self.neutral_projection, asked, answers)
+            said = [{**answer, "tokens": of_answer} for answer, of_answer in zip(said, tokens, strict=True)]
+        return said
 
     # ---- cells
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from steer.commands.cell_run import as_measured
+from steer.commands.config import listed
 from steer.commands.experiment_run import BASE, ExperimentRun
+from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, DamagedFileError, NonFiniteError, WrongKindError
 from steer.experiment.analysis import SCHEMA
 from steer.experiment.arms import Arm
@@ -85,29 +85,6 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
     return answers
 
 
-def listed(value: Any) -> list[str] | None:
-    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing.
-
-    Raises:
-        ConfigError: a null, or anything else that is no text, within the list.
-    """
-    if value is not None and not isinstance(value, ListConfig):
-        return [str(value)]
-    for text in value or ():
-        if text is None or isinstance(text, (ListConfig, DictConfig)):
-            raise _no_text(text)
-    return [str(text) for text in value or ()] or None
-
-
-def side_by_side(console: Console, prompts: list[str], answers: dict[str, list[str]]) -> None:
-    """Prints one table for each prompt, one row for each who answers."""
-    for number, prompt in enumerate(prompts):
-        table = Table("arm", "completion", title=Text(prompt), title_justify="left", show_lines=True)
-        for name, texts in answers.items():
-            table.add_row(name, Text(texts[number]))  # square brackets are no markup here
-        console.print(table)
-
-
 # ---- errors
 
 
@@ -128,11 +105,6 @@ def _damaged_metrics(file: Path, found: object) -> DamagedFileError:
 def _other_schema(file: Path, schema: Any) -> WrongKindError:
     remedy = "read it with the library version that wrote it"
     return WrongKindError(f"'{file}' is of another schema", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
-
-
-def _no_text(entry: object) -> ConfigError:
-    found = "null" if entry is None else entry
-    return ConfigError("an entry of a list is no text", expected="text", found=found, remedy="leave it out, or quote it: '[\"null\"]'")
 
 
 def _unknown_arms(unknown: set[str], arms: list[Arm], names: list[str] | None) -> ConfigError:

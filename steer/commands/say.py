@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from steer.commands.config import dtype_named
-from steer.commands.generate import listed, side_by_side
+from steer.commands.config import dtype_named, listed
+from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError
 from steer.experiment.complete import complete
 from steer.experiment.steering import plan_from_config

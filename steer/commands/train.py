@@ -7,25 +7,22 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from steer.commands.ab import quieten_libraries, run_all
+from steer.commands import ab
 from steer.commands.experiment_run import ExperimentRun
 from steer.commands.train_checks import check_seed, check_unused
-from steer.files import contents
 
 
 def run(config: DictConfig) -> None:
     """Runs every arm and writes metrics.json, scores, the page, and for each cell its plan, adapter and drift records."""
-    quieten_libraries()
+    ab.quieten_libraries()
     out = Path(HydraConfig.get().runtime.output_dir)
     check_unused(out)
     check_seed(config.seed)
     with_seeds = OmegaConf.merge(config, {"seeds": [config.seed], "folder": str(out)})
     assert isinstance(with_seeds, DictConfig)
-    run_all(ExperimentRun(with_seeds, out))
+    ab.run_all(ExperimentRun(with_seeds, out))
 
 
 def what_is_left(out: Path) -> str:
     """What an interrupted run leaves in its folder, in a line."""
-    done = sorted(file.parent.name for file in out.glob("cells/*/done.json"))
-    kept = f"the finished cells {', '.join(done)}" if done else contents(out)
-    return f"interrupted: '{out}' keeps {kept}; the same command with 'hydra.run.dir={out}' goes on from there"
+    return ab.what_is_left(out).replace("the same command", f"the same command with 'hydra.run.dir={out}'")

@@ -65,16 +65,31 @@ class CellFolder:
 
     Args:
         root: the folder that holds a folder for each cell.
+        others: folders whose finished cells count, too.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, others: Sequence[str | Path] = ()) -> None:
         self.root = Path(root)
+        self.others = [Path(other) for other in others]
 
     def of(self, cell: Cell) -> Path:
-        return self.root / cell.name
+        """The folder of a cell: where it was finished, or is to be run."""
+        places = [folder / cell.name for folder in (self.root, *self.others)]
+        return next((place for place in places if (place / DONE).is_file()), places[0])
 
     def is_done(self, cell: Cell) -> bool:
         return (self.of(cell) / DONE).is_file()
+
+    def check_others(self, spec: dict[str, Any]) -> None:
+        """Raises ConfigError when another folder holds a cell of another experiment. spec: what all cells of this one share."""
+        for folder in self.others:
+            files = sorted(folder.glob(f"*/{DONE}"))
+            if not files:
+                raise _no_cells(folder)
+            for file in files:
+                theirs = read_json(file).get("spec", {})
+                if different := [name for name in spec if theirs.get(name) != spec[name]]:
+                    raise _another_experiment(file, different)
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """What a finished cell found.
@@ -147,6 +162,20 @@ def state(cell: Cell, folder: CellFolder) -> str:
 
 
 # ---- errors
+
+
+def _no_cells(folder: Path) -> ConfigError:
+    remedy = "name the folder of an experiment"
+    return ConfigError(f"'{folder}' holds no finished cell", expected=f"*/{DONE}", found="none", remedy=remedy)
+
+
+def _another_experiment(file: Path, different: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"'{file.parent}' is a cell of another experiment",
+        expected="cells that differ in arm, draw and seed alone",
+        found=f"another {', '.join(different)}",
+        remedy="report them apart, or run this experiment with the same configuration",
+    )
 
 
 def _unfinished(cell: Cell, file: Path) -> ConfigError:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from steer.drift.records import DriftRecord
+from steer.drift.store import DriftStore
 from steer.experiment.scores import Scores
 from steer.files import atomic_write, sealed
 from steer.report import comparison_figure, summary_table, write_report
@@ -72,3 +73,12 @@ class Result:
         atomic_write(folder / METRICS, json.dumps(sealed(self.metrics | {"scores": table.name}), indent=1, allow_nan=False))
         self.report(folder / "report.html")
         return folder
+
+
+def drift_records(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[DriftRecord]]:
+    """Drift records by the name of the cell, read from the stores that metrics.json names."""
+    records = {}
+    for cell, name in metrics["drift"]["stores"].items():
+        with DriftStore(folder / name) as store:
+            records[cell] = list(store.records())
+    return records

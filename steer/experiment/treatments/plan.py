@@ -99,7 +99,7 @@ def _dosed(plan: Plan, dose: float) -> Plan:
     """The plan with every strength times the dose."""
     if dose == 1:
         return plan
-    dosed = [dataclasses.replace(each, strength=[dose * value for value in each.strength]) for each in plan.interventions]
+    dosed = [dataclasses.replace(each, strength=tuple(dose * value for value in each.strength)) for each in plan.interventions]
     return Plan(dosed, fingerprint=plan.fingerprint, step=plan.step)
 
 
