@@ -150,7 +150,9 @@ class ExperimentRun:
     @cached_property
     def bench(self) -> Bench:
         """What treatments are made from."""
-        directions = {} if self.directions is None else {self.directions.name: self.directions}
+        directions: dict[str, Directions] = {}
+        if self.directions is not None:
+            directions[self.directions.name] = _Placed(self.directions, self.chosen_of(self.directions))
         return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint())
 
     @cached_property
@@ -263,6 +265,17 @@ class ExperimentRun:
     def _spec_of(self, arm: Arm) -> dict[str, Any]:
         treatment = {"kind": arm.treatment.name, **arm.treatment.spec()}
         return {**self._shared_spec(), "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
+
+
+class _Placed(Directions):
+    """Directions of which a plan that names no site means that of experiment.trait.site."""
+
+    def __init__(self, directions: Directions, chosen: Direction) -> None:
+        super().__init__(list(directions.entries.values()), directions.name, directions.provenance)
+        self.chosen = chosen
+
+    def best(self) -> Direction:
+        return self.chosen
 
 
 def _with_weights(arms: Sequence[Arm]) -> list[Arm]:

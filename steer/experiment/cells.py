@@ -87,7 +87,9 @@ class CellFolder:
             if not files:
                 raise _no_cells(folder)
             for file in files:
-                theirs = read_json(file).get("spec", {})
+                content = read_json(file)
+                check_seal(content, file, is_required=True)
+                theirs = content["spec"]
                 if different := [name for name in spec if theirs.get(name) != spec[name]]:
                     raise _another_experiment(file, different)
 
