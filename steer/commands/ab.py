@@ -8,8 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def plan(job: ExperimentRun) -> None:
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
     design = _design(job, asked(job))
-    job.say("locked", str(write_lock(job.root, design, _first_cell(job.root / "cells"))))
+    job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
 def report(job: ExperimentRun) -> None:
@@ -160,7 +159,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=getattr(job, "sizes", None))
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=_sizes(results))
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -174,7 +173,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "model": {"name": job.config.model.name},
         "versions": versions(),
         "command": _command(),
-        "started": _first_cell(job.root / "cells"),
+        "started": CellFolder(job.root / "cells").first_begun(),
         "seconds": sum(result["timing"]["seconds"] for result in results.values()),
         "completions": {name: results[cell]["completions"] for name, cell in first.items()},
         "training": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, **results[cell]["training"]} for cell in trained},
@@ -188,6 +187,15 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "artifacts": {"adapters": {cell.name: _relative(job, cells, cell, ADAPTER) for cell in trained}},
         "_scores": scores,
     }
+
+
+def _sizes(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Of every arm, the quantity in which controls are matched, by draw."""
+    sizes: dict[str, dict[int, dict[str, float]]] = {}
+    for cell, result in results.items():
+        if cell.arm != BASE:
+            sizes.setdefault(cell.arm, {}).setdefault(cell.draw, result["size"])
+    return {arm: [of_draw[draw] for draw in sorted(of_draw)] for arm, of_draw in sizes.items()}
 
 
 def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:
@@ -207,13 +215,7 @@ def _design(job: ExperimentRun, question: Question) -> dict[str, Any]:
 
 
 def _lock_state(job: ExperimentRun, question: Question) -> dict[str, Any]:
-    return {"lock": check_lock(job.root, _design(job, question), _first_cell(job.root / "cells"))}
-
-
-def _first_cell(folder: Path) -> str | None:
-    """When the first cell that lies there began."""
-    begun = [entry.stat().st_ctime for entry in folder.glob("*") if entry.is_dir()]
-    return datetime.fromtimestamp(min(begun), UTC).isoformat() if begun else None
+    return {"lock": check_lock(job.root, _design(job, question), CellFolder(job.root / "cells").first_begun())}
 
 
 def _seeds_done(job: ExperimentRun, wanted: Sequence[Cell], cells: CellFolder) -> list[int]:

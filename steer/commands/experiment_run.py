@@ -20,22 +20,24 @@ from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.cells import Cell
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
-from steer.experiment.outcome import Outcome, check_outcomes, prepare_all
+from steer.experiment.outcome import Outcome, check_outcomes, prepare_all, texts_of
 from steer.experiment.projections import mean_projection, token_projections
 from steer.experiment.sft import SFTModule, check_batch, loader
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER, Bench, Treatment
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
-from steer.model.tokens import Row, encode, pad_id, plain
+from steer.model.tokens import Row, encode, pad_id
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
-_OUTCOME_KEYS = ("data", "role", "better", "margin")
+_JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
+_OUTCOME_KEYS = ("data", *_JUDGED)
 
 
 class ExperimentRun:
@@ -63,6 +65,8 @@ class ExperimentRun:
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
         arms = _with_weights(arms) if self.trains else arms
         most = config.draws
+        if BASE in (arm.name for arm in arms):
+            raise _name_of_the_base()
         self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
@@ -158,11 +162,7 @@ class ExperimentRun:
     @cached_property
     def measured_rows(self) -> list[Row]:
         """Texts of the outcomes, on which the sizes of edits are measured."""
-        items = next(outcome for outcome in self.outcomes if outcome.items).items
-        return [
-            plain(self.tokenizer, item["text"]) if "text" in item else encode(self.tokenizer, item["prompt"], item.get("neutral"))
-            for item in items
-        ]
+        return texts_of(self.outcomes, self.tokenizer)
 
     @cached_property
     def treatments(self) -> dict[str, list[Treatment]]:
@@ -175,7 +175,7 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.peft)
             self.batches(self.training_rows(None), self.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.experiment.drift is None else tracked_sites(self.anatomy, self.experiment)
-        self.sizes = {name: [each.size(self.bench) for each in group] for name, group in self.treatments.items()}
+        _ = self.treatments  # matched to what they control
         if self.directions is not None:
             _ = self.neutral_projection  # of the base, before an arm acts
         prepare_all(self.outcomes, self.model, self.tokenizer)
@@ -249,16 +249,20 @@ class ExperimentRun:
     def _shared_spec(self) -> dict[str, Any]:
         """What the result of every cell depends on."""
         experiment = self.settings["experiment"]
-        splits = {spec["data"] for spec in experiment["outcomes"].values() if spec and "data" in spec}
+        outcomes = {name: spec for name, spec in experiment["outcomes"].items() if spec}
+        splits = {spec["data"] for spec in outcomes.values() if "data" in spec}
         splits |= {"train"} if self.trains else set()
         splits |= {"contrast"} if experiment["trait"] else set()
         splits |= {"probe"} if experiment["drift"] else set()
-        read = {key: experiment[key] for key in ("trait", "outcomes", "train", "drift", "completions")}
+        read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
+        for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
+            read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
         return {
             "model": self.settings["model"],
             "peft": self.settings["peft"] if self.trains else None,
             "precision": self.settings["trainer"]["precision"] if self.trains else None,
             "data": self.data.digest(*sorted(splits)),
+            "outcomes": {name: {key: value for key, value in spec.items() if key not in _JUDGED} for name, spec in outcomes.items()},
             **read,
         }
 
@@ -282,3 +286,15 @@ def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
     """Arms that do nothing in training, and do not say whose weights they use, use those of the first that does nothing at all."""
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     return [replace(arm, uses=untreated) if arm.when in (INFERENCE, BAKED) and arm.uses is None else arm for arm in arms]
+
+
+# ---- errors
+
+
+def _name_of_the_base() -> ConfigError:
+    return ConfigError(
+        f"an arm cannot be called '{BASE}'",
+        expected="another name",
+        found=f"experiment.arms.{BASE}",
+        remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
+    )

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from steer.files import atomic_write, check_seal, sealed
 from steer.reading import read_json
 
 DONE = "done.json"
+BEGUN = "begun.txt"  # when its first run began; the times of a folder change with its contents
 SCHEMA = 1
 _POLL = 2.0  # seconds between two looks at cells that somebody else runs
 
@@ -108,6 +110,17 @@ class CellFolder:
             raise _of_another_cell(file, cell, content.get("key"))
         return content["result"]
 
+    def begin(self, cell: Cell) -> str:
+        """Notes when a cell was first begun, and gives it: a time in ISO format."""
+        file = self.of(cell) / BEGUN
+        if not file.is_file():
+            atomic_write(file, datetime.now(UTC).isoformat())
+        return file.read_text(encoding="utf-8")
+
+    def first_begun(self) -> str | None:
+        """When the first cell that lies here was begun; None without one."""
+        return min((file.read_text(encoding="utf-8") for file in self.root.glob(f"*/{BEGUN}")), default=None)
+
     def finish(self, cell: Cell, result: dict[str, Any]) -> None:
         """Writes the result of a cell, which is the last thing that happens to it."""
         content = {"key": cell.key, "arm": cell.arm, "draw": cell.draw, "seed": cell.seed, "spec": cell.spec, "result": result}
@@ -136,6 +149,7 @@ def run_missing(cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell],
                 if not is_mine:
                     continue
                 if not folder.is_done(cell):  # in between
+                    folder.begin(cell)
                     folder.finish(cell, run(cell))
             missing.remove(cell)
             worked = True
