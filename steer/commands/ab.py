@@ -8,8 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def plan(job: ExperimentRun) -> None:
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
     design = _design(job, asked(job), job.cells())
-    job.say("locked", str(write_lock(job.root, design, _first_cell(job.root / "cells"))))
+    job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
 def report(job: ExperimentRun) -> None:
@@ -160,8 +159,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=_sizes(results))
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -175,7 +173,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "model": {"name": job.config.model.name},
         "versions": versions(),
         "command": _command(),
-        "started": _first_cell(job.root / "cells"),
+        "started": CellFolder(job.root / "cells").first_begun(),
         "seconds": sum(result["timing"]["seconds"] for result in results.values()),
         "completions": {name: results[cell]["completions"] for name, cell in first.items()},
         "projections": _projections(job),
@@ -192,10 +190,13 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
     }
 
 
-def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
-    """The cells of an arm in its first seed, one for each draw."""
-    own = [cell for cell in cells if cell.arm == arm]
-    return [cell for cell in own if cell.seed == own[0].seed]
+def _sizes(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Of every arm, the quantity in which controls are matched, by draw."""
+    sizes: dict[str, dict[int, dict[str, float]]] = {}
+    for cell, result in results.items():
+        if cell.arm != BASE:
+            sizes.setdefault(cell.arm, {}).setdefault(cell.draw, result["size"])
+    return {arm: [of_draw[draw] for draw in sorted(of_draw)] for arm, of_draw in sizes.items()}
 
 
 def _projections(job: ExperimentRun) -> dict[str, Any] | None:
@@ -221,13 +222,7 @@ def _design(job: ExperimentRun, question: Question, cells: Sequence[Cell]) -> di
 
 
 def _lock_state(job: ExperimentRun, question: Question, chosen: Sequence[Cell]) -> dict[str, Any]:
-    return {"lock": check_lock(job.root, _design(job, question, chosen), _first_cell(job.root / "cells"))}
-
-
-def _first_cell(folder: Path) -> str | None:
-    """When the first cell that lies there began."""
-    begun = [entry.stat().st_ctime for entry in folder.glob("*") if entry.is_dir()]
-    return datetime.fromtimestamp(min(begun), UTC).isoformat() if begun else None
+    return {"lock": check_lock(job.root, _design(job, question, chosen), CellFolder(job.root / "cells").first_begun())}
 
 
 def _seeds_done(job: ExperimentRun, wanted: Sequence[Cell], cells: CellFolder) -> list[int]:
