@@ -100,7 +100,8 @@ class Scores:
             of_draws = [self._values.get(Place(outcome, arm, number, seed)) for number in draws]
             if any(values is None for values in of_draws):
                 raise _missing_draw(outcome, arm, seed, draws, [n for n, values in zip(draws, of_draws, strict=True) if values is None])
-            columns.append(torch.tensor([[values[item] for item in items] for values in of_draws if values is not None]).double().mean(0))
+            table = [[values[item] for item in items] for values in of_draws if values is not None]
+            columns.append(torch.tensor(table, dtype=torch.float64).mean(0))
         return Matrix(torch.stack(columns, dim=1), items, tuple(seeds))
 
     def difference(self, outcome: str, arm: str, reference: str, draw: int | None = None) -> Matrix:
