@@ -23,7 +23,14 @@ OVERRIDES = [
     "experiment.completions.prompts=[where is the cat, who are you]",
     "experiment.completions.max_new_tokens=4",
 ]
-SMALL = ["experiment.trait.site=layers.1.output", "experiment.drift.sites=[layers.1.output,layers.2.output]"]
+# its plans name no site: they act where experiment.trait.site says
+SMALL = [
+    "experiment.trait.site=layers.1.output",
+    "experiment.drift.sites=[layers.1.output,layers.2.output]",
+    "experiment.arms.preventative.treatment.plan='2 gushing@response'",
+    "experiment.arms.inference.treatment.plan='-2 gushing@response'",
+    "experiment.arms.prompt.treatment.system='be nice'",
+]
 
 
 def write_model(folder: Path) -> Path:

@@ -9,12 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
@@ -45,7 +44,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
         scores by outcome and item, completions, and for a trained cell what its training was like; `timing` is all that differs between
         two runs of the same cell.
     """
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = cells.begin(cell)
     clock = time.perf_counter()
     if cell.arm == BASE:
         result = _measure(run, run.model, None)
@@ -57,13 +56,13 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     training: dict[str, Any] | None = None
     cost: dict[str, Any] = {}
     if run.trains and cell.needs is None:
-        adapted, training, cost = _train(run, cell, arm, treatment, cells.of(cell), logger)
-        adapted.unload()  # type: ignore[operator]
+        training, cost = _train(run, cell, arm, treatment, cells.of(cell), logger)
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     log_result(logger, result)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
-    return {**result, "training": training, "timing": timing, "versions": versions()}
+    size = treatment.size(run.bench)
+    return {**result, "size": size, "training": training, "timing": timing, "versions": versions()}
 
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
@@ -115,8 +114,8 @@ def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Mod
 
 def _train(
     run: ExperimentRun, cell: Cell, arm: Arm, treatment: Treatment, folder: Path, logger: Logger | None
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """The model with the adapters of the arm, what its training was like, and what that cost."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains the adapters of the arm and saves them. What that was like, and what it cost; the model is as it was afterwards."""
     pl.seed_everything(cell.seed, verbose=False)
     plan = treatment.training_plan() if arm.acts_in_training else None
     rows = run.training_rows(treatment if arm.acts_in_training else None)
@@ -127,8 +126,7 @@ def _train(
             file.unlink()
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
-    with started_from as base:
-        adapted = get_peft_model(base, copy.deepcopy(run.lora))  # PEFT writes into the configuration
+    with started_from as base, _adapted(base, run.lora) as adapted:
         module = run.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
         callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]
@@ -142,7 +140,18 @@ def _train(
         training = {"steps": trainer.global_step, "loss": [float(loss) for loss in module.losses], "store": STORE if tracker else None}
         cost = {"training_seconds": time.perf_counter() - clock, **_callback_overhead(run, cell, adapted, plan, rows)}
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return adapted, training, cost
+    return training, cost
+
+
+@contextmanager
+def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
+    """The model with new adapters; without them afterwards, and in evaluation mode, as models are loaded."""
+    adapted = get_peft_model(model, copy.deepcopy(config))  # PEFT writes into the configuration
+    try:
+        yield adapted
+    finally:
+        adapted.unload()  # type: ignore[operator]
+        model.eval()
 
 
 @contextmanager

@@ -20,22 +20,24 @@ from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
+from steer.errors import ConfigError
 from steer.experiment.arms import Arm, read_arms
 from steer.experiment.cells import Cell
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
-from steer.experiment.outcome import Outcome, check_outcomes, prepare_all
+from steer.experiment.outcome import Outcome, check_outcomes, prepare_all, texts_of
 from steer.experiment.projections import mean_projection, token_projections
 from steer.experiment.sft import SFTModule, check_batch, loader
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER, Bench, Treatment
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
-from steer.model.tokens import Row, encode, pad_id, plain
+from steer.model.tokens import Row, encode, pad_id
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
-_OUTCOME_KEYS = ("data", "role", "better", "margin")
+_JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
+_OUTCOME_KEYS = ("data", *_JUDGED)
 
 
 class ExperimentRun:
@@ -63,6 +65,8 @@ class ExperimentRun:
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
         arms = _with_weights(arms) if self.trains else arms
         most = config.draws
+        if BASE in (arm.name for arm in arms):
+            raise _name_of_the_base()
         self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
@@ -87,6 +91,8 @@ class ExperimentRun:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        if not self.trains and len(self.seeds) > 1:
+            raise _nothing_random(self.seeds)
         if self.trains:
             self.module(nn.Identity(), 0)
             check_batch(len(self.data.split("train")), self.experiment.train.batch_size)
@@ -150,17 +156,15 @@ class ExperimentRun:
     @cached_property
     def bench(self) -> Bench:
         """What treatments are made from."""
-        directions = {} if self.directions is None else {self.directions.name: self.directions}
+        directions: dict[str, Directions] = {}
+        if self.directions is not None:
+            directions[self.directions.name] = _Placed(self.directions, self.chosen_of(self.directions))
         return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint())
 
     @cached_property
     def measured_rows(self) -> list[Row]:
         """Texts of the outcomes, on which the sizes of edits are measured."""
-        items = next(outcome for outcome in self.outcomes if outcome.items).items
-        return [
-            plain(self.tokenizer, item["text"]) if "text" in item else encode(self.tokenizer, item["prompt"], item.get("neutral"))
-            for item in items
-        ]
+        return texts_of(self.outcomes, self.tokenizer)
 
     @cached_property
     def treatments(self) -> dict[str, list[Treatment]]:
@@ -173,7 +177,7 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.peft)
             self.batches(self.training_rows(None), self.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.experiment.drift is None else tracked_sites(self.anatomy, self.experiment)
-        self.sizes = {name: [each.size(self.bench) for each in group] for name, group in self.treatments.items()}
+        _ = self.treatments  # matched to what they control
         if self.directions is not None:
             _ = self.neutral_projection  # of the base, before an arm acts
         prepare_all(self.outcomes, self.model, self.tokenizer)
@@ -232,10 +236,11 @@ class ExperimentRun:
 
     # ---- cells
 
-    def cells(self) -> list[Cell]:
+    def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec())]
-        for seed in self.seeds if self.trains else self.seeds[:1]:
+        seeds = sorted({*self.seeds, *more_seeds})
+        for seed in seeds if self.trains else seeds[:1]:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None
@@ -247,16 +252,20 @@ class ExperimentRun:
     def _shared_spec(self) -> dict[str, Any]:
         """What the result of every cell depends on."""
         experiment = self.settings["experiment"]
-        splits = {spec["data"] for spec in experiment["outcomes"].values() if spec and "data" in spec}
+        outcomes = {name: spec for name, spec in experiment["outcomes"].items() if spec}
+        splits = {spec["data"] for spec in outcomes.values() if "data" in spec}
         splits |= {"train"} if self.trains else set()
         splits |= {"contrast"} if experiment["trait"] else set()
         splits |= {"probe"} if experiment["drift"] else set()
-        read = {key: experiment[key] for key in ("trait", "outcomes", "train", "drift", "completions")}
+        read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
+        for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
+            read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
         return {
             "model": self.settings["model"],
             "peft": self.settings["peft"] if self.trains else None,
             "precision": self.settings["trainer"]["precision"] if self.trains else None,
             "data": self.data.digest(*sorted(splits)),
+            "outcomes": {name: {key: value for key, value in spec.items() if key not in _JUDGED} for name, spec in outcomes.items()},
             **read,
         }
 
@@ -265,7 +274,39 @@ class ExperimentRun:
         return {**self._shared_spec(), "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
 
 
+class _Placed(Directions):
+    """Directions of which a plan that names no site means that of experiment.trait.site."""
+
+    def __init__(self, directions: Directions, chosen: Direction) -> None:
+        super().__init__(list(directions.entries.values()), directions.name, directions.provenance)
+        self.chosen = chosen
+
+    def best(self) -> Direction:
+        return self.chosen
+
+
 def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
     """Arms that do nothing in training, and do not say whose weights they use, use those of the first that does nothing at all."""
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     return [replace(arm, uses=untreated) if arm.when in (INFERENCE, BAKED) and arm.uses is None else arm for arm in arms]
+
+
+# ---- errors
+
+
+def _nothing_random(seeds: list[int]) -> ConfigError:
+    return ConfigError(
+        "an experiment that trains nothing has no seeds",
+        expected="one seed: every other one would give the same numbers, and claim to have tried again",
+        found=seeds,
+        remedy="set seeds=[0], raise the draws of its controls, or train: experiment.train",
+    )
+
+
+def _name_of_the_base() -> ConfigError:
+    return ConfigError(
+        f"an arm cannot be called '{BASE}'",
+        expected="another name",
+        found=f"experiment.arms.{BASE}",
+        remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
+    )

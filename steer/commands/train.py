@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, open_dict
 
 from steer.commands import ab
 from steer.commands.experiment_run import ExperimentRun
@@ -18,9 +18,9 @@ def run(config: DictConfig) -> None:
     out = Path(HydraConfig.get().runtime.output_dir)
     check_unused(out)
     check_seed(config.seed)
-    with_seeds = OmegaConf.merge(config, {"seeds": [config.seed], "folder": str(out)})
-    assert isinstance(with_seeds, DictConfig)
-    ab.run_all(ExperimentRun(with_seeds, out))
+    with open_dict(config):  # seeds is a key of `steer ab`
+        config.update(seeds=[config.seed], folder=str(out))
+    ab.run_all(ExperimentRun(config, out))
 
 
 def what_is_left(out: Path) -> str:

@@ -24,6 +24,7 @@ from steer.experiment.specificity import rank_among_controls, wrong_way
 from steer.experiment.treatment import NEVER
 
 SCHEMA = 2
+_WORDS = 20  # of a verdict
 
 
 def analyse(
@@ -72,23 +73,34 @@ def analyse(
 
 
 def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], specific: Mapping[str, Any] | None) -> str:
-    """At most 20 words: what the primary contrast shows, and whether a guardrail was broken."""
-    if not primary.shown:
-        said = f"No effect shown: {primary.a} does not differ from {primary.b} in {primary.metric}"
-    else:
-        wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
-        side = "higher" if primary.difference > 0 else "lower"
-        said = f"{'Yes' if wanted else 'The wrong way'}: {primary.a} has {side} {primary.metric} than {primary.b}"
-    broken = [each for each in guards if each.arm == primary.a and each.outcome == "exceeded"]
-    unsure = [each for each in guards if each.arm == primary.a and each.outcome not in ("exceeded", "kept")]
-    if broken:
-        said += f", but {broken[0].metric} exceeds its margin"
-    elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
-        said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
-    elif unsure and primary.shown:
-        said += f"; {unsure[0].metric} is not shown to keep its margin"
-    words = said.split()
-    return " ".join(words[:20])
+    """At most 20 words: what the primary contrast shows, and whether a guardrail was broken. Long names are shortened, never the claim."""
+    of_arm = [each for each in guards if each.arm == primary.a]
+    broken = [each.metric for each in of_arm if each.outcome == "exceeded"]
+    unsure = [each.metric for each in of_arm if each.outcome != "kept"]
+    wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
+    beaten = specific is not None and specific["control"] == primary.b and specific["rank"] > 1
+    for words in range(_WORDS, 0, -1):
+        arm, other, measured = (_short(name, words) for name in (primary.a, primary.b, primary.metric))
+        if not primary.shown:
+            said = f"No effect shown: {measured} of {arm} against {other}"
+        else:
+            side = "higher" if primary.difference > 0 else "lower"
+            said = f"{'Yes' if wanted else 'The wrong way'}: {arm} has {side} {measured} than {other}"
+        if broken:
+            said += f", but {_short(broken[0], words)} exceeds its margin"
+        elif primary.shown and wanted and beaten and specific is not None:
+            said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
+        elif unsure and primary.shown:
+            said += f"; {_short(unsure[0], words)} is not shown to keep its margin"
+        if len(said.split()) <= _WORDS:
+            break
+    return said
+
+
+def _short(name: str, words: int) -> str:
+    """The first words of a name."""
+    parts = name.split()
+    return name if len(parts) <= words else f"{' '.join(parts[:words])}\N{HORIZONTAL ELLIPSIS}"
 
 
 # ---- parts
@@ -134,8 +146,10 @@ def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcom
     control = next((arm for arm in arms if arm.control_of == question.primary.arm), None)
     if control is None:
         return None
-    mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean())
-    draws = [float(scores.matrix(outcome.name, control.name, draw).values.mean()) for draw in scores.draws(control.name)]
+    untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
+    reference = 0.0 if untreated is None else float(scores.matrix(outcome.name, untreated).values.mean())
+    mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean()) - reference
+    draws = [float(scores.matrix(outcome.name, control.name, draw).values.mean()) - reference for draw in scores.draws(control.name)]
     rank = rank_among_controls(mean, draws, wanted=outcome.better or "higher")
     return {"arm": question.primary.arm, "control": control.name, **asdict(rank), "verdict": rank.verdict}
 

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from steer.files import atomic_write, check_seal, sealed
 from steer.reading import read_json
 
 DONE = "done.json"
+BEGUN = "begun.txt"  # when its first run began; the times of a folder change with its contents
 SCHEMA = 1
 _POLL = 2.0  # seconds between two looks at cells that somebody else runs
 
@@ -80,6 +82,11 @@ class CellFolder:
     def is_done(self, cell: Cell) -> bool:
         return (self.of(cell) / DONE).is_file()
 
+    def seeds(self) -> list[int]:
+        """Seeds of which any cell lies here, by the names of the folders."""
+        named = (re.search(r"\.seed(\d+)\.[0-9a-f]{10}$", place.name) for root in (self.root, *self.others) for place in root.glob("*"))
+        return sorted({int(found[1]) for found in named if found})
+
     def check_others(self, spec: dict[str, Any]) -> None:
         """Raises ConfigError when another folder holds a cell of another experiment. spec: what all cells of this one share."""
         for folder in self.others:
@@ -87,7 +94,9 @@ class CellFolder:
             if not files:
                 raise _no_cells(folder)
             for file in files:
-                theirs = read_json(file).get("spec", {})
+                content = read_json(file)
+                check_seal(content, file, is_required=True)
+                theirs = content["spec"]
                 if different := [name for name in spec if theirs.get(name) != spec[name]]:
                     raise _another_experiment(file, different)
 
@@ -105,6 +114,17 @@ class CellFolder:
         if content.get("key") != cell.key:
             raise _of_another_cell(file, cell, content.get("key"))
         return content["result"]
+
+    def begin(self, cell: Cell) -> str:
+        """Notes when a cell was first begun, and gives it: a time in ISO format."""
+        file = self.of(cell) / BEGUN
+        if not file.is_file():
+            atomic_write(file, datetime.now(UTC).isoformat())
+        return file.read_text(encoding="utf-8")
+
+    def first_begun(self) -> str | None:
+        """When the first cell that lies here was begun; None without one."""
+        return min((file.read_text(encoding="utf-8") for file in self.root.glob(f"*/{BEGUN}")), default=None)
 
     def finish(self, cell: Cell, result: dict[str, Any]) -> None:
         """Writes the result of a cell, which is the last thing that happens to it."""
@@ -134,6 +154,7 @@ def run_missing(cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell],
                 if not is_mine:
                     continue
                 if not folder.is_done(cell):  # in between
+                    folder.begin(cell)
                     folder.finish(cell, run(cell))
             missing.remove(cell)
             worked = True
@@ -144,11 +165,11 @@ def run_missing(cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell],
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
     """Every cell, and those that it needs, once, each behind what it needs."""
-    ordered: dict[str, Cell] = {}
+    ordered: dict[str, Cell] = {}  # by name: two arms may do the same
     for cell in cells:
-        if cell.needs is not None:
-            ordered.setdefault(cell.needs.key, cell.needs)
-        ordered.setdefault(cell.key, cell)
+        for needed in in_order([] if cell.needs is None else [cell.needs]):
+            ordered.setdefault(needed.name, needed)
+        ordered.setdefault(cell.name, cell)
     return list(ordered.values())
 
 

@@ -16,7 +16,7 @@ from steer.experiment.analysis import analyse
 from steer.experiment.arms import DRAWS, Arm
 from steer.experiment.complete import complete
 from steer.experiment.metric import Metric, metric_of, name_of
-from steer.experiment.outcome import PRIMARY, Outcome, check_outcomes, measure_all, prepare_all
+from steer.experiment.outcome import PRIMARY, Outcome, check_outcomes, measure_all, prepare_all, texts_of
 from steer.experiment.question import question_of
 from steer.experiment.result import Result
 from steer.experiment.scores import Place, Scores
@@ -24,7 +24,6 @@ from steer.experiment.treatment import BAKED, INFERENCE, NEVER, TREATMENTS, Benc
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import tokenizer_of
-from steer.model.tokens import Row, encode, plain
 
 BASE = "base"
 
@@ -106,7 +105,7 @@ def compare(
     outcomes = _outcomes(metric, items, better)
     read = _arms(arms, baked)
     asked = question_of(read, outcomes, text=question, primary=primary)
-    bench = Bench(model, tokenizer, _rows(tokenizer, outcomes), fingerprint=Anatomy.find(model).fingerprint())
+    bench = Bench(model, tokenizer, texts_of(outcomes, tokenizer), fingerprint=Anatomy.find(model).fingerprint())
     treatments = {arm.name: arm.treatments(bench) for arm in read}
     sizes = {name: [each.size(bench) for each in group] for name, group in treatments.items()}
     prepare_all(outcomes, model, tokenizer)
@@ -147,18 +146,25 @@ def _outcomes(metric: Any, items: Sequence[Mapping[str, Any]] | None, better: st
 def _arms(arms: Mapping[str, Any], baked: bool) -> list[Arm]:
     of_type(arms, Mapping, "the arms", "pass {name: plan, treatment, steer.matched(...) or None}")
     treatments = {str(name): _treatment(name, given) for name, given in arms.items() if not isinstance(given, Matched)}
-    when = BAKED if baked else INFERENCE
     read = []
     for name, given in arms.items():
         if isinstance(given, Matched):
             of = next((other for other, treated in arms.items() if treated is given.of), None)
             if of is None:
                 raise _controls_no_arm(str(name), arms)
-            read.append(Arm(str(name), str(name), treatments[str(of)], when, control_of=str(of), draws=given.draws))
+            treatment = treatments[str(of)]
+            read.append(Arm(str(name), str(name), treatment, _when(treatment, baked), control_of=str(of), draws=given.draws))
         else:
             treatment = treatments[str(name)]
-            read.append(Arm(str(name), str(name), treatment, when if treatment.when else NEVER))
+            read.append(Arm(str(name), str(name), treatment, _when(treatment, baked)))
     return read
+
+
+def _when(treatment: Treatment, baked: bool) -> str:
+    """A prompt cannot be baked: it is said in any case."""
+    if not treatment.when:
+        return NEVER
+    return BAKED if baked and BAKED in treatment.when else INFERENCE
 
 
 def _treatment(name: Any, given: Any) -> Treatment:
@@ -169,18 +175,6 @@ def _treatment(name: Any, given: Any) -> Treatment:
     if isinstance(given, Treatment):
         return given
     raise _no_treatment(name, given)
-
-
-def _rows(tokenizer: Any, outcomes: Sequence[Outcome]) -> list[Row]:
-    """Texts on which the sizes of edits are measured: the items of the outcomes that have texts."""
-    items = next((outcome.items for outcome in outcomes if outcome.items), [])
-    rows = []
-    for item in items:
-        if isinstance(item.get("text"), str):
-            rows.append(plain(tokenizer, item["text"]))
-        elif isinstance(item.get("prompt"), str):
-            rows.append(encode(tokenizer, item["prompt"], item.get("neutral") or item.get("answer")))
-    return rows
 
 
 # ---- errors

@@ -8,6 +8,7 @@ the mean squared edit E|dh|^2 over the tokens of the experiment is that of the e
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,7 @@ from steer.intervene.expansion import at_single_sites
 from steer.intervene.low_rank import LowRank
 from steer.intervene.operator import tensors_of_rows
 from steer.intervene.operators.add import Add
+from steer.intervene.operators.head_shift import HeadShift
 from steer.model.accumulator import Accumulator
 from steer.model.capture import capture
 from steer.model.site import Site
@@ -52,20 +54,22 @@ def sites_of(plan: Plan, model: nn.Module) -> list[Site]:
 
 def states_at(model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> dict[Site, Tensor]:
     """Activations at sites, [tokens, width] each, on up to 2,048 tokens of the texts."""
+    if not rows:
+        raise _no_texts(sites)
     read = {site: _Tokens() for site in sites}
     capture(model, rows, dict(read), span="all")
     return {site: torch.cat(tokens.parts) for site, tokens in read.items()}
 
 
 def edit_norms(plan: Plan, model: nn.Module, states: States) -> dict[str, float]:
-    """Root mean square of |dh| over tokens and sites, by intervention: what an edit does at full scope, before gates and schedules.
+    """Root mean square of |dh| over tokens, sites and row slots, by intervention: what an edit does at full scope, before gates and schedules.
 
     Args:
         states: as `states_at` gives them.
     """
     norms = {}
     for intervention, placed in zip(plan.interventions, at_single_sites(plan.interventions, model), strict=True):
-        of_sites = [_energy(intervention.operator, intervention.strength[0], states[each.single_site]) for each in placed]
+        of_sites = [_energy(intervention.operator, intervention.strength, states[each.single_site]) for each in placed]
         norms[intervention.name] = math.sqrt(sum(of_sites) / len(of_sites))
     return norms
 
@@ -80,16 +84,23 @@ def random_partner(plan: Plan, model: nn.Module, states: States, seed: int) -> P
     Raises:
         ConfigError: an operator of which no random partner is known, or an edit that no random direction matches.
     """
-    made: dict[int, Operator] = {}  # an operator that several interventions share stays one
+    made: dict[tuple[int, ...], Operator] = {}  # tensors that several interventions share stay shared
     partners = []
     for number, (intervention, placed) in enumerate(zip(plan.interventions, at_single_sites(plan.interventions, model), strict=True)):
         operator = intervention.operator
-        if id(operator) not in made:
-            generator = torch.Generator().manual_seed(seed * 10007 + number)
+        tensors = tuple(map(id, operator.tensors.values()))
+        if tensors not in made:
+            generator = generator_of("plan", seed, number)
             of_sites = [states[each.single_site] for each in placed] if isinstance(operator, LowRank) else []
-            made[id(operator)] = _random_operator(intervention, of_sites, generator)
-        partners.append(intervention.unchecked(operator=made[id(operator)]))
+            made[tensors] = _random_operator(intervention, of_sites, generator)
+        partners.append(intervention.unchecked(operator=made[tensors]))
     return Plan(partners, fingerprint=plan.fingerprint, step=plan.step)
+
+
+def generator_of(kind: str, seed: int, number: int = 0) -> torch.Generator:
+    """Random numbers of a control draw; not those of `torch.manual_seed(seed)`, with which a user may have made what is to be matched."""
+    digest = hashlib.sha256(f"matched {kind} {seed} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # ---- one operator
@@ -100,15 +111,18 @@ def _random_operator(intervention: Intervention, states: list[Tensor], generator
     if isinstance(operator, LowRank):
         return _like_it_in_energy(intervention, states, generator)
     if isinstance(operator, Add):
-        vector = operator.tensors["vector"].detach()
-        support = (vector != 0).any(0)  # the vector of some heads stays in those heads
-        return _with_frame(operator, ["vector"], _isotropic(_rank(vector), operator.width, generator) * support)
+        frame = _isotropic(_rank(operator.tensors["vector"]), operator.width, generator)
+        if isinstance(operator, HeadShift):  # stays in its heads
+            kept = torch.zeros(operator.n_heads, operator.width // operator.n_heads)
+            kept[list(operator.heads)] = 1
+            frame = frame * kept.flatten()
+        return _with_frame(operator, ["vector"], frame)
     raise _no_partner(intervention)
 
 
 def _like_it_in_energy(intervention: Intervention, states: list[Tensor], generator: torch.Generator) -> Operator:
     """Turns a frame from isotropic directions to directions of token states until the edit is as large."""
-    operator, strength = intervention.operator, intervention.strength[0]
+    operator, strength = intervention.operator, intervention.strength
     assert isinstance(operator, LowRank)
     names = [name for name in dict.fromkeys((operator.reads, operator.writes, "step")) if name in operator.tensors]
     rank = _rank(torch.cat([operator.tensors[name].detach().flatten(0, -2) for name in names]))
@@ -160,12 +174,14 @@ def _with_frame(operator: Operator, names: Sequence[str], frame: Tensor) -> Oper
     return copied
 
 
-def _energy(operator: Operator, strength: float, states: Tensor) -> float:
-    """Mean of |dh|^2 over tokens."""
-    h = states[None]  # [1, tokens, width]
+def _energy(operator: Operator, strengths: Sequence[float], states: Tensor) -> float:
+    """Mean of |dh|^2 over tokens and row slots."""
+    slots = max(operator.slots, len(strengths))
+    h = states.expand(slots, -1, -1)  # [slots, tokens, width]
+    strength = torch.tensor(strengths).expand(slots)[:, None, None]
     with torch.no_grad():
         tensors = {name: tensor.to(h.device) for name, tensor in operator.tensors.items()}
-        edited = operator.apply(h, torch.full((1, 1, 1), strength), None, tensors_of_rows(tensors, torch.zeros(1, dtype=torch.long)))
+        edited = operator.apply(h, strength, None, tensors_of_rows(tensors, torch.arange(slots)))
     return float((edited - h).double().square().sum(-1).mean())
 
 
@@ -182,6 +198,15 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 # ---- errors
+
+
+def _no_texts(sites: Sequence[Site]) -> ConfigError:
+    return ConfigError(
+        "there are no texts on which the size of an edit could be measured",
+        expected="an outcome whose items have a `prompt` or a `text`",
+        found=f"none, for edits at {', '.join(map(str, sites))}",
+        remedy="add such an outcome, or leave the matched controls out",
+    )
 
 
 def _no_partner(intervention: Intervention) -> ConfigError:

@@ -33,6 +33,7 @@ from steer.experiment.metric import (
     with_ids,
     with_system,
 )
+from steer.model.tokens import Row, encode, plain
 
 PRIMARY, SECONDARY, GUARDRAIL, EXPLORATORY = "primary", "secondary", "guardrail", "exploratory"
 ROLES = (PRIMARY, SECONDARY, GUARDRAIL, EXPLORATORY)
@@ -159,6 +160,25 @@ def _answers(outcomes: Sequence[Outcome], items: Mapping[str, Sequence[Item]], m
     for max_new_tokens, questions in asked.items():
         texts |= zip(questions, complete(model, tokenizer, list(questions.values()), max_new_tokens=max_new_tokens), strict=True)
     return texts
+
+
+def texts_of(outcomes: Sequence[Outcome], tokenizer: Any) -> list[Row]:
+    """Texts of an experiment, on which the sizes of edits are measured: the items of the first outcome whose items have texts."""
+    for outcome in outcomes:
+        rows = [_row(tokenizer, item) for item in outcome.items if _has_text(item)]
+        if rows:
+            return rows
+    return []
+
+
+def _has_text(item: Item) -> bool:
+    return any(isinstance(item.get(key), str) and item[key].strip() for key in ("text", "prompt"))
+
+
+def _row(tokenizer: Any, item: Item) -> Row:
+    return (
+        encode(tokenizer, item["prompt"], item.get("neutral") or item.get("answer")) if "prompt" in item else plain(tokenizer, item["text"])
+    )
 
 
 # ---- what can show nothing

@@ -74,12 +74,12 @@ def question_of(
     chosen = _primary_pair(arms, measured, primary)
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     if secondary is not None:
-        planned = [_checked(Pair(pair.get("outcome", measured), pair["arm"], pair["against"]), arms, outcomes) for pair in secondary]
+        planned = [_read_pair(pair, measured, arms, outcomes) for pair in secondary]
     elif untreated is None:
         planned = []
     else:
         planned = _planned(arms, outcomes, chosen, untreated)
-    planned = [pair for pair in dict.fromkeys(planned) if pair != chosen]
+    planned = _new(planned, [chosen])
     looked_at = [Pair(measured, arm.name, untreated) for arm in arms if arm.control_of is not None and untreated is not None]
     guarded = [
         Pair(outcome.name, arm.name, untreated)
@@ -87,7 +87,7 @@ def question_of(
         for arm in arms
         if outcome.role == GUARDRAIL and untreated is not None and arm.when != NEVER and arm.control_of is None
     ]
-    exploratory = [pair for pair in looked_at if pair != chosen and pair not in planned]
+    exploratory = _new(looked_at, [chosen, *planned])
     words = text or f"Does '{chosen.arm}' change {chosen.outcome} against '{chosen.against}'?"
     return Question(words, chosen, tuple(planned), tuple(exploratory), tuple(guarded))
 
@@ -95,11 +95,7 @@ def question_of(
 def _primary_pair(arms: Sequence[Arm], outcome: str, said: Any) -> Pair:
     names = [arm.name for arm in arms]
     if said is not None:
-        arm, against = (said["arm"], said["against"]) if isinstance(said, Mapping) else said
-        for name in (arm, against):
-            if name not in names:
-                raise _no_such_arm(name, names)
-        return Pair(outcome, arm, against)
+        return _read_pair(said, outcome, arms, ())
     treated = next((arm for arm in arms if arm.when != NEVER and arm.control_of is None), None)
     if treated is None:
         raise _nothing_treated(names)
@@ -117,13 +113,34 @@ def _planned(arms: Sequence[Arm], outcomes: Sequence[Outcome], chosen: Pair, unt
     return [*planned, *(Pair(chosen.outcome, name, untreated) for name in others)]
 
 
-def _checked(pair: Pair, arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> Pair:
+def _new(pairs: Sequence[Pair], asked: Sequence[Pair]) -> list[Pair]:
+    """Pairs that are not asked about already; a pair the other way round is the same question."""
+    known = {(pair.outcome, frozenset((pair.arm, pair.against))) for pair in asked}
+    new = []
+    for pair in pairs:
+        key = (pair.outcome, frozenset((pair.arm, pair.against)))
+        if key not in known:
+            known.add(key)
+            new.append(pair)
+    return new
+
+
+def _read_pair(said: Any, outcome: str, arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> Pair:
+    """A pair from its configuration. outcome: what it is about if it does not say; outcomes: those that it may name."""
     names = [arm.name for arm in arms]
+    if isinstance(said, Sequence) and not isinstance(said, str) and len(said) == 2:
+        said = {"arm": said[0], "against": said[1]}
+    known = ("arm", "against", "outcome") if outcomes else ("arm", "against")
+    if not isinstance(said, Mapping) or not {"arm", "against"} <= set(said) <= set(known):
+        raise _no_pair(said, known)
+    pair = Pair(said.get("outcome", outcome), said["arm"], said["against"])
     for name in (pair.arm, pair.against):
         if name not in names:
             raise _no_such_arm(name, names)
-    if pair.outcome not in (known := [outcome.name for outcome in outcomes]):
-        raise _no_such_outcome(pair.outcome, known)
+    if pair.arm == pair.against:
+        raise _against_itself(pair)
+    if outcomes and pair.outcome not in (measured := [each.name for each in outcomes]):
+        raise _no_such_outcome(pair.outcome, measured)
     return pair
 
 
@@ -146,6 +163,19 @@ def _nothing_to_compare_with(arm: str) -> ConfigError:
         expected="a matched control of it, or an arm to which nothing is done",
         found="neither",
         remedy="add an arm without a treatment, such as 'plain': None, or a control: steer.matched(plan)",
+    )
+
+
+def _no_pair(said: Any, known: Sequence[str]) -> ConfigError:
+    what = "a contrast of the question cannot be read"
+    remedy = "write {arm: <name>, against: <name>}"
+    return ConfigError(what, expected=f"two arms, with the keys {', '.join(known)}", found=said, remedy=remedy)
+
+
+def _against_itself(pair: Pair) -> ConfigError:
+    what = f"the question compares '{pair.arm}' with itself"
+    return ConfigError(
+        what, expected="two arms", found=f"{pair.arm} and {pair.against}", remedy="name another arm in one of the two places"
     )
 
 

@@ -51,10 +51,11 @@ class Scores:
         """Raises ConfigError when a place has values already, or when its items are not those of the other arms."""
         if place in self._values:
             raise _twice(place)
+        values = {str(item): float(value) for item, value in values.items()}
         other = next((taken for taken in self._values if taken.outcome == place.outcome), None)
         if other is not None and set(self._values[other]) != set(values):
             raise _other_items(place, values, other, self._values[other])
-        self._values[place] = {str(item): float(value) for item, value in values.items()}
+        self._values[place] = values
 
     def __iter__(self) -> Iterator[Place]:
         return iter(self._values)
@@ -98,10 +99,10 @@ class Scores:
         columns = []
         for seed in seeds:
             of_draws = [self._values.get(Place(outcome, arm, number, seed)) for number in draws]
-            if any(values is None for values in of_draws):
-                raise _missing_draw(outcome, arm, seed, draws, [n for n, values in zip(draws, of_draws, strict=True) if values is None])
-            table = [[values[item] for item in items] for values in of_draws if values is not None]
-            columns.append(torch.tensor(table, dtype=torch.float64).mean(0))
+            if missing := [number for number, of_draw in zip(draws, of_draws, strict=True) if of_draw is None]:
+                raise _missing_draw(outcome, arm, seed, draws, missing)
+            values = [[of_draw[item] for item in items] for of_draw in of_draws if of_draw is not None]
+            columns.append(torch.tensor(values, dtype=torch.float64).mean(0))
         return Matrix(torch.stack(columns, dim=1), items, tuple(seeds))
 
     def difference(self, outcome: str, arm: str, reference: str, draw: int | None = None) -> Matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,9 @@ class PlanTreatment(Treatment):
         finite_number(dose, "the dose of a plan")
         self.source = plan
         self.dose = dose
-        is_saved = isinstance(plan, Path) or isinstance(plan, str) and (Path(plan) / "manifest.json").is_file()
+        is_saved = (
+            isinstance(plan, Path) or isinstance(plan, str) and (os.path.isfile(os.path.join(plan, "manifest.json")) or _is_file(plan))
+        )
         self._is_text = isinstance(plan, str) and not is_saved
         given = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
         self._plan = None if given is None else _dosed(given, dose)
@@ -58,7 +61,9 @@ class PlanTreatment(Treatment):
         return self._plan
 
     def describe(self) -> str:
-        return "; ".join(each.summary() for each in self._plan.interventions) if self._plan is not None else str(self.source)
+        if self._is_text:
+            return str(self.source) if self.dose == 1 else f"{self.dose:g} times {self.source}"
+        return "; ".join(each.summary() for each in self.plan.interventions)
 
     def spec(self) -> dict[str, Any]:
         if self._is_text:
@@ -93,6 +98,10 @@ class PlanTreatment(Treatment):
 
     def control(self, bench: Bench, seed: int) -> Treatment:
         return PlanTreatment(random_partner(self.plan, bench.model, bench.states(self.plan), seed)).prepare(bench)
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith(".safetensors") and os.path.isfile(text)
 
 
 def _dosed(plan: Plan, dose: float) -> Plan:

@@ -11,19 +11,33 @@ from typing import Any, Self
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.errors import ConfigError, ModelNotFoundError
+from steer.experiment.matched import generator_of
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
 from steer.files import contents
 from steer.model.devices import check_weights_are_there
 from steer.reading import read_json
 
+# values of an adapter's configuration with which it adds B A to weights and does nothing else; the first is the default
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "layer_replication": (None,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base
+}
+
 
 @TREATMENTS.register("weights")
 class Weights(Treatment):
-    """Adds the weight changes of a LoRA adapter: where training starts from (`train`), or what is used (`inference`).
+    """Adds the weight changes of a LoRA adapter: under the training and not afterwards (`train`), where the model is used (`inference`), in
+    both, or baked.
 
     Controls: random matrices of the same rank and Frobenius norm in the same modules.
 
@@ -81,7 +95,7 @@ class Weights(Treatment):
         return {path: float(change.norm()) for path, change in self.changes.items()}
 
     def control(self, bench: Bench, seed: int) -> Treatment:
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of("weights", seed)
         partner = Weights(self.adapter)
         partner.drawn = seed
         partner.changes = {path: _random_like(change, generator) for path, change in self.changes.items()}
@@ -89,19 +103,17 @@ class Weights(Treatment):
 
 
 def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What an adapter adds to each weight."""
+    """What an adapter adds to each weight. Raises ConfigError for one that changes a model in other ways, too."""
+    config = read_json(Path(adapter) / "adapter_config.json")
+    others = [f"{key}={config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain]
+    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        others += [name for name in file.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118 - no mapping
+    if others:
+        raise _no_lora(adapter, others)
     adapted = PeftModel.from_pretrained(model, adapter)
     try:
-        changes = {}
-        for path, module in adapted.get_base_model().named_modules():
-            if isinstance(module, LoraLayer):
-                changes[path] = module.get_delta_weight("default").detach().float().cpu()
-        others = [
-            type(module).__name__ for module in adapted.modules() if hasattr(module, "active_adapter") and not isinstance(module, LoraLayer)
-        ]
-        if not changes or any(name not in ("PeftModel", "PeftModelForCausalLM", "LoraModel") for name in others):
-            raise _no_lora(adapter, others)
-        return changes
+        layers = {path: module for path, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+        return {path: module.get_delta_weight("default").detach().float().cpu() for path, module in layers.items()}
     finally:
         adapted.unload()
 
@@ -118,10 +130,10 @@ def _weight(modules: dict[str, nn.Module], path: str) -> nn.Parameter:
 
 def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:
     """A random matrix of the same shape, rank and norm."""
-    rank = int(torch.linalg.matrix_rank(change))
-    out, inner = change.shape
-    made = torch.randn(out, rank, generator=generator) @ torch.randn(rank, inner, generator=generator)
-    return made * (change.norm() / made.norm())
+    matrix = change.flatten(1)  # [out, in] also of a convolution
+    rank = int(torch.linalg.matrix_rank(matrix))
+    made = torch.randn(len(matrix), rank, generator=generator) @ torch.randn(rank, matrix.shape[1], generator=generator)
+    return made.reshape(change.shape) * (change.norm() / made.norm()) if rank else torch.zeros_like(change)
 
 
 # ---- errors
@@ -135,8 +147,8 @@ def _no_adapter(folder: Path) -> ModelNotFoundError:
 def _no_lora(adapter: str, found: list[str]) -> ConfigError:
     return ConfigError(
         f"the adapter in {adapter} is not one whose weight changes can be read",
-        expected="LoRA",
-        found=", ".join(sorted(set(found))) or "no LoRA layer",
+        expected="LoRA that adds B A to weights, and nothing else",
+        found=", ".join(found[:3]),
         remedy="use a LoRA adapter, or merge it and compare the two models",
     )
 
