@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from steer.commands.cell_run import ADAPTER, STORE, run_cell
+from steer.commands import cell_ranks
+from steer.commands.cell_run import ADAPTER, STORE, run_cell, train_cell
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
 from steer.commands.side_by_side import side_by_side
@@ -48,13 +49,22 @@ def run(config: DictConfig) -> None:
     {"run": run_all, "plan": plan, "lock": lock, "report": report}[config.do](job)
 
 
-def run_all(job: ExperimentRun) -> Result:
-    """Runs the cells that are missing, then writes the page."""
+def run_all(job: ExperimentRun) -> Result | None:
+    """Runs the cells that are missing, then writes the page; None on the other ranks of a run of torchrun."""
+    with cell_ranks.process_group():
+        return _run_all(job)
+
+
+def _run_all(job: ExperimentRun) -> Result | None:
     question = asked(job)
-    write_config(job)
+    if cell_ranks.is_first():
+        write_config(job)
     job.prepare()
     cells = CellFolder(job.root / "cells")
     wanted = job.cells()
+    if not cell_ranks.is_first():
+        cell_ranks.follow(wanted, lambda cell: train_cell(job, cell, cells))
+        return None
     missing = [cell for cell in wanted if not cells.is_done(cell)]
     started = time.perf_counter()
     if missing:
@@ -62,6 +72,7 @@ def run_all(job: ExperimentRun) -> Result:
     for number, cell in enumerate(run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)), 1):
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
+    cell_ranks.announce(None)
     return write_page(job, question, cells)
 
 

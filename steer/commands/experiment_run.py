@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
+from steer.commands import cell_ranks
 from steer.commands.config import dtype_named
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, lora_config, texts, tracked_sites
@@ -58,7 +59,7 @@ class ExperimentRun:
         self.config = config
         self.experiment = config.experiment
         self.root = root
-        self.console = Console()
+        self.console = Console(quiet=not cell_ranks.is_first())
         self.seeds = check_seeds(config.seeds)
         self.settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         spec = self.settings["experiment"]
