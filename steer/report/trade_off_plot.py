@@ -67,7 +67,7 @@ def _name_points(ax: Any, metrics: Mapping[str, Any], points: Sequence[Mapping[s
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     places = [((x - left) / (right - left) * width, (y - bottom) / (top - bottom) * height) for x, y, _ in named]
     joined = {str(point["arm"]) for point in points if point["undominated"]}
-    taken = [(x - 0.07, y - 0.07, x + 0.07, y + 0.07) for x, y in places]
+    taken: list[tuple[float, ...]] = [(x - 0.07, y - 0.07, x + 0.07, y + 0.07) for x, y in places]
     for (x, y), (damage, effect, name) in zip(places, named, strict=True):
         for ha, va, offset, box in _beside(x, y, 0.072 * len(name), is_joined=name in joined):
             if _is_free(box, taken, width, height):

@@ -153,7 +153,9 @@ def test_sweep_is_drawn_with_its_controls(tmp_path: Path, swept: dict[str, Any],
             assert sum(said.startswith(begins) for said in page.said) == 2 * 3, "three outcomes, wide and narrow"
     assert sum(said.startswith("random, draw 8 at dose") for said in page.said) == 2 * 3 * 4
     assert "range of the 8 control draws" in page.words("result"), "of the control of the primary contrast alone"
-    assert 'id="dose"' not in full_page[0]
+    assert 'id="dose"' not in full_page[0] and "#dose" not in full_page[0]
+    html = render(tmp_path, swept)[0]
+    assert 'id="training"' not in html and "#drift" not in html, "nothing was trained"
 
 
 def test_needs_no_network(full_page: tuple[str, Page]) -> None:
