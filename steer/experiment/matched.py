@@ -62,7 +62,7 @@ def states_at(model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> d
 
 
 def edit_norms(plan: Plan, model: nn.Module, states: States) -> dict[str, float]:
-    """Root mean square of |dh| over tokens, sites and row slots, by intervention: what an edit does at full scope, before gates and schedules.
+    """Root mean square of |dh| over tokens, sites and row slots, by intervention: at full scope, before gates and schedules.
 
     Args:
         states: as `states_at` gives them.

@@ -100,8 +100,9 @@ class PlanTreatment(Treatment):
         return PlanTreatment(random_partner(self.plan, bench.model, bench.states(self.plan), seed)).prepare(bench)
 
 
-def _is_file(text: str) -> bool:
-    return text.endswith(".safetensors") and os.path.isfile(text)
+def _is_saved(text: str) -> bool:
+    """A path of a saved plan, folder or single file, and no text of one; os.path says no of what can be no path."""
+    return os.path.isfile(os.path.join(text, "manifest.json")) or text.endswith(".safetensors") and os.path.isfile(text)
 
 
 def _dosed(plan: Plan, dose: float) -> Plan:
