@@ -19,8 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from steer.checks import of_type
 from steer.drift.stream import under
-from steer.errors import AttachError, ConfigError, DamagedFileError
+from steer.errors import AttachError, ConfigError, DamagedFileError, SteerError
 from steer.files import contents, load_artifact, save_artifact
+from steer.model.restoring import restoring
+from steer.reading import read_json
 from steer.training.drift_run import DriftRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
@@ -82,13 +84,15 @@ class TrainerRun(TrainerCallback):
             if self._resumed_from is not None and not is_whole(self._resumed_from):
                 raise _not_whole(self._resumed_from)
             self._pending = {}
-            self._in_train = True
-            try:
-                with self.wrapped_methods(trainer):
-                    return train(resume_from_checkpoint, *args, **kwargs)
-            finally:
+
+            def end() -> None:
                 self._in_train = False
                 self._run.detach()
+
+            with restoring(end):
+                self._in_train = True
+                with self.wrapped_methods(trainer):
+                    return train(resume_from_checkpoint, *args, **kwargs)
 
         return train_with_run
 
@@ -182,9 +186,14 @@ class TrainerRun(TrainerCallback):
             save_artifact(self.file(folder), self.kind, tensors, {"step": trainer.state.global_step, "run": self._run.name})
 
     def load(self, folder: Path) -> dict[str, Tensor] | None:
-        """State of the run in a checkpoint, None when it holds none."""
+        """State of the run in a checkpoint, None when it holds none. Raises DamagedFileError for the state of another step."""
         file = self.file(folder)
-        return load_artifact(file, self.kind)[1] if file.exists() else None
+        if not file.exists():
+            return None
+        manifest, tensors = load_artifact(file, self.kind)
+        if manifest.get("step") != (step := step_of(folder)):
+            raise _of_another_step(file, step, manifest.get("step"))
+        return tensors
 
     def state_place(self) -> str:
         """Where the state is in the checkpoint that was resumed from, for messages."""
@@ -198,8 +207,18 @@ class TrainerRun(TrainerCallback):
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """True when a trainer has finished the checkpoint: this is its last file."""
-    return (checkpoint / TRAINER_STATE_NAME).is_file()
+    """True when a trainer has finished the checkpoint: its last file is there, and is not cut off."""
+    return step_of(checkpoint) is not None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """How many optimiser steps a checkpoint comes after; None where the trainer's state is not there as a whole."""
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        step = read_json(file)["global_step"] if file.is_file() else None
+    except (SteerError, TypeError, KeyError):
+        return None
+    return step if type(step) is int else None
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -221,14 +240,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Gives an object an attribute of its own for a while."""
     had_own = name in vars(owner)
     before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if had_own:
             setattr(owner, name, before)
         else:
-            delattr(owner, name)
+            vars(owner).pop(name, None)
+
+    with restoring(put_back):
+        setattr(owner, name, value)
+        yield
 
 
 # ---- errors
@@ -246,9 +267,18 @@ def _has_a_trainer(trainer: Any) -> AttachError:
 def _not_whole(checkpoint: Path) -> DamagedFileError:
     return DamagedFileError(
         f"the checkpoint {checkpoint} was not finished",
-        expected=f"{checkpoint / TRAINER_STATE_NAME}, which a trainer writes last",
+        expected=f"{checkpoint / TRAINER_STATE_NAME}, which a trainer writes last, as a whole",
         found=contents(checkpoint) if checkpoint.is_dir() else "no such folder",
         remedy="resume from an earlier checkpoint, or delete this one and begin again",
+    )
+
+
+def _of_another_step(file: Path, step: int | None, found: object) -> DamagedFileError:
+    return DamagedFileError(
+        f"{file} is not of this checkpoint",
+        expected=f"the state after step {step}",
+        found=f"that after step {found}",
+        remedy="put back the file that was saved with the checkpoint, or resume from another one",
     )
 
 

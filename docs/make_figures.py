@@ -18,12 +18,11 @@ from typing import Any
 from make_tables import ROOT, between, markdown
 
 from steer.commands.generate import read_run
-from steer.experiment.results import drift_records
+from steer.experiment.result import drift_records
 from steer.report import drift_figure
 from steer.report.curves import natural
-from steer.report.numbers import duration, interval, number
+from steer.report.numbers import common_digits, duration, interval, number
 from steer.report.schema1 import OUTCOMES
-from steer.report.view import common_digits
 
 PICTURE, QUOTED, README = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "README.md"
 NAMES = {"behaviour_gap": "behaviour gap", "task_logprob": "task log-probability", "neutral_loss": "neutral text loss"}

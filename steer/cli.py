@@ -102,30 +102,39 @@ class _Job:
     Attributes:
         failures: errors of the user's making; through Hydra they would come with a line of noise.
         os_errors: errors of the operating system that the command itself raised.
+        has_begun: Hydra has read the overrides.
     """
 
     def __init__(self, command: str) -> None:
         self.command = command
+        self.process = os.getpid()
         self.failures: list[SteerError] = []
         self.os_errors: list[OSError] = []
+        self.has_begun = False
 
     def __call__(self, config: Any) -> None:
         from omegaconf.errors import OmegaConfBaseException
 
         from steer.commands.config import check_kinds, config_error
 
+        self.has_begun = True
         try:
             check_kinds(config, self.command)
             self._run(config)
         except SteerError as error:
-            self.failures.append(error)
+            self._failed(error)
         except OmegaConfBaseException as error:
-            self.failures.append(config_error(self.command, error))
+            self._failed(config_error(self.command, error))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self.os_errors.append(error)
                 raise
-            self.failures.append(_storage_full(error))
+            self._failed(_storage_full(error))
+
+    def _failed(self, error: SteerError) -> None:
+        if os.getpid() != self.process:  # a launcher runs the job in a process of its own, and hands back what is raised alone
+            raise error
+        self.failures.append(error)
 
     def _run(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -160,6 +169,10 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
         try:
             hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
         except (HydraException, OmegaConfBaseException) as error:
+            raise config_error(command, error) from error
+        except ValueError as error:  # of a group of which something else than a choice is made, such as `trainer=null`
+            if job.has_begun:
+                raise
             raise config_error(command, error) from error
         except OSError as error:
             if error in job.os_errors or isinstance(error, BrokenPipeError):

@@ -6,6 +6,7 @@ and JSON has to say one thing: no key twice, no NaN, no number beyond those of a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -43,9 +44,17 @@ _MAGIC = {
 
 
 def place_of(path: str | Path) -> Path:
-    """A path as it was given, `~` being the user's home. Raises ConfigError for what is no path."""
+    """A path as it was given, `~` being the user's home. Raises ConfigError for what is no path, FileError for what can be no name."""
     of_type(path, (str, os.PathLike), "the path of a file", "pass the path as text, e.g. 'my_plan'")
-    return Path(os.path.expanduser(path))
+    place = Path(os.path.expanduser(path))
+    try:
+        os.lstat(place)
+    except ValueError as error:  # a zero byte
+        raise _unreadable(place, error) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _unreadable(place, error) from error
+    return place
 
 
 def size_of(path: Path) -> int:

@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from steer.errors import ConfigError, DamagedFileError, UnsafeFileError, WrongKindError
-from steer.reading import damage_of, damaged, kind_of, other_kind, place_of, read_bytes, size_of
+from steer.reading import damage_of, damaged, kind_of, other_kind, parse_json, place_of, read_bytes, size_of
 
 _ROOM = 64 * 2**20  # bytes that a file may always unpack to
 _TIMES = 20  # and beyond these, how many times its own size: numbers of trained models hardly shrink
@@ -71,11 +71,19 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             raise _pickle(path, "a pickle stream")
         if (kind := kind_of(head)) is not None:
             raise _pickle(path, kind) if tensor_format(path) == "torch" else other_kind(path, "safetensors", kind)
+    _check_header(path, head, size)
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except Exception as error:  # SafetensorError, and what torch says of a type or a size that it does not have
         raise _truncated(path, size, error) from error
+
+
+def _check_header(path: Path, head: bytes, size: int) -> None:
+    """Raises DamagedFileError for a header that says two things; safetensors takes the later one."""
+    end = 8 + int.from_bytes(head[:8], "little")
+    if len(head) > 8 and end <= size:
+        parse_json(read_bytes(path, end)[8:], f"the header of {path}")
 
 
 def read_torch(path: Path) -> Any:

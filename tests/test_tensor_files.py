@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import steer
 from steer import reading, tensor_files
+from steer.drift import DriftStore
 from steer.errors import DamagedFileError, FileError, NonFiniteError, UnsafeFileError, WrongKindError
 
 
@@ -216,3 +218,31 @@ def test_json_that_says_two_things_or_none(text, error):
 def test_json_comes_back():
     content = {"a": [1, -2.5, True, None, "\ud800", 2**70], "b": {"a": {}}}
     assert reading.parse_json(json.dumps(content), "'file'") == content
+
+
+# ---- names and headers
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: steer.import_directions(path, site="layers.1.output"),
+        lambda path: steer.Plan.load(path),
+        lambda path: steer.Plan(steer.Intervention(steer.Add(torch.ones(2)), "layers.1.output")).save(path),
+        lambda path: DriftStore(path),
+        lambda path: steer.load(path),
+    ],
+    ids=["import", "load", "save", "store", "model"],
+)
+def test_names_that_no_file_can_have(name, use, tmp_path):
+    with pytest.raises(FileError):
+        use(f"{tmp_path}/{name}")
+
+
+def test_a_header_that_names_a_tensor_twice(tmp_path):
+    entry = '"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "twice.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(DamagedFileError, match="'v' twice"):
+        tensor_files.read_safetensors(tmp_path / "twice.safetensors")

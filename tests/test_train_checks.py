@@ -156,12 +156,17 @@ def test_interrupted(steer: Run, tmp_path: Path, where: str, monkeypatch: pytest
         monkeypatch.setattr(SFTModule, "training_step", ctrl_c)
     else:
         monkeypatch.setattr(train, "measure", ctrl_c)
-    status, err = steer()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with the signal ignored
+    try:
+        status, err = steer()
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130 and "Traceback" not in err
     (said,) = [line for line in err.splitlines() if line.startswith("interrupted: ")]
     assert f"'{tmp_path / 'out'}' keeps what was written" in said and "cannot be resumed" in said
     assert ("drift/plain.sqlite" if where == "training" else "directions") in said
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert after is not signal.SIG_IGN
 
 
 @pytest.mark.parametrize(

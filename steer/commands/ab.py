@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def run_all(job: ExperimentRun) -> Result:
     for number, cell in enumerate(run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)), 1):
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
-    return write_page(job, question, cells, wanted)
+    return write_page(job, question, cells)
 
 
 def what_is_left(out: Path) -> str:
@@ -112,7 +112,7 @@ def plan(job: ExperimentRun) -> None:
 
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
-    design = _design(job, asked(job))
+    design = _design(job, asked(job), job.cells())
     job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
@@ -120,13 +120,13 @@ def report(job: ExperimentRun) -> None:
     """Reads the cells that are done, and writes the page."""
     others = [Path(folder) / "cells" for folder in job.config.get("folders") or ()]
     cells = CellFolder(job.root / "cells", others)
-    wanted = job.cells()
-    cells.check_others(wanted[0].spec)
-    write_page(job, asked(job), cells, wanted)
+    cells.check_others(job.cells()[0].spec)
+    write_page(job, asked(job), cells)
 
 
-def write_page(job: ExperimentRun, question: Question, cells: CellFolder, wanted: Sequence[Cell]) -> Result:
-    """metrics.json, the table of scores and the page of the seeds whose cells are all done."""
+def write_page(job: ExperimentRun, question: Question, cells: CellFolder) -> Result:
+    """metrics.json, the table of scores and the page of the seeds whose cells are all done, what other jobs ran here too."""
+    wanted = job.cells(cells.seeds())
     done = _seeds_done(job, wanted, cells)
     if not done:
         raise _nothing_done(job, wanted, cells)
@@ -159,7 +159,8 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=_sizes(results))
+    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -168,7 +169,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "design": {
             "trained": job.trains,
             "seeds": sorted({cell.seed for cell in chosen if cell.arm != BASE}),
-            **_lock_state(job, question),
+            **_lock_state(job, question, chosen),
         },
         "model": {"name": job.config.model.name},
         "versions": versions(),
@@ -176,6 +177,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "started": CellFolder(job.root / "cells").first_begun(),
         "seconds": sum(result["timing"]["seconds"] for result in results.values()),
         "completions": {name: results[cell]["completions"] for name, cell in first.items()},
+        "projections": _projections(job),
         "training": {cell.name: {"arm": cell.arm, "draw": cell.draw, "seed": cell.seed, **results[cell]["training"]} for cell in trained},
         "overhead": {
             cell.arm: {"median": cost["callback_overhead"], "range": cost["callback_overhead_range"]}
@@ -189,13 +191,16 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
     }
 
 
-def _sizes(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Of every arm, the quantity in which controls are matched, by draw."""
-    sizes: dict[str, dict[int, dict[str, float]]] = {}
-    for cell, result in results.items():
-        if cell.arm != BASE:
-            sizes.setdefault(cell.arm, {}).setdefault(cell.draw, result["size"])
-    return {arm: [of_draw[draw] for draw in sorted(of_draw)] for arm, of_draw in sizes.items()}
+def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
+    """The cells of an arm in its first seed, one for each draw."""
+    own = [cell for cell in cells if cell.arm == arm]
+    return [cell for cell in own if cell.seed == own[0].seed]
+
+
+def _projections(job: ExperimentRun) -> dict[str, Any] | None:
+    """What the values of the tokens of completions are; None where no direction was read."""
+    trait = job.settings["experiment"].get("trait")
+    return None if trait is None else {"direction": trait["name"], "site": trait.get("site"), "unit": "class gaps"}
 
 
 def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> str:
@@ -203,19 +208,19 @@ def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> s
     return os.path.relpath(cells.of(cell) / name, job.root)
 
 
-def _design(job: ExperimentRun, question: Question) -> dict[str, Any]:
+def _design(job: ExperimentRun, question: Question, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a lock holds."""
     return {
         "question": question.to_dict(),
         "outcomes": job.settings["experiment"]["outcomes"],
         "arms": {arm.name: {"when": arm.when, "control_of": arm.control_of, "draws": arm.draws, "uses": arm.uses} for arm in job.arms},
-        "seeds": list(job.seeds),
-        "cells": {f"{cell.arm}.{cell.draw}.{cell.seed}": cell.key for cell in job.cells()},
+        "seeds": sorted({cell.seed for cell in cells if cell.arm != BASE}),
+        "cells": {f"{cell.arm}.{cell.draw}.{cell.seed}": cell.key for cell in cells},
     }
 
 
-def _lock_state(job: ExperimentRun, question: Question) -> dict[str, Any]:
-    return {"lock": check_lock(job.root, _design(job, question), CellFolder(job.root / "cells").first_begun())}
+def _lock_state(job: ExperimentRun, question: Question, chosen: Sequence[Cell]) -> dict[str, Any]:
+    return {"lock": check_lock(job.root, _design(job, question, chosen), CellFolder(job.root / "cells").first_begun())}
 
 
 def _seeds_done(job: ExperimentRun, wanted: Sequence[Cell], cells: CellFolder) -> list[int]:

@@ -61,8 +61,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
         result = _measure(run, acting, system)
     log_result(logger, result)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
-    size = treatment.size(run.bench)
-    return {**result, "size": size, "training": training, "timing": timing, "versions": versions()}
+    return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
 
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from steer.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-UNCHECKED = ("trainer",)  # goes to Lightning as it is, which takes several kinds of value and checks them itself
+OF_ANY_KIND = ("trainer",)  # sections whose values go to Lightning, which takes several kinds of each and checks them itself
 
 # kinds of value, in the words of the error messages
 TEXT = "text"
@@ -100,7 +100,7 @@ def _check_section(config: Any, defaults: Any, command: str, prefix: str) -> Non
         name = f"{prefix}{key}"
         value = _value(config, key)
         default = _value(defaults, key)
-        if value is None or default is None or name in UNCHECKED:
+        if value is None or default is None or prefix.removesuffix(".") in OF_ANY_KIND:
             continue
         kind = _kind(value)
         wanted = _kind(default)

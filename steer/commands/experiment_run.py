@@ -91,6 +91,8 @@ class ExperimentRun:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        if not self.trains and len(self.seeds) > 1:
+            raise _nothing_random(self.seeds)
         if self.trains:
             self.module(nn.Identity(), 0)
             check_batch(len(self.data.split("train")), self.experiment.train.batch_size)
@@ -234,10 +236,11 @@ class ExperimentRun:
 
     # ---- cells
 
-    def cells(self) -> list[Cell]:
+    def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec())]
-        for seed in self.seeds if self.trains else self.seeds[:1]:
+        seeds = sorted({*self.seeds, *more_seeds})
+        for seed in seeds if self.trains else seeds[:1]:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None
@@ -297,4 +300,13 @@ def _name_of_the_base() -> ConfigError:
         expected="another name",
         found=f"experiment.arms.{BASE}",
         remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
+    )
+
+
+def _nothing_random(seeds: list[int]) -> ConfigError:
+    return ConfigError(
+        "an experiment that trains nothing has no seeds",
+        expected="one seed: every other one would give the same numbers, and claim to have tried again",
+        found=seeds,
+        remedy="set seeds=[0], raise the draws of its controls, or train: experiment.train",
     )

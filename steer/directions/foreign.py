@@ -10,6 +10,7 @@ from steer.directions.importer import Importer, Source, choose, read_by
 from steer.errors import ConfigError, WrongKindError
 from steer.intervene.plan import Plan
 from steer.intervene.scope import Scope
+from steer.reading import place_of
 
 
 def import_directions(path: str | Path, format: str | None = None, *, n_layers: int | None = None, site: str | None = None) -> Directions:
@@ -63,7 +64,7 @@ def _source(path: str | Path, site: str | None, n_layers: int | None, scope: str
         (site or "").format(layer=0)
     except (IndexError, KeyError, ValueError) as error:
         raise _site_error(site, error) from error
-    return Source(Path(path), n_layers, site, scope)
+    return Source(place_of(path), n_layers, site, scope)
 
 
 def _read(source: Source, format: str | None, kind: str, alternative: str) -> Directions | Plan:

@@ -31,6 +31,7 @@ from steer.model.annotations import response_tokens
 from steer.model.capture import capture
 from steer.model.devices import input_device
 from steer.model.likelihood import response_logprobs, response_sums
+from steer.model.restoring import restoring
 from steer.model.site import Site
 from steer.model.tokens import Row, collate
 from steer.registry import Registry
@@ -326,16 +327,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for the model's own parameters, both restored on every exit path."""
     modes = {module: module.training for module in model.modules()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter in learning:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
+
+    with restoring(put_back):
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
 
 
 def _loss_error(name: str, loss: object) -> ConfigError:

@@ -26,7 +26,7 @@ from steer.drift.metric import METRICS, RECORD_FIELDS
 from steer.drift.records import DriftRecord
 from steer.drift.site_directions import KINDS, TrackedDirection
 from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError
-from steer.reading import parse_json, size_of
+from steer.reading import parse_json, place_of, size_of
 
 _FIELDS = RECORD_FIELDS[:-1]  # all but the metrics
 _MAY_BE_MISSING = (float, int, type(None))
@@ -56,7 +56,7 @@ class DriftStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = place_of(path)
         if not self.path.exists() or self.path.is_dir():
             raise _no_store(self.path)
         check_files(self.path)

@@ -26,9 +26,10 @@ from steer.drift.writer import DriftWriter
 from steer.errors import AttachError, ConfigError, WidthError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
+from steer.model.restoring import restoring
 from steer.model.site import Site
 from steer.model.tokens import Row
-from steer.reading import parse_json
+from steer.reading import parse_json, place_of
 
 
 class DriftTracker:
@@ -91,7 +92,7 @@ class DriftTracker:
         self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
         self.seed = seed
         self.span = span
-        self.store = store
+        self.store = None if store is None else place_of(store)
         self.fingerprint: dict[str, Any] | None = None
         self.last_step = -1
         self.latest: list[DriftRecord] = []
@@ -155,8 +156,13 @@ class DriftTracker:
     def detach(self) -> None:
         """Removes the hooks and closes the store; what was measured stays. Raises AttachError when it is not attached."""
         self._attached_model()
-        self._remove_hooks()
         self._close_store()
+        self._remove_hooks()  # last: where this is interrupted, it is attached still, and may be detached again
+
+    @property
+    def is_attached(self) -> bool:
+        """It is on a model."""
+        return self._model is not None
 
     def _remove_hooks(self) -> None:
         if self._installation is not None:
@@ -167,11 +173,15 @@ class DriftTracker:
     @contextmanager
     def attached(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> Iterator[DriftTracker]:
         """`attach` and `detach` around a block, on every exit path."""
-        self.attach(model, reduce=reduce, main=main)
-        try:
-            yield self
-        finally:
-            self.detach()
+        of_another = self._model is not None
+
+        def put_back() -> None:
+            if not of_another:
+                self._remove_hooks()
+                self._close_store()
+
+        with restoring(put_back):
+            yield self.attach(model, reduce=reduce, main=main)
 
     def _attached_model(self) -> nn.Module:
         if self._model is None:

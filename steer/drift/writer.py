@@ -17,6 +17,7 @@ from steer.drift.records import DriftRecord
 from steer.drift.site_directions import KINDS, TrackedDirection
 from steer.drift.store import DriftStore, StoreInUseError, check_files, typed_errors
 from steer.errors import ConfigError, WrongModelError
+from steer.reading import place_of
 
 
 class DriftWriter(DriftStore):
@@ -39,7 +40,7 @@ class DriftWriter(DriftStore):
     def __init__(
         self, path: str | Path, *, fingerprint: Mapping[str, Any], tracked: Sequence[TrackedDirection], from_step: int = -1
     ) -> None:
-        self.path = Path(path)
+        self.path = place_of(path)
         self.from_step = from_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
         check_files(self.path)

@@ -58,7 +58,7 @@ def analyse(
     return {
         "schema": SCHEMA,
         "question": {**question.to_dict(), "seeds": scores.seeds(question.primary.arm), "items": answered.primary.estimate.items},
-        "verdict": verdict(answered.primary, primary, guards),
+        "verdict": verdict(answered.primary, primary, guards, specific),
         "outcomes": {outcome.name: _outcome(outcome) for outcome in outcomes},
         "arms": [_arm(arm, scores, outcomes, before or {}, (sizes or {}).get(arm.name, ())) for arm in arms],
         "contrasts": [_with_wanted(each, of_name) for each in answered.contrasts],
@@ -68,25 +68,27 @@ def analyse(
         "wrong_way": _wrong_way(scores, question.primary, primary),
         "trade_off": _trade_off(scores, question, arms, primary, outcomes),
         "power": _power(answered),
-        "sweep": _sweep(arms, scores, primary),
+        "sweep": _sweep(arms, scores, outcomes),
     }
 
 
-def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail]) -> str:
+def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], specific: Mapping[str, Any] | None) -> str:
     """At most 20 words: what the primary contrast shows, and whether a guardrail was broken. Long names are shortened, never the claim."""
     of_arm = [each for each in guards if each.arm == primary.a]
     broken = [each.metric for each in of_arm if each.outcome == "exceeded"]
     unsure = [each.metric for each in of_arm if each.outcome != "kept"]
+    wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
+    side = "higher" if primary.difference > 0 else "lower"
     for words in range(_WORDS, 0, -1):
         arm, other, measured = (_short(name, words) for name in (primary.a, primary.b, primary.metric))
         if not primary.shown:
             said = f"No effect shown: {measured} of {arm} against {other}"
         else:
-            wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
-            side = "higher" if primary.difference > 0 else "lower"
             said = f"{'Yes' if wanted else 'The wrong way'}: {arm} has {side} {measured} than {other}"
         if broken:
             said += f", but {_short(broken[0], words)} exceeds its margin"
+        elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
+            said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
         elif unsure and primary.shown:
             said += f"; {_short(unsure[0], words)} is not shown to keep its margin"
         if len(said.split()) <= _WORDS:
@@ -181,17 +183,18 @@ def _trade_off(
     return [{**asdict(each), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
 
 
-def _sweep(arms: Sequence[Arm], scores: Scores, outcome: Outcome) -> list[dict[str, Any]]:
-    """Dose-response: the primary outcome at every dose of each arm that is swept, with its interval, and of its controls by draw."""
-    curves: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        if arm.sweep is None:
-            continue
-        estimate = crossed(scores.matrix(outcome.name, arm.name).values, what=f"{outcome.name} of {arm.name}")
-        draws = [float(scores.matrix(outcome.name, arm.name, draw).values.mean()) for draw in scores.draws(arm.name)]
-        point = {"dose": arm.dose, "arm": arm.name, "mean": estimate.mean, "ci": _bounds(estimate), "draws": draws}
-        curve = {"name": arm.sweep, "outcome": outcome.name, "is_control": arm.control_of is not None, "points": []}
-        curves.setdefault(arm.sweep, curve)["points"].append(point)
+def _sweep(arms: Sequence[Arm], scores: Scores, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Dose-response: every outcome at every dose of each arm that is swept, with its interval, and of its controls by draw."""
+    curves: dict[tuple[str, str], dict[str, Any]] = {}
+    for outcome in outcomes:
+        for arm in arms:
+            if arm.sweep is None:
+                continue
+            estimate = crossed(scores.matrix(outcome.name, arm.name).values, what=f"{outcome.name} of {arm.name}")
+            draws = [float(scores.matrix(outcome.name, arm.name, draw).values.mean()) for draw in scores.draws(arm.name)]
+            point = {"dose": arm.dose, "arm": arm.name, "mean": estimate.mean, "ci": _bounds(estimate), "draws": draws}
+            curve = {"name": arm.sweep, "outcome": outcome.name, "is_control": arm.control_of is not None, "points": []}
+            curves.setdefault((arm.sweep, outcome.name), curve)["points"].append(point)
     return list(curves.values())
 
 

@@ -82,6 +82,11 @@ class CellFolder:
     def is_done(self, cell: Cell) -> bool:
         return (self.of(cell) / DONE).is_file()
 
+    def seeds(self) -> list[int]:
+        """Seeds of which any cell lies here, by the names of the folders."""
+        named = (re.search(r"\.seed(\d+)\.[0-9a-f]{10}$", place.name) for root in (self.root, *self.others) for place in root.glob("*"))
+        return sorted({int(found[1]) for found in named if found})
+
     def check_others(self, spec: dict[str, Any]) -> None:
         """Raises ConfigError when another folder holds a cell of another experiment. spec: what all cells of this one share."""
         for folder in self.others:

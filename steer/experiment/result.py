@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
@@ -48,14 +49,17 @@ class Result:
     def __repr__(self) -> str:
         return f"Result({self.verdict})"
 
+    def __rich__(self) -> Table:
+        return summary_table(self.metrics)
+
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=120).print(summary_table(self.metrics))
+        Console(file=text, width=100).print(self)
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=120, record=True)
-        console.print(summary_table(self.metrics))
+        console = Console(file=io.StringIO(), width=100, record=True)
+        console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def plot(self) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steer.checks import tensor_of
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.context import CHAT_ROLES
+from steer.model.restoring import restoring
 from steer.model.watcher import watchers_of
 
 _RESPONSE_REMEDY = "pass [batch, tokens] of True on response tokens, or labels"
@@ -89,14 +90,16 @@ def _annotated(model: nn.Module, kind: str, value: Tensor) -> Iterator[None]:
         for watcher in watchers_of(model):
             setattr(watcher, kind, annotation_for(watcher.root, kind, watcher.main_root))
 
+    def take_back() -> None:
+        if annotation in _IN_FORCE:
+            _IN_FORCE.remove(annotation)
+        tell_watcher()
+
     annotation = Annotation(model, kind, value)
-    _IN_FORCE.append(annotation)
-    try:
+    with restoring(take_back):
+        _IN_FORCE.append(annotation)
         tell_watcher()
         yield
-    finally:
-        _IN_FORCE.remove(annotation)
-        tell_watcher()
 
 
 def _checked_response_mask(mask: Any) -> Tensor:

@@ -70,6 +70,11 @@ class _ReorderingMethod:
         return getattr(type(cache), self.name)(cache, rows)
 
 
+def takes_notes(cache: Any) -> bool:
+    """Whether anything can be noted on a cache. A list of tensors, as a module of one's own may have, does not say how much it holds."""
+    return cache is None or hasattr(cache, "__dict__") and not isinstance(cache, Tensor)
+
+
 def put_memory(cache: Any, memory: GenerationMemory) -> None:
     """Puts a memory on a KV cache, with which it is copied and reordered."""
     setattr(cache, MEMORY, memory)

@@ -35,10 +35,12 @@ from steer.model.prefix import (
     structure_of,
     trial_groups,
 )
+from steer.model.restoring import restoring
 from steer.model.resume import StoppedPass
 from steer.model.site import Site
 from steer.model.span import span_of
 from steer.model.tokens import Row, check_rows, collate
+from steer.model.trial_pass import without_fast_path
 
 log = logging.getLogger(__name__)
 
@@ -163,16 +165,17 @@ def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every module is restored on every exit path."""
+    """Evaluation mode without gradients, and without packing texts; the mode of every module is restored on every exit path."""
     training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+
+    def train_again() -> None:
         for module in training:
             module.training = True
+
+    with restoring(train_again), torch.no_grad(), without_fast_path():
+        if training:
+            model.eval()
+        yield
 
 
 def capture(
@@ -220,7 +223,7 @@ def capture(
         )
     reader = _Reader(accumulators, stop=not is_sharded(model))
     installation = hooks.Installation(model, anatomy, [(point, reader.hook(site)) for point, site in zip(points, sites, strict=True)])
-    try:
+    with restoring(installation.remove):
         installation.install()
         # compiled code would be traced again for the readers, and is of no use to a pass that is cut short
         with (
@@ -235,8 +238,6 @@ def capture(
                 for of_length in _by_length(chosen, run.lengths) if needs_equal_lengths(anatomy) else (chosen,):
                     run.read(of_length)
                 bar.update(len(chosen))
-    finally:
-        installation.remove()
 
 
 def _by_length(chosen: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

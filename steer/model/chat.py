@@ -7,8 +7,11 @@ only appends; elsewhere a message is replaced by a word that is easy to find, in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from steer.checks import of_type
@@ -24,6 +27,7 @@ ROLES = {  # of messages, and the one of `CHAT_ROLES` that each is
     "function": "tool",  # the older name
     "ipython": "tool",  # Llama's
 }
+_WITHIN_ANOTHER = ("system", "tool")  # of messages that a template may put into the turn of a user
 _EXAMPLE = "pass [{'role': 'user', 'content': 'Who are you?'}]"
 
 Message = Mapping[str, Any]
@@ -92,6 +96,29 @@ class ChatTemplate:
         except TokenizerError:
             return None
 
+    def starts(self, messages: Sequence[Message]) -> Iterator[str]:
+        """The text of turns, as it may begin a conversation that goes on: at its end a template may put an end of text, or other marks."""
+        alone = self.try_render(messages)
+        if alone is not None:
+            yield alone
+        opened = self.try_render(messages, opened=True) if self._opening else None
+        if opened is not None and opened.endswith(self._opening):
+            yield opened.removesuffix(self._opening)
+        if alone is not None:
+            yield alone.removesuffix(self._end_of_text)
+
+    @property
+    def _end_of_text(self) -> str:
+        return getattr(self.tokenizer, "eos_token", None) or ""
+
+    @cached_property
+    def _opening(self) -> str:
+        """How a template opens the assistant's turn; empty where that cannot be told."""
+        asked = [{"role": "user", "content": PROBE}]
+        alone, opened = self.try_render(asked) or "", self.try_render(asked, opened=True) or ""
+        ends = (start for start in (alone, alone.removesuffix(self._end_of_text)) if opened.startswith(start))
+        return opened.removeprefix(next(ends, opened))
+
     def _in_its_form(self, message: Message) -> dict[str, Any]:
         content = message.get("content")
         if isinstance(content, (list, tuple)) and not self.reads_parts:
@@ -119,11 +146,16 @@ def answer_marks(template: ChatTemplate, messages: Sequence[Message], answer: st
         TokenizerError: the template refuses them, or does not say the answer.
     """
     text = template.render([*messages, {"role": "assistant", "content": answer}])
-    before, found, after = template.render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
+    probe = _unsaid(text)
+    before, found, after = template.render([*messages, {"role": "assistant", "content": probe}]).rpartition(probe)
+    opened = template.render(messages, opened=True)
     for said in (answer, answer.strip()):
         if found and text == before + said + after:
+            space = before.removeprefix(opened)
+            if space.isspace() and opened + space == before:  # it is the model that has to say it, mostly in one token with a word
+                return opened, space + said, after
             return before, said, after
-    opened = template.render(messages, opened=True)  # the answer is not as it was given: a template may set its thoughts apart
+    # the answer is not as it was given: a template may set its thoughts apart
     if found and text.startswith(opened) and text.endswith(after) and len(opened) + len(after) <= len(text):
         return opened, text[len(opened) : len(text) - len(after)], after
     raise _lost_turn(len(messages) + 1)
@@ -152,7 +184,7 @@ def find_turns(template: ChatTemplate, messages: Sequence[Message], opened: bool
         if stop is not None and _is_turn_of(message, start, stop, content, left_out=around == ("", "")):
             _check_calls(message, text[start:stop], i)
             turns.append(Turn(role, start, stop))
-        elif content is not None:
+        elif content is not None and role in _WITHIN_ANOTHER:
             inside.append(Turn(role, *content))
         else:
             raise _lost_turn(i + 1)
@@ -164,18 +196,19 @@ def find_turns(template: ChatTemplate, messages: Sequence[Message], opened: bool
 
 def _around_probe(template: ChatTemplate, messages: Sequence[Message], i: int, opened: bool) -> tuple[str, str] | None:
     """What a template puts before and after what the i-th message says; both empty where it leaves that out, None where it refuses."""
-    rendered = template.try_render([*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1 :]], opened)
+    probe = _unsaid(str(messages))
+    rendered = template.try_render([*messages[:i], {**messages[i], "content": probe}, *messages[i + 1 :]], opened)
     if rendered is None:
         return None
-    before, found, after = rendered.rpartition(PROBE)
+    before, found, after = rendered.rpartition(probe)
     return (before, after) if found else ("", "")
 
 
 def _end_of_turn(template: ChatTemplate, messages: Sequence[Message], i: int, text: str, around: tuple[str, str] | None) -> int | None:
     """The character behind the i-th turn, None where it cannot be told."""
-    alone = template.try_render(messages[: i + 1])
-    if alone is not None and text.startswith(alone):
-        return len(alone)
+    for start in template.starts(messages[: i + 1]):
+        if text.startswith(start):
+            return len(start)
     if around is None or not any(around):
         return None
     after = around[1]
@@ -209,13 +242,25 @@ def _preamble(template: ChatTemplate, first: Message, text: str) -> int:
     """How many characters a template puts before the first turn: those that the same turn lacks when it comes third."""
     if ROLES[first["role"]] == "system":
         return 0
-    second = {"role": "user" if first["role"] == "assistant" else "assistant", "content": PROBE}
-    alone, before, third = (template.try_render(turns) for turns in ([first], [first, second], [first, second, first]))
-    if alone is None or before is None or third is None or not third.startswith(before):
+    second = {"role": "user" if first["role"] == "assistant" else "assistant", "content": _unsaid(str(first))}
+    alone, third = template.try_render([first]), template.try_render([first, second, first])
+    if alone is None or third is None:
         return 0
-    turn = third[len(before) :]
-    start = len(alone) - len(turn)
-    return start if alone.endswith(turn) and text.startswith(alone[:start]) else 0
+    for before in template.starts([first, second]):
+        if third.startswith(before) and alone.endswith(turn := third[len(before) :]):
+            start = len(alone) - len(turn)
+            return start if text.startswith(alone[:start]) else 0
+    return _opening_that_is_not_repeated(template, first, second, text)
+
+
+def _opening_that_is_not_repeated(template: ChatTemplate, first: Message, second: Message, text: str) -> int:
+    """How much stands before a message that comes first, and not before the same message as the third of a conversation."""
+    as_first = _around_probe(template, [first], 0, opened=False)
+    as_third = _around_probe(template, [first, second, first], 2, opened=False)
+    if not as_first or not as_third:
+        return 0
+    start = len(as_first[0]) - len(os.path.commonprefix([as_first[0][::-1], as_third[0][::-1]]))
+    return start if text.startswith(as_first[0][:start]) else 0
 
 
 def _check_calls(message: Message, turn: str, i: int) -> None:
@@ -224,6 +269,11 @@ def _check_calls(message: Message, turn: str, i: int) -> None:
         name = call.get("function", call).get("name")
         if name is not None and str(name) not in turn:
             raise _lost_turn(i + 1)
+
+
+def _unsaid(text: str) -> str:
+    """A word that is easy to find, and not in a text."""
+    return next(word for n in itertools.count() if (word := f"{PROBE}{n or ''}") not in text)
 
 
 def _parts(text: str) -> list[dict[str, str]]:

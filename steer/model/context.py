@@ -72,6 +72,7 @@ class ForwardContext:
         labelled: [batch, tokens] bool, True on response tokens; None when neither labels nor a response mask were given.
         position_ids: [batch or 1, tokens] as given, or None.
         past: number of tokens in the cache before this pass; a tensor for static caches.
+        is_uncounted: a cache of an unknown kind holds it is not known how many tokens before this pass.
         virtual: number of cache entries before every text that are no tokens of it (prefix tuning, soft prompts of an earlier pass).
         leading: number of positions at the start of this pass that are none either (a soft prompt).
         is_paged: continuous batching: one row with tokens of many requests, some of their prompts, some decoded.
@@ -97,6 +98,7 @@ class ForwardContext:
     labelled: Tensor | None = None
     position_ids: Tensor | None = None
     past: Tensor | int = 0
+    is_uncounted: bool = False
     virtual: int = 0
     leading: int = 0
     is_paged: bool = False
@@ -121,28 +123,52 @@ class ForwardContext:
         return scratch.positions
 
     def _positions(self) -> Tensor:
+        if self.is_uncounted:
+            raise _unknown_cache()
         position_ids = self.position_ids
         before_text = self.virtual + self.leading
         if position_ids is not None and before_text:
             position_ids = position_ids - before_text
+        counts = self._position_ids_count
         if self.full_mask is None:
             if position_ids is not None:
-                return position_ids
+                return position_ids if counts is None else torch.where(counts, position_ids, self._places)
             if isinstance(self.attention, Tensor):
                 raise _unknown_positions()
-            return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
+            return self._places
         length = self.memory.length_before(self.past) if self.decoding and isinstance(self.past, int) else None
         if length is not None and length.shape[0] == self.batch:
             counted = length + self.attention - 1  # [batch, 1]
         else:
             counted = columns_of(self.full_mask.cumsum(1), self.tokens, self.past + self.virtual) - 1 - before_text
+        if position_ids is None:
+            return counted
         # position ids start over in packed rows, and may count padding
-        return counted if position_ids is None else torch.minimum(counted, position_ids)
+        return (
+            torch.minimum(counted, position_ids) if counts is None else torch.where(counts, torch.minimum(counted, position_ids), counted)
+        )
+
+    @property
+    def _places(self) -> Tensor:
+        """[1, tokens]: index of each token in cache and pass."""
+        return (torch.arange(self.tokens, device=self.device) + self.past - self.leading)[None]
+
+    @property
+    def _position_ids_count(self) -> Tensor | None:
+        """[batch or 1, 1]: rows whose position ids tell tokens apart; None where all do. Some models give the same for all tokens."""
+        position_ids = self.position_ids
+        if position_ids is None or self.tokens == 1:
+            return None
+        return (position_ids != position_ids[:, :1]).any(1, keepdim=True)
 
     @property
     def starts(self) -> Tensor | None:
         """[batch, tokens]: True where a packed segment (or the row's text) begins; None when nothing is packed."""
-        return None if self.position_ids is None else self.real & (self.position_ids == self.virtual + self.leading)
+        if self.position_ids is None:
+            return None
+        real, counts = self.real, self._position_ids_count
+        starts = self.position_ids == self.virtual + self.leading
+        return real & (starts if counts is None else torch.where(counts, starts, real.cumsum(1) == 1))
 
     @property
     def in_text(self) -> Mask:
@@ -305,6 +331,15 @@ def _unknown_positions() -> ContextError:
         expected="a 2-D attention mask, or position_ids of shape [batch, tokens]",
         found="padding in an attention mask of another form, and no position_ids",
         remedy="pass the 2-D mask, or position_ids that count each row's tokens",
+    )
+
+
+def _unknown_cache() -> ContextError:
+    return ContextError(
+        "positions cannot be told in this forward pass",
+        expected="a cache that says how many tokens it holds, or none",
+        found="one of an unknown kind, such as a list of tensors",
+        remedy="use the scopes 'all', 'last', 'generated' or 'tokens[...]', or a cache with get_seq_length() as those of transformers",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ContextError
-from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass
+from steer.model.cache import PROMPT_PHASE, GenerationMemory, cached_tokens, memory_of, note_pass, takes_notes
 from steer.model.context import ForwardContext, Mask, PassScratch, columns_of
 from steer.model.peft_state import NONE, VirtualTokens
 
@@ -53,6 +53,9 @@ def build_context(
     is_paged = _is_paged(cache)
     if is_paged:
         cache = None  # it belongs to many requests, and says nothing of the tokens of one
+    is_uncounted = not takes_notes(cache)
+    if is_uncounted:
+        cache = None
     leading, in_cache = _virtual_positions(virtual, cache, arguments) if virtual.number else (0, 0)
     past = _cached_tokens(cache, in_cache)
     generating = is_paged or _is_generating(arguments, response, past, in_cache)
@@ -62,7 +65,8 @@ def build_context(
     if token_tensor is None:
         return tokenless_context(phase, role)
     batch, tokens = token_tensor.shape[:2]
-    decoding = generating and not is_paged and tokens == 1 and not (isinstance(past, int) and past == 0)
+    follows = is_uncounted or not (isinstance(past, int) and past == 0)
+    decoding = generating and not is_paged and tokens == 1 and follows
     mask = None if is_paged else _plain_mask(arguments, batch, tokens)
     return ForwardContext(
         batch=batch,
@@ -70,11 +74,12 @@ def build_context(
         phase=phase,
         role=role,
         decoding=decoding,
-        unclear=generating and not is_paged and _is_unclear(arguments, cache, past, tokens - leading),
-        attention=_attention(mask, tokens, past + in_cache),
+        unclear=is_uncounted and tokens > 1 or generating and not is_paged and _is_unclear(arguments, cache, past, tokens - leading),
+        attention=_attention(mask, tokens, _columns_before(mask, tokens) if is_uncounted else past + in_cache),
         labelled=_response_mask(arguments, response, token_tensor),
         position_ids=_position_ids(arguments),
         past=past,
+        is_uncounted=is_uncounted,
         virtual=in_cache,
         leading=leading,
         is_paged=is_paged,
@@ -92,7 +97,8 @@ def build_context(
 
 def context_beside_decoder(arguments: dict[str, Any], response: Tensor | None, *, is_reference: bool) -> ForwardContext:
     """The context of a module that is no part of the decoder and has no tokens (a vision tower, an action head)."""
-    past = _cached_tokens(arguments.get("past_key_values"), 0)
+    cache = arguments.get("past_key_values")
+    past = _cached_tokens(cache, 0) if takes_notes(cache) else 0
     generating = _is_generating(arguments, response, past, 0)
     return tokenless_context(_phase(generating), "reference" if is_reference and not generating else "policy")
 
@@ -150,12 +156,18 @@ def _is_unclear(arguments: dict[str, Any], cache: Any, past: Tensor | int, token
 def _plain_mask(arguments: dict[str, Any], batch: int, tokens: int) -> Any:
     """The attention mask of the stack; the plain one of an outer module in place of one that was expanded from it."""
     mask = arguments.get("attention_mask")
+    follows_cache = arguments.get("past_key_values") is not None
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         outer = arguments.get(OUTER_MASK)
-        return outer if outer is not None and outer.shape[0] == batch and outer.shape[1] >= tokens else mask
-    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < tokens):
+        return outer if outer is not None and _fits(outer, batch, tokens, follows_cache) else mask
+    if mask is not None and not _fits(mask, mask.shape[0] if mask.shape[0] == 1 else batch, tokens, follows_cache):
         raise _unfitting_mask(mask, batch, tokens)
     return mask
+
+
+def _fits(mask: Tensor, rows: int, tokens: int, follows_cache: bool) -> bool:
+    """A 2-D mask is that of a pass; nothing but a cache has tokens before those of the pass."""
+    return mask.shape[0] == rows and (mask.shape[1] >= tokens if follows_cache else mask.shape[1] == tokens)
 
 
 def _position_ids(arguments: dict[str, Any]) -> Tensor | None:
@@ -218,6 +230,11 @@ def _turns(turns: Tensor | None, token_tensor: Tensor, past: Tensor | int, leadi
     return turns[:, past:] if isinstance(past, int) and turns.shape[1] == past + tokens else turns
 
 
+def _columns_before(mask: Any, tokens: int) -> int:
+    """Columns of a mask over cache and pass that belong to the cache, where that does not say how much it holds."""
+    return mask.shape[1] - tokens if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+
+
 def _attention(attention_mask: Any, tokens: int, past: Tensor | int) -> Mask:
     """Real tokens of this pass, from a 2-D mask over cache and pass, or from the diagonal of a 4-D mask (static caches get one)."""
     if isinstance(attention_mask, dict):  # one mask per kind of layer; a sliding one may have dropped its oldest columns
@@ -249,7 +266,7 @@ def _unfitting_response_mask(mask: Tensor, batch: int, tokens: int) -> ContextEr
 def _unfitting_mask(mask: Tensor, batch: int, tokens: int) -> ContextError:
     return ContextError(
         "the attention mask is not that of this forward pass",
-        expected=f"{batch} rows and at least {tokens} tokens",
+        expected=f"{batch} rows and {tokens} tokens, and those of a cache before them",
         found=list(mask.shape),
         remedy="pass the mask of the tokens that this stack of blocks gets",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch import nn
 from steer.checks import of_type
 from steer.errors import AnatomyError
 from steer.model.description import ATTRIBUTE, Description, described_in, described_stack
-from steer.model.stacks import LISTS, Stack, forget_survey, survey
-from steer.model.trial_pass import EXAMPLES, obstacle_around, runners, token_parameters
+from steer.model.stacks import LISTS, Stack, forget_survey, is_text, main_stack, survey
+from steer.model.trial_pass import EXAMPLES, is_transformers_model, obstacle_around, runners, token_parameters
+
+_MOST_FAILURES = 4  # that a message lists
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,56 @@ def find_stack(model: nn.Module) -> FoundStack:
     found: list[FoundStack] = []
     failures: list[str] = []
     waiting = runners(model)
+    missed: list[str] = []  # lists of modules of which it is not known what they are
     while waiting and not found:
         inner: list[tuple[str, nn.Module]] = []
+        missed = _lists_outside(model, [path for path, _ in waiting])
         for path, module in waiting:
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):  # which nothing calls
+                inner += [(joined(path, name), part) for name, part in module.named_children() if holds_lists(part)]
+                continue
             seen = survey(module, obstacle_around(model, path))
             failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
             if seen.stacks:
                 found.append(FoundStack(path, main_stack(seen.stacks)))
             else:
+                if not is_transformers_model(module):
+                    missed += unknown_lists(path, module)
                 inner += [(joined(path, name), part) for name, part in module.named_children() if holds_lists(part)]
         waiting = inner
-    for preferred in (lambda entry: entry.stack.embedding is not None, lambda entry: _is_text(entry.path)):
+    for preferred in (lambda entry: entry.stack.embedding is not None, lambda entry: is_text(entry.path)):
         if len(found) > 1 and len(chosen := [entry for entry in found if preferred(entry)]) == 1:
             found = chosen
-    if len(found) == 1:
+    takes_ids = len(found) == 1 and found[0].stack.embedding is not None
+    rivals = [path for path in missed if not takes_ids or _embeds(model, path, found[0].runner)]
+    if len(found) == 1 and not rivals:
         return found[0]
-    raise _no_single_stack(model, [entry.path for entry in found], failures)
+    raise _no_single_stack(model, [entry.path for entry in found] + rivals * bool(found), failures)
 
 
-def main_stack(stacks: Sequence[Stack]) -> Stack:
-    """Of those that ran in one pass: the text's beside an image's; then the one that ended last, which is the decoder's."""
-    of_text = [stack for stack in stacks if _is_text(stack.path)]
-    return max(of_text or stacks, key=lambda stack: stack.end)
+def _lists_outside(model: nn.Module, paths: list[str]) -> list[str]:
+    """Lists of blocks of one's own beside models of transformers, by their paths."""
+    if not is_transformers_model(model.get_submodule(paths[0])):
+        return []
+    return [path for path in unknown_lists("", model) if not any(f"{path}.".startswith(f"{inner}." if inner else "") for inner in paths)]
+
+
+def unknown_lists(path: str, module: nn.Module) -> list[str]:
+    """Lists of several modules of one class that hold others, as blocks are; the outermost alone."""
+    found: list[str] = []
+    for name, part in module.named_modules():
+        members = list(part.children()) if isinstance(part, LISTS) else []
+        alike = len(members) > 1 and len({type(member) for member in members}) == 1 and all(any(member.children()) for member in members)
+        if alike and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return [joined(path, name) for name in found]
+
+
+def _embeds(model: nn.Module, path: str, runner: str) -> bool:
+    """The module that holds a list holds an embedding, too, which is none of those of a module that ran."""
+    inside = set(model.get_submodule(runner).modules())
+    around = model.get_submodule(path.rpartition(".")[0])
+    return any(isinstance(part, nn.Embedding) and part not in inside for part in around.modules())
 
 
 def _described(model: nn.Module, place: str, description: Description) -> FoundStack:
@@ -86,10 +115,10 @@ def _described(model: nn.Module, place: str, description: Description) -> FoundS
         if description.example is not None and EXAMPLES.get(module) is not description.example:
             forget_survey(module)
             EXAMPLES[module] = description.example
-        seen = survey(module, obstacle_around(model, path), joined(*names[depth:]))
+        embed, norm = (_below(place, path, part) for part in (description.embed, description.norm))
+        seen = survey(module, obstacle_around(model, path), joined(*names[depth:]), embed)
         for stack in seen.stacks:
             if joined(path, stack.path) == layers:
-                embed, norm = (_below(place, path, part) for part in (description.embed, description.norm))
                 return FoundStack(path, described_stack(module, stack, embed, norm), description)
         failures += [f"{type(module).__name__} with {failure}" for failure in seen.failures]
         if seen.stacks:
@@ -111,10 +140,6 @@ def holds_lists(module: nn.Module) -> bool:
     return any(isinstance(part, LISTS) for part in module.modules())
 
 
-def _is_text(path: str) -> bool:
-    return any(mark in path for mark in ("language_model", "text_model", "decoder"))
-
-
 def path_of_decoder(model: nn.Module, found: FoundStack) -> str:
     """The innermost module around the stack that is called with the tokens; else the innermost that is more than a list."""
     if found.stack.own_call is not None:
@@ -132,14 +157,15 @@ def path_of_decoder(model: nn.Module, found: FoundStack) -> str:
 
 
 def _no_single_stack(model: nn.Module, stacks: list[str], failures: list[str]) -> AnatomyError:
-    lists = [f"{path} ({len(m)} x {type(m[0]).__name__})" for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    tried = f"; tried {'; '.join(failures)}" if failures else ""
+    holders = [(path or "the model itself", list(m.children())) for path, m in model.named_modules() if isinstance(m, LISTS)]
+    lists = [f"{path} ({len(members)} x {type(members[0]).__name__})" for path, members in holders if len(members) > 1]
+    tried = f"; tried {_in_short(failures)}" if failures else ""
     how = "say how it is called: steer.describe(model, layers='<path of the blocks>', example=<what its forward takes>); or "
     return AnatomyError(
         f"{type(model).__name__} has {'several decoders' if stacks else 'no decoder'} that could be recognised",
         expected="one stack of residual blocks: a list of modules of which each takes what the one before gave",
-        found=f"{stacks or lists or 'no nn.ModuleList at all'}{tried}",
-        remedy="pass the one that is meant, or name it with steer.describe"
+        found=f"{stacks or lists or 'no list of modules at all'}{tried}",
+        remedy="pass the one that is meant, or name it: steer.describe(model, layers='<path>', example=<what its forward takes>)"
         if stacks
         else f"{how if lists else ''}address its tensors as 'module:<dotted path>:<input|output>'",
     )
@@ -149,6 +175,13 @@ def _not_a_stack(model: nn.Module, layers: str, failures: list[str]) -> AnatomyE
     return AnatomyError(
         f"'{layers}' of a {type(model).__name__} is not the stack of blocks that it is described to be",
         expected="a list of modules of which each takes what the one before gave, in a pass over a few random tokens",
-        found="; ".join(failures) or "no pass that showed one",
+        found=_in_short(failures) or "no pass that showed one",
         remedy=f"give what its forward takes, of two rows or more: example=... of steer.describe or {ATTRIBUTE}; or correct the path",
     )
+
+
+def _in_short(failures: list[str]) -> str:
+    """The first few, which are those of the outermost modules."""
+    different = list(dict.fromkeys(failures))
+    more = f"; and {len(different) - _MOST_FAILURES} more" if len(different) > _MOST_FAILURES else ""
+    return "; ".join(different[:_MOST_FAILURES]) + more

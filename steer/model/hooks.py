@@ -100,6 +100,8 @@ class SiteHook(OwnHook):
         if not self.watcher.replays and (self.watcher.inside or self.place != "decoder"):  # not where a checkpointed block is recomputed
             self.ran = self.ever_ran = True
         context = self.context_of_pass()
+        if activation.is_nested:
+            raise _nested(self.point)
         if self.axes is not None:
             return self._in_order_of_axes(activation, context)
         if self.columns is None and activation.dim() != 2:
@@ -293,6 +295,15 @@ def _no_tensor(point: HookPoint, value: Any) -> SiteError:
         expected="a tensor or a tuple that starts with one",
         found=type(value).__name__,
         remedy="choose the other side of this module, or a module inside it",
+    )
+
+
+def _nested(point: HookPoint) -> SiteError:
+    return SiteError(
+        f"'{point.site}' is a nested tensor in this forward pass",
+        expected="[batch, tokens, width]",
+        found="texts of different length without their padding, as nn.TransformerEncoder packs them without gradients",
+        remedy="make it with enable_nested_tensor=False, or set its attribute use_nested_tensor to False",
     )
 
 

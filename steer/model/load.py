@@ -21,7 +21,7 @@ from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError, Stee
 from steer.files import contents
 from steer.model import embedded, tied
 from steer.model.gguf import read_gguf
-from steer.reading import read_json
+from steer.reading import place_of, read_json
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
 _TOKENIZERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of the models that `load` made
@@ -50,7 +50,7 @@ def load(
     of_type(name_or_path, (str, Path), "the model", f"give a name or a path, such as '{embedded.NAME}'")
     _check_device(device)
     name = str(name_or_path)
-    path = Path(name).expanduser()
+    path = place_of(name)
     _check_name(name)
     if name == embedded.NAME:
         model, tokenizer = _from_transformers(str(embedded.converted_folder()), name, dtype)

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from steer.errors import SiteError, did_you_mean
-from steer.model.find_stack import FoundStack, holds_lists
+from steer.model.find_stack import FoundStack, holds_lists, unknown_lists
 from steer.model.stacks import survey
 from steer.model.trial_pass import obstacle_around
 
@@ -32,7 +32,8 @@ def stack_named(model: nn.Module, name: str, main: FoundStack) -> FoundStack:
     if len(fitting) == 1:
         return fitting[0]
     known = [name if len(of_name) == 1 else found.path for name, of_name in by_name.items() for found in of_name]
-    raise _no_such_stack(model, name, known)
+    unseen = [path for path in unknown_lists("", model) if _name(path) == name or f"{path}.".startswith(f"{name}.")]
+    raise _not_seen(model, name, unseen) if unseen and not by_name.get(name) else _no_such_stack(model, name, known)
 
 
 def _name(path: str) -> str:
@@ -64,4 +65,13 @@ def _no_such_stack(model: nn.Module, name: str, known: list[str]) -> SiteError:
         expected=f"one of {', '.join(known)}, or the path of a part that holds one",
         found=name,
         remedy=did_you_mean(name, known) or "leave the name out for the stack that the tokens of a text go through",
+    )
+
+
+def _not_seen(model: nn.Module, name: str, paths: list[str]) -> SiteError:
+    return SiteError(
+        f"the stack '{name}' of this {type(model).__name__} could not be seen in a pass",
+        expected="a module that runs over a few random pixels, frames or tokens and passes one stream [batch, tokens, width] on",
+        found=f"{paths}, which did not, such as a tower that packs all images into one row",
+        remedy="use 'module:<dotted path>:<input|output>' with scope='all'",
     )

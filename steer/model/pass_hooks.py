@@ -28,7 +28,9 @@ class EnterHook(OwnHook):
         self.positional = [(place, TOKEN_ARGUMENTS[name]) for place, name in enumerate(names) if name in TOKEN_ARGUMENTS]
         taken = {meaning for _, meaning in self.positional}
         self.own = [name for name in OWN_ARGUMENTS if name in taken] if height == 0 else []
-        self.has_other_stack = "decoder_input_ids" in names  # its own ids and mask are those of an encoder
+        # its own ids and mask are those of an encoder, unless its language model is a decoder alone, as some that read images have
+        is_both = getattr(getattr(module, "config", None), "is_encoder_decoder", True)
+        self.has_other_stack = "decoder_input_ids" in names and is_both
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher = self.watcher
@@ -54,6 +56,8 @@ class EnterHook(OwnHook):
         if self.height == 0:
             if watcher.own_call is not None:
                 arguments |= token_arguments(watcher.own_call, module, args, kwargs)
+            if watcher.ids_have_other_rows:
+                arguments.pop("input_ids", None)
             if watcher.opener is None or not arguments.keys().isdisjoint(("input_ids", "inputs_embeds")):
                 watcher.open()
             else:

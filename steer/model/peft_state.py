@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
+
+_REFERENCE_WORDS = ("ref", "reference", "teacher")  # in names of adapters: TRL's, and those of loops of one's own
 
 
 class VirtualTokens(NamedTuple):
@@ -47,12 +50,15 @@ class PeftState:
             self.adapter_layer = next(layers, None)
 
     def is_reference(self) -> bool:
-        """True when the adapters are off, or TRL's copy of the initial adapter is on."""
-        for model, _ in self.models:
-            if _is_off(model):
-                return True
+        """True when the adapters are off, or one is on that is called a reference, or none that is trained while another one is."""
         layer = self.adapter_layer
-        return layer is not None and (bool(layer.disable_adapters) or "ref" in layer.active_adapters)
+        if layer is not None and (layer.disable_adapters or _has_reference_name(layer.active_adapters)):
+            return True
+        for model, _ in self.models:
+            active = _active_adapters(model) if layer is None else layer.active_adapters
+            if _is_off(model) or _has_reference_name(active) or _only_others_are_trained(model, active):
+                return True
+        return False
 
     def virtual_tokens(self, outermost: int) -> VirtualTokens:
         """Virtual tokens of the pass that began with the module of this height above the decoder."""
@@ -65,6 +71,28 @@ class PeftState:
             if (outermost >= height or _generates(model)) and not getattr(model.config, "is_encoder_decoder", False):
                 return VirtualTokens(config.num_virtual_tokens)
         return NONE
+
+
+def _has_reference_name(adapters: Iterable[str]) -> bool:
+    for name in adapters:  # no regular expressions: compiled code runs this, too
+        for word in name.lower().replace("-", "_").replace(".", "_").split("_"):
+            if word.rstrip("0123456789") in _REFERENCE_WORDS:
+                return True
+    return False
+
+
+def _active_adapters(model: Any) -> list[str]:
+    """Names of the adapters that are on in a model of PEFT's without adapter layers: soft prompts and the like."""
+    active = model.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _only_others_are_trained(model: Any, active: Iterable[str]) -> bool:
+    """The adapters that are on were loaded for inference, beside one that was made or loaded to be trained."""
+    configs = model.peft_config
+    if len(configs) < 2 or not all(getattr(configs.get(name), "inference_mode", False) for name in active):
+        return False
+    return any(not config.inference_mode for config in configs.values())
 
 
 def _is_off(model: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from steer.model.anatomy import Anatomy
 from steer.model.hook_registration import OwnHook
+from steer.model.restoring import restoring
 from steer.model.tokens import Row, collate
 from steer.model.watcher import watchers_of
 
@@ -220,13 +221,15 @@ def agree(plain: Tensor, shared: Tensor) -> bool:
 def replaced_forwards(forwards: dict[nn.Module, Any]) -> Iterator[None]:
     """Puts other functions in place of the `forward` of modules, whose hooks still run; restored on every exit path."""
     before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, forward in before.items():
             if forward is None:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+    with restoring(put_back):
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield

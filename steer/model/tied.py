@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from steer.errors import AnatomyError
 from steer.model.anatomy import Anatomy
 
 SETTING = "tie_word_embeddings"  # transformers' name
@@ -19,10 +20,14 @@ def untie(model: nn.Module) -> bool:
 
     Returns:
         Whether they were tied.
+
+    Raises:
+        AnatomyError: other modules have the same weight, too (the encoder of T5 and BART), and would have to be untied with them.
     """
     anatomy = Anatomy.find(model)
     head = tied_head(anatomy)
     if head is not None:
+        _check_shared_by_two(model, head)
         give_own_weight(head)
     for config in tying_configs(anatomy):
         setattr(config, SETTING, False)
@@ -30,11 +35,19 @@ def untie(model: nn.Module) -> bool:
 
 
 def tied_head(anatomy: Anatomy) -> nn.Module | None:
-    """The head when its weight is that of the embedding."""
-    head, embedding = anatomy.unembedding, anatomy.embedding
-    if head is None or head is embedding or getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+    """The head, below what PEFT has put around it, when its weight is that of the embedding."""
+    if anatomy.unembedding is None or anatomy.unembedding is anatomy.embedding:
+        return None
+    head, embedding = _without_adapters(anatomy.unembedding), _without_adapters(anatomy.embedding)
+    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
         return None
     return head
+
+
+def _without_adapters(module: nn.Module | None) -> nn.Module | None:
+    """What is inside the layers of PEFT's: those that add to a module, and those that put a trained copy in its place."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+    return _without_adapters(inner) if isinstance(inner, nn.Module) else module
 
 
 def give_own_weight(head: nn.Module) -> None:
@@ -52,3 +65,21 @@ def tying_configs(anatomy: Anatomy) -> list[Any]:
             if getattr(part, SETTING, None) is True:
                 configs[id(part)] = part
     return list(configs.values())
+
+
+def _check_shared_by_two(model: nn.Module, head: nn.Module) -> None:
+    users = [path for path, module in model.named_modules() if module._parameters.get("weight") is head.weight]
+    if len(users) > 2:
+        raise _shared_by_more(users)
+
+
+# ---- errors
+
+
+def _shared_by_more(users: list[str]) -> AnatomyError:
+    return AnatomyError(
+        "this model cannot be untied",
+        expected="one weight for token embedding and head, and for nothing else",
+        found=f"one in {', '.join(users)}",
+        remedy="keep them tied; a plan that changes the embedding works at run time: `with plan.attached(model):`",
+    )

@@ -161,10 +161,12 @@ def encode_chat(
 
 
 def _ids_and_starts(tokenizer: Any, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
-    """Token ids of a text and the character at which each starts; without offsets, the cut behind which it starts."""
+    """Token ids of a text and the character at which each says something; without offsets, the cut behind which it starts."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+        # a space in front of a word is in its token, and may be the last mark of another turn
+        spaces = [_leading_spaces(text[start:stop]) for start, stop in encoded.offset_mapping]
+        return encoded.input_ids, [start + n for (start, _), n in zip(encoded.offset_mapping, spaces, strict=True)]
     ids = _ids(tokenizer, text)
     starts: list[int] = []
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
@@ -173,6 +175,10 @@ def _ids_and_starts(tokenizer: Any, text: str, cuts: list[int]) -> tuple[list[in
             raise _merged_error(tokenizer, text[:stop])
         starts += [start] * (len(known) - len(starts))
     return ids, starts
+
+
+def _leading_spaces(token: str) -> int:
+    return 0 if token.isspace() else len(token) - len(token.lstrip())
 
 
 def plain(tokenizer: Any, text: str) -> Row:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from steer.model.devices import input_device
 from steer.model.hook_registration import OwnHook
+from steer.model.restoring import restoring
 
 # few and different, so that the axes of a tensor can be told apart
 ROWS, TOKENS = 3, 5
+_LARGEST_BUFFER = 1 << 22  # numbers in a buffer that is copied before a pass
 # packages whose hooks move weights; without them a pass would not run
 _CARRIERS = ("torch", "accelerate", "deepspeed")
 
@@ -44,11 +47,27 @@ class Run(Protocol):
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that the forward of a module gives them."""
+    """The arguments of a call by the names that the forward of a module gives them, `*0`, `*1` ... where it gives none."""
+    signature = inspect.signature(module.forward)
     try:
-        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        bound = signature.bind(*args, **kwargs).arguments
     except TypeError:  # it is called in a way that its signature does not show
         return dict(kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"*{place}": entry for place, entry in enumerate(value)}
+        else:
+            named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
+
+
+def by_place(named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call again, of what `named_arguments` gave: by name, but for those without one and what comes before them."""
+    names = list(named)
+    placed = max((number + 1 for number, name in enumerate(names) if name.startswith("*")), default=0)
+    return tuple(named[name] for name in names[:placed]), {name: named[name] for name in names[placed:]}
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -105,7 +124,15 @@ def token_parameters(module: nn.Module) -> set[str]:
 
 def is_mask_name(name: str) -> bool:
     """The name of an argument that may say which tokens are padding."""
-    return "mask" in name.lower()
+    return any(word in name.lower() for word in ("mask", "pad"))
+
+
+def example_lead(model: nn.Module) -> tuple[int, int] | None:
+    """Sizes of the first two axes of what a model was said to take; None where nothing was said."""
+    example = EXAMPLES.get(model)
+    entries = example.values() if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+    first = next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() > 1), None)
+    return None if first is None else (first.shape[0], first.shape[1])
 
 
 def trial_calls(model: nn.Module) -> Iterator[tuple[str, functools.partial[Any]]]:
@@ -121,27 +148,40 @@ def _transformers_calls(model: Any) -> Iterator[tuple[str, functools.partial[Any
     accepted = set(inspect.signature(model.forward).parameters)
     settings = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
     name = getattr(model, "main_input_name", "input_ids")
+    decoder = {"decoder_input_ids"} & accepted
+    ids, pixels = functools.partial(_random_ids, model), functools.partial(_random_pixels, model)
+    wanted: list[tuple[str, Mapping[str, Callable[[], Tensor]]]] = []
     if "input_ids" in accepted or name == "input_ids" and "pixel_values" not in accepted:
-        ids = _random_ids(model)
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if "decoder_input_ids" in accepted else {})
-        yield f"random tokens, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
+        texts: dict[str, Callable[[], Tensor]] = {"input_ids": ids} | dict.fromkeys(decoder, lambda: ids().flip(0))
+        wanted.append((f"random tokens, {sorted(texts)}", texts))
         if "pixel_values" in accepted and hasattr(model.config, "vision_config"):
-            inputs["pixel_values"] = _random_pixels(model)
-            yield f"random tokens and pixels, {sorted(inputs)}", functools.partial(model, **inputs, **settings)
+            wanted.append((f"random tokens and pixels, {sorted([*texts, 'pixel_values'])}", {**texts, "pixel_values": pixels}))
     if name == "pixel_values" or "pixel_values" in accepted and "input_ids" not in accepted:
-        yield "random pixels", functools.partial(model, pixel_values=_random_pixels(model))
+        wanted.append(("random pixels", {"pixel_values": pixels} | dict.fromkeys(decoder, ids)))
     if name == "input_features":
         length = 2 * getattr(model.config, "max_source_positions", 2 * TOKENS)
-        features = _random(model, ROWS, getattr(model.config, "num_mel_bins", 80), length)
-        decoder = {"decoder_input_ids": _random_ids(model)} if "decoder_input_ids" in accepted else {}
-        yield "random audio features", functools.partial(model, input_features=features, **decoder)
+        bands = getattr(model.config, "num_mel_bins", None) or getattr(model.config, "input_feat_per_channel", 80)
+        for shape in ((ROWS, bands, length), (ROWS, length, bands)):
+            features = functools.partial(_random, model, *shape)
+            wanted.append((f"random audio features {list(shape)}", {"input_features": features} | dict.fromkeys(decoder, ids)))
+    if name == "input_values" and (strides := getattr(model.config, "conv_stride", None)):
+        sound = functools.partial(_random, model, ROWS, 12 * math.prod(strides))
+        wanted.append(("random sound", {"input_values": sound} | dict.fromkeys(decoder, ids)))
+    for description, inputs in wanted:
+        with suppress(AttributeError, TypeError, ValueError):  # its config has no such sizes
+            given = {argument: make() for argument, make in inputs.items()}
+            is_text = "input_ids" in given
+            yield description, functools.partial(model, **given, **(settings if is_text else {}))
 
 
 def _guessed_calls(model: nn.Module) -> Iterator[tuple[str, functools.partial[Any]]]:
     """Calls of a module nobody knows, with what its first layers take."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    by_name = first is not None and first.kind is first.KEYWORD_ONLY
     for description, tensor in _guessed_inputs(model):
         for filled, others in _other_arguments(model):
-            yield description + filled, functools.partial(model, tensor, **others)
+            given = {first.name: tensor} if first is not None and by_name else {}
+            yield description + filled, functools.partial(model, *(() if by_name else (tensor,)), **given, **others)
 
 
 def _guessed_inputs(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -198,12 +238,13 @@ def _random_ids(model: Any, size: int | None = None) -> Tensor:
                    if isinstance(value, int)}  # fmt: skip
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
     ordinary = [number for number in order if number not in special] or order
-    chosen = (ordinary * (ROWS * TOKENS))[: ROWS * TOKENS]
-    return torch.tensor(chosen, device=input_device(model)).view(ROWS, TOKENS)
+    rows = ROWS * getattr(getattr(model, "config", None), "num_codebooks", 1)  # each of which has a row of its own
+    chosen = (ordinary * (rows * TOKENS))[: rows * TOKENS]
+    return torch.tensor(chosen, device=input_device(model)).view(rows, TOKENS)
 
 
 def _random_pixels(model: Any) -> Tensor:
-    config = getattr(model.config, "vision_config", model.config)
+    config = next((part for name in ("vision_config", "encoder") if (part := getattr(model.config, name, None)) is not None), model.config)
     size = config.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return _random(model, ROWS, getattr(config, "num_channels", 3), height, width)
@@ -232,7 +273,8 @@ def _run(
     change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
     if change is not None:
-        call = functools.partial(model, **change(named_arguments(model, call.args, call.keywords)))
+        args, kwargs = by_place(change(named_arguments(model, call.args, call.keywords)))
+        call = functools.partial(model, *args, **kwargs)
     with _undisturbed(model, keep_hooks), _hooked(modules, before, after):
         call()
 
@@ -249,6 +291,7 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
         for kind in kinds:
             restore.enter_context(torch.autocast(kind, enabled=False))
         restore.enter_context(torch.compiler.set_stance("force_eager"))
+        restore.enter_context(without_fast_path())
         restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         restore.enter_context(_quiet("transformers"))
@@ -258,7 +301,38 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
                 restore.callback(setattr, module, "training", True)
                 module.training = False
         restore.callback(_shard_again, model)
+        if not is_transformers_model(model):
+            restore.enter_context(_kept_buffers(model))
         yield
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts buffers back that a forward writes to, such as counters and caches in the module; large ones may be quantised weights."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.numel() <= _LARGEST_BUFFER
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in kept:
+            module._buffers[name] = buffer
+            if not buffer.is_meta and not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """torch's TransformerEncoder packs padded texts into nested tensors, and skips the modules in its layers, where it can."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _shard_again(model: nn.Module) -> None:
@@ -284,7 +358,13 @@ def _quiet(name: str) -> Iterator[None]:
 def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
     """Puts hooks aside, and back in their order."""
     before: list[tuple[Any, dict[int, Any]]] = []
-    try:
+
+    def put_back() -> None:
+        for hooks, complete in before:
+            hooks.clear()
+            hooks.update(complete)
+
+    with restoring(put_back):
         for hooks in _hook_dictionaries(model):
             left_out = [number for number, hook in hooks.items() if leaves_out(hook)]
             if left_out:
@@ -292,10 +372,6 @@ def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Itera
             for number in left_out:
                 del hooks[number]
         yield
-    finally:
-        for hooks, complete in before:
-            hooks.clear()
-            hooks.update(complete)
 
 
 def _hook_dictionaries(model: nn.Module) -> Iterator[Any]:

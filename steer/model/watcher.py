@@ -45,6 +45,7 @@ class Watcher:
         site_hooks: the hooks at sites, in the order in which they were attached.
         own_call: how the root is called when it is none of transformers.
         opener: the hook that opens a pass at the first block, where the root's arguments do not tell the tokens; None where they do.
+        ids_have_other_rows: a row of token ids is that of one codebook of several, and no row of the stream.
         opens_at_block: the root was entered, and its first block was not yet.
         amend: functions that may replace the facts of a pass when it opens, for callers who know more than its arguments say.
         on_open, on_close: functions called with the context when the root is entered, and when it is left well.
@@ -76,6 +77,7 @@ class Watcher:
         self.on_end: list[Callable[[], None]] = []
         self.own_call: OwnCall | None = None
         self.opener: OpenHook | None = None
+        self.ids_have_other_rows = False
         self.opens_at_block = False
         self._first_block: nn.Module | None = None
         self._image_ids: tuple[int, ...] = ()
@@ -112,7 +114,9 @@ class Watcher:
         """Readies itself for a root whose arguments have names of their own, or do not tell its tokens."""
         call, axes = anatomy.stack.own_call, anatomy.stack.axes
         self.own_call = call
-        if token_parameters(self.root) or axes is None or call is not None and call.ids is not None:
+        self.ids_have_other_rows = getattr(getattr(self.root, "config", None), "num_codebooks", 1) > 1 and axes is not None
+        tells_tokens = token_parameters(self.root) or call is not None and call.ids is not None
+        if axes is None or tells_tokens and not self.ids_have_other_rows:
             return
         self.opener = OpenHook(self, anatomy.stack.argument, axes)
         register_hook(anatomy.blocks[0], self.opener, before=True)

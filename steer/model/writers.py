@@ -11,7 +11,7 @@ import functools
 import re
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from steer.model.heads import Heads, find_heads
+from steer.model.mixing import BlockCall, is_bare, mixes, mixes_in_block
 from steer.model.stacks import Stack, same, structure_of
-from steer.model.trial_pass import Argument, arguments_of, first_tensor, trial_passes
+from steer.model.trial_pass import arguments_of, first_tensor, trial_passes
 
 _SLIGHT = 1e-3
 _MOST_WRITERS = 4
 _DEPTH = 4  # of modules in a block that are looked at
-# share of an activation that another first token must change in the others for its module to mix tokens
-_MIXING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _OTHER_THAN_ATTENTION = re.compile(r"linear_?attn|delta_?net", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|fc2|channel|\bff", re.IGNORECASE)
@@ -109,27 +108,6 @@ def _block_parts(model: nn.Module, stack: Stack) -> tuple[BlockParts, ...]:
     return tuple(observed.parts.get(block, did_not_run) for block in blocks)
 
 
-@dataclass(eq=False)
-class _Call:
-    """One call of a module in a block.
-
-    Attributes:
-        inputs, output: copies.
-        args, kwargs: as given, to call it again.
-        rows: [batch * tokens, width] its output, where that could be added to the stream.
-        again: it was called more than once in the block.
-    """
-
-    path: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: dict[Argument, Tensor]
-    output: Tensor | None = None
-    rows: Tensor = field(default_factory=lambda: torch.empty(0))
-    again: bool = False
-
-
 class _Blocks:
     """Watches the blocks of a stack in a pass and works out the parts of each when it ends, so that nothing is kept for long."""
 
@@ -140,8 +118,8 @@ class _Blocks:
         for block in blocks:
             self.paths |= {module: path for path, module in block.named_modules() if path.count(".") < _DEPTH}
         self._blocks = set(blocks)
-        self._begun: dict[nn.Module, _Call] = {}
-        self._ended: list[_Call] = []
+        self._begun: dict[nn.Module, BlockCall] = {}
+        self._ended: list[BlockCall] = []
         self._resting = False  # modules are called again
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +131,7 @@ class _Blocks:
             self._begun[module].again = True
             return
         inputs = {place: tensor.detach().clone() for place, tensor in arguments_of(args, kwargs).items()}
-        self._begun[module] = _Call(self.paths[module], module, args, kwargs, inputs)
+        self._begun[module] = BlockCall(self.paths[module], module, args, kwargs, inputs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._begun.get(module)
@@ -172,7 +150,7 @@ class _Blocks:
             self._begun, self._ended = {}, []
 
 
-def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[BlockParts]) -> BlockParts:
+def _parts_of(block: BlockCall, calls: list[BlockCall], stack: Stack, known: Sequence[BlockParts]) -> BlockParts:
     before, after = block.inputs.get(stack.argument), block.output
     if before is None or after is None or before.shape != after.shape or len(stack.shape) != 3 or stack.axes is None:
         return BlockParts((), "its residual stream is not one tensor [batch, tokens, width]")
@@ -190,14 +168,15 @@ def _parts_of(block: _Call, calls: list[_Call], stack: Stack, known: Sequence[Bl
     if not chosen or abs(of_stream - 1) > _SLIGHT:
         return BlockParts((), _why_none(chosen, scales, of_stream))
     parts = [_part(call, calls, _around(calls, chosen, after)) for call in chosen]
-    return BlockParts(tuple(_writer(*entry, calls, stack) for entry in zip(chosen, parts, scales, strict=True)))
+    mixing = [mixes_in_block(block, chosen, number, stack) if is_bare(part) else mixes(part, stack) for number, part in enumerate(parts)]
+    return BlockParts(tuple(_writer(*entry, calls, stack) for entry in zip(chosen, parts, mixing, scales, strict=True)))
 
 
-def _candidates(calls: list[_Call], after: Tensor) -> list[_Call]:
+def _candidates(calls: list[BlockCall], after: Tensor) -> list[BlockCall]:
     """Calls whose output could be added to the stream, one for each value: the outermost, then the first."""
     flat = (after.shape[0] * after.shape[1], after.shape[2])
     fitting = [call for call in calls if call.output is not None and call.output.shape in (after.shape, flat)]
-    different: list[_Call] = []
+    different: list[BlockCall] = []
     for call in sorted(fitting, key=_depth):
         assert call.output is not None
         call.rows = call.output.to(after.device).reshape(flat)
@@ -209,7 +188,7 @@ def _candidates(calls: list[_Call], after: Tensor) -> list[_Call]:
 # ---- sums
 
 
-def _adding_up(before: Tensor, after: Tensor, candidates: list[_Call], known: Sequence[BlockParts]) -> tuple[_Call, ...] | None:
+def _adding_up(before: Tensor, after: Tensor, candidates: list[BlockCall], known: Sequence[BlockParts]) -> tuple[BlockCall, ...] | None:
     """The smallest set of calls whose outputs add up to what the block adds."""
     by_path = {call.path: call for call in candidates}
     for parts in dict.fromkeys(known):  # blocks of one kind are alike
@@ -224,7 +203,7 @@ def _adding_up(before: Tensor, after: Tensor, candidates: list[_Call], known: Se
     return None
 
 
-def _likely_sets(before: Tensor, after: Tensor, candidates: list[_Call]) -> Iterable[tuple[_Call, ...]]:
+def _likely_sets(before: Tensor, after: Tensor, candidates: list[BlockCall]) -> Iterable[tuple[BlockCall, ...]]:
     """Sets of calls that nearly add up, the smallest first, by what is left of them in a few random directions."""
     outputs = torch.stack([call.rows.double().flatten().cpu() for call in candidates]) if candidates else None
     if outputs is None:
@@ -244,7 +223,7 @@ def _likely_sets(before: Tensor, after: Tensor, candidates: list[_Call]) -> Iter
                 yield tuple(candidates[number] for number in sets[index])
 
 
-def _adds_up(before: Tensor, after: Tensor, calls: Sequence[_Call]) -> bool:
+def _adds_up(before: Tensor, after: Tensor, calls: Sequence[BlockCall]) -> bool:
     """In half precision to the bit, in some order, since rounding would hide a small writer; else as far as rounding goes."""
     stream = before.reshape(-1, before.shape[-1])
     result = after.reshape(-1, after.shape[-1])
@@ -277,7 +256,7 @@ def _share_equal(total: Tensor, result: Tensor) -> float:
     return float((total == result).double().mean())
 
 
-def _fit(before: Tensor, after: Tensor, candidates: list[_Call]) -> tuple[tuple[_Call, ...], tuple[float, ...], float]:
+def _fit(before: Tensor, after: Tensor, candidates: list[BlockCall]) -> tuple[tuple[BlockCall, ...], tuple[float, ...], float]:
     """The parts of a block that make up its output when each, and the stream, has a factor; none where these do not either.
 
     Returns:
@@ -288,7 +267,7 @@ def _fit(before: Tensor, after: Tensor, candidates: list[_Call]) -> tuple[tuple[
     stream, result = before.double().flatten().cpu(), after.double().flatten().cpu()
     change = (result - stream).norm()
     rounding = 4 * torch.finfo(after.dtype).eps * result.norm()
-    best: tuple[tuple[_Call, ...], tuple[float, ...], float] = ((), (), 1.0)
+    best: tuple[tuple[BlockCall, ...], tuple[float, ...], float] = ((), (), 1.0)
     least = float(max(_SLIGHT * change, rounding))
     for size in (1, 2, 3):
         for some in combinations(parts, size):
@@ -302,7 +281,7 @@ def _fit(before: Tensor, after: Tensor, candidates: list[_Call]) -> tuple[tuple[
     return best
 
 
-def _why_none(calls: tuple[_Call, ...], scales: tuple[float, ...], of_stream: float) -> str:
+def _why_none(calls: tuple[BlockCall, ...], scales: tuple[float, ...], of_stream: float) -> str:
     if not calls:
         return "its block normalises or gates what it adds: no modules of it add up to the change of the stream"
     total = " + ".join(f"{scale:.3g} x {call.path}" for scale, call in zip(scales, calls, strict=True))
@@ -314,10 +293,9 @@ def _why_none(calls: tuple[_Call, ...], scales: tuple[float, ...], of_stream: fl
 # ---- what a writer is
 
 
-def _writer(call: _Call, part: _Call, scale: float, calls: list[_Call], stack: Stack) -> Writer:
+def _writer(call: BlockCall, part: BlockCall, mixes: bool | None, scale: float, calls: list[BlockCall], stack: Stack) -> Writer:
     name = f"{part.path} {type(part.module).__name__}"
     attends = bool(_ATTENTION.search(name)) and not _OTHER_THAN_ATTENTION.search(name)
-    mixes = _mixes(part, stack)
     projection = min((c for c in calls if _is_projection(c, part, call)), key=_depth, default=None)
     heads = None
     if attends and projection is not None:
@@ -327,16 +305,16 @@ def _writer(call: _Call, part: _Call, scale: float, calls: list[_Call], stack: S
     return Writer(call.path, part.path, end, attends if mixes is None else mixes, attends, scale, heads)
 
 
-def _depth(call: _Call) -> int:
+def _depth(call: BlockCall) -> int:
     return call.path.count(".")
 
 
-def _around(calls: list[_Call], chosen: tuple[_Call, ...], after: Tensor) -> list[_Call]:
+def _around(calls: list[BlockCall], chosen: tuple[BlockCall, ...], after: Tensor) -> list[BlockCall]:
     """Modules that hold all of the block (a wrapper of checkpointing), or several writers."""
     return [c for c in calls if same(c.output, after) or sum(w.path.startswith(c.path + ".") for w in chosen) > 1]
 
 
-def _part(call: _Call, calls: list[_Call], around: list[_Call]) -> _Call:
+def _part(call: BlockCall, calls: list[BlockCall], around: list[BlockCall]) -> BlockCall:
     """The module that does the work: before a post-norm, and all of what a last linear map is the end of."""
     while all(parameter.dim() <= 1 for parameter in call.module.parameters()) and call.inputs:
         given = next(iter(call.inputs.values()))
@@ -348,7 +326,7 @@ def _part(call: _Call, calls: list[_Call], around: list[_Call]) -> _Call:
     return min(outer, key=_depth, default=call)
 
 
-def _is_projection(call: _Call, part: _Call, writer: _Call) -> bool:
+def _is_projection(call: BlockCall, part: BlockCall, writer: BlockCall) -> bool:
     """A linear map in a part, or the part itself, that gives what the part or its writer gives."""
     inside = call is part or call.path.startswith(part.path + ".")
     linear = any(isinstance(getattr(call.module, name, None), int) for name in ("in_features", "nx"))
@@ -357,43 +335,3 @@ def _is_projection(call: _Call, part: _Call, writer: _Call) -> bool:
 
 def _equal_rows(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
-
-
-def _mixes(part: _Call, stack: Stack) -> bool | None:
-    """Whether another first token changes what a module gives for the others; None when it cannot be called again."""
-    given = next(((place, tensor) for place, tensor in part.inputs.items() if tensor.numel() == _numel(stack)), None)
-    if given is None or part.output is None:
-        return None
-    place, tensor = given
-    changed = _by_token(tensor, stack).clone()
-    changed[:, 0] = changed[:, 0].roll(1, -1).neg() + changed[:, 0].std()
-    args, kwargs = list(part.args), dict(part.kwargs)
-    if isinstance(place, int):
-        args[place] = _back(changed, tensor, stack)
-    else:
-        kwargs[place] = _back(changed, tensor, stack)
-    try:
-        output = first_tensor(part.module(*args, **kwargs))
-    except Exception:  # it keeps state, or was not meant to be called twice
-        return None
-    if output is None or output.numel() != _numel(stack):
-        return None
-    plain, other = _by_token(part.output, stack)[:, 1:].double(), _by_token(output, stack)[:, 1:].double()
-    return bool((plain - other).norm() > _MIXING.get(tensor.dtype, 1e-5) * plain.norm())
-
-
-def _numel(stack: Stack) -> int:
-    return stack.shape[0] * stack.shape[1] * stack.shape[2]
-
-
-def _by_token(tensor: Tensor, stack: Stack) -> Tensor:
-    """[batch, tokens, width]"""
-    assert stack.axes is not None
-    return tensor.reshape(stack.shape).permute(stack.axes)
-
-
-def _back(tensor: Tensor, like: Tensor, stack: Stack) -> Tensor:
-    """In the shape that a module takes, from [batch, tokens, width]."""
-    assert stack.axes is not None
-    order = [stack.axes.index(axis) for axis in range(3)]
-    return tensor.permute(order).reshape(like.shape)

@@ -73,8 +73,9 @@ def hover(artist: Any, text: str) -> None:
 
 
 def short(text: str, length: int) -> str:
-    """The beginning of a text that is too long for its place, as whole words."""
-    return textwrap.shorten(text, length, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+    """The beginning of a text that is too long for its place, as whole words where it has some."""
+    words = textwrap.shorten(text, length, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+    return words if len(words) > length // 2 or len(text) <= length else f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def lines(text: str, width: int, *, most: int = 2) -> str:

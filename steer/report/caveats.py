@@ -28,6 +28,10 @@ FEW_DRAWS = (
     "{draws} control draw{s}: even when no draw reaches the edit, the rank cannot give less than p = {p}; 19 draws are needed for 0.05. "
     "The primary contrast is against the mean of these draws."
 )
+AMONG_DRAWS = (
+    "'{arm}' lies within the range of its control draws: against their mean it differs, but single draws do as much or more, so that other "
+    "draws might have given another answer."
+)
 NO_CONTROL = "No arm is a matched random control: an effect of this edit cannot be told from that of any edit as large."
 NO_PROMPT = "No arm is a prompt: a system message often does as much as an edit, and was not compared."
 NO_GUARDRAIL = "No guardrail was set: what the effect costs elsewhere was not tested."
@@ -107,6 +111,11 @@ def _of_controls(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield NO_CONTROL
     elif 1 / (draws + 1) > ALPHA:
         yield FEW_DRAWS.format(draws=draws, s="" if draws == 1 else "s", p=number(1 / (draws + 1), digits=2))
+    specificity = metrics.get("specificity") or {}
+    drawn = specificity.get("controls") or ()
+    shown = next((each.get("shown") for each in metrics.get("contrasts") or []), False)
+    if shown and drawn and min(drawn) <= specificity["effect"] <= max(drawn):
+        yield AMONG_DRAWS.format(arm=specificity["arm"])
     if not any((arm.get("treatment") or {}).get("kind") == "prompt" for arm in arms):
         yield NO_PROMPT
 

@@ -8,7 +8,7 @@ from typing import Any
 from steer.report import numbers, run_plots, view
 from steer.report.canvas import both_widths
 from steer.report.curves import natural
-from steer.report.dose_plot import draw_sweep, sweep_lines, sweep_outcomes
+from steer.report.dose_plot import draw_sweep, sweep_curves, sweep_outcomes
 from steer.report.items_plot import draw_items, moved
 from steer.report.numbers import number
 from steer.report.primary_plot import draw_primary, has_rows
@@ -62,11 +62,11 @@ class Charts:
         if not outcomes:
             return None
         words = "; ".join(
-            f"{readable(outcome)}, {arm}: " + ", ".join(f"{number(values['mean'])} at {strength:g}" for strength, values in line)
+            f"{readable(outcome)}, {name}: " + ", ".join(f"{number(point['mean'])} at {point['dose']:g}" for point in points)
             for outcome in outcomes
-            for arm, line in sweep_lines(self.metrics, outcome).items()
+            for name, _, points in sweep_curves(self.metrics, outcome)
         )
-        return self._svg(draw_sweep, self.metrics, key="sweep", title="Outcomes by strength", description=f"{words}.")
+        return self._svg(draw_sweep, self.metrics, key="sweep", title="Outcomes by dose", description=f"{words}.")
 
     @property
     def items(self) -> Any:

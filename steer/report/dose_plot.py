@@ -1,4 +1,4 @@
-"""Dose and response: every outcome of a strength sweep over the strength, with the control draws that were swept along."""
+"""Dose and response: every outcome of a sweep over the dose, with the controls that were swept along."""
 
 from __future__ import annotations
 
@@ -8,83 +8,106 @@ from typing import Any
 
 from steer.report.canvas import hover, is_narrow, new_figure
 from steer.report.extra import extra
-from steer.report.numbers import interval, is_interval, measured, number
+from steer.report.numbers import estimate, is_interval, measured, number
 from steer.report.palette import ARMS, DASHES, LIGHT
 from steer.report.rows import axis_label, better_label
 
 COLUMNS = 2
-
-Lines = Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]  # arm -> strengths and values of one outcome
+UNTREATED = (1.5, 1.5)  # dashes of its line
 
 
 def sweep_outcomes(metrics: Mapping[str, Any]) -> list[str]:
-    """Outcomes that any strength of the sweep has, in their order in the tree."""
-    swept = {name for point in metrics.get("sweep") or [] for name in point.get("outcomes") or {}}
+    """Outcomes that were measured along a sweep, in their order in the tree."""
+    swept = {str(curve.get("outcome")) for curve in metrics.get("sweep") or [] if _points(curve)}
     return [name for name in metrics.get("outcomes") or {} if name in swept]
 
 
-def sweep_lines(metrics: Mapping[str, Any], outcome: str) -> Lines:
-    """Arm -> strengths, ascending, and values of one outcome. A sweep of one arm may leave its name out."""
-    lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
-    for point in metrics.get("sweep") or []:
-        values = (point.get("outcomes") or {}).get(outcome)
-        if values and measured(values.get("mean")):
-            lines.setdefault(str(point.get("arm") or "edit"), []).append((float(point["strength"]), values))
-    return {arm: sorted(line, key=lambda each: each[0]) for arm, line in lines.items()}
+def sweep_curves(metrics: Mapping[str, Any], outcome: str) -> list[tuple[str, bool, list[Mapping[str, Any]]]]:
+    """Name, whether it is a control, and points by ascending dose, of every curve of an outcome; controls last."""
+    curves = [curve for curve in metrics.get("sweep") or [] if curve.get("outcome") == outcome and _points(curve)]
+    ordered = sorted(curves, key=lambda curve: bool(curve.get("is_control")))
+    return [(str(curve["name"]), bool(curve.get("is_control")), _points(curve)) for curve in ordered]
+
+
+def _points(curve: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    points = [point for point in curve.get("points") or [] if measured(point.get("dose")) and measured(point.get("mean"))]
+    return sorted(points, key=lambda point: point["dose"])
 
 
 def draw_sweep(metrics: Mapping[str, Any], width: float) -> Any:
-    """A panel for each outcome over a common axis of strengths."""
+    """A panel for each outcome over a common axis of doses."""
     outcomes = sweep_outcomes(metrics)
     columns = 1 if is_narrow(width) else min(COLUMNS, len(outcomes))
     rows = math.ceil(len(outcomes) / columns)
     figure = new_figure(width if columns > 1 else min(width, 6.4), 2.7 * rows + 0.5)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
-        _draw_outcome(ax, metrics, outcome, sweep_lines(metrics, outcome))
+        _draw_outcome(ax, metrics, outcome)
     for ax in axes.flat[len(outcomes) :]:
         ax.set_axis_off()
-    unit = next((point["unit"] for point in metrics["sweep"] if point.get("unit")), "")
     for ax in axes.flat[max(0, len(outcomes) - columns) : len(outcomes)]:
-        ax.set_xlabel(f"strength{f', {unit}' if unit else ''}")
+        ax.set_xlabel("dose, times the strength of the arm")
         ax.tick_params(labelbottom=True)
-    handles = _legend(sweep_lines(metrics, outcomes[0]))
-    figure.legend(handles=handles, loc="outside lower left", ncols=1 if is_narrow(width) else 4, handlelength=2.4)
+    handles = _legend(metrics, outcomes[0])
+    figure.legend(handles=handles, loc="outside lower left", ncols=1 if is_narrow(width) else 5, handlelength=2.4)
     return figure
 
 
-def _draw_outcome(
-    ax: Any, metrics: Mapping[str, Any], outcome: str, lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
-) -> None:
-    ax.axhline(0, color=LIGHT["rule"], linewidth=0.8)
-    for number_of_arm, (arm, line) in enumerate(lines.items()):
-        colour = LIGHT[ARMS[number_of_arm % len(ARMS)]]
-        strengths = [strength for strength, _ in line]
-        for strength, values in line:
-            for draw, value in enumerate(values.get("controls") or (), 1):
-                (dot,) = ax.plot(strength, value, "o", color=LIGHT["other"], markersize=4, markerfacecolor="none", markeredgewidth=0.8)
-                hover(dot, f"control draw {draw} at strength {strength:g}: {number(value)}")
-        bounds = [values["ci"] if is_interval(values.get("ci")) else (math.nan, math.nan) for _, values in line]
-        ax.fill_between(strengths, *zip(*bounds, strict=True), color=colour, alpha=0.16, linewidth=0)
-        dashes = DASHES[number_of_arm % len(DASHES)] or (None, None)
-        ax.plot(strengths, [values["mean"] for _, values in line], color=colour, linewidth=1.9, dashes=dashes)
-        for strength, values in line:
-            (dot,) = ax.plot(strength, values["mean"], "o", color=colour, markersize=5)
-            hover(dot, f"{arm} at strength {strength:g}: {number(values['mean'])} {interval(values.get('ci'))}".strip())
+def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str) -> None:
+    untreated = _untreated(metrics, outcome)
+    if untreated is not None:
+        ax.axhline(untreated[1], color=LIGHT["muted"], linewidth=1.0, dashes=UNTREATED)
+    for index, (name, is_control, points) in enumerate(sweep_curves(metrics, outcome)):
+        colour = LIGHT["muted"] if is_control else LIGHT[ARMS[index % len(ARMS)]]
+        doses = [point["dose"] for point in points]
+        if is_control:
+            _draw_draws(ax, name, points)
+        else:
+            bounds = [point["ci"] if is_interval(point.get("ci")) else (math.nan, math.nan) for point in points]
+            ax.fill_between(doses, *zip(*bounds, strict=True), color=colour, alpha=0.16, linewidth=0)
+        ax.plot(doses, [point["mean"] for point in points], color=colour, linewidth=1.9, dashes=_dashes(index, is_control))
+        for point in points:
+            (dot,) = ax.plot(point["dose"], point["mean"], "o", color=colour, markersize=5)
+            hover(dot, f"{name} at dose {point['dose']:g}: {estimate(point['mean'], point.get('ci'))}")
     better = better_label(metrics, outcome)
     ax.set_title(axis_label(metrics, outcome) + (f" ({better})" if better else ""))
     ax.tick_params(length=3)
 
 
-def _legend(lines: Lines) -> list[Any]:
+def _draw_draws(ax: Any, name: str, points: Sequence[Mapping[str, Any]]) -> None:
+    for point in points:
+        for draw, value in enumerate(point.get("draws") or (), 1):
+            (dot,) = ax.plot(point["dose"], value, "o", color=LIGHT["muted"], markersize=4, markerfacecolor="none", markeredgewidth=0.8)
+            hover(dot, f"{name}, draw {draw} at dose {point['dose']:g}: {number(value)}")
+
+
+def _dashes(index: int, is_control: bool) -> Any:
+    return (5, 2) if is_control else DASHES[index % len(DASHES)] or (None, None)
+
+
+def _untreated(metrics: Mapping[str, Any], outcome: str) -> tuple[str, float] | None:
+    """Name and mean of the arm that nothing is done to."""
+    for arm in metrics.get("arms") or []:
+        mean = ((arm.get("outcomes") or {}).get(outcome) or {}).get("mean")
+        if arm.get("when") == "never" and measured(mean):
+            return str(arm["name"]), float(mean)
+    return None
+
+
+def _legend(metrics: Mapping[str, Any], outcome: str) -> list[Any]:
     line, patch = extra("matplotlib.lines").Line2D, extra("matplotlib.patches").Patch
-    handles = [
-        line([], [], color=LIGHT[ARMS[i % len(ARMS)]], marker="o", markersize=5, dashes=DASHES[i % len(DASHES)] or (None, None), label=arm)
-        for i, arm in enumerate(lines)
-    ]
-    if any(is_interval(values.get("ci")) for points in lines.values() for _, values in points):
+    handles = []
+    curves = sweep_curves(metrics, outcome)
+    for index, (name, is_control, _) in enumerate(curves):
+        colour = LIGHT["muted"] if is_control else LIGHT[ARMS[index % len(ARMS)]]
+        words = f"{name}, mean of its draws" if is_control else name
+        handles.append(line([], [], color=colour, marker="o", markersize=5, dashes=_dashes(index, is_control), label=words))
+    if any(is_interval(point.get("ci")) for _, is_control, points in curves for point in points if not is_control):
         handles.append(patch(color=LIGHT["other"], alpha=0.5, label="95 % interval"))
-    if any(values.get("controls") for points in lines.values() for _, values in points):
+    if any(is_control for _, is_control, _ in curves):
         style = {"marker": "o", "markersize": 4, "markerfacecolor": "none", "linewidth": 0}
-        handles.append(line([], [], color=LIGHT["other"], label="one control draw", **style))
+        handles.append(line([], [], color=LIGHT["muted"], label="one control draw", **style))
+    untreated = _untreated(metrics, outcome)
+    if untreated is not None:
+        handles.append(line([], [], color=LIGHT["muted"], linewidth=1.0, dashes=UNTREATED, label=untreated[0]))
     return handles

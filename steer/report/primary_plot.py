@@ -53,7 +53,7 @@ def draw_primary(metrics: Mapping[str, Any], width: float) -> Any:
     narrow, change = is_narrow(width), is_change(metrics, outcome)
     figure = new_figure(width, (0.95 if narrow else 0.7) * len(rows) + (1.9 if narrow else 1.35))
     ax = figure.subplots()
-    drawn = [draw for row in rows for draw in row.draws]
+    drawn = compared_draws(metrics, rows)
     if len(drawn) > 1:
         ax.axvspan(min(drawn), max(drawn), color=LIGHT["band"], linewidth=0, zorder=0)
     if change:
@@ -76,6 +76,13 @@ def draw_primary(metrics: Mapping[str, Any], width: float) -> Any:
         handles=_legend(rows, len(drawn)), loc="outside lower left", ncols=1 if narrow else 4, handlelength=1.4, columnspacing=1.6
     )
     return figure
+
+
+def compared_draws(metrics: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[float]:
+    """Draws of the control of the primary contrast; of every control where the tree does not say which that is."""
+    arm = ((metrics.get("question") or {}).get("primary") or {}).get("arm")
+    controls = [str(each["name"]) for each in metrics.get("arms") or [] if each.get("control_of") == arm and arm is not None]
+    return [draw for row in rows for draw in row.draws if not controls or row.name in controls]
 
 
 def _draw_row(ax: Any, row: ArmRow, y: int, signed: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer.report.numbers import interval, is_interval, measured, number
+from steer.report.numbers import estimate, is_interval, measured
 
 BETTER = {"lower": "lower is better", "higher": "higher is better"}
 
@@ -40,10 +40,9 @@ class ArmRow:
         """All that has to find room on an axis."""
         return [x for x in (self.value, self.low, self.high, *self.seeds.values(), *self.draws) if measured(x)]
 
-    def words(self, *, signed: bool, digits: int | None = None) -> str:
+    def words(self, *, signed: bool) -> str:
         """Mean with interval, as text."""
-        bounds = interval([self.low, self.high], signed=signed, digits=digits)
-        return " ".join(filter(None, (number(self.value, signed=signed, digits=digits), bounds)))
+        return estimate(self.value, [self.low, self.high], signed=signed)
 
 
 def primary_outcome(metrics: Mapping[str, Any]) -> str | None:

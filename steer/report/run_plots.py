@@ -50,7 +50,7 @@ def _draw_sites(auc: Mapping[str, float], chosen: str | None, lowest: float, wid
     ax.hlines(range(len(auc)), 0.5, list(auc.values()), color=LIGHT["other"], linewidth=1.2)
     ax.plot(list(auc.values()), range(len(auc)), color=AUC_COLOUR, linestyle="", marker="o", markersize=4.5)
     ax.set(xlim=(lowest, 1.04), xlabel="held-out AUC (0.5 = chance)")
-    ax.set_yticks(range(len(auc)), [f"{site} (used)" if site == chosen else site for site in auc])
+    ax.set_yticks(range(len(auc)), [f"{short(site, 40)} (used)" if site == chosen else short(site, 40) for site in auc])
     ax.invert_yaxis()
     return figure
 

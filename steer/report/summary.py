@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from steer.report.numbers import NOT_MEASURED, interval, number, p_value
-from steer.report.rows import axis_label, better_label, is_change, primary_outcome
+from steer.report.numbers import NOT_MEASURED, common_digits, estimate, interval, number, p_value
+from steer.report.rows import better_label, is_change, primary_outcome, readable
 from steer.report.schema import read
-from steer.report.view import badges, common_digits, decided_by, spoken
+from steer.report.view import badges, decided_by, spoken
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Question and verdict, and a row for each arm: primary outcome with its 95 % interval, and the contrast with its corrected p.
 
-    Fits into 100 columns.
+    Fits into 80 columns where arms have short names.
 
     Args:
         metrics: the content of metrics.json.
@@ -27,15 +28,16 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     """
     tree = read(metrics)
     outcome = primary_outcome(tree)
-    table = Table(title=_title(tree), title_justify="left", min_width=60, caption=_caption(tree), caption_justify="left")
+    table = Table(title=_title(tree), title_justify="left", box=SIMPLE_HEAD, min_width=60, caption=_caption(tree), caption_justify="left")
     table.add_column("arm", overflow="fold")
     if outcome is None:
         return table
     change = is_change(tree, outcome)
-    words = list(filter(None, (axis_label(tree, outcome), better_label(tree, outcome))))
-    table.add_column(Text("\n".join([*words, "mean [95 % interval]"])), justify="right")
+    unit = (tree["outcomes"][outcome]).get("unit")
+    head = [readable(outcome), unit, better_label(tree, outcome), "[95 % interval]"]
+    table.add_column(Text("\n".join(filter(None, head))), justify="right")
     if change:
-        table.add_column(Text("change from\nthe base model"), justify="right")
+        table.add_column(Text("change from\nthe base model\n[95 % interval]"), justify="right")
     table.add_column(Text("contrast\n[its interval]\ncorrected p"), justify="right")
     values = [(arm.get("outcomes") or {}).get(outcome) or {} for arm in tree.get("arms") or []]
     digits = common_digits([(each.get("mean"), each.get("ci")) for each in values])
@@ -72,7 +74,5 @@ def _contrast(metrics: Mapping[str, Any], arm: str, outcome: str) -> str:
     each = own[0]
     p = p_value(each.get("p_adjusted", each.get("p")))
     sign = "" if p.startswith("<") else "= "
-    digits = common_digits([(each.get("difference"), each.get("ci"))])
-    difference, bounds = number(each.get("difference"), signed=True, digits=digits), interval(each.get("ci"), signed=True, digits=digits)
     role = "" if each.get("role") == "primary" else f", {each.get('role')}"
-    return f"against {each['b']}\n{difference} {bounds}\np {sign}{p}{role}"
+    return f"against {each['b']}\n{estimate(each.get('difference'), each.get('ci'), signed=True)}\np {sign}{p}{role}"

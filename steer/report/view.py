@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from steer.report.numbers import decimals, interval, is_interval, measured, moment, number, p_value
+from steer.report.numbers import common_digits, interval, is_interval, measured, moment, number, p_value
 from steer.report.rows import ArmRow, arm_rows, axis_label, better_label, is_change, primary_outcome, readable
 
 WHEN = {
@@ -88,7 +88,9 @@ def badges(metrics: Mapping[str, Any]) -> list[Badge]:
     else:
         found = [Badge("Exploratory: the question was not locked")]
     seeds = seeds_of(metrics)
-    if len(seeds) == 1:
+    if (metrics.get("design") or {}).get("trained") is False:
+        found.append(Badge("Items only: no arm was trained"))
+    elif len(seeds) == 1:
         found.append(Badge("Items only: one seed", "warn"))
     elif seeds:
         found.append(Badge(f"{(metrics.get('question') or {}).get('items', 'Its')} items \N{MULTIPLICATION SIGN} {len(seeds)} seeds"))
@@ -194,16 +196,6 @@ def _contrast_row(metrics: Mapping[str, Any], each: Mapping[str, Any], digits: i
         "seeds": number(each.get("seeds"), digits=0),
         "forest": place,
     }
-
-
-def common_digits(estimates: Sequence[tuple[Any, Any]]) -> int | None:
-    """Decimals that suit all numbers of a column, one more where they would hide a sign; None leaves the choice to each."""
-    sizes = [abs(value) for value, _ in estimates if measured(value)]
-    if not sizes or max(sizes) < 0.005:
-        return None
-    digits = decimals(max(sizes))
-    shown = sizes + [abs(bound) for _, ci in estimates if is_interval(ci) for bound in ci]
-    return min(3, digits + 1) if any(x and not round(x, digits) for x in shown) else digits
 
 
 def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:

@@ -56,7 +56,8 @@ class BatchResponseMask:
         """Leaves the watcher."""
         self.mask = None
         if self._watcher is not None:
-            self._watcher.amend.remove(self)
+            if self in self._watcher.amend:  # it is not when an interrupt came before, or when this is done again
+                self._watcher.amend.remove(self)
             self._watcher = None
 
     def read(self, batch: Any) -> None:

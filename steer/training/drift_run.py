@@ -66,17 +66,22 @@ class DriftRun:
     def attach(self, model: nn.Module, ranks: Ranks) -> None:
         """Attaches the tracker, anew when it is attached already; raises as `DriftTracker.attach`."""
         self.detach()
-        self.tracker.attach(model, reduce=ranks.sum, main=ranks.writes_files)
-        self.response_mask.install(model)
+        self.is_attached = not self.tracker.is_attached  # said before it is true, so that an interrupt takes off what is on
+        try:
+            self.tracker.attach(model, reduce=ranks.sum, main=ranks.writes_files)
+            self.response_mask.install(model)
+        except BaseException:
+            self.detach()
+            raise
         self.ranks = ranks
-        self.is_attached = True
 
     def detach(self) -> None:
         """Detaches the tracker; may be called at any time."""
         if self.is_attached:
-            self.is_attached = False
             self.response_mask.remove()
-            self.tracker.detach()
+            if self.tracker.is_attached:
+                self.tracker.detach()
+            self.is_attached = False
 
     def renew(self) -> None:
         """Makes the tracker new for another training run of this object; what has measured elsewhere is refused at the start.

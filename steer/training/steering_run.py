@@ -103,9 +103,9 @@ class SteeringRun:
         if not any(set(intervention.phases) & set(self.phases) for intervention in self.plan.interventions):
             raise _does_nothing(self.plan, self.phases)
         state = self._waiting_state if self.attachment is None else self.attachment.state_dict()
-        attachment = self.plan.attach(model, stack=stack, phases=self.phases, schedule=self.schedule)
-        self._tokens_before = self._tokens()
-        self.attachment = attachment
+        tokens = self._tokens()
+        self.attachment = attachment = self.plan.attach(model, stack=stack, phases=self.phases, schedule=self.schedule)
+        self._tokens_before = tokens
         if state is not None:
             attachment.load_state_dict(state)
         self._waiting_state = None

@@ -93,6 +93,27 @@ def test_the_only_checkpoint_that_is_kept_has_the_state(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path / "killed", resume=True)[0], want)
 
 
+@pytest.mark.parametrize("n_written", [0, 90])
+def test_a_kill_while_the_last_file_is_written(tmp_path: Path, n_written: int) -> None:
+    """Trainers do not write it at one stroke."""
+    want, _, _ = run(tmp_path / "whole", drift=False)
+    run(tmp_path / "killed", steps=4, drift=False)
+    last = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
+    last.write_text(last.read_text()[:n_written])
+    with pytest.raises(DamagedFileError, match="not finished"):
+        run(tmp_path / "again", resume=str(last.parent), drift=False)
+    with pytest.warns(UserWarning, match=r"checkpoint-4.*not finished"):
+        assert torch.equal(run(tmp_path / "killed", resume=True, drift=False)[0], want)
+
+
+def test_the_state_of_another_step_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "out", steps=4, drift=False)
+    (file,) = (tmp_path / "out" / "checkpoint-4").glob("steer_*.safetensors")
+    file.write_bytes((tmp_path / "out" / "checkpoint-2" / file.name).read_bytes())
+    with pytest.raises(DamagedFileError, match=r"after step 4[\s\S]*after step 2"):
+        run(tmp_path / "out", resume=True, drift=False)
+
+
 def test_nothing_to_resume_from_but_a_torn_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(DamagedFileError, match="not finished"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from callback_helpers import SITE, make_plan, make_tracker, n_hooks
 from families import FAMILIES
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
@@ -156,6 +156,22 @@ def test_dpo_steers_the_policy_and_never_the_reference(tmp_path: Path, adapter: 
     assert steering.attachment.fired() == {NAME: COMPLETIONS}
     assert first(trainer, "loss") != pytest.approx(math.log(2), abs=1e-3)  # they would agree if both were steered, or neither
     assert n_hooks(trainer.model) == 0
+
+
+def test_the_reference_of_a_trained_soft_prompt_is_never_steered(tmp_path: Path) -> None:
+    """TRL keeps the trained prompt as an adapter called `ref`, in a model that has no adapter layers."""
+    model = get_peft_model(FAMILIES["llama"](), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(**options(tmp_path, max_steps=1)),
+        train_dataset=Dataset.from_list(DPO_ROWS),
+        processing_class=tiny_tokenizer(),
+    )
+    steering = HFSteeringCallback(make_plan(strength=3.0), phases=("train", "validate")).attach(trainer)
+    passes = watched(steering)
+    trainer.train()
+    assert passes.seen == [("train", "policy", 4, COMPLETIONS), ("validate", "reference", 4, COMPLETIONS)]
+    assert steering.attachment.fired() == {NAME: COMPLETIONS}
 
 
 def test_full_dpo_on_a_loaded_model_makes_its_reference_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

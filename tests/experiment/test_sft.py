@@ -131,7 +131,9 @@ def fit(folder: Path, *, kill_after: int | None = None, resume: int | None = Non
             if trainer.global_step == kill_after:
                 raise Killed
 
-    trainer = make_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[checkpoints, Kill()], enable_checkpointing=True, default_root_dir=folder)
+    trainer = make_trainer(
+        max_steps=STEPS, max_epochs=-1, callbacks=[checkpoints, Kill()], enable_checkpointing=True, default_root_dir=folder
+    )
     torch.manual_seed(noise)  # what happened before in this process must not matter
     batches = loader(ROWS, **{**OPTIONS, "steps": STEPS}, first=resume or 0)
     trainer.fit(module, batches, ckpt_path=None if resume is None else folder / f"step={resume}.ckpt")

@@ -5,68 +5,25 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import sys
 import weakref
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
 from hand import hook_count, ids, vector
+from interrupts import interrupted, lines_of
 
+import steer
+from steer.directions import Direction
+from steer.drift import DriftTracker
 from steer.errors import AttachError, NonFiniteError
-from steer.intervene import Add, Intervention, Plan
+from steer.intervene import Ablate, Add, Intervention, Plan
+from steer.model.site import Site
+from steer.model.tokens import Row
 from steer.model.watcher import watcher_of
-
-
-class Interrupt(BaseException):
-    pass
-
-
-class InterruptAt:
-    """Raises at the n-th line that is executed in files of the package, once."""
-
-    def __init__(self, line: int) -> None:
-        self.line = line
-        self.raised = False
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if "/steer/" not in frame.f_code.co_filename or self.raised:
-            return None
-        if event == "line":
-            self.line -= 1
-            if self.line < 0:
-                self.raised = True
-                raise Interrupt
-        return self
 
 
 def plan() -> Plan:
     return Plan([Intervention(Add(vector(seed=n)), site) for n, site in enumerate(("layers.0.output", "layers.1.mlp.output"))])
-
-
-def traced(action: Any, line: int) -> InterruptAt:
-    """Runs an action up to a line of it, counted in lines of the package."""
-    interrupt = InterruptAt(line)
-    before = sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        action()
-    except Interrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return interrupt
-
-
-def interrupted(action: Any, line: int) -> bool:
-    """Whether the line was reached."""
-    return traced(action, line).raised
-
-
-def lines_of(action: Any) -> int:
-    """How many lines of the package an action executes."""
-    return sys.maxsize - traced(action, sys.maxsize).line
 
 
 def check_untouched(model: torch.nn.Module, plain: torch.Tensor) -> None:
@@ -109,6 +66,63 @@ def test_an_interrupted_detach_is_finished(tiny):
         if attachment.is_attached:
             attachment.detach()
         check_untouched(model, plain)
+
+
+class Nothing:
+    """An accumulator that keeps nothing."""
+
+    def update(self, h: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> None: ...
+
+
+ROWS = [Row((11, 12, 13), 1), Row((21, 22, 23), 1)]
+
+
+def reading(model: torch.nn.Module) -> None:
+    steer.capture(model, ROWS, {Site.parse("layers.1.output"): Nothing()})
+
+
+def tracking(model: torch.nn.Module) -> None:
+    tracker = DriftTracker({"a": Direction("layers.1.output", vector(), "given", "all", {})}, probe=ROWS)
+    with tracker.attached(model):
+        tracker.measure(0)
+
+
+def announcing(model: torch.nn.Module) -> None:
+    with steer.response_tokens(model, torch.ones(1, 2)):
+        pass
+
+
+def baking(model: torch.nn.Module) -> None:
+    with steer.bake(Plan(Intervention(Add(vector()), "layers.1.mlp.output")), model, savable=False):
+        pass
+
+
+@pytest.mark.parametrize(("use", "stride"), [(reading, 23), (tracking, 67), (announcing, 1), (baking, 97)])
+def test_an_interrupted_use_leaves_nothing(use, stride, tiny):
+    model = tiny("llama").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(ids()).logits
+    use(model)
+    for line in range(0, lines_of(lambda: use(model)), stride):
+        assert interrupted(lambda: use(model), line)
+        check_untouched(model, plain)
+        assert not any(module.training for module in model.modules())
+        now = model.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def test_an_interrupted_undo_is_finished(tiny):
+    model = tiny("llama").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for line in range(200):
+        baked = steer.bake(Plan(Intervention(Ablate(vector()), "layers.*.mlp.output")), model)
+        was_interrupted = interrupted(baked.undo, line)
+        baked.undo()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        if not was_interrupted:
+            break
+    assert line > 5
 
 
 def test_a_model_that_nobody_detached_from_is_freed(tiny):

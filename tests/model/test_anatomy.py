@@ -139,7 +139,7 @@ def test_a_failure_lists_what_was_found():
 
     with pytest.raises(AnatomyError, match=r"trunk \(2 x Linear\)[\s\S]*module:"):
         Anatomy.find(Odd())
-    with pytest.raises(AnatomyError, match="no nn.ModuleList at all"):
+    with pytest.raises(AnatomyError, match="no list of modules at all"):
         Anatomy.find(nn.Linear(2, 2))
 
 

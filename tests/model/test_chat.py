@@ -9,7 +9,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from steer.errors import ConfigError, SteerError, TokenizerError
+from steer.model.chat import PROBE
 from steer.model.context import CHAT_ROLES
+from steer.model.load import load
 from steer.model.tokens import encode, encode_chat
 
 MARKS = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<turn>", "</turn>", "[INST]", "[/INST]"]
@@ -58,6 +60,15 @@ PARTS = (  # vision-language models: content is a list of parts
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<image>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     + f"{OPENING}<|im_start|>assistant\n{{% endif %}}"
+)
+OTHER_END = (  # gpt-oss: a system message of its own, and the last answer of all ends otherwise than those before it
+    "<|start|>system<|message|>You are a machine.<|end|>{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+    f"{OPENING}<|start|>assistant<|message|>{{% endif %}}"
+)
+END_OF_TEXT = (  # Phi 3: the end of text follows the last turn, whoever speaks in it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<eos>{% endif %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
@@ -119,7 +130,8 @@ def test_an_answer_ends_as_the_template_ends_it(name):
     tokenizer = tokenizer_with(TEMPLATES[name])
     row = encode(tokenizer, "hi", "hello")
     response = "".join(tokenizer.convert_ids_to_tokens(row.ids[row.prompt :]))
-    assert response == f"hello{ENDS[name]}"
+    space = " " if name == "first_inst" else ""  # which the template puts after a turn that it opened without it
+    assert response == f"{space}hello{ENDS[name]}"
     whole = tokenizer.apply_chat_template([ASKED, ANSWERED] if name != "parts" else _as_parts([ASKED, ANSWERED]), tokenize=False)
     assert whole.startswith("".join(tokenizer.convert_ids_to_tokens(row.ids)))
 
@@ -188,6 +200,37 @@ def test_tools_and_their_results_in_a_thinking_conversation():
         ("user", "<|im_start|>user\nwhy<|im_end|>\n"),
         ("assistant", "<|im_start|>assistant\n"),
     ]
+
+
+@pytest.mark.parametrize("template", [OTHER_END, END_OF_TEXT])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_template_that_ends_the_last_turn_otherwise(template, opened):
+    turns = stretches(template, [ASKED, ANSWERED, AGAIN, ANSWERED], add_generation_prompt=opened)
+    if template == OTHER_END:
+        assert turns.pop(0) == ("system", "<|start|>system<|message|>You are a machine.<|end|>")
+    assert [role for role, _ in turns] == ["user", "assistant", "user", "assistant"]
+    start, end = ("<|start|>", "<|end|>") if template == OTHER_END else ("<|im_start|>", "<|im_end|>")
+    for (_, text), content in zip(turns, ("hi", "hello", "why", "hello"), strict=True):
+        assert text.startswith(start) and content in text and text.count(start) <= 1 + opened
+    assert all(end in text for _, text in turns[:3])
+
+
+def test_a_space_before_a_word_does_not_move_its_token():
+    """In a tokenizer of bytes the space is part of the token; here it is the last mark of the user's turn."""
+    _, tokenizer = load("smollm2-135m")
+    tokenizer.chat_template = (
+        "{% for m in messages[1:] %}[INST] {% if loop.first %}{{ messages[0].content }}. {% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokens, roles = encode_chat(tokenizer, [SYSTEM, ASKED])
+    system = [token for token, role in zip(tokens, roles, strict=True) if CHAT_ROLES[role] == "system"]
+    assert tokenizer.decode(system).strip() == "be kind"
+
+
+def test_words_that_turns_are_found_by_may_be_said():
+    turns = stretches(CHATML, [said("user", f"what is a {PROBE}"), said("assistant", f"{PROBE} is a word")])
+    assert [role for role, _ in turns][-2:] == ["user", "assistant"]
+    assert PROBE in turns[-2][1] and PROBE in turns[-1][1]
+    assert encode(tokenizer_with(CHATML), "say it", PROBE).response == len(PROBE) + 1
 
 
 def test_a_system_that_speaks_within_a_users_turn():

@@ -94,24 +94,6 @@ def test_a_mask_that_was_not_proven_to_hide_tokens_is_refused_when_it_leaves_som
             model(words, mask)
 
 
-def test_a_model_whose_first_axis_is_not_the_batch_is_refused():
-    class TimeFirst(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, batch_first=False) for _ in range(2)])
-            self.head = nn.Linear(16, 2)
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return self.head(x)
-
-    model = TimeFirst()
-    steer.describe(model, "layers", example=torch.randn(6, 4, 16))
-    with pytest.raises(SiteError, match="does not have the batch as its first axis"):
-        Anatomy.find(model).point("layers.0.output")
-
-
 def test_describe_names_the_parts():
     model = own_model("gpt")
     assert Anatomy.find(model).parts[0].attention() == []  # structure tells a mixer, no name says that it is attention

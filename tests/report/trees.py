@@ -163,25 +163,32 @@ def with_projections(metrics: dict[str, Any]) -> dict[str, Any]:
             words = answer["text"].split(" ")
             tokens = [words[0], *(f" {word}" for word in words[1:])]
             answer["tokens"] = [[token, float(centre + noise.standard_normal())] for token in tokens]
-    metrics["projections"] = {"direction": "condescension", "site": SITE, "unit": "baseline SD"}
+    metrics["projections"] = {"direction": "condescension", "site": SITE, "unit": "class gaps"}
     return metrics
 
 
-def with_sweep(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The same with a sweep over the strength."""
+def swept() -> dict[str, Any]:
+    """A sweep over four doses with its controls, as `analyse` makes it; nothing is trained."""
+    names = {"plain": arms(chosen=("plain",))[0]}
+    treatment, random = arms(chosen=("preventative",))[0].treatment, "random"
+    for dose in (0.5, 1.0, 2.0, 3.0):
+        arm = Arm(f"against x{dose:g}", f"steered against the trait, dose {dose:g}", treatment, INFERENCE, sweep="against", dose=dose)
+        control = Arm(f"{random} x{dose:g}", f"random, dose {dose:g}", treatment, INFERENCE, None, arm.name, 8, random, dose)
+        names |= {arm.name: arm, control.name: control}
     noise = np.random.default_rng(3)
-    metrics["sweep"] = [
-        {
-            "strength": strength,
-            "outcomes": {
-                "behaviour_gap": point(1.42 - 0.9 * strength + 0.12 * strength**2, 0.1, noise, 0.12 * (strength + 0.1)),
-                "neutral_loss": point(0.026 + 0.012 * strength**2, 0.006, noise, 0.004 * (strength + 0.1)),
-            },
-        }
-        for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-    ]
-    return metrics
-
-
-def point(mean: float, half: float, noise: np.random.Generator, spread: float) -> dict[str, Any]:
-    return {"mean": mean, "ci": [mean - half, mean + half], "controls": (mean * 0.9 + spread * noise.standard_normal(8)).tolist()}
+    table, before = Scores(), {}
+    for outcome, spread in zip(outcomes(), (0.3, 0.25, 0.5), strict=True):
+        ids = [item["id"] for item in outcome.items]
+        base = BASE[outcome.name] + spread * noise.standard_normal(len(ids))
+        before[outcome.name] = dict(zip(ids, base.tolist(), strict=True))
+        for arm in names.values():
+            dose = arm.dose or 0.0
+            shift = {"behaviour_gap": -0.4 * dose + 0.05 * dose**2, "task_logprob": -0.01 * dose**2, "neutral_loss": 0.012 * dose**2}
+            share = 0.2 if arm.control_of else 1.0
+            for draw in range(arm.draws):
+                drawn = 0.05 * spread * dose * noise.standard_normal() if arm.control_of else 0.0
+                values = base + share * shift[outcome.name] + drawn + 0.05 * spread * dose * noise.standard_normal(len(ids))
+                table.add(Place(outcome.name, arm.name, draw, 0), dict(zip(ids, values.tolist(), strict=True)))
+    of = list(names.values())
+    asked = question_of(of, outcomes(), primary={"arm": "against x1", "against": "random x1"})
+    return analyse(table, asked, of, outcomes(), before=before) | {"design": {"trained": False}}

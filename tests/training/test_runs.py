@@ -28,6 +28,7 @@ from callback_helpers import (
     same_weights,
 )
 from families import FAMILIES
+from interrupts import interrupted, lines_of
 from torch import Tensor, nn
 
 import steer.training
@@ -222,6 +223,24 @@ def test_a_run_that_is_over_keeps_no_model() -> None:
     gc.collect()
     assert not [part for part in parts if part() is not None]
     assert loop.run.attachment.fired() == {NAME: 2 * (TOKENS - PROMPT)}  # step 0 has strength 0
+
+
+@pytest.mark.parametrize("kind", ["plan", "tracker"])
+def test_an_interrupted_attach_of_a_run_is_taken_back_by_detach(kind: str) -> None:
+    model = FAMILIES["llama"]()
+    run = steering(make_plan()) if kind == "plan" else DriftRun(make_tracker(), every_n_steps=2)
+
+    def attach_and_detach() -> None:
+        try:
+            run.attach(model, Ranks())
+        finally:
+            run.detach()
+
+    attach_and_detach()  # the first one looks at the model
+    for line in range(lines_of(attach_and_detach) - 1, 0, -29):
+        assert interrupted(attach_and_detach, line)
+        run.detach()
+        assert n_hooks(model) == 0
 
 
 def test_a_run_without_a_model_says_so() -> None:

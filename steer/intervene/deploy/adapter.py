@@ -189,7 +189,8 @@ def _config(anatomy: Anatomy, targets: list[str], rank: int, with_biases: bool, 
 
     base: Any = anatomy.model
     config = LoraConfig(
-        task_type="CAUSAL_LM" if base.get_output_embeddings() is not None else None,
+        # the class that PEFT has for this task gives token ids to the encoder, which may take sound
+        task_type="CAUSAL_LM" if base.get_output_embeddings() is not None and not base.config.is_encoder_decoder else None,
         base_model_name_or_path=getattr(base, "name_or_path", None) or base.config.name_or_path or None,
         r=rank,
         lora_alpha=rank,  # a scale of 1

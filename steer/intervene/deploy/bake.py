@@ -7,6 +7,8 @@ differently, but neither is nearer to the exact result than the other.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from torch import nn
 
 from steer.errors import DeployError
@@ -63,8 +65,8 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
                 raise _reference_not_steered(intervention)
     edits_of_weights = weight_edits(anatomy, edits, _CARRIER)
     check.prove(edits_of_weights)
-    baked = Baked()
-    try:
+    with ExitStack() as undoing:
+        baked = undoing.enter_context(Baked())
         if any(weight_edit.module is anatomy.embedding for weight_edit in edits_of_weights):
             baked.untie(anatomy)
         for weight_edit in edits_of_weights:
@@ -75,9 +77,7 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
             make_savable(anatomy, baked)
         baked.error = check.compare()
         baked.seal()
-    except BaseException:
-        baked.undo()
-        raise
+        undoing.pop_all()
     return baked
 
 

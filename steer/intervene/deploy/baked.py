@@ -65,8 +65,8 @@ class Baked:
         out = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
         bias = torch.empty(out, dtype=weight.dtype, device=weight.device)
         bias.copy_(torch.as_tensor(value))
+        self._biases.append((f"{path}.bias", module))  # before it is there, so that an interrupt takes it away
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
-        self._biases.append((f"{path}.bias", module))
 
     def untie(self, anatomy: Anatomy) -> None:
         """Gives a head that shares the weight of the embedding a copy of it, and lets the configuration say that they are not tied."""
@@ -98,6 +98,7 @@ class Baked:
         changed_since = [name for name, digest in self._sealed.items() if current[name] != digest]
         if changed_since:
             raise _changed_after_bake(changed_since)
+        self._sealed.clear()  # where this is interrupted, it may be done again
         for _, module, attribute, old in self._weights:
             module._parameters[attribute].copy_(old)  # type: ignore[union-attr]
         for _, module in self._biases:
@@ -110,7 +111,6 @@ class Baked:
         self._biases.clear()
         self._heads.clear()
         self._settings.clear()
-        self._sealed.clear()
 
     def _write(self, weight_edit: WeightEdit, attribute: str, new: Tensor) -> None:
         parameter: nn.Parameter = getattr(weight_edit.module, attribute)
@@ -129,7 +129,11 @@ class Baked:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.undo()
+        try:
+            self.undo()
+        except BaseException:  # an interrupt may have left a part
+            self.undo()
+            raise
 
 
 def _digest(module: nn.Module, attribute: str) -> str | None:

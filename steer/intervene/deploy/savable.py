@@ -35,16 +35,19 @@ def make_savable(anatomy: Anatomy, baked: Baked) -> None:
         if baked.new_biases:
             raise _not_a_transformers_model(anatomy)
         return
+    prefix = next(path + "." if path else "" for path, module in anatomy.model.named_modules() if module is model)
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    if lost := [name for name in baked.changed if name.removeprefix(prefix) in left_out]:
+        raise _in_no_file(lost)
     if (tied_head(anatomy) is not None) != bool(tying_configs(anatomy)):
         baked.untie(anatomy)
     if baked.new_biases:
-        _switch_biases_on(anatomy, model, baked)
+        _switch_biases_on(anatomy, model, baked, prefix)
     if getattr(model, "hf_quantizer", None) is None:  # whose weights have other names in memory
         _check_configuration(model)
 
 
-def _switch_biases_on(anatomy: Anatomy, model: Any, baked: Baked) -> None:
-    prefix = next(path + "." if path else "" for path, module in anatomy.model.named_modules() if module is model)
+def _switch_biases_on(anatomy: Anatomy, model: Any, baked: Baked, prefix: str) -> None:
     needed = {path.removeprefix(prefix) for path in baked.new_biases}
     before = _biased_maps(model) - needed
     settings = [name for name in SETTINGS if needed & _maps_biased_by(model, [name], before)]
@@ -113,6 +116,10 @@ def _not_in_adapter_files() -> DeployError:
 
 def _not_a_transformers_model(anatomy: Anatomy) -> DeployError:
     return _lost(f"a {type(anatomy.model).__name__}, of which that is not known", "bake the transformers model itself")
+
+
+def _in_no_file(names: list[str]) -> DeployError:
+    return _lost(f"a change of {', '.join(names)}, which save_pretrained leaves out", "steer layers.0.output instead")
 
 
 def _no_setting_for(anatomy: Anatomy, path: str) -> DeployError:

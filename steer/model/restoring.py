@@ -1,0 +1,31 @@
+"""Restoring: what was changed for a while is put back on every way out, an interrupt of the way out included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def restoring(put_back: Callable[[], None]) -> Iterator[None]:
+    """Calls `put_back` when the block ends, however it ends, and once more where that was interrupted.
+
+    Args:
+        put_back: harmless when it is done again, and when there is nothing to put back yet.
+
+    Example:
+        >>> with restoring(installation.remove):
+        ...     installation.install()
+        ...     model(**batch)
+    """
+    is_done = False
+    try:
+        try:
+            yield
+        finally:
+            put_back()
+            is_done = True
+    except BaseException:
+        if not is_done:
+            put_back()
+        raise

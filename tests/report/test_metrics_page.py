@@ -1,0 +1,26 @@
+"""docs/metrics.md explains every key of metrics.json, and no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from metrics_keys import documented, keys
+
+from steer.experiment.result import Result
+from steer.experiment.scores import Scores
+
+
+def test_every_key_is_explained_and_every_explained_one_is_there(tmp_path: Path, five_seeds: dict[str, Any], swept: dict[str, Any]) -> None:
+    five_seeds["sweep"] = swept["sweep"]
+    Result(five_seeds, Scores()).save(tmp_path)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(keys(written)) == documented()
+
+
+def test_what_one_seed_without_a_control_has_is_explained(bare: dict[str, Any]) -> None:
+    found = set(keys(bare))
+    empty = {"specificity", "question.secondary", "question.exploratory", "sweep"}  # without a control there is one contrast alone
+    assert found <= documented() | empty and empty <= found
+    assert not any(key.startswith(("sweep[]", "projections")) for key in found)
