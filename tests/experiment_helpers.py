@@ -41,7 +41,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def without_times(node: Any) -> Any:
-    """Without what may differ between two runs, and without the place of their folder."""
+    """Without what may differ between two runs: times, the place of their folder, and whether they were run or read."""
     if isinstance(node, dict):
-        return {key: without_times(inner) for key, inner in node.items() if key not in (*TIMES, "folder", "tracker", "folders")}
+        return {key: without_times(inner) for key, inner in node.items() if key not in (*TIMES, "folder", "tracker", "folders", "do")}
     return [without_times(inner) for inner in node] if isinstance(node, list) else node

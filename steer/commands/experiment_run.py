@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,6 +36,7 @@ from steer.model.tokens import Row, encode, pad_id
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
+_OPTIONAL = ("question", "trait", "scope", "primary", "secondary", "train", "drift")  # of an experiment, null where left out
 _JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
 _OUTCOME_KEYS = ("data", *_JUDGED)
 
@@ -55,6 +56,9 @@ class ExperimentRun:
     """
 
     def __init__(self, config: DictConfig, root: Path) -> None:
+        with open_dict(config):
+            for key in _OPTIONAL:
+                config.experiment.setdefault(key, None)
         self.config = config
         self.experiment = config.experiment
         self.root = root

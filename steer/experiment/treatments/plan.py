@@ -46,9 +46,7 @@ class PlanTreatment(Treatment):
         finite_number(dose, "the dose of a plan")
         self.source = plan
         self.dose = dose
-        is_saved = (
-            isinstance(plan, Path) or isinstance(plan, str) and (os.path.isfile(os.path.join(plan, "manifest.json")) or _is_file(plan))
-        )
+        is_saved = isinstance(plan, Path) or isinstance(plan, str) and _is_saved(plan)
         self._is_text = isinstance(plan, str) and not is_saved
         given = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
         self._plan = None if given is None else _dosed(given, dose)
