@@ -62,3 +62,8 @@ def write_data(folder: Path) -> Path:
 def overrides(model: Path | str, data: Path, out: Path, *more: str) -> list[str]:
     """Arguments of `steer train` for a run into the folder `out`."""
     return [f"model.name={model}", f"experiment.data={data}", f"hydra.run.dir={out}", *OVERRIDES, *more]
+
+
+def ab_overrides(model: Path | str, data: Path, folder: Path, *more: str) -> list[str]:
+    """Arguments of `steer ab` for an experiment in a folder: two seeds, and of the control two draws."""
+    return [f"model.name={model}", f"experiment.data={data}", f"folder={folder}", "seeds=[0,1]", "draws=2", *OVERRIDES, *more]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,6 +37,7 @@ from steer.model.tokens import Row, encode, pad_id
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
+_OPTIONAL = ("question", "trait", "scope", "primary", "secondary", "train", "drift")  # of an experiment, null where left out
 _JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
 _OUTCOME_KEYS = ("data", *_JUDGED)
 
@@ -56,6 +57,9 @@ class ExperimentRun:
     """
 
     def __init__(self, config: DictConfig, root: Path) -> None:
+        with open_dict(config):
+            for key in _OPTIONAL:
+                config.experiment.setdefault(key, None)
         self.config = config
         self.experiment = config.experiment
         self.root = root
@@ -153,6 +157,20 @@ class ExperimentRun:
         """The direction that is used where a plan names no site."""
         site = self.experiment.trait.site
         return directions[site] if site else directions.best()
+
+    def direction_quality(self) -> dict[str, Any] | None:
+        """What is known of the direction that is used; None without a trait."""
+        if self.directions is None:
+            return None
+        chosen = self.chosen_of(self.directions)
+        return {
+            "name": self.directions.name,
+            "site": str(chosen.site),
+            "method": chosen.method,
+            "auc_heldout": chosen.metrics["auc"],
+            "norm": chosen.metrics["gap"],
+            "relative_dose": chosen.relative_dose(),
+        }
 
     @cached_property
     def bench(self) -> Bench:

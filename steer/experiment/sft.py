@@ -90,13 +90,14 @@ class _Steps(Sampler[list[int]]):
         while len(batches) < steps:  # an epoch more
             order = torch.randperm(rows, generator=generator)
             batches += [chosen.tolist() for chosen in order.split(batch_size) if len(chosen) == batch_size]
-        self.batches = [batch[rank::ranks] for batch in batches[first:steps]]
+        self.batches = [batch[rank::ranks] for batch in batches[:steps]]
+        self.first = first
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return iter(self.batches[self.first :])
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches)  # with those before `first`: a resumed Lightning run goes on counting where it was
 
 
 def check_batch(rows: int, batch_size: int | None) -> None:

@@ -46,9 +46,7 @@ class PlanTreatment(Treatment):
         finite_number(dose, "the dose of a plan")
         self.source = plan
         self.dose = dose
-        is_saved = (
-            isinstance(plan, Path) or isinstance(plan, str) and (os.path.isfile(os.path.join(plan, "manifest.json")) or _is_file(plan))
-        )
+        is_saved = isinstance(plan, Path) or isinstance(plan, str) and _is_saved(plan)
         self._is_text = isinstance(plan, str) and not is_saved
         given = plan if isinstance(plan, Plan) else None if self._is_text else Plan.load(plan)
         self._plan = None if given is None else _dosed(given, dose)
@@ -62,7 +60,7 @@ class PlanTreatment(Treatment):
 
     def describe(self) -> str:
         if self._is_text:
-            return str(self.source) if self.dose == 1 else f"{self.dose:g} times {self.source}"
+            return f"plan `{self.source}`" + (f", dose {self.dose:g}" if self.dose != 1 else "")
         return "; ".join(each.summary() for each in self.plan.interventions)
 
     def spec(self) -> dict[str, Any]:
@@ -100,8 +98,9 @@ class PlanTreatment(Treatment):
         return PlanTreatment(random_partner(self.plan, bench.model, bench.states(self.plan), seed)).prepare(bench)
 
 
-def _is_file(text: str) -> bool:
-    return text.endswith(".safetensors") and os.path.isfile(text)
+def _is_saved(text: str) -> bool:
+    """A path of a saved plan, folder or single file, and no text of one; os.path says no of what can be no path."""
+    return os.path.isfile(os.path.join(text, "manifest.json")) or text.endswith(".safetensors") and os.path.isfile(text)
 
 
 def _dosed(plan: Plan, dose: float) -> Plan:
