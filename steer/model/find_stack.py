@@ -87,10 +87,11 @@ def _lists_outside(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 def unknown_lists(path: str, module: nn.Module) -> list[str]:
-    """Lists of several modules of one class that hold others, as blocks are; the outermost alone."""
+    """Lists of several modules of one class that hold others, as blocks are; the outermost alone. Adapters of PEFT's are no blocks."""
     found: list[str] = []
     for name, part in module.named_modules():
         members = list(part.children()) if isinstance(part, LISTS) else []
+        members = [member for member in members if not type(member).__module__.startswith("peft.")]
         alike = len(members) > 1 and len({type(member) for member in members}) == 1 and all(any(member.children()) for member in members)
         if alike and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
