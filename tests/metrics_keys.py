@@ -39,3 +39,9 @@ def keys(node: Any, name: str = "") -> Iterator[str]:
             yield from keys(inner, f"{name}[]")
     elif node not in ({}, [], ()) or name not in CHOSEN:
         yield name
+
+
+def undocumented(tree: Any) -> set[str]:
+    """Keys of a tree that the page does not explain; one that is empty or null counts as explained when what it may hold is."""
+    explained = documented()
+    return {key for key in keys(tree) if key not in explained and not any(each.startswith((f"{key}[].", f"{key}.")) for each in explained)}

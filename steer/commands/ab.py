@@ -8,14 +8,15 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from steer.commands.cell_run import ADAPTER, STORE, run_cell
+from steer.commands import cell_ranks
+from steer.commands.cell_run import ADAPTER, STORE, run_cell, train_cell
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
 from steer.commands.side_by_side import side_by_side
@@ -48,13 +49,22 @@ def run(config: DictConfig) -> None:
     {"run": run_all, "plan": plan, "lock": lock, "report": report}[config.do](job)
 
 
-def run_all(job: ExperimentRun) -> Result:
-    """Runs the cells that are missing, then writes the page."""
+def run_all(job: ExperimentRun) -> Result | None:
+    """Runs the cells that are missing, then writes the page; None on the other ranks of a run of torchrun."""
+    with cell_ranks.process_group():
+        return _run_all(job)
+
+
+def _run_all(job: ExperimentRun) -> Result | None:
     question = asked(job)
-    write_config(job)
+    if cell_ranks.is_first():
+        write_config(job)
     job.prepare()
     cells = CellFolder(job.root / "cells")
     wanted = job.cells()
+    if not cell_ranks.is_first():
+        cell_ranks.follow(wanted, lambda cell: train_cell(job, cell, cells))
+        return None
     missing = [cell for cell in wanted if not cells.is_done(cell)]
     started = time.perf_counter()
     if missing:
@@ -62,6 +72,7 @@ def run_all(job: ExperimentRun) -> Result:
     for number, cell in enumerate(run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)), 1):
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
+    cell_ranks.announce(None)
     return write_page(job, question, cells)
 
 
@@ -159,8 +170,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=_sizes(results))
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -191,10 +201,13 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
     }
 
 
-def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
-    """The cells of an arm in its first seed, one for each draw."""
-    own = [cell for cell in cells if cell.arm == arm]
-    return [cell for cell in own if cell.seed == own[0].seed]
+def _sizes(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Of every arm, the quantity in which controls are matched, by draw."""
+    sizes: dict[str, dict[int, dict[str, float]]] = {}
+    for cell, result in results.items():
+        if cell.arm != BASE:
+            sizes.setdefault(cell.arm, {}).setdefault(cell.draw, result["size"])
+    return {arm: [of_draw[draw] for draw in sorted(of_draw)] for arm, of_draw in sizes.items()}
 
 
 def _projections(job: ExperimentRun) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 
 from steer.callbacks import DriftCallback, SteeringCallback
+from steer.commands import cell_ranks
 from steer.commands.experiment_run import BASE, ExperimentRun
 from steer.commands.info import versions
 from steer.commands.trackers import log_result, tracker_of
@@ -56,12 +57,13 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     training: dict[str, Any] | None = None
     cost: dict[str, Any] = {}
     if run.trains and cell.needs is None:
-        training, cost = _train(run, cell, arm, treatment, cells.of(cell), logger)
+        training, cost = train_cell(run, cell, cells, logger)
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     log_result(logger, result)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
-    return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
+    size = treatment.size(run.bench)
+    return {**result, "size": size, "training": training, "timing": timing, "versions": versions()}
 
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
@@ -111,18 +113,21 @@ def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Mod
 # ---- training
 
 
-def _train(
-    run: ExperimentRun, cell: Cell, arm: Arm, treatment: Treatment, folder: Path, logger: Logger | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the adapters of the arm and saves them. What that was like, and what it cost; the model is as it was afterwards."""
+    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    treatment = run.treatments[arm.name][cell.draw]
+    folder = cells.of(cell)
     pl.seed_everything(cell.seed, verbose=False)
     plan = treatment.training_plan() if arm.acts_in_training else None
     rows = run.training_rows(treatment if arm.acts_in_training else None)
     checkpoint = _last_checkpoint(folder)
-    if checkpoint is None:
-        shutil.rmtree(folder / "logs", ignore_errors=True)
-        for file in folder.glob(f"{STORE}*"):
-            file.unlink()
+    if cell_ranks.is_first():
+        if checkpoint is None:
+            shutil.rmtree(folder / "logs", ignore_errors=True)
+            for file in folder.glob(f"{STORE}*"):
+                file.unlink()
+        cell_ranks.announce(cell)
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
     with started_from as base, _adapted(base, run.lora) as adapted:
@@ -135,10 +140,12 @@ def _train(
         trainer = _trainer(run, folder, callbacks, logger)
         first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
         _fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
-        adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
+        if cell_ranks.is_first():
+            adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
         training = {"steps": trainer.global_step, "loss": [float(loss) for loss in module.losses], "store": STORE if tracker else None}
         cost = {"training_seconds": time.perf_counter() - clock, **_callback_overhead(run, cell, adapted, plan, rows)}
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if cell_ranks.is_first():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return training, cost
 
 
@@ -149,7 +156,7 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
     try:
         yield adapted
     finally:
-        adapted.unload()  # type: ignore[operator]
+        adapted.unload()
         model.eval()
 
 
@@ -179,7 +186,7 @@ def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], log
         max_steps=run.experiment.train.steps,
         max_epochs=-1,
         accelerator=run.config.trainer.accelerator,
-        devices=run.config.trainer.devices,
+        **({"devices": run.config.trainer.devices} | cell_ranks.trainer_options(run.config.trainer.accelerator)),
         precision=run.config.trainer.precision,
         enable_progress_bar=shows_progress,
         enable_model_summary=False,
@@ -202,7 +209,7 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoi
 
 def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
     """What the hooks of the plan and of the tracker add to one training step, as a fraction of the bare step; measured in one seed."""
-    if plan is None or cell.draw or cell.seed != run.seeds[0]:
+    if plan is None or cell_ranks.world_size() > 1 or cell.draw or cell.seed != run.seeds[0]:
         return {}
     spec = run.experiment.train
     batch = collate(rows[: spec.batch_size], run.pad, max_length=spec.max_length)

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
+from steer.commands import cell_ranks
 from steer.commands.config import dtype_named
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, lora_config, texts, tracked_sites
@@ -62,7 +63,7 @@ class ExperimentRun:
         self.config = config
         self.experiment = config.experiment
         self.root = root
-        self.console = Console()
+        self.console = Console(quiet=not cell_ranks.is_first())
         self.seeds = check_seeds(config.seeds)
         self.settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         spec = self.settings["experiment"]
@@ -298,19 +299,19 @@ def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
 # ---- errors
 
 
-def _name_of_the_base() -> ConfigError:
-    return ConfigError(
-        f"an arm cannot be called '{BASE}'",
-        expected="another name",
-        found=f"experiment.arms.{BASE}",
-        remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
-    )
-
-
 def _nothing_random(seeds: list[int]) -> ConfigError:
     return ConfigError(
         "an experiment that trains nothing has no seeds",
         expected="one seed: every other one would give the same numbers, and claim to have tried again",
         found=seeds,
         remedy="set seeds=[0], raise the draws of its controls, or train: experiment.train",
+    )
+
+
+def _name_of_the_base() -> ConfigError:
+    return ConfigError(
+        f"an arm cannot be called '{BASE}'",
+        expected="another name",
+        found=f"experiment.arms.{BASE}",
+        remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
     )

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, get_scheduler
 
 from steer.errors import ConfigError
 from steer.model.tokens import Row, collate
+from steer.training.ranks import Ranks
 
 SCHEDULES = [scheduler.value for scheduler in SchedulerType]
 _MOST_STEPS = 1_000_000  # of a run; steps of two seeds draw different numbers
@@ -50,13 +52,18 @@ class SFTModule(pl.LightningModule):
         self.steps = steps
         self.schedule = schedule
         self.seed = seed
+        self.ranks = Ranks()
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         torch.manual_seed(self.seed * _MOST_STEPS + self.global_step)
         loss = self.model(**batch, use_cache=False).loss
-        self.log("train/loss", loss, prog_bar=True)
-        self.losses.append(loss.detach())
+        if self.ranks.is_distributed:  # gradients are averaged over ranks, whose batches have different numbers of response tokens
+            tokens = (batch["labels"][:, 1:] != -100).sum().to(loss)
+            loss = loss * (tokens / self.ranks.mean(tokens))
+        of_all = self.ranks.mean(loss.detach())
+        self.log("train/loss", of_all, prog_bar=True)
+        self.losses.append(of_all)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -75,15 +82,15 @@ class SFTModule(pl.LightningModule):
 
 
 class _Steps(Sampler[list[int]]):
-    """Rows of the batch of each optimiser step, from a step on."""
+    """Rows of the batch of each optimiser step, from a step on; of several ranks, the share of this one."""
 
-    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, first: int) -> None:
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, first: int, rank: int, ranks: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         batches: list[list[int]] = []
         while len(batches) < steps:  # an epoch more
             order = torch.randperm(rows, generator=generator)
             batches += [chosen.tolist() for chosen in order.split(batch_size) if len(chosen) == batch_size]
-        self.batches = batches[:steps]
+        self.batches = [batch[rank::ranks] for batch in batches[:steps]]
         self.first = first
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -110,11 +117,14 @@ def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_len
         ConfigError: fewer rows than a batch, or a row without any response token within `max_length`.
     """
     check_batch(len(rows), batch_size)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if Ranks().is_distributed else (0, 1)
+    if batch_size < ranks:
+        raise _more_ranks_than_rows(batch_size, ranks)
     if (longest := max(row.prompt for row in rows)) >= max_length:
         raise _prompt_too_long(longest, max_length)
     return DataLoader(
         rows,  # type: ignore[arg-type]
-        batch_sampler=_Steps(len(rows), batch_size, seed, steps, first),
+        batch_sampler=_Steps(len(rows), batch_size, seed, steps, first, rank, ranks),
         collate_fn=partial(collate, pad=pad, max_length=max_length),
     )
 
@@ -139,6 +149,11 @@ def _unknown_schedule(schedule: str) -> ConfigError:
 def _batch_not_filled(rows: int, batch_size: int | None) -> ConfigError:
     remedy = "lower experiment.train.batch_size or add training rows"
     return ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {rows}", found=batch_size, remedy=remedy)
+
+
+def _more_ranks_than_rows(batch_size: int, ranks: int) -> ConfigError:
+    remedy = "raise experiment.train.batch_size, or start fewer processes"
+    return ConfigError("a batch has no row for some ranks", expected=f"batch_size >= {ranks}", found=batch_size, remedy=remedy)
 
 
 def _prompt_too_long(longest: int, max_length: int) -> ConfigError:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer.report.canvas import hover, is_narrow, new_figure
+from steer.report.canvas import hover, is_narrow, lines, new_figure
 from steer.report.extra import extra
 from steer.report.numbers import estimate, is_interval, measured, number
 from steer.report.palette import ARMS, DASHES, LIGHT
-from steer.report.rows import axis_label, better_label
+from steer.report.rows import ArmRow, arm_rows, axis_label, better_label, is_change
 
 COLUMNS = 2
 UNTREATED = (1.5, 1.5)  # dashes of its line
@@ -23,10 +23,27 @@ def sweep_outcomes(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def sweep_curves(metrics: Mapping[str, Any], outcome: str) -> list[tuple[str, bool, list[Mapping[str, Any]]]]:
-    """Name, whether it is a control, and points by ascending dose, of every curve of an outcome; controls last."""
+    """Name, whether it is a control, and points by ascending dose, of every curve of an outcome; controls last.
+
+    The points are changes from the base model, with their far narrower intervals, where the arms of the doses have them.
+    """
+    rows = {row.name: row for row in arm_rows(metrics, outcome)} if is_change(metrics, outcome) else {}
     curves = [curve for curve in metrics.get("sweep") or [] if curve.get("outcome") == outcome and _points(curve)]
     ordered = sorted(curves, key=lambda curve: bool(curve.get("is_control")))
-    return [(str(curve["name"]), bool(curve.get("is_control")), _points(curve)) for curve in ordered]
+    return [
+        (
+            str(curve["name"]),
+            bool(curve.get("is_control")),
+            [_as_change(point, rows.get(str(point.get("arm")))) for point in _points(curve)],
+        )
+        for curve in ordered
+    ]
+
+
+def _as_change(point: Mapping[str, Any], row: ArmRow | None) -> Mapping[str, Any]:
+    if row is None:
+        return point
+    return {**point, "mean": row.value, "ci": [row.low, row.high], "draws": row.draws}
 
 
 def _points(curve: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -39,10 +56,10 @@ def draw_sweep(metrics: Mapping[str, Any], width: float) -> Any:
     outcomes = sweep_outcomes(metrics)
     columns = 1 if is_narrow(width) else min(COLUMNS, len(outcomes))
     rows = math.ceil(len(outcomes) / columns)
-    figure = new_figure(width if columns > 1 else min(width, 6.4), 2.7 * rows + 0.5)
+    figure = new_figure(width if columns > 1 else min(width, 6.4), (2.9 if is_narrow(width) else 2.7) * rows + 0.5)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
-        _draw_outcome(ax, metrics, outcome)
+        _draw_outcome(ax, metrics, outcome, narrow=is_narrow(width))
     for ax in axes.flat[len(outcomes) :]:
         ax.set_axis_off()
     for ax in axes.flat[max(0, len(outcomes) - columns) : len(outcomes)]:
@@ -53,10 +70,11 @@ def draw_sweep(metrics: Mapping[str, Any], width: float) -> Any:
     return figure
 
 
-def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str) -> None:
+def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str, *, narrow: bool) -> None:
     untreated = _untreated(metrics, outcome)
     if untreated is not None:
         ax.axhline(untreated[1], color=LIGHT["muted"], linewidth=1.0, dashes=UNTREATED)
+    change = is_change(metrics, outcome)
     for index, (name, is_control, points) in enumerate(sweep_curves(metrics, outcome)):
         colour = LIGHT["muted"] if is_control else LIGHT[ARMS[index % len(ARMS)]]
         doses = [point["dose"] for point in points]
@@ -68,9 +86,11 @@ def _draw_outcome(ax: Any, metrics: Mapping[str, Any], outcome: str) -> None:
         ax.plot(doses, [point["mean"] for point in points], color=colour, linewidth=1.9, dashes=_dashes(index, is_control))
         for point in points:
             (dot,) = ax.plot(point["dose"], point["mean"], "o", color=colour, markersize=5)
-            hover(dot, f"{name} at dose {point['dose']:g}: {estimate(point['mean'], point.get('ci'))}")
+            hover(dot, f"{name} at dose {point['dose']:g}: {estimate(point['mean'], point.get('ci'), signed=change)}")
+    label = axis_label(metrics, outcome, "change" if change else "")
     better = better_label(metrics, outcome)
-    ax.set_title(axis_label(metrics, outcome) + (f" ({better})" if better else ""))
+    title = label + (f" ({better})" if better else "")
+    ax.set_title(lines(title, 42) if narrow else title)
     ax.tick_params(length=3)
 
 
@@ -86,12 +106,9 @@ def _dashes(index: int, is_control: bool) -> Any:
 
 
 def _untreated(metrics: Mapping[str, Any], outcome: str) -> tuple[str, float] | None:
-    """Name and mean of the arm that nothing is done to."""
-    for arm in metrics.get("arms") or []:
-        mean = ((arm.get("outcomes") or {}).get(outcome) or {}).get("mean")
-        if arm.get("when") == "never" and measured(mean):
-            return str(arm["name"]), float(mean)
-    return None
+    """Name and value of the arm that nothing is done to."""
+    untreated = {str(arm["name"]) for arm in metrics.get("arms") or [] if arm.get("when") == "never"}
+    return next(((row.name, row.value) for row in arm_rows(metrics, outcome) if row.name in untreated and row.value is not None), None)
 
 
 def _legend(metrics: Mapping[str, Any], outcome: str) -> list[Any]:

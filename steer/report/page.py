@@ -19,6 +19,7 @@ from steer.report.items_plot import is_wrong_way, moved
 from steer.report.schema import read
 from steer.report.trade_off_plot import trade_off_words, trade_offs
 
+SECTIONS = ("result", "cost", "dose", "drift", "completions", "items", "contrasts", "training", "reading", "provenance")
 MOVED_MOST = 4  # items shown on either side
 
 
@@ -48,8 +49,10 @@ def write_report(path: str | Path, metrics: Mapping[str, Any], drift: Mapping[st
 
 def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecord]], markup: Any) -> dict[str, Any]:
     table = view.arm_table(metrics)
+    curves = drift_content(metrics, drift, markup)
     return {
         "metrics": metrics,
+        "sections": _sections(metrics, has_drift=bool(curves["main"])),
         "question": metrics.get("question") or {},
         "lock": view.lock_of(metrics),
         "badges": view.badges(metrics),
@@ -65,7 +68,7 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "contrasts": view.contrast_rows(metrics),
         "trade_offs": [{**point, "words": trade_off_words(point)} for point in trade_offs(metrics)],
         "guardrails": [{**each, "verdict": view.spoken(metrics, each.get("verdict"))} for each in view.guardrail_rows(metrics)],
-        "drift": drift_content(metrics, drift, markup),
+        "drift": curves,
         "charts": Charts(metrics, markup),
         "completions": completion_rows(metrics),
         "projections": _projections(metrics),
@@ -73,6 +76,15 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "costs": view.training_costs(metrics),
         "caveats": [view.spoken(metrics, text) for text in caveats(metrics, drift)],
     }
+
+
+def _sections(metrics: Mapping[str, Any], *, has_drift: bool) -> list[str]:
+    """Sections in their order. Training and its drift are left out where nothing was trained, doses where nothing was swept."""
+    is_trained = (metrics.get("design") or {}).get("trained") is not False
+    left_out = set() if metrics.get("sweep") else {"dose"}
+    left_out |= set() if is_trained or has_drift else {"drift"}
+    left_out |= set() if is_trained or metrics.get("training") or metrics.get("trait") else {"training"}
+    return [name for name in SECTIONS if name not in left_out]
 
 
 def _projections(metrics: Mapping[str, Any]) -> dict[str, Any] | None:

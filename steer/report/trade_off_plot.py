@@ -60,21 +60,39 @@ def _mark_margin(ax: Any, metrics: Mapping[str, Any], guardrail: str) -> None:
 
 
 def _name_points(ax: Any, metrics: Mapping[str, Any], points: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
-    """A name beside each point, on the side where there is room, moved down where two would meet."""
+    """A name beside each point where there is room for one; the rest are named under the pointer and in the table."""
     untreated = next((str(arm["name"]) for arm in metrics.get("arms") or [] if arm.get("when") == "never"), "untreated")
     named = [(point["damage"], point["effect"], str(point["arm"])) for point in points] + [(0.0, 0.0, untreated)]
+    width, height = (size - rest for size, rest in zip(ax.figure.get_size_inches(), (0.9, 0.8), strict=True))  # of the axes, about
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    taken: list[tuple[float, float]] = []
-    for x, y, name in sorted(named, key=lambda each: -each[1]):
-        is_left = (x - left) / (right - left) > 0.62
-        height = (y - bottom) / (top - bottom)
-        while any(abs(height - other) < 0.055 and abs(x - at) < 0.3 * (right - left) for at, other in taken):
-            height -= 0.06
-        taken.append((x, height))
-        offset = (-9 if is_left else 9, 0)
-        colour = LIGHT[ARMS[order.index(name) % len(ARMS)]] if name in order and name != untreated else LIGHT["muted"]
-        place = (x, bottom + height * (top - bottom))
-        annotate(ax, name, place, offset, ha="right" if is_left else "left", va="center", size=8.5, color=colour)
+    places = [((x - left) / (right - left) * width, (y - bottom) / (top - bottom) * height) for x, y, _ in named]
+    joined = {str(point["arm"]) for point in points if point["undominated"]}
+    taken: list[tuple[float, ...]] = [(x - 0.07, y - 0.07, x + 0.07, y + 0.07) for x, y in places]
+    for (x, y), (damage, effect, name) in zip(places, named, strict=True):
+        for ha, va, offset, box in _beside(x, y, 0.072 * len(name), is_joined=name in joined):
+            if _is_free(box, taken, width, height):
+                taken.append(box)
+                colour = LIGHT[ARMS[order.index(name) % len(ARMS)]] if name in order and name != untreated else LIGHT["muted"]
+                annotate(ax, name, (damage, effect), offset, ha=ha, va=va, size=8.5, color=colour)
+                break
+
+
+def _beside(x: float, y: float, wide: float, *, is_joined: bool) -> list[tuple[str, str, tuple[float, float], tuple[float, ...]]]:
+    """Places for a name beside a point, the best first: alignment, offset in points, box in inches. The front runs to the right."""
+    right = ("left", "center", (9.0, 0.0), (x + 0.1, y - 0.08, x + 0.1 + wide, y + 0.08))
+    left = ("right", "center", (-9.0, 0.0), (x - 0.1 - wide, y - 0.08, x - 0.1, y + 0.08))
+    above = ("center", "bottom", (0.0, 7.0), (x - wide / 2, y + 0.09, x + wide / 2, y + 0.25))
+    below = ("center", "top", (0.0, -7.0), (x - wide / 2, y - 0.25, x + wide / 2, y - 0.09))
+    above_right = ("left", "bottom", (-4.0, 7.0), (x - 0.05, y + 0.09, x + wide, y + 0.25))
+    below_right = ("left", "top", (-4.0, -7.0), (x - 0.05, y - 0.25, x + wide, y - 0.09))
+    corners = [above_right, below_right]
+    return [left, above, *corners, right, below] if is_joined else [right, left, above, below, *corners]
+
+
+def _is_free(box: tuple[float, ...], taken: Sequence[tuple[float, ...]], width: float, height: float) -> bool:
+    """A box (left, bottom, right, top) lies in the axes and meets no other."""
+    inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
+    return inside and all(box[0] >= other[2] or box[2] <= other[0] or box[1] >= other[3] or box[3] <= other[1] for other in taken)
 
 
 def _label_trade_off(ax: Any, metrics: Mapping[str, Any], point: Mapping[str, Any]) -> None:

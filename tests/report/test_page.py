@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report import trees
 from report.page_reader import SECTIONS, Page, render
 
 from steer.drift.records import DriftRecord
@@ -152,7 +153,9 @@ def test_sweep_is_drawn_with_its_controls(tmp_path: Path, swept: dict[str, Any],
             assert sum(said.startswith(begins) for said in page.said) == 2 * 3, "three outcomes, wide and narrow"
     assert sum(said.startswith("random, draw 8 at dose") for said in page.said) == 2 * 3 * 4
     assert "range of the 8 control draws" in page.words("result"), "of the control of the primary contrast alone"
-    assert 'id="dose"' not in full_page[0]
+    assert 'id="dose"' not in full_page[0] and "#dose" not in full_page[0]
+    html = render(tmp_path, swept)[0]
+    assert 'id="training"' not in html and "#drift" not in html, "nothing was trained"
 
 
 def test_needs_no_network(full_page: tuple[str, Page]) -> None:
@@ -291,3 +294,12 @@ def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"pip install 'torchsteer\[report\]'"):
         write_report(tmp_path / "report.html", bare, {})
+
+
+def test_the_verdict_says_when_single_control_draws_do_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contrast with the mean of draws that differ widely says little about the edit."""
+    monkeypatch.setattr(trees, "SPREAD", (0.6, 0.02, 0.004))
+    found = trees.tree(5, effect=0.2, chosen=("plain", "preventative", "random"))
+    rank = found["specificity"]["rank"]
+    assert found["contrasts"][0]["shown"] and rank > 1 and f"but {rank - 1} of 8 control draws do as much" in found["verdict"]
+    assert "lies within the range of its control draws" in render(tmp_path, found)[1].words("caveats")
