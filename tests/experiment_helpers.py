@@ -1,4 +1,4 @@
-"""What the tests of `steer train` and `steer ab` share: running a command in this process, and metrics without what differs by the clock."""
+"""What the tests of `steer train` and `steer ab` share: a command in this process, and metrics without what differs by the clock."""
 
 from __future__ import annotations
 

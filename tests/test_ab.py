@@ -228,9 +228,7 @@ def test_killed_at_random_points_and_resumed_it_is_the_same(
     assert without_times(read_metrics(folder)) == without_times(whole[1])
 
 
-def test_two_at_once_on_one_folder_run_no_cell_twice(
-    parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_two_at_once_on_one_folder_run_no_cell_twice(parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     running = [process(parts, tmp_path / "f") for _ in range(2)]
     ended = [(one.communicate()[1], one.returncode) for one in running]
     assert all(code == 0 for _, code in ended), ended
