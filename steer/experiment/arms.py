@@ -235,8 +235,9 @@ def _renewed(name: str, spec: Mapping[str, Any], specs: Mapping[str, Any], trait
 def _old_partner(spec: Mapping[str, Any], specs: Mapping[str, Any]) -> str | None:
     """The arm that an old random arm was compared with: along the trait, as strong, at the same time."""
     for name, other in specs.items():
-        same_size = math.isclose(abs(other.get("strength", 0.0)), abs(spec.get("strength", 0.0)))
-        if other.get("direction") == "trait" and same_size and other.get("when") == spec.get("when"):
+        strength = other.get("strength", 0.0)
+        is_as_strong = isinstance(strength, int | float) and math.isclose(abs(strength), abs(spec.get("strength", 0.0)))
+        if other.get("direction") == "trait" and is_as_strong and other.get("when") == spec.get("when"):
             return name
     return None
 
