@@ -67,9 +67,7 @@ def test_known_effects_come_out(seeds: int) -> None:
         assert found["shown"] is True and (found["n"], found["seeds"]) == (24, seeds) and len(found["by_seed"]) == seeds
         assert found["ci"][1] < 0, "an interval that goes with the p"
     assert [each["role"] for each in analysed["contrasts"]] == ["primary", "secondary", "secondary", "exploratory"]
-    assert analysed["verdict"] == "Yes: steered has lower gap than random; guard is not shown to keep its margin" or (
-        analysed["verdict"] == "Yes: steered has lower gap than random"
-    )
+    assert analysed["verdict"].startswith("Yes: steered has lower gap than random")
     assert analysed["specificity"]["rank"] == 1 and analysed["specificity"]["p"] == 0.25, "three draws cannot show more"
     assert analysed["specificity"]["effect"] == pytest.approx(0.5, abs=0.03), "against the untreated arm, in the direction that was wanted"
     assert analysed["wrong_way"]["wrong"] == 0 and analysed["power"]["smallest_effect"] > 0
