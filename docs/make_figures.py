@@ -58,10 +58,10 @@ def section(demo: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"*{demo['question']}* One seed ({seeds}), {demo['items']} items: **{demo['verdict']}**",
-            f"`{demo['model']}`, direction *{direction['name']}* by `{direction['method']}` at `{direction['site']}`: held-out AUC "
-            f"{number(direction['auc_heldout'], digits=2)}, length {number(direction['norm'])}, relative dose "
-            f"{number(direction['relative_dose'])}; {duration(demo['seconds'])} in all ({versions}). Change against the model before training, "
-            "with 95 % confidence intervals over items:",
+            f"`{demo['model']}`, direction *{direction['name']}* by `{direction['method']}` at `{direction['site']}`: "
+            f"held-out AUC {number(direction['auc_heldout'], digits=2)}, length {number(direction['norm'])}, relative dose "
+            f"{number(direction['relative_dose'])}; {duration(demo['seconds'])} in all ({versions}). Change against the model before "
+            "training, with 95 % confidence intervals over items:",
             markdown(head, rows),
             f"> {primary['verdict']}",
         ]

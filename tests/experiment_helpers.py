@@ -1,4 +1,4 @@
-"""What the tests of `steer train` and `steer ab` share: a command in this process, and metrics without what differs by the clock."""
+"""Helpers: `steer` run in this process, and metrics without what differs by the clock."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,8 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=_sizes(results))
+    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
+    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
     first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
@@ -182,6 +183,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             **_lock_state(job, question, chosen),
         },
         "model": {"name": job.config.model.name},
+        "direction": next(result["direction"] for cell, result in results.items() if cell.arm == BASE),
         "versions": versions(),
         "command": _command(),
         "started": CellFolder(job.root / "cells").first_begun(),
@@ -201,13 +203,10 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
     }
 
 
-def _sizes(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Of every arm, the quantity in which controls are matched, by draw."""
-    sizes: dict[str, dict[int, dict[str, float]]] = {}
-    for cell, result in results.items():
-        if cell.arm != BASE:
-            sizes.setdefault(cell.arm, {}).setdefault(cell.draw, result["size"])
-    return {arm: [of_draw[draw] for draw in sorted(of_draw)] for arm, of_draw in sizes.items()}
+def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
+    """The cells of an arm in its first seed, one for each draw."""
+    own = [cell for cell in cells if cell.arm == arm]
+    return [cell for cell in own if cell.seed == own[0].seed]
 
 
 def _projections(job: ExperimentRun) -> dict[str, Any] | None:

@@ -49,7 +49,12 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     clock = time.perf_counter()
     if cell.arm == BASE:
         result = _measure(run, run.model, None)
-        return {**result, "timing": {"started": started, "seconds": time.perf_counter() - clock}, "versions": versions()}
+        return {
+            **result,
+            "direction": run.direction_quality(),
+            "timing": {"started": started, "seconds": time.perf_counter() - clock},
+            "versions": versions(),
+        }
     arm = next(arm for arm in run.arms if arm.name == cell.arm)
     treatment = run.treatments[arm.name][cell.draw]
     treatment.save(cells.of(cell))
@@ -62,8 +67,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
         result = _measure(run, acting, system)
     log_result(logger, result)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
-    size = treatment.size(run.bench)
-    return {**result, "size": size, "training": training, "timing": timing, "versions": versions()}
+    return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
 
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:

@@ -158,6 +158,20 @@ class ExperimentRun:
         site = self.experiment.trait.site
         return directions[site] if site else directions.best()
 
+    def direction_quality(self) -> dict[str, Any] | None:
+        """What is known of the direction that is used; None without a trait."""
+        if self.directions is None:
+            return None
+        chosen = self.chosen_of(self.directions)
+        return {
+            "name": self.directions.name,
+            "site": str(chosen.site),
+            "method": chosen.method,
+            "auc_heldout": chosen.metrics["auc"],
+            "norm": chosen.metrics["gap"],
+            "relative_dose": chosen.relative_dose(),
+        }
+
     @cached_property
     def bench(self) -> Bench:
         """What treatments are made from."""

@@ -18,7 +18,7 @@ from steer.experiment.arms import Arm
 from steer.experiment.cells import CellFolder
 from steer.experiment.complete import check_completions, complete
 from steer.files import SEAL, check_seal, contents
-from steer.reading import read_json
+from steer.reading import damage_of, read_json
 
 
 def run(config: DictConfig) -> None:

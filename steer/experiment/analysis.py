@@ -78,17 +78,16 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
     broken = [each.metric for each in of_arm if each.outcome == "exceeded"]
     unsure = [each.metric for each in of_arm if each.outcome != "kept"]
     wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
-    beaten = specific is not None and specific["control"] == primary.b and specific["rank"] > 1
+    side = "higher" if primary.difference > 0 else "lower"
     for words in range(_WORDS, 0, -1):
         arm, other, measured = (_short(name, words) for name in (primary.a, primary.b, primary.metric))
         if not primary.shown:
             said = f"No effect shown: {measured} of {arm} against {other}"
         else:
-            side = "higher" if primary.difference > 0 else "lower"
             said = f"{'Yes' if wanted else 'The wrong way'}: {arm} has {side} {measured} than {other}"
         if broken:
             said += f", but {_short(broken[0], words)} exceeds its margin"
-        elif primary.shown and wanted and beaten and specific is not None:
+        elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
             said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
         elif unsure and primary.shown:
             said += f"; {_short(unsure[0], words)} is not shown to keep its margin"

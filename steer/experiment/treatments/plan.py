@@ -60,7 +60,7 @@ class PlanTreatment(Treatment):
 
     def describe(self) -> str:
         if self._is_text:
-            return str(self.source) if self.dose == 1 else f"{self.dose:g} times {self.source}"
+            return f"plan `{self.source}`" + (f", dose {self.dose:g}" if self.dose != 1 else "")
         return "; ".join(each.summary() for each in self.plan.interventions)
 
     def spec(self) -> dict[str, Any]:
