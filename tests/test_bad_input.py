@@ -168,7 +168,7 @@ def no_pad_token_in_training(b: Bench) -> None:
         tokenizer.pad_token = None
         return model, tokenizer
 
-    b.monkeypatch.setattr("steer.commands.train.load", without)
+    b.monkeypatch.setattr("steer.commands.experiment_run.load", without)
     b.train()
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from experiment_helpers import command, read_metrics, without_times
+from metrics_keys import documented, keys
 from safetensors.torch import load_file
 from tiny_experiment import SMALL, overrides, write_data, write_model
 
@@ -145,25 +144,8 @@ def check_numbers(out: Path, metrics: dict[str, Any]) -> None:
 
 
 def test_every_key_of_the_metrics_is_documented_and_every_documented_one_is_there(run: tuple[Path, dict[str, Any]]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.M))
-    assert run[1]["sweep"] == []
-    assert {key for key in documented if not key.startswith("sweep[]")} == set(keys(run[1])) - {"sweep"}
-
-
-def keys(node: Any, name: str = "") -> Iterator[str]:
-    """Paths to every value: `arms[].outcomes.<outcome>.ci`. Names that a run chooses stand as <what they are>."""
-    chosen = {"arms[].outcomes": "outcome", "outcomes": "outcome", "versions": "package", "drift.stores": "cell", "completions": "arm"}
-    chosen |= {"artifacts.adapters": "cell", "training": "cell", "cells": "cell", "overhead": "arm"}
-    chosen |= {"arms[].outcomes.<outcome>.by_seed": "seed"}
-    if isinstance(node, dict) and name != "config":
-        for key, inner in node.items():
-            yield from keys(inner, f"{name}.<{chosen[name]}>" if name in chosen else f"{name}.{key}".lstrip("."))
-    elif isinstance(node, list) and any(isinstance(inner, dict) for inner in node) and name != "arms[].matched_in.draws":
-        for inner in node:
-            yield from keys(inner, f"{name}[]")
-    else:
-        yield name
+    assert run[1]["sweep"] == [], "an experiment without one"
+    assert {key for key in documented() if not key.startswith("sweep[]")} == set(keys(run[1])) - {"sweep"}
 
 
 # ---- once more

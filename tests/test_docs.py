@@ -19,17 +19,18 @@ import pytest
 import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
+from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from report.trees import cell_name, tree
+from tiny_experiment import SMALL, overrides, write_data, write_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
 from steer.directions.moments import NEEDS
-from steer.drift import METRICS, DriftTracker
+from steer.drift import METRICS
 from steer.drift.writer import DriftWriter
-from steer.files import load_artifact, sealed
+from steer.files import load_artifact
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS
 from steer.registry import REGISTRIES, Registry
@@ -168,34 +169,26 @@ def test_the_demo_was_measured_with_the_experiment_that_ships() -> None:
     assert demo["config"] == shipped, "run the demo again, then docs/make_figures.py"
 
 
-def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synthetic_run: Path) -> None:
+def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
     figures = script("make_figures")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     for name, path in {"ROOT": tmp_path, "README": readme, "QUOTED": tmp_path / "demo.json", "PICTURE": tmp_path / "drift.svg"}.items():
         monkeypatch.setattr(figures, name, path)
-    monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(synthetic_run)])
+    monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(tiny_run)])
     figures.main()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| Plain fine-tune |" in text and "One seed (0), 36 items" in text
-    assert "layers.1.output" in (tmp_path / "drift.svg").read_text() and str(tmp_path) not in (tmp_path / "demo.json").read_text()
+    assert "| plain fine-tuning |" in text and "No effect shown" in text and "4 items" in text
+    assert "layers.2.output" in (tmp_path / "drift.svg").read_text(), "the last tracked site that is not steered"
 
 
 @pytest.fixture
-def synthetic_run(tmp_path: Path) -> Path:
-    """The folder of a run with two arms, made of the tests' own numbers."""
-    folder = tmp_path / "run"
-    loud = direction("layers.1.output")
-    tracker = DriftTracker({"loud": loud}, probe=prompts(4), controls=3, stream=False, store=folder / "a.sqlite")
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4))
-    with tracker.attached(model):
-        tracker.measure(0)
-    metrics = tree(seeds=1, draws=1, chosen=("plain", "preventative"))
-    used = {"name": "loud", "site": "layers.0.output", "method": "mean_difference", "auc_heldout": 1.0, "norm": 2.0, "relative_dose": 0.1}
-    metrics |= {"drift": {"stores": {cell_name("plain", 0, 0): "a.sqlite"}}, "direction": used}
-    (folder / "metrics.json").write_text(json.dumps(sealed(metrics)))
-    return folder
+def tiny_run(tmp_path: Path) -> Path:
+    """The folder of `steer train` on a tiny model."""
+    parts = write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    assert command("train", *overrides(*parts, tmp_path / "run", *SMALL)) == 0
+    return tmp_path / "run"
 
 
 # ---- completeness

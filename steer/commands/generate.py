@@ -18,7 +18,7 @@ from steer.experiment.arms import Arm
 from steer.experiment.cells import CellFolder
 from steer.experiment.complete import check_completions, complete
 from steer.files import SEAL, check_seal, contents
-from steer.reading import read_json
+from steer.reading import damage_of, read_json
 
 
 def run(config: DictConfig) -> None:
@@ -53,8 +53,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def finished_run(folder: Path) -> ExperimentRun:
     """A finished run, with the configuration that it was made with. Raises as `read_run`."""
-    config = OmegaConf.create(read_run(folder)["config"])
-    return ExperimentRun(cast(DictConfig, config), folder)
+    config = read_run(folder).get("config")
+    if config is None:
+        raise _no_configuration(folder)
+    file = folder / "metrics.json"
+    with damage_of(file, "the JSON that `steer train` wrote", f"'{file}' is damaged", "run the experiment again"):
+        return ExperimentRun(cast(DictConfig, OmegaConf.create(config)), folder)
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
@@ -94,6 +98,15 @@ def _no_run(folder: Path) -> ConfigError:
         expected="the output folder of `steer train` or `steer ab`, with metrics.json in it",
         found=contents(folder),
         remedy="give the folder that `steer train` printed as its last line, without the name of the report",
+    )
+
+
+def _no_configuration(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"'{folder}' holds a comparison without the model and the adapters that it was made with",
+        expected="the output folder of `steer train` or `steer ab`",
+        found="a result of steer.compare",
+        remedy="generate in Python, with the model and the plans of the comparison",
     )
 
 

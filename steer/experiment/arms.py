@@ -129,12 +129,7 @@ def _swept(specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if of not in doses:
             swept[name] = spec
             continue
-        if (
-            not isinstance(doses[of], Sequence)
-            or isinstance(doses[of], str)
-            or len(set(doses[of])) < max(1, len(doses[of]))
-            or not doses[of]
-        ):
+        if not _are_doses(doses[of]):
             raise _no_doses(of, doses[of])
         for dose in doses[of]:
             one = {**spec, "label": f"{spec.get('label') or name}, dose {dose:g}", "sweep": (name, dose)}
@@ -146,6 +141,14 @@ def _swept(specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 one["treatment"] = {**spec["treatment"], "dose": dose}
             swept[_dosed_name(name, dose)] = one
     return swept
+
+
+def _are_doses(doses: Any) -> bool:
+    """Finite numbers, each once."""
+    if not isinstance(doses, Sequence) or isinstance(doses, str) or not doses:
+        return False
+    are_numbers = all(isinstance(dose, int | float) and not isinstance(dose, bool) and math.isfinite(dose) for dose in doses)
+    return are_numbers and len(set(doses)) == len(doses)
 
 
 def _dosed_name(name: str, dose: float) -> str:
@@ -172,6 +175,8 @@ def _arm(name: str, spec: Mapping[str, Any], arms: Mapping[str, Arm]) -> Arm:
     like = arms[of]
     if not like.treatment.when:
         raise _control_of_nothing(name, of)
+    if like.control_of is not None:
+        raise _control_of_a_control(name, like)
     when = str(spec.get("when") or like.when)
     return Arm(name, label, like.treatment, when, spec.get("uses", like.uses), of, draws, sweep, dose)
 
@@ -218,7 +223,9 @@ def _renewed(name: str, spec: Mapping[str, Any], specs: Mapping[str, Any], trait
         raise _no_strength(name, strength)
     if (when == INFERENCE) != (spec.get("uses") is not None):
         raise _contradiction(name, "uses", "`uses` exactly with when=inference")
-    if direction == "random" and (partner := _old_partner(spec, specs)) is not None:
+    if direction == "random":
+        if (partner := _old_partner(spec, specs)) is None:
+            raise _control_of_no_arm(name, spec)
         return {**kept, "controls": partner, "draws": 1}
     place = f":{trait['site']}" if trait.get("site") else ""
     text = f"{'-' if strength < 0 else ''}{abs(float(strength)):g} {trait.get('name')}{place}@{scope}"
@@ -228,8 +235,9 @@ def _renewed(name: str, spec: Mapping[str, Any], specs: Mapping[str, Any], trait
 def _old_partner(spec: Mapping[str, Any], specs: Mapping[str, Any]) -> str | None:
     """The arm that an old random arm was compared with: along the trait, as strong, at the same time."""
     for name, other in specs.items():
-        same_size = math.isclose(abs(other.get("strength", 0.0)), abs(spec.get("strength", 0.0)))
-        if other.get("direction") == "trait" and same_size and other.get("when") == spec.get("when"):
+        strength = other.get("strength", 0.0)
+        is_as_strong = isinstance(strength, int | float) and math.isclose(abs(strength), abs(spec.get("strength", 0.0)))
+        if other.get("direction") == "trait" and is_as_strong and other.get("when") == spec.get("when"):
             return name
     return None
 
@@ -302,6 +310,20 @@ def _no_such_arm(name: str, of: Any, arms: Sequence[str]) -> ConfigError:
 def _control_of_nothing(name: str, of: str) -> ConfigError:
     what = f"arm '{name}' controls '{of}', to which nothing is done"
     return ConfigError(what, expected="an arm with a treatment", found="none", remedy=f"set experiment.arms.{name}.controls")
+
+
+def _control_of_a_control(name: str, like: Arm) -> ConfigError:
+    what = f"arm '{name}' controls '{like.name}', which is a control itself"
+    return ConfigError(what, expected="an arm with a treatment", found=f"a control of {like.control_of}", remedy="raise its draws instead")
+
+
+def _control_of_no_arm(name: str, spec: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"arm '{name}' is the control of no arm",
+        expected="an arm along the trait with the same strength and when",
+        found=f"strength={spec.get('strength')}, when={spec.get('when')}",
+        remedy=f"name the arm that it is held against: experiment.arms.{name}.controls=<arm>, without direction and strength",
+    )
 
 
 def _no_doses(name: str, doses: Any) -> ConfigError:

@@ -65,9 +65,8 @@ class DataSet:
         file = self.root / f"{name}.jsonl"
         if name not in self._splits:
             self._splits[name] = read_jsonl(file, SPLITS.get(name, ()))
-        for number, row in enumerate(self._splits[name], 1):
-            if missing := [key for key in keys or () if not isinstance(row.get(key), str) or not row[key].strip()]:
-                raise _missing_texts(file, number, keys or (), missing, row)
+        if any(not isinstance(row.get(key), str) or not row[key].strip() for row in self._splits[name] for key in keys or ()):
+            read_jsonl(file, keys or ())  # raises, with the line
         return self._splits[name]
 
     def digest(self, *splits: str) -> str:

@@ -32,6 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base
 }
+_FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 @TREATMENTS.register("weights")
@@ -107,12 +108,16 @@ def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     config = read_json(Path(adapter) / "adapter_config.json")
     others = [f"{key}={config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain]
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
-        others += [name for name in file.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118 - no mapping
+        others += [name for name in file.keys() if not name.endswith(_FACTORS)]  # noqa: SIM118 - no mapping
     if others:
         raise _no_lora(adapter, others)
+    weights = {path: module.weight for path, module in model.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)}
     adapted = PeftModel.from_pretrained(model, adapter)
     try:
         layers = {path: module for path, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+        for path in layers:
+            if shared := [other for other, weight in weights.items() if other != path and weight is weights[path]]:
+                raise _shared(path, shared[0])
         return {path: module.get_delta_weight("default").detach().float().cpu() for path, module in layers.items()}
     finally:
         adapted.unload()
@@ -150,6 +155,15 @@ def _no_lora(adapter: str, found: list[str]) -> ConfigError:
         expected="LoRA that adds B A to weights, and nothing else",
         found=", ".join(found[:3]),
         remedy="use a LoRA adapter, or merge it and compare the two models",
+    )
+
+
+def _shared(path: str, other: str) -> ConfigError:
+    return ConfigError(
+        f"'{path}' shares its weight with '{other}'",
+        expected="adapters of weights that one module has",
+        found=f"an adapter of '{path}', which would change both",
+        remedy="leave that module out of the adapter",
     )
 
 

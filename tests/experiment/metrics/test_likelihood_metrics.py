@@ -15,9 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from steer.errors import ConfigError, NonFiniteError
 from steer.experiment.metric import check_items, measured, metric_of, passage, with_ids, with_system
-from steer.experiment.score import Suite, measure
 from steer.intervene import Plan
-from steer.model.tokens import Row, encode, pad_id, plain
+from steer.model.tokens import Row
 
 ITEMS = with_ids(PAIRS)
 IDS = [item["id"] for item in ITEMS]
@@ -40,24 +39,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def test_gap_and_task_and_neutral_loss_are_those_of_the_measures_before(model, tokenizer) -> None:
-    suite = Suite(
-        styled=[encode(tokenizer, item["prompt"], item["trait"]) for item in ITEMS],
-        neutral=[encode(tokenizer, item["prompt"], item["neutral"]) for item in ITEMS],
-        texts=[plain(tokenizer, item["text"]) for item in ITEMS],
-    )
-    before = measure(model, suite, pad=pad_id(tokenizer))
-    for spec, name in (
-        ("logprob_gap", "behaviour_gap"),
-        ({"metric": "answer_logprob", "answer": "neutral"}, "task_logprob"),
-        ("perplexity", "neutral_loss"),
-    ):
-        now = measured(metric_of(spec), model, tokenizer, ITEMS)
-        assert list(now) == IDS
-        assert list(now.values()) == pytest.approx(before[name].tolist(), rel=1e-12)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "falcon", "mixtral"])
 def test_log_probabilities_by_hand(family: str, tokenizer) -> None:
     model = FAMILIES[family]()
     by_hand = [answer_by_hand(model, tokenizer, item["prompt"], item["answer"]) for item in ITEMS]
