@@ -54,6 +54,7 @@ PLACES = {
     "import format": Place("docs/formats.md", "import_formats", ("format", "file", "conversion"), leading=True),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
+    "treatment": Place("docs/experiments.md", "treatments", ("treatment", "what it is")),
 }
 
 

@@ -97,8 +97,8 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
 
 
 def test_the_examples_of_the_readme_are_short() -> None:
-    generation, training = blocks(README)
-    assert code_lines(generation) <= 10 and code_lines(training) <= 15
+    generation, comparison, training = blocks(README)
+    assert code_lines(generation) <= 11 and code_lines(comparison) <= 3 and code_lines(training) <= 15
 
 
 @pytest.mark.real
@@ -107,13 +107,19 @@ def test_the_examples_of_the_readme_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    generation, training = blocks(README)
+    generation, comparison, training = blocks(README)
     exec(compile(generation, "README.md", "exec"), names)
     said = capsys.readouterr().out
     model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
     plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
     assert "boil an egg" in said and plain not in said, "the plan changed nothing"
     assert names["attachment"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
+    exec(compile(comparison, "README.md", "exec"), names)
+    assert (
+        "logprob gap" in capsys.readouterr().out
+        and names["result"].verdict.startswith("Yes: gushing has higher")
+        and set(names["result"].scores.arms) == set(names["arms"])
+    )
     exec(compile(training, "README.md", "exec"), names)
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:

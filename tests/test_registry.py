@@ -124,6 +124,24 @@ FILES = {
                 return {item["id"]: float(len(items)) for item in items}
         """,
     ),
+    "treatment": (
+        "steer/experiment/treatments",
+        """
+        from steer.experiment.treatment import TREATMENTS, Treatment
+
+        @TREATMENTS.register("new_treatment")
+        class NewTreatment(Treatment):
+            '''Changes nothing.'''
+
+            when = ("inference",)
+
+            def describe(self):
+                return "nothing new"
+
+            def spec(self):
+                return {}
+        """,
+    ),
 }
 
 USE = """
@@ -141,6 +159,9 @@ USE = """
 
     from steer.experiment.metric import measured, metric_of
     print(measured(metric_of("new_metric"), None, None, [{"id": "one"}]))
+
+    from steer.experiment.arms import treatment_of
+    print(treatment_of("new_treatment", "an arm").describe())
 """
 
 USE_DRIFT = """
@@ -189,7 +210,9 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     shown = run(installed, tmp_path, "-m", "steer.cli", "info")
     assert all(f"new_{kind.replace(' ', '_')}" in shown for kind in FILES)
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
-    assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor new_objective NewImporter {'one': 1.0}".split()]
+    assert printed == [
+        *"NewOperator new_gate per token NewSchedule() new_extractor new_objective NewImporter {'one': 1.0} nothing new".split()
+    ]
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
     logged = [f"{prefix}/trait/layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
@@ -226,6 +249,7 @@ def test_every_kind_of_method_has_a_folder_and_entry_points():
     import steer.directions
     import steer.drift.tracker
     import steer.experiment.metric
+    import steer.experiment.treatment
     import steer.intervene  # noqa: F401
 
     kinds = {kind: registry for kind, registry in REGISTRIES.items() if registry.package is not None}
