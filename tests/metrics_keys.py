@@ -21,7 +21,7 @@ CHOSEN = {
     "artifacts.adapters": "cell",
     "versions": "package",
 }
-WHOLE = ("config", "arms[].matched_in.draws")  # explained as one
+WHOLE = ("config", "direction", "arms[].matched_in.draws")  # explained as one
 
 
 def documented() -> set[str]:
