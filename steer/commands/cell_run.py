@@ -147,7 +147,10 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
         if cell_ranks.is_first():
             adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
         training = {"steps": trainer.global_step, "loss": [float(loss) for loss in module.losses], "store": STORE if tracker else None}
-        cost = {"training_seconds": time.perf_counter() - clock, **_callback_overhead(run, cell, adapted, plan, rows)}
+        cost = {
+            "training_seconds": time.perf_counter() - clock,
+            **_callback_overhead(run, cell, adapted, None if arm.control_of else plan, rows),
+        }
     if cell_ranks.is_first():
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return training, cost
@@ -212,8 +215,8 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoi
 
 
 def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
-    """What the hooks of the plan and of the tracker add to one training step, as a fraction of the bare step; measured in one seed."""
-    if plan is None or cell_ranks.world_size() > 1 or cell.draw or cell.seed != run.seeds[0]:
+    """What the hooks of the plan and of the tracker add to one training step, as a fraction of the bare step; in one seed."""
+    if plan is None or cell_ranks.world_size() > 1 or cell.seed != run.seeds[0]:
         return {}
     spec = run.experiment.train
     batch = collate(rows[: spec.batch_size], run.pad, max_length=spec.max_length)
