@@ -34,7 +34,8 @@ def steer(parts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     """`steer("seed=1")` trains into tmp_path/out and gives the exit status and stderr."""
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
-    handlers, level, ctrl_c = root.handlers[:], root.level, signal.getsignal(signal.SIGINT)
+    handlers, level = root.handlers[:], root.level
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with the signal ignored
 
     def run(*more: str) -> tuple[int, str]:
         status = main(["train", *overrides(*parts, tmp_path / "out", *SMALL), *more])
@@ -163,7 +164,7 @@ def test_interrupted(steer: Run, tmp_path: Path, where: str, monkeypatch: pytest
         status, err = steer()
     assert status == 130 and "Traceback" not in err
     (said,) = [line for line in err.splitlines() if line.startswith("interrupted: ")]
-    assert f"'{tmp_path / 'out'}' keeps {'1 finished cells' if where == 'training' else 'what was begun'}" in said
+    assert f"'{tmp_path / 'out'}' keeps {'1 finished cell' if where == 'training' else 'what was begun'}" in said
     assert f"the same command with 'hydra.run.dir={tmp_path / 'out'}' goes on from there" in said
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     if where == "training":

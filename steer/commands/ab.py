@@ -79,7 +79,7 @@ def _run_all(job: ExperimentRun) -> Result | None:
 def what_is_left(out: Path) -> str:
     """What an interrupted run leaves in its folder, in a line."""
     done = sorted(file.parent.name for file in out.glob("cells/*/done.json"))
-    kept = f"{len(done)} finished cells" if done else "what was begun"
+    kept = f"{len(done)} finished cell{'s' * (len(done) > 1)}" if done else "what was begun"
     return f"interrupted: '{out}' keeps {kept}; the same command goes on from there"
 
 
