@@ -20,10 +20,10 @@ PLAN = "2 gushing:layers.1.output@response"
 
 
 def run_ab(folder: Path, model: Path, data: Path, processes: int) -> dict[str, Any]:
-    """metrics.json of two seeds of a small experiment."""
+    """metrics.json of a small experiment."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     arguments = [
-        *(f"model.name={model}", f"experiment.data={data}", f"folder={folder}", "seeds=[0,1]", "draws=1"),
+        *(f"model.name={model}", f"experiment.data={data}", f"folder={folder}", "seeds=[0]", "draws=1"),
         *(*OVERRIDES, *SMALL),
         *(f"experiment.arms.preventative.treatment.plan='{PLAN}'", "experiment.arms.inference=null", "experiment.arms.prompt=null"),
     ]
@@ -53,4 +53,4 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for cell, training in one["training"].items():
         assert two["training"][cell]["loss"] == pytest.approx(training["loss"], abs=2e-6) and len(training["loss"]) == 3
     of_one, of_two = drift(tmp_path / "1", one), drift(tmp_path / "2", two)
-    assert len(of_one) > 20 and of_two == pytest.approx(of_one, rel=1e-6, abs=1e-6)
+    assert len(of_one) > 10 and of_two == pytest.approx(of_one, rel=1e-6, abs=1e-6)
