@@ -1,7 +1,7 @@
 """Makes the picture and the numbers of the README from a finished run of the demo; nothing there is written by hand.
 
     make demo
-    python docs/make_figures.py --run outputs/tone/<date> [the same with other seeds ...]
+    python docs/make_figures.py --run outputs/tone/<date>
 
 Writes docs/images/drift.svg, docs/demo.json (what is quoted of metrics.json) and the section `demo` of README.md. A test fails
 when the section does not follow from docs/demo.json, or when that was measured with another experiment than the one that ships.
@@ -10,7 +10,6 @@ when the section does not follow from docs/demo.json, or when that was measured 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,109 +17,75 @@ from typing import Any
 from make_tables import ROOT, between, markdown
 
 from steer.commands.generate import read_run
-from steer.experiment.results import drift_records
+from steer.experiment.result import drift_records
 from steer.report import drift_figure
 from steer.report.curves import natural
-from steer.report.numbers import duration, number
-from steer.report.view import arm_cells, metric_columns
+from steer.report.numbers import common_digits, duration, interval, number
 
 PICTURE, QUOTED, README = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "README.md"
-VERDICT = ("specific", "trait_minus_plain", "trait_minus_random")
+FACTS = ("schema", "experiment", "started", "seconds", "verdict", "direction", "outcomes")
+OF_CONTRAST = ("metric", "a", "b", "role", "shown", "verdict")
 NOTES = {"train": "steered here in training", "inference": "steered here at inference"}
 
 
-def quoted(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Selects what the section shows: the first run without texts, single items and paths, and only the verdict of the remaining runs."""
-    metrics = runs[0]
-    facts = {key: metrics[key] for key in ("schema", "experiment", "started", "wall_seconds", "seed", "specificity")}
+def quoted(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the section shows: no texts, no single items, no paths."""
     versions = {name: metrics["versions"][name] for name in ("torchsteer", "torch", "transformers") if name in metrics["versions"]}
-    trait = {key: value for key, value in metrics["trait"].items() if key != "auc_by_site"}
-    arms = [
-        {
-            "name": arm["name"],
-            "label": arm["label"],
-            "metrics": {name: {k: v for k, v in values.items() if k != "per_item"} for name, values in arm["metrics"].items()},
-        }
-        for arm in metrics["arms"]
-    ]
-    seeds = [{"seed": run["seed"], **{key: run["specificity"].get(key) for key in VERDICT}} for run in runs]
-    experiment = metrics["config"]["experiment"]
     return {
-        **facts,
+        **{key: metrics[key] for key in FACTS},
+        "question": metrics["question"]["text"],
+        "items": metrics["question"]["items"],
+        "seeds": metrics["design"]["seeds"],
         "model": metrics["model"]["name"],
         "versions": versions,
-        "trait": trait,
-        "arms": arms,
-        "seeds": seeds,
-        "config": experiment,
+        "arms": [{key: arm[key] for key in ("name", "label", "draws", "outcomes")} for arm in metrics["arms"]],
+        "contrasts": [{key: contrast[key] for key in OF_CONTRAST} for contrast in metrics["contrasts"]],
+        "guardrails": [{key: guardrail[key] for key in ("metric", "arm", "outcome", "verdict")} for guardrail in metrics["guardrails"]],
+        "config": metrics["config"]["experiment"],
     }
 
 
 def section(demo: dict[str, Any]) -> str:
     """The demo's findings in markdown."""
-    trait, arms = demo["trait"], demo["arms"]
-    columns = metric_columns(arms)
-    cells = {key: arm_cells(arms, key) for key in columns}
-    head = ["arm", *(f"{words.name.lower()}, {words.unit} ({words.reading})" for words in columns.values())]
-    rows = [
-        [arm["label"], *(f"{cell.change} {cell.ci}" if (cell := cells[key][i]) else "not measured" for key in columns)]
-        for i, arm in enumerate(arms)
-    ]
-    items = " and ".join(sorted({str(values["n"]) for arm in arms for values in arm["metrics"].values()}, key=int))
+    direction, arms, outcomes = demo["direction"], demo["arms"], demo["outcomes"]
+    head = ["arm", *(f"{name.replace('_', ' ')}, {outcome['unit']} ({outcome['better']} is better)" for name, outcome in outcomes.items())]
+    changes = {name: [(arm["outcomes"][name]["change"], arm["outcomes"][name]["change_ci"]) for arm in arms] for name in outcomes}
+    digits = {name: common_digits(changes[name]) for name in outcomes}
+    rows = [[arm["label"], *(_change(*changes[name][i], digits[name]) for name in outcomes)] for i, arm in enumerate(arms)]
     versions = ", ".join(f"{name} {version}" for name, version in demo["versions"].items())
-    auc, norm, dose = number(trait["auc_heldout"], digits=2), number(trait["vector_norm"]), number(trait["relative_dose"])
+    seeds = ", ".join(map(str, demo["seeds"]))
+    primary = demo["contrasts"][0]
     return "\n\n".join(
         [
-            f"`{demo['model']}`, trait *{trait['name']}* ({trait['description']}), direction by `{trait['method']}` at `{trait['site']}`: "
-            f"held-out AUC {auc}, length {norm}, relative dose {dose}. Seed {demo['seed']}, {items} held-out items, "
-            f"{duration(demo['wall_seconds'])} in all ({versions}). Change by fine-tuning, with 95 % confidence intervals over items:",
+            f"*{demo['question']}* One seed ({seeds}), {demo['items']} items: **{demo['verdict']}**",
+            f"`{demo['model']}`, direction *{direction['name']}* by `{direction['method']}` at `{direction['site']}`: "
+            f"held-out AUC {number(direction['auc_heldout'], digits=2)}, length {number(direction['norm'])}, relative dose "
+            f"{number(direction['relative_dose'])}; {duration(demo['seconds'])} in all ({versions}). Change against the model before "
+            "training, with 95 % confidence intervals over items:",
             markdown(head, rows),
-            f"> {demo['specificity']['statement']}",
-            *([_other_seeds(demo["seeds"])] if len(demo["seeds"]) > 1 else []),
+            f"> {primary['verdict']}",
         ]
     )
 
 
-def _other_seeds(seeds: list[dict[str, Any]]) -> str:
-    def listed(key: str) -> str:
-        return ", ".join(number(seed[key], signed=True, digits=2) for seed in seeds)
-
-    count = sum(seed["specific"] is True for seed in seeds)
-    numbers = ", ".join(str(seed["seed"]) for seed in seeds)
-    return (
-        f"With the seeds {numbers} the behaviour gap of the arm steered along the trait differed from "
-        f"that of plain fine-tuning by {listed('trait_minus_plain')}, and from that of the random direction by "
-        f"{listed('trait_minus_random')} nat/token; {count} of the {len(seeds)} runs call it specific."
-    )
-
-
-def repeated(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that runs must share to count as one experiment: everything that changes a number, except the seed."""
-    plain = copy.deepcopy(config)
-    plain["seed"] = plain.get("trainer", {})["progress"] = None
-    for arm in plain.get("experiment", {}).get("arms", {}).values():
-        if arm is not None:
-            arm["label"] = None
-    return plain
+def _change(change: float, ci: list[float], digits: int | None) -> str:
+    return f"{number(change, signed=True, digits=digits)} {interval(ci, signed=True, digits=digits)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, nargs="+", required=True, help="output folder of steer train; further ones with other seeds")
+    parser.add_argument("--run", type=Path, required=True, help="output folder of steer train")
     parser.add_argument("--site", help="the tracked site to draw (default: the last one that is not steered)")
     options = parser.parse_args()
-    runs = [read_run(folder) for folder in options.run]
-    metrics = runs[0]
-    if any(repeated(run["config"]) != repeated(metrics["config"]) for run in runs):
-        raise SystemExit("these runs differ in more than their seed")
-    trait = metrics["trait"]
-    drift = drift_records(options.run[0], metrics)
+    metrics = read_run(options.run)
+    direction = metrics["direction"]
+    drift = {metrics["cells"][cell]["arm"]: records for cell, records in drift_records(options.run, metrics).items()}
     tracked = sorted({record.site for records in drift.values() for record in records}, key=natural)
-    site = options.site or next((site for site in reversed(tracked) if site != trait["site"]), tracked[-1])
+    site = options.site or next((site for site in reversed(tracked) if site != direction["site"]), tracked[-1])
     labels = {arm["name"]: arm["label"] for arm in metrics["arms"]}
-    steered = {arm["name"]: NOTES.get(arm["steer"]["when"], "") for arm in metrics["arms"] if arm["steer"].get("site") == site}
-    drift_figure(drift, PICTURE, direction=trait["name"], site=site, labels=labels, notes=steered)
-    demo = quoted(runs)
+    steered = {arm["name"]: NOTES.get(arm["when"], "") for arm in metrics["arms"] if site == direction["site"]}
+    drift_figure(drift, PICTURE, direction=direction["name"], site=site, labels=labels, notes=steered)
+    demo = quoted(metrics)
     QUOTED.write_text(json.dumps(demo, indent=1) + "\n", encoding="utf-8")
     README.write_text(between(README.read_text(encoding="utf-8"), "demo", section(demo)), encoding="utf-8")
     for path in (PICTURE, QUOTED, README):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import agreement_tables
 import drift_tables
+import experiment_tables
 import result_tables
 import speed_tables
 
@@ -52,6 +53,8 @@ PLACES = {
     "objective": Place("docs/directions.md", "objectives", ("method", "what is learned")),
     "import format": Place("docs/formats.md", "import_formats", ("format", "file", "conversion"), leading=True),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
+    "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
+    "treatment": Place("docs/experiments.md", "treatments", ("treatment", "what it is")),
 }
 
 
@@ -121,6 +124,7 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
         ("README.md", "methods"): methods_table,
         **{(PLACES[kind].page, PLACES[kind].table): lambda kind=kind: kind_table(kind) for kind in listed_kinds()},
         ("docs/drift.md", "metrics"): lambda: drift_tables.metrics(markdown),  # with units, modes and directions
+        ("docs/experiments.md", "metrics"): lambda: experiment_tables.metrics(markdown),  # with units and directions
         ("docs/concepts.md", "sites"): sites_table,
         ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
         ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import steer
 from steer.callbacks import DriftCallback, SteeringCallback
-from steer.experiment.data import load_dataset
+from steer.experiment.data import DataSet
 from steer.model.tokens import collate, encode, pad_id
 
 SITE = "layers.22.output"  # the residual stream after block 22
@@ -52,12 +52,12 @@ def main() -> None:
     pl.seed_everything(0, verbose=False)
 
     model, tokenizer = steer.load(args.model)
-    data = load_dataset("tone")  # answers with and without an over-enthusiastic tone
-    contrast = steer.ContrastSet.from_pairs(tokenizer, data["contrast"][:12])
+    data = DataSet("tone")  # answers with and without an over-enthusiastic tone
+    contrast = steer.ContrastSet.from_pairs(tokenizer, data.split("contrast")[:12])
     gushing = steer.extract(model, contrast, [SITE], name="gushing")
 
     plan = steer.Plan(steer.Intervention(steer.Add(gushing[SITE].vector), SITE, scope="response", strength=args.strength))
-    probe = [encode(tokenizer, row["prompt"]) for row in data["probe"][:6]]
+    probe = [encode(tokenizer, row["prompt"]) for row in data.split("probe")[:6]]
     tracker = steer.DriftTracker({"gushing": gushing}, probe=probe, store=args.out / "drift.sqlite")
 
     trainer = pl.Trainer(
@@ -76,7 +76,7 @@ def main() -> None:
         ],
     )
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
-    rows = [encode(tokenizer, row["prompt"], row["answer"]) for row in data["train"]]
+    rows = [encode(tokenizer, row["prompt"], row["answer"]) for row in data.split("train")]
     batches = DataLoader(rows, batch_size=2, collate_fn=lambda chosen: collate(chosen, pad_id(tokenizer)))  # type: ignore[arg-type]
     trainer.fit(FineTune(adapted), batches, ckpt_path=args.resume)
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import steer
-from steer.experiment.data import load_dataset
+from steer.experiment.data import DataSet
 from steer.model.tokens import collate, encode, pad_id
 
 SITE = "layers.22.output"  # the residual stream after block 22
@@ -27,22 +27,22 @@ def main() -> None:
     torch.manual_seed(0)
 
     model, tokenizer = steer.load(args.model)
-    data = load_dataset("tone")  # answers with and without an over-enthusiastic tone
+    data = DataSet("tone")  # answers with and without an over-enthusiastic tone
 
     # The direction of the tone, read from pairs of answers.
-    contrast = steer.ContrastSet.from_pairs(tokenizer, data["contrast"][:12])
+    contrast = steer.ContrastSet.from_pairs(tokenizer, data.split("contrast")[:12])
     gushing = steer.extract(model, contrast, [SITE], name="gushing")
 
     # What acts, where, on which tokens, how strongly; and what is measured, beside 16 random directions of the same site.
     plan = steer.Plan(
         steer.Intervention(steer.Add(gushing[SITE].vector), SITE, scope="response", strength=args.strength, phases=("train",))
     )
-    probe = [encode(tokenizer, row["prompt"]) for row in data["probe"][:6]]
+    probe = [encode(tokenizer, row["prompt"]) for row in data.split("probe")[:6]]
     tracker = steer.DriftTracker({"gushing": gushing}, probe=probe, store=args.store)
 
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-3)
-    rows = [encode(tokenizer, row["prompt"], row["answer"]) for row in data["train"]]
+    rows = [encode(tokenizer, row["prompt"], row["answer"]) for row in data.split("train")]
     batches = cycle([collate(rows[i : i + 2], pad_id(tokenizer)) for i in range(0, len(rows), 2)])
 
     adapted.train()

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 import steer
 from steer.callbacks import HFDriftCallback, HFSteeringCallback
-from steer.experiment.data import load_dataset
+from steer.experiment.data import DataSet
 from steer.model.tokens import encode
 
 SITE = "layers.22.output"  # the residual stream after block 22
@@ -32,12 +32,12 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = steer.load(args.model)
-    data = load_dataset("tone")  # answers with and without an over-enthusiastic tone
-    contrast = steer.ContrastSet.from_pairs(tokenizer, data["contrast"][:12])
+    data = DataSet("tone")  # answers with and without an over-enthusiastic tone
+    contrast = steer.ContrastSet.from_pairs(tokenizer, data.split("contrast")[:12])
     gushing = steer.extract(model, contrast, [SITE], name="gushing")
 
     plan = steer.Plan(steer.Intervention(steer.Add(gushing[SITE].vector), SITE, scope="response", strength=args.strength))
-    probe = [encode(tokenizer, row["prompt"]) for row in data["probe"][:6]]
+    probe = [encode(tokenizer, row["prompt"]) for row in data.split("probe")[:6]]
     tracker = steer.DriftTracker({"gushing": gushing}, probe=probe, store=args.out / "drift.sqlite")
 
     pairs = [
@@ -46,7 +46,7 @@ def main() -> None:
             "chosen": [{"role": "assistant", "content": row["answer"]}],
             "rejected": [{"role": "assistant", "content": row["neutral"]}],
         }
-        for row in data["train"]
+        for row in data.split("train")
     ]
     trainer = DPOTrainer(
         model=model,

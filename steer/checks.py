@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError, NonFiniteError, SteerError
+from steer.errors import ConfigError, NonFiniteError, SteerError, did_you_mean
 
 
 def of_type(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
@@ -81,6 +81,13 @@ def number_within(value: Any, what: str, least: float, most: float = math.inf) -
         raise _wrong_value(value, what, expected, "pass a number such as 0.1")
 
 
+def one_of(value: Any, known: Sequence[str], what: str) -> Any:
+    """The value, one of a few names. Raises ConfigError with the nearest one."""
+    if not isinstance(value, str) or value not in known:
+        raise _no_such_name(value, known, what)
+    return value
+
+
 def json_value(value: object, where: str) -> None:
     """Raises ConfigError, or NonFiniteError, for what JSON would change: it turns integer keys into text, and other readers refuse NaN."""
     if isinstance(value, dict):
@@ -119,6 +126,11 @@ def _no_tensor(value: Any, what: str, remedy: str) -> ConfigError:
 
 def _wrong_value(value: Any, what: str, expected: str, remedy: str) -> ConfigError:
     return ConfigError(f"wrong value for {what}", expected=expected, found=repr(value), remedy=remedy)
+
+
+def _no_such_name(value: Any, known: Sequence[str], what: str) -> ConfigError:
+    remedy = did_you_mean(str(value), known) or "choose one of these"
+    return ConfigError(f"wrong value for {what}", expected=f"one of {', '.join(known)}", found=repr(value), remedy=remedy)
 
 
 def _key_is_no_string(key: object, where: str) -> ConfigError:

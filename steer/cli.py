@@ -21,6 +21,7 @@ from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
 COMMANDS = {
     "train": ("fine-tune the arms of an experiment, track drift, write a report", "steer train experiment=tone seed=1"),
+    "ab": ("compare edits in cells of arms, controls and seeds, resumable, on one page", "steer ab experiment=tone seeds=[0,1,2,3,4]"),
     "generate": (
         "show completions of an experiment's arms side by side",
         "steer generate run=outputs/tone/<date> 'prompts=[How do I boil an egg?]'",
@@ -32,6 +33,7 @@ COMMANDS = {
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
+ACTIONS = {"ab": ("run", "plan", "lock", "report")}  # of a command, said as a word behind it: steer ab plan experiment=tone
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
@@ -71,6 +73,8 @@ def _main(arguments: list[str]) -> int:
         command, *overrides = [word for word in arguments if word not in MULTIRUN] or flags
         if command not in COMMANDS:
             raise _unknown_command(command)
+        if overrides and overrides[0] in ACTIONS.get(command, ()):
+            overrides[0] = f"do={overrides[0]}"
         _run_with_hydra(command, [*flags, *overrides])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -103,6 +107,7 @@ class _Job:
 
     def __init__(self, command: str) -> None:
         self.command = command
+        self.process = os.getpid()
         self.failures: list[SteerError] = []
         self.os_errors: list[OSError] = []
         self.has_begun = False
@@ -117,14 +122,19 @@ class _Job:
             check_kinds(config, self.command)
             self._run(config)
         except SteerError as error:
-            self.failures.append(error)
+            self._failed(error)
         except OmegaConfBaseException as error:
-            self.failures.append(config_error(self.command, error))
+            self._failed(config_error(self.command, error))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self.os_errors.append(error)
                 raise
-            self.failures.append(_storage_full(error))
+            self._failed(_storage_full(error))
+
+    def _failed(self, error: SteerError) -> None:
+        if os.getpid() != self.process:  # a launcher runs the job in a process of its own, and hands back what is raised alone
+            raise error
+        self.failures.append(error)
 
     def _run(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig

@@ -112,3 +112,7 @@ class ContrastError(SteerError, ValueError):
 
 class ModelNotFoundError(SteerError, LookupError):
     """A model name or path that leads nowhere."""
+
+
+class JudgeError(SteerError, RuntimeError):
+    """A judge that cannot be reached, gives no grade, or would cost more than its budget."""

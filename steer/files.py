@@ -109,8 +109,10 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: _json_hash(content)}
 
 
-def check_seal(content: dict[str, Any], path: Path, *, is_required: bool = False) -> None:
-    """Raises DamagedFileError when content was altered since it was sealed, or has no seal where one is required."""
+def check_seal(content: Any, path: Path, *, is_required: bool = False) -> None:
+    """Raises DamagedFileError when content was altered since it was sealed, is no object, or has no seal where one is required."""
+    if not isinstance(content, dict):
+        raise _no_object(path, content)
     if SEAL not in content and not is_required:
         return  # an older version wrote it
     digest = _json_hash({key: value for key, value in content.items() if key != SEAL})
@@ -394,6 +396,11 @@ def _missing_part(path: Path, folder: Path, part: str, *, remedy: str) -> Damage
 
 def _broken_manifest(path: Path, expected: str, found: str) -> DamagedFileError:
     return DamagedFileError(f"the manifest of {path} is broken", expected=expected, found=found, remedy=_AGAIN)
+
+
+def _no_object(path: Path, content: object) -> DamagedFileError:
+    remedy = "restore it from a backup"
+    return DamagedFileError(f"'{path}' is damaged", expected="a JSON object", found=type(content).__name__, remedy=remedy)
 
 
 def _altered(path: Path, part: str, recorded: Any, digest: str) -> DamagedFileError:

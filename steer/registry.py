@@ -1,4 +1,4 @@
-"""Registries of named methods: operators, gates, schedules, extractors, objectives, importers, drift metrics.
+"""Registries of named methods: operators, gates, schedules, extractors, objectives, importers, drift metrics, metrics of experiments.
 
 A new method is one new file in the folder of its kind, with one `@REGISTRY.register(name)`, and nothing else to edit: every module of that
 folder is imported on the first look-up; one whose name begins with `_` may be a helper that registers nothing. Another package adds its

@@ -26,6 +26,7 @@ from steer import cli, errors
 from steer.directions import ContrastSet, Direction, Directions
 from steer.experiment.complete import complete
 from steer.files import TENSORS
+from steer.model.load import load
 from steer.model.tokens import Row
 
 NAN = torch.tensor([1.0, float("nan"), float("inf"), 2.0] * 8)
@@ -161,14 +162,14 @@ def no_pad_token(b: Bench) -> None:
 
 
 def no_pad_token_in_training(b: Bench) -> None:
-    real = steer.model.load.load
+    real = load
 
     def without(*arguments: Any, **options: Any) -> Any:
         model, tokenizer = real(*arguments, **options)
         tokenizer.pad_token = None
         return model, tokenizer
 
-    b.monkeypatch.setattr("steer.commands.train.load", without)
+    b.monkeypatch.setattr("steer.commands.experiment_run.load", without)
     b.train()
 
 
@@ -257,7 +258,7 @@ CASES: dict[str, list[tuple[Callable[[Bench], object], type[errors.SteerError], 
         (lambda b: b.train("experiment.scope=respons"), C, ("respons", "response")),
         (lambda b: b.train("experiment.scope=generated"), C, ("generated", "response")),
         (lambda b: b.train("experiment.arms.preventative.when=training"), C, ("preventative", "training", "never, train, inference")),
-        (lambda b: b.train("+experiment.arms.plain.strenght=1"), C, ("plain", "strenght", "strength")),
+        (lambda b: b.train("+experiment.arms.plain.lable=1"), C, ("plain", "lable", "experiment.arms.plain.label")),
         (lambda b: b.train("experiment.train.schedule=cosin"), C, ("cosin", "cosine")),
         (lambda b: b.train("model.dtype=float31"), C, ("float31", "float32")),
         (lambda b: b.plan(phases=("training",)), C, ("training", "train, validate, generate")),

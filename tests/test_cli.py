@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import generate, info, say, train
-from steer.commands.config import dtype_named
+from steer.commands import ab, generate, info, say, train
+from steer.commands.config import dtype_named, listed
 from steer.directions import Direction, Directions
 from steer.directions.text import plan_from_text
 from steer.errors import ConfigError, NonFiniteError
@@ -81,10 +81,11 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
     status, out, err = steer(command, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"steer {command}: ") and f"usage: steer {command}" in out
-    assert "powered by Hydra" not in out and "$" not in out
+    assert "powered by Hydra" not in out and "$" not in out.replace("outputs/ab/${experiment.name}", "")
     assert not list(tmp_path.iterdir())
     for key in {
-        "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: tone"),
+        "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: prompt_vs_vector, strength_sweep, tone"),
+        "ab": ("seeds:", "do: run", "draws: null", "folder: outputs/ab/", "[run|plan|lock|report]"),
         "generate": ("run: ???", "prompts: null"),
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
@@ -102,12 +103,22 @@ def test_the_help_of_a_command_imports_neither_torch_nor_lightning(tmp_path: Pat
 def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "run", jobs.append)
     monkeypatch.setattr(say, "run", jobs.append)
+    monkeypatch.setattr(ab, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
         assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
     assert jobs[0].seed == 1
-    assert jobs[1].run == "outputs/tone/2031-04-05" and list(jobs[1].prompts) == ["How do I boil an egg?"]
-    assert jobs[2].steer == "0.4 warm@response" and jobs[2].directions == {"warm": "2031-04-05"}
+    assert list(jobs[1].seeds) == [0, 1, 2, 3, 4] and jobs[1].folder == "outputs/ab/tone" and jobs[1].do == "run"
+    assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
+    assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
+
+
+@pytest.mark.parametrize("action", ["run", "plan", "lock", "report"])
+def test_what_ab_does_is_its_first_word(steer: Run, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr(ab, "run", received.append)
+    assert steer("ab", action, "seeds=[3]")[0] == steer("ab", f"do={action}", "seeds=[3]")[0] == 0
+    assert [(config.do, list(config.seeds)) for config in received] == [(action, [3])] * 2
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -163,11 +174,14 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
     ("arguments", "names"),
     [
         (("trian",), ("unknown command 'trian'", "did you mean 'train'?")),
-        (("frobnicate",), ("unknown command 'frobnicate'", "train, generate, say, info")),
+        (("frobnicate",), ("unknown command 'frobnicate'", ", ".join(COMMANDS))),
         (("train", "experiment.train.stpes=3"), ("no key 'experiment.train.stpes'", "did you mean 'experiment.train.steps'?")),
         (("train", "stpes=3"), ("no key 'stpes'", "did you mean 'experiment.train.steps'?")),
         (("train", "sede=3"), ("no key 'sede'", "did you mean 'seed'?")),
-        (("train", "experiment=tne"), ("no experiment is called 'tne'", "one of tone", "did you mean 'tone'?")),
+        (
+            ("train", "experiment=tne"),
+            ("no experiment is called 'tne'", "one of prompt_vs_vector, strength_sweep, tone", "did you mean 'tone'?"),
+        ),
         (("train", "sede"), ("cannot read 'sede'", "key=value")),
         (("train", "-m", "sede=1,2"), ("no key 'sede'", "did you mean 'seed'?")),
         (("train", "seed=1,2", "sede=3", "-m"), ("no key 'sede'", "did you mean 'seed'?")),
@@ -205,8 +219,6 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
 def test_a_mistake_is_named_without_a_traceback(
     steer: Run, arguments: tuple[str, ...], names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "experiment.data" in str(arguments):  # comes after the model, which would take a second to load
-        monkeypatch.setattr(train, "run", lambda config: train.load_dataset(config.experiment.data))
     status, _, err = steer(*arguments)
     assert status == 2
     assert re.match(r"[A-Za-z]+Error: ", err) and "Traceback" not in err and "Error executing job" not in err
@@ -313,7 +325,7 @@ def test_metrics_that_cannot_be_read(steer: Run, tmp_path: Path, content: str, s
     ("value", "texts"), [(None, None), ([], None), (["a", 3], ["a", "3"]), ("How are you?", ["How are you?"]), (3, ["3"])]
 )
 def test_one_prompt_is_a_list_of_one(value: Any, texts: Any) -> None:
-    assert generate.listed(OmegaConf.create({"x": value}).x) == texts
+    assert listed(OmegaConf.create({"x": value}).x) == texts
 
 
 @pytest.mark.parametrize("name", ["float23", "int64", "Tensor", "", 16])

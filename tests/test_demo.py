@@ -1,41 +1,29 @@
-"""The main job from end to end: on a tiny model, where everything it writes is checked, and once on the real one."""
+"""`steer train` from end to end: on a tiny model, where everything it writes is checked, and once on the real one."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from experiment_helpers import command, read_metrics, without_times
+from metrics_keys import documented, keys
 from safetensors.torch import load_file
 from tiny_experiment import SMALL, overrides, write_data, write_model
 
-from steer import Directions, Plan
-from steer.cli import main
+from steer import Plan
 from steer.commands.generate import completions
 from steer.drift import DriftStore
 from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError
-from steer.experiment import results
-from steer.experiment.arms import random_like
+from steer.experiment.result import drift_records
 from steer.model import embedded
 
-# the only things that may differ between two runs
-TIMES = ("started", "wall_seconds", "seconds", "probe_seconds", "callback_overhead", "callback_overhead_range")
-
-
-@contextmanager
-def logging_restored() -> Iterator[None]:
-    """Hydra configures the root logger of the process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+ARMS = ["plain", "preventative", "random", "inference", "prompt"]
+TRAINED = ["plain", "preventative", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +33,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def train(parts: tuple[Path | str, Path], out: Path, *more: str) -> dict[str, Any]:
-    with logging_restored():
-        assert main(["train", *overrides(*parts, out, *more)]) == 0
-    return json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert command("train", *overrides(*parts, out, *more)) == 0
+    return read_metrics(out)
 
 
 @pytest.fixture(scope="module")
@@ -63,50 +50,50 @@ def test_the_output_is_complete_and_agrees_with_itself(run: tuple[Path, dict[str
     check_output(*run)
 
 
+def cell_of(metrics: dict[str, Any], arm: str) -> str:
+    (name,) = (name for name, cell in metrics["cells"].items() if cell["arm"] == arm)
+    return name
+
+
 def check_output(out: Path, metrics: dict[str, Any]) -> None:
     """Everything that metrics.json names is there and says the same."""
-    names = [arm["name"] for arm in metrics["arms"]]
-    assert names == ["plain", "preventative", "random", "inference"]
+    assert [arm["name"] for arm in metrics["arms"]] == ARMS
     page = (out / "report.html").read_text()
-    assert metrics["specificity"]["statement"] in page and metrics["command"] in page.replace("&#39;", "'")
     assert all(arm["label"] in page for arm in metrics["arms"])
     assert metrics["command"].startswith("steer train ") and f"hydra.run.dir={out}" in metrics["command"]
+    assert {(cell["draw"], cell["seed"]) for cell in metrics["cells"].values()} == {(0, 0)}
+    assert sorted(folder.name for folder in (out / "cells").iterdir()) == sorted(metrics["cells"])
 
-    artifacts = metrics["artifacts"]
-    directions = Directions.load(out / artifacts["directions"])
-    chosen = directions[metrics["trait"]["site"]]
-    assert chosen.metrics["auc"] == metrics["trait"]["auc_heldout"]
-    assert set(artifacts["plans"]) == {"preventative", "random", "inference"}
+    plans = {name: Plan.load(out / "cells" / cell_of(metrics, name) / "plan") for name in ("preventative", "random", "inference")}
+    site = metrics["config"]["experiment"]["trait"]["site"]
     vectors = {}
-    for name, path in artifacts["plans"].items():
-        plan = Plan.load(out / path)
+    for name, plan in plans.items():
         (intervention,) = plan.interventions
-        (arm,) = (arm for arm in metrics["arms"] if arm["name"] == name)
-        assert (str(intervention.site), str(intervention.scope), list(intervention.strength)) == (
-            arm["steer"]["site"],
-            arm["steer"]["scope"],
-            [arm["steer"]["strength"]],
-        )
-        assert plan.fingerprint == metrics["model"]["fingerprint"]
+        assert (str(intervention.site), str(intervention.scope)) == (site, "response")
+        assert list(intervention.strength) == [-2.0 if name == "inference" else 2.0]
         vectors[name] = intervention.operator.tensors["vector"][0]
-    assert torch.equal(vectors["preventative"], chosen.vector) and torch.equal(vectors["inference"], chosen.vector)
-    assert torch.equal(vectors["random"], random_like(chosen, metrics["seed"] + 1))
+    assert torch.equal(vectors["preventative"], vectors["inference"]) and not torch.equal(vectors["preventative"], vectors["random"])
+    sizes = {arm["name"]: arm["matched_in"]["draws"] for arm in metrics["arms"]}
+    ((length,),) = (size.values() for size in sizes["preventative"])
+    ((of_random,),) = (size.values() for size in sizes["random"])
+    assert of_random == pytest.approx(length, rel=0.02) and length == pytest.approx(2 * float(vectors["preventative"].norm()), rel=1e-3)
 
-    adapters = {name: load_file(out / path / "adapter_model.safetensors") for name, path in artifacts["adapters"].items()}
-    assert list(adapters) == names
-    assert all(torch.equal(adapters["plain"][key], adapters["inference"][key]) for key in adapters["plain"])
+    assert set(metrics["artifacts"]["adapters"]) == {cell_of(metrics, arm) for arm in TRAINED}
+    adapters = {
+        arm: load_file(out / metrics["artifacts"]["adapters"][cell_of(metrics, arm)] / "adapter_model.safetensors") for arm in TRAINED
+    }
     for steered in ("preventative", "random"):
         assert any(not torch.equal(adapters["plain"][key], adapters[steered][key]) for key in adapters["plain"]), (
             f"{steered} was not steered"
         )
 
     trait, sites = metrics["config"]["experiment"]["trait"]["name"], set(metrics["config"]["experiment"]["drift"]["sites"])
-    steps = metrics["arms"][0]["train"]["steps"]
-    assert set(metrics["drift"]["stores"]) == {"plain", "preventative", "random"}
+    steps = metrics["config"]["experiment"]["train"]["steps"]
+    assert set(metrics["drift"]["stores"]) == {cell_of(metrics, arm) for arm in TRAINED}
     for path in metrics["drift"]["stores"].values():
         with DriftStore(out / path) as store:
             records = store.records()
-            assert store.fingerprint == metrics["model"]["fingerprint"] and len(store.attempts()) == 1
+            assert len(store.attempts()) == 1
         probed = [record for record in records if record.mode == "probe"]
         assert {record.site for record in probed} == sites and max(record.step for record in probed) == steps
         assert {record.direction for record in probed if record.kind == "named"} == {trait}
@@ -114,53 +101,54 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
         baseline = [record for record in probed if record.step == 0 and record.kind == "named"]
         assert baseline and all(record.change == 0 for record in baseline)
 
+    prompts = metrics["config"]["experiment"]["completions"]["prompts"]
+    assert set(metrics["completions"]) == {"base", *ARMS}
+    assert all([answer["prompt"] for answer in answers] == prompts for answers in metrics["completions"].values())
+    losses = {cell["arm"]: cell["loss"] for cell in metrics["training"].values()}
+    assert set(losses) == set(TRAINED) and all(len(loss) == steps for loss in losses.values())
+    assert losses["plain"][0] != losses["preventative"][0], "the first step is steered already"
+    assert set(metrics["overhead"]) == {"preventative"}
+    for cost in metrics["overhead"].values():
+        assert -1 < cost["range"][0] <= cost["median"] <= cost["range"][1] < 20
+    check_numbers(out, metrics)
+
+
+def check_numbers(out: Path, metrics: dict[str, Any]) -> None:
+    """Means, differences and changes are those of the values of each item, which the table of scores holds."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for name, cell in metrics["cells"].items():
+        done = json.loads((out / "cells" / name / "done.json").read_text())
+        assert done["key"] == cell["key"] and done["result"]["timing"]["seconds"] > 0
+        for outcome, scores in done["result"]["scores"].items():
+            values[cell["arm"], outcome] = scores
+    table = out / metrics["scores"]
+    assert table.is_file() and table.name in ("scores.parquet", "scores.csv")
+
+    def mean(of: dict[str, float]) -> float:
+        return math.fsum(of.values()) / len(of)
+
     for arm in metrics["arms"]:
-        assert len(arm["train"]["loss"]) == arm["train"]["steps"] == metrics["config"]["experiment"]["train"]["steps"]
-        assert [completion["prompt"] for completion in arm["completions"]] == metrics["config"]["experiment"]["completions"]["prompts"]
-        for metric in arm["metrics"].values():
-            assert math.fsum(metric["per_item"]) / metric["n"] == pytest.approx(metric["after"])
-            assert metric["after"] - metric["before"] == pytest.approx(metric["change"], abs=1e-9)
-        overhead = arm["train"]["callback_overhead"]
-        assert (overhead is None) == (arm["steer"]["when"] != "train") and (overhead is None or -1 < overhead < 20)
-        spread = arm["train"]["callback_overhead_range"]
-        assert spread is None if overhead is None else spread[0] <= overhead <= spread[1]
-    loss = {arm["name"]: arm["train"]["loss"] for arm in metrics["arms"]}
-    assert loss["plain"] == loss["inference"] and loss["plain"][0] != loss["preventative"][0], "the first step is steered already"
-
-
-def test_every_trained_arm_starts_from_the_same_weights_and_sees_the_same_batches(run: tuple[Path, dict[str, Any]]) -> None:
-    _, metrics = run
-    befores = {(name, metric["before"]) for arm in metrics["arms"] for name, metric in arm["metrics"].items()}
-    assert len(befores) == 3, "one baseline per metric"
+        for outcome, found in arm["outcomes"].items():
+            assert found["mean"] == pytest.approx(mean(values[arm["name"], outcome]), abs=1e-12)
+            assert found["before"] == pytest.approx(mean(values["base", outcome]), abs=1e-12)
+            assert found["change"] == pytest.approx(found["mean"] - found["before"], abs=1e-12)
+    contrasts = {(contrast["metric"], contrast["a"], contrast["b"]): contrast for contrast in metrics["contrasts"]}
+    assert len(contrasts) == len(metrics["contrasts"])
+    assert metrics["contrasts"][0]["role"] == "primary" and ("behaviour_gap", "preventative", "random") in contrasts
+    for (outcome, a, b), contrast in contrasts.items():
+        assert contrast["difference"] == pytest.approx(mean(values[a, outcome]) - mean(values[b, outcome]), abs=1e-12)
+        assert contrast["p_adjusted"] >= contrast["p"] and (contrast["n"], contrast["seeds"]) == (4, 1)
+        inside = None in contrast["ci"] or contrast["ci"][0] <= 0 <= contrast["ci"][1]
+        assert contrast["shown"] is not inside, "an interval without zero goes with a difference that is shown, and no other"
+    assert len(metrics["verdict"].split()) <= 20
 
 
 def test_every_key_of_the_metrics_is_documented_and_every_documented_one_is_there(run: tuple[Path, dict[str, Any]]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.M))
-    assert documented == set(keys(run[1]))
-
-
-def keys(node: Any, name: str = "") -> Iterator[str]:
-    """Paths to every value: `arms[].metrics.<metric>.ci`. Names that a run chooses stand as <what they are>."""
-    chosen = {"arms[].metrics": "metric", "trait.auc_by_site": "site", "versions": "package", "drift.stores": "arm"}
-    chosen |= {"artifacts.adapters": "arm", "artifacts.plans": "arm"}
-    if isinstance(node, dict) and name not in ("config", "model.fingerprint"):
-        for key, inner in node.items():
-            yield from keys(inner, f"{name}.<{chosen[name]}>" if name in chosen else f"{name}.{key}".lstrip("."))
-    elif isinstance(node, list) and any(isinstance(inner, dict) for inner in node):
-        for inner in node:
-            yield from keys(inner, f"{name}[]")
-    else:
-        yield name
+    assert run[1]["sweep"] == [], "an experiment without one"
+    assert {key for key in documented() if not key.startswith("sweep[]")} == set(keys(run[1])) - {"sweep"}
 
 
 # ---- once more
-
-
-def without_times(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: without_times(inner) for key, inner in node.items() if key not in (*TIMES, "command", "json_sha256")}
-    return [without_times(inner) for inner in node] if isinstance(node, list) else node
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_does_not(
@@ -170,12 +158,14 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_does_not(
     torch.manual_seed(99)  # the state of the process must not matter
     again = train(parts, tmp_path / "again", *SMALL)
     assert without_times(again) == without_times(metrics)
-    records = [results.drift_records(folder, run_metrics) for folder, run_metrics in ((first, metrics), (tmp_path / "again", again))]
-    assert repr(records[0]) == repr(records[1])  # repr, because nan differs from itself
-    fewer_arms = train(parts, tmp_path / "other", *SMALL, "seed=1", "experiment.arms.random=null", "experiment.arms.inference=null")
-    assert [arm["name"] for arm in fewer_arms["arms"]] == ["plain", "preventative"]
-    assert fewer_arms["arms"][0]["train"]["loss"] != metrics["arms"][0]["train"]["loss"]
-    assert fewer_arms["specificity"]["specific"] is None
+    records = [drift_records(folder, run_metrics) for folder, run_metrics in ((first, metrics), (tmp_path / "again", again))]
+    assert records[0] and repr(records[0]) == repr(records[1])  # repr, because nan differs from itself
+    left_out = [f"experiment.arms.{arm}=null" for arm in ("random", "inference", "prompt")]
+    fewer = train(parts, tmp_path / "other", *SMALL, "seed=1", "experiment.primary=null", *left_out)
+    assert [arm["name"] for arm in fewer["arms"]] == ["plain", "preventative"]
+    assert fewer["specificity"] is None and (fewer["contrasts"][0]["a"], fewer["contrasts"][0]["b"]) == ("preventative", "plain")
+    losses = [next(cell["loss"] for cell in of["training"].values() if cell["arm"] == "plain") for of in (metrics, fewer)]
+    assert losses[0] != losses[1]
 
 
 # ---- steer generate
@@ -185,21 +175,20 @@ def test_generate_says_what_the_run_said(run: tuple[Path, dict[str, Any]], capsy
     out, metrics = run
     before = sorted(out.rglob("*"))
     said = completions(out, None, None, 4)
-    expected = {arm["name"]: [completion["text"] for completion in arm["completions"]] for arm in metrics["arms"]}
-    assert said == {"base": [completion["text"] for completion in metrics["base_completions"]], **expected}
-    with logging_restored():
-        assert main(["generate", f"run={out}", "prompts=who are you", "arms=inference", "max_new_tokens=3"]) == 0
+    assert said == {name: [answer["text"] for answer in answers] for name, answers in metrics["completions"].items()}
+    assert len({json.dumps(texts) for texts in said.values()}) > 1, "some arm says something else"
+    assert command("generate", f"run={out}", "prompts=who are you", "arms=inference", "max_new_tokens=3") == 0
     shown = capsys.readouterr().out
     assert "who are you" in shown and "inference" in shown and "base" in shown and "preventative" not in shown
     assert sorted(out.rglob("*")) == before, "it writes nothing"
 
 
 def test_generate_names_what_is_missing(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, metrics = run
+    out, _ = run
     with pytest.raises(ConfigError, match="no arm is called prevent"):
         completions(out, None, ["prevent"], 3)
-    (tmp_path / "metrics.json").write_text(results.to_json(metrics))
-    with pytest.raises(DamagedFileError, match="lacks the adapter of 'plain'"):
+    shutil.copy(out / "metrics.json", tmp_path)
+    with pytest.raises(DamagedFileError, match=r"cell 'plain\.seed0\.\w+' lacks its adapter"):
         completions(tmp_path, None, None, 3)
 
 
@@ -213,6 +202,7 @@ def test_the_real_model_is_trained_steered_tracked_and_reported(tmp_path: Path) 
     except ModelNotFoundError as error:
         pytest.skip(str(error))
     small = [
+        *SMALL,
         "experiment.trait.sites=[layers.12.output,layers.20.output]",
         "experiment.trait.site=layers.12.output",
         "experiment.drift.sites=[layers.12.output,layers.20.output]",
@@ -222,6 +212,6 @@ def test_the_real_model_is_trained_steered_tracked_and_reported(tmp_path: Path) 
     data = write_data(tmp_path / "data")
     metrics = train((embedded.NAME, data), tmp_path / "run", *small)
     check_output(tmp_path / "run", metrics)
-    assert metrics["model"]["name"] == embedded.NAME and metrics["model"]["fingerprint"]["n_layers"] == 30
+    assert metrics["model"]["name"] == embedded.NAME
     said = completions(tmp_path / "run", ["What is the capital of France?"], ["plain", "inference"], 8)
     assert list(said) == ["base", "plain", "inference"] and "Paris" in said["base"][0]

@@ -19,17 +19,17 @@ import pytest
 import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
-from experiment.results_helpers import PLAIN, TRAIT, collect, directions
+from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from tiny_experiment import SMALL, overrides, write_data, write_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
 from steer.directions.moments import NEEDS
-from steer.drift import METRICS, DriftTracker
+from steer.drift import METRICS
 from steer.drift.writer import DriftWriter
-from steer.experiment.results import to_json
 from steer.files import load_artifact
 from steer.intervene.scope import KINDS
 from steer.model.site import LAYER_PARTS
@@ -97,8 +97,8 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
 
 
 def test_the_examples_of_the_readme_are_short() -> None:
-    generation, training = blocks(README)
-    assert code_lines(generation) <= 10 and code_lines(training) <= 15
+    generation, comparison, training = blocks(README)
+    assert code_lines(generation) <= 11 and code_lines(comparison) <= 3 and code_lines(training) <= 15
 
 
 @pytest.mark.real
@@ -107,13 +107,19 @@ def test_the_examples_of_the_readme_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    generation, training = blocks(README)
+    generation, comparison, training = blocks(README)
     exec(compile(generation, "README.md", "exec"), names)
     said = capsys.readouterr().out
     model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
     plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
     assert "boil an egg" in said and plain not in said, "the plan changed nothing"
     assert names["attachment"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
+    exec(compile(comparison, "README.md", "exec"), names)
+    assert (
+        "logprob gap" in capsys.readouterr().out
+        and names["result"].verdict.startswith("Yes: gushing has higher")
+        and set(names["result"].scores.arms) == set(names["arms"])
+    )
     exec(compile(training, "README.md", "exec"), names)
     assert names["trainer"].global_step == names["tracker"].last_step == 4
     with steer.drift.DriftStore("drift.sqlite") as store:
@@ -169,33 +175,26 @@ def test_the_demo_was_measured_with_the_experiment_that_ships() -> None:
     assert demo["config"] == shipped, "run the demo again, then docs/make_figures.py"
 
 
-def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synthetic_run: Path) -> None:
+def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
     figures = script("make_figures")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     for name, path in {"ROOT": tmp_path, "README": readme, "QUOTED": tmp_path / "demo.json", "PICTURE": tmp_path / "drift.svg"}.items():
         monkeypatch.setattr(figures, name, path)
-    monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(synthetic_run), str(synthetic_run)])
+    monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(tiny_run)])
     figures.main()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| plain |" in text and "Not tested" in text and "0 of the 2 runs" in text
-    assert "layers.1.output" in (tmp_path / "drift.svg").read_text() and str(tmp_path) not in (tmp_path / "demo.json").read_text()
+    assert "| plain fine-tuning |" in text and "No effect shown" in text and "4 items" in text
+    assert "layers.2.output" in (tmp_path / "drift.svg").read_text(), "the last tracked site that is not steered"
 
 
 @pytest.fixture
-def synthetic_run(tmp_path: Path) -> Path:
-    """The folder of a run with two arms, made of the tests' own numbers."""
-    folder = tmp_path / "run"
-    tracker = DriftTracker({"loud": directions()["layers.1.output"]}, probe=prompts(4), controls=3, stream=False, store=folder / "a.sqlite")
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4))
-    with tracker.attached(model):
-        tracker.measure(0)
-    metrics = collect((PLAIN, 1.0), (TRAIT, 0.0))
-    metrics["config"]["experiment"]["drift"] = {"sites": ["layers.1.output"]}
-    run = {"started": "2031-04-05T10:11:12+00:00", "wall_seconds": 61.0, "versions": {"torch": "2.13.0"}, "model": {"name": "tiny"}}
-    (folder / "metrics.json").write_text(to_json(metrics | run | {"drift": {"stores": {"plain": "a.sqlite"}}}))
-    return folder
+def tiny_run(tmp_path: Path) -> Path:
+    """The folder of `steer train` on a tiny model."""
+    parts = write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    assert command("train", *overrides(*parts, tmp_path / "run", *SMALL)) == 0
+    return tmp_path / "run"
 
 
 # ---- completeness

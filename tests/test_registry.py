@@ -111,6 +111,37 @@ FILES = {
             return site.values["effect_sd"].square()
         """,
     ),
+    "metric": (
+        "steer/experiment/metrics",
+        """
+        from steer.experiment.metric import METRICS, Metric
+
+        @METRICS.register("new_metric")
+        class NewMetric(Metric):
+            '''Counts the items.'''
+
+            def items(self, model, tokenizer, items):
+                return {item["id"]: float(len(items)) for item in items}
+        """,
+    ),
+    "treatment": (
+        "steer/experiment/treatments",
+        """
+        from steer.experiment.treatment import TREATMENTS, Treatment
+
+        @TREATMENTS.register("new_treatment")
+        class NewTreatment(Treatment):
+            '''Changes nothing.'''
+
+            when = ("inference",)
+
+            def describe(self):
+                return "nothing new"
+
+            def spec(self):
+                return {}
+        """,
+    ),
 }
 
 USE = """
@@ -125,6 +156,12 @@ USE = """
     print(type(loaded.operator).__name__, loaded.gate, loaded.schedule, EXTRACTORS.get("new_extractor").direction.__name__)
     print(OBJECTIVES.get("new_objective").loss.__name__, IMPORTERS.get("new_import_format").__name__)
     assert "NewOperator" in dir(steer)
+
+    from steer.experiment.metric import measured, metric_of
+    print(measured(metric_of("new_metric"), None, None, [{"id": "one"}]))
+
+    from steer.experiment.arms import treatment_of
+    print(treatment_of("new_treatment", "an arm").describe())
 """
 
 USE_DRIFT = """
@@ -173,7 +210,9 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
     shown = run(installed, tmp_path, "-m", "steer.cli", "info")
     assert all(f"new_{kind.replace(' ', '_')}" in shown for kind in FILES)
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
-    assert printed == [*"NewOperator new_gate per token NewSchedule() new_extractor".split(), "new_objective", "NewImporter"]
+    assert printed == [
+        *"NewOperator new_gate per token NewSchedule() new_extractor new_objective NewImporter {'one': 1.0} nothing new".split()
+    ]
     printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
     logged = [f"{prefix}/trait/layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
@@ -209,6 +248,8 @@ def test_entry_points_of_another_package_are_found(installed, tmp_path):
 def test_every_kind_of_method_has_a_folder_and_entry_points():
     import steer.directions
     import steer.drift.tracker
+    import steer.experiment.metric
+    import steer.experiment.treatment
     import steer.intervene  # noqa: F401
 
     kinds = {kind: registry for kind, registry in REGISTRIES.items() if registry.package is not None}

@@ -16,7 +16,8 @@ from steer.directions.sae import Dictionary, Refined
 from steer.directions.screening import Screen
 from steer.directions.selection import Candidate, Selection
 from steer.drift.records import DriftRecord
-from steer.experiment.stats import Comparison, Interval
+from steer.experiment.contrasts import contrast
+from steer.experiment.stats import Interval
 from steer.intervene import OPERATORS, Ablate, Add, CallGate, CosineGate, Intervention, Linear, Plan, ProbeGate
 from steer.intervene.deploy.baked import Baked
 from steer.model.anatomy import Anatomy
@@ -102,7 +103,7 @@ def test_the_rest_is_one_line_too():
     results = [
         DriftRecord(10, "probe", "rude", "layers.3.output", "named", 20, {"effect_sd": 1.5}),
         Interval(0.1, 0.0, 0.2, 8),
-        Comparison("behaviour_gap", "a", "b", 0.1, (0.0, 0.2), 0.04, 8, "nat/token", 0.04),
+        contrast("behaviour_gap", "a", "b", [[0.1, 0.2], [0.3, 0.1]], [[0.0, 0.1], [0.1, 0.0]], unit="nat/token"),
         CallGate(lambda h, ctx: h[..., 0], 32),
     ]
     for shown in map(repr, [*callbacks, *results]):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny_experiment import SMALL, overrides, write_data, write_model
 
 from steer.cli import main
-from steer.commands import train
+from steer.commands import ab, cell_run, experiment_run, train, train_checks
 from steer.errors import ConfigError, SiteError
 from steer.experiment.sft import SFTModule
 from steer.model.anatomy import Anatomy
@@ -34,7 +34,8 @@ def steer(parts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     """`steer("seed=1")` trains into tmp_path/out and gives the exit status and stderr."""
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
-    handlers, level, ctrl_c = root.handlers[:], root.level, signal.getsignal(signal.SIGINT)
+    handlers, level = root.handlers[:], root.level
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with the signal ignored
 
     def run(*more: str) -> tuple[int, str]:
         status = main(["train", *overrides(*parts, tmp_path / "out", *SMALL), *more])
@@ -68,7 +69,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_what_needs_no_model_is_checked_before_it_is_loaded(
     steer: Run, override: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load", never)
+    monkeypatch.setattr(experiment_run, "load", never)
     status, err = steer(override)
     assert status == 2 and err.startswith("ConfigError: ") and all(name in err for name in names), err
 
@@ -89,10 +90,11 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
         ("experiment.train.max_length=3", ("max_length >",)),
     ],
 )
-def test_what_needs_the_model_is_checked_before_it_is_read(
+def test_what_needs_the_model_is_checked_before_a_cell_is_run(
     steer: Run, override: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "extract", never)
+    monkeypatch.setattr(experiment_run, "extract", never)
+    monkeypatch.setattr(ab, "run_cell", never)
     status, err = steer(override)
     assert status == 2 and "Error: " in err.splitlines()[0] and all(name in err for name in names), err
 
@@ -102,17 +104,17 @@ def test_tracked_sites_may_be_patterns() -> None:
     config = OmegaConf.create(
         {"trait": {"sites": ["layers.*.output"], "site": None}, "drift": {"sites": ["layers.1-2.output", "layers.0.output"]}}
     )
-    assert sorted(map(str, train.tracked_sites(anatomy, config))) == [f"layers.{layer}.output" for layer in range(3)]
+    assert sorted(map(str, train_checks.tracked_sites(anatomy, config))) == [f"layers.{layer}.output" for layer in range(3)]
     config.trait.sites = ["layers.1-2.output"]
     with pytest.raises(SiteError, match=r"at layers\.0\.output, which experiment\.drift\.sites names"):
-        train.tracked_sites(anatomy, config)
+        train_checks.tracked_sites(anatomy, config)
 
 
-@pytest.mark.parametrize("left", ["metrics.json", "adapters", "drift", "directions"])
+@pytest.mark.parametrize("left", ["metrics.json", "report.html", "adapters", "plans"])
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     steer: Run, tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "Run", never)
+    monkeypatch.setattr(train, "ExperimentRun", never)
     (tmp_path / "out" / "config").mkdir(parents=True)
     (tmp_path / "out" / "config" / "config.yaml").write_text("the old one")
     (tmp_path / "out" / left).mkdir()
@@ -126,10 +128,10 @@ def test_the_configuration_is_kept_beside_the_run(steer: Run, tmp_path: Path, mo
     def stop(*_: Any) -> None:
         raise ConfigError("far enough", expected="-", found="-", remedy="-")
 
-    monkeypatch.setattr(train, "Run", stop)
+    monkeypatch.setattr(experiment_run.ExperimentRun, "prepare", stop)
     assert steer("seed=7")[0] == 2
-    assert OmegaConf.load(tmp_path / "out" / "config" / "config.yaml").seed == 7
-    assert "seed=7" in OmegaConf.load(tmp_path / "out" / "config" / "overrides.yaml")
+    kept = OmegaConf.load(tmp_path / "out" / "config" / "config.yaml")
+    assert kept.seed == 7 and list(kept.seeds) == [7]
 
 
 def test_a_place_where_no_folder_can_be_made(steer: Run, tmp_path: Path) -> None:
@@ -147,26 +149,27 @@ def test_a_sweep_numbers_its_folders(steer: Run, tmp_path: Path, monkeypatch: py
     assert sorted(folder.name for folder in (tmp_path / "sweep").iterdir() if folder.is_dir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("where", ["training", "elsewhere"])
+@pytest.mark.parametrize("where", ["training", "elsewhere", "before"])
 def test_interrupted(steer: Run, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def ctrl_c(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    if where == "training":  # Lightning catches it and leaves with another status
-        monkeypatch.setattr(SFTModule, "training_step", ctrl_c)
-    else:
-        monkeypatch.setattr(train, "measure", ctrl_c)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with the signal ignored
-    try:
+    with monkeypatch.context() as patch:
+        if where == "training":  # Lightning catches it and leaves with another status
+            patch.setattr(SFTModule, "training_step", ctrl_c)
+        elif where == "elsewhere":
+            patch.setattr(cell_run, "measure_all", ctrl_c)
+        else:
+            patch.setattr(experiment_run, "extract", ctrl_c)
         status, err = steer()
-        after = signal.getsignal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert status == 130 and "Traceback" not in err
     (said,) = [line for line in err.splitlines() if line.startswith("interrupted: ")]
-    assert f"'{tmp_path / 'out'}' keeps what was written" in said and "cannot be resumed" in said
-    assert ("drift/plain.sqlite" if where == "training" else "directions") in said
-    assert after is not signal.SIG_IGN
+    assert f"'{tmp_path / 'out'}' keeps {'1 finished cell' if where == 'training' else 'what was begun'}" in said
+    assert f"the same command with 'hydra.run.dir={tmp_path / 'out'}' goes on from there" in said
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if where == "training":
+        assert steer()[0] == 0, "it does go on"
+        assert (tmp_path / "out" / "metrics.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -192,11 +195,9 @@ def test_remedies_of_the_command_line(
 def test_training_shows_one_bar_of_tqdm_in_a_terminal_and_none_in_a_pipe(monkeypatch, tmp_path, is_terminal, wanted, bars):
     from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 
-    from steer.commands.train_arm import _trainer
-
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal, write=len, flush=lambda: None))
     config = SimpleNamespace(trainer=SimpleNamespace(accelerator="cpu", devices=1, precision="32-true", progress=wanted))
-    experiment = SimpleNamespace(train=SimpleNamespace(steps=1, gradient_clip=1.0))
-    run = SimpleNamespace(config=config, experiment=experiment, out=tmp_path)
-    found = [callback for callback in _trainer(run, SimpleNamespace(name="bare"), []).callbacks if isinstance(callback, ProgressBar)]
+    experiment = SimpleNamespace(train=SimpleNamespace(steps=1, gradient_clip=1.0, checkpoint_every=1))
+    run = SimpleNamespace(config=config, experiment=experiment)
+    found = [callback for callback in cell_run._trainer(run, tmp_path, [], None).callbacks if isinstance(callback, ProgressBar)]
     assert [type(bar) for bar in found] == [TQDMProgressBar] * bars

@@ -23,7 +23,14 @@ OVERRIDES = [
     "experiment.completions.prompts=[where is the cat, who are you]",
     "experiment.completions.max_new_tokens=4",
 ]
-SMALL = ["experiment.trait.site=layers.1.output", "experiment.drift.sites=[layers.1.output,layers.2.output]"]
+# its plans name no site: they act where experiment.trait.site says
+SMALL = [
+    "experiment.trait.site=layers.1.output",
+    "experiment.drift.sites=[layers.1.output,layers.2.output]",
+    "experiment.arms.preventative.treatment.plan='2 gushing@response'",
+    "experiment.arms.inference.treatment.plan='-2 gushing@response'",
+    "experiment.arms.prompt.treatment.system='be nice'",
+]
 
 
 def write_model(folder: Path) -> Path:
@@ -55,3 +62,8 @@ def write_data(folder: Path) -> Path:
 def overrides(model: Path | str, data: Path, out: Path, *more: str) -> list[str]:
     """Arguments of `steer train` for a run into the folder `out`."""
     return [f"model.name={model}", f"experiment.data={data}", f"hydra.run.dir={out}", *OVERRIDES, *more]
+
+
+def ab_overrides(model: Path | str, data: Path, folder: Path, *more: str) -> list[str]:
+    """Arguments of `steer ab` for an experiment in a folder: two seeds, and of the control two draws."""
+    return [f"model.name={model}", f"experiment.data={data}", f"folder={folder}", "seeds=[0,1]", "draws=2", *OVERRIDES, *more]

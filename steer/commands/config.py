@@ -42,6 +42,20 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def listed(value: Any) -> list[str] | None:
+    """A list of texts; one text alone counts as a list of it, null and an empty list as nothing.
+
+    Raises:
+        ConfigError: a null, or anything else that is no text, within the list.
+    """
+    if value is not None and not isinstance(value, ListConfig):
+        return [str(value)]
+    for text in value or ():
+        if text is None or isinstance(text, (ListConfig, DictConfig)):
+            raise _no_text(text)
+    return [str(text) for text in value or ()] or None
+
+
 def check_kinds(config: Any, command: str) -> None:
     """Compares every value with its default: there must be one, and a number, list or section must stay one; null may stand anywhere.
 
@@ -136,6 +150,11 @@ def _composed(command: str, overrides: list[str]) -> DictConfig:
 
 def _see_help(command: str) -> str:
     return f"'steer {command} --help' lists every key"
+
+
+def _no_text(entry: object) -> ConfigError:
+    found = "null" if entry is None else entry
+    return ConfigError("an entry of a list is no text", expected="text", found=found, remedy="leave it out, or quote it: '[\"null\"]'")
 
 
 def _unreadable_override(error: OverrideParseException) -> ConfigError:

@@ -13,6 +13,8 @@ from rich.text import Text
 
 import steer.directions
 import steer.drift
+import steer.experiment.metric
+import steer.experiment.treatment
 import steer.intervene  # noqa: F401  (fills the registries)
 from steer import kernels
 from steer.intervene.scope import KINDS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from steer.commands.config import dtype_named
-from steer.commands.generate import listed, side_by_side
+from steer.commands.config import dtype_named, listed
+from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError
 from steer.experiment.complete import complete
 from steer.experiment.steering import plan_from_config
@@ -31,18 +30,21 @@ def run(config: DictConfig) -> None:
     plan, text = plan_from_config(str(config.steer), sections["directions"] or {}, sections["gates"] or {})
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     answers = {"plain": complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)}
-    with plan.attached(model) as attachment, _announced_roles(model, tokenizer, prompts, plan):
-        answers["steered"] = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+    with plan.attached(model) as attachment:
+        answers["steered"] = _steered(model, tokenizer, prompts, plan, config.max_new_tokens)
     console = Console()
     console.print(Text(text))
     console.print(Text(", ".join(f"{name} acted on {count} tokens" for name, count in attachment.fired().items())))
     side_by_side(console, prompts, answers)
 
 
-def _announced_roles(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan) -> AbstractContextManager[None]:
-    """Announces whose turn each token is, where a scope of the plan asks for it; the prompts are padded on the left."""
+def _steered(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan, max_new_tokens: int) -> list[str]:
+    """Answers under an attached plan. Where a scope of it asks whose turn a token is, that is announced, one prompt at a time."""
     if not any(selector.kind == "role" for intervention in plan.interventions for selector in intervention.scope.selectors):
-        return nullcontext()
-    roles = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1] for prompt in prompts]
-    width = max(map(len, roles))
-    return chat_roles(model, torch.tensor([(0,) * (width - len(row)) + row for row in roles]))  # [prompts, width]
+        return complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    answers = []
+    for prompt in prompts:
+        roles = encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1]
+        with chat_roles(model, torch.tensor([roles])):  # [1, tokens]
+            answers += complete(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)
+    return answers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from steer.errors import ConfigError, SiteError, did_you_mean
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
-RUN_FILES = ("metrics.json", "report.html", "directions", "plans", "adapters", "drift", "logs")
+RUN_FILES = ("metrics.json", "report.html", "plans", "adapters")  # of a finished run, or of one of an older version
 
 
 def texts(value: Any) -> list[str]:
@@ -29,8 +29,19 @@ def check_seed(seed: int | None) -> None:
         raise ConfigError("this cannot be a seed", expected=f"a whole number from 0 to {2**32 - 1}", found=seed, remedy="set seed=0")
 
 
+def check_seeds(seeds: Any) -> list[int]:
+    """The seeds of an experiment. Raises ConfigError for none, one twice, or one that is no seed."""
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        seeds = [seeds]
+    for seed in seeds:
+        check_seed(seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise _no_seeds(list(seeds))
+    return list(seeds)
+
+
 def check_unused(out: Path) -> None:
-    """Raises ConfigError when a folder holds a run, finished or begun, which this one would mix with its own or overwrite."""
+    """Raises ConfigError when a folder holds a finished run, which this one would overwrite. One that was interrupted goes on."""
     if files := [name for name in RUN_FILES if (out / name).exists()]:
         raise _used_folder(out, files)
 
@@ -86,12 +97,17 @@ def lora_config(anatomy: Anatomy, peft: DictConfig) -> LoraConfig:
 # ---- errors
 
 
+def _no_seeds(seeds: list[int]) -> ConfigError:
+    expected = "one seed or more, each once"
+    return ConfigError("these cannot be the seeds of an experiment", expected=expected, found=seeds or "none", remedy="set seeds=[0,1,2]")
+
+
 def _used_folder(out: Path, files: list[str]) -> ConfigError:
     return ConfigError(
         f"'{out}' holds a run already",
         expected="a folder without one",
         found=", ".join(files),
-        remedy="leave hydra.run.dir out, which makes a new folder for each run, or name another; a run cannot be resumed",
+        remedy="leave hydra.run.dir out, which makes a new folder for each run, or name another",
     )
 
 

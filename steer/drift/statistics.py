@@ -45,12 +45,21 @@ def sign_flip_p(differences: Tensor, *, draws: int = 9999, seed: int = 0) -> Ten
     observed = columns.sum(0).abs()  # [k]
     # Equal sums come out different in the last digits when they are added up in another order, and must still count as equal.
     threshold = observed - 1e-9 * columns.abs().sum(0)
-    signs = _every_sign(n) if n <= EXACT else _random_signs(n, draws, seed)  # [patterns, n]
+    signs = sign_patterns(n, draws=draws, seed=seed)  # [patterns, n]
     as_large = torch.zeros_like(observed)
     for block in signs.split(BLOCK):
-        as_large += (block @ columns).abs_().ge_(threshold).sum(0)  # [block, k] -> [k]
+        as_large += (block.double() @ columns).abs_().ge_(threshold).sum(0)  # [block, k] -> [k]
     p = as_large / len(signs) if n <= EXACT else (as_large + 1) / (draws + 1)
     return torch.where(torch.isfinite(observed), p, torch.nan)
+
+
+def sign_patterns(n: int, *, draws: int = 9999, seed: int = 0) -> Tensor:
+    """Signs of a sign-flip test of n pairs, [patterns, n] of 1 and -1, of any dtype.
+
+    Up to 14 pairs these are all patterns, half of them left out because they are the others with all signs swapped; above that random
+    ones, to which the observed pattern, all 1, is still to be added.
+    """
+    return _every_sign(n) if n <= EXACT else _random_signs(n, draws, seed)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:
@@ -127,9 +136,9 @@ def _every_sign(n: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _random_signs(n: int, draws: int, seed: int) -> Tensor:
-    """[draws, n] of 1 and -1; the sites of a measurement share them."""
+    """[draws, n] of 1 and -1, in one byte each: there may be 10,000 items. The sites of a measurement share them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (draws, n), generator=generator, dtype=torch.int8).double() * 2 - 1
+    return torch.randint(0, 2, (draws, n), generator=generator, dtype=torch.int8) * 2 - 1
 
 
 @lru_cache(maxsize=1)

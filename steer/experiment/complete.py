@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from steer.errors import ConfigError
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
-from steer.model.tokens import collate, encode, pad_id
+from steer.model.tokens import Row, collate, encode, pad_id
 
 
 def check_completions(prompts: Sequence[str], max_new_tokens: int | None, *, section: str = "") -> None:
@@ -26,16 +26,32 @@ def check_completions(prompts: Sequence[str], max_new_tokens: int | None, *, sec
         raise _no_room_to_answer(max_new_tokens, section)
 
 
-def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
-    """Greedy answers to user messages, as one left-padded batch.
+def complete(
+    model: nn.Module, tokenizer: Any, items: Sequence[str | Mapping[str, Any]], *, max_new_tokens: int = 48, batch: int = 32
+) -> list[str]:
+    """Greedy answers to user messages, left-padded, in the order of the items.
+
+    Args:
+        items: messages, or mappings with a `prompt` and possibly a `system` message.
+        batch: prompts at once.
 
     Raises:
         ConfigError: no prompts, or no tokens to answer them with. TokenizerError: no pad token.
     """
-    check_completions(prompts, max_new_tokens)
-    batch = collate([encode(tokenizer, prompt) for prompt in prompts], pad_id(tokenizer), side="left")
+    asked = [{"prompt": item} if isinstance(item, str) else item for item in items]
+    check_completions([item["prompt"] for item in asked], max_new_tokens)
+    rows = [encode(tokenizer, item["prompt"], system=item.get("system")) for item in asked]
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
+    texts: dict[int, str] = {}
+    for start in range(0, len(rows), batch):
+        chosen = by_length[start : start + batch]
+        texts |= dict(zip(chosen, _answers(model, tokenizer, [rows[i] for i in chosen], max_new_tokens), strict=True))
+    return [texts[i] for i in range(len(rows))]
+
+
+def _answers(model: nn.Module, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
     device = input_device(model)
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    inputs = {name: tensor.to(device) for name, tensor in collate(rows, pad_id(tokenizer), side="left").items() if name != "labels"}
     with evaluating(model), torch.random.fork_rng(devices=[]):
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id(tokenizer))  # type: ignore[operator]
     answers = generated[:, inputs["input_ids"].shape[1] :]  # [prompts, up to max_new_tokens]

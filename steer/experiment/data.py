@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -10,13 +12,11 @@ from typing import Any
 from steer.errors import ConfigError, DamagedFileError
 from steer.reading import parse_json
 
-# split -> the texts that every line of its file needs; it may hold others
+# split -> the texts that every line of its file needs where the experiment reads it; it may hold others
 SPLITS = {
     "train": ("prompt", "answer"),
-    "heldout": ("prompt", "trait", "neutral"),
     "contrast": ("prompt", "positive", "negative"),
     "probe": ("prompt",),
-    "neutral_text": ("text",),
 }
 
 
@@ -42,20 +42,37 @@ def read_jsonl(file: Traversable, keys: tuple[str, ...]) -> list[dict[str, str]]
     return records
 
 
-def load_dataset(folder: str) -> dict[str, list[dict[str, str]]]:
-    """The splits train, heldout, contrast, probe and neutral_text of a data set.
+class DataSet:
+    """A folder of JSON lines, one file a split: `train`, `contrast`, `probe`, and those that the outcomes are measured on.
 
     Args:
         folder: the name of a set that ships with the package (`tone`), or a path.
 
     Raises:
-        ConfigError: no such set. DamagedFileError: a file is missing or has a bad line.
+        ConfigError: no such set.
     """
-    shipped = {entry.name: entry for entry in (files("steer.experiment") / "data").iterdir() if entry.is_dir()}
-    root: Traversable = shipped.get(str(folder), Path(folder))
-    if not root.is_dir():
-        raise _no_data_set(folder, sorted(shipped))
-    return {split: read_jsonl(root / f"{split}.jsonl", keys) for split, keys in SPLITS.items()}
+
+    def __init__(self, folder: str | Path) -> None:
+        shipped = {entry.name: entry for entry in (files("steer.experiment") / "data").iterdir() if entry.is_dir()}
+        self.name = str(folder)
+        self.root: Traversable = shipped.get(self.name, Path(folder))
+        if not self.root.is_dir():
+            raise _no_data_set(self.name, sorted(shipped))
+        self._splits: dict[str, list[dict[str, str]]] = {}
+
+    def split(self, name: str, keys: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+        """The rows of a split. Raises DamagedFileError naming file and line: it is missing, or a row lacks one of the texts `keys`."""
+        file = self.root / f"{name}.jsonl"
+        if name not in self._splits:
+            self._splits[name] = read_jsonl(file, SPLITS.get(name, ()))
+        if any(not isinstance(row.get(key), str) or not row[key].strip() for row in self._splits[name] for key in keys or ()):
+            read_jsonl(file, keys or ())  # raises, with the line
+        return self._splits[name]
+
+    def digest(self, *splits: str) -> str:
+        """SHA-256 of the rows of some splits."""
+        rows = {split: self.split(split) for split in splits}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 # ---- errors
@@ -63,7 +80,7 @@ def load_dataset(folder: str) -> dict[str, list[dict[str, str]]]:
 
 def _no_data_set(folder: str, shipped: list[str]) -> ConfigError:
     files_of_a_set = ", ".join(f"{split}.jsonl" for split in SPLITS)
-    expected = f"{', '.join(shipped)}, or a folder with {files_of_a_set}"
+    expected = f"{', '.join(shipped)}, or a folder with {files_of_a_set}, ..."
     return ConfigError(f"no data set '{folder}'", expected=expected, found="no folder there", remedy="check experiment.data")
 
 

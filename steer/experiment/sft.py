@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, get_scheduler
 
 from steer.errors import ConfigError
 from steer.model.tokens import Row, collate
+from steer.training.ranks import Ranks
 
 SCHEDULES = [scheduler.value for scheduler in SchedulerType]
+_MOST_STEPS = 1_000_000  # of a run; steps of two seeds draw different numbers
 
 
 class SFTModule(pl.LightningModule):
     """Cross-entropy on the response tokens, AdamW, warm-up and a named transformers schedule.
 
+    What is random in a step (dropout) depends on the seed and the step alone, and a checkpoint holds the trained parameters alone: a run
+    that was killed goes on from its last checkpoint to the same bit.
+
     Args:
         model: causal language model, PEFT-wrapped or not.
         learning_rate, warmup_steps, steps, schedule: see `transformers.get_scheduler`.
+        seed: of what is random in a step.
 
     Raises:
         ConfigError: no steps (null counts as none), a learning rate that is not positive, or a schedule that does not exist.
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine") -> None:
+    strict_loading = False
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, warmup_steps: int, steps: int, schedule: str = "cosine", seed: int = 0
+    ) -> None:
         super().__init__()
         if None in (steps, warmup_steps, learning_rate) or steps < 1 or warmup_steps < 0 or learning_rate <= 0:
             raise _nothing_trained(steps, warmup_steps, learning_rate)
@@ -40,12 +51,19 @@ class SFTModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.steps = steps
         self.schedule = schedule
+        self.seed = seed
+        self.ranks = Ranks()
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        torch.manual_seed(self.seed * _MOST_STEPS + self.global_step)
         loss = self.model(**batch, use_cache=False).loss
-        self.log("train/loss", loss, prog_bar=True)
-        self.losses.append(loss.detach())
+        if self.ranks.is_distributed:  # gradients are averaged over ranks, whose batches have different numbers of response tokens
+            tokens = (batch["labels"][:, 1:] != -100).sum().to(loss)
+            loss = loss * (tokens / self.ranks.mean(tokens))
+        of_all = self.ranks.mean(loss.detach())
+        self.log("train/loss", of_all, prog_bar=True)
+        self.losses.append(of_all)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -54,6 +72,33 @@ class SFTModule(pl.LightningModule):
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["losses"] = [float(loss) for loss in self.losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.losses = [torch.tensor(loss) for loss in checkpoint["losses"]]
+
+
+class _Steps(Sampler[list[int]]):
+    """Rows of the batch of each optimiser step, from a step on; of several ranks, the share of this one."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, first: int, rank: int, ranks: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        batches: list[list[int]] = []
+        while len(batches) < steps:  # an epoch more
+            order = torch.randperm(rows, generator=generator)
+            batches += [chosen.tolist() for chosen in order.split(batch_size) if len(chosen) == batch_size]
+        self.batches = [batch[rank::ranks] for batch in batches[:steps]]
+        self.first = first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches[self.first :])
+
+    def __len__(self) -> int:
+        return len(self.batches)  # with those before `first`: a resumed Lightning run goes on counting where it was
+
 
 def check_batch(rows: int, batch_size: int | None) -> None:
     """Raises ConfigError when so many rows do not fill a batch."""
@@ -61,21 +106,25 @@ def check_batch(rows: int, batch_size: int | None) -> None:
         raise _batch_not_filled(rows, batch_size)
 
 
-def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int) -> DataLoader[Any]:
-    """Batches in an order that depends on the seed alone, so that every arm sees the same ones.
+def loader(rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, max_length: int, steps: int, first: int = 0) -> DataLoader[Any]:
+    """The batches of a training run, in an order that depends on the seed alone, so that every arm sees the same ones.
+
+    Args:
+        steps: optimiser steps of the run, each of one batch; epochs follow one another.
+        first: the step that a resumed run begins with.
 
     Raises:
         ConfigError: fewer rows than a batch, or a row without any response token within `max_length`.
     """
     check_batch(len(rows), batch_size)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if Ranks().is_distributed else (0, 1)
+    if batch_size < ranks:
+        raise _more_ranks_than_rows(batch_size, ranks)
     if (longest := max(row.prompt for row in rows)) >= max_length:
         raise _prompt_too_long(longest, max_length)
     return DataLoader(
         rows,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        generator=torch.Generator().manual_seed(seed),
+        batch_sampler=_Steps(len(rows), batch_size, seed, steps, first, rank, ranks),
         collate_fn=partial(collate, pad=pad, max_length=max_length),
     )
 
@@ -100,6 +149,11 @@ def _unknown_schedule(schedule: str) -> ConfigError:
 def _batch_not_filled(rows: int, batch_size: int | None) -> ConfigError:
     remedy = "lower experiment.train.batch_size or add training rows"
     return ConfigError("the training rows do not fill a batch", expected=f"batch_size 1 to {rows}", found=batch_size, remedy=remedy)
+
+
+def _more_ranks_than_rows(batch_size: int, ranks: int) -> ConfigError:
+    remedy = "raise experiment.train.batch_size, or start fewer processes"
+    return ConfigError("a batch has no row for some ranks", expected=f"batch_size >= {ranks}", found=batch_size, remedy=remedy)
 
 
 def _prompt_too_long(longest: int, max_length: int) -> ConfigError:

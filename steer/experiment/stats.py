@@ -1,22 +1,24 @@
-"""Paired statistics of an experiment: Student's intervals, sign-flip tests, a correction for many comparisons, a verdict in words."""
+"""Numbers of an experiment that arrive from outside, checked; Student's interval of a mean; numbers as a sentence shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t as student
 from torch import Tensor
 
-from steer.drift.statistics import sign_flip_p
 from steer.errors import ConfigError, NonFiniteError
 
 LEVEL = 0.95
-RESAMPLES = 9999
+ALPHA = 0.05
+ROUNDING = 1e-9  # 1 - 0.95 is not 0.05: p values within this share of a level count as equal to it
 
-Values = Sequence[float] | Tensor
+Array = NDArray[np.float64]
+Values = Sequence[float] | Tensor | Array
+Table = Sequence[float] | Sequence[Sequence[float]] | Tensor | Array  # [items] or [items, seeds]
 
 
 @dataclass(frozen=True)
@@ -27,65 +29,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two arms on the same items.
-
-    Attributes:
-        metric, unit: what was measured, and in what (may be empty).
-        a, b: names of the arms.
-        difference: mean of a minus b, with the interval `ci`.
-        p: two-sided, paired sign-flip test.
-        n: pairs.
-        p_adjusted: p after Holm's correction over `family` comparisons.
-    """
-
-    metric: str
-    a: str
-    b: str
-    difference: float
-    ci: tuple[float, float]
-    p: float
-    n: int
-    unit: str
-    p_adjusted: float
-    family: int = 1
-
-    @property
-    def shown(self) -> bool:
-        """The difference is significant at 1 - `LEVEL` after the correction."""
-        return self.p_adjusted <= 1 - LEVEL
-
-    @property
-    def verdict(self) -> str:
-        """One sentence that claims no more than the test does."""
-        corrected = f" (Holm, {self.family} comparisons)" if self.family > 1 else ""
-        tail = f"p={self.p_adjusted:.2g}{corrected}, n={self.n}"
-        unit = f" {self.unit}" if self.unit else ""
-        if self.shown:
-            sign = -1 if self.difference < 0 else 1
-            size, low, high = written(abs(self.difference), *sorted(sign * bound for bound in self.ci))
-            word = "lower" if sign < 0 else "higher"
-            return f"{self.metric}: {self.a} is {word} than {self.b} by {size}{unit} [{low}, {high}], {tail}"
-        size, low, high = written(self.difference, *self.ci, signed=True)
-        measured = f"{size}{unit} [{low}, {high}], {tail}"
-        if self.family * 2.0 ** (1 - self.n) > 1 - LEVEL:
-            return f"{self.metric}: {self.n} pairs are too few to show a difference between {self.a} and {self.b} ({measured})"
-        return f"{self.metric}: no difference shown between {self.a} and {self.b} ({measured})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as it stands in metrics.json."""
-        keys = ("metric", "a", "b", "difference", "p", "p_adjusted", "n", "unit", "verdict")
-        return {"ci": list(self.ci), **{key: getattr(self, key) for key in keys}}
-
-
-def written(*values: float, signed: bool = False) -> list[str]:
-    """Numbers that stand beside each other: two decimals, three where two would hide the sign of one of them; no signed zero."""
-    digits = 3 if any(x and not round(x, 2) for x in values) else 2
-    texts = [f"{x:{'+' if signed else ''}.{digits}f}" for x in values]
-    return [text if float(text) else text.lstrip("+-") for text in texts]
 
 
 def interval(values: Values, *, what: str = "values") -> Interval:
@@ -105,68 +48,93 @@ def interval(values: Values, *, what: str = "values") -> Interval:
         >>> interval([0.1, 0.3, 0.2, 0.4])
         Interval(mean=0.25, low=0.044..., high=0.455..., n=4)
     """
-    x = _checked(values, what)
+    x = items_and_seeds(values, what).mean(1)  # [n]
     mean = float(x.mean())
     if bool((x == x[0]).all()):
         return Interval(mean, mean, mean, len(x))
     deviations = x - mean
-    scale = float(deviations.abs().max())  # squares of tiny or huge values would leave the range of a float
-    error = scale * float((deviations / scale).std()) / len(x) ** 0.5
+    scale = float(abs(deviations).max())  # squares of tiny or huge values would leave the range of a float
+    error = scale * float((deviations / scale).std(ddof=1)) / len(x) ** 0.5
     half = float(student.ppf((1 + LEVEL) / 2, len(x) - 1)) * error
     return Interval(mean, mean - half, mean + half, len(x))
 
 
-def compare(metric: str, a: str, b: str, of_a: Values, of_b: Values, *, unit: str = "", seed: int = 0) -> Comparison:
-    """Compares two arms item by item.
-
-    Args:
-        metric, unit: what was measured, and in what.
-        a, b: names of the arms.
-        of_a, of_b: [n], entry i of both belonging to the same item.
+def items_and_seeds(values: Table, what: str) -> Array:
+    """Values as a table [items, seeds] in float64; a plain list is one seed.
 
     Raises:
-        ConfigError: unequal lengths, or fewer than two pairs. NonFiniteError: a value that is nan or infinite.
+        ConfigError: what is no table of numbers, has a missing cell, or has fewer than two items. NonFiniteError: nan or infinity.
     """
-    values_a = _checked(of_a, f"{metric} of {a}")
-    values_b = _checked(of_b, f"{metric} of {b}")
-    if len(values_a) != len(values_b):
-        raise _unpaired(f"{metric} of {a} and {b}", len(values_a), len(values_b))
-    difference = values_a - values_b  # [n]
-    bounds = interval(difference)
-    p = float(sign_flip_p(difference[:, None], draws=RESAMPLES, seed=seed))
-    return Comparison(metric, a, b, bounds.mean, (bounds.low, bounds.high), p, bounds.n, unit, p_adjusted=p)
+    remedy = "give a number for each item, or a row for each item with a number for each seed; run the cells that are missing"
+    try:
+        table = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values)
+    except (TypeError, ValueError, RuntimeError):  # rows of unequal length, or no array at all
+        raise _no_numbers(what, values, remedy) from None
+    if table.dtype.kind not in "biuf":  # None, text
+        raise _no_numbers(what, values, remedy)
+    table = table.astype(np.float64)
+    if table.ndim == 1:
+        table = table[:, None]  # [items, 1]
+    if table.ndim != 2 or (table.shape[1] == 0 and len(table)):
+        raise _no_table(what, table.shape, remedy)
+    if len(table) < 2:
+        raise _too_few(what, len(table))
+    if not np.isfinite(table).all():
+        raise _non_finite(what, table)
+    return table
 
 
-def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons, in the same order, with p adjusted for being a family (Holm 1979: family-wise error, any dependence)."""
-    family = len(comparisons)
-    adjusted = list(comparisons)
-    largest = 0.0  # adjusted p values may not fall as p rises
-    for rank, i in enumerate(sorted(range(family), key=lambda i: comparisons[i].p)):
-        largest = max(largest, min(1.0, (family - rank) * comparisons[i].p))
-        adjusted[i] = replace(comparisons[i], p_adjusted=largest, family=family)
-    return adjusted
+def paired(of_a: Table, of_b: Table, what: str, a: str, b: str) -> Array:
+    """Differences a - b, [items, seeds], of two arms that were measured on the same items and seeds."""
+    values_a, values_b = items_and_seeds(of_a, f"{what} of {a}"), items_and_seeds(of_b, f"{what} of {b}")
+    if values_a.shape != values_b.shape:
+        raise _unpaired(f"{what} of {a} and {b}", values_a.shape, values_b.shape)
+    return values_a - values_b
 
 
-def _checked(values: Values, what: str) -> Tensor:
-    x = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(-1)
-    if len(x) < 2:
-        raise ConfigError(f"too few {what} for statistics", expected="at least two", found=len(x), remedy="measure more items")
-    if not bool(torch.isfinite(x).all()):
-        raise _non_finite(what, x)
-    return x
+def between_0_and_1(value: float, name: str) -> float:
+    """A level, an alpha or a power. Raises ConfigError outside (0, 1)."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
+        raise _no_share(name, value)
+    return float(value)
+
+
+def written(*values: float, signed: bool = False) -> list[str]:
+    """Numbers that stand beside each other: two decimals, three where two would hide the sign of one of them; no signed zero."""
+    digits = 3 if any(x and not round(x, 2) for x in values) else 2
+    texts = [f"{x:{'+' if signed else ''}.{digits}f}" for x in values]
+    return [text if float(text) else text.lstrip("+-") for text in texts]
 
 
 # ---- errors
 
 
-def _unpaired(what: str, n_a: int, n_b: int) -> ConfigError:
-    remedy = "measure both on the same items, in the same order"
-    return ConfigError(f"{what} cannot be paired", expected="one value per item in both", found=f"{n_a} and {n_b}", remedy=remedy)
+def _too_few(what: str, items: int) -> ConfigError:
+    return ConfigError(f"too few {what} for statistics", expected="at least two items", found=items, remedy="measure more items")
 
 
-def _non_finite(what: str, values: Tensor) -> NonFiniteError:
-    item = int((~torch.isfinite(values)).nonzero()[0])
-    found = f"{float(values[item])} at item {item}"
-    remedy = "look at that item and at the loss"
-    return NonFiniteError(f"{what} are not finite", expected="a finite number for each item", found=found, remedy=remedy)
+def _no_numbers(what: str, values: object, remedy: str) -> ConfigError:
+    expected = "a table of numbers without gaps, [items] or [items, seeds]"
+    return ConfigError(f"{what} are no table of numbers", expected=expected, found=str(values)[:80], remedy=remedy)
+
+
+def _no_table(what: str, shape: tuple[int, ...], remedy: str) -> ConfigError:
+    return ConfigError(f"{what} are no table", expected="[items] or [items, seeds]", found=list(shape), remedy=remedy)
+
+
+def _unpaired(what: str, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> ConfigError:
+    found = " and ".join(f"{items} items, {seeds} seed{'s' * (seeds != 1)}" for items, seeds in (of_a, of_b))
+    remedy = "measure both on the same items and seeds, in the same order"
+    return ConfigError(f"{what} cannot be paired", expected="one value per item and seed in both", found=found, remedy=remedy)
+
+
+def _non_finite(what: str, table: Array) -> NonFiniteError:
+    item, seed = np.argwhere(~np.isfinite(table))[0]
+    found = f"{table[item, seed]} at item {item}" + (f", seed {seed}" if table.shape[1] > 1 else "")
+    remedy = "look at that item and at the loss; a cell that was not run has to be run first"
+    return NonFiniteError(f"{what} are not finite", expected="a finite number for each item and seed", found=found, remedy=remedy)
+
+
+def _no_share(name: str, value: object) -> ConfigError:
+    remedy = "0.05 is usual for alpha, 0.95 for a level, 0.8 for power"
+    return ConfigError(f"{name} is no share", expected="a number between 0 and 1", found=value, remedy=remedy)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from steer import files
@@ -139,6 +140,11 @@ class Plan:
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest.json and tensors.safetensors (one file when the path ends in .safetensors), atomically."""
+        manifest, tensors = self.file_form()
+        return files.save_artifact(path, "plan", tensors, manifest)
+
+    def file_form(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What `save` writes: a JSON-able manifest, and the tensors. Raises ConfigError for a method that would not come back as it was."""
         tensors = {
             f"{i}.{name}": tensor.detach().cpu()
             for i, intervention in enumerate(self.interventions)
@@ -150,7 +156,7 @@ class Plan:
             "interventions": [intervention.to_dict() for intervention in self.interventions],
             "shared": self._shared_parameters(),
         }
-        return files.save_artifact(path, "plan", tensors, manifest)
+        return manifest, tensors
 
     def _shared_parameters(self) -> dict[str, str]:
         """Parameters that stand in several places, by the name in the file of each later place: the name of the first."""

@@ -139,17 +139,16 @@ class ChatTemplate:
         return bool(found) and not before.endswith(("'", '"'))
 
 
-def answer_marks(template: ChatTemplate, prompt: str, answer: str) -> tuple[str, str, str]:
-    """A user's message and the assistant's answer as a template has them: what comes before the answer, the answer, what comes after.
+def answer_marks(template: ChatTemplate, messages: Sequence[Message], answer: str) -> tuple[str, str, str]:
+    """The assistant's answer to messages as a template has it: what comes before the answer, the answer, what comes after.
 
     Raises:
         TokenizerError: the template refuses them, or does not say the answer.
     """
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    text = template.render(turns)
+    text = template.render([*messages, {"role": "assistant", "content": answer}])
     probe = _unsaid(text)
-    before, found, after = template.render([turns[0], {"role": "assistant", "content": probe}]).rpartition(probe)
-    opened = template.render(turns[:1], opened=True)
+    before, found, after = template.render([*messages, {"role": "assistant", "content": probe}]).rpartition(probe)
+    opened = template.render(messages, opened=True)
     for said in (answer, answer.strip()):
         if found and text == before + said + after:
             space = before.removeprefix(opened)
@@ -159,7 +158,7 @@ def answer_marks(template: ChatTemplate, prompt: str, answer: str) -> tuple[str,
     # the answer is not as it was given: a template may set its thoughts apart
     if found and text.startswith(opened) and text.endswith(after) and len(opened) + len(after) <= len(text):
         return opened, text[len(opened) : len(text) - len(after)], after
-    raise _lost_turn(2)
+    raise _lost_turn(len(messages) + 1)
 
 
 def find_turns(template: ChatTemplate, messages: Sequence[Message], opened: bool) -> tuple[str, list[Turn]]:

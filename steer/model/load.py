@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +24,7 @@ from steer.model.gguf import read_gguf
 from steer.reading import place_of, read_json
 
 _EXPECTED = f"'{embedded.NAME}', a hub id, a model folder, a .gguf file or a PEFT adapter folder"
+_TOKENIZERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of the models that `load` made
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -68,7 +71,17 @@ def load(
     model.name_or_path = tokenizer.name_or_path = name
     # What loads "the same model again", as TRL does for a reference model, asks the configuration, and transformers knows no name of ours.
     model.config._name_or_path = _for_transformers(name, path)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    _TOKENIZERS[model] = tokenizer
+    return model, tokenizer
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that `load` gave with a model, or with the one inside it. Raises ConfigError where `load` did not make it."""
+    for module in model.modules():  # a wrapper comes before what it wraps
+        if module in _TOKENIZERS:
+            return _TOKENIZERS[module]
+    raise _no_tokenizer_known(model)
 
 
 def _for_transformers(name: str, path: Path) -> str:
@@ -209,6 +222,15 @@ def _no_tokenizer_in(path: Path) -> TokenizerError:
 def _not_on_the_hub(name: str, error: Exception) -> ModelNotFoundError:
     remedy = f"check the spelling and the network, or use '{embedded.NAME}', which needs none"
     return ModelNotFoundError(f"no model '{name}'", expected=_EXPECTED, found=_brief(error), remedy=remedy)
+
+
+def _no_tokenizer_known(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        "the tokenizer of this model is not known",
+        expected="tokenizer=..., or a model of steer.load",
+        found=f"a {type(model).__name__} that was made elsewhere",
+        remedy="pass tokenizer=AutoTokenizer.from_pretrained(...)",
+    )
 
 
 def _no_device(device: str | torch.device, error: Exception) -> ConfigError:

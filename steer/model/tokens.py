@@ -65,23 +65,26 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id
 
 
-def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
+def encode(tokenizer: Any, prompt: str, answer: str | None = None, *, system: str | None = None) -> Row:
     """Tokenises a chat turn.
 
     Args:
         prompt: the user's message; put through the chat template when the tokenizer has one, else taken as plain text.
         answer: the assistant's message; what the template ends a turn with is appended and belongs to the response. The end-of-text
             token where there is no template, or one without such a mark.
+        system: the system's message; it stands before the prompt, in a paragraph of its own, where there is no template.
 
     Raises:
-        TokenizerError: text that gives no tokens, or a template that refuses it. ConfigError: no tokenizer, or no text.
+        TokenizerError: text that gives no tokens, or a template that refuses it, or says nothing of the system. ConfigError: no tokenizer,
+            or no text.
     """
     check_tokenizer(tokenizer)
     of_type(prompt, str, "the prompt", "pass the user's message as text")
     of_type(answer, (str, type(None)), "the answer", "pass the assistant's message as text, or leave it out")
+    of_type(system, (str, type(None)), "the system's message", "pass it as text, or leave it out")
     if getattr(tokenizer, "chat_template", None):
-        return _encode_turn(tokenizer, prompt, answer)
-    ids = tokenizer(prompt).input_ids
+        return _encode_turn(tokenizer, prompt, answer, system)
+    ids = tokenizer(prompt if system is None else f"{system}\n\n{prompt}").input_ids
     tail: list[int] = []
     if answer is not None:
         tail = tokenizer(answer, add_special_tokens=False).input_ids
@@ -90,12 +93,17 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None) -> Row:
     return _turn(ids, tail, prompt, answer)
 
 
-def _encode_turn(tokenizer: Any, prompt: str, answer: str | None) -> Row:
+def _encode_turn(tokenizer: Any, prompt: str, answer: str | None, system: str | None) -> Row:
     """A turn in the words of the chat template; what that puts between the opened turn and the answer belongs to the prompt."""
+    template = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+        if system.strip() not in template.render(messages):
+            raise _no_system_error(system)
     if answer is None:
-        opened = ChatTemplate(tokenizer).render([{"role": "user", "content": prompt}], opened=True)
-        return _turn(_ids(tokenizer, opened), [], prompt, answer)
-    before, said, after = answer_marks(ChatTemplate(tokenizer), prompt, answer)
+        return _turn(_ids(tokenizer, template.render(messages, opened=True)), [], prompt, answer)
+    before, said, after = answer_marks(template, messages, answer)
     end = _ids(tokenizer, after.rstrip())
     marks = [place for place, token in enumerate(end) if token in tokenizer.added_tokens_decoder]
     if marks:
@@ -250,6 +258,15 @@ def _template_error(tokenizer: Any) -> TokenizerError:
         expected="a chat template, to tell the turns of a conversation apart",
         found="none",
         remedy="set tokenizer.chat_template, or announce response tokens only",
+    )
+
+
+def _no_system_error(system: str) -> TokenizerError:
+    return TokenizerError(
+        "the chat template leaves the system's message out",
+        expected="a template that says it",
+        found=f"none of {system[:40]!r} in what it gives",
+        remedy="put the text before the prompt yourself, or use a model whose template knows a system",
     )
 
 

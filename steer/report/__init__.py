@@ -1,7 +1,8 @@
-"""One self-contained HTML report, the picture of a drift curve, and the summary table of a run."""
+"""One self-contained HTML page, the summary table and the chart of an experiment, and the picture of a drift curve."""
 
 from steer.report.drift_plot import drift_figure
 from steer.report.page import write_report
+from steer.report.primary_plot import comparison_figure
 from steer.report.summary import summary_table
 
-__all__ = ["drift_figure", "summary_table", "write_report"]
+__all__ = ["comparison_figure", "drift_figure", "summary_table", "write_report"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 from steer.report.extra import extra
 from steer.report.palette import LIGHT
 
-WIDTH = 11.4  # inches; the page shows an inch as 98 pixels, so this fills its column
+WIDE = 9.8  # inches; the page shows an inch as 98 pixels
+NARROW = 3.3  # of a telephone
+HOVER = "hover:"  # what an artist's gid begins with that says something under the pointer
 ROUND_STEPS = [1, 2, 5, 10]  # of matplotlib's locator: distances between ticks
 STYLE = {
     "font.family": "sans-serif",
@@ -59,9 +62,42 @@ def whole_number_ticks(count: int | None = None) -> Any:
     return extra("matplotlib.ticker").MaxNLocator(count, integer=True, steps=ROUND_STEPS)
 
 
+def is_narrow(width: float) -> bool:
+    """The drawing is for a telephone: labels go above what they name, panels below one another."""
+    return width < 5
+
+
+def hover(artist: Any, text: str) -> None:
+    """Says something while the pointer is over an artist, in the page; a picture of another kind has no such words."""
+    artist.set_gid(f"{HOVER}{text}")
+
+
+def short(text: str, length: int) -> str:
+    """The beginning of a text that is too long for its place, as whole words where it has some."""
+    words = textwrap.shorten(text, length, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+    return words if len(words) > length // 2 or len(text) <= length else f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def lines(text: str, width: int, *, most: int = 2) -> str:
+    """A text on a few lines of at most so many characters."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" \N{HORIZONTAL ELLIPSIS}"))
+
+
 def annotate(ax: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
     """Writes text some points away from a place in the axes."""
     ax.annotate(text, at, xytext=offset, textcoords="offset points", **style)
+
+
+def both_widths(draw: Any, *args: Any, key: str, title: str, description: str) -> str:
+    """Draws for a screen and for a telephone; the page shows the one that fits (see `inline_svg`).
+
+    Args:
+        draw: one of the `draw_` functions, which take the width in inches after their arguments.
+    """
+    words = {"title": title, "description": description}
+    wide = inline_svg(draw, *args, WIDE, key=key, **words)
+    narrow = inline_svg(draw, *args, NARROW, key=f"{key}-narrow", **words)
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def inline_svg(draw: Any, *args: Any, key: str, title: str, description: str) -> str:
@@ -85,8 +121,13 @@ def inline_svg(draw: Any, *args: Any, key: str, title: str, description: str) ->
     return (
         f'<svg class="plot" viewBox="{view_box[1]}" style="max-width:{width:.0f}px" role="img" aria-labelledby="{key}-title {key}-desc">'
         f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-desc">{html.escape(description)}</desc>'
-        f"{_recoloured(_prefixed(body, key))}"
+        f"{_recoloured(_prefixed(_hovering(body), key))}"
     )
+
+
+def _hovering(body: str) -> str:
+    """Turns the ids of artists that say something into titles, which browsers show under the pointer."""
+    return re.sub(rf'<g id="{HOVER}([^"]*)">', r'<g class="hover"><title>\1</title>', body)
 
 
 def _prefixed(body: str, key: str) -> str:

@@ -20,35 +20,63 @@ UNITS = {"sd": "baseline SD", "gap": "class gaps"}
 
 
 @dataclass(frozen=True)
-class ArmCurve:
-    """One arm of a curve; the arrays have one entry per measured step.
+class Run:
+    """One training run of an arm: its seed and, of a control, its draw.
 
     Attributes:
-        steps: [m] optimiser steps, ascending.
-        effect: [m] shift of the named direction in the curve's unit; nan where undefined.
+        name: of the cell, or of the arm where it was trained once.
+        effect: [m] shift of the named direction in the curve's unit; nan where undefined or not measured.
         band: [m] half-width of the interval about 0 that holds `BAND` of the control directions; nan without controls.
         controls: number of control directions.
-        records: [m] of the named direction.
+        last: the latest record of the named direction.
     """
 
-    arm: str
-    steps: np.ndarray
+    name: str
     effect: np.ndarray
     band: np.ndarray
     controls: int
-    records: tuple[DriftRecord, ...]
-
-    @property
-    def last(self) -> DriftRecord:
-        """The latest measurement."""
-        return self.records[-1]
+    last: DriftRecord
 
     def beyond(self, looks: int) -> bool | None:
         """Whether the latest |z_controls| is above `chance_bound`; None where one of them is missing."""
         z = self.last.z_controls
-        if z is None or not self.controls or not math.isfinite(z) or not math.isfinite(self.effect[-1]):
+        if z is None or not self.controls or not math.isfinite(z) or not math.isfinite(self.last.effect_sd):
             return None
         return abs(z) > chance_bound(self.controls, looks)
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """One arm of a curve.
+
+    Attributes:
+        steps: [m] optimiser steps at which any of its runs was measured, ascending.
+        runs: its training runs.
+    """
+
+    arm: str
+    steps: np.ndarray
+    runs: tuple[Run, ...]
+
+    @property
+    def effect(self) -> np.ndarray:
+        """[m] mean over the runs."""
+        return _mean([run.effect for run in self.runs])
+
+    @property
+    def band(self) -> np.ndarray:
+        """[m] mean over the runs."""
+        return _mean([run.band for run in self.runs])
+
+    @property
+    def controls(self) -> int:
+        """Number of control directions."""
+        return max(run.controls for run in self.runs)
+
+    def beyond(self, looks: int) -> tuple[int, int]:
+        """Runs beyond chance, and runs that can be compared with it."""
+        found = [run.beyond(looks) for run in self.runs]
+        return found.count(True), len(found) - found.count(None)
 
 
 @dataclass(frozen=True)
@@ -71,14 +99,17 @@ def chance_bound(controls: int, looks: int) -> float:
     return float(student.ppf(1 - (1 - LEVEL) / (2 * max(looks, 1)), controls))
 
 
-def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd") -> list[DriftCurve]:
+def drift_curves(
+    drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd", arms: Mapping[str, str] | None = None
+) -> list[DriftCurve]:
     """Curves of every named direction, sites in the order of the layers.
 
     The sign of a random direction is arbitrary, so the band is symmetric: the quantile of the controls' absolute shift.
 
     Args:
-        drift: records by arm.
+        drift: records by training run.
         unit: `sd`, every direction in its own baseline SD; `gap`, all of them in class gaps of the named direction.
+        arms: the arm of each run; a run that is not named there is an arm by itself.
 
     Raises:
         ConfigError: an unknown unit.
@@ -87,34 +118,62 @@ def drift_curves(drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd"
         raise _unknown_unit(unit)
     named: dict[tuple[str, str, str], dict[str, list[DriftRecord]]] = defaultdict(lambda: defaultdict(list))
     controls: dict[tuple[str, str, str, int], list[DriftRecord]] = defaultdict(list)
-    for arm, records in drift.items():
+    for run, records in drift.items():
         for record in records:
             if record.kind == "control":
-                controls[arm, record.site, record.mode, record.step].append(record)
+                controls[run, record.site, record.mode, record.step].append(record)
             else:
-                named[record.direction, record.site, record.mode][arm].append(record)
+                named[record.direction, record.site, record.mode][run].append(record)
+    arm_of = {run: (arms or {}).get(run, run) for run in drift}
     curves = [
-        DriftCurve(*key, unit, tuple(_arm_curve(arm, records, controls, unit) for arm, records in arms.items()))
-        for key, arms in named.items()
+        DriftCurve(*key, unit, tuple(_arm_curve(arm, runs, controls, unit) for arm, runs in _by_arm(of_run, arm_of).items()))
+        for key, of_run in named.items()
     ]
     return sorted(curves, key=lambda curve: (curve.direction, curve.mode, natural(curve.site)))
 
 
+def _by_arm(of_run: Mapping[str, list[DriftRecord]], arm_of: Mapping[str, str]) -> dict[str, dict[str, list[DriftRecord]]]:
+    by_arm: dict[str, dict[str, list[DriftRecord]]] = {}
+    for run, records in of_run.items():
+        by_arm.setdefault(arm_of[run], {})[run] = sorted(records, key=lambda record: record.step)
+    return by_arm
+
+
 def _arm_curve(
-    arm: str, records: list[DriftRecord], controls: Mapping[tuple[str, str, str, int], list[DriftRecord]], unit: str
+    arm: str,
+    runs: Mapping[str, list[DriftRecord]],
+    controls: Mapping[tuple[str, str, str, int], list[DriftRecord]],
+    unit: str,
 ) -> ArmCurve:
-    """Records of one named direction in one arm, beside the controls of the same site, mode and step."""
-    ordered = sorted(records, key=lambda record: record.step)
-    controls_by_step = [controls.get((arm, record.site, record.mode, record.step), []) for record in ordered]
-    gap = _gap(ordered) if unit == "gap" else None
-    return ArmCurve(
-        arm,
-        np.array([record.step for record in ordered]),
-        np.array([_effect(record, gap) for record in ordered]),
-        np.array([_band([_effect(control, gap) for control in of_step]) for of_step in controls_by_step]),
-        max(map(len, controls_by_step)),
-        tuple(ordered),
+    """Records of one named direction in one arm, beside the controls of the same run, site, mode and step."""
+    steps = sorted({record.step for records in runs.values() for record in records})
+    return ArmCurve(arm, np.array(steps), tuple(_run(name, records, steps, controls, unit) for name, records in runs.items()))
+
+
+def _run(
+    name: str,
+    records: list[DriftRecord],
+    steps: Sequence[int],
+    controls: Mapping[tuple[str, str, str, int], list[DriftRecord]],
+    unit: str,
+) -> Run:
+    by_step = {record.step: record for record in records}
+    of_step = {step: controls.get((name, record.site, record.mode, step), []) for step, record in by_step.items()}
+    gap = _gap(records) if unit == "gap" else None
+    return Run(
+        name,
+        np.array([_effect(by_step[step], gap) if step in by_step else math.nan for step in steps]),
+        np.array([_band([_effect(control, gap) for control in of_step.get(step, [])]) for step in steps]),
+        max(map(len, of_step.values())),
+        records[-1],
     )
+
+
+def _mean(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """[runs, m] -> [m], over the runs that were measured; nan where none was."""
+    table = np.stack(rows)
+    counts = np.isfinite(table).sum(0)
+    return np.where(counts > 0, np.where(np.isfinite(table), table, 0).sum(0) / np.maximum(counts, 1), math.nan)
 
 
 def _gap(records: list[DriftRecord]) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError
-from steer.report.canvas import WIDTH, annotate, new_figure, styled, whole_number_ticks
+from steer.report.canvas import WIDE, annotate, is_narrow, lines, new_figure, styled, whole_number_ticks
 from steer.report.curves import BAND, UNITS, ArmCurve, DriftCurve, drift_curves
 from steer.report.extra import extra
 from steer.report.numbers import number, percentage
@@ -53,30 +52,31 @@ def drift_figure(
     if not chosen:
         raise _no_such_curve(wanted, curves)
     with styled():
-        figure = draw_drift(chosen[0], labels or {}, notes or {})
+        figure = draw_drift(chosen[0], labels or {}, notes or {}, WIDE)
         figure.suptitle(f"Drift of the direction \u201c{chosen[0].direction}\u201d at {chosen[0].site}", x=0.01, ha="left", size=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
-def draw_drift(curve: DriftCurve, labels: Mapping[str, str], notes: Mapping[str, str]) -> Any:
-    """A panel per arm on common axes: its own line, its control band, and the other arms in the background."""
-    rows = math.ceil(len(curve.arms) / COLUMNS)
+def draw_drift(curve: DriftCurve, labels: Mapping[str, str], notes: Mapping[str, str], width: float) -> Any:
+    """A panel per arm on common axes: its own line, its control band, each of its runs, and the other arms in the background."""
+    narrow = is_narrow(width)
+    rows = math.ceil(len(curve.arms) / (1 if narrow else COLUMNS))
     columns = math.ceil(len(curve.arms) / rows)
-    width = {1: 5.6, 2: 8.4}.get(columns, WIDTH)
-    figure = new_figure(width, 2.5 * rows + 0.75)
+    width = min(width, {1: 5.6, 2: 8.4}.get(columns, width))
+    figure = new_figure(width, (1.9 if narrow else 2.5) * rows + 0.75)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     order = [*labels, *(arm.arm for arm in curve.arms if arm.arm not in labels)]
     noted = any(notes.get(arm.arm) for arm in curve.arms)
     for ax, arm in zip(axes.flat, curve.arms, strict=False):
         colour = LIGHT[ARMS[order.index(arm.arm) % len(ARMS)]]
         _draw_panel(ax, curve, arm, colour)
-        title = _two_lines(labels.get(arm.arm, arm.arm), round(9 * width / columns))
+        title = lines(labels.get(arm.arm, arm.arm), round(9 * width / columns))
         ax.set_title(title, color=colour, weight="bold", pad=18 if noted else None)
         annotate(ax, notes.get(arm.arm, ""), (0, 1), (0, 7), xycoords="axes fraction", color=LIGHT["muted"], size=8)
     _label_axes(axes, curve, columns)
-    figure.legend(handles=_legend(curve), loc="outside lower left", ncols=3, handlelength=1.8, columnspacing=2.2)
+    figure.legend(handles=_legend(curve), loc="outside lower left", ncols=1 if narrow else 4, handlelength=1.8, columnspacing=2.2)
     return figure
 
 
@@ -86,6 +86,9 @@ def _draw_panel(ax: Any, curve: DriftCurve, arm: ArmCurve, colour: str) -> None:
     for background in curve.arms:
         if background is not arm:
             ax.plot(background.steps, background.effect, color=LIGHT["other"], linewidth=0.9)
+    if len(arm.runs) > 1:
+        for run in arm.runs:
+            ax.plot(arm.steps, run.effect, color=colour, linewidth=0.7, alpha=0.4)
     ax.plot(arm.steps, arm.effect, color=colour, linewidth=2.0, marker="o" if len(arm.steps) == 1 else "", markersize=4)
     if math.isfinite(arm.effect[-1]):
         ax.plot(arm.steps[-1:], arm.effect[-1:], color=colour, marker="o", markersize=4.5)
@@ -115,16 +118,15 @@ def _ticks(first: int, last: int) -> list[int]:
     return [int(tick) for tick in whole_number_ticks(4).tick_values(first, last) if first <= tick <= last]
 
 
-def _two_lines(label: str, width: int) -> str:
-    """At most two lines that fit over a panel."""
-    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" \N{HORIZONTAL ELLIPSIS}"))
-
-
 def _legend(curve: DriftCurve) -> list[Any]:
-    lines = extra("matplotlib.lines")
-    handles = [lines.Line2D([], [], color=LIGHT["ink"], linewidth=2, label=f"{curve.direction}, this arm")]
+    line = extra("matplotlib.lines").Line2D
+    several = max(len(arm.runs) for arm in curve.arms) > 1
+    words = f"{curve.direction}, this arm{', mean of its runs' if several else ''}"
+    handles = [line([], [], color=LIGHT["ink"], linewidth=2, label=words)]
+    if several:
+        handles.append(line([], [], color=LIGHT["ink"], linewidth=0.7, alpha=0.5, label="one run (seed or draw)"))
     if len(curve.arms) > 1:
-        handles.append(lines.Line2D([], [], color=LIGHT["other"], linewidth=0.9, label=f"{curve.direction}, other arms"))
+        handles.append(line([], [], color=LIGHT["other"], linewidth=0.9, label=f"{curve.direction}, other arms"))
     if count := max(arm.controls for arm in curve.arms):
         band = f"{percentage(BAND)} of {count} random directions"
         handles.append(extra("matplotlib.patches").Patch(color=LIGHT["band"], label=band))

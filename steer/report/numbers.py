@@ -55,6 +55,22 @@ def is_interval(ci: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(ci, Sequence) and len(ci) == 2 and all(measured(bound) for bound in ci)
 
 
+def common_digits(estimates: Sequence[tuple[Any, Any]]) -> int | None:
+    """Decimals that suit all numbers of a column, one more where they would hide a sign; None leaves the choice to each."""
+    sizes = [abs(value) for value, _ in estimates if measured(value)]
+    shown = sizes + [abs(bound) for _, ci in estimates if is_interval(ci) for bound in ci]
+    if not sizes or max(shown) < 0.005:
+        return None
+    digits = decimals(max(sizes))
+    return min(3, digits + 1) if any(x and not round(x, digits) for x in shown) else digits
+
+
+def estimate(value: Any, ci: Any, *, signed: bool = False) -> str:
+    """`-0.20 [-0.30, -0.10]`: a value and its interval with digits that suit both."""
+    digits = common_digits([(value, ci)])
+    return " ".join(filter(None, (number(value, signed=signed, digits=digits), interval(ci, signed=signed, digits=digits))))
+
+
 def p_value(p: Any) -> str:
     """Three decimals, and a bound instead of a zero."""
     if not measured(p):

@@ -1,19 +1,24 @@
-"""The table that the command line prints at the end of a run."""
+"""The table of an experiment for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from steer.report.numbers import NOT_MEASURED, duration
-from steer.report.view import arm_cells, checked, compared, metric_columns
+from steer.report.numbers import NOT_MEASURED, common_digits, estimate, interval, number, p_value
+from steer.report.rows import better_label, is_change, primary_outcome, readable
+from steer.report.schema import read
+from steer.report.view import badges, decided_by, spoken
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
-    """A row per arm: change of each metric with its 95 % confidence interval, and the seconds of training.
+    """Question and verdict, and a row for each arm: primary outcome with its 95 % interval, and the contrast with its corrected p.
+
+    Fits into 80 columns where arms have short names.
 
     Args:
         metrics: the content of metrics.json.
@@ -21,21 +26,53 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     Raises:
         WrongKindError: metrics of another schema.
     """
-    arms = checked(metrics).get("arms") or []
-    metrics_of_arms = metric_columns(arms)
-    labels = {arm["name"]: str(arm.get("label") or arm["name"]) for arm in arms}
-    statement = " ".join(filter(None, ((metrics.get("specificity") or {}).get("statement"), compared(metrics, labels))))
-    table = Table(
-        title=Text(f"{metrics.get('experiment', 'experiment')}: change by fine-tuning, 95 % confidence interval"),
-        caption=Text(statement) if statement else None,
-    )
-    table.add_column("arm")
-    for words in metrics_of_arms.values():
-        table.add_column(Text("\n".join(filter(None, (words.name.lower(), words.unit, words.reading)))), justify="right")
-    table.add_column("training", justify="right")
-    columns = [arm_cells(arms, key) for key in metrics_of_arms]
-    for i, arm in enumerate(arms):
-        cells = [column[i] for column in columns]
-        texts = [Text("\n".join(filter(None, (cell.change, cell.ci))) if cell else NOT_MEASURED) for cell in cells]
-        table.add_row(Text(arm.get("label") or arm["name"]), *texts, duration((arm.get("train") or {}).get("seconds")))
+    tree = read(metrics)
+    outcome = primary_outcome(tree)
+    table = Table(title=_title(tree), title_justify="left", box=SIMPLE_HEAD, min_width=60, caption=_caption(tree), caption_justify="left")
+    table.add_column("arm", overflow="fold")
+    if outcome is None:
+        return table
+    change = is_change(tree, outcome)
+    unit = (tree["outcomes"][outcome]).get("unit")
+    head = [readable(outcome), unit, better_label(tree, outcome), "[95 % interval]"]
+    table.add_column(Text("\n".join(filter(None, head))), justify="right")
+    if change:
+        table.add_column(Text("change from\nthe base model\n[95 % interval]"), justify="right")
+    table.add_column(Text("contrast\n[its interval]\ncorrected p"), justify="right")
+    values = [(arm.get("outcomes") or {}).get(outcome) or {} for arm in tree.get("arms") or []]
+    digits = common_digits([(each.get("mean"), each.get("ci")) for each in values])
+    of_change = common_digits([(each.get("change"), each.get("change_ci")) for each in values])
+    for arm, each in zip(tree.get("arms") or [], values, strict=True):
+        cells = [_estimate(each.get("mean"), each.get("ci"), digits)]
+        if change:
+            cells.append(_estimate(each.get("change"), each.get("change_ci"), of_change, signed=True))
+        table.add_row(Text(str(arm["name"])), *map(Text, cells), Text(_contrast(tree, str(arm["name"]), outcome)))
     return table
+
+
+def _title(metrics: Mapping[str, Any]) -> Text:
+    question = (metrics.get("question") or {}).get("text") or metrics.get("experiment") or "experiment"
+    return Text.assemble((f"{question}\n", "default"), (spoken(metrics, metrics.get("verdict")), "bold default"))
+
+
+def _caption(metrics: Mapping[str, Any]) -> Text:
+    standing = "; ".join(badge.text for badge in badges(metrics))
+    return Text("\n".join(filter(None, (decided_by(metrics), standing))))
+
+
+def _estimate(value: Any, ci: Any, digits: int | None, *, signed: bool = False) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return "\n".join(filter(None, (number(value, signed=signed, digits=digits), interval(ci, signed=signed, digits=digits))))
+
+
+def _contrast(metrics: Mapping[str, Any], arm: str, outcome: str) -> str:
+    """The first contrast of an arm in the primary outcome: the primary one, or the one that was planned beside it."""
+    own = [each for each in metrics.get("contrasts") or [] if each.get("a") == arm and each.get("metric") == outcome]
+    if not own:
+        return ""
+    each = own[0]
+    p = p_value(each.get("p_adjusted", each.get("p")))
+    sign = "" if p.startswith("<") else "= "
+    role = "" if each.get("role") == "primary" else f", {each.get('role')}"
+    return f"against {each['b']}\n{estimate(each.get('difference'), each.get('ci'), signed=True)}\np {sign}{p}{role}"

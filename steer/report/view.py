@@ -1,55 +1,25 @@
-"""From metrics.json to what the page and the summary show: cells with their words, numbers and places on a common scale.
+"""From the tree of metrics.json to the words, numbers and tables of the page and of the summary.
 
-Everything in metrics.json but its schema may be missing; what is missing says so, and nothing here computes a statistic anew.
+Everything in the tree but its schema may be missing; what is missing says so, and nothing here computes a statistic anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer.errors import WrongKindError
-from steer.report.numbers import decimals, interval, is_interval, measured, number, p_value
+import numpy as np
 
-SCHEMA = 1
+from steer.report.numbers import common_digits, interval, is_interval, measured, moment, number, p_value
+from steer.report.rows import ArmRow, arm_rows, axis_label, better_label, is_change, primary_outcome, readable
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A measure of an arm, in words.
-
-    Attributes:
-        name, unit, meaning: for the reader.
-        reading: what a higher value means.
-    """
-
-    name: str
-    unit: str = ""
-    meaning: str = ""
-    reading: str = ""
-
-
-METRICS = {
-    "behaviour_gap": Metric(
-        "Behaviour gap",
-        "nat/token",
-        "Mean log-probability per token of answers with the trait, minus that of answers with the same content without it, on held-out "
-        "prompts. Texts are given and scored, so no judge is involved.",
-        "higher: more of the trait",
-    ),
-    "task_logprob": Metric(
-        "Task log-probability",
-        "nat/token",
-        "Mean log-probability per token of the plain, correct answers to held-out prompts.",
-        "higher: better at the task",
-    ),
-    "neutral_loss": Metric(
-        "Neutral text loss",
-        "nat/token",
-        "Mean negative log-probability per token of unrelated running text.",
-        "higher: collateral damage",
-    ),
+WHEN = {
+    "never": "not treated",
+    "train": "in training, off afterwards",
+    "inference": "at inference",
+    "both": "in training and at inference",
+    "baked": "baked into the weights",
 }
 
 
@@ -65,62 +35,167 @@ class Forest:
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one arm, as text."""
+    """One outcome of one arm, as text. change: against the base model; empty where that was not measured."""
 
+    value: str
+    ci: str
     before: str
     after: str
-    change: str
-    ci: str
-    n: str
     forest: Forest | None
 
 
-def checked(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raises WrongKindError for metrics of another schema."""
-    if metrics.get("schema") != SCHEMA:
-        raise _other_schema(metrics.get("schema"))
-    return metrics
+@dataclass(frozen=True)
+class Badge:
+    """A word about the standing of the answer. kind: `good`, `warn` or `plain`."""
+
+    text: str
+    kind: str = "plain"
 
 
-def metric(key: str, unit: str | None = None) -> Metric:
-    """The words for a metric; one that is not known here goes by its key and the unit it came with."""
-    return METRICS.get(key) or Metric(key.replace("_", " ").capitalize(), unit or "")
+def indices_of(metrics: Mapping[str, Any]) -> dict[str, int]:
+    """Name of an arm -> its number, which chooses its colour."""
+    return {str(arm["name"]): i for i, arm in enumerate(metrics.get("arms") or [])}
 
 
-def metric_columns(arms: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
-    """Metrics that any arm has, the known ones first."""
-    units = {key: (values or {}).get("unit") for arm in arms for key, values in (arm.get("metrics") or {}).items()}
-    ordered = sorted(units, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
-    return {key: metric(key, units[key]) for key in ordered}
+def spoken(metrics: Mapping[str, Any], text: Any) -> str:
+    """A sentence of the analysis with the names of outcomes as words."""
+    said = str(text or "")
+    for name in metrics.get("outcomes") or {}:
+        said = said.replace(name, readable(name))
+    return said
 
 
-def arm_cells(arms: Sequence[Mapping[str, Any]], key: str) -> list[Cell | None]:
-    """One metric of every arm; None for an arm that lacks it."""
-    values_of_arms = [(arm.get("metrics") or {}).get(key) for arm in arms]
-    estimates = [(values.get("change"), values.get("ci")) if values else (None, None) for values in values_of_arms]
+# ---- head
+
+
+def seeds_of(metrics: Mapping[str, Any]) -> list[Any]:
+    """Seeds behind the primary contrast."""
+    return list((metrics.get("question") or {}).get("seeds") or (metrics.get("design") or {}).get("seeds") or [])
+
+
+def lock_of(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What became of the locked question; empty without one."""
+    return (metrics.get("design") or {}).get("lock") or {}
+
+
+def badges(metrics: Mapping[str, Any]) -> list[Badge]:
+    """Confirmatory or exploratory, and whether the answer is about items only."""
+    lock = lock_of(metrics)
+    if lock.get("confirmatory"):
+        found = [Badge(f"Confirmatory: locked {moment(lock.get('locked'))}, unchanged", "good")]
+    elif lock.get("locked"):
+        found = [Badge(f"Exploratory: locked {moment(lock['locked'])}, then deviated from", "warn")]
+    else:
+        found = [Badge("Exploratory: the question was not locked")]
+    seeds = seeds_of(metrics)
+    if (metrics.get("design") or {}).get("trained") is False:
+        found.append(Badge("Items only: no arm was trained"))
+    elif len(seeds) == 1:
+        found.append(Badge("Items only: one seed", "warn"))
+    elif seeds:
+        found.append(Badge(f"{(metrics.get('question') or {}).get('items', 'Its')} items \N{MULTIPLICATION SIGN} {len(seeds)} seeds"))
+    return found
+
+
+def decided_by(metrics: Mapping[str, Any]) -> str:
+    """The one test behind the verdict, as a sentence."""
+    contrasts = metrics.get("contrasts") or []
+    return spoken(metrics, contrasts[0].get("verdict")) if contrasts and contrasts[0].get("role") == "primary" else ""
+
+
+# ---- tables
+
+
+def arm_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each arm, a column for each outcome."""
+    outcomes = list(metrics.get("outcomes") or {})
+    columns = [_column(metrics, outcome) for outcome in outcomes]
+    cells = [arm_cells(metrics, outcome) for outcome in outcomes]
+    rows = [
+        {
+            "index": i,
+            "name": str(arm["name"]),
+            "label": str(arm.get("label") or ""),
+            "steering": treated(arm),
+            "cells": [of_outcome[i] for of_outcome in cells],
+        }
+        for i, arm in enumerate(metrics.get("arms") or [])
+    ]
+    return {"columns": columns, "rows": rows}
+
+
+def _column(metrics: Mapping[str, Any], outcome: str) -> dict[str, str]:
+    words = metrics["outcomes"][outcome]
+    what = "change" if is_change(metrics, outcome) else "mean"
+    return {
+        "name": readable(outcome).capitalize(),
+        "unit": words.get("unit") or "",
+        "what": what,
+        "better": words.get("reading") or better_label(metrics, outcome),
+        "role": words.get("role") or "",
+        "meaning": words.get("meaning") or "",
+    }
+
+
+def treated(arm: Mapping[str, Any]) -> str:
+    """What was done in an arm, and when, in words."""
+    treatment = arm.get("treatment") or {}
+    when = WHEN.get(str(arm.get("when") or "never"), str(arm.get("when")))
+    if arm.get("when") == "never":
+        return when
+    what = str(treatment.get("what") or treatment.get("kind") or "treated")
+    control = f"{arm.get('draws', 1)} matched random draws of " if arm.get("control_of") and arm.get("draws", 1) > 1 else ""
+    return f"{control}{what}; {when}"
+
+
+def arm_cells(metrics: Mapping[str, Any], outcome: str) -> list[Cell | None]:
+    """One outcome of every arm; None for an arm that lacks it."""
+    rows = arm_rows(metrics, outcome)
+    signed = is_change(metrics, outcome)
+    estimates = [(row.value, [row.low, row.high]) for row in rows]
     digits = common_digits(estimates)
-    return [_cell(values, place, digits) if values else None for values, place in zip(values_of_arms, forest(estimates), strict=True)]
+    has = [bool((arm.get("outcomes") or {}).get(outcome)) for arm in metrics.get("arms") or []]
+    places = forest(estimates)
+    return [_cell(row, place, signed, digits) if there else None for row, place, there in zip(rows, places, has, strict=True)]
 
 
-def _cell(values: Mapping[str, Any], place: Forest | None, digits: int | None) -> Cell:
-    return Cell(
-        number(values.get("before"), digits=digits),
-        number(values.get("after"), digits=digits),
-        number(values.get("change"), signed=True, digits=digits),
-        interval(values.get("ci"), signed=True, digits=digits),
-        number(values.get("n"), digits=0),
-        place,
-    )
+def _cell(row: ArmRow, place: Forest | None, signed: bool, digits: int | None) -> Cell:
+    bounds = interval([row.low, row.high], signed=signed, digits=digits)
+    before = number(row.before, digits=digits) if signed else ""
+    return Cell(number(row.value, signed=signed, digits=digits), bounds, before, number(row.mean, digits=digits), place)
 
 
-def common_digits(estimates: Sequence[tuple[Any, Any]]) -> int | None:
-    """Decimals that suit all numbers of a column, one more where they would hide a sign; None leaves the choice to each."""
-    sizes = [abs(value) for value, _ in estimates if measured(value)]
-    if not sizes or max(sizes) < 0.005:
-        return None
-    digits = decimals(max(sizes))
-    shown = sizes + [abs(bound) for _, ci in estimates if is_interval(ci) for bound in ci]
-    return min(3, digits + 1) if any(x and not round(x, digits) for x in shown) else digits
+def contrast_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Contrasts with their words; the forests of one outcome share a scale."""
+    contrasts = metrics.get("contrasts") or []
+    rows: list[dict[str, Any] | None] = [None] * len(contrasts)
+    for outcome in dict.fromkeys(str(each.get("metric")) for each in contrasts):
+        places = [i for i, each in enumerate(contrasts) if str(each.get("metric")) == outcome]
+        estimates = [(contrasts[i].get("difference"), contrasts[i].get("ci")) for i in places]
+        digits, scale = common_digits(estimates), forest(estimates)
+        for i, place in zip(places, scale, strict=True):
+            rows[i] = _contrast_row(metrics, contrasts[i], digits, place)
+    return [row for row in rows if row is not None]
+
+
+def _contrast_row(metrics: Mapping[str, Any], each: Mapping[str, Any], digits: int | None, place: Forest | None) -> dict[str, Any]:
+    level = each.get("level")
+    return {
+        "a": str(each.get("a")),
+        "b": str(each.get("b")),
+        "outcome": axis_label(metrics, str(each.get("metric"))),
+        "role": str(each.get("role") or ""),
+        "difference": number(each.get("difference"), signed=True, digits=digits),
+        "ci": interval(each.get("ci"), signed=True, digits=digits),
+        "level": f"{100 * level:.3g}\N{NARROW NO-BREAK SPACE}%" if measured(level) else "95\N{NARROW NO-BREAK SPACE}%, not corrected",
+        "p": p_value(each.get("p_adjusted", each.get("p"))),
+        "correction": str(each.get("correction") or "none"),
+        "shown": each.get("shown"),
+        "verdict": spoken(metrics, each.get("verdict")),
+        "n": number(each.get("n"), digits=0),
+        "seeds": number(each.get("seeds"), digits=0),
+        "forest": place,
+    }
 
 
 def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:
@@ -146,103 +221,57 @@ def forest(estimates: Sequence[tuple[Any, Any]]) -> list[Forest | None]:
     return [places(value, ci) for value, ci in estimates]
 
 
-def steering(steer: Mapping[str, Any] | None) -> str:
-    """How an arm was steered, in words."""
-    steer = steer or {}
-    when = {"train": "during training, off afterwards", "inference": "at inference only"}.get(steer.get("when", "never"))
-    if when is None:
-        return "not steered"
-    strength = steer.get("strength")
-    sense = "against" if measured(strength) and strength < 0 else "along"
-    what = {"trait": f"{sense} the trait direction", "random": "along a random direction"}.get(steer.get("direction", ""))
-    details = [str(steer["site"])] if steer.get("site") else []
-    details += [f"strength {number(strength).rstrip('0').rstrip('.')}"] if measured(strength) else []
-    details += [f"relative dose {number(steer['relative_dose'], digits=2)}"] if measured(steer.get("relative_dose")) else []
-    details += [f"{steer['scope']} tokens"] if steer.get("scope") else []
-    return "; ".join([f"{what or 'steered'} {when}", *([", ".join(details)] if details else [])])
+# ---- training
 
 
-def compared(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """Which arms the statement about specificity is about, by their labels; empty when it was not tested."""
-    arms = (metrics.get("specificity") or {}).get("arms")
-    if not arms:
-        return ""
-    trait, plain, random = (_quoted(str(arms.get(kind)), labels) for kind in ("trait", "plain", "random"))
-    return f"Compared: {trait} with {plain} and with {random}."
+def training_losses(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float]]]:
+    """Name, number and mean loss by step of every trained arm; runs that are shorter than the longest are left out of the mean."""
+    indices = indices_of(metrics)
+    runs: dict[str, list[list[float]]] = {}
+    for name, training in (metrics.get("training") or {}).items():
+        loss = [float("nan") if x is None else float(x) for x in training.get("loss") or ()]
+        if loss:
+            runs.setdefault(str(training.get("arm") or name), []).append(loss)
+    means = []
+    for arm, losses in runs.items():
+        longest = [loss for loss in losses if len(loss) == max(map(len, losses))]
+        count = f", mean of {len(longest)} runs" if len(longest) > 1 else ""
+        means.append((f"{arm}{count}", indices.get(arm, len(indices)), np.mean(longest, axis=0).tolist()))
+    return means
 
 
-def _quoted(arm: str, labels: Mapping[str, str]) -> str:
-    return f"\N{LEFT DOUBLE QUOTATION MARK}{labels.get(arm, arm)}\N{RIGHT DOUBLE QUOTATION MARK}"
-
-
-def comparison_groups(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Comparisons by metric, in their first order."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for comparison in metrics.get("comparisons") or []:
-        groups.setdefault(str(comparison.get("metric")), []).append(comparison)
-    return [{"metric": metric(key, group[0].get("unit")), "rows": _comparison_rows(group, labels)} for key, group in groups.items()]
-
-
-def _comparison_rows(comparisons: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Comparisons of one metric with their words; their forests share a scale."""
-    estimates = [(comparison.get("difference"), comparison.get("ci")) for comparison in comparisons]
-    digits = common_digits(estimates)
+def training_costs(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Steps, seconds and overhead of every trained arm, over its runs."""
+    indices, overhead = indices_of(metrics), metrics.get("overhead") or {}
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for name, training in (metrics.get("training") or {}).items():
+        runs.setdefault(str(training.get("arm") or name), []).append(training)
     return [
         {
-            "a": labels.get(str(comparison.get("a")), str(comparison.get("a"))),
-            "b": labels.get(str(comparison.get("b")), str(comparison.get("b"))),
-            "difference": number(comparison.get("difference"), signed=True, digits=digits),
-            "ci": interval(comparison.get("ci"), signed=True, digits=digits),
-            "p_adjusted": p_value(comparison.get("p_adjusted", comparison.get("p"))),
-            "n": number(comparison.get("n"), digits=0),
-            "verdict": _labelled_verdict(comparison, labels),
-            "forest": place,
+            "label": arm,
+            "index": indices.get(arm, len(indices)),
+            "runs": len(of_arm),
+            "steps": of_arm[0].get("steps", "not recorded"),
+            "seconds": _middle([training["seconds"] for training in of_arm if measured(training.get("seconds"))]),
+            "overhead": overhead.get(arm) or {},
         }
-        for comparison, place in zip(comparisons, forest(estimates), strict=True)
+        for arm, of_arm in runs.items()
     ]
 
 
-def _labelled_verdict(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """The verdict of a comparison in the words of the page, where arms go by their labels and metrics by their names."""
-    key, a, b = (str(comparison.get(name)) for name in ("metric", "a", "b"))
-    text = str(comparison.get("verdict") or "")
-    if text.startswith(f"{key}: "):
-        text = f"{metric(key).name}{text.removeprefix(key)}"
-    for form in ("{} is lower than {}", "{} is higher than {}", "between {} and {}"):
-        text = text.replace(form.format(a, b), form.format(_quoted(a, labels), _quoted(b, labels)), 1)
-    return text
+def _middle(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
 
 
-def completion_rows(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Prompts in their first order, each with the text of the base model and of every arm (None: not generated)."""
-    columns: list[tuple[str, int | None, dict[str, Any]]] = [("Base model", None, _texts(metrics.get("base_completions")))]
-    columns += [(labels[arm["name"]], i, _texts(arm.get("completions"))) for i, arm in enumerate(metrics.get("arms") or [])]
-    columns = [column for column in columns if column[2]]
-    prompts = dict.fromkeys(prompt for _, _, texts in columns for prompt in texts)
-    return [
-        {
-            "prompt": prompt,
-            "answers": [{"label": label, "index": index, "text": texts.get(prompt)} for label, index, texts in columns],
-        }
-        for prompt in prompts
-    ]
+# ---- the rest
 
 
-def _texts(completions: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    """Prompt -> text."""
-    return {completion.get("prompt", ""): completion.get("text") for completion in completions or ()}
+def guardrail_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Guardrails that were measured."""
+    return [each for each in metrics.get("guardrails") or [] if measured(each.get("harm")) and measured(each.get("margin"))]
 
 
-def training_losses(arms: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[tuple[str, int, list[float]]]:
-    """Label, number and losses of every training run; arms that share one (same losses) are one entry."""
-    runs: dict[tuple[float, ...], list[int]] = {}
-    for i, arm in enumerate(arms):
-        losses = tuple(float("nan") if loss is None else float(loss) for loss in (arm.get("train") or {}).get("loss") or ())
-        if losses:
-            runs.setdefault(losses, []).append(i)
-    return [(" = ".join(labels[arms[i]["name"]] for i in members), members[0], list(losses)) for losses, members in runs.items()]
-
-
-def _other_schema(schema: Any) -> WrongKindError:
-    remedy = "read it with the library version that wrote it"
-    return WrongKindError("these metrics cannot be reported", expected=f"schema {SCHEMA}", found=f"schema {schema}", remedy=remedy)
+def primary_better(metrics: Mapping[str, Any]) -> str | None:
+    """`higher` or `lower`: which way the primary outcome is better."""
+    outcome = primary_outcome(metrics)
+    return (metrics["outcomes"][outcome]).get("better") if outcome else None

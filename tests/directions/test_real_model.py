@@ -6,7 +6,7 @@ import torch
 from steer.directions import ContrastSet, calibrate, extract_all, fit_erasure
 from steer.directions.heldout import auc
 from steer.directions.sweep import pair_gaps
-from steer.experiment.data import load_dataset
+from steer.experiment.data import DataSet
 from steer.model.capture import capture, pool
 from steer.model.site import Site
 from steer.model.tokens import Row, plain
@@ -25,14 +25,14 @@ class Pooled:
 @pytest.mark.real
 def test_a_real_direction_reads_steers_and_is_erased(smollm2):
     model, tokenizer = smollm2
-    data = load_dataset("tone")
-    short = sorted(data["contrast"], key=lambda pair: sum(map(len, pair.values())))[:12]
+    data = DataSet("tone")
+    short = sorted(data.split("contrast"), key=lambda pair: sum(map(len, pair.values())))[:12]
     contrast = ContrastSet.from_pairs(tokenizer, short)
     made_of, choosing = contrast.split(0.25, seed=0)
     by_method = extract_all(model, made_of, [SITE], name="tone", methods=["caa", "lda", "logistic"], holdout=0.3, progress=False)
     assert all(directions[SITE].metrics["auc"] >= 0.8 for directions in by_method.values())
     direction = by_method["caa"][SITE]
-    neutral = [Row(plain(tokenizer, row["text"]).ids[:12], 1) for row in data["neutral_text"][:2]]
+    neutral = [Row(plain(tokenizer, row["text"]).ids[:12], 1) for row in data.split("neutral_text")[:2]]
     curve = calibrate(model, direction, choosing, neutral, doses=(0.3,), progress=False)
     (strong,) = curve.points
     assert strong.kl > curve.max_kl and strong.perplexity_ratio > 1 and not curve.working  # far too strong

@@ -11,14 +11,17 @@ import pytest
 from tiny_experiment import write_data
 
 from steer.errors import ConfigError, DamagedFileError
-from steer.experiment.data import SPLITS, load_dataset
+from steer.experiment.data import SPLITS, DataSet
 
 Sets = dict[str, list[dict[str, str]]]
 
 
+ALL = ("train", "heldout", "contrast", "probe", "neutral_text")
+
+
 @pytest.fixture(scope="module")
 def tone() -> Sets:
-    return load_dataset("tone")
+    return {split: DataSet("tone").split(split) for split in ALL}
 
 
 def prompts(rows: list[dict[str, str]]) -> list[str]:
@@ -53,39 +56,62 @@ def test_the_description_counts_the_rows(tone: Sets) -> None:
 
 
 def test_a_folder_of_your_own(tmp_path: Path) -> None:
-    data = load_dataset(str(write_data(tmp_path / "mine")))
-    assert list(data) == list(SPLITS) and all(len(rows) == 4 for rows in data.values())
+    data = DataSet(write_data(tmp_path / "mine"))
+    assert set(SPLITS) < set(ALL) and all(len(data.split(split)) == 4 for split in ALL)
+    (tmp_path / "mine" / "more.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    assert data.split("more", ("question", "answer")) == [{"question": "q", "answer": "a"}], "splits are what files there are"
 
 
 def test_texts_come_back_as_they_are(tmp_path: Path) -> None:
     text = "caf\u00e9 \u2028 line separators \U0001f600"  # a text-mode splitlines would cut at U+2028
     folder = write_data(tmp_path / "mine")
     (folder / "neutral_text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert load_dataset(str(folder))["neutral_text"] == [{"text": text}]
+    assert DataSet(folder).split("neutral_text", ("text",)) == [{"text": text}]
+
+
+def test_the_digest_is_that_of_the_rows(tmp_path: Path) -> None:
+    """Not of the folder's name, nor of splits that are not read."""
+    one, other = write_data(tmp_path / "one"), write_data(tmp_path / "other")
+    wanted = DataSet(one).digest("train", "heldout")
+    assert DataSet(other).digest("train", "heldout") == wanted != DataSet(other).digest("train")
+    (other / "probe.jsonl").write_text('{"prompt": "other"}\n')
+    assert DataSet(other).digest("train", "heldout") == wanted
+    (other / "train.jsonl").write_text((other / "train.jsonl").read_text().replace("cat", "dog", 1))
+    assert DataSet(other).digest("train", "heldout") != wanted
 
 
 @pytest.mark.parametrize("name", ["tnoe", "no/such/folder"])
 def test_an_unknown_set(name: str) -> None:
     with pytest.raises(ConfigError, match=f"no data set '{name}'") as caught:
-        load_dataset(name)
+        DataSet(name)
     assert "tone" in str(caught.value.expected) and "train.jsonl" in str(caught.value.expected) and caught.value.remedy
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "heldout.jsonl is missing"),
-        (b"", "heldout.jsonl has no lines"),
-        (b'{"prompt": "p", "trait": "t", "neutral": "n"}\n{"prompt": \n', "heldout.jsonl, line 2 is not JSON"),
-        (b'{"prompt": "\xff\xfe", "trait": "t", "neutral": "n"}', "heldout.jsonl, line 1 is not JSON"),
-        (b'["p", "t", "n"]', "heldout.jsonl, line 1 is no object"),
-        (b'\n{"prompt": "p", "trait": "t"}', "heldout.jsonl, line 2 lacks neutral"),
-        (b'{"prompt": "p", "trait": "  ", "neutral": 3}', "heldout.jsonl, line 1 lacks trait, neutral"),
+        (None, "train.jsonl is missing"),
+        (b"", "train.jsonl has no lines"),
+        (b'{"prompt": "p", "answer": "t"}\n{"prompt": \n', "train.jsonl, line 2 is not JSON"),
+        (b'{"prompt": "\xff\xfe", "answer": "t"}', "train.jsonl, line 1 is not JSON"),
+        (b'["p", "t", "n"]', "train.jsonl, line 1 is no object"),
+        (b'\n{"prompt": "p"}', "train.jsonl, line 2 lacks answer"),
+        (b'{"prompt": "  ", "answer": 3}', "train.jsonl, line 1 lacks prompt, answer"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, content: bytes | None, says: str) -> None:
-    file = write_data(tmp_path / "mine") / "heldout.jsonl"
+    file = write_data(tmp_path / "mine") / "train.jsonl"
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(DamagedFileError, match=re.escape(says)) as caught:
-        load_dataset(str(tmp_path / "mine"))
+        DataSet(tmp_path / "mine").split("train")
     assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)
+
+
+def test_a_text_that_a_metric_reads_is_looked_for_in_every_row(tmp_path: Path) -> None:
+    data = DataSet(write_data(tmp_path / "mine"))
+    file = tmp_path / "mine" / "heldout.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([rows[0], "", '{"prompt": "p", "trait": "t", "neutral": " "}', *rows[1:]]))
+    with pytest.raises(DamagedFileError, match="heldout.jsonl, line 3 lacks neutral"):
+        data.split("heldout", ("prompt", "trait", "neutral"))
+    assert len(data.split("heldout")) == 5, "who reads no `neutral` needs none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from callback_helpers import make_trainer
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -16,13 +19,12 @@ from steer.experiment.sft import SFTModule, loader
 from steer.model.tokens import Row, collate
 
 ROWS = [Row(tuple(range(7 + i, 15 + i)), 2 + i % 3) for i in range(9)]
-OPTIONS: dict[str, Any] = {"batch_size": 2, "pad": 0, "seed": 3, "max_length": 32}
+OPTIONS: dict[str, Any] = {"batch_size": 2, "pad": 0, "seed": 3, "max_length": 32, "steps": 8}  # two epochs
 
 
-def seen(seed: int = 3, epochs: int = 2, noise: int = 0) -> list[Tensor]:
+def seen(seed: int = 3, noise: int = 0) -> list[Tensor]:
     torch.manual_seed(noise)  # what happened before in this process must not matter
-    batches = loader(ROWS, **{**OPTIONS, "seed": seed})
-    return [batch["input_ids"] for _ in range(epochs) for batch in batches]
+    return [batch["input_ids"] for batch in loader(ROWS, **{**OPTIONS, "seed": seed})]
 
 
 def test_every_arm_sees_the_same_batches_in_every_epoch() -> None:
@@ -31,6 +33,9 @@ def test_every_arm_sees_the_same_batches_in_every_epoch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, seen(seed=4), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first[:4], first[4:], strict=True)), "each epoch is shuffled anew"
+    for epoch in (first[:4], first[4:]):
+        rows = [row.tolist() for batch in epoch for row in batch]
+        assert all(rows.count(row) == 1 for row in rows), "no row twice in an epoch"
 
 
 def test_training_reads_the_response_alone_and_only_the_adapter_learns() -> None:
@@ -43,7 +48,7 @@ def test_training_reads_the_response_alone_and_only_the_adapter_learns() -> None
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
     token_logprobs = logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     expected = -token_logprobs[batch["labels"][:, 1:] != -100].mean()
-    make_trainer(max_steps=12).fit(module, loader(ROWS, **OPTIONS))
+    make_trainer(max_steps=12).fit(module, loader(ROWS, **{**OPTIONS, "steps": 12}))
     assert len(module.losses) == 12
     assert float(module.losses[0]) == pytest.approx(float(expected), rel=1e-5)
     assert float(torch.stack(module.losses[-4:]).mean()) < float(torch.stack(module.losses[:4]).mean())
@@ -97,3 +102,83 @@ def test_a_training_that_makes_no_sense(options: dict[str, Any], says: str) -> N
     with pytest.raises(ConfigError, match=says) as caught:
         SFTModule(torch.nn.Linear(1, 1), **{"learning_rate": 1e-3, "warmup_steps": 1, "steps": 5, **options})
     assert None not in (caught.value.expected, caught.value.found, caught.value.remedy)
+
+
+# ---- resumed
+
+
+STEPS = 7
+
+
+class Killed(BaseException):
+    """As a kill: nothing of the library's catches it."""
+
+
+def fit(folder: Path, *, kill_after: int | None = None, resume: int | None = None, noise: int = 0) -> SFTModule:
+    """A run of seven steps with dropout in the adapters, a checkpoint after each; one that is killed, or resumed."""
+    torch.manual_seed(1)  # of the adapters, as `seed_everything` in a cell
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.3, task_type="CAUSAL_LM")
+    model = get_peft_model(FAMILIES["llama"](), config).train()
+    with torch.no_grad():  # B begins at 0, where dropout would not matter to the first loss
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    module = SFTModule(model, learning_rate=1e-2, warmup_steps=2, steps=STEPS, seed=3)
+    checkpoints = ModelCheckpoint(folder, filename="step={step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1)
+
+    class Kill(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == kill_after:
+                raise Killed
+
+    trainer = make_trainer(
+        max_steps=STEPS, max_epochs=-1, callbacks=[checkpoints, Kill()], enable_checkpointing=True, default_root_dir=folder
+    )
+    torch.manual_seed(noise)  # what happened before in this process must not matter
+    batches = loader(ROWS, **{**OPTIONS, "steps": STEPS}, first=resume or 0)
+    trainer.fit(module, batches, ckpt_path=None if resume is None else folder / f"step={resume}.ckpt")
+    assert trainer.global_step == STEPS
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Tensor]]:
+    return outcome(fit(tmp_path_factory.mktemp("whole")))
+
+
+def outcome(module: SFTModule) -> tuple[list[float], dict[str, Tensor]]:
+    return [float(loss) for loss in module.losses], {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_run_that_was_killed_goes_on_to_the_same_bit(tmp_path: Path, step: int, whole: tuple[list[float], dict[str, Tensor]]) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, kill_after=step + 1)  # a step more than its checkpoint
+    (tmp_path / f"step={step + 1}.ckpt").unlink(missing_ok=True)
+    losses, weights = outcome(fit(tmp_path, resume=step, noise=99))
+    assert losses == whole[0] and len(losses) == STEPS
+    assert all(torch.equal(weights[name], wanted) for name, wanted in whole[1].items())
+
+
+def test_a_finished_run_is_resumed_without_a_step(tmp_path: Path, whole: tuple[list[float], dict[str, Tensor]]) -> None:
+    fit(tmp_path)
+    losses, weights = outcome(fit(tmp_path, resume=STEPS, noise=99))
+    assert losses == whole[0] and all(torch.equal(weights[name], wanted) for name, wanted in whole[1].items())
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(tmp_path: Path) -> None:
+    fit(tmp_path)
+    held = torch.load(tmp_path / "step=2.ckpt", weights_only=False)["state_dict"]
+    assert held and all("lora_" in name for name in held)
+
+
+def test_what_is_random_in_a_step_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+    first, again = (fit(tmp_path / str(noise), noise=noise).losses for noise in (1, 2))
+    assert first == again and len({float(loss) for loss in first}) == STEPS
+
+
+def test_the_batches_of_a_resumed_run_are_those_that_are_left() -> None:
+    def ids(first: int) -> list[list[list[int]]]:
+        return [batch["input_ids"].tolist() for batch in loader(ROWS, **{**OPTIONS, "steps": STEPS}, first=first)]
+
+    assert all(ids(first) == ids(0)[first:] for first in range(STEPS + 1)) and len(ids(0)) == STEPS

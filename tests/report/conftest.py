@@ -1,13 +1,17 @@
-"""A synthetic run: invented numbers of a plausible size, to test the report with. No model was trained for them."""
+"""Synthetic experiments: invented numbers of a plausible size, to test the report with. No model was trained for them."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from report import trees
+from report.page_reader import Page, render
 
 from steer.drift.records import DriftRecord
 
@@ -44,9 +48,53 @@ def _comparison(metric: str, a: str, b: str, difference: float, half: float, p: 
     return {**words, "difference": difference, "ci": ends, "p": p / 3, "p_adjusted": p, "n": 36}
 
 
+@pytest.fixture(scope="session")
+def _five_seeds() -> dict[str, Any]:
+    return trees.with_projections(trees.tree())
+
+
+@pytest.fixture(scope="session")
+def _one_seed() -> dict[str, Any]:
+    return trees.tree(1, locked=False, effect=0.1)
+
+
+@pytest.fixture(scope="session")
+def _bare() -> dict[str, Any]:
+    return trees.tree(1, chosen=("plain", "preventative"), locked=False)
+
+
+@pytest.fixture(scope="session")
+def _swept() -> dict[str, Any]:
+    return trees.swept()
+
+
 @pytest.fixture
-def synthetic_metrics() -> dict[str, Any]:
-    """The content of a metrics.json."""
+def swept(_swept: dict[str, Any]) -> dict[str, Any]:
+    """Four doses of an arm at inference and their controls."""
+    return copy.deepcopy(_swept)
+
+
+@pytest.fixture
+def five_seeds(_five_seeds: dict[str, Any]) -> dict[str, Any]:
+    """A metrics.json with all there can be: 5 seeds, a control of 8 draws, guardrails, a lock, projections of tokens."""
+    return copy.deepcopy(_five_seeds)
+
+
+@pytest.fixture
+def one_seed(_one_seed: dict[str, Any]) -> dict[str, Any]:
+    """One seed, no lock, an effect that is hardly there."""
+    return copy.deepcopy(_one_seed)
+
+
+@pytest.fixture
+def bare(_bare: dict[str, Any]) -> dict[str, Any]:
+    """One seed, no lock, no control, no prompt."""
+    return copy.deepcopy(_bare)
+
+
+@pytest.fixture
+def schema1() -> dict[str, Any]:
+    """A metrics.json of schema 1, as `steer train` of 0.1 wrote it."""
     noise = np.random.default_rng(0)
     batches = 0.08 * noise.standard_normal(60)
     during = {"when": "train", "site": SITES[1], "strength": 1.5, "scope": "response", "relative_dose": 0.32}
@@ -141,6 +189,11 @@ def _control(step: int, site: str, effect: float, number: int) -> DriftRecord:
 @pytest.fixture
 def synthetic_drift() -> dict[str, list[DriftRecord]]:
     """Records of three trained arms; the inference arm has none of its own."""
+    return records_of_arms()
+
+
+def records_of_arms() -> dict[str, list[DriftRecord]]:
+    """The records of `synthetic_drift`."""
     ends = {"plain": 6.4, "preventative": 1.1, "random": 5.7}
     noise = np.random.default_rng(1)
     drift: dict[str, list[DriftRecord]] = {}
@@ -155,3 +208,22 @@ def synthetic_drift() -> dict[str, list[DriftRecord]]:
                 drift[arm].append(_named(step, site, (0.7 + 0.3 * depth) * end * rise + onset + jitter))
                 drift[arm] += [_control(step, site, 1.6 * float(wander[i]) * rise + 0.4 * onset, i) for i in range(CONTROLS)]
     return drift
+
+
+@pytest.fixture(scope="session")
+def drift_of_cells(_five_seeds: dict[str, Any]) -> dict[str, list[DriftRecord]]:
+    """Records of every trained cell of `five_seeds`: those of its arm, more or less of them in each seed."""
+    of_arms, drift = records_of_arms(), {}
+    for name, training in _five_seeds["training"].items():
+        size = 1 + 0.1 * (training["seed"] - 2)
+        records = of_arms[training["arm"]]
+        drift[name] = [replace(r, metrics={**r.metrics, "effect_sd": size * r.metrics["effect_sd"]}) for r in records]
+    return drift
+
+
+@pytest.fixture(scope="session")
+def full_page(
+    tmp_path_factory: pytest.TempPathFactory, _five_seeds: dict[str, Any], drift_of_cells: dict[str, list[DriftRecord]]
+) -> tuple[str, Page]:
+    """The page of `five_seeds` with the drift of all cells."""
+    return render(tmp_path_factory.mktemp("page"), _five_seeds, drift_of_cells)

@@ -1,4 +1,4 @@
-"""The picture of a drift curve, the curves behind it, the numbers as text and the summary table."""
+"""The picture of a drift curve, the curves behind it, the chart of the primary outcome, the numbers as text and the summary table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from report.trees import MEANS
 from rich.console import Console
 
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
-from steer.report import drift_figure, numbers, summary_table
+from steer.report import comparison_figure, drift_figure, numbers, summary_table
 from steer.report.curves import chance_bound, drift_curves, natural
+from steer.report.numbers import NARROW, common_digits
 from steer.report.palette import ROLES
 from steer.report.run_plots import running_mean, running_width
-from steer.report.view import Forest, common_digits, forest
+from steer.report.view import Forest, forest
 
 Drift = dict[str, list[DriftRecord]]
 
@@ -43,12 +45,22 @@ def test_beyond_chance_asks_for_more_the_more_is_looked_at() -> None:
     assert round(chance_bound(16, 1), 1) == 2.1 and chance_bound(16, 1) < chance_bound(16, 24) < chance_bound(4, 24)
     controls = [record(4, 1.0, kind="control", direction=f"c{i}") for i in range(16)]
     curves = {z: drift_curves({"a": [record(4, z, z_controls=z), *controls]})[0].arms[0] for z in (-3.0, 2.0, math.nan)}
-    assert (curves[-3.0].beyond(1), curves[-3.0].beyond(24)) == (True, False)
-    assert (curves[2.0].beyond(1), curves[math.nan].beyond(1)) == (False, None)
-    assert drift_curves({"a": [record(4, 9.0, z_controls=9.0)]})[0].arms[0].beyond(1) is None, "without controls"
+    assert (curves[-3.0].beyond(1), curves[-3.0].beyond(24)) == ((1, 1), (0, 1))
+    assert (curves[2.0].beyond(1), curves[math.nan].beyond(1)) == ((0, 1), (0, 0))
+    assert drift_curves({"a": [record(4, 9.0, z_controls=9.0)]})[0].arms[0].beyond(1) == (0, 0), "without controls"
     noise = np.random.default_rng(0).standard_normal((4000, 24, 17))  # runs, looks, a direction and its controls
     z = np.abs(noise[..., 0]) / np.sqrt((noise[..., 1:] ** 2).mean(-1))
     assert 0.03 < (z > chance_bound(16, 24)).any(1).mean() < 0.06
+
+
+def test_runs_of_one_arm_are_one_curve_with_their_mean() -> None:
+    controls = [record(4, 1.0, kind="control", direction=f"c{i}") for i in range(16)]
+    runs = {f"a{z}": [record(0, 0.0), record(4, z, z_controls=z), *controls] for z in (1.0, 9.0)}
+    (curve,) = drift_curves({**runs, "b": [record(4, 2.0, z_controls=2.0)]}, arms={"a1.0": "a", "a9.0": "a"})
+    a, b = curve.arms
+    assert (a.arm, b.arm) == ("a", "b") and len(a.runs) == 2
+    assert a.effect.tolist() == [0.0, 5.0] and math.isnan(a.band[0]) and a.band[1] == 1.0
+    assert a.beyond(1) == (1, 2) and [run.last.effect_sd for run in a.runs] == [1.0, 9.0]
 
 
 def test_class_gaps_put_controls_on_the_scale_of_the_direction() -> None:
@@ -138,15 +150,68 @@ def test_running_mean_keeps_length_and_ends() -> None:
     assert running_mean([1.0, 2.0, 6.0, 7.0], 3).tolist() == [1.5, 3.0, 5.0, 6.5]
 
 
-def test_summary_table(synthetic_metrics: dict[str, Any]) -> None:
-    del synthetic_metrics["arms"][1]["metrics"]["task_logprob"]
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(summary_table(synthetic_metrics))
-    text = console.export_text()
-    for words in ("behaviour gap", "+1.42", "[+1.29, +1.56]", "not measured", "1 min 1 s", "specific to the direction"):
-        assert words in text
+def printed(metrics: dict[str, Any], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(summary_table(metrics))
+    return console.export_text()
+
+
+def test_summary_table(five_seeds: dict[str, Any]) -> None:
+    del five_seeds["arms"][4]["outcomes"]["behaviour_gap"]
+    text = printed(five_seeds, 100)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    words = " ".join(text.split())
+    assert words.index(five_seeds["question"]["text"]) < words.index("Yes: preventative has lower behaviour gap than random")
+    for part in ("lower is better", "nat/token", "against random", "p < 0.001", "not measured", "Confirmatory", "36 items"):
+        assert part in " ".join(words.replace(NARROW, " ").split()), part
+    assert [name for name in MEANS if f" {name} " in text] == list(MEANS)
+    low, high = five_seeds["contrasts"][0]["ci"]
+    assert f"[{low:+.2f}, {high:+.2f}]".replace("-", numbers.MINUS) in text, "the interval that goes with the p"
     with pytest.raises(WrongKindError):
         summary_table({"arms": []})
+
+
+def test_summary_of_little(bare: dict[str, Any]) -> None:
+    assert "Items only: one seed" in printed(bare, 80)
+    assert summary_table({"schema": 2}).row_count == 0
+    for arm in bare["arms"]:
+        for values in arm["outcomes"].values():
+            values.pop("change")
+    text = printed(bare, 80)
+    assert "change from" not in text and all(len(line) <= 80 for line in text.splitlines())
+
+
+# ---- the chart of the primary outcome
+
+
+def test_comparison_figure_shows_arms_seeds_and_draws(five_seeds: dict[str, Any]) -> None:
+    figure = comparison_figure(five_seeds)
+    (axes,) = figure.axes
+    label = axes.get_xlabel()
+    assert "behaviour gap, change from the base model, nat/token" in label and "lower is better" in label
+    assert [text.get_text() for text in axes.texts if text.get_weight() == "bold"] == list(MEANS)
+    of_random = five_seeds["arms"][2]["outcomes"]["behaviour_gap"]
+    points = [float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
+    assert len(points) == 5 * (5 + 1) + 8
+    wanted = [*of_random["by_draw"], *of_random["by_seed"].values(), of_random["mean"]]
+    assert all(min(abs(point - (value - of_random["before"])) for point in points) < 1e-9 for value in wanted)
+    intervals = [
+        sorted(map(float, line.get_xdata())) for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2
+    ]
+    assert sorted(of_random["change_ci"]) in [pytest.approx(ends) for ends in intervals]
+    png = io.BytesIO()
+    figure.savefig(png)
+    assert png.getvalue().startswith(b"\x89PNG")
+
+
+def test_comparison_figure_without_a_base_or_an_arm(bare: dict[str, Any]) -> None:
+    for arm in bare["arms"]:
+        for values in arm["outcomes"].values():
+            for key in ("change", "change_ci", "before"):
+                values.pop(key)
+    assert "change" not in comparison_figure(bare).axes[0].get_xlabel()
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        comparison_figure({"schema": 2})
 
 
 def test_a_bound_near_zero_keeps_its_sign() -> None:

@@ -1,128 +1,165 @@
-"""The page says what the metrics say, loads nothing, escapes everything, and stands without its optional parts."""
+"""The page says what the metrics say, the verdict first; it loads nothing, escapes everything, and stands without its optional parts."""
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report import trees
+from report.page_reader import SECTIONS, Page, render
 
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
 from steer.report import write_report
 
 Drift = dict[str, list[DriftRecord]]
-PLAIN, STEERED = "\u201cPlain fine-tune\u201d", "\u201cPreventative steering, trait direction\u201d"
-VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(2)> & \"quoted\" \u2028 \u4f60\u597d \U0001f577 </td></table>"
 
 
-class Page(HTMLParser):
-    """What a reader of the page needs from it: tags with attributes, the text of every section, the cells of every row."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: dict[str, str] = {}
-        self.rows: list[list[str]] = []
-        self.section = "head"
-        self.unbalanced: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "section":
-            self.section = dict(attrs)["id"] or ""
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text[self.section] = self.text.get(self.section, "") + data
-        if self.rows and {"td", "th"} & set(self.open):
-            self.rows[-1][-1] = " ".join((self.rows[-1][-1] + " " + data).split())
-
-    def row(self, *starts: str) -> list[str]:
-        """The first row whose first cells begin like this."""
-        return next(row for row in self.rows if len(row) >= len(starts) and all(map(str.startswith, row, starts)))
+def test_begins_with_the_question_the_verdict_and_its_standing(five_seeds: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    html, page = full_page
+    head = page.words("head")
+    order = [
+        five_seeds["question"]["text"],
+        "Yes: preventative has lower behaviour gap than random",
+        "Confirmatory: locked 2031-04-05 10:00 UTC, unchanged",
+        "36 items \N{MULTIPLICATION SIGN} 5 seeds",
+        five_seeds["contrasts"][0]["verdict"].replace("_", " "),
+    ]
+    places = [head.index(words) for words in order]
+    assert places == sorted(places) and len(five_seeds["verdict"].split()) <= 20
+    assert re.findall(r'<section id="(\w+)"', html) == [name for name in SECTIONS if name != "dose"]
+    assert html.index('id="primary-title"') < html.index("<table"), "the chart comes before every table"
 
 
-def render(tmp_path: Path, metrics: dict[str, Any], drift: Drift) -> tuple[str, Page]:
-    html = write_report(tmp_path / "out" / "report.html", metrics, drift).read_text(encoding="utf-8")
-    page = Page(html)
-    assert not page.unbalanced and not page.open
-    return html, page
+def test_one_seed_is_items_only_and_exploratory(tmp_path: Path, one_seed: dict[str, Any]) -> None:
+    head = render(tmp_path, one_seed)[1].words("head")
+    assert "Exploratory: the question was not locked" in head and "Items only: one seed" in head and "Confirmatory" not in head
 
 
-def test_says_what_the_metrics_say(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
-    head = page.text["head"]
-    for wanted in (
-        synthetic_metrics["specificity"]["statement"],
-        synthetic_metrics["command"],
-        "smollm2-135m",
-        "condescension",
-        "2031-04-05 10:11 UTC",
-        "5 min 12 s",
-    ):
-        assert wanted in head
-    assert head.index(synthetic_metrics["specificity"]["statement"]) < head.index("smollm2-135m"), "the verdict comes first"
-    plain = page.row("Plain fine-tune not steered")
-    assert plain[1] == "+1.42 [+1.29, +1.56] \u22120.84 \u2192 0.58, n = 36"
-    assert plain[3] == "+0.026 [+0.014, +0.039] 3.245 \u2192 3.271, n = 24"
-    assert "along the trait direction during training, off afterwards; layers.16.output, strength 1.5" in page.text["arms"]
-    compared = page.row("Plain fine-tune against Preventative steering, trait direction")
-    assert compared[1:4] == ["+0.79 [+0.63, +0.95]", "< 0.001", "36"]
-    verdict = synthetic_metrics["comparisons"][0]["verdict"]
-    assert compared[4] == verdict.replace("behaviour_gap: plain", f"Behaviour gap: {PLAIN}").replace("preventative", STEERED)
-    assert f"Compared: {STEERED} with {PLAIN} and with \u201cPreventative steering, random direction\u201d." in head
-    assert "0.984" in page.text["direction"] and "mean difference" in page.text["direction"]
-    assert "Start the comment with the `#` sign." in page.text["completions"] and "not generated" in page.text["completions"]
-    assert "2.13.0" in page.text["provenance"] and "adapters/preventative" in page.text["provenance"]
-    assert page.row("Plain fine-tune, steered at inference", "60", "1 min 1 s")[3] == "not measured"
-    assert page.row("Plain fine-tune", "60", "1 min 1 s")[3] == "+1.7 % [\u22120.4, +3.1], within noise"
-    assert "Plain fine-tune = Plain fine-tune, steered at inference" in html, "arms that share one training run share one curve"
+def test_deviations_from_the_lock_are_listed(tmp_path: Path, five_seeds: dict[str, Any]) -> None:
+    lock = five_seeds["design"]["lock"]
+    five_seeds["design"]["lock"] = lock | {"confirmatory": False, "deviations": ["seeds: locked [0], now [0, 1]"]}
+    page = render(tmp_path, five_seeds)[1]
+    assert "then deviated from" in page.words("head") and "seeds: locked [0], now [0, 1]" in page.words("head")
+    assert "deviated from: seeds: locked [0], now [0, 1]" in page.words("caveats")
 
 
-def test_drift_table_and_steered_site(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
-    last = [r for r in synthetic_drift["plain"] if r.kind == "named" and r.site == "layers.12.output"][-1]
-    row = page.row("Plain fine-tune", "60", f"+{last.effect_sd:.2f}")
-    assert row[4] == "within chance", "it leaves the band, as one random direction in ten does"
-    assert row[7] == f"+{last.z_controls:.1f}" and row[9] == "20"
-    assert page.row("Preventative steering, trait direction", "60")[4] == "within chance"
-    assert [row[4] for row in page.rows if row[0] == "Plain fine-tune" and len(row) == 10].count("beyond chance") == 2
-    assert "above 3.2 at the last step" in page.text["drift"] and "in these 9 rows" in page.text["drift"]
+def test_the_chart_has_every_arm_seed_and_draw_under_the_pointer(five_seeds: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    html, page = full_page
+    for arm in five_seeds["arms"]:
+        values = arm["outcomes"]["behaviour_gap"]
+        for seed, mean in values["by_seed"].items():
+            assert page.said.count(f"{arm['name']}, seed {seed}: {mean - values['before']:+.2f}".replace("-", "\u2212")) == 2, (
+                "wide and narrow"
+            )
+        for draw, mean in enumerate(values.get("by_draw", ()), 1):
+            assert f"{arm['name']}, control draw {draw}: {mean - values['before']:+.2f}" in page.said
+    assert "behaviour gap, change from the base model, nat/token" in html and "lower is better" in page.words("result")
+    assert "range of the 8 control draws" in page.words("result")
+
+
+def test_effect_against_damage_and_guardrails(five_seeds: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    page = full_page[1]
+    cost = page.words("cost")
+    for point in five_seeds["trade_off"]:
+        assert any(said.startswith(f"{point['arm']}: effect ") and "undominated in" in said for said in page.said)
+    for each in five_seeds["guardrails"]:
+        assert each["verdict"].replace("_", " ") in cost and each["verdict"] in page.said
+    assert "(dominated)" in cost and "exceeded" in cost and "task logprob: worse by, nat/token" in cost
+
+
+def test_one_quantity_decides_and_the_others_are_folded(
+    tmp_path: Path, one_seed: dict[str, Any], synthetic_drift: Drift, full_page: tuple[str, Page]
+) -> None:
+    """No 'p < 0.001' beside 'within chance', and no second verdict beside the first."""
+    for html, page in (full_page, render(tmp_path, one_seed, synthetic_drift)):
+        unfolded = re.sub(r"<details>.*?</details>", "", html, flags=re.S)
+        assert "not shown to be specific" in html and "not shown to be specific" not in unfolded
+        rows = [row for row in page.rows if row[-1] in ("within chance", "beyond chance") or "beyond chance in" in row[-1]]
+        assert rows and all(len(row) == 4 for row in rows), "arm, step, shift and verdict, nothing else"
+        assert "p over prompts" in html and "p over prompts" not in unfolded
+
+
+def test_contrasts_show_the_interval_that_goes_with_their_p(five_seeds: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    page = full_page[1]
+    row = page.row("preventative against random")
+    assert row[1] == "behaviour gap, nat/token" and row[3] == "< 0.001" and row[4] == "primary"
+    low, high = five_seeds["contrasts"][0]["ci"]
+    assert f"[{low:+.2f}, {high:+.2f}]".replace("-", "\u2212") in row[2]
+    assert page.row("random against plain")[4] == "exploratory"
+    assert all(each["verdict"].replace("_", " ") in page.words("contrasts") for each in five_seeds["contrasts"])
+
+
+def test_items_that_moved_most(tmp_path: Path, five_seeds: dict[str, Any], one_seed: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    page = full_page[1]
+    ordered = sorted(five_seeds["items"], key=lambda item: item["difference"])
+    rows = [row for row in page.rows if re.fullmatch(r"q\d\d", row[0])]
+    assert [row[0] for row in rows] == [item["id"] for item in [*ordered[:4], *ordered[-4:]]]
+    assert rows[0][2] == ordered[0]["text"] and "28 between them are left out" in page.words("items")
+    assert any(said.startswith(f"{ordered[0]['id']}: {ordered[0]['text']} (") for said in page.said)
+    wrong = render(tmp_path, one_seed)[1]
+    assert any("(wrong way)" in row[1] for row in wrong.rows if re.fullmatch(r"q\d\d", row[0]))
+
+
+def test_drift_of_the_site_that_matters_comes_first(full_page: tuple[str, Page]) -> None:
+    html, page = full_page
     headings = re.findall(r"<h3>condescension at <code>([^<]+)</code>(.*?)</h3>", html)
     assert [(site, "steered site" in rest) for site, rest in headings] == [
-        ("layers.12.output", False),
         ("layers.16.output", True),
+        ("layers.12.output", False),
         ("layers.20.output", False),
     ]
-    assert html.count("steered here in training") == 2
+    before, _, after = html.partition("<h3>Other sites")
+    assert "layers.12.output</code>" not in before[before.index('id="drift"') :] and "layers.12.output</code>" in after
+    assert page.row("plain", "60")[3] == "beyond chance in 0 of 5 runs", "150 looks ask for a larger z than 9"
+    assert page.row("random", "60")[3].endswith("of 40 runs") and "allows for 150 looks" in page.words("drift")
 
 
-def test_needs_no_network(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
+def test_drift_of_one_run_an_arm(tmp_path: Path, one_seed: dict[str, Any], synthetic_drift: Drift) -> None:
+    _, page = render(tmp_path, one_seed, synthetic_drift)
+    last = [r for r in synthetic_drift["plain"] if r.kind == "named" and r.site == "layers.16.output"][-1]
+    assert page.row("plain", "60", f"+{last.effect_sd:.2f}")[3] == "beyond chance"
+    assert page.row("preventative", "60")[3] == "within chance", "it leaves the band, as one random direction in ten does"
+    folded = page.row("plain", "plain", "60", f"+{last.effect_sd:.2f}")
+    assert folded[6] == f"+{last.z_controls:.1f}" and folded[8] == "0.004" and folded[9] == "20"
+
+
+def test_completions_are_coloured_by_projection(
+    tmp_path: Path, five_seeds: dict[str, Any], one_seed: dict[str, Any], full_page: tuple[str, Page]
+) -> None:
+    html, page = full_page
+    most = max(abs(v) for answers in five_seeds["completions"].values() for answer in answers for _, v in answer["tokens"])
+    tokens = re.findall(r'<span class="token (\w+)" style="--v:(\d+)%" title="([^"]+)">', html)
+    assert len(tokens) == sum(len(a["tokens"]) for answers in five_seeds["completions"].values() for a in answers)
+    assert {side for side, _, _ in tokens} == {"plus", "minus"} and max(int(share) for _, share, _ in tokens) == 100
+    assert all((value[0] == "+") == (side == "plus") for side, _, value in tokens if value.strip("0.\u2212+"))
+    assert f"\u2212{most:.2f}" in page.words("completions") and "projection of each token" in page.words("completions")
+    plain, page = render(tmp_path, one_seed)
+    assert 'class="token' not in plain and "A spider has eight legs." in page.text["completions"]
+
+
+def test_sweep_is_drawn_with_its_controls(tmp_path: Path, swept: dict[str, Any], full_page: tuple[str, Page]) -> None:
+    page = render(tmp_path, swept)[1]
+    assert "dose" in page.words("dose") and len(swept["sweep"]) == 2 * 3
+    for curve in swept["sweep"]:
+        for point in curve["points"]:
+            begins = f"{curve['name']} at dose {point['dose']:g}: "
+            assert sum(said.startswith(begins) for said in page.said) == 2 * 3, "three outcomes, wide and narrow"
+    assert sum(said.startswith("random, draw 8 at dose") for said in page.said) == 2 * 3 * 4
+    assert "range of the 8 control draws" in page.words("result"), "of the control of the primary contrast alone"
+    assert 'id="dose"' not in full_page[0] and "#dose" not in full_page[0]
+    html = render(tmp_path, swept)[0]
+    assert 'id="training"' not in html and "#drift" not in html, "nothing was trained"
+
+
+def test_needs_no_network(full_page: tuple[str, Page]) -> None:
+    html, page = full_page
     for tag, attributes in page.tags:
         assert tag not in ("script", "iframe", "object", "embed", "base")
         for name, value in attributes.items():
@@ -135,10 +172,10 @@ def test_needs_no_network(tmp_path: Path, synthetic_metrics: dict[str, Any], syn
     assert policy is not None and "default-src 'none'" in policy
 
 
-def test_ids_are_unique_and_references_resolve(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
+def test_ids_are_unique_and_references_resolve(full_page: tuple[str, Page]) -> None:
+    html, page = full_page
     ids = [a["id"] for _, a in page.tags if "id" in a]
-    assert len(ids) == len(set(ids))
+    assert len(ids) == len(set(ids)) and not any("hover" in (i or "") for i in ids)
     wanted = set(re.findall(r"url\(#([^)]+)\)", html))
     for _, attributes in page.tags:
         wanted |= set((attributes.get("aria-labelledby") or "").split())
@@ -147,129 +184,122 @@ def test_ids_are_unique_and_references_resolve(tmp_path: Path, synthetic_metrics
     assert wanted and wanted <= set(ids)
 
 
-def test_pictures_have_words_and_follow_the_colours_of_the_page(
-    tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift
-) -> None:
-    html, page = render(tmp_path, synthetic_metrics, synthetic_drift)
+def test_pictures_have_words_and_follow_the_colours_of_the_page(full_page: tuple[str, Page]) -> None:
+    html, page = full_page
     plots = [a for tag, a in page.tags if tag == "svg"]
     assert len(plots) > 5
     assert all(a.get("role") == "img" and (a.get("aria-label") or a.get("aria-labelledby")) for a in plots)
-    assert "Plain fine-tune: +" in html and "beyond chance." in html, "the description of a drift plot gives its numbers"
     body = html[html.index("<body>") :]
     assert "var(--arm-0)" in body and not re.search(r"(?:fill|stroke): ?#", body), "a colour that the dark scheme cannot change"
-    assert "prefers-color-scheme: dark" in html
+    assert "prefers-color-scheme: dark" in html and html.count('<div class="wide">') == html.count('<div class="narrow">') > 5
     assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
 
 
-def test_escapes_everything_that_is_text(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    metrics = copy.deepcopy(synthetic_metrics)
-    metrics |= {"experiment": HOSTILE, "command": HOSTILE, "started": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    metrics["specificity"] = {"statement": HOSTILE}
-    metrics["trait"] |= {"name": HOSTILE, "description": HOSTILE, "method": HOSTILE, "auc_by_site": {HOSTILE: 0.7, "layers.16.output": 0.9}}
-    metrics["comparisons"][0]["verdict"] = HOSTILE
-    arm = metrics["arms"][0]
-    arm["label"] = f"$x$ {HOSTILE}"
-    arm["completions"][0] = {"prompt": HOSTILE, "text": HOSTILE}
-    arm["metrics"][HOSTILE] = {"before": 1.0, "after": 2.0, "change": 1.0, "ci": [0.5, 1.5], "n": 3, "unit": HOSTILE}
+def test_escapes_everything_that_is_text(tmp_path: Path, five_seeds: dict[str, Any], synthetic_drift: Drift) -> None:
+    metrics = five_seeds
+    metrics |= {"experiment": HOSTILE, "command": HOSTILE, "started": HOSTILE, "versions": {HOSTILE: HOSTILE}, "verdict": HOSTILE}
+    metrics["question"]["text"] = metrics["contrasts"][0]["verdict"] = metrics["guardrails"][0]["verdict"] = HOSTILE
+    metrics["trait"] = {"name": HOSTILE, "description": HOSTILE, "auc_by_site": {HOSTILE: 0.7, "layers.16.output": 0.9}}
+    metrics["arms"][0]["label"] = f"$x$ {HOSTILE}"
+    metrics["outcomes"][HOSTILE] = metrics["outcomes"]["behaviour_gap"] | {"unit": HOSTILE, "role": "secondary"}
+    metrics["arms"][0]["outcomes"][HOSTILE] = metrics["arms"][0]["outcomes"]["behaviour_gap"]
+    metrics["items"][0] = {"id": HOSTILE, "text": HOSTILE, "difference": -9.0}
+    metrics["completions"]["plain"][0] = {"prompt": HOSTILE, "text": HOSTILE, "tokens": [[HOSTILE, 1.0]]}
+    metrics["completions"]["prompt"][0] = {"prompt": HOSTILE, "text": HOSTILE}
+    metrics["projections"]["direction"] = HOSTILE
+    metrics["design"]["lock"]["deviations"] = [HOSTILE]
     drift = {
         arm: [replace(record, direction=HOSTILE) if record.kind == "named" else record for record in records]
         for arm, records in synthetic_drift.items()
     }
     html, page = render(tmp_path, metrics, drift)
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
-    assert HOSTILE in page.text["completions"] and HOSTILE in page.text["comparisons"] and HOSTILE in page.text["head"]
-    assert "\u4f60\u597d" in page.text["completions"]
+    assert all(HOSTILE in page.text[section] for section in ("head", "completions", "contrasts", "items", "cost", "drift"))
+    assert any(HOSTILE[:30] in said for said in page.said)
 
 
 def test_stands_without_optional_parts(tmp_path: Path) -> None:
-    _, page = render(tmp_path, {"schema": 1}, {})
+    _, page = render(tmp_path, {"schema": 2})
     for section, words in {
-        "arms": "No arms were recorded.",
-        "comparisons": "No comparisons were recorded.",
+        "head": "No verdict was recorded.",
+        "result": "No arms were recorded.",
+        "cost": "No guardrail was set",
+        "contrasts": "No contrasts were recorded.",
         "drift": "No drift was recorded in this run.",
-        "direction": "No direction was recorded.",
         "training": "No training loss was recorded.",
         "completions": "No completions were recorded.",
+        "items": "No differences of single items were recorded.",
     }.items():
         assert words in page.text[section]
-    assert "no statement about whether the effect is specific" in page.text["head"] and "not measured" in page.text["head"]
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
 def test_a_number_that_is_missing_is_not_measured(
-    tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift, missing: float | None
+    tmp_path: Path, five_seeds: dict[str, Any], synthetic_drift: Drift, missing: float | None
 ) -> None:
-    metrics = copy.deepcopy(synthetic_metrics)
+    metrics = five_seeds
     for arm in metrics["arms"]:
-        arm["metrics"]["task_logprob"] = {"before": missing, "after": missing, "change": missing, "ci": [missing, missing], "n": 36}
-        arm["metrics"]["neutral_loss"] = None
-        arm["train"]["loss"][3] = missing
-        arm["train"]["callback_overhead"] = missing
-    metrics["comparisons"][0] |= {"difference": missing, "ci": [missing, 1.0], "p": missing, "p_adjusted": missing}
-    metrics["trait"] |= {"auc_heldout": missing, "vector_norm": missing, "auc_by_site": {"layers.3.output": missing}}
+        for key in ("mean", "before", "change"):
+            arm["outcomes"]["task_logprob"][key] = missing
+        arm["outcomes"]["task_logprob"] |= {"ci": [missing, missing], "change_ci": [missing, 1.0], "by_seed": {"0": missing, "1": missing}}
+        arm["outcomes"]["neutral_loss"] = None
+    metrics["contrasts"][0] |= {"difference": missing, "ci": [missing, 1.0], "p": missing, "p_adjusted": missing}
+    metrics["guardrails"][0] |= {"harm": missing, "bounds": [missing, missing]}
+    metrics["trade_off"][0] |= {"effect": missing}
+    metrics["items"][0]["difference"] = missing
+    metrics["power"]["smallest_effect"] = missing
+    next(iter(metrics["training"].values()))["loss"][3] = missing
+    metrics["overhead"]["random"] = {"median": missing, "range": [missing, missing]}
     undefined: dict[str, Any] = {"effect_sd": math.nan, "p": missing, "q": missing}
     records = [replace(record, metrics={**record.metrics, **undefined}) for record in synthetic_drift["plain"]]
     html, page = render(tmp_path, metrics, {**synthetic_drift, "plain": records})
-    arm_row = page.row("Plain fine-tune not steered")
+    arm_row = page.row("plain Plain fine-tune")
     assert arm_row[2].startswith("not measured") and arm_row[3] == "not measured"
-    assert page.row("Plain fine-tune", "60", "not measured")[4] == "not comparable"
+    assert page.row("plain", "60", "not measured")[3] == "not comparable"
     assert not re.search(r"\b(nan|inf|None)\b", " ".join(page.text.values()))
     assert not re.search(r'="[^"]*\bnan\b', html)
 
 
-def test_says_when_there_was_no_random_arm(tmp_path: Path, synthetic_metrics: dict[str, Any]) -> None:
-    metrics = copy.deepcopy(synthetic_metrics)
-    warning = "No arm was steered along a random direction"
-    assert warning not in render(tmp_path, metrics, {})[0]
-    metrics["arms"] = [arm for arm in metrics["arms"] if arm["steer"]["direction"] != "random"]
-    assert warning in render(tmp_path, metrics, {})[0]
-
-
-def test_says_what_one_random_direction_cannot_show(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    words = " ".join(render(tmp_path, synthetic_metrics, synthetic_drift)[1].text["reading"].split())
-    cannot = words.partition("What this run cannot show")[2]
-    assert all(
-        part in cannot for part in ("One random direction:", "the random arm may itself act", "One seed (0)", "leaving it is no finding")
-    )
-
-
-def test_the_stream_starts_at_its_first_window(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
+def test_the_stream_starts_at_its_first_window(tmp_path: Path, one_seed: dict[str, Any], synthetic_drift: Drift) -> None:
     stream = {arm: [replace(record, mode="stream") for record in records if record.step] for arm, records in synthetic_drift.items()}
-    _, probed = render(tmp_path, synthetic_metrics, synthetic_drift)
-    _, page = render(tmp_path, synthetic_metrics, stream)
+    _, probed = render(tmp_path, one_seed, synthetic_drift)
+    _, page = render(tmp_path, one_seed, stream)
     caption, caveat = "since the window that ended at step 4", "Stream mode begins at its first window"
-    assert caption in page.text["drift"] and caveat in page.text["reading"]
-    assert caption not in probed.text["drift"] and caveat not in probed.text["reading"]
+    assert caption in page.text["drift"] and caveat in page.text["caveats"]
+    assert caption not in probed.text["drift"] and caveat not in probed.text["caveats"]
 
 
-def test_a_negative_strength_is_against_the_trait(tmp_path: Path, synthetic_metrics: dict[str, Any]) -> None:
-    _, page = render(tmp_path, synthetic_metrics, {})
-    assert "against the trait direction at inference only" in page.text["arms"] and "along a random direction during" in page.text["arms"]
-
-
-def test_long_completions_are_whole_but_folded(tmp_path: Path, synthetic_metrics: dict[str, Any]) -> None:
-    metrics = copy.deepcopy(synthetic_metrics)
+def test_long_completions_are_whole_but_folded(tmp_path: Path, one_seed: dict[str, Any]) -> None:
     text = "word " * 400 + "end of it"
-    metrics["arms"][0]["completions"][0]["text"] = text
-    html, page = render(tmp_path, metrics, {})
+    one_seed["completions"]["plain"][0]["text"] = text
+    html, page = render(tmp_path, one_seed)
     assert text in page.text["completions"] and "The whole text" in page.text["completions"]
 
 
-def test_same_input_gives_the_same_file(tmp_path: Path, synthetic_metrics: dict[str, Any], synthetic_drift: Drift) -> None:
-    assert render(tmp_path, synthetic_metrics, synthetic_drift)[0] == render(tmp_path, synthetic_metrics, synthetic_drift)[0]
+def test_same_input_gives_the_same_file(
+    tmp_path: Path, five_seeds: dict[str, Any], drift_of_cells: Drift, full_page: tuple[str, Page]
+) -> None:
+    assert render(tmp_path, five_seeds, drift_of_cells)[0] == full_page[0]
 
 
-@pytest.mark.parametrize("schema", [{}, {"schema": 2}])
+@pytest.mark.parametrize("schema", [{}, {"schema": 3}])
 def test_refuses_other_schemas(tmp_path: Path, schema: dict[str, int]) -> None:
-    with pytest.raises(WrongKindError, match="schema 1"):
+    with pytest.raises(WrongKindError, match="schema 1 or 2"):
         write_report(tmp_path / "report.html", schema, {})
     assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
-def test_names_the_extra_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synthetic_metrics: dict[str, Any], synthetic_drift: Drift, module: str
-) -> None:
+def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bare: dict[str, Any], module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"pip install 'torchsteer\[report\]'"):
-        write_report(tmp_path / "report.html", synthetic_metrics, synthetic_drift)
+        write_report(tmp_path / "report.html", bare, {})
+
+
+def test_the_verdict_says_when_single_control_draws_do_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contrast with the mean of draws that differ widely says little about the edit."""
+    monkeypatch.setattr(trees, "SPREAD", (0.6, 0.02, 0.004))
+    found = trees.tree(5, effect=0.2, chosen=("plain", "preventative", "random"))
+    rank = found["specificity"]["rank"]
+    assert found["contrasts"][0]["shown"] and rank > 1 and f"but {rank - 1} of 8 control draws do as much" in found["verdict"]
+    assert "lies within the range of its control draws" in render(tmp_path, found)[1].words("caveats")

@@ -1,0 +1,243 @@
+"""One cell of an experiment: an arm trained with a seed, or with the weights of another, and measured."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from peft import LoraConfig, PeftModel, get_peft_model
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger
+from torch import nn
+
+from steer.callbacks import DriftCallback, SteeringCallback
+from steer.commands import cell_ranks
+from steer.commands.experiment_run import BASE, ExperimentRun
+from steer.commands.info import versions
+from steer.commands.trackers import log_result, tracker_of
+from steer.errors import DamagedFileError
+from steer.experiment.arms import Arm
+from steer.experiment.cells import Cell, CellFolder
+from steer.experiment.outcome import measure_all
+from steer.experiment.overhead import step_overhead
+from steer.experiment.treatment import BAKED, Treatment
+from steer.files import contents
+from steer.intervene import Plan
+from steer.model.tokens import Row, collate
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+STORE = "drift.sqlite"
+
+
+def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any]:
+    """Trains where the cell has weights of its own, from its last checkpoint if it was begun, and measures.
+
+    Returns:
+        scores by outcome and item, completions, and for a trained cell what its training was like; `timing` is all that differs between
+        two runs of the same cell.
+    """
+    started = cells.begin(cell)
+    clock = time.perf_counter()
+    if cell.arm == BASE:
+        result = _measure(run, run.model, None)
+        return {
+            **result,
+            "direction": run.direction_quality(),
+            "timing": {"started": started, "seconds": time.perf_counter() - clock},
+            "versions": versions(),
+        }
+    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    treatment = run.treatments[arm.name][cell.draw]
+    treatment.save(cells.of(cell))
+    logger = tracker_of(run.settings.get("tracker"), run.experiment.name, cell)
+    training: dict[str, Any] | None = None
+    cost: dict[str, Any] = {}
+    if run.trains and cell.needs is None:
+        training, cost = train_cell(run, cell, cells, logger)
+    with as_measured(run, cell, cells) as (acting, system):
+        result = _measure(run, acting, system)
+    log_result(logger, result)
+    timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
+    return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
+
+
+def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
+    model.eval()
+    scores = measure_all(run.outcomes, model, run.tokenizer, system=system)
+    return {"scores": scores, "completions": run.completions(model, system)}
+
+
+@contextmanager
+def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[tuple[nn.Module, str | None]]:
+    """The model of a trained cell with what acts in it, as it is measured, and the system message that it is asked behind."""
+    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    treatment = run.treatments[arm.name][cell.draw]
+    model = run.model
+    if run.trains:
+        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))
+    try:
+        with _acting(arm, treatment, model) as acting:
+            yield acting, treatment.system if arm.acts_at_inference else None
+    finally:
+        if run.trains:
+            model.unload()  # type: ignore[operator]
+
+
+def adapter_of(cell: Cell, cells: CellFolder) -> Path:
+    """The adapter of a trained cell. Raises DamagedFileError when it is not whole; PEFT would ask the hub for one that is missing."""
+    folder = cells.of(cell) / ADAPTER
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise _missing_adapter(cell, folder / name)
+    return folder
+
+
+@contextmanager
+def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Module]:
+    if arm.when == BAKED:
+        merged = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+        with treatment.baked(merged) as acting:
+            yield acting
+    elif arm.acts_at_inference:
+        with treatment.acting(model) as acting:
+            yield acting
+    else:
+        yield model
+
+
+# ---- training
+
+
+def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains the adapters of the arm and saves them. What that was like, and what it cost; the model is as it was afterwards."""
+    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    treatment = run.treatments[arm.name][cell.draw]
+    folder = cells.of(cell)
+    pl.seed_everything(cell.seed, verbose=False)
+    plan = treatment.training_plan() if arm.acts_in_training else None
+    rows = run.training_rows(treatment if arm.acts_in_training else None)
+    checkpoint = _last_checkpoint(folder)
+    if cell_ranks.is_first():
+        if checkpoint is None:
+            shutil.rmtree(folder / "logs", ignore_errors=True)
+            for file in folder.glob(f"{STORE}*"):
+                file.unlink()
+        cell_ranks.announce(cell)
+    clock = time.perf_counter()
+    started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
+    with started_from as base, _adapted(base, run.lora) as adapted:
+        module = run.module(adapted, cell.seed)
+        tracker = run.tracker(folder / STORE, cell.seed)
+        callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]
+        if tracker is not None:
+            callbacks.append(DriftCallback(tracker, every_n_steps=run.experiment.drift.every_n_steps))
+        adapted.train()  # models are loaded in evaluation mode
+        trainer = _trainer(run, folder, callbacks, logger)
+        first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
+        _fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
+        if cell_ranks.is_first():
+            adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
+        training = {"steps": trainer.global_step, "loss": [float(loss) for loss in module.losses], "store": STORE if tracker else None}
+        cost = {
+            "training_seconds": time.perf_counter() - clock,
+            **_callback_overhead(run, cell, adapted, None if arm.control_of else plan, rows),
+        }
+    if cell_ranks.is_first():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return training, cost
+
+
+@contextmanager
+def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
+    """The model with new adapters; without them afterwards, and in evaluation mode, as models are loaded."""
+    adapted = get_peft_model(model, copy.deepcopy(config))  # PEFT writes into the configuration
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        model.eval()
+
+
+@contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a killed run of this cell wrote last, whole: Lightning writes them under another name first."""
+    written = sorted((folder / CHECKPOINTS).glob("step=*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
+    return written[-1] if written else None
+
+
+def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+    # Lightning's own choice would be another kind of bar than that of all else here, and would print into a pipe
+    shows_progress = run.config.trainer.progress and sys.stdout.isatty()
+    checkpoints = ModelCheckpoint(
+        folder / CHECKPOINTS,
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=run.experiment.train.checkpoint_every,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )
+    return pl.Trainer(
+        max_steps=run.experiment.train.steps,
+        max_epochs=-1,
+        accelerator=run.config.trainer.accelerator,
+        **({"devices": run.config.trainer.devices} | cell_ranks.trainer_options(run.config.trainer.accelerator)),
+        precision=run.config.trainer.precision,
+        enable_progress_bar=shows_progress,
+        enable_model_summary=False,
+        gradient_clip_val=run.experiment.train.gradient_clip,
+        logger=[CSVLogger(folder / "logs", name="", version=""), *([] if logger is None else [logger])],
+        log_every_n_steps=1,
+        callbacks=[*callbacks, checkpoints, *([TQDMProgressBar(leave=False)] if shows_progress else [])],
+    )
+
+
+def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(module, batches, ckpt_path=checkpoint)
+    except SystemExit:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key
+        if trainer.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
+    """What the hooks of the plan and of the tracker add to one training step, as a fraction of the bare step; in one seed."""
+    if plan is None or cell_ranks.world_size() > 1 or cell.seed != run.seeds[0]:
+        return {}
+    spec = run.experiment.train
+    batch = collate(rows[: spec.batch_size], run.pad, max_length=spec.max_length)
+
+    @contextmanager
+    def attached() -> Iterator[None]:
+        tracker = run.tracker(None, cell.seed)
+        with plan.attached(adapted), tracker.attached(adapted) if tracker is not None else _as_it_is(adapted):
+            yield
+
+    cost = step_overhead(adapted, batch, attached)
+    return {"callback_overhead": cost.median, "callback_overhead_range": [cost.low, cost.high]}
+
+
+# ---- errors
+
+
+def _missing_adapter(cell: Cell, file: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"cell '{cell.name}' lacks its adapter",
+        expected=str(file),
+        found=contents(file.parent),
+        remedy=f"remove '{file.parents[1]}', and run the experiment again",
+    )

@@ -1,0 +1,1 @@
+"""Metrics of an experiment; every module here is imported on the first look-up."""

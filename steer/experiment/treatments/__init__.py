@@ -1,0 +1,1 @@
+"""Treatments of an experiment; every module here is imported on the first look-up."""
