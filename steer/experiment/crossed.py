@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from steer.errors import ConfigError
 from steer.experiment.sign_flips import DRAWS, sign_flips
-from steer.experiment.stats import LEVEL, Array, Table, between_0_and_1, items_and_seeds
+from steer.experiment.stats import LEVEL, ROUNDING, Array, Table, between_0_and_1, items_and_seeds
 
 FLIPPED_SEEDS = 6  # whole seeds are flipped from here on: five cannot give a p below 1/16
 NO_VARIATION = 1e-12  # spread over the largest value, below which values differ by rounding alone
@@ -173,7 +173,8 @@ def sources(squares: MeanSquares) -> MeanSquares:
     0 for a source that does not stand out from the residual; nothing is subtracted unless both do.
     """
     of_items, of_seeds, residual = (np.asarray(x, dtype=np.float64) for x in squares)
-    items_stand_out, seeds_stand_out = of_items > residual, of_seeds > residual
+    beyond = residual * (1 + ROUNDING)  # equal ones differ by rounding
+    items_stand_out, seeds_stand_out = of_items > beyond, of_seeds > beyond
     both = items_stand_out & seeds_stand_out
     return np.where(items_stand_out, of_items, 0), np.where(seeds_stand_out, of_seeds, 0), np.where(both, residual, 0)
 
