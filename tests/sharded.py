@@ -53,6 +53,7 @@ def train(rank: int, store: str) -> dict[str, Any]:
         finished: list[str] = []
         model.register_forward_hook(lambda *_: finished.append("model"))
         capture(model, [Row(tuple(ids()[0].tolist()), 2)], {Site.parse("layers.0.output"): last}, span="all")
+        dist.barrier()  # a rank that leaves while the other one still sends is ended by gloo
         return {"gradient": gradient, "fired": steered.fired(), "digest": digest, "h": last.h, "finished": finished}
     finally:
         dist.destroy_process_group()
