@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
                 file.unlink()
         cell_ranks.announce(cell)
     clock = time.perf_counter()
-    started_from = treatment.trained_from(run.model) if arm.acts_in_training else _as_it_is(run.model)
+    started_from = treatment.trained_from(run.model) if arm.acts_in_training else nullcontext(run.model)
     with started_from as base, _adapted(base, run.lora) as adapted:
         module = run.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
@@ -165,11 +165,6 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
     finally:
         adapted.unload()
         model.eval()
-
-
-@contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[nn.Module]:
-    yield model
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -224,7 +219,7 @@ def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan:
     @contextmanager
     def attached() -> Iterator[None]:
         tracker = run.tracker(None, cell.seed)
-        with plan.attached(adapted), tracker.attached(adapted) if tracker is not None else _as_it_is(adapted):
+        with plan.attached(adapted), tracker.attached(adapted) if tracker is not None else nullcontext(adapted):
             yield
 
     cost = step_overhead(adapted, batch, attached)

@@ -25,8 +25,6 @@ from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import tokenizer_of
 
-BASE = "base"
-
 
 @dataclass(frozen=True)
 class Matched:

@@ -9,9 +9,8 @@ from typing import Any
 from steer.errors import ConfigError, did_you_mean
 from steer.experiment.arms import Arm
 from steer.experiment.outcome import GUARDRAIL, PRIMARY, SECONDARY, Outcome
+from steer.experiment.stats import ALPHA
 from steer.experiment.treatment import NEVER
-
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)
