@@ -17,7 +17,8 @@ from rich.table import Table
 
 from steer.commands import cell_ranks
 from steer.commands.cell_run import ADAPTER, STORE, run_cell, train_cell
-from steer.commands.experiment_run import BASE, ExperimentRun
+from steer.commands.experiment_config import BASE, ExperimentConfig
+from steer.commands.experiment_run import ExperimentRun
 from steer.commands.info import versions
 from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, did_you_mean
@@ -45,7 +46,7 @@ def run(config: DictConfig) -> None:
     quieten_libraries()
     if config.do not in ACTIONS:
         raise _unknown_action(config.do)
-    job = ExperimentRun(config, Path(config.folder))
+    job = ExperimentRun(ExperimentConfig(config), Path(config.folder))
     {"run": run_all, "plan": plan, "lock": lock, "report": report}[config.do](job)
 
 
@@ -56,12 +57,12 @@ def run_all(job: ExperimentRun) -> Result | None:
 
 
 def _run_all(job: ExperimentRun) -> Result | None:
-    question = asked(job)
+    question = asked(job.config)
     if cell_ranks.is_first():
         write_config(job)
     job.prepare()
     cells = CellFolder(job.root / "cells")
-    wanted = job.cells()
+    wanted = job.config.cells()
     if not cell_ranks.is_first():
         cell_ranks.follow(wanted, lambda cell: train_cell(job, cell, cells))
         return None
@@ -90,14 +91,14 @@ def _announced(job: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, A
 
 def plan(job: ExperimentRun) -> None:
     """Prints the cells, what they cost as far as cells of their kind were run, and the smallest effect that they can show."""
-    question = asked(job)
+    question = asked(job.config)
     cells = CellFolder(job.root / "cells")
-    wanted = job.cells()
+    wanted = job.config.cells()
     seconds = _seconds(wanted, cells)
-    table = Table(title=f"{job.experiment.name}: {question.text}")
+    table = Table(title=f"{job.config.experiment.name}: {question.text}")
     for column in ("arm", "draws", "seeds", "done", "running", "seconds a cell"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for name in (BASE, *(arm.name for arm in job.arms)):
+    for name in (BASE, *(arm.name for arm in job.config.arms)):
         own = [cell for cell in wanted if cell.arm == name]
         states = [state(cell, cells) for cell in own]
         draws, seeds = len({cell.draw for cell in own}), len({cell.seed for cell in own})
@@ -123,21 +124,21 @@ def plan(job: ExperimentRun) -> None:
 
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
-    design = _design(job, asked(job), job.cells())
+    design = _design(job.config, asked(job.config), job.config.cells())
     job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
 def report(job: ExperimentRun) -> None:
     """Reads the cells that are done, and writes the page."""
-    others = [Path(folder) / "cells" for folder in job.config.get("folders") or ()]
+    others = [Path(folder) / "cells" for folder in job.config.values.get("folders") or ()]
     cells = CellFolder(job.root / "cells", others)
-    cells.check_others(job.cells()[0].spec)
-    write_page(job, asked(job), cells)
+    cells.check_others(job.config.cells()[0].spec)
+    write_page(job, asked(job.config), cells)
 
 
 def write_page(job: ExperimentRun, question: Question, cells: CellFolder) -> Result:
     """metrics.json, the table of scores and the page of the seeds whose cells are all done, what other jobs ran here too."""
-    wanted = job.cells(cells.seeds())
+    wanted = job.config.cells(cells.seeds())
     done = _seeds_done(job, wanted, cells)
     if not done:
         raise _nothing_done(job, wanted, cells)
@@ -147,16 +148,16 @@ def write_page(job: ExperimentRun, question: Question, cells: CellFolder) -> Res
     result.save(job.root)
     job.console.print(summary_table(metrics))
     said = {name: [answer["text"] for answer in answers[:1]] for name, answers in metrics["completions"].items()}
-    side_by_side(job.console, job.prompts[:1], said)
+    side_by_side(job.console, job.config.prompts[:1], said)
     job.say("report", str(job.root / "report.html"))
     return result
 
 
-def asked(job: ExperimentRun) -> Question:
+def asked(config: ExperimentConfig) -> Question:
     """The question of the configuration."""
-    spec = job.settings["experiment"]
+    spec = config.settings["experiment"]
     return question_of(
-        job.arms, job.outcomes, text=spec.get("question") or "", primary=spec.get("primary"), secondary=spec.get("secondary")
+        config.arms, config.outcomes, text=spec.get("question") or "", primary=spec.get("primary"), secondary=spec.get("secondary")
     )
 
 
@@ -170,19 +171,19 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
             continue
         for outcome, values in result["scores"].items():
             scores.add(Place(outcome, cell.arm, cell.draw, cell.seed), values)
-    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.arms}
-    metrics = analyse(scores, question, job.arms, job.outcomes, before=before, sizes=sizes)
-    first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.arms))}
+    sizes = {arm.name: [results[cell]["size"] for cell in _draws(chosen, arm.name)] for arm in job.config.arms}
+    metrics = analyse(scores, question, job.config.arms, job.config.outcomes, before=before, sizes=sizes)
+    first = {name: next(cell for cell in chosen if cell.arm == name) for name in (BASE, *(arm.name for arm in job.config.arms))}
     trained = [cell for cell in chosen if results[cell].get("training")]
     return metrics | {
-        "experiment": job.experiment.name,
-        "config": job.settings,
+        "experiment": job.config.experiment.name,
+        "config": job.config.settings,
         "design": {
-            "trained": job.trains,
+            "trained": job.config.trains,
             "seeds": sorted({cell.seed for cell in chosen if cell.arm != BASE}),
             **_lock_state(job, question, chosen),
         },
-        "model": {"name": job.config.model.name},
+        "model": {"name": job.config.values.model.name},
         "direction": next(result["direction"] for cell, result in results.items() if cell.arm == BASE),
         "versions": versions(),
         "command": _command(),
@@ -211,7 +212,7 @@ def _draws(cells: Sequence[Cell], arm: str) -> list[Cell]:
 
 def _projections(job: ExperimentRun) -> dict[str, Any] | None:
     """What the values of the tokens of completions are; None where no direction was read."""
-    trait = job.settings["experiment"].get("trait")
+    trait = job.config.settings["experiment"].get("trait")
     return None if trait is None else {"direction": trait["name"], "site": trait.get("site"), "unit": "class gaps"}
 
 
@@ -220,19 +221,19 @@ def _relative(job: ExperimentRun, cells: CellFolder, cell: Cell, name: str) -> s
     return os.path.relpath(cells.of(cell) / name, job.root)
 
 
-def _design(job: ExperimentRun, question: Question, cells: Sequence[Cell]) -> dict[str, Any]:
+def _design(config: ExperimentConfig, question: Question, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a lock holds."""
     return {
         "question": question.to_dict(),
-        "outcomes": job.settings["experiment"]["outcomes"],
-        "arms": {arm.name: {"when": arm.when, "control_of": arm.control_of, "draws": arm.draws, "uses": arm.uses} for arm in job.arms},
+        "outcomes": config.settings["experiment"]["outcomes"],
+        "arms": {arm.name: {"when": arm.when, "control_of": arm.control_of, "draws": arm.draws, "uses": arm.uses} for arm in config.arms},
         "seeds": sorted({cell.seed for cell in cells if cell.arm != BASE}),
         "cells": {f"{cell.arm}.{cell.draw}.{cell.seed}": cell.key for cell in cells},
     }
 
 
 def _lock_state(job: ExperimentRun, question: Question, chosen: Sequence[Cell]) -> dict[str, Any]:
-    return {"lock": check_lock(job.root, _design(job, question, chosen), CellFolder(job.root / "cells").first_begun())}
+    return {"lock": check_lock(job.root, _design(job.config, question, chosen), CellFolder(job.root / "cells").first_begun())}
 
 
 def _seeds_done(job: ExperimentRun, wanted: Sequence[Cell], cells: CellFolder) -> list[int]:
@@ -254,7 +255,7 @@ def _seconds(wanted: Sequence[Cell], cells: CellFolder) -> dict[str, float]:
 
 def write_config(job: ExperimentRun) -> None:
     """The resolved configuration, beside the cells."""
-    atomic_write(job.root / "config" / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+    atomic_write(job.root / "config" / "config.yaml", OmegaConf.to_yaml(job.config.values, resolve=True))
 
 
 def quieten_libraries() -> None:

@@ -20,7 +20,8 @@ from torch import nn
 
 from steer.callbacks import DriftCallback, SteeringCallback
 from steer.commands import cell_ranks
-from steer.commands.experiment_run import BASE, ExperimentRun
+from steer.commands.experiment_config import BASE
+from steer.commands.experiment_run import ExperimentRun
 from steer.commands.info import versions
 from steer.commands.trackers import log_result, tracker_of
 from steer.errors import DamagedFileError
@@ -55,13 +56,13 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
             "timing": {"started": started, "seconds": time.perf_counter() - clock},
             "versions": versions(),
         }
-    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    arm = run.config.arm_of(cell)
     treatment = run.treatments[arm.name][cell.draw]
     treatment.save(cells.of(cell))
-    logger = tracker_of(run.settings.get("tracker"), run.experiment.name, cell)
+    logger = tracker_of(run.config.settings.get("tracker"), run.config.experiment.name, cell)
     training: dict[str, Any] | None = None
     cost: dict[str, Any] = {}
-    if run.trains and cell.needs is None:
+    if run.config.trains and cell.needs is None:
         training, cost = train_cell(run, cell, cells, logger)
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
@@ -72,23 +73,23 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
     model.eval()
-    scores = measure_all(run.outcomes, model, run.tokenizer, system=system)
+    scores = measure_all(run.config.outcomes, model, run.tokenizer, system=system)
     return {"scores": scores, "completions": run.completions(model, system)}
 
 
 @contextmanager
 def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[tuple[nn.Module, str | None]]:
     """The model of a trained cell with what acts in it, as it is measured, and the system message that it is asked behind."""
-    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    arm = run.config.arm_of(cell)
     treatment = run.treatments[arm.name][cell.draw]
     model = run.model
-    if run.trains:
+    if run.config.trains:
         model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))
     try:
         with _acting(arm, treatment, model) as acting:
             yield acting, treatment.system if arm.acts_at_inference else None
     finally:
-        if run.trains:
+        if run.config.trains:
             model.unload()  # type: ignore[operator]
 
 
@@ -119,7 +120,7 @@ def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Mod
 
 def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the adapters of the arm and saves them. What that was like, and what it cost; the model is as it was afterwards."""
-    arm = next(arm for arm in run.arms if arm.name == cell.arm)
+    arm = run.config.arm_of(cell)
     treatment = run.treatments[arm.name][cell.draw]
     folder = cells.of(cell)
     pl.seed_everything(cell.seed, verbose=False)
@@ -135,11 +136,11 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else nullcontext(run.model)
     with started_from as base, _adapted(base, run.lora) as adapted:
-        module = run.module(adapted, cell.seed)
+        module = run.config.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
         callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]
         if tracker is not None:
-            callbacks.append(DriftCallback(tracker, every_n_steps=run.experiment.drift.every_n_steps))
+            callbacks.append(DriftCallback(tracker, every_n_steps=run.config.experiment.drift.every_n_steps))
         adapted.train()  # models are loaded in evaluation mode
         trainer = _trainer(run, folder, callbacks, logger)
         first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
@@ -175,24 +176,24 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
     # Lightning's own choice would be another kind of bar than that of all else here, and would print into a pipe
-    shows_progress = run.config.trainer.progress and sys.stdout.isatty()
+    shows_progress = run.config.values.trainer.progress and sys.stdout.isatty()
     checkpoints = ModelCheckpoint(
         folder / CHECKPOINTS,
         filename="step={step}",
         auto_insert_metric_name=False,
-        every_n_train_steps=run.experiment.train.checkpoint_every,
+        every_n_train_steps=run.config.experiment.train.checkpoint_every,
         save_top_k=-1,
         save_on_train_epoch_end=False,
     )
     return pl.Trainer(
-        max_steps=run.experiment.train.steps,
+        max_steps=run.config.experiment.train.steps,
         max_epochs=-1,
-        accelerator=run.config.trainer.accelerator,
-        **({"devices": run.config.trainer.devices} | cell_ranks.trainer_options(run.config.trainer.accelerator)),
-        precision=run.config.trainer.precision,
+        accelerator=run.config.values.trainer.accelerator,
+        **({"devices": run.config.values.trainer.devices} | cell_ranks.trainer_options(run.config.values.trainer.accelerator)),
+        precision=run.config.values.trainer.precision,
         enable_progress_bar=shows_progress,
         enable_model_summary=False,
-        gradient_clip_val=run.experiment.train.gradient_clip,
+        gradient_clip_val=run.config.experiment.train.gradient_clip,
         logger=[CSVLogger(folder / "logs", name="", version=""), *([] if logger is None else [logger])],
         log_every_n_steps=1,
         callbacks=[*callbacks, checkpoints, *([TQDMProgressBar(leave=False)] if shows_progress else [])],
@@ -211,9 +212,9 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoi
 
 def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
     """What the hooks of the plan and of the tracker add to one training step, as a fraction of the bare step; in one seed."""
-    if plan is None or cell_ranks.world_size() > 1 or cell.seed != run.seeds[0]:
+    if plan is None or cell_ranks.world_size() > 1 or cell.seed != run.config.seeds[0]:
         return {}
-    spec = run.experiment.train
+    spec = run.config.experiment.train
     batch = collate(rows[: spec.batch_size], run.pad, max_length=spec.max_length)
 
     @contextmanager

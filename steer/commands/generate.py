@@ -10,7 +10,8 @@ from rich.console import Console
 
 from steer.commands.cell_run import as_measured
 from steer.commands.config import listed
-from steer.commands.experiment_run import BASE, ExperimentRun
+from steer.commands.experiment_config import BASE, ExperimentConfig
+from steer.commands.experiment_run import ExperimentRun
 from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, DamagedFileError, NonFiniteError, WrongKindError
 from steer.experiment.analysis import SCHEMA
@@ -26,7 +27,7 @@ def run(config: DictConfig) -> None:
     prompts = listed(config.prompts)
     folder = Path(config.run)
     answers = completions(folder, prompts, listed(config.arms), config.max_new_tokens)
-    side_by_side(Console(), prompts or finished_run(folder).prompts, answers)
+    side_by_side(Console(), prompts or finished_run(folder).config.prompts, answers)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def finished_run(folder: Path) -> ExperimentRun:
         raise _no_configuration(folder)
     file = folder / "metrics.json"
     with damage_of(file, "the JSON that `steer train` wrote", f"'{file}' is damaged", "run the experiment again"):
-        return ExperimentRun(cast(DictConfig, OmegaConf.create(config)), folder)
+        return ExperimentRun(ExperimentConfig(cast(DictConfig, OmegaConf.create(config))), folder)
 
 
 def completions(folder: Path, prompts: list[str] | None, names: list[str] | None, max_new_tokens: int) -> dict[str, list[str]]:
@@ -74,15 +75,15 @@ def completions(folder: Path, prompts: list[str] | None, names: list[str] | None
     """
     check_completions(["?"] if prompts is None else prompts, max_new_tokens)
     run = finished_run(folder)
-    if unknown := set(names or ()) - {arm.name for arm in run.arms}:
-        raise _unknown_arms(unknown, run.arms, names)
-    prompts = prompts or run.prompts
+    if unknown := set(names or ()) - {arm.name for arm in run.config.arms}:
+        raise _unknown_arms(unknown, run.config.arms, names)
+    prompts = prompts or run.config.prompts
     cells = CellFolder(folder / "cells")
     answers = {BASE: complete(run.model, run.tokenizer, prompts, max_new_tokens=max_new_tokens)}
-    for arm in run.arms:
+    for arm in run.config.arms:
         if names and arm.name not in names:
             continue
-        cell = next(cell for cell in run.cells() if cell.arm == arm.name)
+        cell = next(cell for cell in run.config.cells() if cell.arm == arm.name)
         with as_measured(run, cell, cells) as (model, system):
             asked = [{"prompt": prompt, "system": system} for prompt in prompts]
             answers[arm.name] = complete(model, run.tokenizer, asked, max_new_tokens=max_new_tokens)

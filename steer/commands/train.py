@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from steer.commands import ab
+from steer.commands.experiment_config import ExperimentConfig
 from steer.commands.experiment_run import ExperimentRun
 from steer.commands.train_checks import check_seed, check_unused
 
@@ -20,7 +21,7 @@ def run(config: DictConfig) -> None:
     check_seed(config.seed)
     with open_dict(config):  # seeds is a key of `steer ab`
         config.update(seeds=[config.seed], folder=str(out))
-    ab.run_all(ExperimentRun(config, out))
+    ab.run_all(ExperimentRun(ExperimentConfig(config), out))
 
 
 def what_is_left(out: Path) -> str:

@@ -1,0 +1,178 @@
+"""An experiment as its configuration has it: arms, outcomes, data, seeds, and the cells that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from steer.commands.trackers import check_tracker
+from steer.commands.train_checks import check_seeds, texts
+from steer.directions.extractor import extractor_of
+from steer.directions.sweep import check_scope
+from steer.errors import ConfigError
+from steer.experiment.arms import Arm, read_arms
+from steer.experiment.cells import Cell
+from steer.experiment.complete import check_completions
+from steer.experiment.data import DataSet
+from steer.experiment.metric import metric_of
+from steer.experiment.outcome import Outcome, check_outcomes
+from steer.experiment.sft import SFTModule, check_batch
+from steer.experiment.treatment import BAKED, INFERENCE, NEVER
+
+BASE = "base"  # name of the cell of the model as it is
+COMPLETIONS = "experiment.completions."
+_OPTIONAL = ("question", "trait", "scope", "primary", "secondary", "train", "drift")  # of an experiment, null where left out
+_JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
+_OUTCOME_KEYS = ("data", *_JUDGED)
+
+
+class ExperimentConfig:
+    """An experiment as its configuration has it.
+
+    What needs no model is checked here, before one is loaded.
+
+    Args:
+        values: the configuration of `steer ab` or `steer train`.
+
+    Raises:
+        SteerError: of the kind that the faulty part raises.
+    """
+
+    def __init__(self, values: DictConfig) -> None:
+        with open_dict(values):
+            for key in _OPTIONAL:
+                values.experiment.setdefault(key, None)
+        self.values = values
+        self.experiment = values.experiment
+        self.seeds = check_seeds(values.seeds)
+        self.settings = cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
+        spec = self.settings["experiment"]
+        arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
+        arms = _with_weights(arms) if self.trains else arms
+        most = values.draws
+        if BASE in (arm.name for arm in arms):
+            raise _name_of_the_base()
+        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
+        self.data = DataSet(self.experiment.data)
+        self.outcomes = self._read_outcomes(spec["outcomes"])
+        self.prompts = texts(self.experiment.completions.prompts)
+        self._check()
+
+    def _read_outcomes(self, specs: Mapping[str, Any]) -> list[Outcome]:
+        outcomes = []
+        for name, spec in (specs or {}).items():
+            if spec is None:
+                continue
+            own = {key: value for key, value in spec.items() if key not in _OUTCOME_KEYS}
+            metric = metric_of(own)
+            rows = self.data.split(spec["data"], tuple(metric.keys)) if "data" in spec else []
+            options = {key: spec[key] for key in ("role", "better", "margin") if key in spec}
+            outcomes.append(Outcome(name, metric, rows, **options))
+        check_outcomes(outcomes)
+        return outcomes
+
+    def _check(self) -> None:
+        if self.experiment.scope is not None:
+            check_scope(self.experiment.scope)
+        check_tracker(self.settings.get("tracker"))
+        check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        if not self.trains and len(self.seeds) > 1:
+            raise _nothing_random(self.seeds)
+        if self.trains:
+            self.module(nn.Identity(), 0)
+            check_batch(len(self.data.split("train")), self.experiment.train.batch_size)
+        if self.experiment.trait is not None:
+            method = self.experiment.trait.method
+            extractor_of(method).check(method, paired=True)
+            self.data.split("contrast")
+
+    @property
+    def trains(self) -> bool:
+        """Its arms are fine-tuned; otherwise they act on the base model."""
+        return self.experiment.train is not None
+
+    def module(self, model: nn.Module, seed: int) -> SFTModule:
+        """The training of a model, as experiment.train has it."""
+        spec = self.experiment.train
+        return SFTModule(
+            model,
+            learning_rate=spec.learning_rate,
+            warmup_steps=spec.warmup_steps,
+            steps=spec.steps,
+            schedule=spec.schedule,
+            seed=seed,
+        )
+
+    # ---- cells
+
+    def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
+        """Every cell: the model as it is, and each arm, draw and seed."""
+        cells = [Cell(BASE, 0, 0, self._shared_spec())]
+        seeds = sorted({*self.seeds, *more_seeds})
+        for seed in seeds if self.trains else seeds[:1]:
+            trained: dict[str, Cell] = {}
+            for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
+                needs = trained[arm.uses] if self.trains and arm.uses is not None else None
+                made = [Cell(arm.name, draw, seed, self._spec_of(arm), needs) for draw in range(arm.draws)]
+                trained[arm.name] = made[0]
+                cells += made
+        return cells
+
+    def arm_of(self, cell: Cell) -> Arm:
+        """The arm of a cell."""
+        return next(arm for arm in self.arms if arm.name == cell.arm)
+
+    def _shared_spec(self) -> dict[str, Any]:
+        """What the result of every cell depends on."""
+        experiment = self.settings["experiment"]
+        outcomes = {name: spec for name, spec in experiment["outcomes"].items() if spec}
+        splits = {spec["data"] for spec in outcomes.values() if "data" in spec}
+        splits |= {"train"} if self.trains else set()
+        splits |= {"contrast"} if experiment["trait"] else set()
+        splits |= {"probe"} if experiment["drift"] else set()
+        read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
+        for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
+            read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
+        return {
+            "model": self.settings["model"],
+            "peft": self.settings["peft"] if self.trains else None,
+            "precision": self.settings["trainer"]["precision"] if self.trains else None,
+            "data": self.data.digest(*sorted(splits)),
+            "outcomes": {name: {key: value for key, value in spec.items() if key not in _JUDGED} for name, spec in outcomes.items()},
+            **read,
+        }
+
+    def _spec_of(self, arm: Arm) -> dict[str, Any]:
+        treatment = {"kind": arm.treatment.name, **arm.treatment.spec()}
+        return {**self._shared_spec(), "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
+
+
+def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms that do nothing in training, and do not say whose weights they use, use those of the first that does nothing at all."""
+    untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
+    return [replace(arm, uses=untreated) if arm.when in (INFERENCE, BAKED) and arm.uses is None else arm for arm in arms]
+
+
+# ---- errors
+
+
+def _nothing_random(seeds: list[int]) -> ConfigError:
+    return ConfigError(
+        "an experiment that trains nothing has no seeds",
+        expected="one seed: every other one would give the same numbers, and claim to have tried again",
+        found=seeds,
+        remedy="set seeds=[0], raise the draws of its controls, or train: experiment.train",
+    )
+
+
+def _name_of_the_base() -> ConfigError:
+    return ConfigError(
+        f"an arm cannot be called '{BASE}'",
+        expected="another name",
+        found=f"experiment.arms.{BASE}",
+        remedy=f"rename it; the model before training is measured as '{BASE}' in any case",
+    )
