@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
@@ -29,6 +32,15 @@ def dotted(entry: Any) -> str:
     """`package.module.Class` of an entry."""
     code = _code_of(entry)
     return ".".join(filter(None, (module_of(entry), str(getattr(code, "__qualname__", code)))))
+
+
+def source_digest(entry: Any) -> str | None:
+    """SHA-256 of the file that an entry of somebody else's is written in; None for our own, and for what has no file, as in a notebook."""
+    module = module_of(entry)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.split(".")[0] == __name__.split(".")[0] or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def first_line(entry: Any) -> str:

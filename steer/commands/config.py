@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 OF_ANY_KIND = ("trainer",)  # sections whose values go to Lightning, which takes several kinds of each and checks them itself
+OF_ONES_OWN = ("experiment.arms", "experiment.outcomes")  # sections whose keys are names; what lies below is checked where it is read
 
 # kinds of value, in the words of the error messages
 TEXT = "text"
@@ -93,8 +94,9 @@ def config_error(command: str, error: Exception) -> ConfigError:
 
 
 def _check_section(config: Any, defaults: Any, command: str, prefix: str) -> None:
+    is_named = prefix.removesuffix(".").startswith(OF_ONES_OWN)
     for key in config:
-        if len(defaults) and key not in defaults.keys():  # noqa: SIM118 - `in` says no of a mandatory key; + and ++ add keys
+        if not is_named and len(defaults) and key not in defaults.keys():  # noqa: SIM118 - `in` says no of a mandatory key; + and ++ add keys
             raise _unknown_key(command, f"{prefix}{key}")
     for key in defaults:
         name = f"{prefix}{key}"

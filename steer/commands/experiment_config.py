@@ -22,6 +22,7 @@ from steer.experiment.metric import metric_of
 from steer.experiment.outcome import Outcome, check_outcomes
 from steer.experiment.sft import SFTModule, check_batch
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER
+from steer.model.files_digest import files_digest
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
@@ -137,12 +138,17 @@ class ExperimentConfig:
         read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
         for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
             read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
+        measured = {name: {key: value for key, value in spec.items() if key not in _JUDGED} for name, spec in outcomes.items()}
+        for outcome in self.outcomes:
+            if (code := outcome.metric.code_digest()) is not None:
+                measured[outcome.name]["code"] = code
+        files = files_digest(self.settings["model"]["name"])
         return {
-            "model": self.settings["model"],
+            "model": self.settings["model"] | ({} if files is None else {"files": files}),
             "peft": self.settings["peft"] if self.trains else None,
             "precision": self.settings["trainer"]["precision"] if self.trains else None,
             "data": self.data.digest(*sorted(splits)),
-            "outcomes": {name: {key: value for key, value in spec.items() if key not in _JUDGED} for name, spec in outcomes.items()},
+            "outcomes": measured,
             **read,
         }
 

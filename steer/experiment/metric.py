@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from steer.checks import errors_of, of_type, whole_number
+from steer.entries import source_digest
 from steer.errors import ConfigError, NonFiniteError, SteerError, did_you_mean
 from steer.experiment.complete import complete
 from steer.model.tokens import Row, encode, plain
@@ -65,6 +66,10 @@ class Metric(ABC):
 
     def check_item(self, item: Item) -> None:  # noqa: B027 - texts are all that most need
         """Raises ConfigError for an item that it cannot read, beyond the texts of `keys`."""
+
+    def code_digest(self) -> str | None:
+        """SHA-256 of the code of one's own that gives the values; a cell is measured again when it changes. None for what ships."""
+        return source_digest(type(self))
 
     def own_items(self) -> list[dict[str, Any]] | None:
         """The items of a metric that brings them along, such as a benchmark; None for one that is given them."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from steer.checks import of_type, one_of
-from steer.entries import dotted, in_short
+from steer.entries import dotted, in_short, source_digest
 from steer.errors import ConfigError, did_you_mean
 from steer.experiment.metric import HIGHER, LOWER, METRICS, Item, Metric, name_of
 
@@ -35,6 +35,9 @@ class Function(Metric):
         self.label = call if isinstance(call, str) else dotted(call)
         self.unit = unit
         self.better = None if better is None else one_of(better, (HIGHER, LOWER), "better of 'function'")
+
+    def code_digest(self) -> str | None:
+        return source_digest(self.function)
 
     def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> Mapping[str, float]:
         values, name = self.function(model, tokenizer, items), name_of(self)
