@@ -15,12 +15,12 @@ from steer.experiment.arms import Arm
 from steer.experiment.contrasts import Answer, Contrast, answer, contrast
 from steer.experiment.crossed import crossed
 from steer.experiment.guardrails import Guardrail, guardrail
-from steer.experiment.outcome import GUARDRAIL, Outcome, check_informative
-from steer.experiment.pareto import pareto
+from steer.experiment.outcome import Outcome, check_informative
 from steer.experiment.power import smallest_effect
 from steer.experiment.question import Pair, Question
 from steer.experiment.scores import Scores
 from steer.experiment.specificity import rank_among_controls, wrong_way
+from steer.experiment.trade_off import compared_at_equal_damage, trade_offs, undominated
 from steer.experiment.treatment import NEVER
 
 SCHEMA = 2
@@ -55,6 +55,7 @@ def analyse(
     )
     guards = [_guardrail(scores, pair, of_name[pair.outcome], question.alpha) for pair in question.guardrails]
     specific = _specificity(scores, question, arms, primary)
+    costs = trade_offs(scores, arms, primary, outcomes)
     return {
         "schema": SCHEMA,
         "question": {**question.to_dict(), "seeds": scores.seeds(question.primary.arm), "items": answered.primary.estimate.items},
@@ -66,7 +67,8 @@ def analyse(
         "specificity": specific,
         "items": _items(scores, question.primary, primary),
         "wrong_way": _wrong_way(scores, question.primary, primary),
-        "trade_off": _trade_off(scores, question, arms, primary, outcomes),
+        "trade_off": undominated(costs),
+        "equal_damage": compared_at_equal_damage(costs, arms, question.primary.arm),
         "power": _power(answered),
         "sweep": _sweep(arms, scores, outcomes),
     }
@@ -165,22 +167,6 @@ def _wrong_way(scores: Scores, pair: Pair, outcome: Outcome) -> dict[str, Any] |
     if outcome.better is None:
         return None
     return asdict(wrong_way(scores.difference(pair.outcome, pair.arm, pair.against).values, wanted=outcome.better))
-
-
-def _trade_off(
-    scores: Scores, question: Question, arms: Sequence[Arm], outcome: Outcome, outcomes: Sequence[Outcome]
-) -> list[dict[str, Any]]:
-    """Effect on the primary outcome against damage in the first guardrail, of every arm against the one that nothing is done to."""
-    untreated = next((arm for arm in arms if arm.when == NEVER), None)
-    damaged = next((each for each in outcomes if each.role == GUARDRAIL), None)
-    if untreated is None or damaged is None:
-        return []
-    others = [arm.name for arm in arms if arm.name != untreated.name]
-    sign = 1 if outcome.better == "higher" else -1
-    harm = -1 if damaged.better == "higher" else 1
-    effects = {name: sign * scores.difference(outcome.name, name, untreated.name).values for name in others}
-    damages = {name: harm * scores.difference(damaged.name, name, untreated.name).values for name in others}
-    return [{**asdict(each), "outcome": outcome.name, "guardrail": damaged.name} for each in pareto(effects, damages)]
 
 
 def _sweep(arms: Sequence[Arm], scores: Scores, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

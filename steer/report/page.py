@@ -17,7 +17,7 @@ from steer.report.drift_view import drift_content
 from steer.report.extra import extra
 from steer.report.items_plot import is_wrong_way, moved
 from steer.report.schema import read
-from steer.report.trade_off_plot import trade_off_words, trade_offs
+from steer.report.trade_off_plot import equal_damage_words, trade_off_words, trade_offs
 
 SECTIONS = ("result", "cost", "dose", "drift", "completions", "items", "contrasts", "training", "reading", "provenance")
 MOVED_MOST = 4  # items shown on either side
@@ -66,6 +66,7 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "arms": table["rows"],
         "seeds": view.seeds_of(metrics),
         "contrasts": view.contrast_rows(metrics),
+        "equal_damage": equal_damage_words(metrics),
         "trade_offs": [{**point, "words": trade_off_words(point)} for point in trade_offs(metrics)],
         "guardrails": [{**each, "verdict": view.spoken(metrics, each.get("verdict"))} for each in view.guardrail_rows(metrics)],
         "drift": curves,

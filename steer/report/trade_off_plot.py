@@ -49,6 +49,26 @@ def trade_off_words(point: Mapping[str, Any]) -> str:
     return f"{point['arm']}: effect {number(point['effect'], signed=True)}, damage {number(point['damage'], signed=True)}{share}"
 
 
+def equal_damage_words(metrics: Mapping[str, Any]) -> list[str]:
+    """The primary arm against each other one where both do the same damage, as text."""
+    words = []
+    for each in metrics.get("equal_damage") or []:
+        a, b, guardrail = each["a"], each["b"], readable(str(each["guardrail"]))
+        if measured(each.get("difference")):
+            bounds = f"[{number(each['low'], signed=True)}, {number(each['high'], signed=True)}]"
+            where = f"where both cost {number(each['damage'])} of {guardrail}"
+            words.append(f"{a} minus {b}, {where}: {number(each['difference'], signed=True)} {bounds}{_beyond(each)}")
+        else:
+            harmless = [str(name) for name, most in zip((a, b), each.get("most_damage") or (), strict=False) if not most > 0]
+            words.append(f"{a} and {b} have no damage in common: {' and '.join(harmless)} did none to {guardrail}")
+    return words
+
+
+def _beyond(each: Mapping[str, Any]) -> str:
+    share = each.get("beyond")
+    return f"; in {percentage(share)} of bootstrap samples one of them never cost as much" if measured(share) and share >= 0.05 else ""
+
+
 def _mark_margin(ax: Any, metrics: Mapping[str, Any], guardrail: str) -> None:
     margin = ((metrics.get("outcomes") or {}).get(guardrail) or {}).get("margin")
     low, high = ax.get_xlim()

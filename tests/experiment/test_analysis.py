@@ -146,10 +146,35 @@ def test_long_names_are_cut_and_the_claim_is_not() -> None:
 def test_without_controls_or_untreated_arm_what_needs_them_is_left_out() -> None:
     two = [PLAIN, STEERED]
     analysed = tree(scores_of({"steered": -0.5}, arms=two), arms=two)
-    assert analysed["specificity"] is None and len(analysed["trade_off"]) == 1
+    assert analysed["specificity"] is None and len(analysed["trade_off"]) == 1 and analysed["equal_damage"] == []
     pair = [STEERED, Arm("random", "random", WARM, "inference", control_of="steered", draws=3)]
     analysed = tree(scores_of({"steered": -0.5}, arms=pair), arms=pair)
-    assert analysed["guardrails"] == [] and analysed["trade_off"] == [] and analysed["specificity"]["rank"] == 1
+    assert analysed["guardrails"] == [] and analysed["trade_off"] == analysed["equal_damage"] == []
+    assert analysed["specificity"]["rank"] == 1
+
+
+def test_arms_at_equal_damage() -> None:
+    """0.8 of effect for 0.4 of damage against 0.2 for 0.4: where both cost 0.2, 0.4 against 0.1."""
+    analysed = tree(scores_of({"steered": -0.8, "prompted": -0.2}, guard={"steered": -0.4, "prompted": -0.4, "random": 0.4}, seeds=5))
+    of_prompt = next(each for each in analysed["equal_damage"] if each["b"] == "prompted")
+    assert of_prompt["a"] == "steered" and of_prompt["damage"] == pytest.approx(0.2, abs=0.02)
+    assert of_prompt["difference"] == pytest.approx(0.3, abs=0.03)
+    assert of_prompt["low"] < 0.3 < of_prompt["high"] < of_prompt["low"] + 0.2
+    of_random = next(each for each in analysed["equal_damage"] if each["b"] == "random")
+    assert of_random["difference"] is None and of_random["most_damage"][1] == pytest.approx(-0.4, abs=0.05), "it did the guardrail good"
+
+
+def test_the_doses_of_a_sweep_are_one_method() -> None:
+    doses = [Arm(f"steered x{dose}", "s", WARM, "inference", sweep="steered", dose=dose) for dose in (1.0, 2.0)]
+    arms = [PLAIN, *doses, PROMPTED]
+    effects, damages = (
+        {"steered x1.0": -0.4, "steered x2.0": -0.5, "prompted": -0.1},
+        {"steered x1.0": -0.1, "steered x2.0": -0.8, "prompted": -0.2},
+    )
+    (compared,) = tree(scores_of(effects, guard=damages, seeds=3, arms=arms), arms=arms)["equal_damage"]
+    assert (compared["a"], compared["b"]) == ("steered", "prompted")
+    assert compared["damage"] == pytest.approx(0.1, abs=0.02) and compared["effect_a"] == pytest.approx(0.4, abs=0.03)
+    assert compared["effect_b"] == pytest.approx(0.05, abs=0.03)
 
 
 def test_scores_that_tell_nothing_or_are_missing_are_refused() -> None:

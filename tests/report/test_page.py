@@ -71,6 +71,10 @@ def test_effect_against_damage_and_guardrails(five_seeds: dict[str, Any], full_p
         assert any(said.startswith(f"{point['arm']}: effect ") and "undominated in" in said for said in page.said)
     for each in five_seeds["guardrails"]:
         assert each["verdict"].replace("_", " ") in cost and each["verdict"] in page.said
+    for each in five_seeds["equal_damage"]:
+        assert each["difference"] is None or f"{each['a']} minus {each['b']}, where both cost {each['damage']:.2g}" in cost
+        assert each["difference"] is not None or f"{each['a']} and {each['b']} have no damage in common" in cost
+    assert len(five_seeds["equal_damage"]) == 3
     assert "(dominated)" in cost and "exceeded" in cost and "task logprob: worse by, nat/token" in cost
 
 
