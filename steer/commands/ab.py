@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from steer.commands import cell_ranks
 from steer.commands.cell_run import ADAPTER, STORE, run_cell, train_cell
 from steer.commands.experiment_config import BASE, ExperimentConfig
 from steer.commands.experiment_run import ExperimentRun
+from steer.commands.forecast import Forecast
 from steer.commands.info import versions
 from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, did_you_mean
@@ -66,13 +66,14 @@ def _run_all(job: ExperimentRun) -> Result | None:
     if not cell_ranks.is_first():
         cell_ranks.follow(wanted, lambda cell: train_cell(job, cell, cells))
         return None
-    missing = [cell for cell in wanted if not cells.is_done(cell)]
-    started = time.perf_counter()
-    if missing:
-        job.say("cells", f"{len(wanted) - len(missing)} of {len(wanted)} are done")
-    for number, cell in enumerate(run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)), 1):
-        left = (time.perf_counter() - started) / number * (len(missing) - number)
-        job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
+    done = [cell for cell in wanted if cells.is_done(cell)]
+    forecast = Forecast(done, cells, trains=job.config.trains)
+    if len(done) < len(wanted):
+        job.say("cells", f"{len(done)} of {len(wanted)} are done{_left(forecast, wanted, done)}")
+    for cell in run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)):
+        forecast.add(cell)
+        done.append(cell)
+        job.say("done", f"{cell.name}: {len(done)} of {len(wanted)}{_left(forecast, wanted, done)}")
     cell_ranks.announce(None)
     return write_page(job, question, cells)
 
@@ -94,7 +95,8 @@ def plan(job: ExperimentRun) -> None:
     question = asked(job.config)
     cells = CellFolder(job.root / "cells")
     wanted = job.config.cells()
-    seconds = _seconds(wanted, cells)
+    done = [cell for cell in wanted if cells.is_done(cell)]
+    forecast = Forecast(done, cells, trains=job.config.trains)
     table = Table(title=f"{job.config.experiment.name}: {question.text}")
     for column in ("arm", "draws", "seeds", "done", "running", "seconds a cell"):
         table.add_column(column, justify="left" if column == "arm" else "right")
@@ -102,22 +104,20 @@ def plan(job: ExperimentRun) -> None:
         own = [cell for cell in wanted if cell.arm == name]
         states = [state(cell, cells) for cell in own]
         draws, seeds = len({cell.draw for cell in own}), len({cell.seed for cell in own})
-        known = f"{seconds[name]:.0f}" if name in seconds else "not known yet"
+        seconds = forecast.of_arm(name)
+        known = "not known yet" if seconds is None else f"{seconds:.0f}"
         table.add_row(name, str(draws), str(seeds), str(states.count("done")), str(states.count("running")), known)
     job.console.print(table)
-    missing = [cell for cell in wanted if not cells.is_done(cell)]
-    if missing and seconds:
-        likely = sum(seconds.get(cell.arm, max(seconds.values())) for cell in missing)
-        job.say("cost", f"{len(missing)} cells are missing, about {_duration(likely)} in one process")
-    elif missing:
-        job.say("cost", f"{len(missing)} cells are missing; run one seed to learn what a cell costs")
+    if len(done) < len(wanted):
+        left = _left(forecast, wanted, done) or "; run one seed to learn what a cell costs"
+        job.say("cost", f"{len(wanted) - len(done)} cells are missing{left}")
     for pair in (question.primary, *question.secondary):
         job.say("contrast", f"{pair.outcome}: {pair.arm} - {pair.against}{' (primary)' if pair == question.primary else ''}")
-    done = _seeds_done(job, wanted, cells)
-    if done:
-        metrics = _analysed(job, question, cells, [cell for cell in wanted if cell.arm == BASE or cell.seed in done])
+    seeds = _seeds_done(job, wanted, cells)
+    if seeds:
+        metrics = _analysed(job, question, cells, [cell for cell in wanted if cell.arm == BASE or cell.seed in seeds])
         effect = metrics["power"]["smallest_effect"]
-        job.say("power", f"{len(done)} seeds like these show an effect of {effect:.3g} {metrics['contrasts'][0]['unit']} in 4 of 5 runs")
+        job.say("power", f"{len(seeds)} seeds like these show an effect of {effect:.3g} {metrics['contrasts'][0]['unit']} in 4 of 5 runs")
     else:
         job.say("power", "not known before a seed is done")
 
@@ -244,13 +244,10 @@ def _seeds_done(job: ExperimentRun, wanted: Sequence[Cell], cells: CellFolder) -
     return [seed for seed in seeds if all(cells.is_done(cell) for cell in wanted if cell.seed == seed and cell.arm != BASE)]
 
 
-def _seconds(wanted: Sequence[Cell], cells: CellFolder) -> dict[str, float]:
-    """Median seconds of the cells of each arm that are done."""
-    known: dict[str, list[float]] = {}
-    for cell in wanted:
-        if cells.is_done(cell):
-            known.setdefault(cell.arm, []).append(cells.result(cell)["timing"]["seconds"])
-    return {arm: sorted(seconds)[len(seconds) // 2] for arm, seconds in known.items()}
+def _left(forecast: Forecast, wanted: Sequence[Cell], done: Sequence[Cell]) -> str:
+    """How long the cells that are missing take, as the end of a sentence; nothing where that is not known."""
+    seconds = forecast.of([cell for cell in wanted if cell not in done])
+    return "" if not seconds else f", about {_duration(seconds)} left in one process"
 
 
 def write_config(job: ExperimentRun) -> None:
