@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import agreement_tables
 import drift_tables
+import experiment_results
 import experiment_tables
 import result_tables
 import speed_tables
@@ -126,6 +127,8 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
         ("docs/drift.md", "metrics"): lambda: drift_tables.metrics(markdown),  # with units, modes and directions
         ("docs/experiments.md", "metrics"): lambda: experiment_tables.metrics(markdown),  # with units and directions
         ("docs/concepts.md", "sites"): sites_table,
+        ("docs/results/experiments.md", "runs"): lambda: experiment_results.runs(markdown),
+        ("docs/results/experiments.md", "details"): lambda: experiment_results.details(markdown),
         ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
         ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
         ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),

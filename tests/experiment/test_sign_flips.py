@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from steer.drift.statistics import sign_flip_p
 from steer.experiment.sign_flips import sign_flips
@@ -70,3 +71,12 @@ def test_no_variation() -> None:
     assert (constant.low, constant.high) == pytest.approx((0.1, 0.1)) and constant.p == 1e-4
     nothing = sign_flips(np.zeros(20), alpha=0.05)
     assert (nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("better", "worse", "same"), [(8, 2, 3), (9, 0, 0), (3, 3, 2), (0, 0, 5), (30, 14, 20), (60, 30, 0)])
+def test_of_two_sets_of_answers_it_is_mcnemars_exact_test(better: int, worse: int, same: int) -> None:
+    """Right or wrong in two arms: only the items count in which they differ, by a binomial test. Above 14 items by random patterns."""
+    differences = np.array([1.0] * better + [-1.0] * worse + [0.0] * same)
+    exact = 1.0 if better + worse == 0 else binomtest(better, better + worse).pvalue
+    spread = 0.0 if len(differences) <= 14 else 4 * (exact * (1 - exact) / 10_000) ** 0.5 + 1e-4
+    assert sign_flips(differences, alpha=0.05).p == pytest.approx(exact, abs=1e-12 + spread)
