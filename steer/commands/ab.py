@@ -51,7 +51,9 @@ def run(config: DictConfig) -> None:
 
 def run_all(job: ExperimentRun) -> Result | None:
     """Runs the cells that are missing, then writes the page; None on the other ranks of a run of torchrun."""
-    with cell_ranks.process_group():
+    if job.trains:
+        cell_ranks.check_trainer(job.config.trainer)
+    with cell_ranks.process_group(job.config.trainer.accelerator):
         return _run_all(job)
 
 

@@ -29,7 +29,7 @@ from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
 from steer.experiment.outcome import Outcome, check_outcomes, prepare_all, texts_of
 from steer.experiment.projections import mean_projection, token_projections
-from steer.experiment.sft import SFTModule, check_batch, loader
+from steer.experiment.sft import SFTModule, ShardedSFTModule, check_batch, loader
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER, Bench, Treatment
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
@@ -206,7 +206,8 @@ class ExperimentRun:
     def module(self, model: nn.Module, seed: int) -> SFTModule:
         """The training of a model, as experiment.train has it."""
         spec = self.experiment.train
-        return SFTModule(
+        kind = ShardedSFTModule if cell_ranks.is_sharded(self.config.trainer) else SFTModule
+        return kind(
             model,
             learning_rate=spec.learning_rate,
             warmup_steps=spec.warmup_steps,
