@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
@@ -75,7 +76,8 @@ def _run_all(job: ExperimentRun) -> Result | None:
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         job.say("done", f"{cell.name}: {number} of {len(missing)}, about {_duration(left)} left")
     cell_ranks.announce(None)
-    return write_page(job, question, cells)
+    with FileLock(cells.root / ".page.lock"):  # of several jobs the last one in sees the cells of all, and its page stays
+        return write_page(job, question, cells)
 
 
 def what_is_left(out: Path) -> str:

@@ -66,6 +66,8 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     log_result(logger, result)
+    # not before: a cell that is killed while it is measured need not be trained again
+    shutil.rmtree(cells.of(cell) / _checkpoints_of(run), ignore_errors=True)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
     return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
 
@@ -154,8 +156,6 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
             "training_seconds": time.perf_counter() - clock,
             **_callback_overhead(run, cell, adapted, None if arm.control_of else plan, rows),
         }
-    if cell_ranks.is_first():
-        shutil.rmtree(checkpoints, ignore_errors=True)
     return training, cost
 
 

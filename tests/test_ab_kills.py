@@ -1,0 +1,95 @@
+"""`steer ab` under kill -9: whatever it was doing, the same command goes on from there and finds the same to the bit."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import forked_steer
+import pytest
+from experiment_helpers import command, read_metrics, without_times
+from safetensors.torch import load_file
+from tiny_experiment import SMALL, ab_overrides, write_data, write_model
+
+from steer.drift.store import DriftStore
+from steer.experiment.result import Result
+
+KILLS = ["start"] * 2 + ["cell"] * 16 + ["page"] * 2  # behind what it is killed, by a random while
+SEEDS = [0, 1, 2, 3]
+CELLS = 1 + len(SEEDS) * (1 + 1 + 2 + 1)  # the base, and of each seed plain, preventative, two draws of random, inference
+
+
+def arguments(parts: Path, folder: Path) -> list[str]:
+    few = [*SMALL, "experiment.arms.prompt=null", "experiment.train.steps=6", "experiment.train.checkpoint_every=1"]
+    return ["ab", *ab_overrides(parts / "model", parts / "data", folder, *few, f"seeds={SEEDS}")]
+
+
+def names(folder: Path, pattern: str) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.glob(f"cells/*/{pattern}")}
+
+
+def wait_for(process: BaseProcess, happened: Callable[[], bool]) -> None:
+    while not happened():
+        assert process.is_alive(), f"it was to be killed, and ended with {process.exitcode}"
+        time.sleep(0.005)
+
+
+def where(folder: Path, leases: set[str]) -> str:
+    """What a process that was killed was doing."""
+    done = {Path(name).parent for name in names(folder, "done.json")}
+    if len(done) == CELLS:
+        return "page"
+    if not (begun := names(folder, "lease.*.json") - leases):
+        return "start"
+    if not (open_cells := {Path(name).parent for name in begun} - done):
+        return "between"
+    cell = folder / open_cells.pop()
+    return "measuring" if list(cell.glob("adapter/*.safetensors")) else "training" if (cell / "logs").is_dir() else "beginning"
+
+
+def found(folder: Path) -> tuple[object, ...]:
+    """All that must not depend on interruptions."""
+    drift = {}
+    for file in sorted(folder.glob("cells/*/drift.sqlite")):
+        with DriftStore(file) as store:
+            drift[file.parent.name] = [str(record) for record in store.records()]
+    weights = {
+        file.parents[1].name: {name: tensor.tolist() for name, tensor in load_file(file).items()}
+        for file in folder.glob("cells/*/adapter/adapter_model.safetensors")
+    }
+    return without_times(read_metrics(folder)), (folder / "scores.parquet").read_bytes(), drift, weights
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_20_random_points_it_finds_the_same_to_the_bit(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(Result, "report", lambda result, path: path)
+        started = time.perf_counter()
+        assert command(*arguments(tmp_path, tmp_path / "whole")) == 0
+    a_cell = (time.perf_counter() - started) / CELLS
+    folder, chance, killed = tmp_path / "killed", random.Random(seed), Counter[str]()
+    for behind in KILLS:
+        leases = names(folder, "lease.*.json")
+        process = forked_steer.start(arguments(tmp_path, folder))
+        if behind == "cell":
+            wait_for(process, lambda leases=leases: bool(names(folder, "lease.*.json") - leases))
+        elif behind == "page":
+            wait_for(process, lambda: len(names(folder, "done.json")) == CELLS)
+        until = time.perf_counter() + chance.random() * 1.3 * a_cell
+        wait_for(process, lambda until=until: time.perf_counter() >= until)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        killed[where(folder, leases)] += 1
+    print(killed)
+    assert killed["training"] >= 1 <= killed["page"] and killed.total() == len(KILLS)
+    process = forked_steer.start(arguments(tmp_path, folder))
+    process.join()
+    assert process.exitcode == 0 and (folder / "report.html").is_file()
+    for ours, theirs in zip(found(folder), found(tmp_path / "whole"), strict=True):
+        assert ours == theirs
