@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,14 +20,15 @@ from tiny_experiment import SMALL, ab_overrides, write_data, write_model
 from steer.drift.store import DriftStore
 from steer.experiment.result import Result
 
-KILLS = ["start"] * 2 + ["cell"] * 16 + ["page"] * 2  # behind what it is killed, by a random while
-SEEDS = [0, 1, 2, 3]
-CELLS = 1 + len(SEEDS) * (1 + 1 + 2 + 1)  # the base, and of each seed plain, preventative, two draws of random, inference
+# behind what a process is killed, by a random while
+FEW = ["cell"] * 3 + ["page"]
+MANY = ["start"] * 2 + ["cell"] * 16 + ["page"] * 2
+CELLS_OF_A_SEED = 5  # plain, preventative, two draws of random, inference
 
 
-def arguments(parts: Path, folder: Path) -> list[str]:
+def arguments(parts: Path, folder: Path, seeds: int) -> list[str]:
     few = [*SMALL, "experiment.arms.prompt=null", "experiment.train.steps=6", "experiment.train.checkpoint_every=1"]
-    return ["ab", *ab_overrides(parts / "model", parts / "data", folder, *few, f"seeds={SEEDS}")]
+    return ["ab", *ab_overrides(parts / "model", parts / "data", folder, *few, f"seeds={list(range(seeds))}")]
 
 
 def names(folder: Path, pattern: str) -> set[str]:
@@ -38,10 +41,10 @@ def wait_for(process: BaseProcess, happened: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def where(folder: Path, leases: set[str]) -> str:
+def where(folder: Path, leases: set[str], cells: int) -> str:
     """What a process that was killed was doing."""
     done = {Path(name).parent for name in names(folder, "done.json")}
-    if len(done) == CELLS:
+    if len(done) == cells:
         return "page"
     if not (begun := names(folder, "lease.*.json") - leases):
         return "start"
@@ -64,31 +67,41 @@ def found(folder: Path) -> tuple[object, ...]:
     return without_times(read_metrics(folder)), (folder / "scores.parquet").read_bytes(), drift, weights
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_at_20_random_points_it_finds_the_same_to_the_bit(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_model(tmp_path / "model"), write_data(tmp_path / "data")
+@pytest.mark.parametrize(
+    ("kills", "seeds"),
+    [
+        (FEW, 1),
+        pytest.param(MANY, 4, marks=pytest.mark.skipif("STEER_SLOW_TESTS" not in os.environ, reason="minutes; STEER_SLOW_TESTS=1 runs it")),
+    ],
+    ids=["few", "many"],
+)
+def test_killed_at_random_points_it_finds_the_same_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: list[str], seeds: int
+) -> None:
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data")
     with monkeypatch.context() as patch:
         patch.setattr(Result, "report", lambda result, path: path)
         started = time.perf_counter()
-        assert command(*arguments(tmp_path, tmp_path / "whole")) == 0
-    a_cell = (time.perf_counter() - started) / CELLS
-    folder, chance, killed = tmp_path / "killed", random.Random(seed), Counter[str]()
-    for behind in KILLS:
+        assert command(*arguments(tmp_path, tmp_path / "whole", seeds)) == 0
+    cells = 1 + seeds * CELLS_OF_A_SEED
+    a_cell = (time.perf_counter() - started) / cells
+    folder, chance, killed = tmp_path / "killed", random.Random(0), Counter[str]()
+    for behind in kills:
         leases = names(folder, "lease.*.json")
-        process = forked_steer.start(arguments(tmp_path, folder))
+        process = forked_steer.start(arguments(tmp_path, folder, seeds))
         if behind == "cell":
             wait_for(process, lambda leases=leases: bool(names(folder, "lease.*.json") - leases))
         elif behind == "page":
-            wait_for(process, lambda: len(names(folder, "done.json")) == CELLS)
+            wait_for(process, lambda: len(names(folder, "done.json")) == cells)
         until = time.perf_counter() + chance.random() * 1.3 * a_cell
         wait_for(process, lambda until=until: time.perf_counter() >= until)
         process.kill()
         process.join()
-        assert process.exitcode == -9
-        killed[where(folder, leases)] += 1
-    print(killed)
-    assert killed["training"] >= 1 <= killed["page"] and killed.total() == len(KILLS)
-    process = forked_steer.start(arguments(tmp_path, folder))
+        assert process.exitcode == -signal.SIGKILL
+        killed[where(folder, leases, cells)] += 1
+    assert killed["training"] >= 1 <= killed["page"] and killed.total() == len(kills), killed
+    process = forked_steer.start(arguments(tmp_path, folder, seeds))
     process.join()
     assert process.exitcode == 0 and (folder / "report.html").is_file()
     for ours, theirs in zip(found(folder), found(tmp_path / "whole"), strict=True):

@@ -208,8 +208,8 @@ def _trainer(run: ExperimentRun, folder: Path, checkpoints_in: Path, callbacks: 
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None) -> None:
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint)
-    except SystemExit:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key
-        if trainer.interrupted:
+    except SystemExit as ended:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key; submitit ends a job like this, too
+        if isinstance(ended.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         raise
