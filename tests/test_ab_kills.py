@@ -20,9 +20,10 @@ from tiny_experiment import SMALL, ab_overrides, write_data, write_model
 from steer.drift.store import DriftStore
 from steer.experiment.result import Result
 
-# behind what a process is killed, by a random while
-FEW = ["cell"] * 3 + ["page"]
-MANY = ["start"] * 2 + ["cell"] * 16 + ["page"] * 2
+# behind what a process is killed, and the longest while, in times that a cell takes
+LONGEST = {"start": 1.3, "a cell": 1.3, "a checkpoint": 0.1, "all cells": 0.5}
+FEW = ["a cell", "a checkpoint", "a checkpoint", "all cells"]
+MANY = ["start"] * 2 + ["a cell"] * 14 + ["a checkpoint"] * 2 + ["all cells"] * 2
 CELLS_OF_A_SEED = 5  # plain, preventative, two draws of random, inference
 
 
@@ -70,7 +71,7 @@ def found(folder: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("kills", "seeds"),
     [
-        (FEW, 1),
+        (FEW, 2),
         pytest.param(MANY, 4, marks=pytest.mark.skipif("STEER_SLOW_TESTS" not in os.environ, reason="minutes; STEER_SLOW_TESTS=1 runs it")),
     ],
     ids=["few", "many"],
@@ -88,13 +89,16 @@ def test_killed_at_random_points_it_finds_the_same_to_the_bit(
     a_cell = (time.perf_counter() - started) / cells
     folder, chance, killed = tmp_path / "killed", random.Random(0), Counter[str]()
     for behind in kills:
-        leases = names(folder, "lease.*.json")
+        leases, written = names(folder, "lease.*.json"), names(folder, "checkpoints/*.ckpt")
         process = forked_steer.start(arguments(tmp_path, folder, seeds))
-        if behind == "cell":
-            wait_for(process, lambda leases=leases: bool(names(folder, "lease.*.json") - leases))
-        elif behind == "page":
-            wait_for(process, lambda: len(names(folder, "done.json")) == cells)
-        until = time.perf_counter() + chance.random() * 1.3 * a_cell
+        happened = {
+            "start": lambda: True,
+            "a cell": lambda leases=leases: bool(names(folder, "lease.*.json") - leases),
+            "a checkpoint": lambda written=written: bool(names(folder, "checkpoints/*.ckpt") - written),
+            "all cells": lambda: len(names(folder, "done.json")) == cells,
+        }
+        wait_for(process, happened[behind])
+        until = time.perf_counter() + chance.random() * LONGEST[behind] * a_cell
         wait_for(process, lambda until=until: time.perf_counter() >= until)
         process.kill()
         process.join()
