@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,25 +212,6 @@ def test_ctrl_c_says_what_is_kept(
 def process(parts: tuple[Path, Path], folder: Path, *more: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-m", "steer.cli", "ab", *ab_overrides(*parts, folder, *FEW), *more]
     return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def test_killed_at_random_points_and_resumed_it_is_the_same(
-    parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    """kill -9 behind a random number of cells, and a random while later."""
-    folder, chance = tmp_path / "f", random.Random(0)
-    for begun in sorted(chance.sample(range(2, CELLS - 3), 2)):
-        running = process(parts, folder)
-        while running.poll() is None and len(list(folder.glob("cells/*"))) < begun:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.2)
-        assert running.poll() is None, "it was to be killed"
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-    killed = len(cells(folder))
-    assert ab(parts, folder) == 0
-    assert killed < CELLS == len(cells(folder))
-    assert without_times(read_metrics(folder)) == without_times(whole[1])
 
 
 def test_two_at_once_on_one_folder_run_no_cell_twice(parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

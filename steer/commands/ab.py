@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
@@ -52,7 +53,9 @@ def run(config: DictConfig) -> None:
 
 def run_all(job: ExperimentRun) -> Result | None:
     """Runs the cells that are missing, then writes the page; None on the other ranks of a run of torchrun."""
-    with cell_ranks.process_group():
+    if job.config.trains:
+        cell_ranks.check_trainer(job.config.values.trainer)
+    with cell_ranks.process_group(job.config.values.trainer.accelerator):
         return _run_all(job)
 
 
@@ -75,7 +78,8 @@ def _run_all(job: ExperimentRun) -> Result | None:
         done.append(cell)
         job.say("done", f"{cell.name}: {len(done)} of {len(wanted)}{_left(forecast, wanted, done)}")
     cell_ranks.announce(None)
-    return write_page(job, question, cells)
+    with FileLock(cells.root / ".page.lock"):  # of several jobs the last one in sees the cells of all, and its page stays
+        return write_page(job, question, cells)
 
 
 def what_is_left(out: Path) -> str:

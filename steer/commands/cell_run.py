@@ -67,6 +67,8 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     with as_measured(run, cell, cells) as (acting, system):
         result = _measure(run, acting, system)
     log_result(logger, result)
+    # not before: a cell that is killed while it is measured need not be trained again
+    shutil.rmtree(cells.of(cell) / _checkpoints_of(run), ignore_errors=True)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
     return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
 
@@ -126,25 +128,28 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
     pl.seed_everything(cell.seed, verbose=False)
     plan = treatment.training_plan() if arm.acts_in_training else None
     rows = run.training_rows(treatment if arm.acts_in_training else None)
-    checkpoint = _last_checkpoint(folder)
+    checkpoints = folder / _checkpoints_of(run)
+    checkpoint = _last_checkpoint(checkpoints)
     if cell_ranks.is_first():
         if checkpoint is None:
-            shutil.rmtree(folder / "logs", ignore_errors=True)
+            for begun in (folder / "logs", *folder.glob(f"{CHECKPOINTS}*")):
+                shutil.rmtree(begun, ignore_errors=True)
             for file in folder.glob(f"{STORE}*"):
                 file.unlink()
         cell_ranks.announce(cell)
     clock = time.perf_counter()
     started_from = treatment.trained_from(run.model) if arm.acts_in_training else nullcontext(run.model)
     with started_from as base, _adapted(base, run.lora) as adapted:
+        adapted.train()  # models are loaded in evaluation mode
         module = run.config.module(adapted, cell.seed)
         tracker = run.tracker(folder / STORE, cell.seed)
         callbacks: list[pl.Callback] = [] if plan is None else [SteeringCallback(plan, phases=("train",))]
         if tracker is not None:
             callbacks.append(DriftCallback(tracker, every_n_steps=run.config.experiment.drift.every_n_steps))
-        adapted.train()  # models are loaded in evaluation mode
-        trainer = _trainer(run, folder, callbacks, logger)
+        trainer = _trainer(run, folder, checkpoints, callbacks, logger)
         first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
         _fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
+        module.collect()
         if cell_ranks.is_first():
             adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
         training = {"steps": trainer.global_step, "loss": [float(loss) for loss in module.losses], "store": STORE if tracker else None}
@@ -152,8 +157,6 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
             "training_seconds": time.perf_counter() - clock,
             **_callback_overhead(run, cell, adapted, None if arm.control_of else plan, rows),
         }
-    if cell_ranks.is_first():
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return training, cost
 
 
@@ -168,17 +171,22 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
         model.eval()
 
 
+def _checkpoints_of(run: ExperimentRun) -> str:
+    """Name of the folder of checkpoints. Those of a sharded model number the state of its optimiser in another way."""
+    return f"{CHECKPOINTS}.{cell_ranks.FSDP2}" if cell_ranks.is_sharded(run.config.trainer) else CHECKPOINTS
+
+
 def _last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a killed run of this cell wrote last, whole: Lightning writes them under another name first."""
-    written = sorted((folder / CHECKPOINTS).glob("step=*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
+    written = sorted(folder.glob("step=*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
     return written[-1] if written else None
 
 
-def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+def _trainer(run: ExperimentRun, folder: Path, checkpoints_in: Path, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
     # Lightning's own choice would be another kind of bar than that of all else here, and would print into a pipe
     shows_progress = run.config.values.trainer.progress and sys.stdout.isatty()
     checkpoints = ModelCheckpoint(
-        folder / CHECKPOINTS,
+        checkpoints_in,
         filename="step={step}",
         auto_insert_metric_name=False,
         every_n_train_steps=run.config.experiment.train.checkpoint_every,
@@ -188,9 +196,7 @@ def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], log
     return pl.Trainer(
         max_steps=run.config.experiment.train.steps,
         max_epochs=-1,
-        accelerator=run.config.values.trainer.accelerator,
-        **({"devices": run.config.values.trainer.devices} | cell_ranks.trainer_options(run.config.values.trainer.accelerator)),
-        precision=run.config.values.trainer.precision,
+        **cell_ranks.trainer_options(run.config.values.trainer),
         enable_progress_bar=shows_progress,
         enable_model_summary=False,
         gradient_clip_val=run.config.experiment.train.gradient_clip,
@@ -203,8 +209,8 @@ def _trainer(run: ExperimentRun, folder: Path, callbacks: list[pl.Callback], log
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None) -> None:
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint)
-    except SystemExit:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key
-        if trainer.interrupted:
+    except SystemExit as ended:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key; submitit ends a job like this, too
+        if isinstance(ended.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         raise

@@ -9,6 +9,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from steer.commands import cell_ranks
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, texts
 from steer.directions.extractor import extractor_of
@@ -20,7 +21,7 @@ from steer.experiment.complete import check_completions
 from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
 from steer.experiment.outcome import Outcome, check_outcomes
-from steer.experiment.sft import SFTModule, check_batch
+from steer.experiment.sft import SFTModule, ShardedSFTModule, check_batch
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER
 from steer.model.files_digest import files_digest
 
@@ -99,7 +100,8 @@ class ExperimentConfig:
     def module(self, model: nn.Module, seed: int) -> SFTModule:
         """The training of a model, as experiment.train has it."""
         spec = self.experiment.train
-        return SFTModule(
+        kind = ShardedSFTModule if cell_ranks.is_sharded(self.values.trainer) else SFTModule
+        return kind(
             model,
             learning_rate=spec.learning_rate,
             warmup_steps=spec.warmup_steps,

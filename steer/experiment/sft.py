@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +11,13 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, get_scheduler
 
 from steer.errors import ConfigError
+from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row, collate
 from steer.training.ranks import Ranks
 
@@ -79,6 +83,36 @@ class SFTModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.losses = [torch.tensor(loss) for loss in checkpoint["losses"]]
+
+    def collect(self) -> None:
+        """After training: what was trained is in the model that was given. Every rank has to call it."""
+
+
+class ShardedSFTModule(SFTModule):
+    """The same on a copy of the model that FSDP2 shards over the ranks, block by block.
+
+    `fully_shard` cannot be undone, and the model is measured afterwards: `collect` writes the trained parameters back into it.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(copy.deepcopy(model), **options)
+        self._whole = (model,)  # in a tuple, so that it is no part of this module
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, FSDPModule):  # Lightning may ask again
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for block in Anatomy.find(self.model).blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        whole = dict(self._whole[0].named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                assert isinstance(parameter, DTensor)
+                whole[name].copy_(parameter.full_tensor())
 
 
 class _Steps(Sampler[list[int]]):
