@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.errors import ConfigError, SteerError, did_you_mean
-from steer.experiment.treatment import BAKED, BOTH, INFERENCE, NEVER, TRAIN, TREATMENTS, WHEN, Bench, Treatment, check_when
+from steer.experiment.treatment import BAKED, BOTH, INFERENCE, NEVER, TRAIN, TREATMENTS, WHEN, Bench, Treatment
 
 KEYS = ("label", "treatment", "when", "uses", "controls", "draws", "doses")
 _OLD_KEYS = ("direction", "strength")  # of configurations before treatments were registered
@@ -42,7 +42,7 @@ class Arm:
     dose: float | None = None
 
     def __post_init__(self) -> None:
-        check_when(self.treatment, self.when, self.name)
+        self.treatment.check_when(self.when, self.name)
         if self.uses is not None and self.when not in (INFERENCE, BAKED):
             raise _needs_no_weights(self)
 

@@ -33,6 +33,7 @@ from steer.experiment.metric import (
     with_ids,
     with_system,
 )
+from steer.model.capture import evaluating
 from steer.model.tokens import Row, encode, plain
 
 PRIMARY, SECONDARY, GUARDRAIL, EXPLORATORY = "primary", "secondary", "guardrail", "exploratory"
@@ -106,7 +107,7 @@ def prepare_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any) -
     """Shows every metric the base model, once and before anything acts on it. Raises ConfigError, and what the metrics raise."""
     check_outcomes(outcomes)
     for outcome in outcomes:
-        with errors_of(f"metric '{name_of(outcome.metric)}'", "correct its `prepare`"):
+        with evaluating(model), errors_of(f"metric '{name_of(outcome.metric)}'", "correct its `prepare`"):
             outcome.metric.prepare(model, tokenizer, outcome.items)
 
 

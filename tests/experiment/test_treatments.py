@@ -23,7 +23,7 @@ from steer.errors import ConfigError, ModelNotFoundError, SteerError
 from steer.experiment.arms import Arm
 from steer.experiment.irrelevant import n_tokens
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
-from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment, check_when
+from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment
 from steer.experiment.treatments.data import TrainingData
 from steer.experiment.treatments.plan import PlanTreatment
 from steer.experiment.treatments.prompt import Prompt
@@ -96,13 +96,13 @@ def test_it_says_when_it_can_act_and_is_refused_otherwise(kind: str, tmp_path: P
     possible = treatment.when or ("never",)
     for when in WHEN:
         if when in possible:
-            check_when(treatment, when, "a")
+            treatment.check_when(when, "a")
             Arm("a", "a", treatment, when)
         else:
             with pytest.raises(ConfigError, match=f"treatment '{kind}' cannot act with when={when}"):
                 Arm("a", "a", treatment, when)
     with pytest.raises(ConfigError, match="unknown when 'sometimes'"):
-        check_when(treatment, "sometimes", "a")
+        treatment.check_when("sometimes", "a")
     assert treatment.describe() and "\n" not in treatment.describe()
 
 
