@@ -22,7 +22,7 @@ from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.drift.tracker import DriftTracker
 from steer.errors import ConfigError
-from steer.experiment.arms import Arm, read_arms
+from steer.experiment.arms import Arm, check_training, read_arms
 from steer.experiment.cells import Cell
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.data import DataSet
@@ -96,6 +96,7 @@ class ExperimentRun:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        check_training(self.arms, self.trains)
         if not self.trains and len(self.seeds) > 1:
             raise _nothing_random(self.seeds)
         if self.trains:

@@ -142,9 +142,10 @@ def _guardrail(scores: Scores, pair: Pair, outcome: Outcome, alpha: float) -> Gu
 
 def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcome: Outcome) -> dict[str, Any] | None:
     """Where the arm of the primary contrast stands among the draws of its control; None without one."""
-    control = next((arm for arm in arms if arm.control_of == question.primary.arm), None)
-    if control is None:
+    controls = [arm for arm in arms if arm.control_of == question.primary.arm]
+    if not controls:
         return None
+    control = next((arm for arm in controls if arm.name == question.primary.against), controls[0])
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     reference = 0.0 if untreated is None else float(scores.matrix(outcome.name, untreated).values.mean())
     mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean()) - reference
@@ -223,11 +224,12 @@ def _arm(
     before: Mapping[str, Mapping[str, float]],
     sizes: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
+    what = arm.treatment.describe()
     return {
         "name": arm.name,
         "label": arm.label,
         "when": arm.when,
-        "treatment": {"kind": arm.treatment.name, "what": arm.treatment.describe()},
+        "treatment": {"kind": arm.treatment.name, "what": what if arm.control_of is None else f"a random partner of {what}"},
         "control_of": arm.control_of,
         "uses": arm.uses,
         "draws": arm.draws,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,3 +163,17 @@ def test_scores_that_tell_nothing_or_are_missing_are_refused() -> None:
         tree(constant)
     with pytest.raises(ConfigError, match="'gap' of arm 'prompted' was not measured"):
         tree(scores_of({}, arms=ARMS[:3]))
+
+
+def test_the_rank_is_among_the_draws_of_the_control_that_the_question_names() -> None:
+    arms = [PLAIN, STEERED, RANDOM, replace(RANDOM, name="other", label="other", draws=5)]
+    scores = scores_of({"steered": -0.5, "other": -1.0}, arms=arms)
+    asked = question_of(arms, OUTCOMES, primary=("steered", "other"))
+    analysed = analyse(scores, asked, arms, OUTCOMES)
+    assert analysed["specificity"]["control"] == "other" and analysed["specificity"]["rank"] == 6
+    assert tree(scores, arms=arms)["specificity"]["control"] == "random"
+
+
+def test_a_control_is_not_said_to_be_what_it_controls() -> None:
+    said = {arm["name"]: arm["treatment"]["what"] for arm in tree(scores_of(LIKE_PLAIN))["arms"]}
+    assert said["random"] == f"a random partner of {said['steered']}"

@@ -149,6 +149,8 @@ def test_a_model_and_its_tokenizer_come_from_load(tmp_path: Path, plan: Plan) ->
         (lambda plan: {"warm": plan}, "'warm' is compared with nothing"),
         (lambda plan: {}, "nothing is done in any arm"),
         (lambda plan: [plan], "the arms"),
+        (lambda plan: {"plain": None, 1: plan}, "name of an arm"),
+        (lambda plan: {"": None, "warm": plan}, "name of an arm"),
         (lambda plan: {"plain": None, "data": TrainingData(without={"a": 1})}, "cannot act with when=inference"),
     ],
 )
@@ -256,3 +258,11 @@ def test_an_arm_whose_plan_never_acted_is_not_called_without_effect(model: nn.Mo
 def test_an_edit_that_was_switched_off_is_an_arm(model: nn.Module, options: Any) -> None:
     off = Plan(Intervention(steer.Add(torch.ones(WIDTH)), "layers.1.output", **options))
     assert run(model, {"plain": None, "off": off}).metrics["contrasts"][0]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"prompts": "hello"}, "the prompts"), ({"prompts": ["a"], "max_new_tokens": 0}, "needs room")]
+)
+def test_prompts_without_an_answer_are_refused_before_anything_is_measured(model: nn.Module, plan: Plan, options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(model, {"plain": None, "warm": plan}, lambda *_: pytest.fail("measured"), **options)

@@ -303,6 +303,19 @@ def test_an_irrelevant_prompt_has_as_many_tokens_and_other_words(bench: Bench) -
         assert n_tokens(bench.tokenizer, partner.system) == n_tokens(bench.tokenizer, treatment.system)
 
 
+@pytest.mark.parametrize(("system", "draws"), [("nice", 19), ("be nice and warm", 60)])
+def test_no_two_controls_of_a_prompt_are_the_same(bench: Bench, system: str, draws: int) -> None:
+    treatment = Prompt(system)
+    texts = [treatment.control(bench, seed).system for seed in range(draws)]
+    assert len({text.casefold() for text in (system, *texts) if text}) == draws + 1
+    assert Prompt(system).control(bench, draws - 1).system == texts[-1], "whatever was drawn before"
+
+
+def test_more_controls_than_there_are_texts_of_that_length(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="too short for so many controls"):
+        Prompt("nice").control(bench, 10_000)
+
+
 @pytest.mark.parametrize("system", ["", "  ", None, 3])
 def test_a_prompt_without_words(system: Any) -> None:
     with pytest.raises(ConfigError):
