@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
+from steer.checks import whole_number
 from steer.commands import cell_ranks
 from steer.commands.config import dtype_named
 from steer.commands.trackers import check_tracker
@@ -70,9 +71,11 @@ class ExperimentRun:
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
         arms = _with_weights(arms) if self.trains else arms
         most = config.draws
+        if most is not None:
+            whole_number(most, "draws", least=1)
         if BASE in (arm.name for arm in arms):
             raise _name_of_the_base()
-        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
+        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, most)) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
         self.prompts = texts(self.experiment.completions.prompts)
@@ -260,7 +263,7 @@ class ExperimentRun:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec())]
         seeds = sorted({*self.seeds, *more_seeds})
-        for seed in seeds if self.trains else seeds[:1]:
+        for seed in seeds if self.trains else self.seeds:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None

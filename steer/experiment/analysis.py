@@ -21,6 +21,7 @@ from steer.experiment.power import smallest_effect
 from steer.experiment.question import Pair, Question
 from steer.experiment.scores import Scores
 from steer.experiment.specificity import rank_among_controls, wrong_way
+from steer.experiment.stats import ROUNDING
 from steer.experiment.treatment import NEVER
 
 SCHEMA = 2
@@ -79,6 +80,8 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
     unsure = [each.metric for each in of_arm if each.outcome != "kept"]
     wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
     side = "higher" if primary.difference > 0 else "lower"
+    # the contrast is with the mean of these draws; that another random edit would not have done as much only the rank can say
+    among_draws = specific if primary.shown and wanted and specific is not None and specific["control"] == primary.b else None
     for words in range(_WORDS, 0, -1):
         arm, other, measured = (_short(name, words) for name in (primary.a, primary.b, primary.metric))
         if not primary.shown:
@@ -87,10 +90,13 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
             said = f"{'Yes' if wanted else 'The wrong way'}: {arm} has {side} {measured} than {other}"
         if broken:
             said += f", but {_short(broken[0], words)} exceeds its margin"
-        elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
-            said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
+        elif among_draws and among_draws["rank"] > 1:
+            said += f", but {among_draws['rank'] - 1} of {len(among_draws['controls'])} control draws do as much"
         elif unsure and primary.shown:
             said += f"; {_short(unsure[0], words)} is not shown to keep its margin"
+        elif among_draws and among_draws["p"] > primary.alpha * (1 + ROUNDING):
+            draws = len(among_draws["controls"])
+            said += f"; {draws} control {'draw is' if draws == 1 else 'draws are'} too few to call it specific"
         if len(said.split()) <= _WORDS:
             break
     return said

@@ -59,6 +59,7 @@ def test_what_it_measures_is_what_one_measures_by_hand(model: nn.Module, plan: P
     assert all(size == pytest.approx(sizes["warm"][0], rel=0.02) for size in sizes["random"])
     assert all(size == sizes["asked"][0] for size in sizes["irrelevant"]) and sizes["asked"][0] == {"message": 2.0}
     primary = result.metrics["contrasts"][0]
+    assert result.metrics["specificity"]["verdict"] in " ".join(str(result).split())
     assert (primary["a"], primary["b"], primary["seeds"]) == ("warm", "random", 1)
 
 
@@ -128,6 +129,7 @@ def test_several_outcomes_with_their_roles(model: nn.Module, plan: Plan) -> None
     ]
     result = compare(model, {"plain": None, "warm": plan}, outcomes, tokenizer=tiny_tokenizer())
     assert result.scores.outcomes == ["gap", "text"] and [each["metric"] for each in result.metrics["guardrails"]] == ["text"]
+    assert " ".join(result.metrics["guardrails"][0]["verdict"].split()) in " ".join(str(result).split())
     with pytest.raises(ConfigError, match="outcomes bring their own items"):
         compare(model, {"plain": None, "warm": plan}, outcomes, PAIRS, tokenizer=tiny_tokenizer())
 

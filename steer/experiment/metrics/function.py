@@ -32,7 +32,7 @@ class Function(Metric):
         self.function = imported(call) if isinstance(call, str) else call
         if not callable(self.function):
             raise _no_function(call, self.function)
-        self.label = call if isinstance(call, str) else dotted(call)
+        self.label = call if isinstance(call, str) else dotted(call).rpartition("<locals>.")[2].removeprefix("__main__.")
         self.unit = unit
         self.better = None if better is None else one_of(better, (HIGHER, LOWER), "better of 'function'")
 

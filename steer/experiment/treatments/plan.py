@@ -19,6 +19,7 @@ from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS
 from steer.files import tensor_hash
 from steer.intervene import Intervention, Plan
 from steer.intervene.deploy import bake
+from steer.model.context import PHASES
 
 _AT_INFERENCE = ("validate", "generate")  # phases of a plan
 
@@ -84,8 +85,8 @@ class PlanTreatment(Treatment):
 
     def check_when(self, when: str, arm: str) -> None:
         super().check_when(when, arm)
-        needed = {TRAIN: ("train",), INFERENCE: _AT_INFERENCE}.get(when)
-        for each in () if self._plan is None or needed is None else self._plan.interventions:
+        needed = {TRAIN: ("train",), INFERENCE: _AT_INFERENCE}.get(when, PHASES)
+        for each in () if self._plan is None else self._plan.interventions:
             if not set(each.phases) & set(needed):
                 raise _other_phases(each, when, arm, needed)
 
