@@ -74,7 +74,8 @@ def _main(arguments: list[str]) -> int:
         if command not in COMMANDS:
             raise _unknown_command(command)
         if overrides and overrides[0] in ACTIONS.get(command, ()):
-            overrides[0] = f"do={overrides[0]}"
+            action = f"do={overrides.pop(0)}"
+            overrides.insert(len(overrides) if overrides and overrides[0].startswith("-") else 0, action)  # beside other overrides, again
         _run_with_hydra(command, [*flags, *overrides])
     except SteerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

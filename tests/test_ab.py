@@ -293,6 +293,8 @@ def test_an_altered_cell_is_refused(parts: tuple[Path, Path], tmp_path: Path, ca
         ("experiment.primary={arm: preventative, against: preventative}", ("with itself",)),
         ("experiment.primary.arm=prevent", ("names no arm", "'prevent'")),
         ("experiment.secondary=[{arm: plain}]", ("cannot be read", "arm, against, outcome")),
+        ("draws=0", ("draws", "1 or more")),
+        ("draws=few", ("draws", "few")),
         ("seeds=[]", ("seeds of an experiment",)),
         ("seeds=[0,0]", ("seeds of an experiment",)),
         ("seeds=[-1]", ("cannot be a seed",)),
@@ -364,6 +366,8 @@ def test_a_plan_and_a_metric_of_ones_own_without_training(
     yaml.write_text(written.replace("  bare: {}", "  base: {}"))
     assert command("ab", *arguments) == 2 and "cannot be called 'base'" in capsys.readouterr().err
     yaml.write_text(written)
+    assert command("ab", *arguments, "seeds=[5]", f"folder={tmp_path / 'five'}") == 0, "of an experiment that trains nothing"
+    assert read_metrics(tmp_path / "five")["contrasts"][0]["difference"] == metrics["contrasts"][0]["difference"]
     keys = {cell["key"] for cell in metrics["cells"].values() if cell["arm"] == "warm"}
     Plan(Intervention(Add(2 * vector), "layers.1.output")).save(tmp_path / "other")
     for file in (tmp_path / "other").iterdir():

@@ -118,7 +118,8 @@ def test_what_ab_does_is_its_first_word(steer: Run, action: str, monkeypatch: py
     received: list[Any] = []
     monkeypatch.setattr(ab, "run", received.append)
     assert steer("ab", action, "seeds=[3]")[0] == steer("ab", f"do={action}", "seeds=[3]")[0] == 0
-    assert [(config.do, list(config.seeds)) for config in received] == [(action, [3])] * 2
+    assert steer("ab", action, "--config-dir", ".", "seeds=[3]")[0] == steer("ab", action, "seeds=[3]", "--config-dir", ".")[0] == 0
+    assert [(config.do, list(config.seeds)) for config in received] == [(action, [3])] * 4
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

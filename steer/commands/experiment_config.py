@@ -9,13 +9,14 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from steer.checks import whole_number
 from steer.commands import cell_ranks
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, texts
 from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
 from steer.errors import ConfigError
-from steer.experiment.arms import Arm, read_arms
+from steer.experiment.arms import Arm, check_training, read_arms
 from steer.experiment.cells import Cell
 from steer.experiment.complete import check_completions
 from steer.experiment.data import DataSet
@@ -56,9 +57,11 @@ class ExperimentConfig:
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
         arms = _with_weights(arms) if self.trains else arms
         most = values.draws
+        if most is not None:
+            whole_number(most, "draws", least=1)
         if BASE in (arm.name for arm in arms):
             raise _name_of_the_base()
-        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, max(1, most))) for arm in arms]
+        self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, most)) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
         self.prompts = texts(self.experiment.completions.prompts)
@@ -82,6 +85,7 @@ class ExperimentConfig:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
         check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        check_training(self.arms, self.trains)
         if not self.trains and len(self.seeds) > 1:
             raise _nothing_random(self.seeds)
         if self.trains:
@@ -116,7 +120,7 @@ class ExperimentConfig:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec())]
         seeds = sorted({*self.seeds, *more_seeds})
-        for seed in seeds if self.trains else seeds[:1]:
+        for seed in seeds if self.trains else self.seeds:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None

@@ -20,6 +20,7 @@ from steer.experiment.power import smallest_effect
 from steer.experiment.question import Pair, Question
 from steer.experiment.scores import Scores
 from steer.experiment.specificity import rank_among_controls, wrong_way
+from steer.experiment.stats import ROUNDING
 from steer.experiment.trade_off import compared_at_equal_damage, trade_offs, undominated
 from steer.experiment.treatment import NEVER
 
@@ -81,6 +82,8 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
     unsure = [each.metric for each in of_arm if each.outcome != "kept"]
     wanted = primary.difference > 0 if outcome.better == "higher" else primary.difference < 0
     side = "higher" if primary.difference > 0 else "lower"
+    # the contrast is with the mean of these draws; that another random edit would not have done as much only the rank can say
+    among_draws = specific if primary.shown and wanted and specific is not None and specific["control"] == primary.b else None
     for words in range(_WORDS, 0, -1):
         arm, other, measured = (_short(name, words) for name in (primary.a, primary.b, primary.metric))
         if not primary.shown:
@@ -89,10 +92,13 @@ def verdict(primary: Contrast, outcome: Outcome, guards: Sequence[Guardrail], sp
             said = f"{'Yes' if wanted else 'The wrong way'}: {arm} has {side} {measured} than {other}"
         if broken:
             said += f", but {_short(broken[0], words)} exceeds its margin"
-        elif primary.shown and wanted and specific is not None and specific["control"] == primary.b and specific["rank"] > 1:
-            said += f", but {specific['rank'] - 1} of {len(specific['controls'])} control draws do as much"
+        elif among_draws and among_draws["rank"] > 1:
+            said += f", but {among_draws['rank'] - 1} of {len(among_draws['controls'])} control draws do as much"
         elif unsure and primary.shown:
             said += f"; {_short(unsure[0], words)} is not shown to keep its margin"
+        elif among_draws and among_draws["p"] > primary.alpha * (1 + ROUNDING):
+            draws = len(among_draws["controls"])
+            said += f"; {draws} control {'draw is' if draws == 1 else 'draws are'} too few to call it specific"
         if len(said.split()) <= _WORDS:
             break
     return said
@@ -144,9 +150,10 @@ def _guardrail(scores: Scores, pair: Pair, outcome: Outcome, alpha: float) -> Gu
 
 def _specificity(scores: Scores, question: Question, arms: Sequence[Arm], outcome: Outcome) -> dict[str, Any] | None:
     """Where the arm of the primary contrast stands among the draws of its control; None without one."""
-    control = next((arm for arm in arms if arm.control_of == question.primary.arm), None)
-    if control is None:
+    controls = [arm for arm in arms if arm.control_of == question.primary.arm]
+    if not controls:
         return None
+    control = next((arm for arm in controls if arm.name == question.primary.against), controls[0])
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
     reference = 0.0 if untreated is None else float(scores.matrix(outcome.name, untreated).values.mean())
     mean = float(scores.matrix(outcome.name, question.primary.arm).values.mean()) - reference
@@ -209,11 +216,12 @@ def _arm(
     before: Mapping[str, Mapping[str, float]],
     sizes: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
+    what = arm.treatment.describe()
     return {
         "name": arm.name,
         "label": arm.label,
         "when": arm.when,
-        "treatment": {"kind": arm.treatment.name, "what": arm.treatment.describe()},
+        "treatment": {"kind": arm.treatment.name, "what": what if arm.control_of is None else f"a random partner of {what}"},
         "control_of": arm.control_of,
         "uses": arm.uses,
         "draws": arm.draws,

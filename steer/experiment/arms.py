@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.errors import ConfigError, SteerError, did_you_mean
-from steer.experiment.treatment import BAKED, BOTH, INFERENCE, NEVER, TRAIN, TREATMENTS, WHEN, Bench, Treatment, check_when
+from steer.experiment.treatment import BAKED, BOTH, INFERENCE, NEVER, TRAIN, TREATMENTS, WHEN, Bench, Treatment
 
 KEYS = ("label", "treatment", "when", "uses", "controls", "draws", "doses")
 _OLD_KEYS = ("direction", "strength")  # of configurations before treatments were registered
 _OLD_DIRECTIONS = ("none", "trait", "random")
 DRAWS = 8
+_LONGEST_NAME = 100  # bytes; a cell's folder adds draw, seed and key
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Arm:
     dose: float | None = None
 
     def __post_init__(self) -> None:
-        check_when(self.treatment, self.when, self.name)
+        self.treatment.check_when(self.when, self.name)
         if self.uses is not None and self.when not in (INFERENCE, BAKED):
             raise _needs_no_weights(self)
 
@@ -75,6 +76,13 @@ class Arm:
         return partners
 
 
+def check_training(arms: Sequence[Arm], trains: bool) -> None:
+    """Raises ConfigError for an arm that acts in training where nothing is trained."""
+    for arm in arms:
+        if arm.acts_in_training and not trains:
+            raise _never_trained(arm)
+
+
 TOLERANCE = 0.02
 
 
@@ -104,6 +112,7 @@ def read_arms(specs: Any, *, trait: Mapping[str, Any] | None = None, scope: str 
     """
     chosen = {str(name): spec for name, spec in (specs or {}).items() if spec is not None}
     for name, spec in chosen.items():
+        check_name(name)
         known = (*KEYS, *_OLD_KEYS)
         if not isinstance(spec, Mapping) or set(spec) - set(known):
             raise _unknown_keys(name, spec, known)
@@ -120,6 +129,12 @@ def read_arms(specs: Any, *, trait: Mapping[str, Any] | None = None, scope: str 
     return ordered
 
 
+def check_name(name: Any) -> None:
+    """Raises ConfigError for what cannot be the name of an arm: it stands in sentences, tables and the names of folders."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise _no_name(name)
+
+
 def _swept(specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """An arm with `doses` as one for each dose, and its controls with it."""
     doses = {name: spec.pop("doses") for name, spec in specs.items() if "doses" in spec}
@@ -127,20 +142,26 @@ def _swept(specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, spec in specs.items():
         of = spec.get("controls", name)
         if of not in doses:
-            swept[name] = spec
+            _put(swept, name, spec)
             continue
         if not _are_doses(doses[of]):
             raise _no_doses(of, doses[of])
         for dose in doses[of]:
-            one = {**spec, "label": f"{spec.get('label') or name}, dose {dose:g}", "sweep": (name, dose)}
+            one = {**spec, "label": f"{spec.get('label') or name}, dose {dose:.15g}", "sweep": (name, dose)}
             if "controls" in spec:
                 one["controls"] = _dosed_name(of, dose)
             elif not isinstance(spec.get("treatment"), Mapping):
                 raise _no_dose_of(name, spec.get("treatment"))
             else:
                 one["treatment"] = {**spec["treatment"], "dose": dose}
-            swept[_dosed_name(name, dose)] = one
+            _put(swept, _dosed_name(name, dose), one)
     return swept
+
+
+def _put(specs: dict[str, dict[str, Any]], name: str, spec: dict[str, Any]) -> None:
+    if name in specs:
+        raise _same_name(name)
+    specs[name] = spec
 
 
 def _are_doses(doses: Any) -> bool:
@@ -152,7 +173,7 @@ def _are_doses(doses: Any) -> bool:
 
 
 def _dosed_name(name: str, dose: float) -> str:
-    return f"{name} x{dose:g}"
+    return f"{name} x{dose:.15g}"
 
 
 def _arm(name: str, spec: Mapping[str, Any], arms: Mapping[str, Arm]) -> Arm:
@@ -177,8 +198,10 @@ def _arm(name: str, spec: Mapping[str, Any], arms: Mapping[str, Arm]) -> Arm:
         raise _control_of_nothing(name, of)
     if like.control_of is not None:
         raise _control_of_a_control(name, like)
-    when = str(spec.get("when") or like.when)
-    return Arm(name, label, like.treatment, when, spec.get("uses", like.uses), of, draws, sweep, dose)
+    for key, value in {"when": like.when, "uses": like.uses}.items():
+        if spec.get(key) not in (None, value):
+            raise _contradiction(name, key, f"{key}={value}, as '{of}', whose control it is")
+    return Arm(name, label, like.treatment, like.when, like.uses, of, draws, sweep, dose)
 
 
 def treatment_of(spec: Any, arm: str) -> Treatment:
@@ -243,6 +266,29 @@ def _old_partner(spec: Mapping[str, Any], specs: Mapping[str, Any]) -> str | Non
 
 
 # ---- errors
+
+
+def _no_name(name: Any) -> ConfigError:
+    return ConfigError(
+        "this cannot be the name of an arm",
+        expected=f"a text in one line, not empty, of at most {_LONGEST_NAME} bytes",
+        found=repr(name),
+        remedy="call it in a word or two; what is longer belongs into its label",
+    )
+
+
+def _never_trained(arm: Arm) -> ConfigError:
+    return ConfigError(
+        f"arm '{arm.name}' acts in training, and this experiment trains nothing",
+        expected="when=inference or when=baked, or experiment.train",
+        found=f"when={arm.when}",
+        remedy=f"set experiment.arms.{arm.name}.when, or say in experiment.train how long arms are trained",
+    )
+
+
+def _same_name(name: str) -> ConfigError:
+    remedy = "give one of them another name"
+    return ConfigError(f"two arms are called '{name}'", expected="a name for each arm and dose", found=name, remedy=remedy)
 
 
 def _no_arms() -> ConfigError:

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from steer.checks import of_type
 from steer.errors import ConfigError
 from steer.experiment.analysis import analyse
-from steer.experiment.arms import DRAWS, Arm
-from steer.experiment.complete import complete
+from steer.experiment.arms import DRAWS, Arm, check_name
+from steer.experiment.complete import check_completions, complete
 from steer.experiment.metric import Metric, metric_of, name_of
 from steer.experiment.outcome import PRIMARY, Outcome, check_outcomes, measure_all, prepare_all, texts_of
 from steer.experiment.question import question_of
@@ -102,6 +102,9 @@ def compare(
     tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     outcomes = _outcomes(metric, items, better)
     read = _arms(arms, baked)
+    of_type(prompts, (list, tuple), "the prompts", "pass a list of messages")
+    if prompts:
+        check_completions(prompts, max_new_tokens)
     asked = question_of(read, outcomes, text=question, primary=primary)
     bench = Bench(model, tokenizer, texts_of(outcomes, tokenizer), fingerprint=Anatomy.find(model).fingerprint())
     treatments = {arm.name: arm.treatments(bench) for arm in read}
@@ -143,18 +146,20 @@ def _outcomes(metric: Any, items: Sequence[Mapping[str, Any]] | None, better: st
 
 def _arms(arms: Mapping[str, Any], baked: bool) -> list[Arm]:
     of_type(arms, Mapping, "the arms", "pass {name: plan, treatment, steer.matched(...) or None}")
-    treatments = {str(name): _treatment(name, given) for name, given in arms.items() if not isinstance(given, Matched)}
+    for name in arms:
+        check_name(name)
+    treatments = {name: _treatment(name, given) for name, given in arms.items() if not isinstance(given, Matched)}
     read = []
     for name, given in arms.items():
         if isinstance(given, Matched):
             of = next((other for other, treated in arms.items() if treated is given.of), None)
             if of is None:
-                raise _controls_no_arm(str(name), arms)
-            treatment = treatments[str(of)]
-            read.append(Arm(str(name), str(name), treatment, _when(treatment, baked), control_of=str(of), draws=given.draws))
+                raise _controls_no_arm(name, arms)
+            treatment = treatments[of]
+            read.append(Arm(name, name, treatment, _when(treatment, baked), control_of=of, draws=given.draws))
         else:
-            treatment = treatments[str(name)]
-            read.append(Arm(str(name), str(name), treatment, _when(treatment, baked)))
+            treatment = treatments[name]
+            read.append(Arm(name, name, treatment, _when(treatment, baked)))
     return read
 
 

@@ -189,6 +189,8 @@ def benjamini_hochberg(contrasts: Sequence[Contrast]) -> list[Contrast]:
 def _corrected(one: Contrast, p_adjusted: float, role: Role, correction: Correction, family: int) -> Contrast:
     """A contrast with its corrected p and the interval at the level that goes with it."""
     share = one.p / p_adjusted if p_adjusted > 0 else 1 / family  # 0 / 0 where p is smaller than a float can be
+    if share < 1:
+        share *= 1 + ROUNDING  # where the corrected p is alpha, zero would be a bound, on either side of it by rounding
     level = 1 - one.alpha * share
     estimate = one.estimate if level == one.estimate.level else crossed(one.differences, level=level, seed=one.seed)
     return replace(one, estimate=estimate, p_adjusted=p_adjusted, role=role, correction=correction, family=family)

@@ -8,25 +8,44 @@ from typing import Any
 
 from steer.errors import ConfigError
 
-_TRIES = 200
+_TRIES = 200  # orders of the sentences
+_IN_VAIN = 40  # further texts in a row that are known already
 
 
-def irrelevant_text(tokenizer: Any, like: str, seed: int) -> str:
-    """A text about nothing in particular with as many tokens as another one.
+def irrelevant_texts(tokenizer: Any, like: str, number: int) -> list[str]:
+    """Texts about nothing in particular with as many tokens as another one, all different; fewer than asked for where there are no more.
 
-    Sentences of `steer/experiment/data/irrelevant.txt` in a random order, cut where the number of tokens is reached.
+    Sentences of `steer/experiment/data/irrelevant.txt` in a random order, cut where the number of tokens is reached. Of few tokens there
+    are few such beginnings; then they begin at a later word. The first texts are the same whatever number is asked for.
 
     Raises:
         ConfigError: no cut of them has that number of tokens.
     """
     wanted = n_tokens(tokenizer, like)
-    chooser = random.Random(seed)
+    texts: list[str] = []
+    known = {like.casefold()}
+    seed = in_vain = 0
+    while len(texts) < number and in_vain < _IN_VAIN:
+        text = _cut(tokenizer, wanted, random.Random(seed), skipped=in_vain // 4)
+        if text is None and not seed:
+            raise _no_such_length(wanted)
+        seed += 1
+        in_vain += 1
+        if text is not None and text.casefold() not in known:
+            known.add(text.casefold())
+            texts.append(text)
+            in_vain = 0
+    return texts
+
+
+def _cut(tokenizer: Any, wanted: int, chooser: random.Random, skipped: int) -> str | None:
+    """A text of that number of tokens. skipped: words at its beginning that are left out."""
     sentences = (files("steer.experiment") / "data" / "irrelevant.txt").read_text(encoding="utf-8").splitlines()
     for _ in range(_TRIES):
-        text = ""
-        while n_tokens(tokenizer, text) < wanted:
-            text = f"{text} {' '.join(chooser.sample(sentences, len(sentences)))}".strip()
-        words = text.split(" ")
+        words: list[str] = []
+        while n_tokens(tokenizer, " ".join(words)) < wanted:
+            more = " ".join(chooser.sample(sentences, len(sentences))).split(" ")
+            words += more if words else more[skipped:]
         low, high = 1, len(words)
         while low < high:  # the fewest words with enough tokens
             middle = (low + high) // 2
@@ -34,7 +53,7 @@ def irrelevant_text(tokenizer: Any, like: str, seed: int) -> str:
         cut = " ".join(words[:low])
         if n_tokens(tokenizer, cut) == wanted:
             return cut
-    raise _no_such_length(wanted)
+    return None
 
 
 def n_tokens(tokenizer: Any, text: str) -> int:

@@ -30,6 +30,7 @@ from steer.checks import errors_of, of_type, whole_number
 from steer.entries import source_digest
 from steer.errors import ConfigError, NonFiniteError, SteerError, did_you_mean
 from steer.experiment.complete import complete
+from steer.model.capture import evaluating
 from steer.model.tokens import Row, encode, plain
 from steer.registry import Registry
 
@@ -173,12 +174,14 @@ def check_items(metric: Metric, items: Sequence[Item]) -> None:
 
 
 def measured(metric: Metric, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
-    """The values of a metric, checked.
+    """The values of a metric, checked: measured in evaluation mode without gradients, whatever the metric does about either.
+
+    With gradients a pass would count as one of training, in which a plan that acts at inference does not act.
 
     Raises:
         ConfigError: the metric fails, or gives values of other items. NonFiniteError: a value that is NaN or infinite.
     """
-    with errors_of(f"metric '{name_of(metric)}'", "correct its `items`"):
+    with evaluating(model), errors_of(f"metric '{name_of(metric)}'", "correct its `items`"):
         values = metric.items(model, tokenizer, items)
     return checked(metric, items, values)
 

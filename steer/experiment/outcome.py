@@ -33,6 +33,7 @@ from steer.experiment.metric import (
     with_ids,
     with_system,
 )
+from steer.model.capture import evaluating
 from steer.model.tokens import Row, encode, plain
 
 PRIMARY, SECONDARY, GUARDRAIL, EXPLORATORY = "primary", "secondary", "guardrail", "exploratory"
@@ -75,8 +76,10 @@ class Outcome:
         self._check_margin()
         rows = metric.own_items() if self.items is None else self.items
         of_type(rows, (Iterable, type(None)), f"the items of outcome '{self.name}'", "pass a list of mappings")
-        items = tuple(with_ids(rows or ()))
+        rows = list(rows or ())
+        items = tuple(with_ids(rows))
         check_items(metric, items)
+        self._check_sample(rows, items)
         for field, value in {"metric": metric, "better": better, "items": items}.items():
             object.__setattr__(self, field, value)
 
@@ -87,6 +90,15 @@ class Outcome:
             finite_number(self.margin, f"the margin of outcome '{self.name}'", above=0)
         elif self.margin is not None:
             raise _idle_margin(self)
+
+    def _check_sample(self, rows: Sequence[Item], items: Sequence[Item]) -> None:
+        """An item that stands there twice would count as two."""
+        if len(items) < 2:
+            raise _one_item(self)
+        for number, (row, item) in enumerate(zip(rows, items, strict=True), 1):
+            if "id" not in row and item["id"].endswith("'"):  # `with_ids` had given that id already
+                first = next(i for i, other in enumerate(items, 1) if other["id"] == item["id"].rstrip("'"))
+                raise _same_item(self, first, number)
 
     def __repr__(self) -> str:
         return f"Outcome({self.name!r}, {name_of(self.metric)}, {len(self.items)} items, {self.role})"
@@ -106,7 +118,7 @@ def prepare_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any) -
     """Shows every metric the base model, once and before anything acts on it. Raises ConfigError, and what the metrics raise."""
     check_outcomes(outcomes)
     for outcome in outcomes:
-        with errors_of(f"metric '{name_of(outcome.metric)}'", "correct its `prepare`"):
+        with evaluating(model), errors_of(f"metric '{name_of(outcome.metric)}'", "correct its `prepare`"):
             outcome.metric.prepare(model, tokenizer, outcome.items)
 
 
@@ -226,6 +238,20 @@ def _idle_margin(outcome: Outcome) -> ConfigError:
         expected="a margin of a guardrail only",
         found=f"margin {outcome.margin}",
         remedy="make it role='guardrail', or leave the margin out",
+    )
+
+
+def _one_item(outcome: Outcome) -> ConfigError:
+    what = f"outcome '{outcome.name}' has one item"
+    return ConfigError(what, expected="two or more, of which statistics can be made", found="1", remedy="measure it on more items")
+
+
+def _same_item(outcome: Outcome, first: int, second: int) -> ConfigError:
+    return ConfigError(
+        f"an item of outcome '{outcome.name}' stands there twice",
+        expected="items that differ: the same one twice would count as more evidence than it is",
+        found=f"items {first} and {second} are the same",
+        remedy="leave one of them out, or give each an `id` of its own if they are to count apart",
     )
 
 

@@ -56,9 +56,10 @@ def question_of(
 ) -> Question:
     """What these arms ask, as far as it is not said.
 
-    Compared is the first arm with a treatment: with its matched controls where it has some, otherwise with the first arm to which nothing
-    is done. Planned beside it: that arm against the one to which nothing is done, on the primary outcome and the secondary ones, and every
-    other arm with a treatment on the primary outcome. The controls against the untreated arm are exploratory.
+    Compared is the first arm with a treatment, in a sweep that of the first dose but 0: with its matched controls where it has some,
+    otherwise with the first arm to which nothing is done. Planned beside it: that arm against the one to which nothing is done, on the
+    primary outcome and the secondary ones, and every other arm with a treatment on the primary outcome. The controls against the untreated
+    arm are exploratory.
 
     Args:
         primary: `arm` and `against`, if they are not these.
@@ -95,7 +96,7 @@ def _primary_pair(arms: Sequence[Arm], outcome: str, said: Any) -> Pair:
     names = [arm.name for arm in arms]
     if said is not None:
         return _read_pair(said, outcome, arms, ())
-    treated = next((arm for arm in arms if arm.when != NEVER and arm.control_of is None), None)
+    treated = next((arm for arm in arms if arm.when != NEVER and arm.control_of is None and arm.dose != 0), None)
     if treated is None:
         raise _nothing_treated(names)
     control = next((arm.name for arm in arms if arm.control_of == treated.name), None)

@@ -34,13 +34,13 @@ class ControlRank:
     @property
     def verdict(self) -> str:
         """One sentence that claims no more than the rank does."""
-        draws = len(self.controls)
+        draws, among = len(self.controls), f"{len(self.controls)} control draw{'s' * (len(self.controls) > 1)}"
         if self.p <= ALPHA * (1 + ROUNDING):
-            return f"specific: rank {self.rank} among {draws} control draws, p={self.p:.2g}"
+            return f"specific: rank {self.rank} among {among}, p={self.p:.2g}"
         if self.smallest_p > ALPHA * (1 + ROUNDING):
-            tail = f"{draws} draws cannot give less than {self.smallest_p:.2g}"
-            return f"not shown to be specific: rank {self.rank} among {draws} control draws, p={self.p:.2g}; {tail}"
-        return f"not shown to be specific: rank {self.rank} among {draws} control draws, p={self.p:.2g}"
+            tail = f"{draws} draw{'s' * (draws > 1)} cannot give less than {self.smallest_p:.2g}"
+            return f"not shown to be specific: rank {self.rank} among {among}, p={self.p:.2g}; {tail}"
+        return f"not shown to be specific: rank {self.rank} among {among}, p={self.p:.2g}"
 
 
 @dataclass(frozen=True)

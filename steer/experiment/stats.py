@@ -100,9 +100,17 @@ def between_0_and_1(value: float, name: str) -> float:
 
 
 def written(*values: float, signed: bool = False) -> list[str]:
-    """Numbers that stand beside each other: two decimals, three where two would hide the sign of one of them; no signed zero."""
-    digits = 3 if any(x and not round(x, 2) for x in values) else 2
-    texts = [f"{x:{'+' if signed else ''}.{digits}f}" for x in values]
+    """Numbers that stand beside each other: two decimals, more where two would hide the sign of one of them; no signed zero.
+
+    Three significant digits where all are tiny or one is huge.
+    """
+    largest = max(map(abs, values))
+    if 0 < largest < 0.005 or largest >= 1e6:
+        form = ".3g"
+    else:  # of what is 0 but for rounding there is no sign to be seen
+        digits = next((digits for digits in (2, 3, 4, 5) if all(round(x, digits) or abs(x) <= 1e-5 * largest for x in values)), 6)
+        form = f".{digits}f"
+    texts = [f"{x:{'+' if signed else ''}{form}}" for x in values]
     return [text if float(text) else text.lstrip("+-") for text in texts]
 
 

@@ -79,6 +79,14 @@ class Treatment(ABC):
         """Reads what it is made of, and finds fault with it, on the base model. Called once, before it acts."""
         return self
 
+    def check_when(self, when: str, arm: str) -> None:
+        """Raises ConfigError when it cannot act then. arm: named by the error."""
+        if when not in WHEN:
+            raise _unknown_when(arm, when)
+        possible = (NEVER,) if not self.when else self.when
+        if when not in possible:
+            raise _impossible(self, when, arm, possible)
+
     @contextmanager
     def acting(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the treatment, at inference; as it was afterwards."""
@@ -116,15 +124,6 @@ class Treatment(ABC):
 
 
 TREATMENTS: Registry[type[Treatment]] = Registry("treatment", "steer.experiment.treatments", "steer.treatments", subclass_of=Treatment)
-
-
-def check_when(treatment: Treatment, when: str, arm: str) -> None:
-    """Raises ConfigError when a treatment cannot act then."""
-    if when not in WHEN:
-        raise _unknown_when(arm, when)
-    possible = (NEVER,) if not treatment.when else treatment.when
-    if when not in possible:
-        raise _impossible(treatment, when, arm, possible)
 
 
 # ---- errors

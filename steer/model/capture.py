@@ -166,14 +166,14 @@ def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and without packing texts; the mode of every module is restored on every exit path."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
 
-    def train_again() -> None:
-        for module in training:
-            module.training = True
+    def as_before() -> None:
+        for module, training in modes:
+            module.training = training
 
-    with restoring(train_again), torch.no_grad(), without_fast_path():
-        if training:
+    with restoring(as_before), torch.no_grad(), without_fast_path():
+        if any(training for _, training in modes):
             model.eval()
         yield
 

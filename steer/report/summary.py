@@ -16,7 +16,8 @@ from steer.report.view import badges, decided_by, spoken
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
-    """Question and verdict, and a row for each arm: primary outcome with its 95 % interval, and the contrast with its corrected p.
+    """Question and verdict, a row for each arm (primary outcome with its 95 % interval, contrast with its corrected p), and what else was
+    tested: the rank among the controls and the guardrails, each in a sentence.
 
     Fits into 80 columns where arms have short names.
 
@@ -57,7 +58,10 @@ def _title(metrics: Mapping[str, Any]) -> Text:
 
 def _caption(metrics: Mapping[str, Any]) -> Text:
     standing = "; ".join(badge.text for badge in badges(metrics))
-    return Text("\n".join(filter(None, (decided_by(metrics), standing))))
+    specific = metrics.get("specificity") or {}
+    among_controls = f"{specific.get('arm')}: {specific['verdict']}" if specific.get("verdict") else ""
+    guardrails = [spoken(metrics, each.get("verdict")) for each in metrics.get("guardrails") or []]
+    return Text("\n".join(filter(None, (decided_by(metrics), among_controls, *guardrails, standing))))
 
 
 def _estimate(value: Any, ci: Any, digits: int | None, *, signed: bool = False) -> str:

@@ -5,6 +5,7 @@ Everything in the tree but its schema may be missing; what is missing says so, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,10 @@ def indices_of(metrics: Mapping[str, Any]) -> dict[str, int]:
 def spoken(metrics: Mapping[str, Any], text: Any) -> str:
     """A sentence of the analysis with the names of outcomes as words."""
     said = str(text or "")
+    arms = indices_of(metrics)
     for name in metrics.get("outcomes") or {}:
-        said = said.replace(name, readable(name))
+        if name not in arms:
+            said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", readable(name).replace("\\", r"\\"), said)
     return said
 
 

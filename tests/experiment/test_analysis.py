@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_broken_guardrail_is_said_whatever_the_effect() -> None:
 
 def test_a_guardrail_that_is_kept_is_no_but() -> None:
     analysed = tree(scores_of({**LIKE_PLAIN, "steered": -0.5}, guard={"steered": 0.3}))
-    assert analysed["verdict"] == "Yes: steered has lower gap than random"
+    assert analysed["verdict"] == "Yes: steered has lower gap than random; 3 control draws are too few to call it specific"
 
 
 def test_an_effect_that_a_control_draw_reaches_is_not_called_specific() -> None:
@@ -187,3 +188,28 @@ def test_scores_that_tell_nothing_or_are_missing_are_refused() -> None:
         tree(constant)
     with pytest.raises(ConfigError, match="'gap' of arm 'prompted' was not measured"):
         tree(scores_of({}, arms=ARMS[:3]))
+
+
+def test_the_rank_is_among_the_draws_of_the_control_that_the_question_names() -> None:
+    arms = [PLAIN, STEERED, RANDOM, replace(RANDOM, name="other", label="other", draws=5)]
+    scores = scores_of({"steered": -0.5, "other": -1.0}, arms=arms)
+    asked = question_of(arms, OUTCOMES, primary=("steered", "other"))
+    analysed = analyse(scores, asked, arms, OUTCOMES)
+    assert analysed["specificity"]["control"] == "other" and analysed["specificity"]["rank"] == 6
+    assert tree(scores, arms=arms)["specificity"]["control"] == "random"
+
+
+def test_a_control_is_not_said_to_be_what_it_controls() -> None:
+    said = {arm["name"]: arm["treatment"]["what"] for arm in tree(scores_of(LIKE_PLAIN))["arms"]}
+    assert said["random"] == f"a random partner of {said['steered']}"
+
+
+@pytest.mark.parametrize(
+    ("draws", "tail"),
+    [(1, "; 1 control draw is too few to call it specific"), (8, "; 8 control draws are too few to call it specific"), (19, "")],
+)
+def test_more_than_the_mean_of_a_few_random_edits_is_not_called_specific(draws: int, tail: str) -> None:
+    """Of edits that are one more random direction, the best of 9 is above all 8 draws in one of nine experiments."""
+    arms = [PLAIN, STEERED, replace(RANDOM, draws=draws), PROMPTED]
+    said = tree(scores_of({"steered": -0.5}, arms=arms, outcomes=[GAP]), arms=arms, outcomes=[GAP])["verdict"]
+    assert said == f"Yes: steered has lower gap than random{tail}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.resources import files
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 import steer
 from steer.directions import Direction, Directions
 from steer.errors import ConfigError
-from steer.experiment.arms import DRAWS, Arm, check_size, read_arms
+from steer.experiment.arms import DRAWS, Arm, check_size, check_training, read_arms
 from steer.experiment.treatment import Bench, Treatment
 from steer.experiment.treatments.none import NoTreatment
 from steer.experiment.treatments.plan import PlanTreatment
@@ -129,6 +130,13 @@ def test_when_it_acts(when: str, acts: tuple[bool, bool]) -> None:
         ({"a": {"treatment": PLAN, "doses": 3}}, ("'a' needs doses",)),
         ({"a": {"treatment": {"kind": "prompt", "system": "x"}, "doses": [1, 2]}}, ("no option 'dose'",)),
         ({"a": {"doses": [1, 2]}}, ("'a' has doses of nothing",)),
+        ({"a": {"treatment": PLAN, "doses": [1, 2]}, "a x1": {}}, ("two arms are called 'a x1'",)),
+        ({"a x1": {}, "a": {"treatment": PLAN, "doses": [1, 2]}}, ("two arms are called 'a x1'",)),
+        ({**GOOD, "b": {"controls": "inference", "when": "baked"}}, ("'b'", "when=inference, as 'inference', whose control it is")),
+        ({**GOOD, "b": {"controls": "inference", "uses": "preventative"}}, ("'b'", "uses=plain, as 'inference'")),
+        ({**GOOD, "": {}}, ("name of an arm",)),
+        ({**GOOD, "two\nlines": {}}, ("name of an arm", "in one line")),
+        ({**GOOD, "\N{GREEK SMALL LETTER ALPHA}" * 60: {}}, ("name of an arm", "100 bytes")),
     ],
 )
 def test_what_is_wrong_is_named(specs: Any, names: tuple[str, ...]) -> None:
@@ -230,3 +238,16 @@ def test_a_sweep_is_an_arm_for_each_dose_and_its_controls_with_it(bench: Bench) 
         assert arm.dose is not None
         for treatment in arm.treatments(bench):
             assert list(treatment.size(bench).values()) == pytest.approx([2 * arm.dose * base], rel=1e-3)
+
+
+def test_doses_that_are_nearly_equal_are_arms_of_their_own() -> None:
+    arms = read_arms({"a": {"treatment": PLAN, "doses": [1, 1.0000001, -1, 0]}})
+    assert [(arm.name, arm.dose) for arm in arms] == [("a x1", 1), ("a x1.0000001", 1.0000001), ("a x-1", -1), ("a x0", 0)]
+
+
+@pytest.mark.parametrize(("when", "fits"), [("train", False), ("both", False), ("inference", True), ("baked", True)])
+def test_an_arm_that_acts_in_training_needs_one(when: str, fits: bool) -> None:
+    arms = read_arms({"plain": {}, "a": {"treatment": PLAN, "when": when}})
+    check_training(arms, trains=True)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="'a' acts in training, and this experiment trains nothing"):
+        check_training(arms, trains=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_what_it_measures_is_what_one_measures_by_hand(model: nn.Module, plan: P
     assert all(size == pytest.approx(sizes["warm"][0], rel=0.02) for size in sizes["random"])
     assert all(size == sizes["asked"][0] for size in sizes["irrelevant"]) and sizes["asked"][0] == {"message": 2.0}
     primary = result.metrics["contrasts"][0]
+    assert result.metrics["specificity"]["verdict"] in " ".join(str(result).split())
     assert (primary["a"], primary["b"], primary["seeds"]) == ("warm", "random", 1)
 
 
@@ -127,6 +129,7 @@ def test_several_outcomes_with_their_roles(model: nn.Module, plan: Plan) -> None
     ]
     result = compare(model, {"plain": None, "warm": plan}, outcomes, tokenizer=tiny_tokenizer())
     assert result.scores.outcomes == ["gap", "text"] and [each["metric"] for each in result.metrics["guardrails"]] == ["text"]
+    assert " ".join(result.metrics["guardrails"][0]["verdict"].split()) in " ".join(str(result).split())
     with pytest.raises(ConfigError, match="outcomes bring their own items"):
         compare(model, {"plain": None, "warm": plan}, outcomes, PAIRS, tokenizer=tiny_tokenizer())
 
@@ -148,6 +151,8 @@ def test_a_model_and_its_tokenizer_come_from_load(tmp_path: Path, plan: Plan) ->
         (lambda plan: {"warm": plan}, "'warm' is compared with nothing"),
         (lambda plan: {}, "nothing is done in any arm"),
         (lambda plan: [plan], "the arms"),
+        (lambda plan: {"plain": None, 1: plan}, "name of an arm"),
+        (lambda plan: {"": None, "warm": plan}, "name of an arm"),
         (lambda plan: {"plain": None, "data": TrainingData(without={"a": 1})}, "cannot act with when=inference"),
     ],
 )
@@ -208,3 +213,58 @@ def test_a_control_needs_texts_that_its_size_is_measured_on(model: nn.Module, pl
 
     with pytest.raises(ConfigError, match="no texts on which the size"):
         run(model, {"plain": None, "warm": plan, "random": matched(plan)}, metric, [{"question": "a"}, {"question": "b"}])
+
+
+def first_logits(model: nn.Module, tokenizer: Any, items: Any) -> list[float]:
+    """A metric that does not think of gradients, and leaves the model in training mode."""
+    values = [float(model(tokenizer(item["neutral"], return_tensors="pt").input_ids).logits[0, -1, 3]) for item in items]
+    model.train()
+    return values
+
+
+def test_a_metric_that_leaves_gradients_on_and_the_mode_alone_is_steered_and_without_dropout(model: nn.Module, plan: Plan) -> None:
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5  # type: ignore[assignment]
+    by_hand = []
+    with torch.no_grad():
+        model.eval()
+        for arm in (nullcontext(), plan.attached(model)):
+            with arm:
+                by_hand.append(first_logits(model.eval(), tiny_tokenizer(), ITEMS))
+    model.train()
+    model.lm_head.eval()
+    result = run(model, {"plain": None, "warm": plan}, first_logits)
+    name = next(iter(result.scores)).outcome
+    for arm, values in zip(("plain", "warm"), by_hand, strict=True):
+        assert list(result.scores[Place(name, arm, 0, 0)].values()) == values
+    assert by_hand[0] != by_hand[1] and model.training and not model.lm_head.training
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"phases": ("train",)}, "does not act with when=inference"),
+        ({"phases": ("generate",)}, "it acted on no token"),
+        ({"scope": "generated"}, "it acted on no token"),
+    ],
+)
+def test_an_arm_whose_plan_never_acted_is_not_called_without_effect(model: nn.Module, options: Any, says: str) -> None:
+    idle = Plan(Intervention(steer.Add(torch.ones(WIDTH)), "layers.1.output", **options))
+    with pytest.raises(ConfigError, match=says):
+        run(model, {"plain": None, "warm": idle})
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"enabled": False}])
+def test_an_edit_that_was_switched_off_is_an_arm(model: nn.Module, options: Any) -> None:
+    off = Plan(Intervention(steer.Add(torch.ones(WIDTH)), "layers.1.output", **options))
+    assert run(model, {"plain": None, "off": off}).metrics["contrasts"][0]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"prompts": "hello"}, "the prompts"), ({"prompts": ["a"], "max_new_tokens": 0}, "needs room")]
+)
+def test_prompts_without_an_answer_are_refused_before_anything_is_measured(model: nn.Module, plan: Plan, options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(model, {"plain": None, "warm": plan}, lambda *_: pytest.fail("measured"), **options)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.experiment.contrasts import Contrast, answer, benjamini_hochberg, contrast, holm, max_t
+from steer.experiment.contrasts import Contrast, _corrected, answer, benjamini_hochberg, contrast, holm, max_t
 from steer.experiment.corrections import adjusted_bh, adjusted_holm, adjusted_max_t
 from steer.experiment.crossed import crossed
 
@@ -249,3 +249,10 @@ def test_bad_input() -> None:
     assert error.value.found == "nan at item 1"
     with pytest.raises(ConfigError, match="alpha is no share"):
         contrast("gap", "a", "b", [1.0, 2.0], [1.0, 2.0], alpha=5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_the_corrected_p_is_alpha_itself_the_interval_says_shown_too(seed: int) -> None:
+    single = contrast("gap", "a", "b", normal(12, 6, seed=seed) + 0.3, np.zeros((12, 6)))
+    at_alpha = _corrected(single, single.alpha, "secondary", "max-T", 4) if single.p < single.alpha else single
+    assert at_alpha.shown is not (at_alpha.estimate.low <= 0 <= at_alpha.estimate.high)

@@ -191,3 +191,13 @@ def test_a_metric_needs_no_more_than_items() -> None:
     metric.prepare(None, None, ITEMS)
     check_items(metric, ITEMS)
     assert metric.own_items() is None and values_of(metric) == dict.fromkeys(IDS, 2.0)
+
+
+def test_a_function_is_called_what_its_author_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warmth(model: Any, tokenizer: Any, items: Any) -> list[float]:
+        return [0.0 for _ in items]
+
+    assert name_of(metric_of(warmth)) == "warmth", "and not by the function that it was written in"
+    monkeypatch.setattr(warmth, "__module__", "__main__")
+    monkeypatch.setattr(warmth, "__qualname__", "warmth")
+    assert name_of(metric_of(warmth)) == "warmth"

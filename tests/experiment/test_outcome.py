@@ -52,6 +52,8 @@ def test_an_outcome_is_made_whole() -> None:
         ({"items": 3}, "the items of outcome 'gap'"),
         ({"items": [{"prompt": "who ?"}]}, "lacks trait, neutral"),
         ({"items": [PAIRS[0] | {"id": "a"}, PAIRS[1] | {"id": "a"}]}, "two items are called 'a'"),
+        ({"items": PAIRS[:1]}, "outcome 'gap' has one item"),
+        ({"items": [*PAIRS, dict(PAIRS[1])]}, f"items 2 and {len(PAIRS) + 1} are the same"),
         ({"metric": "logprob_gp"}, "did you mean 'logprob_gap'"),
         ({"name": " "}, "no name"),
         ({"name": 3}, "the name of an outcome"),
@@ -60,6 +62,11 @@ def test_an_outcome_is_made_whole() -> None:
 def test_outcomes_that_cannot_be(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Outcome(**{"name": "gap", "metric": "logprob_gap", "items": PAIRS, "better": "lower", **options})
+
+
+def test_an_item_counts_twice_where_its_ids_say_so() -> None:
+    again = Outcome("gap", "logprob_gap", [{**PAIRS[0], "id": "a"}, {**PAIRS[0], "id": "b"}], better="lower")
+    assert [item["id"] for item in again.items] == ["a", "b"]
 
 
 def test_one_primary_outcome_and_a_name_for_each() -> None:
@@ -88,12 +95,12 @@ def test_answers_are_generated_once_for_all_who_share_them(monkeypatch: pytest.M
         PRIMARY,
         Outcome("words", Words(max_new_tokens=6), prompts, role="secondary"),
         Outcome("loops", {"metric": "repetition", "n": 1, "max_new_tokens": 6}, prompts[1:], role="exploratory"),
-        Outcome("short", Words(max_new_tokens=2), prompts[:1], role="exploratory"),
+        Outcome("short", Words(max_new_tokens=2), prompts[:2], role="exploratory"),
     ]
     prepare_all(outcomes, model, tokenizer)
     assert not asked
     values = measure_all(outcomes, model, tokenizer)
-    assert asked == [(6, [item["prompt"] for item in prompts]), (2, [prompts[0]["prompt"]])]
+    assert asked == [(6, [item["prompt"] for item in prompts]), (2, [item["prompt"] for item in prompts[:2]])]
     assert list(values) == ["warmth", "words", "loops", "short"]
     for outcome in outcomes:
         assert values[outcome.name] == measured(outcome.metric, model, tokenizer, outcome.items), outcome.name
@@ -150,7 +157,7 @@ def test_scores_of_answers_are_checked() -> None:
 
     model, tokenizer = FAMILIES["llama"](), tiny_tokenizer()
     with pytest.raises(NonFiniteError, match="metric 'Wrong' is not finite"):
-        measure_all([Outcome("w", Wrong(max_new_tokens=2), PAIRS[:1])], model, tokenizer)
+        measure_all([Outcome("w", Wrong(max_new_tokens=2), [PAIRS[0], {**PAIRS[0], "id": "again"}])], model, tokenizer)
     with pytest.raises(ConfigError, match="metric 'Wrong' failed[\\s\\S]*ZeroDivisionError"):
         measure_all([Outcome("w", Wrong(max_new_tokens=2), PAIRS)], model, tokenizer)
 

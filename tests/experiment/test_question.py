@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def test_what_follows_from_the_arms() -> None:
         ([STEERED, RANDOM], ("steered", "random")),
         ([PROMPTED, STEERED, RANDOM, PLAIN], ("prompted", "plain")),
         ([RANDOM, PLAIN, STEERED], ("steered", "random")),
+        ([PLAIN, replace(PROMPTED, sweep="p", dose=0.0), STEERED], ("steered", "plain")),
     ],
 )
 def test_the_first_arm_with_a_treatment_is_compared(arms: list[Arm], pair: tuple[str, str]) -> None:

@@ -56,7 +56,7 @@ def test_tiny_samples_give_a_finite_interval_around_the_mean(x: list[float]) -> 
 def test_numbers_keep_their_sign_near_zero() -> None:
     assert written(-0.31, -0.704, 0.08, signed=True) == ["-0.31", "-0.70", "+0.08"]
     assert written(0.2, -0.001, 0.4) == ["0.200", "-0.001", "0.400"]
-    assert written(0.2, -0.0001, 0.0, signed=True) == ["+0.200", "0.000", "0.000"]
+    assert written(0.2, -0.0001, 0.0, signed=True) == ["+0.2000", "-0.0001", "0.0000"]
 
 
 @pytest.mark.parametrize("of", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)])
@@ -103,3 +103,17 @@ def test_arms_of_other_items_or_seeds_cannot_be_paired() -> None:
 def test_a_level_in_percent_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="level is no share"):
         between_0_and_1(value, "level")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ((3.2e-5, 1.1e-5, 5.3e-5), ["+3.2e-05", "+1.1e-05", "+5.3e-05"]),
+        ((2.4e300, -3.7e299), ["+2.4e+300", "-3.7e+299"]),
+        ((0.4, 0.0002, 0.8), ["+0.4000", "+0.0002", "+0.8000"]),
+        ((0.5, 1e-17), ["+0.50", "0.00"]),
+        ((0.0, 0.0), ["0.00", "0.00"]),
+    ],
+)
+def test_numbers_of_any_size_can_be_read_and_show_on_which_side_of_zero_they_lie(values: tuple[float, ...], texts: list[str]) -> None:
+    assert written(*values, signed=True) == texts

@@ -23,7 +23,7 @@ from steer.errors import ConfigError, ModelNotFoundError, SteerError
 from steer.experiment.arms import Arm
 from steer.experiment.irrelevant import n_tokens
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
-from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment, check_when
+from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment
 from steer.experiment.treatments.data import TrainingData
 from steer.experiment.treatments.plan import PlanTreatment
 from steer.experiment.treatments.prompt import Prompt
@@ -96,13 +96,13 @@ def test_it_says_when_it_can_act_and_is_refused_otherwise(kind: str, tmp_path: P
     possible = treatment.when or ("never",)
     for when in WHEN:
         if when in possible:
-            check_when(treatment, when, "a")
+            treatment.check_when(when, "a")
             Arm("a", "a", treatment, when)
         else:
             with pytest.raises(ConfigError, match=f"treatment '{kind}' cannot act with when={when}"):
                 Arm("a", "a", treatment, when)
     with pytest.raises(ConfigError, match="unknown when 'sometimes'"):
-        check_when(treatment, "sometimes", "a")
+        treatment.check_when("sometimes", "a")
     assert treatment.describe() and "\n" not in treatment.describe()
 
 
@@ -301,6 +301,19 @@ def test_an_irrelevant_prompt_has_as_many_tokens_and_other_words(bench: Bench) -
         partner = treatment.control(bench, seed)
         assert isinstance(partner, Prompt) and partner.system != treatment.system
         assert n_tokens(bench.tokenizer, partner.system) == n_tokens(bench.tokenizer, treatment.system)
+
+
+@pytest.mark.parametrize(("system", "draws"), [("nice", 19), ("be nice and warm", 60)])
+def test_no_two_controls_of_a_prompt_are_the_same(bench: Bench, system: str, draws: int) -> None:
+    treatment = Prompt(system)
+    texts = [treatment.control(bench, seed).system for seed in range(draws)]
+    assert len({text.casefold() for text in (system, *texts) if text}) == draws + 1
+    assert Prompt(system).control(bench, draws - 1).system == texts[-1], "whatever was drawn before"
+
+
+def test_more_controls_than_there_are_texts_of_that_length(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="too short for so many controls"):
+        Prompt("nice").control(bench, 10_000)
 
 
 @pytest.mark.parametrize("system", ["", "  ", None, 3])

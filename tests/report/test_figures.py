@@ -20,7 +20,7 @@ from steer.report.curves import chance_bound, drift_curves, natural
 from steer.report.numbers import NARROW, common_digits
 from steer.report.palette import ROLES
 from steer.report.run_plots import running_mean, running_width
-from steer.report.view import Forest, forest
+from steer.report.view import Forest, forest, spoken
 
 Drift = dict[str, list[DriftRecord]]
 
@@ -218,3 +218,8 @@ def test_a_bound_near_zero_keeps_its_sign() -> None:
     assert common_digits([(0.24, [0.1, 0.4])]) == 3 and common_digits([(0.74, [0.6, 0.9])]) == 2
     assert common_digits([(0.74, [-0.001, 1.4])]) == 3 and common_digits([(0.74, [0.0, 1.4])]) == 2
     assert numbers.interval([-0.001, 0.7], signed=True, digits=3) == "[\u22120.001, +0.700]"
+
+
+def test_names_of_outcomes_are_spoken_and_those_of_arms_stay_as_they_are() -> None:
+    tree = {"outcomes": {"warm_gap": {}, "cold": {}, "loud": {}}, "arms": [{"name": "warm_gap_2"}, {"name": "loud"}]}
+    assert spoken(tree, "warm_gap of warm_gap_2 against loud") == "warm gap of warm_gap_2 against loud"

@@ -18,7 +18,7 @@ from steer.experiment.metric import HIGHER, LOWER, METRICS, Item, Metric, name_o
 class Function(Metric):
     """What a function of yours gives: `f(model, tokenizer, items)` returns one number for each item, in their order or as {id: number}.
 
-    The model is as the arm leaves it, with its plan attached; run it under `torch.no_grad()`. For answers, call
+    The model is as the arm leaves it, with its plan attached, in evaluation mode and without gradients. For answers, call
     `steer.experiment.complete.complete(model, tokenizer, items, max_new_tokens=48)`, or derive from `GenerationMetric`, which shares them.
 
     Args:
@@ -32,7 +32,7 @@ class Function(Metric):
         self.function = imported(call) if isinstance(call, str) else call
         if not callable(self.function):
             raise _no_function(call, self.function)
-        self.label = call if isinstance(call, str) else dotted(call)
+        self.label = call if isinstance(call, str) else dotted(call).rpartition("<locals>.")[2].removeprefix("__main__.")
         self.unit = unit
         self.better = None if better is None else one_of(better, (HIGHER, LOWER), "better of 'function'")
 

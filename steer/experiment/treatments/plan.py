@@ -17,10 +17,11 @@ from steer.errors import ConfigError
 from steer.experiment.matched import edit_norms, random_partner
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
 from steer.files import tensor_hash
-from steer.intervene import Plan
+from steer.intervene import Intervention, Plan
 from steer.intervene.deploy import bake
+from steer.model.context import PHASES
 
-_AT_INFERENCE = ("validate", "generate")
+_AT_INFERENCE = ("validate", "generate")  # phases of a plan
 
 
 @TREATMENTS.register("plan")
@@ -77,8 +78,21 @@ class PlanTreatment(Treatment):
 
     @contextmanager
     def acting(self, model: nn.Module) -> Iterator[nn.Module]:
-        with self.plan.attached(model, phases=_AT_INFERENCE):
+        with self.plan.attached(model) as attachment:
             yield model
+        if attachment.passes and self._is_to_act() and not any(attachment.fired().values()):  # without a pass it warns
+            raise _acted_nowhere(self.plan, attachment.passes)
+
+    def check_when(self, when: str, arm: str) -> None:
+        super().check_when(when, arm)
+        needed = {TRAIN: ("train",), INFERENCE: _AT_INFERENCE}.get(when, PHASES)
+        for each in () if self._plan is None else self._plan.interventions:
+            if not set(each.phases) & set(needed):
+                raise _other_phases(each, when, arm, needed)
+
+    def _is_to_act(self) -> bool:
+        """It has an edit that acts on its tokens whatever they hold; a gate may stay closed, and a strength of 0 is a dose, too."""
+        return any(each.gate is None and each.enabled and any(each.strength) for each in self.plan.interventions)
 
     @contextmanager
     def baked(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -112,6 +126,25 @@ def _dosed(plan: Plan, dose: float) -> Plan:
 
 
 # ---- errors
+
+
+def _other_phases(intervention: Intervention, when: str, arm: str, needed: tuple[str, ...]) -> ConfigError:
+    return ConfigError(
+        f"arm '{arm}': '{intervention.name}' does not act with when={when}",
+        expected=f"phases with {' or '.join(needed)}",
+        found=", ".join(intervention.phases),
+        remedy="give it other phases, or the arm another `when`",
+    )
+
+
+def _acted_nowhere(plan: Plan, passes: int) -> ConfigError:
+    named = ", ".join(f"'{each.name}' on {each.scope} tokens in {', '.join(each.phases)}" for each in plan.interventions)
+    return ConfigError(
+        "nothing was measured under the plan of an arm: it acted on no token",
+        expected=f"tokens for {named}",
+        found=f"none in {passes} passes of the model",
+        remedy="choose another scope, e.g. `all`, or an outcome in which such tokens occur: only metrics of answers generate any",
+    )
 
 
 def _not_prepared(source: Any) -> ConfigError:
