@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from experiment_helpers import command, read_metrics, without_times
+from processes import ended, started
 from tiny_experiment import SMALL, ab_overrides, write_data, write_model
 
 from steer import Add, Intervention, Plan
@@ -29,6 +28,7 @@ from steer.files import sealed
 FEW = [*SMALL, "experiment.arms.prompt=null", "experiment.train.checkpoint_every=1"]
 CELLS = 1 + 2 * (1 + 1 + 2 + 1)  # the base, and of each seed plain, preventative, two draws of random, inference
 Steer = Callable[..., int]
+REPORT = Result.report
 
 
 class Killed(BaseException):
@@ -212,9 +212,12 @@ def test_ctrl_c_says_what_is_kept(
     assert f"interrupted: '{tmp_path / 'f'}' keeps 1 finished cell; the same command goes on from there" in err and "Traceback" not in err
 
 
-def process(parts: tuple[Path, Path], folder: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-m", "steer.cli", "ab", *ab_overrides(*parts, folder, *FEW), *more]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def process(parts: tuple[Path, Path], folder: Path) -> ForkProcess:
+    def run() -> int:
+        Result.report = REPORT  # type: ignore[method-assign]
+        return ab(parts, folder)
+
+    return started(run)
 
 
 def test_killed_at_random_points_and_resumed_it_is_the_same(
@@ -224,12 +227,12 @@ def test_killed_at_random_points_and_resumed_it_is_the_same(
     folder, chance = tmp_path / "f", random.Random(0)
     for begun in sorted(chance.sample(range(2, CELLS - 3), 2)):
         running = process(parts, folder)
-        while running.poll() is None and len(list(folder.glob("cells/*"))) < begun:
+        while running.is_alive() and len(list(folder.glob("cells/*"))) < begun:
             time.sleep(0.01)
         time.sleep(chance.random() * 0.2)
-        assert running.poll() is None, "it was to be killed"
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
+        assert running.is_alive(), "it was to be killed"
+        running.kill()
+        running.join()
     killed = len(cells(folder))
     assert ab(parts, folder) == 0
     assert killed < CELLS == len(cells(folder))
@@ -238,8 +241,7 @@ def test_killed_at_random_points_and_resumed_it_is_the_same(
 
 def test_two_at_once_on_one_folder_run_no_cell_twice(parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     running = [process(parts, tmp_path / "f") for _ in range(2)]
-    ended = [(one.communicate()[1], one.returncode) for one in running]
-    assert all(code == 0 for _, code in ended), ended
+    assert ended(running) == [0, 0]
     assert without_times(read_metrics(tmp_path / "f")) == without_times(whole[1])
     logs = list((tmp_path / "f").glob("cells/*/logs/metrics.csv"))
     assert len(logs) == 8
