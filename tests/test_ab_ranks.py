@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from experiment_helpers import command, read_metrics
 from tiny_experiment import OVERRIDES, SMALL, write_data, write_model
 
 from steer.drift.store import DriftStore
@@ -20,17 +20,19 @@ PLAN = "2 gushing:layers.1.output@response"
 
 
 def run_ab(folder: Path, model: Path, data: Path, processes: int) -> dict[str, Any]:
-    """metrics.json of a small experiment."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    """metrics.json of a small experiment, in this process or in those of torchrun."""
     arguments = [
         *(f"model.name={model}", f"experiment.data={data}", f"folder={folder}", "seeds=[0]", "draws=1"),
         *(*OVERRIDES, *SMALL),
         *(f"experiment.arms.preventative.treatment.plan='{PLAN}'", "experiment.arms.inference=null", "experiment.arms.prompt=null"),
     ]
-    command = [sys.executable, *torchrun, "-m", "steer.cli", "ab", *arguments]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "metrics.json").read_text())
+    if processes == 1:
+        assert command("ab", *arguments) == 0
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "steer.cli", "ab", *arguments]
+        done = subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(folder)
 
 
 def drift(folder: Path, metrics: dict[str, Any]) -> dict[tuple[Any, ...], float]:
