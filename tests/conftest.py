@@ -10,26 +10,44 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
-from families import FAMILIES
-from tiny_tokenizer import tiny_tokenizer as make_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from steer.errors import ModelNotFoundError
+if TYPE_CHECKING:  # the process that hands the tests out to workers needs neither torch nor transformers, which take seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # the suite runs one worker per core
 # a shared machine makes any time limit per example flaky
 hypothesis.settings.register_profile("steer", deadline=None)
 hypothesis.settings.load_profile("steer")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays until the end: no collection of garbage goes through it, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The suite runs one worker per core."""
+    if torch := sys.modules.get("torch"):  # some file of tests has imported it
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded SmolLM2-135M-Instruct in float32 and its tokenizer; leave the model as you found it."""
+    from steer.errors import ModelNotFoundError
     from steer.model.load import load
 
     try:
@@ -41,9 +59,13 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 @pytest.fixture
 def tiny() -> Callable[[str], PreTrainedModel]:
     """`tiny("llama")` is a new tiny random model of that family, the same weights each time; see `families.FAMILIES`."""
+    from families import FAMILIES
+
     return lambda family: FAMILIES[family]()
 
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    from tiny_tokenizer import tiny_tokenizer
+
+    return tiny_tokenizer()

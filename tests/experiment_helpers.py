@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from steer.cli import main
+from steer.experiment.data import DataSet
 
 # the only things that may differ between two runs
 TIMES = ("started", "seconds", "overhead", "versions", "command", "json_sha256")
@@ -34,6 +35,17 @@ def command(*arguments: str) -> int:
     """Exit status of a command."""
     with logging_restored():
         return main(arguments)
+
+
+def few_rows(patch: pytest.MonkeyPatch, **counts: int) -> None:
+    """Data sets give only the shortest rows of these splits: `few_rows(monkeypatch, probe=4)`."""
+    split = DataSet.split
+
+    def few(data: DataSet, name: str, keys: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+        rows = split(data, name, keys)
+        return sorted(rows, key=lambda row: sum(map(len, row.values())))[: counts[name]] if name in counts else rows
+
+    patch.setattr(DataSet, "split", few)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

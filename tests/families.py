@@ -28,12 +28,12 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 
 
-def _family(prefix: str, config: dict[str, Any], seed: int = 0) -> Callable[[], PreTrainedModel]:
-    def build() -> PreTrainedModel:
+def _family(prefix: str, config: dict[str, Any], seed: int = 0) -> Callable[..., PreTrainedModel]:
+    def build(**sizes: int) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
-            model = getattr(transformers, prefix + head)(_config(prefix, config))
+            model = getattr(transformers, prefix + head)(_config(prefix, {**config, **sizes}))
             _spread(model)
         return model.eval()
 
@@ -52,7 +52,7 @@ def _spread(model: PreTrainedModel) -> None:
         parameter.data.add_(noise)
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": _family("Llama", _LLAMA_LIKE),
     # a window shorter than the tests' prompts, so that the sliding mask matters
     "mistral": _family("Mistral", {**_LLAMA_LIKE, "sliding_window": 4}),

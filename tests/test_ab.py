@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from experiment_helpers import command, read_metrics, without_times
+from processes import ended, started
 from tiny_experiment import SMALL, ab_overrides, write_data, write_model
 
 from steer import Add, Intervention, Plan
@@ -26,6 +26,7 @@ from steer.files import sealed
 FEW = [*SMALL, "experiment.arms.prompt=null", "experiment.train.checkpoint_every=1"]
 CELLS = 1 + 2 * (1 + 1 + 2 + 1)  # the base, and of each seed plain, preventative, two draws of random, inference
 Steer = Callable[..., int]
+REPORT = Result.report
 
 
 class Killed(BaseException):
@@ -209,15 +210,17 @@ def test_ctrl_c_says_what_is_kept(
     assert f"interrupted: '{tmp_path / 'f'}' keeps 1 finished cell; the same command goes on from there" in err and "Traceback" not in err
 
 
-def process(parts: tuple[Path, Path], folder: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-m", "steer.cli", "ab", *ab_overrides(*parts, folder, *FEW), *more]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def process(parts: tuple[Path, Path], folder: Path) -> ForkProcess:
+    def run() -> int:
+        Result.report = REPORT  # type: ignore[method-assign]
+        return ab(parts, folder)
+
+    return started(run)
 
 
 def test_two_at_once_on_one_folder_run_no_cell_twice(parts: tuple[Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     running = [process(parts, tmp_path / "f") for _ in range(2)]
-    ended = [(one.communicate()[1], one.returncode) for one in running]
-    assert all(code == 0 for _, code in ended), ended
+    assert ended(running) == [0, 0]
     assert without_times(read_metrics(tmp_path / "f")) == without_times(whole[1])
     logs = list((tmp_path / "f").glob("cells/*/logs/metrics.csv"))
     assert len(logs) == 8

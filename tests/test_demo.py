@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from tiny_experiment import SMALL, overrides, write_data, write_model
 
 from steer import Plan
+from steer.commands import cell_run
 from steer.commands.generate import completions
 from steer.drift import DriftStore
 from steer.errors import ConfigError, DamagedFileError, ModelNotFoundError
-from steer.experiment.result import drift_records
+from steer.experiment.overhead import step_overhead
+from steer.experiment.result import Result, drift_records
 from steer.model import embedded
 
 ARMS = ["plain", "preventative", "random", "inference", "prompt"]
@@ -152,9 +155,10 @@ def test_every_key_of_the_metrics_is_documented_and_every_documented_one_is_ther
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_does_not(
-    parts: tuple[Path, Path], run: tuple[Path, dict[str, Any]], tmp_path: Path
+    parts: tuple[Path, Path], run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, metrics = run
+    monkeypatch.setattr(Result, "report", lambda result, path: path)  # nobody reads these pages
     torch.manual_seed(99)  # the state of the process must not matter
     again = train(parts, tmp_path / "again", *SMALL)
     assert without_times(again) == without_times(metrics)
@@ -196,11 +200,12 @@ def test_generate_names_what_is_missing(run: tuple[Path, dict[str, Any]], tmp_pa
 
 
 @pytest.mark.real
-def test_the_real_model_is_trained_steered_tracked_and_reported(tmp_path: Path) -> None:
+def test_the_real_model_is_trained_steered_tracked_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         embedded.converted_folder()
     except ModelNotFoundError as error:
         pytest.skip(str(error))
+    monkeypatch.setattr(cell_run, "step_overhead", partial(step_overhead, rounds=1))  # of five; the tiny model's are all there
     small = [
         *SMALL,
         "experiment.trait.sites=[layers.12.output,layers.20.output]",

@@ -19,7 +19,7 @@ import pytest
 import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
-from experiment_helpers import command
+from experiment_helpers import command, few_rows
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tiny_experiment import SMALL, overrides, write_data, write_model
@@ -106,6 +106,7 @@ def test_the_examples_of_the_readme_run(
     smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    few_rows(monkeypatch, probe=4, train=16)  # what the README says of the direction and of the arms rests on the other splits
     names: dict[str, Any] = {}
     generation, comparison, training = blocks(README)
     exec(compile(generation, "README.md", "exec"), names)

@@ -8,13 +8,14 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from processes import FORK, ended, started
 from safetensors.torch import save, save_file
 
 from steer import files
@@ -376,39 +377,33 @@ def test_the_old_folder_is_found_between_the_two_renames(tmp_path):
     assert_holds(path, TENSORS, MANIFEST)
 
 
-CHILD = """
-import os, sys, time, torch
-from steer import files
-fsync = os.fsync
-def stop(handle):
-    print("writing", flush=True)
-    time.sleep(60)
-os.fsync = stop
-files.save_artifact(sys.argv[1], "direction", {"a": torch.ones(2)}, {"child": True})
-"""
+def save_and_hang(path, is_writing):
+    def stop(handle):
+        is_writing.set()
+        time.sleep(600)
+
+    os.fsync = stop
+    files.save_artifact(path, "direction", {"a": torch.ones(2)}, {"child": True})
 
 
 @FORMS
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs locks")
 def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path, name):
     path = tmp_path / name
-    children = [subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE) for _ in range(2)]
+    are_writing = [FORK.Event() for _ in range(2)]
+    children = [started(save_and_hang, path, is_writing) for is_writing in are_writing]
     try:
-        for child in children:
-            assert child.stdout is not None and child.stdout.readline() == b"writing\n"
+        assert all(is_writing.wait(60) for is_writing in are_writing)
         assert len(leftovers(tmp_path)) == 2
         children[0].kill()
-        children[0].wait()
+        children[0].join()
         files.save_artifact(tmp_path / f"{name}.other.safetensors", "direction", TENSORS, MANIFEST)
         assert len(leftovers(tmp_path)) == 2  # another file's
         files.save_artifact(path, "direction", TENSORS, MANIFEST)
         assert len(leftovers(tmp_path)) == 1  # the other child is alive
         assert_holds(path, TENSORS, MANIFEST)
     finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            child.stdout.close()
+        ended(children, timeout=0)
     files.save_artifact(path, "direction", TENSORS, MANIFEST)
     assert leftovers(tmp_path) == []
 

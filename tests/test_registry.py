@@ -209,11 +209,9 @@ def test_one_new_file_of_each_kind_is_found_everywhere(installed, tmp_path):
         (installed / folder / f"new_{kind.replace(' ', '_')}.py").write_text(textwrap.dedent(code))
     shown = run(installed, tmp_path, "-m", "steer.cli", "info")
     assert all(f"new_{kind.replace(' ', '_')}" in shown for kind in FILES)
-    printed = run(installed, tmp_path, "-c", textwrap.dedent(USE)).split()
-    assert printed == [
-        *"NewOperator new_gate per token NewSchedule() new_extractor new_objective NewImporter {'one': 1.0} nothing new".split()
-    ]
-    printed = run(installed, tmp_path, "-c", textwrap.dedent(USE_DRIFT)).splitlines()
+    printed = run(installed, tmp_path, "-c", textwrap.dedent(USE) + textwrap.dedent(USE_DRIFT)).splitlines()
+    used, printed = " ".join(printed[:-3]), printed[-3:]
+    assert used == "NewOperator new_gate per token NewSchedule() new_extractor new_objective NewImporter {'one': 1.0} nothing new"
     logged = [f"{prefix}/trait/layers.1.output/new_drift_metric" for prefix in ("drift", "drift_stream")]
     assert printed == ["[0, 4] True", "[4] True", str(logged)]
 
@@ -332,14 +330,19 @@ def test_a_look_up_goes_on_after_an_interruption(folder, monkeypatch: pytest.Mon
     assert list(registry) == ["first", "good", "mine"]
 
 
-@pytest.mark.parametrize("code", ["def broken(:", "raise SystemExit(3)", "@OPERATORS.register('add')\nclass Mine: pass"])
-def test_a_broken_file_ends_a_command_without_a_traceback(installed, tmp_path, code: str):
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        ("def broken(:", ["info"]),
+        ("raise SystemExit(3)", ["say", "steer=warm", "prompts=[hello]"]),
+        ("@OPERATORS.register('add')\nclass Mine: pass", ["info"]),
+    ],
+)
+def test_a_broken_file_ends_a_command_without_a_traceback(installed, tmp_path, code: str, command: list[str]):
     (installed / "steer" / "intervene" / "operators" / "zz_bad.py").write_text(f"from steer.intervene.operator import OPERATORS\n{code}\n")
-    for command in (["info"], ["say", "steer=warm", "prompts=[hello]"]):
-        environment = {**os.environ, "PYTHONPATH": str(installed)}
-        arguments = [sys.executable, "-m", "steer.cli", *command]
-        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2 and "zz_bad.py cannot be loaded" in done.stderr and "Traceback" not in done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-m", "steer.cli", *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "zz_bad.py cannot be loaded" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- entry points that cannot be used

@@ -1,4 +1,4 @@
-"""Run by test_ranks.py on two gloo ranks (torchrun): the callbacks under DDP, FSDP2 and a distributed Hugging Face Trainer.
+"""Run by test_ranks.py on two gloo ranks: the callbacks under DDP, FSDP2 and a distributed Hugging Face Trainer.
 
 Each scenario leaves what it saw in <folder>/<scenario>.pt, written by rank 0.
 """
@@ -6,7 +6,6 @@ Each scenario leaves what it saw in <folder>/<scenario>.pt, written by rank 0.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,3 @@ def main(folder: Path) -> None:
 
     keep("hf", hugging_face(folder / "hf", folder / "hf.sqlite", batch_size=2))
     keep("hf-resumed", hugging_face(folder / "hf", folder / "hf.sqlite", batch_size=2, epochs=2, resume=True))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The examples run, on the embedded model, for one optimiser step each."""
+"""The examples run, on the embedded model and few rows of their data, for one optimiser step each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from experiment_helpers import few_rows
 
 from steer.drift import DriftStore
 
@@ -22,6 +23,7 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     if name == "trl_dpo":
         pytest.importorskip("trl", reason="trl is an extra: pip install 'torchsteer[dev]'")
     monkeypatch.chdir(tmp_path)
+    few_rows(monkeypatch, contrast=6, probe=3, train=8)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "1", *STORE[name]])
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from dataclasses import astuple
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from callback_helpers import PROMPT, ROWS, SITE, TOKENS, TRAIT, vector
 from filelock import FileLock
+from processes import run_on_ranks
 
 from steer.drift import DriftRecord, DriftStore
 
-WORKER = Path(__file__).parent / "rank_worker.py"
 TOKEN_KEY, STEP = f"add@{SITE}/tokens", 4 * (TOKENS - PROMPT)  # response tokens of one optimiser step, over all ranks
 RESPONSE = ROWS * (TOKENS - PROMPT)
 Results = dict[str, dict[str, Any]]
@@ -29,7 +28,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rank_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rank_worker", Path(__file__).with_name("rank_worker.py"))
+    assert spec is not None and spec.loader is not None
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker
+
+
+@pytest.fixture(scope="module")
+def folder(rank_worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the results of two ranks, computed once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
@@ -37,11 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if out.exists():
             return out
         scratch = tmp_path_factory.mktemp("scratch")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(scratch)]
-        paths = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
-        env = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        run_on_ranks(rank_worker.main, scratch)
         scratch.rename(out)
     return out
 
@@ -52,18 +56,14 @@ def ranks(folder: Path) -> Results:
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def single(rank_worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The same runs in one process, with the batches of both ranks in one."""
-    spec = importlib.util.spec_from_file_location("rank_worker", WORKER)
-    assert spec is not None and spec.loader is not None
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
     out = tmp_path_factory.mktemp("single")
     results: Results = {
-        "lightning": worker.lightning(worker.Plain(), out / "lightning.sqlite", batch_size=4),
-        "lightning-2": worker.lightning(worker.Plain(), out / "lightning-2.sqlite", batch_size=4, max_epochs=2),
-        "hf": worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4),
-        "hf-2": worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4, epochs=2, resume=True),
+        "lightning": rank_worker.lightning(rank_worker.Plain(), out / "lightning.sqlite", batch_size=4),
+        "lightning-2": rank_worker.lightning(rank_worker.Plain(), out / "lightning-2.sqlite", batch_size=4, max_epochs=2),
+        "hf": rank_worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4),
+        "hf-2": rank_worker.hugging_face(out / "hf", out / "hf.sqlite", batch_size=4, epochs=2, resume=True),
     }
     return results | {"folder": {"path": out}}
 

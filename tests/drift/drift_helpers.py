@@ -98,9 +98,8 @@ def _train(rank: int, out: Path) -> None:
         torch.save([vars(record) for record in tracker.measure(3)], out / f"{rank}.pt")
 
 
-def rank_main(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    _train(rank, Path(out))  # the DDP module must be gone before its process group is
+def rank_main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    _train(dist.get_rank(), out)  # the DDP module must be gone before its process group is
     dist.barrier()
     dist.destroy_process_group()

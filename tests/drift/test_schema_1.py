@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drift.test_store import MODEL, SITE, TRACKED, measurement, writer
+from processes import ended, started
 
 from steer.drift import schema
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
+from steer.drift.writer import DriftWriter
 from steer.errors import ConfigError, StorageFullError, WrongModelError
 
 DDL = """
@@ -156,24 +158,21 @@ def test_a_full_disk_leaves_it_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
         assert store._schema() == 1
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-import sqlite3
-from drift.test_store import writer
-from steer.drift.writer import DriftWriter
-connect = sqlite3.connect
-def small_cache(*args, **options):
-    db = connect(*args, **options)
-    db.execute("PRAGMA cache_size = 10")  # so that much of the rewriting is in the file before the commit
-    return db
-sqlite3.connect = small_cache
-def die(self, tracked):
-    print(os.path.getsize(sys.argv[1]), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-DriftWriter._register = die
-writer(sys.argv[1], from_step=20)
-"""
+def die_in_the_middle(path: Path) -> None:
+    """Rewrites a store and dies before the commit; the size of the file is left beside it."""
+    connect = sqlite3.connect
+
+    def small_cache(*args: Any, **options: Any) -> sqlite3.Connection:
+        db = connect(*args, **options)
+        db.execute("PRAGMA cache_size = 10")  # so that much of the rewriting is in the file before the commit
+        return db
+
+    def die(self: DriftWriter, tracked: Any) -> None:
+        path.with_name("size").write_text(str(path.stat().st_size))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sqlite3.connect, DriftWriter._register = small_cache, die  # type: ignore[assignment, method-assign]
+    writer(path, from_step=20)
 
 
 def test_a_kill_in_the_middle_leaves_it_as_it_was(tmp_path: Path) -> None:
@@ -181,9 +180,8 @@ def test_a_kill_in_the_middle_leaves_it_as_it_was(tmp_path: Path) -> None:
     with DriftStore(path) as store:
         before: list[DriftRecord] = store.records()
     size = path.stat().st_size
-    child = subprocess.run([sys.executable, "-c", KILLED, str(path), str(Path(__file__).parents[1])], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert int(child.stdout) > size, "the rewriting had not reached the file"
+    assert ended([started(die_in_the_middle, path)]) == [-signal.SIGKILL]
+    assert int((tmp_path / "size").read_text()) > size, "the rewriting had not reached the file"
     assert path.with_name("d.sqlite-journal").exists()
     with DriftStore(path) as store:
         assert store._schema() == 1 and store.records() == before

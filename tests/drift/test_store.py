@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import ended, started
 
 from steer.drift.records import DriftRecord
 from steer.drift.site_directions import TrackedDirection
@@ -125,33 +126,31 @@ def test_any_sequence_of_deaths_leaves_one_record_per_step(tmp_path_factory: pyt
         assert store.series("rude", SITE)["step"] == list(range(done + 1))
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[3])
-from test_store import measurement, writer
-store = writer(sys.argv[1], from_step=int(sys.argv[2]))
-for step in range(int(sys.argv[2]) + 1, 100000):
-    store.append(measurement(step))
-    print(step, flush=True)
-"""
+def append_and_tell(path: Path, start: int, tell: int) -> None:
+    """Writes each step to a pipe when it is in the store."""
+    store = writer(path, from_step=start)
+    for step in range(start + 1, 100000):
+        store.append(measurement(step))
+        os.write(tell, f"{step}\n".encode())
 
 
 def test_kill_9_while_writing_then_resume(tmp_path: Path) -> None:
     """A real kill in the middle of writing, twice: nothing committed is lost, nothing half-written shows, the lock is free again."""
     path, start, committed = tmp_path / "d.sqlite", -1, -1
     for kills in (3, 7):
-        command = [sys.executable, "-c", KILLED, str(path), str(start), str(Path(__file__).parent)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        for line in child.stdout:
-            committed = int(line)
-            if committed >= start + kills:
-                break
-        with pytest.raises(StoreInUseError, match="already has a writer"):
-            writer(path)
-        os.kill(child.pid, signal.SIGKILL)
-        committed = int(([committed, *map(int, child.stdout.read().split())])[-1])
-        assert child.wait() == -signal.SIGKILL
+        read, tell = os.pipe()
+        child = started(append_and_tell, path, start, tell)
+        os.close(tell)
+        with os.fdopen(read) as told:
+            for line in told:
+                committed = int(line)
+                if committed >= start + kills:
+                    break
+            with pytest.raises(StoreInUseError, match="already has a writer"):
+                writer(path)
+            child.kill()
+            committed = int(([committed, *map(int, told.read().split())])[-1])
+        assert ended([child]) == [-signal.SIGKILL]
         with DriftStore(path) as store:
             steps = store.series("rude", SITE)["step"]
             assert steps == store.series("random-00", SITE)["step"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from drift.drift_helpers import SITE, VOCABULARY, Loop, batch, direction, prompts, rank_main, stream
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from processes import run_on_ranks
 from torch import Tensor, nn
 
 from steer.drift import DriftTracker
@@ -193,11 +192,7 @@ def test_a_window_survives_a_checkpoint(tiny: Tiny) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = mp.spawn(rank_main, (port, str(tmp_path)), nprocs=2, join=False)
-    assert any(context.join(timeout=60) for _ in range(3))  # one call returns when one rank is done
+    run_on_ranks(rank_main, tmp_path)
     ranks = [[DriftRecord(**fields) for fields in torch.load(tmp_path / f"{rank}.pt", weights_only=True)] for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     model, tracker = FAMILIES["llama"](), stream(probe=prompts())

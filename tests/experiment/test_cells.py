@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
+import random
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ended, started
 
 from steer.errors import ConfigError, DamagedFileError
 from steer.experiment import cells as module
@@ -194,30 +195,23 @@ def test_a_cell_that_was_finished_between_the_look_and_the_lease_is_not_run(tmp_
     assert run_all([PLAIN], folder) == []
 
 
-WORKER = """
-import sys, time, random, os
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from experiment.test_cells import RESULT, many
-from steer.experiment import cells as module
-module._POLL = 0.01
-folder = module.CellFolder(sys.argv[1])
-def run(cell):
-    place = folder.of(cell)
-    assert cell.needs is None or folder.is_done(cell.needs)
-    with open(place / "ran", "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    time.sleep(random.random() * 0.05)
-    return RESULT
-list(module.run_missing(many(), folder, run))
-"""
+def worker(path: Path, at_least: float, at_most: float) -> None:
+    """Runs what is missing; a cell takes some seconds between these."""
+    module._POLL = 0.01
+    folder, chance = CellFolder(path), random.Random(os.getpid())
+
+    def run(cell: Cell) -> dict[str, Any]:
+        assert cell.needs is None or folder.is_done(cell.needs)
+        with open(folder.of(cell) / "ran", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(chance.uniform(at_least, at_most))
+        return RESULT
+
+    list(module.run_missing(many(), folder, run))
 
 
 def test_processes_on_one_folder_run_no_cell_twice(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parents[1])
-    processes = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), tests], stderr=-1, text=True) for _ in range(3)]
-    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert all(code == 0 for _, code in ended), ended
+    assert ended([started(worker, tmp_path, 0, 0.05) for _ in range(3)]) == [0, 0, 0]
     folder = CellFolder(tmp_path)
     for cell in many():
         assert folder.result(cell) == RESULT
@@ -225,15 +219,13 @@ def test_processes_on_one_folder_run_no_cell_twice(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_leaves_its_cell_to_the_next(tmp_path: Path) -> None:
-    folder, tests = CellFolder(tmp_path), str(Path(__file__).parents[1])
-    stuck = WORKER.replace("time.sleep(random.random() * 0.05)", "time.sleep(600)")
-    process = subprocess.Popen([sys.executable, "-c", stuck, str(tmp_path), tests])
+    folder, process = CellFolder(tmp_path), started(worker, tmp_path, 600, 600)
     first = in_order(many())[0]
     while not (folder.of(first) / "ran").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
     assert state(first, folder) == "running"
     process.kill()
-    process.wait()
+    process.join()
     assert state(first, folder) == "begun"
     assert sorted(run_all(many(), folder)) == sorted(cell.name for cell in many())

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES
 from hand import padded, vector
 from peft import LoraConfig, get_peft_model
 from transformers.generation.configuration_utils import CompileConfig
@@ -29,7 +30,8 @@ def learner() -> Plan:
 
 
 def wrapped(model, peft: bool):
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], r=2)) if peft else model
+    """With LoRA in one block, since dynamo compiles each of its modules anew where checkpointing breaks the graph."""
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[1], r=2)) if peft else model
 
 
 def step(model, call, checkpointing: bool) -> tuple[float, list[torch.Tensor]]:
@@ -48,8 +50,8 @@ def step(model, call, checkpointing: bool) -> tuple[float, list[torch.Tensor]]:
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_step(peft, compiled, checkpointing, tiny):
-    plain = tiny("llama")
+def test_a_training_step(peft, compiled, checkpointing):
+    plain = FAMILIES["llama"](num_hidden_layers=2)  # a trace takes half a second for each block
     model = wrapped(copy.deepcopy(plain), peft)
     expected_loss, expected = step(plain, plain, False)
     call = torch.compile(model, backend="aot_eager", fullgraph=not checkpointing) if compiled else model
@@ -62,8 +64,8 @@ def test_a_training_step(peft, compiled, checkpointing, tiny):
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "static compiled"])
-def test_generation(peft, cache, tiny):
-    plain = tiny("llama").eval()
+def test_generation(peft, cache):
+    plain = FAMILIES["llama"](num_hidden_layers=2)
     model = wrapped(copy.deepcopy(plain), peft).eval()
     batch = {name: padded("left")[name] for name in ("input_ids", "attention_mask")}
 

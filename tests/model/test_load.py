@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import FORK, ended, started
 from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
@@ -396,35 +397,22 @@ def test_what_a_killed_conversion_left_is_swept(small_embedded):
     assert not stale.exists()
 
 
-def test_two_processes_at_once_convert_once(small_embedded, gguf, tmp_path):
-    script = textwrap.dedent(f"""
-        import os, pathlib, sys, time, torch
-        from steer.model import embedded
-        from steer.model.load import load
-        embedded._source = lambda: pathlib.Path({str(gguf)!r})
-        embedded.SOURCE_SHA256 = {embedded.SOURCE_SHA256!r}
-        convert = embedded._convert
-        def slowly(folder):
-            print("converts", flush=True)
-            time.sleep(1)
-            convert(folder)
-        embedded._convert = slowly
-        print("ready", flush=True)
-        sys.stdin.readline()
-        model, _ = load("smollm2-135m")
-        print(model(torch.tensor([[5, 6, 7, 8]])).logits.sum().item())
-    """)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script], **pipes, cwd=tmp_path) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sum(words.count("converts") for words in said) == 1
-    assert said[0][-1] == said[1][-1]
+def test_two_processes_at_once_convert_once(small_embedded, monkeypatch, tmp_path):
+    convert, together = embedded._convert, FORK.Barrier(2)
+
+    def slowly(folder):
+        (tmp_path / f"converts.{os.getpid()}").touch()
+        time.sleep(1)
+        convert(folder)
+
+    def in_a_process():
+        together.wait(60)
+        torch.save(logits(load("smollm2-135m")[0]), tmp_path / f"logits.{os.getpid()}.pt")
+
+    monkeypatch.setattr(embedded, "_convert", slowly)
+    assert ended([started(in_a_process) for _ in range(2)]) == [0, 0]
+    assert len(list(tmp_path.glob("converts.*"))) == 1
+    assert torch.equal(*(torch.load(path) for path in tmp_path.glob("logits.*.pt")))
 
 
 def test_cache_folder(monkeypatch, tmp_path):

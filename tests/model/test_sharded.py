@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hand import ids, recorded
+from processes import ended, started
 from sharded import plan, train
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -16,11 +16,9 @@ from steer.model.anatomy import Anatomy
 def test_fsdp2_over_two_processes(tmp_path, tiny):
     """Sharded training with the plan gives the gradient of one process, and a capture runs through."""
     store = str(tmp_path / "store")
-    second_rank = mp.get_context("spawn").Process(target=train, args=(1, store), daemon=True)
-    second_rank.start()
+    second_rank = started(lambda: bool(train(1, store)["finished"] != ["model"]))
     sharded = train(0, store)
-    second_rank.join(60)
-    assert second_rank.exitcode == 0
+    assert ended([second_rank]) == [0]
 
     model = tiny("llama")
     with torch.no_grad(), recorded(model, ["layers.0.output"]) as seen:
