@@ -146,7 +146,8 @@ class _Job:
         except KeyboardInterrupt:
             if not hasattr(module, "what_is_left"):
                 raise
-            raise KeyboardInterrupt(module.what_is_left(Path(HydraConfig.get().runtime.output_dir))) from None
+            out = config.get("folder") or HydraConfig.get().runtime.output_dir  # of one job of a sweep, the latter is its own
+            raise KeyboardInterrupt(module.what_is_left(Path(out))) from None
 
 
 def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:

@@ -117,11 +117,11 @@ def plan(job: ExperimentRun) -> None:
         job.say("cost", f"{len(wanted) - len(done)} cells are missing{left}")
     for pair in (question.primary, *question.secondary):
         job.say("contrast", f"{pair.outcome}: {pair.arm} - {pair.against}{' (primary)' if pair == question.primary else ''}")
-    seeds = _seeds_done(job, wanted, cells)
-    if seeds:
-        metrics = _analysed(job, question, cells, [cell for cell in wanted if cell.arm == BASE or cell.seed in seeds])
+    whole = _seeds_done(job, wanted, cells)
+    if whole:
+        metrics = _analysed(job, question, cells, [cell for cell in wanted if cell.arm == BASE or cell.seed in whole])
         effect = metrics["power"]["smallest_effect"]
-        job.say("power", f"{len(seeds)} seeds like these show an effect of {effect:.3g} {metrics['contrasts'][0]['unit']} in 4 of 5 runs")
+        job.say("power", f"{len(whole)} seeds like these show an effect of {effect:.3g} {metrics['contrasts'][0]['unit']} in 4 of 5 runs")
     else:
         job.say("power", "not known before a seed is done")
 

@@ -173,7 +173,7 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[Any]:
 
 def _checkpoints_of(run: ExperimentRun) -> str:
     """Name of the folder of checkpoints. Those of a sharded model number the state of its optimiser in another way."""
-    return f"{CHECKPOINTS}.{cell_ranks.FSDP2}" if cell_ranks.is_sharded(run.config.trainer) else CHECKPOINTS
+    return f"{CHECKPOINTS}.{cell_ranks.FSDP2}" if cell_ranks.is_sharded(run.config.values.trainer) else CHECKPOINTS
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
