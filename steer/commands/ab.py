@@ -151,8 +151,9 @@ def write_page(job: ExperimentRun, question: Question, cells: CellFolder) -> Res
     result = Result(metrics, metrics.pop("_scores"), drift_records(job.root, metrics))
     result.save(job.root)
     job.console.print(summary_table(metrics))
-    said = {name: [answer["text"] for answer in answers[:1]] for name, answers in metrics["completions"].items()}
-    side_by_side(job.console, job.config.prompts[:1], said)
+    if job.config.prompts:
+        said = {name: [answer["text"] for answer in answers[:1]] for name, answers in metrics["completions"].items()}
+        side_by_side(job.console, job.config.prompts[:1], said)
     job.say("report", str(job.root / "report.html"))
     return result
 

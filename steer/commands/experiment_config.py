@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from steer.checks import whole_number
 from steer.commands import cell_ranks
+from steer.commands.experiment_keys import complete_keys
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, texts
 from steer.directions.extractor import extractor_of
@@ -28,7 +29,6 @@ from steer.model.files_digest import files_digest
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
-_OPTIONAL = ("question", "trait", "scope", "primary", "secondary", "train", "drift")  # of an experiment, null where left out
 _JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
 _OUTCOME_KEYS = ("data", *_JUDGED)
 
@@ -46,9 +46,7 @@ class ExperimentConfig:
     """
 
     def __init__(self, values: DictConfig) -> None:
-        with open_dict(values):
-            for key in _OPTIONAL:
-                values.experiment.setdefault(key, None)
+        complete_keys(values.experiment)
         self.values = values
         self.experiment = values.experiment
         self.seeds = check_seeds(values.seeds)
@@ -64,7 +62,8 @@ class ExperimentConfig:
         self.arms = [arm if most is None else replace(arm, draws=min(arm.draws, most)) for arm in arms]
         self.data = DataSet(self.experiment.data)
         self.outcomes = self._read_outcomes(spec["outcomes"])
-        self.prompts = texts(self.experiment.completions.prompts)
+        asked = self.experiment.completions
+        self.prompts = [] if asked is None else texts(asked.prompts)
         self._check()
 
     def _read_outcomes(self, specs: Mapping[str, Any]) -> list[Outcome]:
@@ -84,7 +83,8 @@ class ExperimentConfig:
         if self.experiment.scope is not None:
             check_scope(self.experiment.scope)
         check_tracker(self.settings.get("tracker"))
-        check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
+        if self.experiment.completions is not None:
+            check_completions(self.prompts, self.experiment.completions.max_new_tokens, section=COMPLETIONS)
         check_training(self.arms, self.trains)
         if not self.trains and len(self.seeds) > 1:
             raise _nothing_random(self.seeds)

@@ -161,6 +161,8 @@ class ExperimentRun:
 
     def completions(self, model: nn.Module, system: str | None) -> list[dict[str, Any]]:
         """What a model says to the prompts of the experiment, and where in it the trait is."""
+        if not self.config.prompts:
+            return []
         asked: list[Any] = [{"prompt": prompt, "system": system} for prompt in self.config.prompts]
         answers = complete(model, self.tokenizer, asked, max_new_tokens=self.config.experiment.completions.max_new_tokens)
         said: list[dict[str, Any]] = [{"prompt": prompt, "text": text} for prompt, text in zip(self.config.prompts, answers, strict=True)]

@@ -23,10 +23,10 @@ def texts(value: Any) -> list[str]:
     return [str(text) for text in value or ()]
 
 
-def check_seed(seed: int | None) -> None:
+def check_seed(seed: Any) -> None:
     """Raises ConfigError for a seed that not every generator of random numbers takes."""
-    if seed is None or not 0 <= seed < 2**32:
-        raise ConfigError("this cannot be a seed", expected=f"a whole number from 0 to {2**32 - 1}", found=seed, remedy="set seed=0")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError("this cannot be a seed", expected=f"a whole number from 0 to {2**32 - 1}", found=repr(seed), remedy="set seed=0")
 
 
 def check_seeds(seeds: Any) -> list[int]:
@@ -34,7 +34,7 @@ def check_seeds(seeds: Any) -> list[int]:
     if isinstance(seeds, str) or not isinstance(seeds, Sequence):
         seeds = [seeds]
     for seed in seeds:
-        check_seed(seed if isinstance(seed, int) and not isinstance(seed, bool) else None)
+        check_seed(seed)
     if not seeds or len(set(seeds)) < len(seeds):
         raise _no_seeds(list(seeds))
     return list(seeds)
