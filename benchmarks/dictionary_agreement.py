@@ -2,10 +2,10 @@
 
     python benchmarks/dictionary_agreement.py --environments DIR [--libraries saelens ...] [--out FILE]
 
-Each library runs in a process of its own, with `DIR/<library>/bin/python`; DIR has an environment with sae-lens in `saelens`,
-dictionary-learning in `dictionary_learning`, eai-sparsify in `sparsify`, circuit-tracer in `circuit_tracer`. The process makes dictionaries with random
-weights by the library's own classes, saves them by the library's own functions, and encodes and decodes in float64
-(`dictionary_peers/<library>.py`); here the same files are loaded, given the same activations, and compared.
+Each library runs in a process of its own, with `DIR/<library>/bin/python`: DIR has environments `saelens` with sae-lens, `sparsify` with
+eai-sparsify, `dictionary_learning` with dictionary-learning and `circuit_tracer` with circuit-tracer. The process makes dictionaries with
+random weights by the library's own classes, saves them by its own functions, and encodes and decodes in float64
+(`dictionary_peers/<library>.py`). Here the same files are loaded, given the same activations, and compared.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ for kind in ("relu", "jumprelu", "skip"):
     randomised(whole)
     whole.to_safetensors(str(folder / kind))
     (folder / kind / "config.yaml").write_text(config + "transcoder_set\n")
-    one = load_relu_transcoder(str(folder / kind / "layer_2.safetensors"), 2, device=cpu, dtype=torch.float64, lazy_encoder=False, lazy_decoder=False)
+    whole_file = {"lazy_encoder": False, "lazy_decoder": False}
+    one = load_relu_transcoder(str(folder / kind / "layer_2.safetensors"), 2, device=cpu, dtype=torch.float64, **whole_file)
     h = answers.activations()
     f = one.encode(h)
     answers.add(kind, kind, h, f, one.decode(f, h), layer=2)

@@ -126,7 +126,8 @@ def chosen(features: Tensor | list[int] | int, width: int) -> Tensor:
     """[chosen] indices as a tensor. Raises ConfigError for what is none, or lies outside the dictionary."""
     try:
         indices = torch.as_tensor(features)
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool or indices.dim() > 1:
+        no_numbers = indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool
+        if indices.dim() > 1 or no_numbers and indices.numel():  # an empty list makes a tensor of floats
             raise TypeError("whole numbers are needed")
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_features(features, width) from error

@@ -74,6 +74,8 @@ def _several(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionary
     names = sorted((int(match[1]), match[0]) for match in place.matching(_LAYER_FILE))
     if [number for number, _ in names] != list(range(len(names))):
         raise incomplete(place, f"params_layer_0.safetensors to params_layer_{len(names) - 1}.safetensors", [name for _, name in names])
+    hooks = [str(config.get(key)) for key in ("hf_hook_point_in", "hf_hook_point_out") if config.get(key)]
+    sites = [_expanded(place, hook, len(names)) for hook in hooks] or [None]
     of_layers = [Tensors.of_safetensors(place, name) for _, name in names]
     encoders = [_encoder(tensors) for tensors in of_layers]
     d_in = encoders[0].rows.shape[1]
@@ -88,8 +90,6 @@ def _several(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionary
     if any(skip is None for skip in skips) and not all(skip is None for skip in skips):
         raise incomplete(place, "a skip connection in every layer or in none", [skip is not None for skip in skips])
     stacked = None if skips[0] is None else torch.stack([skip.mT for skip in skips if skip is not None])
-    hooks = [str(config.get(key)) for key in ("hf_hook_point_in", "hf_hook_point_out") if config.get(key)]
-    sites = [_expanded(place, hook, len(names)) for hook in hooks] or [None]
     is_autoencoder = len(set(hooks)) == 1 and wanted.writes is None
     origin = origin_of(
         "gemma_scope_2",
