@@ -54,9 +54,10 @@ class Place:
 
     @cached_property
     def files(self) -> list[str]:
-        """Names of all files, with the folders below the place. A repository is asked once. Raises FileError."""
+        """Names of the files in the place and in the folders right below it. A repository is asked once. Raises FileError."""
         if self.root is not None:
-            return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+            found = [*self.root.glob("*"), *self.root.glob("*/*")]  # no deeper: it may be the home of somebody
+            return sorted(path.relative_to(self.root).as_posix() for path in found if path.is_file())
         prefix = f"{self.folder}/" if self.folder else ""
         everything = self._listed()
         inside = [name.removeprefix(prefix) for name in everything if name.startswith(prefix)]
@@ -121,7 +122,7 @@ class Place:
                 kept = Path(huggingface_hub.snapshot_download(self.repository, revision=self.revision, local_files_only=True))
             except Exception:
                 raise _unreachable(self, error) from error
-            return [str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()]
+            return [path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()]
 
     def _downloaded(self, name: str) -> Path:
         import huggingface_hub
