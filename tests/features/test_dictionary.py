@@ -196,6 +196,15 @@ def test_positions_that_saelens_left_out(tmp_path: Path) -> None:
     assert steer.load_dictionary(path, untrained=Untrained(1, 50.0)).untrained == Untrained(1, 50.0)
 
 
+def test_files_that_are_known_to_be_of_a_centred_model(tmp_path: Path) -> None:
+    path = saelens(tmp_path / "GPT2-Small-SAEs-Reformatted" / "blocks.2.hook_resid_pre", "standard").path
+    plain = saelens(tmp_path / "other", "standard").path
+    h = torch.randn(4, D, dtype=torch.float64)
+    centred = steer.load_dictionary(path)
+    close(centred.encode(h), steer.load_dictionary(plain).encode(h - h.mean(-1, keepdim=True)), 1e-12)
+    close(centred.error(h), steer.load_dictionary(plain).error(h - h.mean(-1, keepdim=True)), 1e-9)
+
+
 class Hub:
     """A hub with one repository, which counts what is fetched."""
 

@@ -39,6 +39,8 @@ _ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+# repositories whose files do not say that they were trained on a model with centred writing weights, as SAELens knows of them
+_CENTRED = ("gpt2-small-mlp-out-saes", "GPT2-Small-SAEs-Reformatted", "GPT2-Small-Feature-Splitting-Experiment-Layer-8")
 _NORMS = {None: "none", "none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
@@ -136,7 +138,9 @@ def _norm(place: Place, config: dict[str, Any]) -> str:
         said = "none"
     if said not in _NORMS:
         raise unsupported(place, "activations normalised by numbers that are not in the file", "none, layer_norm or another one", said)
-    is_centred = (config.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights", False)
+    is_centred = (config.get("model_from_pretrained_kwargs") or {}).get(
+        "center_writing_weights", any(name in place.name for name in _CENTRED)
+    )
     if not is_centred or said == "layer_norm":  # which centres by itself
         return _NORMS[said]
     if _NORMS[said] != "none" or not re.search(
