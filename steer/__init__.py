@@ -46,6 +46,7 @@ _EXPORTS: dict[str, str] = {
     "screen": "steer.directions",
     "select": "steer.directions",
     "train_direction": "steer.directions",
+    "load_dictionary": "steer.features",
     "DriftTracker": "steer.drift.tracker",
     "compare": "steer.experiment.compare",
     "matched": "steer.experiment.compare",

@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from steer.errors import ConfigError, DamagedFileError, UnsafeFileError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, SteerError, UnsafeFileError, WrongKindError
 from steer.reading import damage_of, damaged, kind_of, other_kind, parse_json, place_of, read_bytes, size_of
 
 _ROOM = 64 * 2**20  # bytes that a file may always unpack to
@@ -62,6 +63,17 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         DamagedFileError, UnsafeFileError: a pickle. WrongKindError: no file, or one of another kind. FileError: it cannot be read.
     """
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """A `safetensors.safe_open` of a file that is proven to be one, from which single tensors and slices can be read.
+
+    Raises:
+        As `read_safetensors`, for whatever fails inside the block too.
+    """
     path = place_of(path)
     size = size_of(path)
     head = read_bytes(path, 32)
@@ -74,7 +86,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     _check_header(path, head, size)
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            yield file
+    except SteerError:
+        raise
     except Exception as error:  # SafetensorError, and what torch says of a type or a size that it does not have
         raise _truncated(path, size, error) from error
 

@@ -15,6 +15,7 @@ import steer.directions
 import steer.drift
 import steer.experiment.metric
 import steer.experiment.treatment
+import steer.features
 import steer.intervene  # noqa: F401  (fills the registries)
 from steer import kernels
 from steer.intervene.scope import KINDS

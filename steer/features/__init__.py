@@ -1,0 +1,25 @@
+"""Features: dictionaries (sparse autoencoders, transcoders, crosscoders), read from the files of every library that trains them."""
+
+from steer.features.activation import ACTIVATIONS, Activation
+from steer.features.dictionary import ARCHITECTURES, Dictionary
+from steer.features.encoder import Encoder
+from steer.features.format import FORMATS
+from steer.features.load import load_dictionary
+from steer.features.provenance import Origin, Source, Untrained
+from steer.features.rows import InMemory, LowRank, Rows
+
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
+    "FORMATS",
+    "Activation",
+    "Dictionary",
+    "Encoder",
+    "InMemory",
+    "LowRank",
+    "Origin",
+    "Rows",
+    "Source",
+    "Untrained",
+    "load_dictionary",
+]

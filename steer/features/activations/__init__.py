@@ -1,0 +1,1 @@
+"""Activations of dictionaries, one a file. See `steer.features.activation`."""

@@ -1,0 +1,1 @@
+"""Architectures of dictionaries, one a file. See `steer.features.dictionary`."""

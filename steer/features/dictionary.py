@@ -1,0 +1,185 @@
+"""Dictionaries: activations of a model written as a sparse sum of features (sparse autoencoders, transcoders, crosscoders).
+
+What is common to all architectures stands here. An architecture is one file in `steer.features.architectures`; which pre-activations become
+features is an activation of its own, in `steer.features.activations`, so that each activation goes with each architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from steer.errors import ConfigError
+from steer.features.encoder import chosen
+from steer.features.provenance import Origin, Source, Untrained
+from steer.features.rows import Rows
+from steer.model.site import Site
+from steer.registry import Registry
+
+Features = Tensor | list[int] | int  # indices of chosen features
+Parts = Mapping[str, Any]  # Rows, tensors or None by name
+
+
+class Dictionary:
+    """Encodes activations as features and decodes features to activations; all of them, or a few at the cost of a few.
+
+    A dictionary of one site takes activations [..., d_in] of that site. One that reads several sites takes [..., sites, d_in], one row for
+    each of `reads`, in their order; one that writes several gives [..., sites, d_out] likewise. Features are counted through all layers.
+    Everything is computed at least in fp32, and differentiable in the activations.
+
+    Attributes:
+        name: of the architecture.
+        origin: sites, source, and the tokens that it was not trained on.
+        width: number of features. d_in, d_out: size of the activations that it reads and writes.
+    """
+
+    name: ClassVar[str]
+    origin: Origin
+    width: int
+    d_in: int
+    d_out: int
+
+    # ---- what an architecture says
+
+    def pre_activations(self, h: Tensor, features: Features | None = None) -> Tensor:
+        """[..., chosen] what the activation function makes features of; all when None. Raises WidthError, ConfigError."""
+        raise NotImplementedError
+
+    def _encode(self, h: Tensor, features: Tensor | None) -> Tensor:
+        """[..., chosen] features of all tokens."""
+        raise NotImplementedError
+
+    def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
+        """The reconstruction of activations, of the shape that the sites written have.
+
+        Args:
+            f: [..., width] features.
+            h: the activations that were encoded; needed with a norm at run time, or a skip connection.
+
+        Raises:
+            ConfigError: h is needed. WidthError: f of another width.
+        """
+        raise NotImplementedError
+
+    def decode_selected(self, f: Tensor, features: Features, h: Tensor | None = None) -> Tensor:
+        """The sum of f_j W_j over chosen features, f: [..., chosen]: what they add to the reconstruction, without its bias.
+
+        Adding this for the change of a few features to the true activation is the clamp that keeps the error of the dictionary.
+        """
+        raise NotImplementedError
+
+    def encoder_rows(self, features: Features) -> Tensor:
+        """[chosen, ...] fp32 rows that chosen features are read by, without those of the others."""
+        raise NotImplementedError
+
+    def decoder_rows(self, features: Features) -> Tensor:
+        """[chosen, ...] fp32 rows that chosen features write."""
+        raise NotImplementedError
+
+    def threshold(self, features: Features | None = None) -> Tensor | None:
+        """[chosen] fp32, what a pre-activation must exceed for its feature to be on; None for top-k, where that depends on the others."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Rows | Tensor | None]:
+        """Its numbers by name, for a file."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What else a file has to hold, JSON-able."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, parts: Parts, settings: Mapping[str, Any], origin: Origin) -> Self:
+        """Rebuilds it from its file form."""
+        raise NotImplementedError
+
+    # ---- what follows
+
+    def encode(self, h: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """[..., width] features, 0 at tokens that the dictionary was not trained on.
+
+        Args:
+            positions: [...] place of each token in its text; without them, tokens are left out by their norm alone.
+
+        Raises:
+            WidthError: activations of another width.
+        """
+        return self._on_trained(self._encode(h, None), h, positions)
+
+    def encode_selected(self, h: Tensor, features: Features, *, positions: Tensor | None = None) -> Tensor:
+        """[..., chosen] as `encode(h)[..., features]`, without the others where the activation is elementwise."""
+        return self._on_trained(self._encode(h, chosen(features, self.width)), h, positions)
+
+    def reconstruct(self, h: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """decode(encode(h))"""
+        return self.decode(self.encode(h, positions=positions), h)
+
+    def error(self, h: Tensor, target: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
+        """What the reconstruction lacks, target - reconstruct(h); the target is h itself for an autoencoder. Raises ConfigError."""
+        if target is None and self.origin.reads != self.origin.writes:
+            raise _no_target(self)
+        return (h if target is None else target) - self.reconstruct(h, positions=positions)
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        return self.origin.reads
+
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        return self.origin.writes
+
+    @property
+    def source(self) -> Source:
+        return self.origin.source
+
+    @property
+    def untrained(self) -> Untrained:
+        return self.origin.untrained
+
+    def save(self, path: str | Path, *, dtype: str = "float32", format: str = "steer") -> Path:
+        """Writes it in a format that can be written (`steer`, `saelens`). dtype: `float32`, `bfloat16` or `int8` (per row)."""
+        from steer.features.format import writer_of
+
+        return writer_of(format)(self, path, dtype)
+
+    def __repr__(self) -> str:
+        where = ", ".join(map(str, self.reads[:3])) + (", ..." if len(self.reads) > 3 else "")
+        to = "" if self.reads == self.writes else f" -> {', '.join(map(str, self.writes[:3]))}" + (", ..." if len(self.writes) > 3 else "")
+        return f"{type(self).__name__}({self.width} features, {self.activation_name}, at {where}{to})"
+
+    @property
+    def activation_name(self) -> str:
+        """The name of its activation, e.g. `jumprelu`."""
+        raise NotImplementedError
+
+    def _on_trained(self, f: Tensor, h: Tensor, positions: Tensor | None) -> Tensor:
+        inside = self.untrained.trained_on(h, positions if positions is None or len(self.reads) == 1 else positions.unsqueeze(-1))
+        if inside is None:
+            return f
+        return f * (inside if len(self.reads) == 1 else inside.all(-1)).unsqueeze(-1)
+
+
+ARCHITECTURES: Registry[type[Dictionary]] = Registry(
+    "dictionary", "steer.features.architectures", "steer.dictionaries", subclass_of=Dictionary
+)
+
+
+def probe(dtype: torch.dtype = torch.float32) -> Tensor:
+    """An empty tensor that says in which dtype, and that on the CPU, rows are wanted."""
+    return torch.empty(0, dtype=dtype)
+
+
+# ---- errors
+
+
+def _no_target(dictionary: Dictionary) -> ConfigError:
+    return ConfigError(
+        "the error of this dictionary needs what it should have reconstructed",
+        expected=f"target=, activations of {', '.join(map(str, dictionary.writes))}",
+        found=f"a {dictionary.name} that reads {', '.join(map(str, dictionary.reads))}",
+        remedy="capture both sites in one pass: dictionary.error(h, target)",
+    )

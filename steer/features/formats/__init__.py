@@ -1,0 +1,1 @@
+"""Formats of dictionaries, one a file. See `steer.features.format`."""
