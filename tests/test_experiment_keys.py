@@ -49,7 +49,7 @@ def test_the_least_that_an_experiment_says(written: Written, tmp_path: Path) -> 
     page = tmp_path / "page.html"
     from steer.report import write_report
 
-    write_report(page, metrics, [])
+    write_report(page, metrics, {})
     assert "as it is" in page.read_text()
 
 
