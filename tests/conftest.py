@@ -37,6 +37,14 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what is slow, unless it is asked for."""
+    if "STEER_SLOW_TESTS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; STEER_SLOW_TESTS=1 runs it"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The suite runs one worker per core."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -72,7 +71,7 @@ def found(folder: Path) -> tuple[object, ...]:
     ("kills", "seeds"),
     [
         (FEW, 2),
-        pytest.param(MANY, 4, marks=pytest.mark.skipif("STEER_SLOW_TESTS" not in os.environ, reason="minutes; STEER_SLOW_TESTS=1 runs it")),
+        pytest.param(MANY, 4, marks=pytest.mark.slow),
     ],
     ids=["few", "many"],
 )

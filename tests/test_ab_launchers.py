@@ -53,7 +53,7 @@ def sweep(parts: Parts, folder: Path, launcher: str, *more: str) -> subprocess.P
     return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_jobs_of_a_launcher_write_the_page_of_one_process(parts: Parts, tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="pip install torchsteer[dev]")
     running = sweep(parts, tmp_path / "jobs", launcher, "seeds=[0],[1]")
@@ -80,6 +80,7 @@ def test_a_launcher_that_ends_a_job_in_training_is_not_taken_for_ctrl_c(
     assert ended.value.code == 144
 
 
+@pytest.mark.slow
 def test_a_job_that_is_preempted_goes_on_by_itself_and_one_that_is_killed_by_the_same_line(parts: Parts, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install torchsteer[dev]")
     folder = tmp_path / "jobs"
