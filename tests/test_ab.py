@@ -281,6 +281,13 @@ def test_an_altered_cell_is_refused(parts: tuple[Path, Path], tmp_path: Path, ca
             assert ab(parts, tmp_path / "f", "seeds=[0]", "draws=1", do=do) == 2
             err = capsys.readouterr().err
             assert err.startswith("DamagedFileError") and "done.json" in err and "remedy: " in err
+    file.write_text(text)
+    next((tmp_path / "f").glob("cells/inference*/done.json")).unlink()  # to be run again, with the weights of the plain arm
+    adapter = file.parent / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    assert ab(parts, tmp_path / "f", "seeds=[0]", "draws=1") == 2
+    err = capsys.readouterr().err
+    assert f"the adapter of cell '{file.parent.name}' cannot be read" in err and f"remove '{file.parent}'" in err
 
 
 @pytest.mark.parametrize(

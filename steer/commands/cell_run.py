@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 from peft import LoraConfig, PeftModel, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
+from safetensors import SafetensorError
 from torch import nn
 
 from steer.callbacks import DriftCallback, SteeringCallback
@@ -24,6 +25,7 @@ from steer.commands.experiment_config import BASE
 from steer.commands.experiment_run import ExperimentRun
 from steer.commands.info import versions
 from steer.commands.trackers import log_result, tracker_of
+from steer.entries import in_short
 from steer.errors import DamagedFileError
 from steer.experiment.arms import Arm
 from steer.experiment.cells import Cell, CellFolder
@@ -86,13 +88,22 @@ def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[t
     treatment = run.treatments[arm.name][cell.draw]
     model = run.model
     if run.config.trains:
-        model = PeftModel.from_pretrained(run.model, adapter_of(cell.needs or cell, cells))
+        model = _with_adapter(run.model, cell.needs or cell, cells)
     try:
         with _acting(arm, treatment, model) as acting:
             yield acting, treatment.system if arm.acts_at_inference else None
     finally:
         if run.config.trains:
             model.unload()  # type: ignore[operator]
+
+
+def _with_adapter(model: nn.Module, cell: Cell, cells: CellFolder) -> PeftModel:
+    """Raises DamagedFileError when the adapter is not whole."""
+    folder = adapter_of(cell, cells)
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # whichever PEFT stumbles over
+        raise _damaged_adapter(cell, folder, error) from error
 
 
 def adapter_of(cell: Cell, cells: CellFolder) -> Path:
@@ -234,6 +245,15 @@ def _callback_overhead(run: ExperimentRun, cell: Cell, adapted: nn.Module, plan:
 
 
 # ---- errors
+
+
+def _damaged_adapter(cell: Cell, folder: Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"the adapter of cell '{cell.name}' cannot be read",
+        expected=f"what PEFT saved in {folder}",
+        found=in_short(error),
+        remedy=f"remove '{folder.parent}', and run the experiment again",
+    )
 
 
 def _missing_adapter(cell: Cell, file: Path) -> DamagedFileError:

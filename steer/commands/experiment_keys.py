@@ -38,7 +38,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "site": None,
         "holdout": 0.25,
     },
-    "primary": {"arm": REQUIRED, "against": REQUIRED, "outcome": None},
+    "primary": {"arm": REQUIRED, "against": REQUIRED},
     "train": {
         "steps": REQUIRED,
         "batch_size": REQUIRED,

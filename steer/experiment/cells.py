@@ -68,11 +68,17 @@ class CellFolder:
     Args:
         root: the folder that holds a folder for each cell.
         others: folders whose finished cells count, too.
+
+    Raises:
+        ConfigError: one of them is a file.
     """
 
     def __init__(self, root: str | Path, others: Sequence[str | Path] = ()) -> None:
         self.root = Path(root)
         self.others = [Path(other) for other in others]
+        for folder in (self.root, *self.others):
+            if folder.exists() and not folder.is_dir():
+                raise _no_folder(folder)
 
     def of(self, cell: Cell) -> Path:
         """The folder of a cell: where it was finished, or is to be run."""
@@ -94,8 +100,7 @@ class CellFolder:
             if not files:
                 raise _no_cells(folder)
             for file in files:
-                content = read_json(file)
-                check_seal(content, file, is_required=True)
+                content = _read(file)
                 theirs = content["spec"]
                 if different := [name for name in spec if theirs.get(name) != spec[name]]:
                     raise _another_experiment(file, different)
@@ -109,8 +114,7 @@ class CellFolder:
         file = self.of(cell) / DONE
         if not file.is_file():
             raise _unfinished(cell, file)
-        content = read_json(file)
-        check_seal(content, file, is_required=True)
+        content = _read(file)
         if content.get("key") != cell.key:
             raise _of_another_cell(file, cell, content.get("key"))
         return content["result"]
@@ -182,7 +186,26 @@ def state(cell: Cell, folder: CellFolder) -> str:
     return "begun" if folder.of(cell).is_dir() else "missing"
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """What a finished cell wrote."""
+    try:
+        content: dict[str, Any] = read_json(file)
+        check_seal(content, file, is_required=True)
+    except DamagedFileError as error:
+        raise _damaged_cell(file, error) from error
+    return content
+
+
 # ---- errors
+
+
+def _no_folder(path: Path) -> ConfigError:
+    return ConfigError(f"'{path}' holds no cells", expected="a folder", found="a file", remedy="move it away, or choose another folder")
+
+
+def _damaged_cell(file: Path, error: DamagedFileError) -> DamagedFileError:
+    remedy = f"remove '{file.parent}' and run the experiment again: the other cells are kept"
+    return DamagedFileError(error.what, expected=error.expected, found=error.found, remedy=remedy)
 
 
 def _no_cells(folder: Path) -> ConfigError:
@@ -205,5 +228,5 @@ def _unfinished(cell: Cell, file: Path) -> ConfigError:
 
 
 def _of_another_cell(file: Path, cell: Cell, found: Any) -> DamagedFileError:
-    remedy = "remove this folder, and run the cell again"
+    remedy = f"remove '{file.parent}', and run the cell again"
     return DamagedFileError(f"'{file}' is the result of another cell", expected=f"key {cell.key}", found=found, remedy=remedy)

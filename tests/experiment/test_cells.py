@@ -117,7 +117,15 @@ def test_a_result_that_is_not_that_of_the_cell_is_refused(tmp_path: Path, kind: 
     )
     with pytest.raises(DamagedFileError) as caught:
         folder.result(PLAIN)
-    assert str(file) in str(caught.value) and None not in (caught.value.expected, caught.value.found, caught.value.remedy)
+    assert str(file) in str(caught.value) and None not in (caught.value.expected, caught.value.found)
+    assert str(file.parent) in caught.value.remedy, "one cell is run again, not all"
+
+
+def test_a_file_is_no_folder_of_cells(tmp_path: Path) -> None:
+    (tmp_path / "cells").write_text("mine")
+    for folders in [(tmp_path / "cells",), (tmp_path / "others", [tmp_path / "cells"])]:
+        with pytest.raises(ConfigError, match="holds no cells"):
+            CellFolder(*folders)
 
 
 # ---- running what is missing
