@@ -65,7 +65,7 @@ def check_output(out: Path, metrics: dict[str, Any]) -> None:
     assert all(arm["label"] in page for arm in metrics["arms"])
     assert metrics["command"].startswith("steer train ") and f"hydra.run.dir={out}" in metrics["command"]
     assert {(cell["draw"], cell["seed"]) for cell in metrics["cells"].values()} == {(0, 0)}
-    assert sorted(folder.name for folder in (out / "cells").iterdir()) == sorted(metrics["cells"])
+    assert sorted(folder.name for folder in (out / "cells").iterdir() if folder.is_dir()) == sorted(metrics["cells"])
 
     plans = {name: Plan.load(out / "cells" / cell_of(metrics, name) / "plan") for name in ("preventative", "random", "inference")}
     site = metrics["config"]["experiment"]["trait"]["site"]

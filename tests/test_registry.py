@@ -158,7 +158,7 @@ USE = """
     assert "NewOperator" in dir(steer)
 
     from steer.experiment.metric import measured, metric_of
-    print(measured(metric_of("new_metric"), None, None, [{"id": "one"}]))
+    print(measured(metric_of("new_metric"), torch.nn.Identity(), None, [{"id": "one"}]))
 
     from steer.experiment.arms import treatment_of
     print(treatment_of("new_treatment", "an arm").describe())

@@ -196,8 +196,9 @@ def test_training_shows_one_bar_of_tqdm_in_a_terminal_and_none_in_a_pipe(monkeyp
     from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal, write=len, flush=lambda: None))
-    config = SimpleNamespace(trainer=SimpleNamespace(accelerator="cpu", devices=1, precision="32-true", progress=wanted))
+    chosen = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "progress": wanted, "strategy": "ddp"}
     experiment = SimpleNamespace(train=SimpleNamespace(steps=1, gradient_clip=1.0, checkpoint_every=1))
-    run = SimpleNamespace(config=config, experiment=experiment)
-    found = [callback for callback in cell_run._trainer(run, tmp_path, [], None).callbacks if isinstance(callback, ProgressBar)]
+    config = SimpleNamespace(values=SimpleNamespace(trainer=SimpleNamespace(**chosen)), experiment=experiment)
+    trainer = cell_run._trainer(SimpleNamespace(config=config), tmp_path, tmp_path / "checkpoints", [], None)
+    found = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
     assert [type(bar) for bar in found] == [TQDMProgressBar] * bars

@@ -282,7 +282,7 @@ def test_a_limit_of_the_operating_system_gives_a_typed_error(tmp_path: Path) -> 
     code = textwrap.dedent(
         """
         import signal, sys
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = sys.argv[2:]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         from test_store import measurement, writer
         from steer.errors import FileError
@@ -294,7 +294,7 @@ def test_a_limit_of_the_operating_system_gives_a_typed_error(tmp_path: Path) -> 
             print(type(error).__name__, step)
         """
     )
-    command = ["prlimit", "--fsize=65536", sys.executable, "-c", code, str(tmp_path / "d.sqlite"), str(Path(__file__).parent)]
+    command = ["prlimit", "--fsize=65536", sys.executable, "-c", code, str(tmp_path / "d.sqlite"), *map(str, Path(__file__).parents[:2])]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert out[0] in ("StorageFullError", "FileError")
     with DriftStore(tmp_path / "d.sqlite") as store:

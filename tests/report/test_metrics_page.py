@@ -14,6 +14,7 @@ from steer.experiment.scores import Scores
 
 def test_every_key_is_explained_and_every_explained_one_is_there(tmp_path: Path, five_seeds: dict[str, Any], swept: dict[str, Any]) -> None:
     five_seeds["sweep"] = swept["sweep"]
+    five_seeds["equal_damage"] += swept["equal_damage"]
     Result(five_seeds, Scores()).save(tmp_path)
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert set(keys(written)) == documented()

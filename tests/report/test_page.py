@@ -72,10 +72,15 @@ def test_effect_against_damage_and_guardrails(five_seeds: dict[str, Any], full_p
     for each in five_seeds["guardrails"]:
         assert each["verdict"].replace("_", " ") in cost and each["verdict"] in page.said
     for each in five_seeds["equal_damage"]:
-        assert each["difference"] is None or f"{each['a']} minus {each['b']}, where both cost {each['damage']:.2g}" in cost
-        assert each["difference"] is not None or f"{each['a']} and {each['b']} have no damage in common" in cost
+        assert each["difference"] is None and f"{each['a']} and {each['b']} have no damage in common" in cost
     assert len(five_seeds["equal_damage"]) == 3
     assert "(dominated)" in cost and "exceeded" in cost and "task logprob: worse by, nat/token" in cost
+
+
+def test_arms_at_equal_damage(tmp_path: Path, swept: dict[str, Any]) -> None:
+    (compared,) = swept["equal_damage"]
+    cost = render(tmp_path, swept)[1].words("cost")
+    assert f"against minus random, where both cost {compared['damage']:.2f} of task logprob: +{compared['difference']:.2f} [" in cost
 
 
 def test_one_quantity_decides_and_the_others_are_folded(
