@@ -16,6 +16,7 @@ from report.page_reader import SECTIONS, Page, render
 from steer.drift.records import DriftRecord
 from steer.errors import ConfigError, WrongKindError
 from steer.report import write_report
+from steer.report.numbers import number
 
 Drift = dict[str, list[DriftRecord]]
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(2)> & \"quoted\" \u2028 \u4f60\u597d \U0001f577 </td></table>"
@@ -80,7 +81,7 @@ def test_effect_against_damage_and_guardrails(five_seeds: dict[str, Any], full_p
 def test_arms_at_equal_damage(tmp_path: Path, swept: dict[str, Any]) -> None:
     (compared,) = swept["equal_damage"]
     cost = render(tmp_path, swept)[1].words("cost")
-    assert f"against minus random, where both cost {compared['damage']:.2f} of task logprob: +{compared['difference']:.2f} [" in cost
+    assert f"against minus random, where both cost {number(compared['damage'])} of task logprob: +{compared['difference']:.3f} [" in cost
 
 
 def test_one_quantity_decides_and_the_others_are_folded(
