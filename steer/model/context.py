@@ -44,19 +44,19 @@ class PassScratch:
         masks: token mask of every scope that was asked for, by the key of the scope's user.
         weights: [batch, tokens, 1] such masks as factors, faded where the scope fades.
         decisions: what gates decided, by name.
-        readings: activations that an edit at a later site depends on, by name.
         without_gradient: names of soft decisions that were made where no gradients are recorded.
         positions: [batch or 1, tokens] see `ForwardContext.positions`.
         lengths_noted: the length of every text was noted on the cache in this pass.
+        readings: activations that edits at later sites depend on, by name.
     """
 
     masks: dict[str, Mask] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
-    readings: dict[str, Tensor] = field(default_factory=dict)
     without_gradient: set[str] = field(default_factory=set)
     positions: Tensor | None = None
     lengths_noted: bool = False
+    readings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 import steer
 from steer.errors import ConfigError, NonFiniteError, SiteError, WidthError
-from steer.features import Dictionary, Encoder, InMemory, Origin, Untrained
+from steer.features import Encoder, InMemory, Origin, Untrained
 from steer.features.activations.relu import ReLU
 from steer.features.architectures.crosscoder import Crosscoder
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
-from steer.features.architectures.transcoder import Transcoder
 from steer.features.rows import InFile
 from steer.intervene import Operator, Plan
 from steer.model.anatomy import Anatomy
@@ -187,7 +186,8 @@ def test_a_saved_plan_needs_no_dictionary(tmp_path: Path, activation: str) -> No
     assert again.explain() == plan.explain()
     h = torch.randn(2, 5, 32)
     for before, after in zip(plan.interventions, again.interventions, strict=True):
-        assert after.operator.features == (5, 33, 8) and after.operator.origin["place"] == str(tmp_path / "dictionary")
+        assert after.operator.features == (5, 33, 8) and after.operator.origin == before.operator.origin
+        assert (after.operator.origin["width"], after.operator.origin["writes"]) == (FEATURES, [SITE])
         per_row = [{name: tensor[:1] for name, tensor in made.operator.tensors.items()} for made in (before, after)]
         edits = [made.operator.apply(h, torch.ones(1, 1, 1), None, rows) for made, rows in zip((before, after), per_row, strict=True)]
         assert torch.equal(*edits) and not torch.equal(edits[0], h)
@@ -283,15 +283,8 @@ def test_decoder_rows_of_dictionaries_of_several_sites() -> None:
         plan_of(operator, sites[0])
     with pytest.raises(ConfigError, match="not clear which"):
         steer.AddDecoder(crosscoder, 3)
-    with pytest.raises(ConfigError, match="reads and writes one and the same site"):
+    with pytest.raises(ConfigError, match="reads one site and writes one"):
         steer.ClampFeatures(crosscoder, 3, to=1.0)
-
-
-def transcoder() -> Dictionary:
-    encoder = Encoder(InMemory(torch.randn(FEATURES, 32)), None, ReLU())
-    return Transcoder(
-        encoder, InMemory(torch.randn(FEATURES, 32)), torch.zeros(32), Origin(("layers.1.mlp.input",), ("layers.1.mlp.output",))
-    )
 
 
 REFUSED = {
@@ -309,7 +302,6 @@ REFUSED = {
     "site": (lambda: plan_of(steer.ClampFeatures(autoencoder(), 5, to=1.0), "layers.0.output"), SiteError, "expected: layers.1.output"),
     "pattern": (lambda: plan_of(steer.AddDecoder(autoencoder(), 5), "layers.*.output"), SiteError, "layers.1.output"),
     "norm": (lambda: steer.AddDecoder(autoencoder(norm="layer_norm"), 5), ConfigError, "no constant vectors"),
-    "transcoder": (lambda: steer.ClampFeatures(transcoder(), 5, to=1.0), ConfigError, "layers.1.mlp.input"),
 }
 
 

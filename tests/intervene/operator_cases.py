@@ -197,7 +197,11 @@ def rotate_towards(h: Tensor, strength: float, d: Draw) -> Tensor:
 def everywhere(operator: Operator) -> Operator:
     """A dictionary is of one site, and the tests put every operator at any of theirs."""
     parts = ("input", "output", "attn.output", "mlp.output", "attn.z", "mlp.input")
-    operator.origin["writes"] = ["embed", "final_norm", *(f"layers.{layer}.{part}" for layer in range(4) for part in parts)]
+    operator.origin["reads"] = operator.origin["writes"] = [
+        "embed",
+        "final_norm",
+        *(f"layers.{layer}.{part}" for layer in range(4) for part in parts),
+    ]
     return operator
 
 
