@@ -234,3 +234,26 @@ def test_a_plan_of_clamps_is_saved_beside_directions(tmp_path: Path) -> None:
     )
     again = Plan.load(plan.save(tmp_path / "plan.safetensors"))
     assert again.explain() == plan.explain() and str(again.interventions[0].operator.reads_at) == READ
+
+
+def test_gains_are_learned_from_the_identity_and_read_as_a_table(tiny, tmp_path: Path) -> None:
+    model = tiny("llama").requires_grad_(False)
+    gains = steer.FeatureGains(autoencoder(), CHOSEN).train()
+    plan = plan_of(gains)
+    batch = padded("right")
+    plain = model(**batch, use_cache=False)
+    optimizer = torch.optim.SGD(plan.parameters(), lr=0.5)
+    losses = []
+    with plan.attached(model):
+        assert torch.equal(model(**batch, use_cache=False).logits, plain.logits)
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[0] == float(plain.loss) and losses[-1] < losses[0] - 1e-3
+    table = Plan.load(plan.save(tmp_path / "plan")).interventions[0].operator.table()
+    assert sorted(row.feature for row in table) == sorted(CHOSEN)
+    changes = [abs(row.gain - 1) + abs(row.offset) for row in table]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 0

@@ -24,6 +24,7 @@ from steer.intervene import (
     Clamp,
     ClampFeatures,
     Erase,
+    FeatureGains,
     HeadShift,
     KeepOnlyFeatures,
     KSteering,
@@ -265,6 +266,10 @@ def raised(f: Tensor, d: Draw) -> None:
     f[..., [7, 2]] += d(5, 2)
 
 
+def regained(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] = f[..., [7, 2]] * d(5, 2) + d(8, 2)
+
+
 def without(f: Tensor, d: Draw) -> None:
     f[..., [7, 2]] = 0.0
 
@@ -347,6 +352,7 @@ CASES: dict[str, Case] = {
     "clamp_features, layer norm": Case(
         lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(5, 2))), spliced(jumped, put, norm=True)
     ),
+    "feature_gains": Case(lambda d: everywhere(FeatureGains(dictionary(d, jump), [7, 2], d(5, 2), d(8, 2))), spliced(jumped, regained)),
     "ablate_features": Case(lambda d: everywhere(AblateFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, without)),
     "keep_only_features": Case(lambda d: everywhere(KeepOnlyFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, only)),
     "add_decoder": Case(lambda d: everywhere(AddDecoder(dictionary(d, jump), [7, 2], d(5, 2))), spliced(jumped, raised)),
