@@ -97,8 +97,9 @@ def _edit(reader: Reader, term: Term, names: Names) -> tuple[Operator, Site | Si
     with reader.located(term.at["operator"]):
         operator = OPERATORS.get(term.operator)
     reader.known("direction", term.name, names, term.at["name"])
+    assert named is not None
     with reader.located(term.at.get("site", term.at["name"])):
-        direction, site = direction_at(names[term.name], None if term.site is None else _sites(term.site))
+        direction, site = direction_at(named, None if term.site is None else _sites(term.site))
     with reader.located(term.at["operator"]):
         edit = _operator_of(operator, direction)
         for example in examples_of(site):

@@ -90,8 +90,9 @@ class Intervention:
         with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
             for example in examples_of(site):
                 operator.check_site(example)
+        scope = Scope.parse(scope)
         with errors_of(f"`narrowed` of operator '{operator.name}'", "return a Scope"):
-            scope = operator.narrowed(Scope.parse(scope))
+            scope = operator.narrowed(scope)
         name = name or f"{operator.name}@{site}"
         fields: dict[str, Any] = {
             "operator": operator,

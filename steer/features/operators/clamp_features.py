@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -72,8 +71,8 @@ class ClampFeatures(FeatureEdit):
             return per_row["to"].to(f.dtype) - f
         if "scale" in per_row:
             return (per_row["scale"] - 1).to(f.dtype) * f
-        bounds = [per_row[name].to(f.dtype) if name in per_row else None for name in ("low", "high")]
-        return torch.clamp(f, *bounds) - f
+        low, high = (per_row[name].to(f.dtype) if name in per_row else None for name in ("low", "high"))
+        return f.clamp(low, high) - f
 
     def numbers(self) -> dict[str, Tensor]:
         return {mode: self.tensors[mode] for mode in MODES if mode in self.tensors}
