@@ -169,7 +169,7 @@ def _encoder_tensors(encoder: Encoder, indices: Tensor | None) -> dict[str, Tens
         indices: [chosen] of the features; None for all.
     """
     is_chosen = encoder.activation.elementwise and indices is not None
-    rows = encoder.rows.select(indices, probe()) if is_chosen else encoder.rows.all(probe()).clone()
+    rows = encoder.rows.all(probe()).clone() if indices is None or not is_chosen else encoder.rows.select(indices, probe())
     bias = None if encoder.bias is None else encoder.bias.float()
     of_activation = {name: tensor.float() for name, tensor in encoder.activation.tensors.items()}
     if is_chosen:
