@@ -1,6 +1,6 @@
 """Registries of named methods: operators, gates, schedules, extractors, objectives, importers, drift metrics, metrics of experiments.
 
-A new method is one new file in the folder of its kind, with one `@REGISTRY.register(name)`, and nothing else to edit: every module of that
+A new method is one new file in a folder of its kind, with one `@REGISTRY.register(name)`, and nothing else to edit: every module of that
 folder is imported on the first look-up; one whose name begins with `_` may be a helper that registers nothing. Another package adds its
 own methods through entry points:
 
@@ -39,6 +39,7 @@ class Registry(Generic[T]):
     Args:
         kind: what an entry is, in the singular, e.g. `operator`.
         package: dotted name of the folder whose modules register the entries; None when whoever registers is imported anyway.
+        further: folders of other rooms that register entries too, those of their own domain.
         entry_points: group under which other packages announce theirs, e.g. `steer.operators`; None for none.
         subclass_of: class that every entry is derived from.
         instance_of: class that every entry is an instance of, where entries are no classes.
@@ -55,11 +56,13 @@ class Registry(Generic[T]):
         package: str | None = None,
         entry_points: str | None = None,
         *,
+        further: tuple[str, ...] = (),
         subclass_of: type | None = None,
         instance_of: type | None = None,
     ) -> None:
         self.kind = kind
         self.package = package
+        self.folders = (() if package is None else (package,)) + further
         self.entry_points = entry_points
         self.subclass_of = subclass_of
         self.instance_of = instance_of
@@ -107,8 +110,8 @@ class Registry(Generic[T]):
         return [alias for alias, of in self._aliases.items() if of == name]
 
     def is_own(self, entry: T) -> bool:
-        """It comes from the folder of this registry, rather than from another package or from a script."""
-        return self.package is not None and module_of(entry).startswith(f"{self.package}.")
+        """It comes from a folder of this registry, rather than from another package or from a script."""
+        return module_of(entry).startswith(tuple(f"{folder}." for folder in self.folders))
 
     def is_announced(self, name: str) -> bool:
         """The entry of that name came by an entry point of another package."""
@@ -178,8 +181,9 @@ class Registry(Generic[T]):
             return
         self._is_loading = True
         try:
-            if self.package is not None and not self._folder_is_loaded:
-                self._load_folder(self.package)
+            if not self._folder_is_loaded:
+                for folder in self.folders:
+                    self._load_folder(folder)
             self._folder_is_loaded = True
             if entry_points:
                 self._load_entry_points()

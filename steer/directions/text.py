@@ -1,14 +1,18 @@
 """Plans as text: `0.4 warm@response - 0.2 verbose@generated[:32]`.
 
     plan = [sign] term { sign term }
-    term = [number] [operator] name [":" site] ["@" scope] ["?" gate] ["^"]
+    term = [number] what [":" site] ["@" scope] ["?" gate] ["^"]
+    what = [operator] name | operator "(" name { "," word "=" value } ")"
 
 - sign and number: the strength; 1 when there is no number.
 - operator: a registered one that needs nothing but a vector, such as `ablate`; `add` when there is none.
 - name: of a direction; a word of letters, digits and `_`.
+- word and value: what an operator needs beside a dictionary, as in `clamp(sae, feature=5, to=3)` or `add(sae, features=[5,7], amount=2)`; a
+  value is a number, `true`, `false` or a list. With a dictionary `clamp`, `ablate`, `keep_only` and `add` mean the operators of features.
 - site: one site, as in `warm:layers.12.output`, a pattern such as `layers.*.output`, or several of both with commas and no spaces between
   them. Without it a direction acts where it was read, and of directions read at several sites the one that `Directions.best` chooses. A
-  `Direction` alone acts wherever it is told to, `Directions` only where they were read, and at a pattern if there is but one of them.
+  `Direction` alone acts wherever it is told to, `Directions` only where they were read, and at a pattern if there is but one of them. A
+  dictionary acts where it was trained.
 - scope: as in `steer.intervene.scope`, spaces included; `all` when there is none.
 - gate: the name of a gate.
 - `^`: the activation keeps the norm that it had before the edit.
@@ -18,165 +22,34 @@ Whatever else an intervention can be (schedules, phases, roles, row slots, tenso
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from steer.checks import of_type
 from steer.directions.direction import Direction, Directions
-from steer.errors import ConfigError, SteerError, WrongModelError, did_you_mean
-from steer.intervene import OPERATORS, Gate, Intervention, Operator, Plan, Scope
+from steer.directions.text_reader import GRAMMAR, WORD, Reader, Term
+from steer.errors import ConfigError, WrongModelError
+from steer.intervene import OPERATORS, Gate, Intervention, Operator, Plan
 from steer.intervene.file_form import file_form
 from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
+from steer.intervene.source import OperatorSource
 from steer.model.context import PHASES
 from steer.model.site import Site
 from steer.model.sites import Sites, examples_of, parse_sites
 
-Names = Mapping[str, Direction | Directions]
+Names = Mapping[str, Direction | Directions | OperatorSource]
 Gates = Mapping[str, Gate]
-
-GRAMMAR = '[number] [operator] name [":" site] ["@" scope] ["?" gate] ["^"], joined by + and -'
-_SPACE = re.compile(r"\s*")
-_NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?=\s)")
-_WORD = re.compile(r"[^\W\d]\w*")
-# layers.-1.output and layers.4-9.output have signs of their own
-_ONE_SITE = r"(?:module:[^\s@?^]+?:(?:input|output)|(?:layers\.\d+-\d+(?=\.)|[^\s@?^+\-,]|(?<=\.)-)+)"
-_SITE = re.compile(f"{_ONE_SITE}(?:,{_ONE_SITE})*")
-_SCOPE = re.compile(r"(?:[^\[\]+\-?^]|\[[^\[\]]*\])*")  # signs count in brackets only
-
-
-@dataclass
-class Term:
-    """One term, as written, and where each of its parts begins."""
-
-    strength: float
-    operator: str
-    name: str
-    site: str | None
-    scope: str
-    gate: str | None
-    preserve_norm: bool
-    at: dict[str, int]
-
-
-class _Reader:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-        self._scopes: dict[str, Scope] = {}
-        self._edits: dict[tuple[str, str, str | None], tuple[Operator, Site | Sites]] = {}
-
-    def fail(self, what: str, expected: str, remedy: str, at: int | None = None) -> NoReturn:
-        at = self.at if at is None else at
-        raise ConfigError(
-            f"{what}, at character {at + 1} of '{self.text}'",
-            expected=expected,
-            found=repr(self.text[at : at + 24]) if self.text[at:] else "the end of the text",
-            remedy=remedy,
-        )
-
-    @contextmanager
-    def located(self, at: int) -> Iterator[None]:
-        """Adds to an error where in the text its cause is."""
-        try:
-            yield
-        except SteerError as error:
-            what = f"{error.what}, at character {at + 1} of '{self.text}'"
-            raise ConfigError(what, expected=error.expected, found=error.found, remedy=error.remedy) from error
-
-    def take(self, pattern: re.Pattern[str]) -> str | None:
-        """What the pattern matches here, spaces before and after it skipped; None for no match."""
-        self.skip()
-        match = pattern.match(self.text, self.at)
-        if match is None or not match[0]:
-            return None
-        self.at = match.end()
-        self.skip()
-        return match[0]
-
-    def skip(self) -> None:
-        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-
-    def mark(self, sign: str) -> bool:
-        """Takes a single character if it is the next one."""
-        if not self.text.startswith(sign, self.at):
-            return False
-        self.at += 1
-        self.skip()
-        return True
-
-    def required(self, pattern: re.Pattern[str], what: str, remedy: str) -> str:
-        return self.take(pattern) or self.fail(f"no {what}", what, remedy)
-
-    def known(self, what: str, word: str, known: Iterable[str], at: int) -> None:
-        if word not in known:
-            expected = f"one of {', '.join(known)}" if known else f"a text without them: no {what} was given"
-            remedy = did_you_mean(word, known) or f"correct the name, or give that {what} too"
-            self.fail(f"no {what} is called '{word}'", expected, remedy, at)
-
-    def scope(self, text: str) -> Scope:
-        """The scope, read once for all terms that name it."""
-        if text not in self._scopes:
-            self._scopes[text] = Scope.parse(text)
-        return self._scopes[text]
-
-    def edit(self, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
-        """See `_edit`; made once for all terms that name it."""
-        key = (term.operator, term.name, term.site)
-        if key not in self._edits:
-            self._edits[key] = _edit(self, term, names)
-        return self._edits[key]
-
-    def terms(self) -> list[Term]:
-        self.skip()
-        terms = [self.term(self.sign() or 1)]
-        while self.at < len(self.text):
-            sign = self.sign()
-            if sign is None:
-                self.fail("the plan cannot be read", GRAMMAR, "put a + or - between terms, and a space between a number and a word")
-            terms.append(self.term(sign))
-        return terms
-
-    def sign(self) -> int | None:
-        return 1 if self.mark("+") else -1 if self.mark("-") else None
-
-    def term(self, sign: int) -> Term:
-        at = {"number": self.at}
-        number = self.take(_NUMBER)
-        at["name"] = self.at
-        name = self.required(_WORD, "name of a direction", "write e.g. '0.4 warm@response', with a space after a number")
-        operator = "add"
-        at["operator"] = at["name"]
-        second = self.at
-        if word := self.take(_WORD):
-            operator = name
-            name = word
-            at["name"] = second
-        site = None
-        scope = "all"
-        gate = None
-        if self.mark(":"):
-            at["site"] = self.at
-            site = self.required(_SITE, "site", "write e.g. ':layers.12.output', or leave the ':' out")
-        if self.mark("@"):
-            at["scope"] = self.at
-            scope = self.required(_SCOPE, "scope", "write e.g. '@response', or leave the '@' out").strip()
-        if self.mark("?"):
-            at["gate"] = self.at
-            gate = self.required(_WORD, "name of a gate", "write e.g. '?harmful', or leave the '?' out")
-        return Term(sign * float(number or 1), operator, name, site, scope, gate, self.mark("^"), at)
 
 
 def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     """Reads a plan, see the module's docstring. Each intervention bears the name of its direction.
 
     Args:
-        names: what the directions are called.
+        names: what directions and dictionaries are called.
         gates: what gates are called.
 
     Raises:
@@ -185,9 +58,9 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     """
     of_type(text, str, "a plan as text", "write e.g. '0.4 warm@response'")
     gates = {} if gates is None else gates
-    _check_names("direction", names, (Direction, Directions))
+    _check_names("direction", names, (Direction, Directions, OperatorSource))
     _check_names("gate", gates, Gate)
-    reader = _Reader(text)
+    reader = Reader(text)
     terms = reader.terms()
     interventions = [_intervention(reader, term, names, gates) for term in terms]
     return Plan(interventions, fingerprint=_fingerprint({term.name: names[term.name] for term in terms}))
@@ -199,8 +72,11 @@ def _check_names(what: str, named: Any, kinds: type | tuple[type, ...]) -> None:
         of_type(value, kinds, f"'{name}' among the named {what}s", f"pass a steer.{what.title()}")
 
 
-def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> Intervention:
-    edit, site = reader.edit(term, names)
+def _intervention(reader: Reader, term: Term, names: Names, gates: Gates) -> Intervention:
+    key = (term.operator, term.name, term.site, json.dumps(term.words))
+    if key not in reader.edits:
+        reader.edits[key] = _edit(reader, term, names)
+    edit, site = reader.edits[key]
     with reader.located(term.at.get("scope", 0)):
         scope = reader.scope(term.scope)
     if term.gate is not None:
@@ -210,21 +86,52 @@ def _intervention(reader: _Reader, term: Term, names: Names, gates: Gates) -> In
         return Intervention(edit.copy({}), site, scope, term.strength, gate=gate, preserve_norm=term.preserve_norm, name=term.name)
 
 
-def _edit(reader: _Reader, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
+def _edit(reader: Reader, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
     """What a term does, and where. Raises ConfigError."""
+    named = names.get(term.name)
+    if term.words is not None or isinstance(named, OperatorSource):
+        return _edit_of_source(reader, term, names)
     if term.operator not in OPERATORS and term.operator in names:
         what = f"'{term.operator}' and '{term.name}' stand side by side"
         reader.fail(what, GRAMMAR, "put a + or - between two directions", term.at["name"])
     with reader.located(term.at["operator"]):
         operator = OPERATORS.get(term.operator)
     reader.known("direction", term.name, names, term.at["name"])
+    assert named is not None
     with reader.located(term.at.get("site", term.at["name"])):
-        direction, site = direction_at(names[term.name], None if term.site is None else _sites(term.site))
+        direction, site = direction_at(named, None if term.site is None else _sites(term.site))
     with reader.located(term.at["operator"]):
         edit = _operator_of(operator, direction)
         for example in examples_of(site):
             edit.check_site(example)
     return edit, site
+
+
+def _edit_of_source(reader: Reader, term: Term, names: Names) -> tuple[Operator, Site | Sites]:
+    """The same for an operator with words of its own."""
+    reader.known("dictionary", term.name, names, term.at["name"])
+    source = names[term.name]
+    if not isinstance(source, OperatorSource):
+        reader.fail(
+            f"'{term.name}' is a direction", "a dictionary between these brackets", f"write '{term.operator} {term.name}'", term.at["name"]
+        )
+    if term.words is None:
+        example = f"clamp({term.name}, feature=5, to=3)"
+        reader.fail(f"'{term.name}' is a dictionary", "an operator with its words", f"write e.g. '{example}'", term.at["name"])
+    with reader.located(term.at["operator"]):
+        operator = OPERATORS.get(source.short_names.get(term.operator, term.operator))
+        try:
+            edit = source.operator(operator, term.words)
+        except TypeError as error:
+            raise _words_error(operator, error) from None
+    site = source.text_site() if term.site is None else None
+    with reader.located(term.at.get("site", term.at["name"])):
+        if term.site is None and site is None:
+            raise _no_site_error(term.name)
+        where = site or _sites(term.site or "")
+        for example_site in examples_of(where):
+            edit.check_site(example_site)
+    return edit, where
 
 
 def _sites(written: str) -> Site | Sites:
@@ -282,10 +189,14 @@ def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
     texts = []
     for intervention in plan.interventions:
         operator_name, _ = file_form(intervention.operator, OPERATORS)
-        if not _WORD.fullmatch(operator_name):
+        if not WORD.fullmatch(operator_name):
             raise _extras_error(intervention, [f"an operator whose name is no word, '{operator_name}'"])
-        words = [] if operator_name == "add" else [operator_name]
-        site_and_scope = f"{_name_of(intervention, names)}:{intervention.site}@{intervention.scope}"
+        name = _name_of(intervention, names)
+        if isinstance(names[name], OperatorSource):
+            words, what = [], _call(operator_name, name, intervention.operator)
+        else:
+            words, what = [] if operator_name == "add" else [operator_name], name
+        site_and_scope = f"{what}:{intervention.site}@{intervention.scope}"
         gate = "" if intervention.gate is None else f" ?{_gate_of(intervention, gates or {})}"
         strength = intervention.strength[0]
         texts += [
@@ -311,12 +222,40 @@ def _name_of(intervention: Intervention, names: Names) -> str:
     own = intervention.name.split("#")[0]  # plans number names that repeat
     for name in sorted(names, key=lambda name: name != own):
         named = names[name]
+        if isinstance(named, OperatorSource):
+            if _is_made_of(intervention.operator, named):
+                return name
+            continue
         if isinstance(named, Directions) and not _is_clear(named, intervention.site):
             continue
         direction, _ = direction_at(named, intervention.site)
         if len(direction.vector) == intervention.operator.width and _same_operator(intervention.operator, direction):
             return name
     raise _unnamed_error(intervention, names)
+
+
+def _is_made_of(operator: Operator, source: OperatorSource) -> bool:
+    """True when the operator is what its words make of the source."""
+    words = operator.words()
+    if words is None:
+        return False
+    try:
+        expected = source.operator(type(operator), words)
+    except (ConfigError, TypeError):
+        return False
+    return expected.options() == operator.options() and _same_tensors(expected.tensors, operator.tensors)
+
+
+def _call(operator: str, name: str, made: Operator) -> str:
+    """The operator with the name and its words between brackets."""
+    words = {word: _value(value) for word, value in (made.words() or {}).items()}
+    return f"{operator}({', '.join([name, *(f'{word}={value}' for word, value in words.items())])})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return decimal(value) if isinstance(value, float) else json.dumps(value)
 
 
 def _is_clear(named: Directions, site: Site | Sites) -> bool:
@@ -361,6 +300,24 @@ def _operator_error(operator: type[Operator], error: TypeError) -> ConfigError:
         expected="one that needs nothing but a vector, such as add or ablate",
         found=str(error),
         remedy=f"build the plan in Python, with an Intervention({operator.__name__}(...), ...)",
+    )
+
+
+def _words_error(operator: type[Operator], error: TypeError) -> ConfigError:
+    return ConfigError(
+        f"operator '{operator.name}' is not made of these words",
+        expected="the arguments of an operator of features, such as feature=5, to=3 of clamp",
+        found=str(error),
+        remedy=f"see help(steer.{operator.__name__})",
+    )
+
+
+def _no_site_error(name: str) -> ConfigError:
+    return ConfigError(
+        f"'{name}' writes several sites",
+        expected="a site in the text",
+        found="none",
+        remedy="write ':' and the site behind it",
     )
 
 

@@ -54,6 +54,13 @@ class Activation:
             tensor = tensor[features.to(tensor.device)]
         return tensor.to(pre.device, pre.dtype)
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with other tensors, which are not looked at: cheap enough for every call, and compiled code can follow it."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.tensors = dict(tensors)
+        return other
+
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         """Rebuilds it from its file form."""

@@ -17,6 +17,8 @@ from steer.errors import ConfigError
 from steer.features.encoder import chosen
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.rows import Rows
+from steer.intervene.operator import Operator
+from steer.intervene.source import OperatorSource
 from steer.model.site import Site
 from steer.registry import Registry
 
@@ -24,7 +26,7 @@ Features = Tensor | list[int] | int  # indices of chosen features
 Parts = Mapping[str, Any]  # Rows, tensors or None by name
 
 
-class Dictionary:
+class Dictionary(OperatorSource):
     """Encodes activations as features and decodes features to activations; all of them, or a few at the cost of a few.
 
     A dictionary of one site takes activations [..., d_in] of that site. One that reads several sites takes [..., sites, d_in], one row for
@@ -35,13 +37,16 @@ class Dictionary:
         name: of the architecture.
         origin: sites, source, and the tokens that it was not trained on.
         width: number of features. d_in, d_out: size of the activations that it reads and writes.
+        maxima: [width] fp32, the largest value that each feature was seen with; None where nobody recorded it. `save` keeps it.
     """
 
     name: ClassVar[str]
+    short_names = {"clamp": "clamp_features", "ablate": "ablate_features", "keep_only": "keep_only_features", "add": "add_decoder"}
     origin: Origin
     width: int
     d_in: int
     d_out: int
+    maxima: Tensor | None = None
 
     # ---- what an architecture says
 
@@ -123,6 +128,18 @@ class Dictionary:
         if target is None and self.origin.reads != self.origin.writes:
             raise _no_target(self)
         return (h if target is None else target) - self.reconstruct(h, positions=positions)
+
+    def operator(self, kind: type[Operator], words: Mapping[str, Any]) -> Operator:
+        """`feature` is one index, `features` a list; the other words are arguments of the operator."""
+        named = [word for word in ("feature", "features") if word in words]
+        if len(named) != 1:
+            raise TypeError(f"either feature=5 or features=[5, 7] is needed, not {' and '.join(named) or 'neither'}")
+        make: Any = kind
+        made: Operator = make(self, words[named[0]], **{word: value for word, value in words.items() if word not in named})
+        return made
+
+    def text_site(self) -> Site | None:
+        return self.writes[0] if len(self.writes) == 1 else None
 
     @property
     def reads(self) -> tuple[Site, ...]:

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from steer.errors import DamagedFileError, FileError
 from steer.reading import damage_of, place_of, read_bytes, read_json
 
@@ -103,6 +101,8 @@ class Place:
 
     def yaml(self, name: str) -> dict[str, Any]:
         """A mapping. Raises DamagedFileError."""
+        from omegaconf import OmegaConf  # takes a while to import, and every look-up of an operator comes through here
+
         path = self.path(name)
         with damage_of(path, "a YAML mapping"):
             content = OmegaConf.to_container(OmegaConf.create(read_bytes(path).decode()), resolve=False)

@@ -31,6 +31,7 @@ class ActiveIntervention:
         scope_mask: finds its tokens; shared with the interventions of the attachment that name the same tokens.
         key: names its set of tokens; interventions with the same key act on the same ones.
         decisions: names under which the parts of its gate leave their decisions in a pass.
+        reading: name of the earlier activation that its edit depends on in a pass; None for one that depends on none.
         prepared: the edit of a decoded token, worked out when its pass opens; None where that cannot be done.
     """
 
@@ -62,6 +63,7 @@ class ActiveIntervention:
         self._written: tuple[tuple[float, ...], float] = (self.base, 1.0)  # base and factor that the buffer holds
         self.rows: Tensor | None = None
         self.decisions: tuple[str, ...] = ()
+        self.reading: str | None = None
         self.prepared: PreparedEdit | None = None
         self._plan_number = plan_number
         self.share(scope_mask, str(description.scope))
@@ -223,14 +225,26 @@ class ActiveIntervention:
         weight = self.weight(mask, h, ctx)
         edited = self.operator.fused(per_token, strength, weight, rows, self.preserve_norm) if kernels.wanted(per_token) else None
         if edited is None:
-            edited = edited_without_kernel(self, per_token, strength, weight, rows)
+            read = None if self.reading is None else self._read(per_token, ctx)
+            edited = edited_without_kernel(self, per_token, strength, weight, rows, read)
         return edited if h.dim() == 3 else edited.reshape(h.shape)
 
+    def _read(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        """[batch, tokens, ...] the earlier activation that the edit depends on. h: [batch, tokens, width]."""
+        read = ctx.scratch.readings.get(self.reading or "")
+        if read is None:
+            raise _unread(self.name, str(self.operator.reads_at))
+        return read.to(h.device).reshape(*h.shape[:-1], -1)
 
-def edited_without_kernel(active: ActiveIntervention, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None) -> Tensor:
-    """The edited activation without a kernel. h: [batch, tokens, width]."""
+
+def edited_without_kernel(
+    active: ActiveIntervention, h: Tensor, strength: Tensor, weight: Tensor | None, rows: Tensor | None, read: Tensor | None = None
+) -> Tensor:
+    """The edited activation without a kernel. h: [batch, tokens, width]; read: see `Operator.reads_at`."""
     operator = active.operator
     per_row = tensors_of_rows(operator.tensors, rows)
+    if read is not None:
+        per_row = {**per_row, "read": read}
     if not active.preserve_norm:
         return operator.apply(h, strength, weight, per_row)
     # in fp32 at least, and only then in the dtype of h: hidden norms, and edits on the way to their scale, go beyond what fp16 holds
@@ -267,6 +281,15 @@ def _no_activation_per_token(site: str, tokens: torch.Size, h: Tensor) -> Contex
         expected=f"{list(tokens)} tokens, as in the forward pass",
         found=list(h.shape[:-1]),
         remedy="choose a site of the residual stream, attention or MLP",
+    )
+
+
+def _unread(name: str, site: str) -> ContextError:
+    return ContextError(
+        f"'{name}' depends on '{site}', which has not run in this pass",
+        expected=f"'{site}' to run first",
+        found="no activation of it",
+        remedy="let the pass go through the whole block",
     )
 
 

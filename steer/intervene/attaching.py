@@ -46,6 +46,7 @@ class _Resolved:
         readers: every site gate with its site, the name of its decision and its hook point; one that several interventions share reads
             once.
         decisions: names of the decisions that the gate of each intervention is made of, from left to right.
+        readings: name and hook point of the earlier activation that each intervention depends on, or None.
     """
 
     def __init__(self, plan: Plan, model: nn.Module, plan_number: int) -> None:
@@ -54,12 +55,16 @@ class _Resolved:
         self.interventions = [intervention for at_sites in self.at_sites for intervention in at_sites]
         readers, self.decisions = _named_decisions(self.interventions, plan_number)
         sites = [intervention.single_site for intervention in self.interventions]
-        self.anatomy, points = resolve(model, [*sites, *(site for _, site, _ in readers)])
+        read = [intervention.operator.reads_at for intervention in self.interventions]
+        self.anatomy, points = resolve(model, [*sites, *(site for _, site, _ in readers), *(site for site in read if site is not None)])
         self.points = points[: len(sites)]
-        self.readers = [(*reader, point) for reader, point in zip(readers, points[len(sites) :], strict=True)]
+        of_readings = iter(points[len(sites) + len(readers) :])
+        self.readers = [(*reader, point) for reader, point in zip(readers, points[len(sites) :], strict=False)]
+        self.readings = [None if site is None else (f"plan {plan_number} reading {site}", next(of_readings)) for site in read]
         _check_widths(self)
         _check_fingerprint(plan, self.anatomy)
         _check_gates(self)
+        _check_readings(self)
         _check_scopes(plan, self.readers, self.anatomy)
         check_own_methods(plan.interventions, model)
 
@@ -141,7 +146,8 @@ def _activate(
     """The interventions with their buffers, each on the device of its module. Those that name the same tokens share a scope mask."""
     scope_masks: dict[str, ScopeMask] = {}
     activated = []
-    for intervention, point, decisions in zip(resolved.interventions, resolved.points, resolved.decisions, strict=True):
+    described = zip(resolved.interventions, resolved.points, resolved.decisions, resolved.readings, strict=True)
+    for intervention, point, decisions, reading in described:
         like = next(point.module.parameters(), first)
         text = str(intervention.scope)
         if text not in scope_masks:
@@ -155,6 +161,7 @@ def _activate(
             schedule=replacement or intervention.schedule,
         )
         active.decisions = decisions
+        active.reading = None if reading is None else reading[0]
         _check_range(active, like.dtype)
         active.prepared = prepared_for(active, first.dtype)
         activated.append(active)
@@ -197,6 +204,8 @@ def _edits_by_point(
         like = next(point.module.parameters(), first)
         device = input_device(point.module) if like.is_meta else like.device
         edits_at(point).gates.append((gate.on(device), name))
+    for name, point in dict(reading for reading in resolved.readings if reading is not None).items():
+        edits_at(point).readings.append(name)
     return sorted(by_point.values(), key=lambda entry: _place_in_fused_module(entry[0]))
 
 
@@ -259,6 +268,18 @@ def _check_gates(resolved: _Resolved) -> None:
                 raise _late_gate(intervention.name, read, steered.site)
 
 
+def _check_readings(resolved: _Resolved) -> None:
+    """An edit depends on nothing that comes after it."""
+    for intervention, steered, reading in zip(resolved.interventions, resolved.points, resolved.readings, strict=True):
+        if reading is None:
+            continue
+        read = reading[1]
+        if resolved.root(read) is not resolved.root(steered):
+            raise _gate_in_another_stack(intervention.name, read.site, steered.site)
+        if read.site.order >= steered.site.order:
+            raise _late_reading(intervention.name, read.site, steered.site)
+
+
 def _check_range(active: ActiveIntervention, dtype: torch.dtype) -> None:
     """Raises NonFiniteError when what an intervention adds is beyond what activations of this type hold."""
     if not active.operator.additive or not dtype.is_floating_point:
@@ -314,6 +335,15 @@ def _late_gate(name: str, read: Site, steered: Site) -> ConfigError:
         expected=f"a site at or before {steered}",
         found=str(read),
         remedy="let the gate read an earlier site, or steer a later one",
+    )
+
+
+def _late_reading(name: str, read: Site, steered: Site) -> ConfigError:
+    return ConfigError(
+        f"'{name}' depends on an activation that comes after the one it edits",
+        expected=f"a site before {steered}",
+        found=str(read),
+        remedy="check the sites of the dictionary: reads= and writes= of load_dictionary",
     )
 
 

@@ -90,11 +90,14 @@ class Intervention:
         with errors_of(f"`check_site` of operator '{operator.name}'", "raise SiteError for a site that does not fit, and nothing else"):
             for example in examples_of(site):
                 operator.check_site(example)
+        scope = Scope.parse(scope)
+        with errors_of(f"`narrowed` of operator '{operator.name}'", "return a Scope"):
+            scope = operator.narrowed(scope)
         name = name or f"{operator.name}@{site}"
         fields: dict[str, Any] = {
             "operator": operator,
             "site": site,
-            "scope": Scope.parse(scope),
+            "scope": scope,
             "strength": checked_strengths(strength, operator.slots, name),
             "phases": checked_names(phases, PHASES, "phase"),
             "roles": checked_names(roles, ROLES, "role"),

@@ -1,7 +1,7 @@
 """Operators: what an intervention does to an activation.
 
-A new one is a file in `steer.intervene.operators` with one registered subclass of `Operator`; plan files, the command line, the docs tables
-and the tests find it in `OPERATORS`.
+A new one is a file in `steer.intervene.operators`, or in the folder `operators` of another room whose subject it is, with one registered
+subclass of `Operator`; plan files, the command line, the docs tables and the tests find it in `OPERATORS`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from steer.checks import integer, of_type, tensor_of, whole_number
 from steer.errors import ConfigError, NonFiniteError, did_you_mean
 from steer.intervene.file_form import with_tuples, with_tuples_marked
+from steer.intervene.scope import Scope
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 from steer.registry import Registry
@@ -201,11 +202,27 @@ class Operator(TensorHolder):
         Operator.__init__(restored, tensors, tensors[cls.parts[0]].shape[-1])
         return restored
 
+    @property
+    def reads_at(self) -> Site | None:
+        """An earlier site that the edit depends on, whose activation a pass adds to `per_row` as `read`; None for the edited one alone.
+
+        Before any pass, when it is tried, there is no `read`, and the edited activation stands in for it.
+        """
+        return None
+
+    def narrowed(self, scope: Scope) -> Scope:
+        """The tokens of a scope on which it can act: less than all where it was made without some. The same again for what it gives."""
+        return scope
+
     def check_site(self, site: Site) -> None:
         """Raises SiteError where it would mean something else than it says."""
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raises ConfigError on a decoder for which it was not made; asked at each attach, at sites that are named by their layer."""
+
+    def words(self) -> dict[str, Any] | None:
+        """What a text says of it, for `OperatorSource.operator` of what it was made of: JSON-able values by word; None for no such text."""
+        return None
 
     def is_affine(self) -> bool:
         """The edit is an affine function of the activation at every strength, so that weights can carry it (`steer.bake`)."""
@@ -225,7 +242,9 @@ def is_current(kind: type[Operator], path: str, *formulas: str) -> bool:
     return all(depth(path) <= depth(formula) for formula in formulas)
 
 
-OPERATORS: Registry[type[Operator]] = Registry("operator", "steer.intervene.operators", "steer.operators", subclass_of=Operator)
+OPERATORS: Registry[type[Operator]] = Registry(
+    "operator", "steer.intervene.operators", "steer.operators", further=("steer.features.operators",), subclass_of=Operator
+)
 
 
 def tensors_of_rows(tensors: Mapping[str, Tensor], rows: Tensor | None) -> RowTensors:

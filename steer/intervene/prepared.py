@@ -143,7 +143,12 @@ class PreparedStrength(PreparedEdit):
 def prepared_for(active: ActiveIntervention, dtype: torch.dtype) -> PreparedEdit | None:
     """A prepared edit of the kind that an intervention allows; None when everything depends on the token."""
     operator = active.operator
-    if active.counts_in_calls or not operator.linear_in_strength or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if (
+        active.counts_in_calls
+        or operator.reads_at is not None
+        or not operator.linear_in_strength
+        or dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    ):
         return None
     if operator.additive:
         return PreparedAdd(active, dtype)

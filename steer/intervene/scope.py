@@ -189,6 +189,11 @@ class Scope:
         sliced = [selector.window for selector in self.selectors if selector.is_sliced]
         return sliced[0] if len(sliced) == 1 else None
 
+    def without(self, text: str) -> Scope:
+        """The same scope with some tokens taken out, e.g. `positions[0]`; itself where it names them as taken out."""
+        taken_out = _parse_union(text)
+        return replace(self, exclude=(*self.exclude, *(part for part in taken_out if part not in self.exclude)))
+
     def with_window(self, start: int | None, stop: int | None) -> Scope:
         """The same scope with its one slice moved. Raises ConfigError for a slice that it may not have."""
         window = Window(start, stop)

@@ -18,12 +18,14 @@ class SiteEdits:
         plan_number: of the attachment among those stacked on the model.
         gates: gates that read here, with the names of their decisions.
         interventions: in the order of the plan.
+        readings: names under which later edits find this activation, as the interventions leave it.
         counts_calls: some intervention is counted where it happens.
     """
 
     def __init__(self, counter: TokenCounter, plan_number: int) -> None:
         self.gates: list[tuple[SiteGate, str]] = []
         self.interventions: list[ActiveIntervention] = []
+        self.readings: list[str] = []
         self.counter = counter
         self.plan_number = plan_number
         self.counts_calls = False
@@ -31,7 +33,7 @@ class SiteEdits:
     @property
     def prepared(self) -> PreparedEdit | None:
         """The edit that a hook may make by itself, where there is nothing but one intervention without a gate."""
-        if self.gates or self.counts_calls or len(self.interventions) != 1 or self.interventions[0].gate is not None:
+        if self.gates or self.readings or self.counts_calls or len(self.interventions) != 1 or self.interventions[0].gate is not None:
             return None
         return self.interventions[0].prepared
 
@@ -41,6 +43,8 @@ class SiteEdits:
             gate.read(h, ctx, name)
         for intervention in self.interventions:
             h = intervention(h, ctx)
+        for name in self.readings:
+            ctx.scratch.readings[name] = h
         if self.counts_calls and not in_backward():
             self.counter.called(self.interventions, ctx)
         return h

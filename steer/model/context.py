@@ -47,6 +47,7 @@ class PassScratch:
         without_gradient: names of soft decisions that were made where no gradients are recorded.
         positions: [batch or 1, tokens] see `ForwardContext.positions`.
         lengths_noted: the length of every text was noted on the cache in this pass.
+        readings: activations that edits at later sites depend on, by name.
     """
 
     masks: dict[str, Mask] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class PassScratch:
     without_gradient: set[str] = field(default_factory=set)
     positions: Tensor | None = None
     lengths_noted: bool = False
+    readings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ def build_context(
         image_ids=image_ids,
         turns=_turns(turns, token_tensor, past, leading, is_prompt=generating and not decoding),
         memory=memory_of(cache) if generating else GenerationMemory({}, None, -1),
-        scratch=PassScratch({}, {}, {}, set()),
+        scratch=PassScratch({}, {}, {}, set(), None, False, {}),
     )
 
 
@@ -105,7 +105,7 @@ def context_beside_decoder(arguments: dict[str, Any], response: Tensor | None, *
 
 def tokenless_context(phase: str, role: str = "policy") -> ForwardContext:
     """The context of a pass that says nothing of tokens."""
-    return ForwardContext(0, 0, phase, role, memory=GenerationMemory({}, None, -1), scratch=PassScratch({}, {}, {}, set()))
+    return ForwardContext(0, 0, phase, role, memory=GenerationMemory({}, None, -1), scratch=PassScratch({}, {}, {}, set(), None, False, {}))
 
 
 # ---- one fact each

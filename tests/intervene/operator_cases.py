@@ -8,14 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steer.features import Encoder, InMemory, Origin
+from steer.features.activation import Activation
+from steer.features.activations.gated import Gated
+from steer.features.activations.jumprelu import JumpReLU
+from steer.features.activations.topk import TopK
+from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.intervene import (
     Ablate,
+    AblateFeatures,
     AblateThenAdd,
     Ace,
     Add,
+    AddDecoder,
     Clamp,
+    ClampFeatures,
     Erase,
+    FeatureGains,
     HeadShift,
+    KeepOnlyFeatures,
     KSteering,
     LoReFT,
     Mirror,
@@ -184,6 +195,93 @@ def rotate_towards(h: Tensor, strength: float, d: Draw) -> Tensor:
     return rest + turned.real.unsqueeze(-1) * first + turned.imag.unsqueeze(-1) * second
 
 
+def everywhere(operator: Operator) -> Operator:
+    """A dictionary is of one site, and the tests put every operator at any of theirs."""
+    parts = ("input", "output", "attn.output", "mlp.output", "attn.z", "mlp.input")
+    operator.origin["reads"] = operator.origin["writes"] = [
+        "embed",
+        "final_norm",
+        *(f"layers.{layer}.{part}" for layer in range(4) for part in parts),
+    ]
+    return operator
+
+
+def dictionary(d: Draw, activation: Callable[[Draw], Activation], norm: str = "none") -> SparseAutoencoder:
+    """Of 12 features, the matrices of which all row slots share."""
+    encoder = Encoder(
+        InMemory(d(0, 12, d.width, shared=True)), d(1, 12, shared=True), activation(d), shift=d(2, d.width, shared=True), norm=norm
+    )
+    site = Origin(("layers.1.output",), ("layers.1.output",))
+    return SparseAutoencoder(encoder, InMemory(d(3, 12, d.width, shared=True)), torch.zeros(d.width), site)
+
+
+def jump(d: Draw) -> Activation:
+    return JumpReLU(d(4, 12, shared=True).abs())
+
+
+def spliced(activation: Callable[[Tensor, Draw], Tensor], edit: Callable[[Tensor, Draw], None], norm: bool = False) -> Callable:
+    """The whole dictionary in place of h, with other features, and its error added: what a clamp is by definition."""
+
+    def formula(h: Tensor, strength: float, d: Draw) -> Tensor:
+        mean, deviation = (h.mean(-1, keepdim=True), h.std(-1, keepdim=True)) if norm else (0.0, 1.0)
+        x = (h - mean) / (deviation + 1e-5 if norm else 1.0) - d(2, d.width, shared=True)
+        f = activation(torch.einsum("btw,nw->btn", x, d(0, 12, d.width, shared=True)) + d(1, 12, shared=True), d)
+        other = f.clone()
+        edit(other, d)
+
+        def decoded(f: Tensor) -> Tensor:
+            return torch.einsum("btn,nw->btw", f, d(3, 12, d.width, shared=True)) * deviation + mean
+
+        return h + strength * (decoded(other) + (h - decoded(f)) - h)
+
+    return formula
+
+
+def jumped(pre: Tensor, d: Draw) -> Tensor:
+    return torch.where(pre > d(4, 12, shared=True).abs(), pre, 0.0)
+
+
+def gated(pre: Tensor, d: Draw) -> Tensor:
+    gate, magnitude = pre + d(4, 12, shared=True), pre * d(6, 12, shared=True).exp() + d(7, 12, shared=True)
+    return torch.where(gate > 0, magnitude.clamp_min(0), 0.0)
+
+
+def largest(pre: Tensor, d: Draw) -> Tensor:
+    return torch.where(pre >= pre.sort(-1, descending=True).values[..., 2:3], pre.clamp_min(0), 0.0)
+
+
+def put(f: Tensor, d: Draw) -> None:
+    f[..., 7], f[..., 2] = d(5, 2)
+
+
+def bounded(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] = f[..., [7, 2]].clamp(0.5, 2.0)
+
+
+def scaled(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] *= d(5, 2)
+
+
+def raised(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] += d(5, 2)
+
+
+def regained(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] = f[..., [7, 2]] * d(5, 2) + d(8, 2)
+
+
+def without(f: Tensor, d: Draw) -> None:
+    f[..., [7, 2]] = 0.0
+
+
+def only(f: Tensor, d: Draw) -> None:
+    f[..., [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]] = 0.0
+
+
+def feature_gates(d: Draw) -> Activation:
+    return Gated(d(4, 12, shared=True), d(7, 12, shared=True), d(6, 12, shared=True))
+
+
 CASES: dict[str, Case] = {
     "add": Case(lambda d: Add(d(0, d.width)), lambda h, s, d: h + s * d(0, d.width)),
     "ablate": Case(lambda d: Ablate(d(0, 1, d.width)), lambda h, s, d: h - s * projection(h, d(0, 1, d.width)[0])),
@@ -241,4 +339,21 @@ CASES: dict[str, Case] = {
         lambda d: TargetProjection(d(0, d.width), 0.6, threshold=0.1),
         lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: 0.6 if p < 0.1 else p),
     ),
+    "clamp_features to a value": Case(lambda d: everywhere(ClampFeatures(dictionary(d, jump), [7, 2], to=d(5, 2))), spliced(jumped, put)),
+    "clamp_features to a range, gated": Case(
+        lambda d: everywhere(ClampFeatures(dictionary(d, feature_gates), [7, 2], low=0.5, high=2.0)), spliced(gated, bounded)
+    ),
+    "clamp_features by a factor, top-k": Case(
+        lambda d: everywhere(ClampFeatures(dictionary(d, lambda _: TopK(3)), [7, 2], scale=d(5, 2))), spliced(largest, scaled)
+    ),
+    "clamp_features by an amount, layer norm": Case(
+        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], add=d(5, 2))), spliced(jumped, raised, norm=True)
+    ),
+    "clamp_features, layer norm": Case(
+        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(5, 2))), spliced(jumped, put, norm=True)
+    ),
+    "feature_gains": Case(lambda d: everywhere(FeatureGains(dictionary(d, jump), [7, 2], d(5, 2), d(8, 2))), spliced(jumped, regained)),
+    "ablate_features": Case(lambda d: everywhere(AblateFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, without)),
+    "keep_only_features": Case(lambda d: everywhere(KeepOnlyFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, only)),
+    "add_decoder": Case(lambda d: everywhere(AddDecoder(dictionary(d, jump), [7, 2], d(5, 2))), spliced(jumped, raised)),
 }

@@ -60,7 +60,7 @@ def save(dictionary: Dictionary, path: str | Path, dtype: str) -> Path:
     architecture = ARCHITECTURES.name_of(dictionary)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, str] = {}
-    for name, part in dictionary.parts().items():
+    for name, part in {**dictionary.parts(), "maxima": dictionary.maxima}.items():
         if part is not None:
             stored[name], parts = _stored(part, dtype)
             tensors.update({f"{name}{ending}": tensor for ending, tensor in parts.items()})
@@ -79,8 +79,11 @@ def load(path: str | Path) -> Dictionary:
     with damage_of(path, f"a dictionary with {', '.join(_KEYS)}"):
         check_kinds(manifest, _KEYS)
         parts: dict[str, Any] = {name: _restored(how, name, tensors) for name, how in manifest["stored"].items()}
+        maxima = parts.pop("maxima", None)
         architecture = ARCHITECTURES.get(manifest["architecture"])
-        return architecture.restore(parts, manifest["settings"], Origin.from_described(manifest["origin"]))
+        dictionary = architecture.restore(parts, manifest["settings"], Origin.from_described(manifest["origin"]))
+        dictionary.maxima = maxima
+        return dictionary
 
 
 def _stored(part: Rows | Tensor, dtype: str) -> tuple[str, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from steer import kernels
@@ -16,7 +18,8 @@ class Add(Operator):
         vector: [width], or [slots, width] when rows of one batch carry different vectors.
     """
 
-    parts = learnable = ("vector",)
+    parts = ("vector",)
+    learnable: ClassVar[tuple[str, ...]] = ("vector",)
     additive = True
     linear_in_strength = True
 

@@ -1,0 +1,1 @@
+"""Operators that edit features of a dictionary, one a file. See `steer.features.feature_edit`."""
