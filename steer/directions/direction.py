@@ -52,7 +52,7 @@ class Direction:
             raise _zero_error(self)
 
     def __repr__(self) -> str:
-        measured = "".join(f", {name} {self.metrics[name]:.3g}" for name in ("auc", "dprime") if name in self.metrics)
+        measured = "".join(f", {name} {self.metrics[name]:.3g}" for name in ("auc", "dprime", "r2") if name in self.metrics)
         if self.held_out == "groups":
             measured += f" on {self.metrics['n_heldout_groups']:.0f} unseen group{'s' * (self.metrics['n_heldout_groups'] != 1)}"
         length = float(self.vector.norm())
@@ -138,7 +138,8 @@ class Directions(Mapping[Site, Direction]):
         return len(self.entries)
 
     def best(self) -> Direction:
-        """Highest held-out AUC, on unseen groups where there were any; among equals the clearest separation in standard deviations.
+        """Highest held-out AUC (of probes of numbers R2), on unseen groups where there were any; among equals the clearest separation in
+        standard deviations.
 
         Raises:
             ConfigError: it was not measured; some were judged on unseen groups and others were not.
@@ -146,7 +147,7 @@ class Directions(Mapping[Site, Direction]):
         kinds = {entry.held_out: entry for entry in self.entries.values()}
         if {"groups", "texts"} <= kinds.keys():
             raise _kinds_error(self, kinds)
-        return max(self.entries.values(), key=lambda entry: (entry.metric("auc"), entry.metric("dprime")))
+        return max(self.entries.values(), key=_quality)
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest and safetensors, atomically."""
@@ -171,6 +172,12 @@ class Directions(Mapping[Site, Direction]):
                 check_kinds(spec["metrics"], dict.fromkeys(spec["metrics"], (int, float)))
                 entries.append(Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen))
             return cls(entries, manifest["name"], manifest["provenance"])
+
+
+def _quality(entry: Direction) -> tuple[float, float]:
+    if "r2" in entry.metrics and "auc" not in entry.metrics:
+        return entry.metrics["r2"], entry.metric("rank_correlation")
+    return entry.metric("auc"), entry.metric("dprime")
 
 
 _PARTS = "name and provenance, and for every site its tensor, method, span and metrics, which are numbers"
