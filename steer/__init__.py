@@ -41,6 +41,7 @@ _EXPORTS: dict[str, str] = {
     "plan_from_text": "steer.directions.text",
     "plan_to_text": "steer.directions.text",
     "extract_all": "steer.directions",
+    "fit_boundary": "steer.directions",
     "fit_erasure": "steer.directions",
     "sae_refined": "steer.directions",
     "screen": "steer.directions",

@@ -48,15 +48,13 @@ class SiteDirections:
     Attributes:
         names: of the named directions first, then of the controls.
         units: [directions, width] fp64, each of length 1, in the order of `names`.
-        gaps: class gap of each named direction (its length); there are as many as named directions.
-        methods: how each named direction was read; empty where that is not known.
+        gaps: class gap of each named direction; its length is the number of named directions.
     """
 
     site: Site
     names: tuple[str, ...]
     units: Tensor
     gaps: tuple[float, ...]
-    methods: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         named = ", ".join(self.names[: len(self.gaps)])
@@ -127,7 +125,7 @@ def _with_controls(site: Site, named: Sequence[tuple[str, Direction]], controls:
     vectors = torch.stack([direction.vector.detach().double().cpu() for _, direction in named])  # [named, width]
     gaps = vectors.norm(dim=1)
     units = torch.cat([vectors / gaps[:, None], random_units(controls, vectors.shape[1], site, seed)])  # [named + controls, width]
-    return SiteDirections(site, names, units, tuple(gaps.tolist()), tuple(direction.method for _, direction in named))
+    return SiteDirections(site, names, units, tuple(gaps.tolist()))
 
 
 def _nothing_to_track(directions: Iterable[str]) -> ConfigError:
