@@ -113,8 +113,8 @@ class Lens:
     def directions(self, tokens: Sequence[int], sites: Sequence[str | Site], *, name: str, against: Sequence[int] = ()) -> Directions:
         """Directions of tokens at sites: the mean of their token vectors, less the mean of those of `against`.
 
-        They have the length that the unembedding gives them, so a projection counts in logits (before the final norm), and no metrics:
-        choose the strength with `calibrate`, or by the length of activations.
+        They have the length that the unembedding gives them, so a product with one counts in logits (before the final norm), and no
+        metrics: no text had a part in them.
 
         Raises:
             ConfigError: no tokens, or one that the model does not have. SiteError: a site that the lens does not read.

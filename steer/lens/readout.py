@@ -169,7 +169,7 @@ def _after_head(anatomy: Anatomy, own: Tensor, logits: Tensor, dtype: torch.dtyp
     cap = getattr(config, "final_logit_softcapping", None)
     tried: list[tuple[float, float | None]] = [(1.0, None), (scale, None)]
     if isinstance(cap, int | float) and cap > 0:
-        tried.append((1.0, float(cap)))
+        tried.insert(0, (1.0, float(cap)))  # small logits hardly show a cap, which larger ones would
     errors = []
     for factor, bound in tried:
         made = own * factor if bound is None else bound * torch.tanh(own / bound)
