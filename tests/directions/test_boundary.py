@@ -18,8 +18,16 @@ def texts(count: int, start: int) -> list[Row]:
     return [Row(tuple(ids(1, 8, seed)[0].tolist()), 1) for seed in range(start, start + count)]
 
 
+def own_words(model, count: int) -> list[Row]:
+    """Texts that the model goes on with by itself, whose loss any change of the model raises."""
+    with torch.no_grad():
+        said = [model.generate(ids(1, 4, 100 + i), max_new_tokens=6, do_sample=False, eos_token_id=None)[0] for i in range(count)]
+    return [Row(tuple(text.tolist()), 4) for text in said]
+
+
 def test_the_tightest_ranges_within_the_budget(tiny):
-    model, harmless, neutral = tiny("llama"), texts(30, 0), texts(6, 100)
+    model, harmless = tiny("llama"), texts(30, 0)
+    neutral = own_words(model, 6)
     found = fit_boundary(model, harmless, neutral, ["layers.*.output"], max_nats=0.01, progress=False)
     plain = -float(response_logprobs(model, neutral, pad=0).mean())
     with found.plan.attached(model):
