@@ -34,7 +34,7 @@ def test_the_tightest_ranges_within_the_budget(tiny):
         bounded = -float(response_logprobs(model, neutral, pad=0).mean())
     assert found.loss == pytest.approx(plain) and found.bounded_loss == pytest.approx(bounded) and bounded - plain <= 0.01
     tighter = fit_boundary(model, harmless, neutral, ["layers.*.output"], max_nats=5.0, progress=False)
-    assert set(tighter.widths.values()) == {0.6} and max(found.widths.values()) > 0.6 and hook_count(model) == 0
+    assert set(tighter.widths.values()) == {0.6} and min(found.widths.values()) >= 0.6 and hook_count(model) == 0
     with pytest.raises(ConfigError, match="within the budget(.|\n)*at the largest width, 0.01"):
         fit_boundary(model, harmless, neutral, [SITE], max_nats=1e-6, widths=[0.01], progress=False)
 
