@@ -56,6 +56,8 @@ PLACES = {
     "dictionary": Place("docs/features.md", "architectures", ("architecture", "what it is")),
     "dictionary activation": Place("docs/features.md", "activations", ("activation", "the feature"), leading=True),
     "dictionary format": Place("docs/features.md", "formats", ("format", "files", "what is applied"), leading=True),
+    "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
+    "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
     "treatment": Place("docs/experiments.md", "treatments", ("treatment", "what it is")),

@@ -78,7 +78,10 @@ class ExperimentRun:
             self.model, contrast, list(trait.sites), name=trait.name, method=trait.method, span=trait.span, holdout=trait.holdout
         )
         chosen = self.chosen_of(directions)
-        quality = f"held-out AUC {chosen.metrics['auc']:.3f}, |v| {chosen.metrics['gap']:.2f}, relative dose {chosen.relative_dose():.2f}"
+        judged = "unseen groups" if chosen.held_out == "groups" else "held-out texts"
+        quality = (
+            f"AUC {chosen.metrics['auc']:.3f} on {judged}, |v| {chosen.metrics['gap']:.2f}, relative dose {chosen.relative_dose():.2f}"
+        )
         self.say("direction", f"{trait.name} at {chosen.site}: {quality}")
         return directions
 

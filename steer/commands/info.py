@@ -16,7 +16,8 @@ import steer.drift
 import steer.experiment.metric
 import steer.experiment.treatment
 import steer.features
-import steer.intervene  # noqa: F401  (fills the registries)
+import steer.intervene
+import steer.lens  # noqa: F401  (fills the registries)
 from steer import kernels
 from steer.intervene.scope import KINDS
 from steer.registry import REGISTRIES

@@ -1,5 +1,6 @@
 """Directions: reading a concept off activations, and choosing where and how strongly to steer with it."""
 
+from steer.directions.boundary import Boundary, fit_boundary
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
 from steer.directions.dose import DoseCurve, calibrate
@@ -17,6 +18,7 @@ __all__ = [
     "EXTRACTORS",
     "IMPORTERS",
     "OBJECTIVES",
+    "Boundary",
     "ContrastSet",
     "Dictionary",
     "Direction",
@@ -28,6 +30,7 @@ __all__ = [
     "calibrate",
     "extract",
     "extract_all",
+    "fit_boundary",
     "fit_erasure",
     "import_directions",
     "import_plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from steer.checks import number_within, of_type
 from steer.errors import ContrastError
 from steer.model.tokens import Row, check_rows, encode
+
+GROUP_DRAWS = 100  # of held-out groups, until both parts have texts of both classes
 
 
 def text_digest(row: Row) -> str:
@@ -27,11 +29,14 @@ class ContrastSet:
 
     Attributes:
         paired: entry i of both lists answers the same prompt.
+        groups: what each pair belongs to (its topic, its template); without pairs one name a text, the positive texts before the negative
+            ones. Empty for none. Where they are given, whole groups are held out, so that a direction is judged on groups it has not seen.
     """
 
     positive: tuple[Row, ...]
     negative: tuple[Row, ...]
     paired: bool
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_rows(self.positive, "the positive texts of a contrast set")
@@ -50,15 +55,18 @@ class ContrastSet:
             for i, row in enumerate(rows):
                 if first.setdefault(row, i) != i:  # a copy among the held-out texts would be judged by what it was learned from
                     raise _repeated_error(side, first[row], i, self.paired)
+        check_groups(self.groups, len(self.positive) if self.paired else len(self), "pair" if self.paired else "text")
+        object.__setattr__(self, "groups", tuple(self.groups))
 
     def __repr__(self) -> str:
+        groups = f" in {len(set(self.groups))} groups" if self.groups else ""
         if self.paired:
-            return f"ContrastSet({len(self.positive)} pairs)"
-        return f"ContrastSet({len(self.positive)} positive and {len(self.negative)} negative texts)"
+            return f"ContrastSet({len(self.positive)} pairs{groups})"
+        return f"ContrastSet({len(self.positive)} positive and {len(self.negative)} negative texts{groups})"
 
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
-        """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt)."""
+        """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt), and `group` where whole groups are held out."""
         of_type(pairs, (list, tuple), "the pairs of a contrast set", "pass a list of {'prompt': ..., 'positive': ..., 'negative': ...}")
         for i, pair in enumerate(pairs):
             of_type(pair, Mapping, f"pair {i} of a contrast set", "pass {'prompt': ..., 'positive': ..., 'negative': ...}")
@@ -67,32 +75,59 @@ class ContrastSet:
                 raise _part_error(i, wrong)
         positive = tuple(encode(tokenizer, pair["prompt"], pair["positive"]) for pair in pairs)
         negative = tuple(encode(tokenizer, pair["prompt"], pair["negative"]) for pair in pairs)
-        return cls(positive, negative, paired=True)
+        groups = tuple(pair.get("group") for pair in pairs) if any("group" in pair for pair in pairs) else ()
+        return cls(positive, negative, paired=True, groups=groups)  # type: ignore[arg-type]  # one that is missing is refused by number
 
     @classmethod
-    def from_sets(cls, tokenizer: Any, positive: Sequence[str], negative: Sequence[str]) -> ContrastSet:
-        """Two unrelated sets of prompts; read them with a span other than `response`."""
+    def from_sets(cls, tokenizer: Any, positive: Sequence[str], negative: Sequence[str], *, groups: Sequence[str] = ()) -> ContrastSet:
+        """Two unrelated sets of prompts; read them with a span other than `response`. groups: see the class."""
         for side, texts in (("positive", positive), ("negative", negative)):
             of_type(texts, (list, tuple), f"the {side} texts of a contrast set", "pass a list of texts")
         return cls(
             tuple(encode(tokenizer, text) for text in positive),
             tuple(encode(tokenizer, text) for text in negative),
             paired=False,
+            groups=tuple(groups),
         )
 
     def split(self, holdout: float, seed: int) -> tuple[ContrastSet, ContrastSet]:
-        """Training and held-out part; pairs stay together. Raises ContrastError when either would have fewer than two texts a side."""
+        """Training and held-out part; pairs stay together, and so do groups, where there are any.
+
+        Raises:
+            ContrastError: either part would have fewer than two texts a side; there are fewer than two groups.
+        """
         number_within(holdout, "the held-out share of the texts", 0, 1)
         of_type(seed, int, "the seed", "pass a whole number such as 0")
         generator = torch.Generator().manual_seed(seed)
+        if self.groups:
+            return self._split_by_group(holdout, generator)
         positive = _drawn(len(self.positive), holdout, generator)
         negative = positive if self.paired else _drawn(len(self.negative), holdout, generator)
         train = self._subset(positive[0], negative[0])
         held_out = self._subset(positive[1], negative[1])
         return train, held_out
 
+    def _split_by_group(self, holdout: float, generator: torch.Generator) -> tuple[ContrastSet, ContrastSet]:
+        """Holds whole groups out; of several draws the first that leaves two texts a side to either part."""
+        sides = [self.groups, self.groups if self.paired else self.groups[len(self.positive) :]]
+        sizes = (len(self.positive), len(self.negative))
+        for held_out in held_out_groups(self.groups, holdout, generator):
+            parts = [
+                [[i for i in range(size) if (groups[i] in held_out) == held] for size, groups in zip(sizes, sides, strict=True)]
+                for held in (False, True)
+            ]
+            if all(len(side) >= 2 for part in parts for side in part):
+                return self._subset(*parts[0]), self._subset(*parts[1])
+        raise _group_sides_error(self, holdout)
+
     def _subset(self, positive: Sequence[int], negative: Sequence[int]) -> ContrastSet:
-        return ContrastSet(tuple(self.positive[i] for i in positive), tuple(self.negative[i] for i in negative), self.paired)
+        chosen = positive if self.paired else [*positive, *(len(self.positive) + i for i in negative)]
+        groups = tuple(self.groups[i] for i in chosen) if self.groups else ()
+        return ContrastSet(tuple(self.positive[i] for i in positive), tuple(self.negative[i] for i in negative), self.paired, groups)
+
+    def row_groups(self) -> list[str]:
+        """The group of every text, in the order of `rows`; empty without groups."""
+        return [group for group in self.groups for _ in range(2)] if self.paired else list(self.groups)
 
     def rows(self) -> tuple[list[Row], list[bool]]:
         """All texts and whether each is positive; a pair's two texts stand side by side."""
@@ -113,6 +148,31 @@ class ContrastSet:
         """SHA-256 over all token ids."""
         ids = [[row.ids for row in side] for side in (self.positive, self.negative)]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def check_groups(groups: Any, count: int, unit: str) -> None:
+    """Raises ConfigError or ContrastError unless these are no groups, or the name of one for each text or pair.
+
+    Args:
+        count: number of texts or pairs.
+        unit: what each name is of, for the message.
+    """
+    of_type(groups, (tuple, list), "the groups of texts", f"pass the name of a group for each {unit}, or leave them out")
+    if groups and len(groups) != count:
+        raise _group_count_error(len(groups), count, unit)
+    for i, group in enumerate(groups):
+        if not isinstance(group, str) or not group.strip():
+            raise _group_name_error(i, group, unit)
+
+
+def held_out_groups(groups: Sequence[str], holdout: float, generator: torch.Generator) -> Iterator[set[str]]:
+    """Draws of the groups that are held out: the share `holdout` of them, at least one and not all. Raises ContrastError for one group."""
+    names = sorted(set(groups))
+    if len(names) < 2 or not 0 < holdout < 1:
+        raise _few_groups_error(names, holdout)
+    count = min(max(round(len(names) * holdout), 1), len(names) - 1)
+    for _ in range(GROUP_DRAWS):
+        yield {names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()}
 
 
 def _drawn(n: int, holdout: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
@@ -180,4 +240,40 @@ def _split_error(n: int, held_out: int, holdout: float) -> ContrastError:
         expected="at least 2 in either part",
         found=f"{n - held_out} of {n} to learn from, {held_out} held out",
         remedy=remedy,
+    )
+
+
+def _group_count_error(found: int, expected: int, unit: str) -> ContrastError:
+    return ContrastError(
+        f"groups do not match the {unit}s",
+        expected=f"{expected} names, one for each {unit}",
+        found=found,
+        remedy=f"give the group of every {unit}; without pairs, those of the positive texts come first",
+    )
+
+
+def _group_name_error(index: int, group: Any, unit: str) -> ContrastError:
+    return ContrastError(
+        f"{unit} {index} has no group, where others have one",
+        expected="the name of a group as text",
+        found="none" if group is None else repr(group),
+        remedy=f"name the group (topic, template) of every {unit}, or of none",
+    )
+
+
+def _few_groups_error(names: Sequence[str], holdout: float) -> ContrastError:
+    return ContrastError(
+        "too few groups to hold some out" if len(names) < 2 else "no share of the groups is held out",
+        expected="at least 2 groups, and a share of them between 0 and 1",
+        found=f"{len(names)} ({', '.join(names[:3])}), of which the share {holdout:g} is held out",
+        remedy="give texts of more groups, or leave the groups out: texts of the same group are then held out",
+    )
+
+
+def _group_sides_error(contrast: ContrastSet, holdout: float) -> ContrastError:
+    return ContrastError(
+        "no split by groups leaves texts of both classes to either part",
+        expected="at least 2 positive and 2 negative texts in the groups that are held out, and in the others",
+        found=f"none in {GROUP_DRAWS} draws from {len(set(contrast.groups))} groups with holdout {holdout:g}",
+        remedy="give more texts of both classes in each group, or more groups",
     )

@@ -29,7 +29,8 @@ class Direction:
         method, span: how and where it was read.
         metrics: `auc` and `dprime` on held-out texts, `gap` (class gap along the direction; |vector| unless it was trained), `mean`
             (projection on the direction, mean over the texts of both classes), `sd` (within-class standard deviation along it, held-out),
-            `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`.
+            `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`. Held out by group, also `n_heldout_groups` and
+            `auc_worst_group`, the lowest AUC within one of them.
         fitted_on: digests of the texts that had a part in it, which may not judge it.
     """
 
@@ -51,7 +52,9 @@ class Direction:
             raise _zero_error(self)
 
     def __repr__(self) -> str:
-        measured = "".join(f", {name} {self.metrics[name]:.3g}" for name in ("auc", "dprime") if name in self.metrics)
+        measured = "".join(f", {name} {self.metrics[name]:.3g}" for name in ("auc", "dprime", "r2") if name in self.metrics)
+        if self.held_out == "groups":
+            measured += f" on {self.metrics['n_heldout_groups']:.0f} unseen group{'s' * (self.metrics['n_heldout_groups'] != 1)}"
         length = float(self.vector.norm())
         return f"Direction({self.method} of {self.span} at {self.site}, width {len(self.vector)}, length {length:.4g}{measured})"
 
@@ -59,6 +62,12 @@ class Direction:
     def unit(self) -> Tensor:
         """[width], length 1."""
         return self.vector / self.vector.norm()
+
+    @property
+    def held_out(self) -> str:
+        """What the metrics were measured on: `groups` that the direction has not seen, `texts` that may be of the groups it has seen, or
+        `nothing`."""
+        return "groups" if "n_heldout_groups" in self.metrics else "texts" if "n_heldout" in self.metrics else "nothing"
 
     def relative_dose(self, strength: float = 1.0) -> float:
         """|strength * v| / mean |h| at the site: how large the edit is beside what it edits."""
@@ -129,8 +138,16 @@ class Directions(Mapping[Site, Direction]):
         return len(self.entries)
 
     def best(self) -> Direction:
-        """Highest held-out AUC; among equals the clearest separation in standard deviations. Raises ConfigError without them."""
-        return max(self.entries.values(), key=lambda entry: (entry.metric("auc"), entry.metric("dprime")))
+        """Highest held-out AUC (of probes of numbers R2), on unseen groups where there were any; among equals the clearest separation in
+        standard deviations.
+
+        Raises:
+            ConfigError: it was not measured; some were judged on unseen groups and others were not.
+        """
+        kinds = {entry.held_out: entry for entry in self.entries.values()}
+        if {"groups", "texts"} <= kinds.keys():
+            raise _kinds_error(self, kinds)
+        return max(self.entries.values(), key=_quality)
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest and safetensors, atomically."""
@@ -155,6 +172,12 @@ class Directions(Mapping[Site, Direction]):
                 check_kinds(spec["metrics"], dict.fromkeys(spec["metrics"], (int, float)))
                 entries.append(Direction(Site.parse(site), tensors[site], **spec, fitted_on=seen))
             return cls(entries, manifest["name"], manifest["provenance"])
+
+
+def _quality(entry: Direction) -> tuple[float, float]:
+    if "r2" in entry.metrics and "auc" not in entry.metrics:
+        return entry.metrics["r2"], entry.metric("rank_correlation")
+    return entry.metric("auc"), entry.metric("dprime")
 
 
 _PARTS = "name and provenance, and for every site its tensor, method, span and metrics, which are numbers"
@@ -185,6 +208,15 @@ def _metric_error(direction: Direction, name: str) -> ConfigError:
         expected="a direction that steer.extract made",
         found=f"one by '{direction.method}' with {', '.join(direction.metrics) or 'no metrics'}",
         remedy="choose site and strength yourself, or extract the direction here",
+    )
+
+
+def _kinds_error(directions: Directions, kinds: Mapping[str, Direction]) -> ConfigError:
+    return ConfigError(
+        f"directions of '{directions.name}' were judged in different ways",
+        expected="all of them on unseen groups, or none",
+        found=f"{kinds['groups'].site} on groups, {kinds['texts'].site} on texts of groups that it may have seen",
+        remedy="extract all of them from one contrast set, or choose a site yourself",
     )
 
 

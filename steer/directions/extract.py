@@ -36,14 +36,15 @@ def extract(
 
     Args:
         model: a decoder, raw or wrapped.
-        contrast: the texts; a share `holdout` of them is kept out of the direction and used for its metrics.
+        contrast: the texts; a share `holdout` of them is kept out of the direction and used for its metrics. With groups it is a share of
+            these, of which no text has a part in the direction.
         sites: sites or patterns such as `layers.*.output`.
         name: what the direction stands for.
         method: a key of `EXTRACTORS`.
         span: which tokens of a text are averaged: response, prompt, all, last, prompt_last, or an index.
 
     Raises:
-        ContrastError: too few texts, an empty span, classes that do not differ, or no pairs for a method that needs them.
+        ContrastError: too few texts or groups, an empty span, classes that do not differ, or no pairs for a method that needs them.
         ConfigError, SiteError, NonFiniteError.
     """
     return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[
@@ -113,6 +114,8 @@ def provenance_of(anatomy: Anatomy, contrast: ContrastSet, train: ContrastSet, h
         "data_sha256": contrast.digest(),
         "fitted_on": sorted(train.digests()),
         "paired": contrast.paired,
+        "held_out": "groups" if contrast.groups else "texts",
+        **({"groups_fitted_on": sorted(set(train.groups))} if contrast.groups else {}),
         "holdout": holdout,
         "seed": seed,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +42,41 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 def heldout_metrics(
     model: nn.Module, held: ContrastSet, vectors: Mapping[Site, Tensor], span: str | int, progress: bool
 ) -> dict[Site, list[dict[str, float]]]:
-    """`auc`, `dprime`, `sd` and `n_heldout` of every vector, see `Direction`.
+    """`auc`, `dprime`, `sd` and `n_heldout` of every vector, and what is known of groups, see `Direction`.
 
     Args:
-        held: texts that had no part in making the vectors.
+        held: texts that had no part in making the vectors; with groups, none of these had.
         vectors: [k, width] for each site.
     """
     rows, sides = held.rows()
     readers = {site: Projections(v / v.norm(dim=-1, keepdim=True), len(rows)) for site, v in vectors.items()}
     capture(model, rows, dict(readers), span=span, group=2 if held.paired else 1, progress="held-out check" if progress else None)
-    side = torch.tensor(sides)
-    return {site: [separation(values[side], values[~side]) for values in reader.values.unbind(1)] for site, reader in readers.items()}
+    side, groups = torch.tensor(sides), held.row_groups()
+    return {
+        site: [{**separation(values[side], values[~side]), **group_separation(values, side, groups)} for values in reader.values.unbind(1)]
+        for site, reader in readers.items()
+    }
+
+
+def group_separation(values: Tensor, is_positive: Tensor, groups: Sequence[str]) -> dict[str, float]:
+    """`n_heldout_groups`, and `auc_worst_group` where groups have two texts of either class; nothing without groups.
+
+    Args:
+        values: [texts], projections. is_positive: [texts] bool. groups: the name of the group of each text, or none.
+    """
+    if not groups:
+        return {}
+    names = sorted(set(groups))
+    own = [torch.tensor([group == name for group in groups]) for name in names]  # [texts] each
+    sides = [(values[of & is_positive], values[of & ~is_positive]) for of in own]
+    known = [auc(positive, negative) for positive, negative in sides if len(positive) >= 2 and len(negative) >= 2]
+    return {"n_heldout_groups": float(len(names)), **({"auc_worst_group": min(known)} if known else {})}
+
+
+def is_at_chance(metrics: Mapping[str, float]) -> bool:
+    """An AUC that chance alone would give as many texts in one of 20 draws: within 1.64 standard errors of 0.5, or below."""
+    side = max(metrics["n_heldout"] / 2, 1.0)
+    return metrics["auc"] <= 0.5 + 1.64 * ((2 * side + 1) / (12 * side * side)) ** 0.5
 
 
 def separation(positive: Tensor, negative: Tensor) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from steer.checks import number_within, of_type, whole_number
 from steer.directions.direction import Direction, check_direction
 from steer.directions.dose import divergence
+from steer.directions.heldout import is_at_chance
 from steer.directions.passes import SlottedPlan
 from steer.directions.sweep import Predictions, sweep, sweep_plan, sweep_plans
 from steer.errors import ConfigError, ContrastError, WidthError
@@ -38,6 +39,7 @@ class Candidate:
         induce: score on prompts that do not, the direction added; higher is better.
         kl: mean KL divergence of the next token on neutral prompts when it is ablated, in nat.
         rejected: why it may not be chosen; empty when it may.
+        auc, held_out: its held-out AUC, None where that was not measured, and what was held out: `groups`, `texts` or `nothing`.
     """
 
     site: str
@@ -47,6 +49,8 @@ class Candidate:
     induce: float
     kl: float
     rejected: str
+    auc: float | None = None
+    held_out: str = "nothing"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def select(
 
     Args:
         model: a causal language model, raw or wrapped.
-        candidates: directions of the residual stream, of any sites and spans (token positions).
+        candidates: directions of the residual stream, of any sites and spans (token positions). One that was extracted with groups and is
+            at chance on those it has not seen is rejected.
         showing: prompts on which the model behaves so; lacking: prompts on which it does not; both apart from those that made the
             candidates. See `steer.model.tokens.encode`.
         tokens: ids of the tokens that open the behaviour, each counted once.
@@ -129,7 +134,9 @@ def select(
             bypass=float(bypass[i]),
             induce=float(induce[i]),
             kl=float(kl[i]),
-            rejected=_rejected(_depth(anatomy, direction.site) >= limit, float(induce[i]), float(kl[i]), max_kl),
+            rejected=_rejected(direction, _depth(anatomy, direction.site) >= limit, float(induce[i]), float(kl[i]), max_kl),
+            auc=direction.metrics.get("auc"),
+            held_out=direction.held_out,
         )
         for i, direction in enumerate(candidates)
     )
@@ -137,9 +144,11 @@ def select(
     return Selection(measured, tuple(candidates), showing_score, lacking_score)
 
 
-def _rejected(late: bool, induce: float, kl: float, max_kl: float) -> str:
+def _rejected(direction: Direction, late: bool, induce: float, kl: float, max_kl: float) -> str:
     if late:
         return "too late in the model"
+    if direction.held_out == "groups" and "auc" in direction.metrics and is_at_chance(direction.metrics):
+        return f"it reads no better than chance on groups that it has not seen (AUC {direction.metrics['auc']:.3g})"
     if kl > max_kl:
         return f"KL {kl:.3g} is above {max_kl:g}"
     return "" if induce > 0 else f"adding it does not bring the behaviour about (log-odds {induce:.3g})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from steer.intervene import (
     Ace,
     Add,
     AddDecoder,
+    Bound,
     Clamp,
     ClampFeatures,
     Erase,
@@ -61,6 +63,19 @@ class Draw:
         if number == self.spoil:
             tensor.view(-1)[0] = float("nan")
         return tensor.to(self.dtype)
+
+
+def bounded(h: Tensor, s: float, d: Draw, margin: float = 0.1) -> Tensor:
+    """Each number by itself: what lies beyond an end comes back to it but for a part that levels off at the margin."""
+
+    def of_number(x: float, low: float) -> float:
+        end = min(max(x, low), low + 0.5)
+        return x + s * (end + margin * math.tanh((x - end) / margin) - x)
+
+    low = (d(0, d.width) - 1).expand_as(h)
+    return torch.tensor(
+        [of_number(*pair) for pair in zip(h.flatten().tolist(), low.flatten().tolist(), strict=True)], dtype=h.dtype
+    ).view_as(h)
 
 
 @dataclass(frozen=True)
@@ -291,6 +306,8 @@ CASES: dict[str, Case] = {
     ),
     "ablate_then_add": Case(lambda d: AblateThenAdd(d(0, d.width)), ablate_then_add),
     "ace": Case(lambda d: Ace(d(0, d.width), d(1, d.width), 0.4), ace),
+    "bound": Case(lambda d: Bound(d(0, d.width) - 1, d(0, d.width) - 0.5, 0.2), bounded),
+    "bound hard": Case(lambda d: Bound(d(0, d.width) - 1, d(0, d.width) - 0.5, 0.0), lambda h, s, d: bounded(h, s, d, margin=1e-9)),
     "clamp to a value": Case(lambda d: Clamp(d(0, d.width), 0.5), lambda h, s, d: set_reach(h, d(0, d.width), s, lambda p: 0.5)),
     "clamp to a range": Case(
         lambda d: Clamp(d(0, d.width), low=-0.5, high=0.25),
