@@ -56,6 +56,7 @@ PLACES = {
     "dictionary": Place("docs/features.md", "architectures", ("architecture", "what it is")),
     "dictionary activation": Place("docs/features.md", "activations", ("activation", "the feature"), leading=True),
     "dictionary format": Place("docs/features.md", "formats", ("format", "files", "what is applied"), leading=True),
+    "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
     "treatment": Place("docs/experiments.md", "treatments", ("treatment", "what it is")),

@@ -57,9 +57,9 @@ class Calibration:
 class ActivationData(pl.LightningDataModule):
     """Streams the activations of texts in batches of random tokens, at any number of sites, from one pass of the model.
 
-    The buffer holds the tokens of a few passes, in random order, until all of them were given; then it is filled anew. Which token comes when
-    depends on the seed and its place in the stream alone, so that a run that resumes rebuilds the buffer with the passes of the one it was
-    in. Of several processes each runs its share of the passes and gives the tokens of its own: together they are the batches of one.
+    The buffer holds the tokens of a few passes, in random order, until all of them were given; then it is filled anew. Which token comes
+    when depends on the seed and its place in the stream alone, so that a run that resumes rebuilds the buffer it was in. Of several
+    processes each runs its share of the passes and gives the tokens of its own: together they are the batches of one.
 
     Args:
         model: anything `Plan.attach` takes.
@@ -109,7 +109,10 @@ class ActivationData(pl.LightningDataModule):
         self.model, self.seed, self.batch = model, seed, batch
         self.outlier = math.inf if outlier is None else outlier
         options = {"first": first, "per_pass": max(1, tokens_per_pass // rows.context)}
-        options |= {"dtype": DTYPES[one_of(dtype, list(DTYPES), "`dtype` of activation data")], "cache": None if cache is None else Path(cache)}
+        options |= {
+            "dtype": DTYPES[one_of(dtype, list(DTYPES), "`dtype` of activation data")],
+            "cache": None if cache is None else Path(cache),
+        }
         listed = [Site.parse(site) for site in dict.fromkeys(sites)]
         self.passes = Passes(model, TokenRows(rows.ids[held_out:]), listed, **options)
         self.held_out = Passes(model, TokenRows(rows.ids[:held_out]), listed, **{**options, "cache": None})
@@ -157,7 +160,9 @@ class ActivationData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[HeldOutPass]:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(_HeldOut([HeldOutPass(self.held_out, number) for number in range(rank, len(self.held_out), ranks)]), batch_size=None)
+        return DataLoader(
+            _HeldOut([HeldOutPass(self.held_out, number) for number in range(rank, len(self.held_out), ranks)]), batch_size=None
+        )
 
 
 class _Fill:

@@ -27,8 +27,8 @@ class DictionaryConfig:
         writes: sites that it reconstructs; None for those that it reads.
         width: number of features; of a cross-layer transcoder for each layer.
         k: features per token; of a cross-layer transcoder for each layer.
-        architecture: `sparse_autoencoder`, `transcoder`, `crosscoder` or `cross_layer_transcoder`. A layer of the last writes to its own and
-            all later places of `writes`.
+        architecture: `sparse_autoencoder`, `transcoder`, `crosscoder` or `cross_layer_transcoder`. A layer of the last writes to its own
+            and all later places of `writes`.
         sparsifier: a name of `SPARSIFIERS`.
         settings: of the sparsifier.
         prefixes: numbers of features at which a Matryoshka dictionary has to reconstruct alone, the last of which is the width.

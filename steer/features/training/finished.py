@@ -49,7 +49,9 @@ def dictionary_of(learner: Learner, *, model: str | None = None, notes: Mapping[
         return CrossLayerTranscoder(encoders, decoders, targets, _by_site(bias, learner.writes), origin)
     (layer,) = learner.layers
     assert isinstance(layer, Layer)
-    rows = torch.cat([part * scale[site] for part, site in zip(_split(learner, layer.encoder, learner.reads), learner.reads, strict=True)], -1)
+    rows = torch.cat(
+        [part * scale[site] for part, site in zip(_split(learner, layer.encoder, learner.reads), learner.reads, strict=True)], -1
+    )
     decoder = _unscaled(learner, layer.decoder, learner.writes)
     if config.architecture == "crosscoder":
         encoder = _encoder(layer, _by_site(rows, learner.reads), None)
@@ -94,7 +96,8 @@ def save(learner: Learner, folder: Path, metrics: Mapping[str, Any], *, model: s
         (folder / name).unlink(missing_ok=True)
     dictionary = dictionary_of(learner, model=model, notes=notes)
     dictionary.save(folder, dtype=dtype)
-    statistics = {"density": learner.density().float(), "maximum": torch.cat([layer.largest for layer in learner.layers])}  # type: ignore[arg-type]
+    largest: list[Any] = [layer.largest for layer in learner.layers]
+    statistics = {"density": learner.density().float(), "maximum": torch.cat(largest)}
     atomic_write(folder / STATISTICS, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in statistics.items()}))
     atomic_write(folder / CARD, card(dictionary, learner, metrics, training))
     atomic_write(folder / METRICS, json.dumps(dict(metrics), indent=2) + "\n")
@@ -111,7 +114,8 @@ def card(dictionary: Dictionary, learner: Learner, metrics: Mapping[str, Any], t
     told = "\n".join(f"- {name}: {value}" for name, value in training.items() if not isinstance(value, dict | list))
     return f"""# {config.name}
 
-A {config.architecture.replace("_", " ")} ({config.sparsifier}) with {dictionary.width} features of `{dictionary.source.model}`, at {sites}{to}.
+A {config.architecture.replace("_", " ")} ({config.sparsifier}) with {dictionary.width} features of `{dictionary.source.model}`,
+at {sites}{to}.
 
     import steer
     dictionary = steer.load_dictionary("<this folder>")

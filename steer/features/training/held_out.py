@@ -1,4 +1,4 @@
-"""Measures dictionaries on rows that they were not trained on: error, features on, and the loss of the model that runs on reconstructions."""
+"""Measures dictionaries on rows that they were not trained on: error, features on, and the loss of the model on reconstructions."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Layer(nn.Module):
 class Learner(nn.Module):
     """One dictionary in training.
 
-    Activations are scaled to a mean length of sqrt(width) at each site; `steer.features.training.finished.dictionary_of` folds the scales in.
+    Activations are scaled to a mean length of sqrt(width) at each site; `dictionary_of` folds the scales in.
 
     Args:
         config: what it shall be.
@@ -183,7 +183,9 @@ class Learner(nn.Module):
             return None
         x = part.x if not self.subtracts else part.x + self.bias.detach() - self.bias
         pre = nn.functional.linear(x, part.layer.encoder[dead]).float()  # [tokens, dead]
-        if part.layer.bias is not None:  # left out of the value, or a feature that it keeps off would never come back; it learns as if added
+        if (
+            part.layer.bias is not None
+        ):  # left out of the value, or a feature that it keeps off would never come back; it learns as if added
             bias = part.layer.bias[dead]
             pre = pre + bias - bias.detach()
         highest, places = pre.topk(min(len(dead), AUX_FEATURES * self.config.k), dim=1)

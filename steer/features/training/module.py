@@ -32,7 +32,7 @@ class DictionaryModule(pl.LightningModule):
         dictionary = module.dictionaries()[0]
 
     Nothing in a step is random: a run that goes on from a checkpoint ends with the same bits. Decoder rows have length 1, and the part of
-    their gradient along them is taken off. Held-out text is measured whenever Lightning validates; `val/fvu` is the mean of all dictionaries.
+    their gradient along them is taken off. Held-out text is measured whenever Lightning validates; `val/fvu` is the mean of all.
 
     Args:
         configs: one for each dictionary.
@@ -202,7 +202,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 def _unfit_names(names: Sequence[str | None]) -> ConfigError:
     remedy = "give those of the same sites and width a name=..."
-    return ConfigError("the dictionaries to train", expected="one or more, each with a name of its own", found=names or "none", remedy=remedy)
+    return ConfigError(
+        "the dictionaries to train", expected="one or more, each with a name of its own", found=names or "none", remedy=remedy
+    )
 
 
 def _diverged(name: str, step: int) -> NonFiniteError:

@@ -94,8 +94,6 @@ class PenalisedSparsifier(Sparsifier):
             self.coefficient *= min(max(ratio, 1 / (1 + self.RATE)), 1 + self.RATE) if abs(ratio - 1) > 0.02 else 1.0
 
 
-
-
 SPARSIFIERS: Registry[type[Sparsifier]] = Registry(
     "sparsifier", "steer.features.training.sparsifiers", "steer.sparsifiers", subclass_of=Sparsifier
 )

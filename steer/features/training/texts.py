@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steer.checks import of_type, whole_number
-from steer.errors import ConfigError, FileError, TokenizerError
+from steer.errors import FileError, TokenizerError
 from steer.features.training.dictionary_config import generator
 from steer.model.tokens import check_tokenizer
 from steer.reading import place_of
@@ -159,7 +159,9 @@ def _unreadable(path: Path, error: Exception) -> FileError:
 
 def _no_datasets(name: str) -> FileError:
     remedy = "pip install datasets, or check the path if a file was meant"
-    return FileError(f"no file '{name}', and data sets cannot be read", expected="the package datasets", found="not installed", remedy=remedy)
+    return FileError(
+        f"no file '{name}', and data sets cannot be read", expected="the package datasets", found="not installed", remedy=remedy
+    )
 
 
 def _no_data_set(name: str, error: Exception) -> FileError:
