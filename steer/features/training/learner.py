@@ -214,7 +214,7 @@ class Learner(nn.Module):
             layer.unseen += step.tokens
             layer.unseen[count > 0] = 0
             if counts_now and self._is_late:
-                highest = torch.zeros_like(layer.largest).index_reduce_(0, on, part.values.detach()[part.is_on], "amax")
+                highest = torch.zeros_like(layer.largest).scatter_reduce_(0, on, part.values.detach()[part.is_on], "amax")
                 layer.on_count += count
                 torch.maximum(layer.largest, processes.largest(highest), out=layer.largest)
             l0 = float(count.sum()) / max(step.tokens, 1)

@@ -85,7 +85,7 @@ class Passes:
         return {site: keep.values.flatten(0, 1) for site, keep in kept.items()}
 
     def _read(self, file: Path) -> Activations:
-        tensors = read_safetensors(file)
+        tensors, _ = read_safetensors(file)
         if set(tensors) != set(map(str, self.sites)) or any(len(values) != self.tokens for values in tensors.values()):
             raise _other_content(file, self.sites, tensors)
         return {site: tensors[str(site)] for site in self.sites}
