@@ -106,12 +106,10 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = context - len(first)
     tokens: list[int] = []
-    for text in texts:
-        of_type(text, str, "one of the texts", "pass text")
-        for document in _documents(text):
-            tokens += [*tokenizer(document, add_special_tokens=False).input_ids, *between]
-            if max_tokens is not None and len(tokens) >= max_tokens:
-                break
+    for document in (document for text in texts for document in _documents(text)):
+        tokens += [*tokenizer(document, add_special_tokens=False).input_ids, *between]
+        if max_tokens is not None and len(tokens) >= max_tokens:
+            break
     rows = len(tokens) // size
     if rows == 0:
         raise _too_short(len(tokens), size)
@@ -122,6 +120,7 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
 
 def _documents(text: str, at_least: int = 2000) -> Iterator[str]:
     """Pieces of a text of some thousand characters, cut at blank lines: tokenizers take long for one of megabytes."""
+    of_type(text, str, "one of the texts", "pass text")
     piece: list[str] = []
     size = 0
     for paragraph in text.split("\n\n"):
