@@ -60,7 +60,7 @@ def sparse_step(h: Tensor, options: argparse.Namespace) -> Callable[[], float]:
 
 def dense_step(h: Tensor, options: argparse.Namespace) -> Callable[[], float]:
     x = h * (h.shape[1] ** 0.5 / h.norm(dim=1).mean())
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(1)  # that of `activations` would begin with their true dictionary
     rows = torch.nn.functional.normalize(torch.randn(options.features, h.shape[1], generator=random), dim=1)
     encoder, decoder = torch.nn.Parameter(rows.clone()), torch.nn.Parameter(rows.clone())
     encoder_bias, decoder_bias = torch.nn.Parameter(torch.zeros(options.features)), torch.nn.Parameter(x.mean(0))
