@@ -58,6 +58,7 @@ PLACES = {
     "dictionary format": Place("docs/features.md", "formats", ("format", "files", "what is applied"), leading=True),
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
+    "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
     "treatment": Place("docs/experiments.md", "treatments", ("treatment", "what it is")),

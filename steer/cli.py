@@ -30,10 +30,14 @@ COMMANDS = {
         "show answers of the plain model and of one steered by a text side by side",
         """steer say 'steer="0.4 warm@response"' directions.warm=<folder> 'prompts=[How do I boil an egg?]'""",
     ),
+    "features": ("train dictionaries of a model's activations on text, resumable", "steer features train data=book.txt 'width=[4096]'"),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
-ACTIONS = {"ab": ("run", "plan", "lock", "report")}  # of a command, said as a word behind it: steer ab plan experiment=tone
+ACTIONS = {
+    "ab": ("run", "plan", "lock", "report"),
+    "features": ("train",),
+}  # of a command, said as a word behind it: steer ab plan experiment=tone
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [

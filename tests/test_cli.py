@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import ab, generate, info, say, train
+from steer.commands import ab, features, generate, info, say, train
 from steer.commands.config import dtype_named, listed
 from steer.directions import Direction, Directions
 from steer.directions.text import plan_from_text
@@ -87,6 +87,7 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
         "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: prompt_vs_vector, strength_sweep, tone"),
         "ab": ("seeds:", "do: run", "draws: null", "folder: outputs/ab/", "[run|plan|lock|report]"),
         "generate": ("run: ???", "prompts: null"),
+        "features": ("data: ???", "sparsifier: batchtopk", "dictionary: batchtopk, cross_layer_transcoder", "[train]"),
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
         assert key in out
@@ -104,6 +105,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     monkeypatch.setattr(generate, "run", jobs.append)
     monkeypatch.setattr(say, "run", jobs.append)
     monkeypatch.setattr(ab, "run", jobs.append)
+    monkeypatch.setattr(features, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
         assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
@@ -111,6 +113,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert list(jobs[1].seeds) == [0, 1, 2, 3, 4] and jobs[1].folder == "outputs/ab/tone" and jobs[1].do == "run"
     assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
     assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
+    assert (jobs[4].do, jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("train", "book.txt", [4096], "batchtopk")
 
 
 @pytest.mark.parametrize("action", ["run", "plan", "lock", "report"])

@@ -159,7 +159,7 @@ def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger
             callbacks.append(DriftCallback(tracker, every_n_steps=run.config.experiment.drift.every_n_steps))
         trainer = _trainer(run, folder, checkpoints, callbacks, logger)
         first = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
-        _fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
+        fit(trainer, module, run.batches(rows, cell.seed, first), checkpoint)
         module.collect()
         if cell_ranks.is_first():
             adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)  # or PEFT asks the hub about the base
@@ -217,7 +217,8 @@ def _trainer(run: ExperimentRun, folder: Path, checkpoints_in: Path, callbacks: 
     )
 
 
-def _fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None) -> None:
+def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: Any, checkpoint: Path | None) -> None:
+    """`trainer.fit`, from a checkpoint if there is one; Ctrl-C is raised again."""
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint)
     except SystemExit as ended:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key; submitit ends a job like this, too

@@ -187,6 +187,7 @@ def capture(
     pad: int = 0,
     max_tokens: int = 4096,
     group: int = 1,
+    share: bool = True,
     progress: str | None = None,
 ) -> None:
     """Streams the activations of texts into one accumulator per site and stops each forward pass after the last site asked for.
@@ -202,6 +203,7 @@ def capture(
         pad: any token id; padding is masked.
         max_tokens: padded tokens per batch.
         group: runs of this many consecutive texts share a batch (2 for pairs).
+        share: what texts begin with in common is read once. Without, the numbers of a text depend on its own batch alone.
         progress: label of the progress bar, None for none.
 
     Raises:
@@ -217,7 +219,7 @@ def capture(
     check_vocabulary(anatomy, rows)
     spans = [span_of(row, span) for row in rows]
     shared = None
-    if anatomy is not None and anatomy.main is anatomy and anatomy.stack.own_call is None and may_share(model):
+    if share and anatomy is not None and anatomy.main is anatomy and anatomy.stack.own_call is None and may_share(model):
         shared = share_prefixes(
             rows, [min(start, len(row.ids) - 1) for row, (start, _) in zip(rows, spans, strict=True)], group, nest=may_nest(anatomy)
         )

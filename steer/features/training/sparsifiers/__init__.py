@@ -1,0 +1,1 @@
+"""Sparsifiers, one a file. See `steer.features.training.sparsifier`."""
