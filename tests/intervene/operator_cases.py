@@ -269,7 +269,7 @@ def put(f: Tensor, d: Draw) -> None:
     f[..., 7], f[..., 2] = d(5, 2)
 
 
-def bounded(f: Tensor, d: Draw) -> None:
+def kept_between(f: Tensor, d: Draw) -> None:
     f[..., [7, 2]] = f[..., [7, 2]].clamp(0.5, 2.0)
 
 
@@ -358,7 +358,7 @@ CASES: dict[str, Case] = {
     ),
     "clamp_features to a value": Case(lambda d: everywhere(ClampFeatures(dictionary(d, jump), [7, 2], to=d(5, 2))), spliced(jumped, put)),
     "clamp_features to a range, gated": Case(
-        lambda d: everywhere(ClampFeatures(dictionary(d, feature_gates), [7, 2], low=0.5, high=2.0)), spliced(gated, bounded)
+        lambda d: everywhere(ClampFeatures(dictionary(d, feature_gates), [7, 2], low=0.5, high=2.0)), spliced(gated, kept_between)
     ),
     "clamp_features by a factor, top-k": Case(
         lambda d: everywhere(ClampFeatures(dictionary(d, lambda _: TopK(3)), [7, 2], scale=d(5, 2))), spliced(largest, scaled)
