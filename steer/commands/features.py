@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,7 @@ from steer.commands.config import dtype_named, listed
 from steer.errors import ConfigError
 from steer.features.training import ActivationData, DictionaryConfig, DictionaryModule, Optimisation, read_texts, token_rows
 from steer.features.training.finished import METRICS, save
+from steer.features.training.learner import Learner
 from steer.files import atomic_write
 from steer.model.load import load
 
@@ -67,7 +68,7 @@ def train(config: DictConfig) -> dict[str, dict[str, float]]:
     trainer.validate(module, data, verbose=False)
     if cell_ranks.is_first():
         told = {**optimisation.described(), **data.described(), "data": str(config.data), "steps_done": trainer.global_step}
-        for learner in module.learners:
+        for learner in cast(list[Learner], list(module.learners)):
             name = learner.config.name
             save(learner, folder / name, module.figures[name], model=config.model.name, training=told, dtype=config.save_dtype)
         atomic_write(folder / METRICS, json.dumps(module.figures, indent=2) + "\n")

@@ -108,7 +108,7 @@ class ActivationData(pl.LightningDataModule):
             raise _too_few_rows(len(rows), held_out)
         self.model, self.seed, self.batch = model, seed, batch
         self.outlier = math.inf if outlier is None else outlier
-        options = {"first": first, "per_pass": max(1, tokens_per_pass // rows.context)}
+        options: dict[str, Any] = {"first": first, "per_pass": max(1, tokens_per_pass // rows.context)}
         options |= {
             "dtype": DTYPES[one_of(dtype, list(DTYPES), "`dtype` of activation data")],
             "cache": None if cache is None else Path(cache),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Layer(nn.Module):
     @torch.no_grad()
     def restore_norms(self) -> None:
         """Brings each decoder row back to length 1."""
-        self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 class Learner(nn.Module):
@@ -155,7 +155,7 @@ class Learner(nn.Module):
         k = min(self.config.k * (4 - 3 * warmth), self.config.width)
         return Step(k, warmth, n_tokens, processes.gathered)
 
-    def _errors(self, parts: list[_LayerPass], rest: Tensor, values: Callable, layers: nn.ModuleList) -> list[Tensor]:  # type: ignore[type-arg]
+    def _errors(self, parts: list[_LayerPass], rest: Tensor, values: Callable, layers: nn.ModuleList) -> list[Tensor]:
         """[tokens, d_out] the reconstruction minus what it should be: of each prefix of a Matryoshka dictionary, otherwise one.
 
         Args:
@@ -232,7 +232,7 @@ class Learner(nn.Module):
 
     def density(self) -> Tensor:
         """[features] share of tokens, in the last quarter of the run, on which each was on."""
-        return torch.cat([layer.on_count for layer in self.layers]).double() / max(int(self.tokens_counted), 1)  # type: ignore[arg-type]
+        return torch.cat([cast(Layer, layer).on_count for layer in self.layers]).double() / max(int(self.tokens_counted), 1)
 
     def dead_share(self) -> float:
         """Share of features that have not been on for `dead_after` tokens."""

@@ -81,6 +81,7 @@ class PenalisedSparsifier(Sparsifier):
 
     RATE = 0.02  # a step changes the coefficient by this share at most
     starts_dense = True
+    coefficient: Tensor  # [] buffer
 
     def __init__(self, width: int, k: int, coefficient: float, adjust: bool) -> None:
         super().__init__(width, k)

@@ -100,7 +100,7 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
     """
     check_tokenizer(tokenizer)
     whole_number(context, "`context`, the tokens of a row", least=4)
-    of_type(texts, Iterable, "the texts", "pass a list of texts")  # type: ignore[type-abstract]
+    of_type(texts, Iterable, "the texts", "pass a list of texts")
     of_type(texts, object if not isinstance(texts, str) else list, "the texts", "pass a list of texts, not one text")
     first = _first_tokens(tokenizer)
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -18,6 +18,8 @@ class BatchTopKSparsifier(Sparsifier):
         memory: share of the running threshold that a step keeps.
     """
 
+    threshold: Tensor  # [] buffer
+
     def __init__(self, width: int, k: int, memory: float = 0.98) -> None:
         super().__init__(width, k)
         self.memory = memory
