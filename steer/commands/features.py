@@ -69,7 +69,7 @@ def train(config: DictConfig) -> dict[str, dict[str, float]]:
     if cell_ranks.is_first():
         told = {**optimisation.described(), **data.described(), "data": str(config.data), "steps_done": trainer.global_step}
         for learner in cast(list[Learner], list(module.learners)):
-            name = learner.config.name
+            name = str(learner.config.name)
             save(learner, folder / name, module.figures[name], model=config.model.name, training=told, dtype=config.save_dtype)
         atomic_write(folder / METRICS, json.dumps(module.figures, indent=2) + "\n")
         console.print(_table(module.figures))
