@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import FrameType
 from typing import Any
+
+import steer
+
+PACKAGE = os.path.dirname(steer.__file__) + os.sep
 
 
 class Interrupt(BaseException):
@@ -19,7 +24,7 @@ class InterruptAt:
         self.raised = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if "/steer/" not in frame.f_code.co_filename or self.raised:
+        if not frame.f_code.co_filename.startswith(PACKAGE) or self.raised:
             return None
         if event == "line":
             self.line -= 1
