@@ -86,7 +86,7 @@ def test_a_plan_equals_hooks_written_by_hand(family, tiny):
             assert point.width is not None and anatomy.n_heads == HEADS
 
             def edit(h, case=case):
-                return case.expected(h.view(len(h), -1, h.shape[-1]), 0.7).view_as(h).to(h.dtype)  # the MLP of OPT sees [tokens, width]
+                return case.expected(h.view(len(ids()), -1, h.shape[-1]), 0.7).view_as(h).to(h.dtype)  # the MLP of OPT sees [tokens, width]
 
             with Plan(Intervention(case.make(width=point.width), point.site, strength=0.7)).attached(model):
                 steered = model(ids(), use_cache=False).logits
