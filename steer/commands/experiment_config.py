@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -118,13 +119,14 @@ class ExperimentConfig:
 
     def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
-        cells = [Cell(BASE, 0, 0, self._shared_spec())]
+        cells = [Cell(BASE, 0, 0, self._shared_spec)]
+        specs = {arm.name: self._spec_of(arm) for arm in self.arms}
         seeds = sorted({*self.seeds, *more_seeds})
         for seed in seeds if self.trains else self.seeds:
             trained: dict[str, Cell] = {}
             for arm in sorted(self.arms, key=lambda arm: arm.uses is not None):
                 needs = trained[arm.uses] if self.trains and arm.uses is not None else None
-                made = [Cell(arm.name, draw, seed, self._spec_of(arm), needs) for draw in range(arm.draws)]
+                made = [Cell(arm.name, draw, seed, specs[arm.name], needs) for draw in range(arm.draws)]
                 trained[arm.name] = made[0]
                 cells += made
         return cells
@@ -133,6 +135,7 @@ class ExperimentConfig:
         """The arm of a cell."""
         return next(arm for arm in self.arms if arm.name == cell.arm)
 
+    @cached_property
     def _shared_spec(self) -> dict[str, Any]:
         """What the result of every cell depends on."""
         experiment = self.settings["experiment"]
@@ -160,7 +163,7 @@ class ExperimentConfig:
 
     def _spec_of(self, arm: Arm) -> dict[str, Any]:
         treatment = {"kind": arm.treatment.name, **arm.treatment.spec()}
-        return {**self._shared_spec(), "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
+        return {**self._shared_spec, "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
 
 
 def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
