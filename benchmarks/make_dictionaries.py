@@ -59,9 +59,14 @@ def main(texts: Path, out: Path) -> None:
         name = learner.config.name
         folder = save(learner, out / name, {}, model=MODEL, training=told, dtype="int8")
         dictionary = steer.load_dictionary(folder)
-        measured = {where: measure(model, dictionary, learner, ids) for where, ids in (("held_out", rows.ids[:HELD_OUT]), ("test", test.ids[:64]))}
+        measured = {
+            where: measure(model, dictionary, learner, ids) for where, ids in (("held_out", rows.ids[:HELD_OUT]), ("test", test.ids[:64]))
+        }
         dead = float((dictionary.density == 0).float().mean())
-        report = {"dead_in_the_last_quarter": dead, **{f"{where}/{key}": value for where, of in measured.items() for key, value in of.items()}}
+        report = {
+            "dead_in_the_last_quarter": dead,
+            **{f"{where}/{key}": value for where, of in measured.items() for key, value in of.items()},
+        }
         print(name, json.dumps(report, indent=1), flush=True)
         save(learner, out / name, report, model=MODEL, training=told, dtype="int8")
 

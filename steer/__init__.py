@@ -43,7 +43,7 @@ _EXPORTS: dict[str, str] = {
     "extract_all": "steer.directions",
     "fit_boundary": "steer.directions",
     "fit_erasure": "steer.directions",
-    "sae_refined": "steer.directions",
+    "sae_refined": "steer.features",
     "screen": "steer.directions",
     "select": "steer.directions",
     "train_direction": "steer.directions",

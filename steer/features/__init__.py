@@ -6,6 +6,7 @@ from steer.features.encoder import Encoder
 from steer.features.format import FORMATS
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
+from steer.features.refined import sae_refined
 from steer.features.rows import InMemory, LowRank, Rows
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "Source",
     "Untrained",
     "load_dictionary",
+    "sae_refined",
 ]
