@@ -20,8 +20,8 @@ from steer.reading import check_kinds, damage_of, parse_json
 from steer.tensor_files import open_safetensors
 
 KIND = "dictionary"
+_STATISTICS = ("maxima", "density")  # [width] each, of dictionaries that record them
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_STATISTICS = ("maxima", "density")
 _KEYS = {"architecture": str, "settings": dict, "origin": dict, "stored": dict}
 
 
@@ -83,7 +83,8 @@ def load(path: str | Path) -> Dictionary:
         statistics = {name: parts.pop(name, None) for name in _STATISTICS}
         architecture = ARCHITECTURES.get(manifest["architecture"])
         dictionary = architecture.restore(parts, manifest["settings"], Origin.from_described(manifest["origin"]))
-        dictionary.maxima, dictionary.density = (statistics[name] for name in _STATISTICS)
+        for name, values in statistics.items():
+            setattr(dictionary, name, values)
         return dictionary
 
 
