@@ -49,6 +49,8 @@ _EXPORTS: dict[str, str] = {
     "train_direction": "steer.directions",
     "load_dictionary": "steer.features",
     "FeatureLoss": "steer.features",
+    "find_features": "steer.features.search",
+    "FoundFeatures": "steer.features.search",
     "LogitLens": "steer.lens",
     "TunedLens": "steer.lens",
     "JacobianLens": "steer.lens",
