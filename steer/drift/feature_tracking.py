@@ -27,7 +27,8 @@ from steer.model.site import Site
 from steer.model.span import span_of
 from steer.model.tokens import Row
 
-FVU_RISE = 0.1  # of the variance: a dictionary that explains less than before by this much is warned of
+FVU_RISE = 0.25  # of what was left unexplained at the baseline, and
+LEAST_FVU_RISE = 0.05  # of the variance: a dictionary is warned of that leaves so much more
 
 
 class FeatureReader:
@@ -216,7 +217,10 @@ class FeatureTracking:
         """Warns, once a dictionary and mode, where a dictionary no longer explains the model."""
         for record in records:
             key = (record.direction, record.mode)
-            if record.kind == "dictionary" and key not in self._warned and record.metrics.get("fvu_change", 0.0) > FVU_RISE:
+            if record.kind != "dictionary" or key in self._warned:
+                continue
+            change = record.metrics["fvu_change"]
+            if change > max(LEAST_FVU_RISE, FVU_RISE * (record.metrics["fvu"] - change)):
                 self._warned.add(key)
                 warnings.warn(_explains_less(record), stacklevel=3)
 

@@ -367,10 +367,10 @@ def _name_taken(names: list[str]) -> ConfigError:
 
 def _width_error(tracked: SiteDirections | FeatureGroup, point: HookPoint) -> WidthError:
     return WidthError(
-        f"what is tracked at '{tracked.site}' does not fit the model: {tracked}",
+        f"the {'features' if isinstance(tracked, FeatureGroup) else 'directions'} at '{tracked.site}' do not fit the model",
         expected=f"width {point.width}",
-        found=f"width {tracked.width}",
-        remedy="use directions and dictionaries that were made on this model and at this site",
+        found=f"width {tracked.width} of {tracked}",
+        remedy="extract directions, or train dictionaries, on this model and at this site",
     )
 
 
