@@ -141,7 +141,11 @@ def feature_groups(features: Mapping[str, FeaturesLike], controls: int, seed: in
     for name, of_name in features.items():
         asked = of_name if isinstance(of_name, TrackedFeatures) else _unpacked(name, of_name)
         dictionary = asked.dictionary
-        if not isinstance(dictionary, SparseAutoencoder) or len(dictionary.reads) != 1 or dictionary.encoder.rows.shape[1:] != (dictionary.d_in,):
+        if (
+            not isinstance(dictionary, SparseAutoencoder)
+            or len(dictionary.reads) != 1
+            or dictionary.encoder.rows.shape[1:] != (dictionary.d_in,)
+        ):
             raise _not_of_one_site(name, dictionary)
         named = chosen(asked.features, dictionary.width).cpu()
         draws = random_features(dictionary, named, draws=max(1, math.ceil(controls / max(1, len(named)))), seed=seed, density=asked.density)
@@ -195,7 +199,11 @@ def _no_pair(name: str, given: object) -> ConfigError:
 
 
 def _not_of_one_site(name: str, dictionary: object) -> ConfigError:
-    found = f"a {dictionary.name} that reads {', '.join(map(str, dictionary.reads))}" if isinstance(dictionary, Dictionary) else repr(dictionary)
+    found = (
+        f"a {dictionary.name} that reads {', '.join(map(str, dictionary.reads))}"
+        if isinstance(dictionary, Dictionary)
+        else repr(dictionary)
+    )
     return ConfigError(
         f"the features of '{name}' cannot be tracked",
         expected="a dictionary that reads one site, an autoencoder or a transcoder",

@@ -69,12 +69,18 @@ class FeatureSums:
         self.moments.update(f.flatten(0, 1), weight.reshape(-1))
         sums = torch.stack([f.sum(1, dtype=dtype), (f != 0).sum(1).to(dtype)], 1)  # [batch, 2, k]
         sizes = weight.sum(1).to(dtype)  # [batch]
-        self.on += sums[:, 1].sum(0)
-        torch.maximum(self.maximum, f.amax((0, 1)).to(dtype), out=self.maximum)
-        self.texts += (sizes > 0).sum()
-        self.squared_sizes += sizes.square().sum()
-        self.products += torch.einsum("b,bsk->sk", sizes, sums)
-        self.squares += sums.square().sum(0)
+        self.on.add_(sums[:, 1].sum(0))
+        self.maximum.copy_(torch.maximum(self.maximum, f.amax((0, 1)).to(dtype)))
+        self.texts.add_((sizes > 0).sum())
+        self.squared_sizes.add_(sizes.square().sum())
+        self.products.add_(torch.einsum("b,bsk->sk", sizes, sums))
+        self.squares.add_(sums.square().sum(0))
+
+    def reset(self) -> None:
+        """Forgets everything, in place."""
+        self.moments.reset()
+        for tensor in (*self.tensors.values(), self.maximum):
+            tensor.zero_()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -169,12 +175,17 @@ class DictionarySums:
             with torch.no_grad():
                 f = self.dictionary.encoder.encode(part)  # [tile, features]
                 if self.explains_itself:
-                    self.squared_error += (part - self.dictionary.decode(f, part)).to(dtype).square().sum()
-                self.on += (f != 0).sum(0)
+                    self.squared_error.add_((part - self.dictionary.decode(f, part)).to(dtype).square().sum())
+                self.on.add_((f != 0).sum(0))
             wide = part.to(dtype)
-            self.tokens += len(part)
-            self.squares += wide.square().sum()
-            self.total += wide.sum(0)
+            self.tokens.add_(len(part))
+            self.squares.add_(wide.square().sum())
+            self.total.add_(wide.sum(0))
+
+    def reset(self) -> None:
+        """Forgets everything, in place."""
+        for name in self.names:
+            getattr(self, name).zero_()
 
     @property
     def explains_itself(self) -> bool:

@@ -62,9 +62,14 @@ class FeatureReader:
             untrained = self.group.dictionary.untrained
             mask = _trained(h, mask, untrained, context.positions if untrained.first else None)
             self.window.update(self.group.encode(h), mask)
-            if self.quality is not None and self._quality_is_due:
-                self.quality.update(h[mask])
-                self._quality_is_due = False
+            if self.quality is not None:
+                self._read_dictionary(h, mask)
+
+    @torch.compiler.disable  # compiled code would depend on what is read in the first pass of a window alone
+    def _read_dictionary(self, h: Tensor, mask: Tensor) -> None:
+        if self.quality is not None and self._quality_is_due:
+            self.quality.update(h[mask])
+            self._quality_is_due = False
 
     def move(self, device: torch.device) -> None:
         """Moves the sums to a device."""
@@ -87,10 +92,9 @@ class FeatureReader:
 
     def reset(self) -> None:
         """Begins a window."""
-        device = self.window.on.device
-        self.window = FeatureSums(len(self.group.names), device)
+        self.window.reset()
         if self.quality is not None:
-            self.quality = DictionarySums(self.group.dictionary, device)
+            self.quality.reset()
         self._quality_is_due = True
 
     def state_dict(self, reduce: Reduce) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from steer.errors import ConfigError, WidthError
 from steer.features.activation import Activation
 from steer.features.activations.jumprelu import JumpReLU
 from steer.features.activations.topk import TopK
+from steer.model.hooks import prepare_compile
 
 Tiny = Callable[[str], Any]
 ACTIVATIONS: dict[str, Callable[[], Activation | None]] = {
@@ -290,6 +291,26 @@ def test_training_is_the_same_to_the_bit(tiny: Tiny) -> None:
         return found
 
     assert losses(tracker(probe=prompts(), stream=True)) == losses(None)
+
+
+def test_compiled_training_is_read_like_any_other_and_not_compiled_again(tiny: Tiny) -> None:
+    torch._dynamo.reset()
+    compilations = torch._dynamo.utils.counters["stats"]
+    prepare_compile()
+    windows = []
+    for model in (torch.compile(tiny("llama").train(), backend="eager"), tiny("llama").train()):
+        loop, tracked = Loop(model), tracker(dictionary(first=1), probe=prompts(), stream=True)
+        with tracked.attached(model):
+            tracked.measure(0)
+            list(loop.train(2))
+            before = compilations["unique_graphs"]
+            windows.append(of_kind(tracked.measure(2), mode="stream") + of_kind(tracked.latest, "dictionary", "stream"))
+            list(loop.train(2))
+            tracked.measure(4)
+        assert before > 0 and compilations["unique_graphs"] == before
+    for compiled, plain in zip(*windows, strict=True):
+        assert compiled.n == plain.n
+        assert dict(compiled.metrics) == pytest.approx(dict(plain.metrics), rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_metrics_of_features_and_of_directions_are_told_apart() -> None:
