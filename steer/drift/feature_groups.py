@@ -140,19 +140,20 @@ def feature_groups(features: Mapping[str, FeaturesLike], controls: int, seed: in
     groups: list[FeatureGroup] = []
     for name, of_name in features.items():
         asked = of_name if isinstance(of_name, TrackedFeatures) else _unpacked(name, of_name)
-        dictionary = asked.dictionary
-        if (
-            not isinstance(dictionary, SparseAutoencoder)
-            or len(dictionary.reads) != 1
-            or dictionary.encoder.rows.shape[1:] != (dictionary.d_in,)
-        ):
-            raise _not_of_one_site(name, dictionary)
+        dictionary = of_one_read_site(f"'{name}'", asked.dictionary)
         named = chosen(asked.features, dictionary.width).cpu()
         draws = random_features(dictionary, named, draws=max(1, math.ceil(controls / max(1, len(named)))), seed=seed, density=asked.density)
         random = sorted({feature for draw in draws for feature in draw})
         is_first = all(group.dictionary is not dictionary for group in groups)
         groups.append(FeatureGroup(name, dictionary, named, torch.tensor(random), measures_dictionary=is_first))
     return groups
+
+
+def of_one_read_site(what: str, dictionary: object) -> SparseAutoencoder:
+    """The dictionary, when it reads one site. Raises ConfigError for others; what: that needs it, for the message."""
+    if not isinstance(dictionary, SparseAutoencoder) or len(dictionary.reads) != 1:
+        raise _not_of_one_site(what, dictionary)
+    return dictionary
 
 
 def _unpacked(name: str, given: object) -> TrackedFeatures:
@@ -198,15 +199,13 @@ def _no_pair(name: str, given: object) -> ConfigError:
     )
 
 
-def _not_of_one_site(name: str, dictionary: object) -> ConfigError:
-    found = (
-        f"a {dictionary.name} that reads {', '.join(map(str, dictionary.reads))}"
-        if isinstance(dictionary, Dictionary)
-        else repr(dictionary)
-    )
+def _not_of_one_site(what: str, dictionary: object) -> ConfigError:
+    found = f"{type(dictionary).__name__} {str(dictionary)[:100]}"
+    if isinstance(dictionary, Dictionary):
+        found = f"a {dictionary.name} that reads {', '.join(map(str, dictionary.reads[:6]))}"
     return ConfigError(
-        f"the features of '{name}' cannot be tracked",
-        expected="a dictionary that reads one site, an autoencoder or a transcoder",
-        found=found[:120],
+        f"the features of {what} cannot be read",
+        expected="a dictionary that reads one site: an autoencoder or a transcoder",
+        found=found,
         remedy="load one with steer.load_dictionary; of other dictionaries, track decoder rows as directions",
     )

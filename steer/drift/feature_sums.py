@@ -170,17 +170,22 @@ class DictionarySums:
 
     def update(self, h: Tensor) -> None:
         """Adds tokens, h [tokens, width], a tile of them at a time."""
-        dtype = self.total.dtype
         for part in h.detach().split(max(1, TILE // self.dictionary.width)):
-            with torch.no_grad():
-                f = self.dictionary.encoder.encode(part)  # [tile, features]
-                if self.explains_itself:
-                    self.squared_error.add_((part - self.dictionary.decode(f, part)).to(dtype).square().sum())
-                self.on.add_((f != 0).sum(0))
-            wide = part.to(dtype)
-            self.tokens.add_(len(part))
-            self.squares.add_(wide.square().sum())
-            self.total.add_(wide.sum(0))
+            self.encoded(part)
+
+    def encoded(self, part: Tensor) -> Tensor:
+        """Adds a tile of tokens, [tile, width], and gives its features, [tile, features]."""
+        dtype = self.total.dtype
+        with torch.no_grad():
+            f = self.dictionary.encoder.encode(part)
+            if self.explains_itself:
+                self.squared_error.add_((part - self.dictionary.decode(f, part)).to(dtype).square().sum())
+            self.on.add_((f != 0).sum(0))
+        wide = part.to(dtype)
+        self.tokens.add_(len(part))
+        self.squares.add_(wide.square().sum())
+        self.total.add_(wide.sum(0))
+        return f
 
     def reset(self) -> None:
         """Forgets everything, in place."""
