@@ -48,6 +48,7 @@ _EXPORTS: dict[str, str] = {
     "select": "steer.directions",
     "train_direction": "steer.directions",
     "load_dictionary": "steer.features",
+    "FeatureLoss": "steer.features",
     "LogitLens": "steer.lens",
     "TunedLens": "steer.lens",
     "JacobianLens": "steer.lens",

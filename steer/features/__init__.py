@@ -3,6 +3,7 @@
 from steer.features.activation import ACTIVATIONS, Activation
 from steer.features.dictionary import ARCHITECTURES, Dictionary
 from steer.features.encoder import Encoder
+from steer.features.feature_loss import FeatureLoss
 from steer.features.format import FORMATS
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
@@ -17,6 +18,7 @@ __all__ = [
     "Activation",
     "Dictionary",
     "Encoder",
+    "FeatureLoss",
     "FeatureStatistics",
     "InMemory",
     "LowRank",

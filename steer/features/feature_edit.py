@@ -128,10 +128,7 @@ class FeatureEdit(Operator):
         return None if self.origin["reads"] == self.origin["writes"] else Site.parse(self.origin["reads"][0])
 
     def narrowed(self, scope: Scope) -> Scope:
-        if not self.first:
-            return scope
-        first = ",".join(map(str, range(self.first))) if self.first <= LISTED else f":{self.first}"
-        return scope.without(f"positions[{first}]")
+        return without_first(scope, self.first)
 
     def check_site(self, site: Site) -> None:
         check_written(self.name, self.origin, site)
@@ -231,6 +228,14 @@ def origin_of(dictionary: Dictionary) -> dict[str, Any]:
         "writes": [str(site) for site in dictionary.writes],
         **{name: getattr(source, name) for name in ("format", "place", "revision", "model")},
     }
+
+
+def without_first(scope: Scope, first: int) -> Scope:
+    """The scope without the tokens at the start of a text that a dictionary was not trained on."""
+    if not first:
+        return scope
+    positions = ",".join(map(str, range(first))) if first <= LISTED else f":{first}"
+    return scope.without(f"positions[{positions}]")
 
 
 def check_written(operator: str, origin: Mapping[str, Any], site: Site) -> None:
