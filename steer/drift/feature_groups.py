@@ -16,10 +16,10 @@ from steer.checks import of_type
 from steer.drift.site_directions import TrackedDirection
 from steer.errors import ConfigError
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
-from steer.features.dictionary import Dictionary, Features, probe
-from steer.features.encoder import Encoder, chosen
+from steer.features.chosen_features import ChosenFeatures
+from steer.features.dictionary import Dictionary, Features
+from steer.features.encoder import chosen
 from steer.features.random_features import random_features
-from steer.features.rows import InMemory
 from steer.model.site import Site
 
 
@@ -42,30 +42,6 @@ class TrackedFeatures:
 FeaturesLike = TrackedFeatures | tuple[Dictionary, Features] | tuple[Dictionary, Features, Tensor]
 
 
-class ChosenEncoder:
-    """Encodes a few features of a dictionary: from their own rows where the activation is elementwise, exactly and in tiles where not.
-
-    Args:
-        indices: [chosen] on the CPU.
-    """
-
-    def __init__(self, dictionary: SparseAutoencoder, indices: Tensor) -> None:
-        self.dictionary = dictionary
-        self.indices = indices
-        self.encoder: Encoder | None = None
-        if dictionary.encoder.activation.elementwise:
-            with torch.inference_mode(False):
-                self.encoder = _narrowed(dictionary.encoder, indices)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """[..., chosen] features of all tokens, those that the dictionary was not trained on included. h: [..., width]"""
-        if self.encoder is None:
-            return self.dictionary.encoder.encode(h, self.indices)
-        if self.encoder.rows.tensor.device != h.device:  # type: ignore[attr-defined]
-            self.encoder = _moved(self.encoder, h.device)
-        return self.encoder.encode(h)
-
-
 class FeatureGroup:
     """The features of one dictionary that are tracked under one name.
 
@@ -83,7 +59,8 @@ class FeatureGroup:
         self.named_count = len(named)
         self.indices = torch.cat([named, controls])
         self.names = (*(f"{name}/{i}" for i in named.tolist()), *(f"{name}/random-{i}" for i in controls.tolist()))
-        self.encode = ChosenEncoder(dictionary, self.indices)
+        with torch.inference_mode(False):
+            self.encode = ChosenFeatures(dictionary, self.indices, f"the tracker of '{name}'").activations
         self.measures_dictionary = measures_dictionary
 
     def __repr__(self) -> str:
@@ -160,24 +137,6 @@ def _unpacked(name: str, given: object) -> TrackedFeatures:
     if not isinstance(given, tuple) or len(given) not in (2, 3):
         raise _no_pair(name, given)
     return TrackedFeatures(*given)
-
-
-def _narrowed(encoder: Encoder, indices: Tensor) -> Encoder:
-    """The encoder of chosen features alone."""
-    tensors = {name: tensor if len(tensor) == 1 else tensor[indices] for name, tensor in encoder.activation.tensors.items()}
-    activation = encoder.activation.with_tensors(tensors)
-    rows = encoder.rows.select(indices, probe()).detach().contiguous()
-    bias = None if encoder.bias is None else encoder.bias.detach()[indices]
-    return Encoder(InMemory(rows), bias, activation, shift=encoder.shift, norm=encoder.norm)
-
-
-def _moved(encoder: Encoder, device: torch.device) -> Encoder:
-    """The same on another device."""
-    with torch.inference_mode(False):
-        to = {name: tensor.to(device) for name, tensor in encoder.activation.tensors.items()}
-        bias, shift = (None if tensor is None else tensor.to(device) for tensor in (encoder.bias, encoder.shift))
-        rows = InMemory(encoder.rows.all(probe()).to(device))
-        return Encoder(rows, bias, encoder.activation.with_tensors(to), shift=shift, norm=encoder.norm)
 
 
 def _sha256(text: str, *tensors: Tensor) -> str:

@@ -272,7 +272,7 @@ def _trained(h: Tensor, mask: Tensor, untrained: Untrained, positions: Tensor | 
 def _explains_less(record: DriftRecord) -> str:
     fvu, change = record.metrics["fvu"], record.metrics["fvu_change"]
     return (
-        f"the dictionary of '{record.direction}' at '{record.site}' explains this model less well than at the baseline (step {record.step}, "
+        f"the dictionary of '{record.direction}' at '{record.site}' explains the model less well than at the baseline (step {record.step}, "
         f"{record.mode} mode): {fvu:.2f} of the variance is left over, {fvu - change:.2f} were. Its features may no longer mean what they "
         "meant; do not read their changes by their names, or train a dictionary on this model"
     )

@@ -34,8 +34,9 @@ class DriftMetric:
     """A function of the measurement at one site, and when it is defined.
 
     Attributes:
-        function: takes a `SiteMeasurement` (of features a `FeatureMeasurement`, of dictionaries a `DictionaryMeasurement`), or with `across_sites` a sequence of them, one per site. It gives fp64 values in the order of
-            the directions, concatenated over the sites with `across_sites`; nan where a value is not defined.
+        function: takes a `SiteMeasurement` (of features a `FeatureMeasurement`, of dictionaries a `DictionaryMeasurement`), or with
+            `across_sites` a sequence of them. It gives fp64 values in the order of the directions, concatenated over the sites with
+            `across_sites`; nan where a value is not defined.
         unit: what the values are counted in, for the documentation.
         modes: modes of reading in which it is defined: `probe`, which has the states of each prompt, and `stream`, which has moments only.
         controls: the random control directions have a value too: [directions] of values, otherwise [named directions].
@@ -130,8 +131,9 @@ def drift_metric(
 
 
 def metrics_of(mode: str, of: str = "direction") -> list[DriftMetric]:
-    """Metrics that are defined in a mode, of directions, features or dictionaries, each after those that it needs. One of another package that needs what there is not is left out,
-    with a warning, and so are those that need it.
+    """Metrics that are defined in a mode, of directions, features or dictionaries, each after those that it needs.
+
+    One of another package that needs what there is not is left out, with a warning, and so are those that need it.
 
     Raises:
         ConfigError: a metric needs one that does not exist, or that needs it in turn.

@@ -25,7 +25,7 @@ class DriftRecord:
         mode: `probe` (fixed prompts, compared with their own first measurement) or `stream` (training tokens since the check before,
             compared with the first such window).
         direction, site: which vector, feature (`<name>/<index>`) or dictionary, and where.
-        kind: `named`, or `control` for a random direction of the same site; `feature`, or `feature_control` for a random feature of the same
+        kind: `named`, or `control` for a random direction of the same site; `feature`, or `feature_control` for a random one of the same
             dictionary; `dictionary`.
         n: prompts (probe) or labelled tokens (stream); tokens of a dictionary.
         metrics: value of each drift metric, by its name in `steer.drift.METRICS`.

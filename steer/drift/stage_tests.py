@@ -37,7 +37,7 @@ class StageTests:
     by_chance: float
 
 
-def tests_of_features(
+def sign_flips_of_features(
     differences: Callable[[slice], tuple[Tensor, Tensor]], width: int, texts: int, *, alpha: float, draws: int, seed: int
 ) -> StageTests:
     """Sign-flip tests of the mean difference of each feature, corrected by the largest statistic under each pattern of signs.
@@ -96,7 +96,11 @@ def _share(as_large: Tensor, patterns: int, exact: bool) -> Tensor:
 
 
 def _by_chance(statistics: Tensor, tie: Tensor, alpha: float, exact: bool) -> float:
-    """Expected number of features with p <= alpha if their signs were random: [patterns, tested], each pattern taken for the observed one."""
+    """Expected number of features with p <= alpha if signs were random, each pattern taken for the observed one.
+
+    Args:
+        statistics: [patterns, tested].
+    """
     patterns = len(statistics)
     allowed = _allowed(patterns, alpha, exact)
     if allowed < 1 or not statistics.shape[1]:

@@ -12,10 +12,10 @@ from steer.checks import of_type
 from steer.drift.feature_groups import of_one_read_site
 from steer.drift.feature_sums import TILE, DictionarySums
 from steer.drift.probe import undisturbed
-from steer.drift.stage_tests import StageTests, tests_of_features
+from steer.drift.stage_tests import StageTests, sign_flips_of_features
 from steer.errors import ConfigError
-from steer.features.dictionary import Dictionary
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
+from steer.features.dictionary import Dictionary
 from steer.model.capture import capture
 from steer.model.span import span_of
 from steer.model.tokens import Row
@@ -157,11 +157,12 @@ class StageComparison:
     def summary(self) -> str:
         """What was found in words, with what chance would give, and whether the dictionary still explains the model."""
         a, b = self.quality_a, self.quality_b
+        level = f"p <= {self.alpha:g}"
         return (
-            f"{len(self.moved)} of {self.tested} features moved (max-T over all of them, p <= {self.alpha:g}, {self.texts} texts; one or more "
-            f"by chance in {100 * self.alpha:g} % of comparisons). Before correction: {self.uncorrected} with p <= {self.alpha:g}, "
-            f"{self.by_chance:.1f} by chance. The dictionary leaves {float(b.fvu):.3f} of the variance over, {float(a.fvu):.3f} at the first "
-            f"stage; {float(b.l0):.1f} features are on at a token, {float(a.l0):.1f} were."
+            f"{len(self.moved)} of {self.tested} features moved ({level} by max-T over all of them, {self.texts} texts; by chance one or "
+            f"more in {100 * self.alpha:g} % of comparisons). Before correction: {self.uncorrected} with {level}, {self.by_chance:.1f} "
+            f"by chance. The dictionary leaves {float(b.fvu):.3f} of the variance over, {float(a.fvu):.3f} at the first stage; "
+            f"{float(b.l0):.1f} features are on at a token, {float(a.l0):.1f} were."
         )
 
 
@@ -200,7 +201,7 @@ def compare_readings(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: 
         means[:, features] = torch.stack([of_a.mean(0), of_b.mean(0)])
         return of_b - of_a, ((of_a != 0) | (of_b != 0)).any(0)
 
-    tests = tests_of_features(differences, a.dictionary.width, len(used), alpha=alpha, draws=draws, seed=seed)
+    tests = sign_flips_of_features(differences, a.dictionary.width, len(used), alpha=alpha, draws=draws, seed=seed)
     return StageComparison(a.dictionary, len(used), alpha, means[0], means[1], tests, a.quality, b.quality)
 
 

@@ -1,4 +1,4 @@
-"""DriftTracker: measures directions and dictionary features while a model is trained, without a framework. A callback calls `measure` after optimiser steps."""
+"""DriftTracker: measures directions and features while a model is trained, without a framework: call `measure` after optimiser steps."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_the_dictionary_itself_is_measured(tiny: Tiny, activation: str) -> None:
         with torch.no_grad():  # what stays is the bias of the decoder, which is no longer small beside the activations
             for parameter in model.parameters():
                 parameter *= 0.3
-        with pytest.warns(UserWarning, match="the dictionary of 'warm' at .* explains this model less well") as caught:
+        with pytest.warns(UserWarning, match="the dictionary of 'warm' at .* explains the model less well") as caught:
             (record,) = of_kind(tracked.measure(1), "dictionary")
         assert record.fvu_change > 0.25 * fvu and len(caught) == 1
         with warnings.catch_warnings():
