@@ -6,7 +6,9 @@ from steer.features.encoder import Encoder
 from steer.features.format import FORMATS
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
+from steer.features.random_features import random_features
 from steer.features.rows import InMemory, LowRank, Rows
+from steer.features.statistics import FeatureStatistics, feature_statistics
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,11 +17,14 @@ __all__ = [
     "Activation",
     "Dictionary",
     "Encoder",
+    "FeatureStatistics",
     "InMemory",
     "LowRank",
     "Origin",
     "Rows",
     "Source",
     "Untrained",
+    "feature_statistics",
     "load_dictionary",
+    "random_features",
 ]

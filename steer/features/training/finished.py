@@ -95,9 +95,10 @@ def save(learner: Learner, folder: Path, metrics: Mapping[str, Any], *, model: s
     for name in (METRICS, STATISTICS, CARD):  # of an earlier save: a folder with other things than a dictionary is not replaced
         (folder / name).unlink(missing_ok=True)
     dictionary = dictionary_of(learner, model=model, notes=notes)
-    dictionary.save(folder, dtype=dtype)
     largest: list[Any] = [layer.largest for layer in learner.layers]
     statistics = {"density": learner.density().float(), "maximum": torch.cat(largest)}
+    dictionary.density, dictionary.maxima = (statistics[name].cpu() for name in ("density", "maximum"))
+    dictionary.save(folder, dtype=dtype)
     atomic_write(folder / STATISTICS, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in statistics.items()}))
     atomic_write(folder / CARD, card(dictionary, learner, metrics, training))
     atomic_write(folder / METRICS, json.dumps(dict(metrics), indent=2) + "\n")
