@@ -156,8 +156,8 @@ def _trial(
     while SMALLEST <= dose <= LARGEST and dose not in measured:
         clamp = ClampFeatures(dictionary, [feature], to=dose, of_maximum=True)
         with Plan(Intervention(clamp, dictionary.writes[0])).attached(model):
-            of_words, loss = next_word(model, neutral, tokens, pad=pad)
-        measured[dose] = float((of_words - base[0]).mean()), float((loss - base[1]).mean())
+            of_words, loss = next_word(model, neutral, tokens[None], pad=pad)
+        measured[dose] = float((of_words[:, 0] - base[0]).mean()), float((loss - base[1]).mean())
         is_over = measured[dose][1] > damage
         if len({cost > damage for _, cost in measured.values()}) == 2:
             break

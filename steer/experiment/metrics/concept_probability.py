@@ -45,9 +45,9 @@ class ConceptProbability(Metric):
     def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
         if self.words is None:
             raise _no_words()
-        tokens = torch.tensor(list(word_tokens(tokenizer, self.words).values()))
+        tokens = torch.tensor([list(word_tokens(tokenizer, self.words).values())])
         found, _ = next_word(model, [passage(tokenizer, item, self.text) for item in items], tokens, pad=pad_id(tokenizer))
-        return dict(zip([item["id"] for item in items], found.tolist(), strict=True))
+        return dict(zip([item["id"] for item in items], found[:, 0].tolist(), strict=True))
 
 
 def check_words(words: Any) -> tuple[str, ...]:
@@ -75,13 +75,13 @@ def next_word(model: nn.Module, rows: Sequence[Row], tokens: Tensor, *, pad: int
 
     Args:
         rows: texts; counted is what is predicted in place of each response token.
-        tokens: [concepts, words] ids, whose probabilities are added within a concept; or [words] of one.
+        tokens: [concepts, words] ids, whose probabilities are added within a concept.
 
     Returns:
-        [len(rows), concepts], or [len(rows)] of one, and [len(rows)] fp64, in the order of `rows`.
+        [len(rows), concepts] and [len(rows)] fp64, in the order of `rows`.
     """
     device = input_device(model)
-    of_words = torch.zeros(len(rows), *tokens.shape[:-1], dtype=torch.float64)
+    of_words = torch.zeros(len(rows), len(tokens), dtype=torch.float64)
     losses = torch.zeros(len(rows), dtype=torch.float64)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
@@ -91,11 +91,11 @@ def next_word(model: nn.Module, rows: Sequence[Row], tokens: Tensor, *, pad: int
                 logits = model(**batch, use_cache=False).logits  # [batch, tokens, vocabulary]
             inside = labels[:, 1:] != -100
             scored = logits[:, :-1][inside].float()  # [scored tokens, vocabulary]
-            logprobs = (scored[:, tokens.to(device)].logsumexp(-1).mT - scored.logsumexp(-1)).mT  # [scored tokens, concepts]
-            table = logprobs.new_full((*inside.shape, *tokens.shape[:-1]), -torch.inf)
+            logprobs = scored[:, tokens.to(device)].logsumexp(-1) - scored.logsumexp(-1, keepdim=True)  # [scored tokens, concepts]
+            table = logprobs.new_full((*inside.shape, len(tokens)), -torch.inf)
             table[inside] = logprobs
             count = inside.sum(1)
-            of_words[chosen] = (table.logsumexp(1).mT - count.log()).mT.double().cpu()
+            of_words[chosen] = (table.logsumexp(1) - count[:, None].log()).double().cpu()
             total, _ = response_sums(logits, labels)
             losses[chosen] = (-total / count).double().cpu()
     return of_words, losses
