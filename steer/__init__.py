@@ -48,6 +48,8 @@ _EXPORTS: dict[str, str] = {
     "select": "steer.directions",
     "train_direction": "steer.directions",
     "load_dictionary": "steer.features",
+    "find_features": "steer.features.search",
+    "FoundFeatures": "steer.features.search",
     "LogitLens": "steer.lens",
     "TunedLens": "steer.lens",
     "JacobianLens": "steer.lens",
