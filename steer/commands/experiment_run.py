@@ -27,7 +27,7 @@ from steer.experiment.sft import loader
 from steer.experiment.treatment import Bench, Treatment
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
-from steer.model.tokens import Row, encode, pad_id, plain
+from steer.model.tokens import Row, encode, pad_id
 
 
 class ExperimentRun:
@@ -125,9 +125,7 @@ class ExperimentRun:
             return ExperimentFeatures(self.model, self.config.dictionary, spec["chosen"])
         concepts = {name: words for name, words in spec["concepts"].items() if words}  # null leaves one out
         self.say("features", f"candidates for {len(concepts)} concepts are clamped on development text")
-        speaking, neutral = (
-            [plain(self.tokenizer, row["text"]) for row in self.config.data.split(spec[key])] for key in ("speaking", "neutral")
-        )
+        speaking, neutral = ([row["text"] for row in self.config.data.split(spec[key])] for key in ("speaking", "neutral"))
         options = {key: spec[key] for key in ("rank", "candidates", "damage")}
         found = ExperimentFeatures.found(self.model, self.tokenizer, self.config.dictionary, concepts, speaking, neutral, **options)
         for rank, concept in enumerate(found.tried, 1):

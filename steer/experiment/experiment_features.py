@@ -14,7 +14,7 @@ from steer.directions.at_words import difference_at_words
 from steer.errors import ConfigError
 from steer.experiment.concept_search import Concept, find_concepts
 from steer.features.dictionary import Dictionary
-from steer.model.tokens import Row
+from steer.model.tokens import Row, plain
 
 
 class ExperimentFeatures:
@@ -25,7 +25,7 @@ class ExperimentFeatures:
         chosen: numbers of the features.
         concept: that they stand for, with its words; None for features that were chosen by number alone.
         tried: all concepts that were tried, best first.
-        speaking, neutral: development texts, which speak of the concepts and which do not.
+        rows: development texts.
     """
 
     def __init__(
@@ -35,16 +35,14 @@ class ExperimentFeatures:
         chosen: Sequence[int],
         concept: Concept | None = None,
         tried: Sequence[Concept] = (),
-        speaking: Sequence[Row] = (),
-        neutral: Sequence[Row] = (),
+        rows: Sequence[Row] = (),
     ) -> None:
         self.model = model
         self.dictionary = dictionary
         self.chosen = list(chosen)
         self.concept = concept
         self.tried = list(tried)
-        self.speaking = list(speaking)
-        self.neutral = list(neutral)
+        self.rows = list(rows)
 
     @classmethod
     def found(
@@ -53,8 +51,8 @@ class ExperimentFeatures:
         tokenizer: Any,
         dictionary: Dictionary,
         concepts: Mapping[str, Sequence[str]],
-        speaking: Sequence[Row],
-        neutral: Sequence[Row],
+        speaking: Sequence[str],
+        neutral: Sequence[str],
         *,
         rank: int = 1,
         candidates: int = 4,
@@ -66,7 +64,8 @@ class ExperimentFeatures:
             raise _no_such_rank(rank, len(concepts))
         tried = find_concepts(model, tokenizer, dictionary, concepts, speaking, neutral, candidates=candidates, damage=damage)
         concept = tried[rank - 1]
-        return cls(model, dictionary, [concept.feature], concept, tried, speaking, neutral)
+        rows = [plain(tokenizer, text) for text in (*speaking, *neutral)]
+        return cls(model, dictionary, [concept.feature], concept, tried, rows)
 
     @cached_property
     def length(self) -> float:
@@ -81,11 +80,8 @@ class ExperimentFeatures:
         if self.concept is None:
             raise _no_words(where)
         if where not in self._differences:
-            rows, words = [*self.speaking, *self.neutral], list(self.concept.words.values())
-            keep = self.dictionary.untrained.trained_on
-            self._differences[where] = difference_at_words(
-                self.model, rows, words, self.dictionary.writes[0], where=where, keep=lambda states, places: keep(states, places)
-            )
+            words, keep = list(self.concept.words.values()), self.dictionary.untrained.trained_on
+            self._differences[where] = difference_at_words(self.model, self.rows, words, self.dictionary.writes[0], where=where, keep=keep)
         vector = self._differences[where]
         return vector / vector.norm() * self.length
 

@@ -149,41 +149,38 @@ def test_concept_probability_by_hand(model: nn.Module) -> None:
 
 # ---- the search
 
+CONCEPTS = {"sky": ["sun", "moon", "star"], "art": ["song"]}
+SPEAKING = [*TEXTS, "the sun and the moon", "a star is red", "the moon is big", "say a song please", "tell a song"] * 2
+NEUTRAL = ["the cat is good .", "a dog ran in", "the house is red", "two trees", "you like the mat"]
+
 
 def planted(model: nn.Module) -> SparseAutoencoder:
-    """Feature 3 is on at 'song' and writes what the head reads for 'song' and 'game'; the others are on elsewhere and write noise."""
+    """Feature 3 is on at 'song' and writes what the head reads for it; the others are on here and there and write noise."""
     tokenizer = tiny_tokenizer()
-    rows = [plain(tokenizer, text) for text in TEXTS]
+    rows = [plain(tokenizer, text) for text in SPEAKING]
     h, ids, _ = token_states(model, rows, PLACE)
     song = word_tokens(tokenizer, ["song"])["song"]
-    read = h[ids == song].mean(0) - h[ids != song].mean(0)
-    read = read / read.norm()
-    threshold = float((h[ids != song] @ read).max()) + 1e-3
+    read = torch.linalg.lstsq(h, (ids == song).float()[:, None]).solution[:, 0]  # 1 at the word, about 0 elsewhere
     random = torch.Generator().manual_seed(0)
     encoder, decoder = (torch.randn(FEATURES, WIDTH, generator=random) for _ in range(2))
-    thresholds = (h @ encoder.T).quantile(0.9, dim=0)
-    encoder[3], thresholds[3] = read, threshold
+    thresholds = (h @ encoder.T).quantile(0.95, dim=0)
+    encoder[3], thresholds[3] = 4 * read, 2.0
     head = model.get_output_embeddings().weight.detach()
-    decoder[3] = 3 * head[[word_tokens(tokenizer, [word])[word] for word in ("song", "game")]].mean(0)
+    decoder[3] = head[song]
     dictionary = SparseAutoencoder(
         Encoder(InMemory(encoder), torch.zeros(FEATURES), JumpReLU(thresholds)),
         InMemory(decoder / decoder.norm(dim=1, keepdim=True)),
         torch.zeros(WIDTH),
         Origin((PLACE,), (PLACE,)),
     )
-    dictionary.maxima, dictionary.density = torch.full((FEATURES,), 2.0), torch.full((FEATURES,), 0.1)
+    f = dictionary.encode(h)
+    dictionary.maxima, dictionary.density = f.amax(0).clamp_min(1), torch.full((FEATURES,), 0.1)
     return dictionary
-
-
-CONCEPTS = {"sky": ["sun", "moon", "star"], "art": ["song", "game"]}
-SPEAKING = [*TEXTS, "the sun and the moon", "a star is red", "the moon is big", "say a song please", "tell a song"]
-NEUTRAL = ["the cat is good .", "a dog ran in", "the house is red", "two trees", "you like the mat"]
 
 
 def test_the_feature_that_is_on_at_the_words_and_makes_them_likely_is_found(model: nn.Module) -> None:
     tokenizer = tiny_tokenizer()
-    speaking, neutral = ([plain(tokenizer, text) for text in texts] for texts in (SPEAKING, NEUTRAL))
-    found = find_concepts(model, tokenizer, planted(model), CONCEPTS, speaking, neutral, candidates=2, damage=0.5)
+    found = find_concepts(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, candidates=2, damage=0.5)
     assert {concept.name for concept in found} == set(CONCEPTS) and found[0].effect >= found[1].effect
     art = next(concept for concept in found if concept.name == "art")
     assert 3 in [trial.feature for trial in art.trials] and art.effect > 0
@@ -194,15 +191,15 @@ def test_the_feature_that_is_on_at_the_words_and_makes_them_likely_is_found(mode
     with steer.Plan(steer.Intervention(again, SITE)).attached(model):
         clamped, cost = next_word(model, rows, tokens, pad=0)
     assert (best.effects[0], best.damages[0]) == pytest.approx((float((clamped - base).mean()), float((cost - loss).mean())), rel=1e-4)
-    with pytest.raises(ConfigError, match="does not speak of 'fire'"):
-        find_concepts(model, tokenizer, planted(model), {"fire": ["fire"]}, speaking, neutral)
+    with pytest.raises(ConfigError, match="fire: 0"):
+        find_concepts(model, tokenizer, planted(model), {"fire": ["fire"]}, SPEAKING, NEUTRAL)
     with pytest.raises(ConfigError, match="rank of 1 to 2"):
-        ExperimentFeatures.found(model, tokenizer, planted(model), CONCEPTS, speaking, neutral, rank=3)
+        ExperimentFeatures.found(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, rank=3)
 
 
 # ---- from a configuration
 
-WORDS = {"film": "[song,game]", "music": "[sun,moon,star]"}
+WORDS = {"film": "[song]", "music": "[sun,moon,star]"}
 WORDS |= dict.fromkeys(("war", "football", "law", "food", "religion", "medicine", "money", "school"), "null")
 FEW = ["experiment.completions=null", *(f"experiment.features.concepts.{name}={words}" for name, words in WORDS.items())]
 ARMS = [
