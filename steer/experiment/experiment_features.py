@@ -54,17 +54,21 @@ class ExperimentFeatures:
         speaking: Sequence[str],
         neutral: Sequence[str],
         *,
-        rank: int = 1,
+        rank: int | None = 1,
         candidates: int = 4,
         damage: float = 0.2,
     ) -> ExperimentFeatures:
-        """The feature of the concept that stands at a rank among all that are tried. Raises as `find_concepts`."""
-        whole_number(rank, "`rank` of a concept", least=1)
-        if rank > len(concepts):
-            raise _no_such_rank(rank, len(concepts))
+        """The feature of the concept that stands at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
+        if rank is not None:
+            whole_number(rank, "`rank` of a concept", least=1)
+            if rank > len(concepts):
+                raise _no_such_rank(rank, len(concepts))
         tried = find_concepts(model, tokenizer, dictionary, concepts, speaking, neutral, candidates=candidates, damage=damage)
-        concept = tried[rank - 1]
         rows = [plain(tokenizer, text) for text in (*speaking, *neutral)]
+        if rank is None:
+            features = dict.fromkeys(trial.feature for concept in tried for trial in concept.trials)
+            return cls(model, dictionary, list(features), None, tried, rows)
+        concept = tried[rank - 1]
         return cls(model, dictionary, [concept.feature], concept, tried, rows)
 
     @cached_property
