@@ -37,7 +37,7 @@ COMMANDS = {
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
-    "say": ("directions.", "gates."),
+    "say": ("directions.", "gates.", "dictionaries."),
     "features find": ("concepts.", "labelled.", "settings."),
 }
 RUNS = ("run", "plan", "lock", "report")
