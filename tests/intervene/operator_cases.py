@@ -269,6 +269,10 @@ def put(f: Tensor, d: Draw) -> None:
     f[..., 7], f[..., 2] = d(5, 2)
 
 
+def put_others(f: Tensor, d: Draw) -> None:
+    f[..., 7], f[..., 2] = d(6, 2)
+
+
 def kept_between(f: Tensor, d: Draw) -> None:
     f[..., [7, 2]] = f[..., [7, 2]].clamp(0.5, 2.0)
 
@@ -367,7 +371,7 @@ CASES: dict[str, Case] = {
         lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], add=d(5, 2))), spliced(jumped, raised, norm=True)
     ),
     "clamp_features, layer norm": Case(
-        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(5, 2))), spliced(jumped, put, norm=True)
+        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(6, 2))), spliced(jumped, put_others, norm=True)
     ),
     "feature_gains": Case(lambda d: everywhere(FeatureGains(dictionary(d, jump), [7, 2], d(5, 2), d(8, 2))), spliced(jumped, regained)),
     "ablate_features": Case(lambda d: everywhere(AblateFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, without)),
