@@ -20,8 +20,8 @@ from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, needs, origin_of, unsupported
 from steer.features.formats.saelens import with_gain
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens
-from steer.features.place import Place
 from steer.features.rows import Rows
+from steer.place import Place
 
 _LAYER_FILE, _ENCODER_FILE = r"layer_(\d+)\.safetensors", r"W_enc_(\d+)\.safetensors"
 
