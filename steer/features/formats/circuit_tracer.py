@@ -93,7 +93,7 @@ def _elsewhere(place: Place, wanted: Wanted, address: str) -> Dictionary:
     if match is None:
         raise unsupported(place, "an entry in the list of transcoders that is not read", "hf://owner/name/folder/params.npz", address)
     format = FORMATS.get("gemma_scope" if match[3] == "npz" else "gemma_scope_2")
-    return format.read(Place.find(match[1], match[2], match[4]), wanted)
+    return format.read(Place.find(match[1], match[2], match[4], what="dictionary"), wanted)
 
 
 def _cross_layer(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionary:
