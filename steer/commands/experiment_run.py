@@ -103,6 +103,7 @@ class ExperimentRun:
             "site": str(chosen.site),
             "method": chosen.method,
             "auc_heldout": chosen.metrics["auc"],
+            "held_out": chosen.held_out,
             "norm": chosen.metrics["gap"],
             "relative_dose": chosen.relative_dose(),
         }

@@ -212,12 +212,12 @@ class Hub:
         self.files = files
         self.fetched: list[str] = []
 
-    def list_repo_files(self, repository: str, revision: str | None = None) -> list[str]:
+    def list_repo_files(self, repository: str, revision: str | None = None, repo_type: str = "model") -> list[str]:
         if repository != "owner/dictionaries":
             raise LookupError("no such repository")
         return [str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()]
 
-    def download(self, repository: str, name: str, revision: str | None = None) -> str:
+    def download(self, repository: str, name: str, revision: str | None = None, repo_type: str = "model") -> str:
         self.fetched.append(name)
         return str(self.files / name)
 
