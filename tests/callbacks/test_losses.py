@@ -1,4 +1,4 @@
-"""Feature losses under Lightning and Hugging Face trainers: the gradient is that of the sum, whatever the trainer does with its own loss."""
+"""Feature losses under Lightning and Hugging Face trainers: the gradient is that of the sum of both losses."""
 
 from __future__ import annotations
 
