@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from callback_helpers import SITE, Module, OwnLoss, examples, loader, make_plan, make_trainer, n_hooks, same_weights
 from families import FAMILIES
 from features.feature_plans import CHOSEN, autoencoder
+from processes import run_on_ranks
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainingArguments
 
 import steer
@@ -214,6 +218,34 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -
     make_trainer(LossCallback([feature_loss()]), checkpoint, max_epochs=1).fit(half, loader(4))
     make_trainer(LossCallback([feature_loss()]), max_epochs=3).fit(again, loader(4), ckpt_path=str(tmp_path / "last.ckpt"))
     assert same_weights(whole, again) and not same_weights(half, again)
+
+
+# ---- ranks
+
+
+def on_a_rank(out: Path) -> None:
+    """Lightning under DDP; the first rank keeps the weights and what was logged."""
+    torch.set_num_threads(1)
+    mine = DistributedSampler(examples(), num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)  # type: ignore[arg-type]
+    batches = DataLoader(examples(), batch_size=2, sampler=mine)  # type: ignore[arg-type]
+    module = Plain()
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = make_trainer(LossCallback([feature_loss()]), use_distributed_sampler=False, devices=2, strategy=strategy)
+    trainer.fit(module, batches)
+    kept = {"model": module.model.state_dict(), "logged": float(trainer.callback_metrics[LOGGED])}
+    if torch.distributed.get_rank() == 0:
+        torch.save(kept, out / "ranks.pt")
+    torch.distributed.barrier()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path) -> None:
+    run_on_ranks(on_a_rank, tmp_path)
+    kept = torch.load(tmp_path / "ranks.pt", weights_only=True)
+    expected, trained = FAMILIES["llama"](), FAMILIES["llama"]()
+    seen = by_hand(expected, list(loader(batch_size=4)))
+    trained.load_state_dict(kept["model"])
+    assert close(trained, expected) and kept["logged"] == pytest.approx(seen[-1], rel=1e-4)
 
 
 # ---- Hugging Face
