@@ -35,6 +35,8 @@ class FeatureLoss(TokenLoss):
         scope: on which tokens, as of an intervention.
         weight: factor in the training loss.
         name: unique among the losses of a run.
+        rows: name of an entry of the training batch, [rows], that is true (not 0) for the rows in which the loss counts, e.g. for those in
+            another language; None for all. A trainer of transformers does not hand it on to the model.
 
     Raises:
         ConfigError: bounds beside a target or in the wrong order; no number for a dictionary without thresholds; features that are none
@@ -58,6 +60,7 @@ class FeatureLoss(TokenLoss):
         scope: Scope | str = "all",
         weight: float = 1.0,
         name: str = "",
+        rows: str | None = None,
     ) -> None:
         self.chosen = ChosenFeatures(dictionary, features, "a feature loss")
         self.features = tuple(self.chosen.indices.tolist())
@@ -65,7 +68,7 @@ class FeatureLoss(TokenLoss):
         self.of = one_of(of, READ, "what a feature loss is of")
         self.max_norm = dictionary.untrained.max_norm
         site = dictionary.reads[0]
-        super().__init__(site, scope, weight, name or f"feature_loss@{site}")
+        super().__init__(site, scope, weight, name or f"feature_loss@{site}", rows)
         self.scope = without_first(self.scope, dictionary.untrained.first)
         numbers = {"high": high, "low": low, "target": target}
         given = {word: per_feature(value, list(self.features), word)[0, 0] for word, value in numbers.items() if value is not None}
