@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from steer.checks import one_of
@@ -87,9 +88,9 @@ class FeatureLoss(TokenLoss):
         numbers = self.numbers
         if "target" in numbers:
             return (p - numbers["target"]).square().mean(-1)
-        above = (p - numbers["high"]).relu() if "high" in numbers else 0.0
-        below = (numbers["low"] - p).relu() if "low" in numbers else 0.0
-        return (above + below).mean(-1)
+        sides = [(p - numbers["high"]).relu()] if "high" in numbers else []
+        sides += [(numbers["low"] - p).relu()] if "low" in numbers else []
+        return torch.stack(sides).sum(0).mean(-1)
 
     def counts(self, h: Tensor) -> Tensor | None:
         return None if self.max_norm is None else h.detach().norm(dim=-1) <= self.max_norm

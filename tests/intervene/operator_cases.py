@@ -299,12 +299,15 @@ def feature_gates(d: Draw) -> Activation:
     return Gated(d(4, 12, shared=True), d(7, 12, shared=True), d(6, 12, shared=True))
 
 
+ALL = [7, 2, 11, 0, 4, 9, 5, 8, 10, 3, 1, 6]  # some of them are on wherever a test puts the operator
+
+
 def adapted_gains(h: Tensor, strength: float, d: Draw) -> Tensor:
     """Gains are 1 + a linear map of the token at the length sqrt(width)."""
 
     def edit(f: Tensor, d: Draw) -> None:
         x = h * d.width**0.5 / h.square().sum(-1, keepdim=True).sqrt()
-        f[..., [5, 8]] *= 1 + torch.einsum("btw,nw->btn", x, 0.2 * d(5, 2, d.width)) + d(8, 2)
+        f[..., ALL] *= 1 + torch.einsum("btw,nw->btn", x, 0.2 * d(5, 12, d.width)) + d(8, 12)
 
     return spliced(lambda pre, _: pre.clamp_min(0), edit)(h, strength, d)
 
@@ -392,7 +395,7 @@ CASES: dict[str, Case] = {
     ),
     "feature_gains": Case(lambda d: everywhere(FeatureGains(dictionary(d, jump), [7, 2], d(5, 2), d(8, 2))), spliced(jumped, regained)),
     "feature_adapter": Case(
-        lambda d: everywhere(FeatureAdapter(dictionary(d, lambda _: ReLU()), [5, 8], adapter=0.2 * d(5, 2, d.width), bias=d(8, 2))),
+        lambda d: everywhere(FeatureAdapter(dictionary(d, lambda _: ReLU()), ALL, adapter=0.2 * d(5, 12, d.width), bias=d(8, 12))),
         adapted_gains,
     ),
     "feature_adapter of offsets, layer norm": Case(
