@@ -48,7 +48,7 @@ class FeatureEdit(Operator):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("decoder",)
-    settings = ("features", "origin", "activation", "activation_settings", "norm", "first", "max_norm")
+    settings: ClassVar[tuple[str, ...]] = ("features", "origin", "activation", "activation_settings", "norm", "first", "max_norm")
     linear_in_strength = True
 
     def __init__(
