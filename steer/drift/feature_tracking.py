@@ -28,7 +28,8 @@ from steer.model.span import span_of
 from steer.model.tokens import Row
 
 FVU_RISE = 0.25  # of what was left unexplained at the baseline, and
-LEAST_FVU_RISE = 0.05  # of the variance: a dictionary is warned of that leaves so much more
+LEAST_FVU_RISE = 0.05  # of the variance: a dictionary is warned of that leaves so much more,
+LEAST_TOKENS = 256  # measured on so many tokens; the FVU of a few depends on which they are
 
 
 class FeatureReader:
@@ -221,7 +222,7 @@ class FeatureTracking:
         """Warns, once a dictionary and mode, where a dictionary no longer explains the model."""
         for record in records:
             key = (record.direction, record.mode)
-            if record.kind != "dictionary" or key in self._warned:
+            if record.kind != "dictionary" or key in self._warned or record.n < LEAST_TOKENS:
                 continue
             change = record.metrics["fvu_change"]
             if change > max(LEAST_FVU_RISE, FVU_RISE * (record.metrics["fvu"] - change)):

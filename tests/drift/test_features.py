@@ -167,7 +167,8 @@ def test_the_largest_of_one_rank_is_itself(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk"])
-def test_the_dictionary_itself_is_measured(tiny: Tiny, activation: str) -> None:
+def test_the_dictionary_itself_is_measured(tiny: Tiny, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.drift.feature_tracking.LEAST_TOKENS", 10)
     model, texts, own = tiny("llama").eval(), prompts(n=12), dictionary(ACTIVATIONS[activation](), first=1)
     tracked = tracker(own, probe=texts)
     with tracked.attached(model):
