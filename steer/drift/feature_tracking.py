@@ -100,7 +100,7 @@ class FeatureReader:
 
     def state_dict(self, reduce: Reduce) -> dict[str, Tensor]:
         """Windows over all ranks, and baselines."""
-        parts = {"window": self.window.reduced(reduce), "baseline": self.baseline}
+        parts: dict[str, FeatureSums | DictionarySums | None] = {"window": self.window.reduced(reduce), "baseline": self.baseline}
         if self.quality is not None:
             parts |= {"quality": self.quality.reduced(reduce), "quality_baseline": self.quality_baseline}
         state = {f"{part}/{name}": t for part, sums in parts.items() if sums is not None for name, t in sums.state_dict().items()}
