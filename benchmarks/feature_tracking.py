@@ -88,10 +88,11 @@ def main() -> None:
     run = steps(model, {"input_ids": ids, "labels": ids}, options.steps)
     run()  # caches and allocators
     seconds: dict[str, list[float]] = {}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name, tracker in trackers(width, options).items():
             with nullcontext() if tracker is None else tracker.attached(model):
                 seconds.setdefault(name, []).append(run() / options.steps)
+        print(number, {name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
     result: dict[str, Any] = {"settings": vars(options) | {"torch": torch.__version__}, "seconds per step": {}, "over plain, %": {}}
     for name, values in seconds.items():
         result["seconds per step"][name] = statistics.median(values)
