@@ -19,6 +19,7 @@ from steer.drift.probe import undisturbed
 from steer.drift.records import DriftRecord
 from steer.drift.stream import StreamMask, under
 from steer.features.provenance import Untrained
+from steer.intervene.low_rank import without_autocast
 from steer.model.accumulator import Accumulator
 from steer.model.capture import capture
 from steer.model.context import ForwardContext
@@ -58,7 +59,7 @@ class FeatureReader:
             return
         if self.window.on.device != h.device:  # Lightning moves the model after the attach
             self.move(h.device)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(h):
             h = h.detach()
             untrained = self.group.dictionary.untrained
             mask = _trained(h, mask, untrained, context.positions if untrained.first else None)
