@@ -69,6 +69,24 @@ def steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> Callable[[]
     return run
 
 
+def alone(width: int, options: argparse.Namespace) -> dict[str, float]:
+    """Median processor seconds of reading the features of one batch, and of reading the whole dictionary, once in a window."""
+    tracker = trackers(width, options)["features"]
+    assert tracker is not None
+    (reader,) = tracker.features.readers
+    assert reader.quality is not None
+    h = torch.randn(options.rows, options.tokens, width, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(h.shape[:2], dtype=torch.bool)
+    seconds: dict[str, list[float]] = {"features": [], "dictionary": []}
+    for _ in range(21):
+        for name in seconds:
+            start = time.process_time()
+            with torch.no_grad():
+                reader.window.update(reader.group.encode(h), mask) if name == "features" else reader.quality.update(h[mask])
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
@@ -94,6 +112,7 @@ def main() -> None:
                 seconds.setdefault(name, []).append(run() / options.steps)
         print(number, {name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
     result: dict[str, Any] = {"settings": vars(options) | {"torch": torch.__version__}, "seconds per step": {}, "over plain, %": {}}
+    result["seconds, alone"] = alone(width, options)
     for name, values in seconds.items():
         result["seconds per step"][name] = statistics.median(values)
         over = sorted(100 * (value / plain - 1) for value, plain in zip(values, seconds["plain"], strict=True))

@@ -60,8 +60,8 @@ class FeatureReading:
 
     def copy(self) -> FeatureReading:
         """The same with tensors of its own."""
-        tensors = (self.mean, self.sd, self.density, self.mean_on, self.maximum, self.errors)
-        return FeatureReading(*(tensor.clone() for tensor in tensors), self.texts)
+        tensors = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return FeatureReading(texts=self.texts, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
