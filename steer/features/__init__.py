@@ -8,6 +8,7 @@ from steer.features.format import FORMATS
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.random_features import random_features
+from steer.features.refined import sae_refined
 from steer.features.rows import InMemory, LowRank, Rows
 from steer.features.statistics import FeatureStatistics, feature_statistics
 
@@ -28,5 +29,6 @@ __all__ = [
     "Untrained",
     "feature_statistics",
     "load_dictionary",
+    "sae_refined",
     "random_features",
 ]
