@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +78,8 @@ def features_to_track(features: Any) -> dict[str, TrackedFeatures]:
     for name, entry in (features or {}).items():
         if not isinstance(entry, DictConfig) or set(entry) != {"dictionary", "features"}:
             raise _no_features(str(name), entry)
-        tracked[str(name)] = TrackedFeatures(load_dictionary(str(entry.dictionary)), [int(index) for index in entry.features])
+        chosen = list(entry.features) if isinstance(entry.features, ListConfig) else entry.features
+        tracked[str(name)] = TrackedFeatures(load_dictionary(str(entry.dictionary)), chosen)
     return tracked
 
 
