@@ -64,6 +64,7 @@ _EXPORTS: dict[str, str] = {
     "fit_probe": "steer.lens",
     "lens_reading": "steer.lens",
     "DriftTracker": "steer.drift.tracker",
+    "compare_features": "steer.drift.stages",
     "compare": "steer.experiment.compare",
     "matched": "steer.experiment.compare",
     "Outcome": "steer.experiment.outcome",
