@@ -122,7 +122,7 @@ def feature_circuit(
     gradient: str = "plain",
     steps: int = 0,
     embedding: bool = True,
-    nodes: int = 60,
+    nodes: int = 30,
     edges: int = 200,
     evaluate: bool = True,
     exact: int = 0,
@@ -146,7 +146,7 @@ def feature_circuit(
         gradient: `plain` follows the model; `linear` takes attention patterns and the denominators of norms as constants.
         steps: of integrated gradients for the scores of nodes, for each dictionary; 0 for the gradient at the values.
         embedding: token embeddings are nodes, too.
-        nodes, edges: how many are kept, before those without a path to the target go; nodes are chosen first.
+        nodes: the strongest at each site that are looked at. edges: between these and to the target, of which so many are kept.
         evaluate: measure faithfulness, with `draws` random circuits of the same size beside it.
         exact: number of nodes that are also ablated one by one: half of them the strongest, half drawn from the others that have a score.
         max_tokens: padded tokens that run together.
@@ -173,9 +173,17 @@ def feature_circuit(
     attribution = Attribution(passes, target, baselines, steps=steps)
     keys = strongest(attribution, nodes)
     facts = {
-        "model": anatomy.fingerprint(), "target": target_words(target), "value": attribution.value, "prompts": len(passes.texts),
-        "positions": positions if isinstance(positions, str) else "labels", "baseline": baseline, "gradient": gradient, "steps": steps,
-    }  # fmt: skip
+        "model": anatomy.fingerprint(),
+        "target": target_words(target),
+        "value": attribution.value,
+        "prompts": len(passes.texts),
+        "tokens": list(passes.texts.rows[0].ids) if len(passes.texts) == 1 else None,
+        "positions": positions if isinstance(positions, str) else "labels",
+        "roles": passes.texts.role_names,
+        "baseline": baseline,
+        "gradient": gradient,
+        "steps": steps,
+    }
     graph, kept = _graph(attribution, keys, edges, facts)
     evaluation = Evaluation(passes, target, baselines)
     faithfulness = evaluation.faithfulness(kept, attribution.was_on, draws=draws, seed=seed) if evaluate else None
@@ -194,17 +202,15 @@ def error_shares(attribution: Attribution) -> dict[str, float]:
 
 
 def strongest(attribution: Attribution, count: int) -> list[Key]:
-    """The nodes with the largest absolute scores, in the order in which a pass reaches them."""
-    found: list[tuple[float, Key]] = []
+    """At each site the nodes with the largest absolute scores, in the order in which a pass reaches them."""
+    found: list[Key] = []
     for number, place in enumerate(attribution.passes.places):
         scores = attribution.scores[place.name]
         best = scores.abs().flatten().topk(min(count, scores.numel()))
-        for size, flat in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if size > 0:
-                role, column = divmod(flat, scores.shape[1])
-                found.append((size, Key(number, role, REST if column == place.width else column)))
-    chosen = [key for _, key in sorted(found, key=lambda pair: -pair[0])[:count]]
-    return sorted(chosen, key=lambda key: (key.place, key.role, key.column % (1 << 62)))
+        for flat in best.indices[best.values > 0].sort().values.tolist():
+            role, column = divmod(flat, scores.shape[1])
+            found.append(Key(number, role, REST if column == place.width else column))
+    return found
 
 
 def node_of(key: Key, places: Sequence[Place], role_names: Sequence[str]) -> Node:
