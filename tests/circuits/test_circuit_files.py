@@ -161,6 +161,8 @@ def test_wrong_input_is_told(tiny):
     for error, match, arguments in (
         (ConfigError, "no dictionaries", {"dictionaries": {}}),
         (ConfigError, "the dictionaries of a circuit", {"dictionaries": [autoencoder()]}),
+        (ConfigError, "is no word", {"dictionaries": {"": autoencoder()}}),
+        (ConfigError, "is no word", {"dictionaries": {"a/b": autoencoder()}}),
         (ConfigError, "'sae'", {"dictionaries": {"sae": "a path"}}),
         (ConfigError, "split the same activation", {"dictionaries": {"a": autoencoder(), "b": autoencoder()}}),
         (WidthError, "does not fit this model", {"dictionaries": {"wide": wide}}),

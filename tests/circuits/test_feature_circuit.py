@@ -8,6 +8,7 @@ from hand import hook_count, ids, padded
 
 from steer.circuits import Graph, LogitDifference, LogProbability, feature_circuit
 from steer.circuits.graph import TARGET
+from steer.errors import ConfigError
 from steer.features import Untrained
 from steer.model.tokens import Row
 
@@ -237,12 +238,25 @@ def test_ablating_the_circuit_in_the_evaluation_is_the_plan(tiny):
     assert ablated != pytest.approx(circuit.faithfulness.full, rel=1e-2)
 
 
-def test_error_shares_count_all_nodes(tiny):
+def test_faithfulness_on_other_prompts_is_that_of_the_same_features_there(tiny):
+    model, dictionaries, prompts, others = tiny("llama"), pair(), rows(TOKENS), rows(TOKENS, 5)[1:]
+    for positions in ("sum", "each"):
+        circuit = feature_circuit(model, dictionaries, prompts, TARGET_OF, nodes=4, edges=30, positions=positions)
+        assert circuit.faithfulness_on(model, prompts, TARGET_OF, positions=positions) == circuit.faithfulness
+    with pytest.raises(ConfigError, match="do not have"):
+        circuit.faithfulness_on(model, others, TARGET_OF)
+    summed = feature_circuit(model, dictionaries, prompts, TARGET_OF, nodes=4, edges=30)
+    with summed.ablation_plan().attached(model), torch.no_grad():
+        ablated = float(TARGET_OF(model(torch.tensor([others[0].ids])).logits[0], 0))
+    assert summed.faithfulness_on(model, others, TARGET_OF).without_circuit == pytest.approx(ablated, rel=1e-4)
+
+
+def test_error_shares_are_of_single_tokens_whatever_is_pruned_or_added_up(tiny):
     model, dictionaries = tiny("llama"), {"sae": autoencoder()}
-    graph = whole(model, dictionaries, rows(TOKENS)).graph
-    sizes = {node.name: abs(graph[node.name]) for node in graph.nodes if node.part == "sae"}
+    graph = whole(model, dictionaries, rows(TOKENS), positions="each", roles=TOKENS).graph
+    sizes = {node.kind: sum(abs(graph[n.name]) for n in graph.nodes if n.kind == node.kind) for node in graph.nodes if node.part == "sae"}
     few = feature_circuit(model, dictionaries, rows(TOKENS), TARGET_OF, nodes=1, edges=5, evaluate=False)
-    assert few.error_share["sae"] == pytest.approx(sizes["sae/error"] / sum(sizes.values()), rel=1e-4)
+    assert few.error_share["sae"] == pytest.approx(sizes["error"] / (sizes["error"] + sizes["feature"]), rel=1e-4)
 
 
 def test_the_model_is_left_as_it_was(tiny):
