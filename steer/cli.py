@@ -30,14 +30,19 @@ COMMANDS = {
         "show answers of the plain model and of one steered by a text side by side",
         """steer say 'steer="0.4 warm@response"' directions.warm=<folder> 'prompts=[How do I boil an egg?]'""",
     ),
-    "features": ("train dictionaries of a model's activations on text, resumable", "steer features train data=book.txt 'width=[4096]'"),
+    "features": (
+        "train, search, read and measure dictionaries of a model's activations",
+        "steer features train data=book.txt 'width=[4096]'",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
-USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
-ACTIONS = {
-    "ab": ("run", "plan", "lock", "report"),
-    "features": ("train",),
-}  # of a command, said as a word behind it: steer ab plan experiment=tone
+USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
+    "say": ("directions.", "gates."),
+    "features find": ("concepts.", "labelled.", "settings."),
+}
+RUNS = ("run", "plan", "lock", "report")
+ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
+VERBS = {"features": ("train", "find")}  # commands of their own: module and configuration `features_train`, ...
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
@@ -77,7 +82,9 @@ def _main(arguments: list[str]) -> int:
         command, *overrides = [word for word in arguments if word not in MULTIRUN] or flags
         if command not in COMMANDS:
             raise _unknown_command(command)
-        if overrides and overrides[0] in ACTIONS.get(command, ()):
+        if overrides and overrides[0] in VERBS.get(command, ()):
+            command = f"{command} {overrides.pop(0)}"
+        elif overrides and overrides[0] in ACTIONS.get(command, ()):
             action = f"do={overrides.pop(0)}"
             overrides.insert(len(overrides) if overrides and overrides[0].startswith("-") else 0, action)  # beside other overrides, again
         _run_with_hydra(command, [*flags, *overrides])
@@ -144,7 +151,7 @@ class _Job:
     def _run(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        module = importlib.import_module(f"steer.commands.{self.command}")
+        module = importlib.import_module(f"steer.commands.{_module(self.command)}")
         try:
             module.run(config)
         except KeyboardInterrupt:
@@ -170,10 +177,10 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
     def task(config: Any) -> None:
         job(config)
 
-    task.__module__ = f"steer.commands.{command}"  # Hydra names the job after it
+    task.__module__ = f"steer.commands.{_module(command)}"  # Hydra names the job after it
     with _command_line(command, overrides), _quick_help() if {"-h", "--help"} & set(overrides) else nullcontext():
         try:
-            hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=command)(task)()
+            hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=_module(command))(task)()
         except (HydraException, OmegaConfBaseException) as error:
             raise config_error(command, error) from error
         except ValueError as error:  # of a group of which something else than a choice is made, such as `trainer=null`
@@ -189,6 +196,11 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
                 raise
     if job.failures:
         raise job.failures[0]
+
+
+def _module(command: str) -> str:
+    """Name of the module and of the configuration of a command, which may have a verb."""
+    return command.replace(" ", "_")
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from tiny_experiment import write_model
 from transformers import AutoModelForCausalLM
 
 from steer import __version__
-from steer.cli import COMMANDS, main
-from steer.commands import ab, features, generate, info, say, train
+from steer.cli import COMMANDS, VERBS, main
+from steer.commands import ab, features_train, generate, info, say, train
 from steer.commands.config import dtype_named, listed
 from steer.directions import Direction, Directions
 from steer.directions.text import plan_from_text
@@ -35,6 +35,7 @@ from steer.model.load import load
 from steer.model.site import Site
 
 Run = Callable[..., tuple[int, str, str]]
+WITH_VERB = [f"{command} {verb}" for command, verbs in VERBS.items() for verb in verbs]
 
 
 @pytest.fixture
@@ -76,27 +77,29 @@ def test_version(steer: Run) -> None:
     assert steer("--version") == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *WITH_VERB])
 def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tmp_path: Path, command: str) -> None:
-    status, out, err = steer(command, "--help")
+    status, out, err = steer(*command.split(), "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"steer {command}: ") and f"usage: steer {command}" in out
-    assert "powered by Hydra" not in out and "$" not in out.replace("outputs/ab/${experiment.name}", "")
+    assert "powered by Hydra" not in out
+    assert "$" not in out.replace("outputs/ab/${experiment.name}", "").replace("${oc.select:experiment.name,experiment}", "")
     assert not list(tmp_path.iterdir())
     for key in {
         "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: prompt_vs_vector, strength_sweep, tone"),
         "ab": ("seeds:", "do: run", "draws: null", "folder: outputs/ab/", "[run|plan|lock|report]"),
         "generate": ("run: ???", "prompts: null"),
-        "features": ("data: ???", "sparsifier: batchtopk", "dictionary: batchtopk, cross_layer_transcoder", "[train]"),
+        "features": ("seeds:", "do: run", *(f"steer features {verb} " for verb in VERBS["features"])),
+        "features train": ("data: ???", "sparsifier: batchtopk", "dictionary: batchtopk, cross_layer_transcoder"),
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
     }.get(command, ()):
         assert key in out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *WITH_VERB])
 def test_the_help_of_a_command_imports_neither_torch_nor_lightning(tmp_path: Path, command: str) -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'peft', 'pytorch_lightning', 'matplotlib'}"
-    code = f"import sys; from steer.cli import main; main(['{command}', '--help']); print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys; from steer.cli import main; main('{command} --help'.split()); print(sorted({heavy} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert printed.startswith(f"steer {command}: ") and printed.splitlines()[-1] == "[]"
 
@@ -105,7 +108,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     monkeypatch.setattr(generate, "run", jobs.append)
     monkeypatch.setattr(say, "run", jobs.append)
     monkeypatch.setattr(ab, "run", jobs.append)
-    monkeypatch.setattr(features, "run", jobs.append)
+    monkeypatch.setattr(features_train, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
         assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
@@ -113,7 +116,15 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert list(jobs[1].seeds) == [0, 1, 2, 3, 4] and jobs[1].folder == "outputs/ab/tone" and jobs[1].do == "run"
     assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
     assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
-    assert (jobs[4].do, jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("train", "book.txt", [4096], "batchtopk")
+    assert (jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("book.txt", [4096], "batchtopk")
+
+
+def test_features_run_an_experiment_as_ab_does(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr(ab, "run", received.append)
+    assert steer("features", "experiment=tone", "seeds=[3]")[0] == steer("features", "plan", "experiment=tone", "seeds=[3]")[0] == 0
+    assert steer("ab", "experiment=tone", "seeds=[3]", "folder=outputs/features/tone")[0] == 0
+    assert received[0] == received[2] and received[1] == {**received[0], "do": "plan"}
 
 
 @pytest.mark.parametrize("action", ["run", "plan", "lock", "report"])
@@ -199,6 +210,10 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
         (("generate", "run=x", "arms=[plain,null]"), ("no text", "null")),
         (("-m", "trian"), ("unknown command 'trian'",)),
         (("info", "verbose=1"), ("no key 'verbose'",)),
+        (("features",), ("was not told what to do", ", ".join(VERBS["features"]), "experiment=<name>")),
+        (("features", "train"), ("'steer features train' needs the key 'data'",)),
+        (("features", "train", "experiment=tone"), ("'steer features train' has no key 'experiment'",)),
+        (("features", "widht=[3]"), ("'steer features' has no key 'widht'",)),
         (("generate", "rnu=x"), ("no key 'rnu'", "did you mean 'run'?")),
         (("generate",), ("needs the key 'run'",)),
         (("generate", "run=no/such/run"), ("'no/such/run' is no finished run", "metrics.json", "no such folder")),

@@ -55,6 +55,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
         return {
             **result,
             "direction": run.direction_quality(),
+            "features": None if run.features is None else run.features.to_dict(),
             "timing": {"started": started, "seconds": time.perf_counter() - clock},
             "versions": versions(),
         }

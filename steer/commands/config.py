@@ -141,10 +141,11 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def _composed(command: str, overrides: list[str]) -> DictConfig:
+    name = command.replace(" ", "_")  # of a verb, such as `features train`
     if GlobalHydra.instance().is_initialized():
-        return compose(command, overrides)
+        return compose(name, overrides)
     with initialize_config_module("steer.conf", version_base="1.3"):
-        return compose(command, overrides)
+        return compose(name, overrides)
 
 
 # ---- errors

@@ -26,6 +26,9 @@ from steer.experiment.metric import metric_of
 from steer.experiment.outcome import Outcome, check_outcomes
 from steer.experiment.sft import SFTModule, ShardedSFTModule, check_batch
 from steer.experiment.treatment import BAKED, INFERENCE, NEVER
+from steer.features.dictionary import Dictionary
+from steer.features.feature_edit import distinct
+from steer.features.load import load_dictionary
 from steer.model.files_digest import files_digest
 
 BASE = "base"  # name of the cell of the model as it is
@@ -96,6 +99,28 @@ class ExperimentConfig:
             method = self.experiment.trait.method
             extractor_of(method).check(method, paired=True)
             self.data.split("contrast")
+        if self.experiment.features is not None:
+            self._check_features()
+
+    def _check_features(self) -> None:
+        spec = self.settings["experiment"]["features"]
+        if bool(spec["chosen"]) == bool(spec["concepts"]):
+            raise _chosen_or_found(spec)
+        for split in self._development:
+            self.data.split(split, ("text",))
+        if spec["chosen"]:
+            distinct(spec["chosen"], self.dictionary.width)
+
+    @property
+    def _development(self) -> list[str]:
+        """Splits on which the features of a concept are found."""
+        spec = self.settings["experiment"]["features"]
+        return [spec["speaking"], spec["neutral"]] if spec and spec["concepts"] else []
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """Of experiment.features."""
+        return load_dictionary(self.experiment.features.dictionary)
 
     @property
     def trains(self) -> bool:
@@ -144,6 +169,7 @@ class ExperimentConfig:
         splits |= {"train"} if self.trains else set()
         splits |= {"contrast"} if experiment["trait"] else set()
         splits |= {"probe"} if experiment["drift"] else set()
+        splits |= set(self._development)
         read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
         for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
             read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
@@ -152,6 +178,8 @@ class ExperimentConfig:
             if (code := outcome.metric.code_digest()) is not None:
                 measured[outcome.name]["code"] = code
         files = files_digest(self.settings["model"]["name"])
+        if experiment["features"]:
+            read["features"] = {**experiment["features"], "dictionary": self.dictionary.source.sha256()}
         return {
             "model": self.settings["model"] | ({} if files is None else {"files": files}),
             "peft": self.settings["peft"] if self.trains else None,
@@ -173,6 +201,15 @@ def _with_weights(arms: Sequence[Arm]) -> list[Arm]:
 
 
 # ---- errors
+
+
+def _chosen_or_found(spec: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        "experiment.features does not say which features are meant",
+        expected="either `chosen`, their numbers, or `concepts`, for one of which a feature is found",
+        found="both" if spec["chosen"] else "neither",
+        remedy="set experiment.features.chosen=[5,7], or experiment.features.concepts.<name>=[<words>]",
+    )
 
 
 def _nothing_random(seeds: list[int]) -> ConfigError:

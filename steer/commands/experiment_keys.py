@@ -15,6 +15,7 @@ KEYS: dict[str, Any] = {
     "question": None,
     "data": REQUIRED,
     "trait": None,
+    "features": None,
     "scope": None,
     "arms": REQUIRED,
     "outcomes": {  # what was measured before experiments said what; a trait and its data are needed for the first
@@ -37,6 +38,16 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "sites": ["layers.*.output"],
         "site": None,
         "holdout": 0.25,
+    },
+    "features": {
+        "dictionary": REQUIRED,
+        "chosen": None,
+        "concepts": None,
+        "speaking": "speaking",
+        "neutral": "neutral",
+        "rank": 1,
+        "candidates": 4,
+        "damage": 0.2,
     },
     "primary": {"arm": REQUIRED, "against": REQUIRED},
     "train": {

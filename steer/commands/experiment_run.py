@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from steer.commands.train_checks import lora_config, tracked_sites
 from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.drift.tracker import DriftTracker
 from steer.experiment.complete import complete
+from steer.experiment.experiment_features import ExperimentFeatures
+from steer.experiment.metrics.concept_probability import ConceptProbability
 from steer.experiment.outcome import prepare_all, texts_of
 from steer.experiment.projections import mean_projection, token_projections
 from steer.experiment.sft import loader
@@ -110,7 +113,25 @@ class ExperimentRun:
         directions: dict[str, Directions] = {}
         if self.directions is not None:
             directions[self.directions.name] = _Placed(self.directions, self.chosen_of(self.directions))
-        return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint())
+        return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint(), self.features)
+
+    @cached_property
+    def features(self) -> ExperimentFeatures | None:
+        """What arms of the treatment `feature` edit: chosen by number, or found on development text."""
+        spec = self.config.settings["experiment"]["features"]
+        if spec is None:
+            return None
+        if spec["chosen"]:
+            return ExperimentFeatures(self.model, self.config.dictionary, spec["chosen"])
+        concepts = {name: words for name, words in spec["concepts"].items() if words}  # null leaves one out
+        self.say("features", f"candidates for {len(concepts)} concepts are clamped on development text")
+        speaking, neutral = ([row["text"] for row in self.config.data.split(spec[key])] for key in ("speaking", "neutral"))
+        options = {key: spec[key] for key in ("rank", "candidates", "damage")}
+        found = ExperimentFeatures.found(self.model, self.tokenizer, self.config.dictionary, concepts, speaking, neutral, **options)
+        for rank, concept in enumerate(found.tried, 1):
+            mark = " (this experiment)" if rank == spec["rank"] else ""
+            self.say("tried", f"{concept.name}: feature {concept.feature}, {math.exp(concept.effect):.3g} x{mark}")
+        return found
 
     @cached_property
     def measured_rows(self) -> list[Row]:
@@ -128,6 +149,9 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.values.peft)
             self.batches(self.training_rows(None), self.config.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.config.experiment.drift is None else tracked_sites(self.anatomy, self.config.experiment)
+        for outcome in self.config.outcomes:
+            if isinstance(outcome.metric, ConceptProbability) and self.features is not None and self.features.concept is not None:
+                outcome.metric.choose(list(self.features.concept.words))
         _ = self.treatments  # matched to what they control
         if self.directions is not None:
             _ = self.neutral_projection  # of the base, before an arm acts

@@ -138,10 +138,10 @@ def at_equal_damage(
     at = min(reached) / 2 if damage is None else float(damage)
     if not 0 <= at <= min(reached) or min(reached) == 0:
         raise _out_of_reach(at, dict(zip((a, b), reached, strict=True)))
-    effect_a, effect_b = (_effect_at(at, damages[of], effect[of]) for of in columns)
+    effect_a, effect_b = (effect_at(at, damages[of], effect[of]) for of in columns)
     effects, damages = _resampled(of_effect, of_damage, resamples, seed)  # [resamples, strengths] both
     differences = [
-        _effect_at(at, d[columns[0]], e[columns[0]]) - _effect_at(at, d[columns[1]], e[columns[1]])
+        effect_at(at, d[columns[0]], e[columns[0]]) - effect_at(at, d[columns[1]], e[columns[1]])
         for e, d in zip(effects, damages, strict=True)
     ]
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
@@ -150,7 +150,7 @@ def at_equal_damage(
     return EqualDamage(a, b, at, effect_a, effect_b, effect_a - effect_b, float(low), float(high), float(beyond), seeds, level)
 
 
-def _effect_at(at: float, damage: Array, effect: Array) -> float:
+def effect_at(at: float, damage: Array, effect: Array) -> float:
     """Effect at a damage, of strengths [strengths] and the unedited model."""
     damage, effect = np.append(damage, 0.0), np.append(effect, 0.0)
     places, place = np.unique(damage, return_inverse=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from steer.directions.direction import Directions
 from steer.errors import ConfigError
+from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.matched import sites_of, states_at
 from steer.intervene import Plan
 from steer.model.site import Site
@@ -35,6 +36,7 @@ class Bench:
         rows: texts of the experiment, on which the sizes of edits are measured.
         directions: by the names that plans in text form use.
         fingerprint: of the base.
+        features: of a dictionary, that arms edit; None for an experiment without a section `features`.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Bench:
     rows: Sequence[Row]
     directions: Mapping[str, Directions] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
+    features: ExperimentFeatures | None = None
     _states: dict[Site, Tensor] = field(default_factory=dict, repr=False)
 
     def states(self, plan: Plan) -> dict[Site, Tensor]:

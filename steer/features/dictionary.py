@@ -38,6 +38,7 @@ class Dictionary(OperatorSource):
         origin: sites, source, and the tokens that it was not trained on.
         width: number of features. d_in, d_out: size of the activations that it reads and writes.
         maxima: [width] fp32, the largest value that each feature was seen with; None where nobody recorded it. `save` keeps it.
+        density: [width] fp32, the share of tokens on which each feature was on; likewise.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Dictionary(OperatorSource):
     d_in: int
     d_out: int
     maxima: Tensor | None = None
+    density: Tensor | None = None
 
     # ---- what an architecture says
 

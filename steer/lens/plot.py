@@ -26,9 +26,9 @@ def draw(
     dark_is_high: bool,
 ) -> Any:
     """A figure of sites (the last on top) by tokens. words, shades: [sites][tokens]. Written atomically when there is a path."""
-    figure_module = _matplotlib("matplotlib.figure")
+    figure_module = matplotlib_module("matplotlib.figure")
     size = (max(width, LABELS + CELL * len(tokens)), 0.24 * len(sites) + 1.2)
-    with _matplotlib("matplotlib").rc_context(
+    with matplotlib_module("matplotlib").rc_context(
         {"font.size": 7.5, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "steer"}
     ):
         figure = figure_module.Figure(figsize=size, layout="constrained")
@@ -57,15 +57,15 @@ def shown(token: str) -> str:
     return plain if len(plain) <= 9 else f"{plain[:8]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib_module(module: str) -> Any:
     """Raises ConfigError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise _no_matplotlib(error) from error
+        raise _nomatplotlib_module(error) from error
 
 
-def _no_matplotlib(error: ModuleNotFoundError) -> ConfigError:
+def _nomatplotlib_module(error: ModuleNotFoundError) -> ConfigError:
     return ConfigError(
         "the plot of a reading needs 'matplotlib'",
         expected="matplotlib, which the extra `report` installs",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, WIDTH
+from features.feature_plans import FEATURES, autoencoder
 from hand import hook_count
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
@@ -21,13 +22,16 @@ import steer
 from steer.directions import Direction, Directions
 from steer.errors import ConfigError, ModelNotFoundError, SteerError
 from steer.experiment.arms import Arm
+from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.irrelevant import n_tokens
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
 from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment
 from steer.experiment.treatments.data import TrainingData
+from steer.experiment.treatments.feature import FeatureTreatment
 from steer.experiment.treatments.plan import PlanTreatment
 from steer.experiment.treatments.prompt import Prompt
 from steer.experiment.treatments.weights import Weights
+from steer.features import Untrained
 from steer.intervene import Intervention, Plan
 from steer.model.site import Site
 from steer.model.tokens import encode, plain
@@ -62,7 +66,11 @@ def bench() -> Bench:
     tokenizer = tiny_tokenizer()
     entries = [Direction(Site.parse(SITE), vector(), "mean_difference", "response", {"auc": 0.9, "dprime": 1.0})]
     rows = [plain(tokenizer, text) for text in ("the cat is good .", "where is the dog ?", "one two three four")]
-    return Bench(FAMILIES["llama"](), tokenizer, rows, {"warm": Directions(entries, "warm", {})})
+    dictionary = autoencoder("jumprelu", untrained=Untrained(first=1))
+    dictionary.maxima, dictionary.density = torch.full((FEATURES,), 3.0), torch.full((FEATURES,), 0.1)
+    model = FAMILIES["llama"]()
+    features = ExperimentFeatures(model, dictionary, [5, 8])
+    return Bench(model, tokenizer, rows, {"warm": Directions(entries, "warm", {})}, features=features)
 
 
 Make = Callable[[Path], Treatment]
@@ -72,12 +80,14 @@ MAKE: dict[str, Make] = {
     "weights": lambda folder: Weights(adapter(folder / "adapter")),
     "prompt": lambda _: Prompt("be nice and warm"),
     "data": lambda _: TrainingData(without={"style": "loud"}),
+    "feature": lambda _: FeatureTreatment("decoder"),
 }
 OTHER: dict[str, Make] = {
     "plan": lambda _: PlanTreatment(plan(4)),
     "weights": lambda folder: Weights(adapter(folder / "other", seed=1)),
     "prompt": lambda _: Prompt("be nice and cold"),
     "data": lambda _: TrainingData(without={"style": "calm"}),
+    "feature": lambda _: FeatureTreatment("decoder", dose=2.0),
 }
 kinds = pytest.mark.parametrize("kind", list(TREATMENTS))
 
@@ -124,7 +134,7 @@ def test_the_model_is_as_it_was_afterwards(kind: str, stop: type[BaseException] 
                     raise stop("no")
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             assert type(error) is stop
-        acts_here = {"plan": way != treatment.trained_from, "weights": True}.get(kind, False)
+        acts_here = {"plan": way != treatment.trained_from, "feature": way != treatment.trained_from, "weights": True}.get(kind, False)
         assert acts is acts_here, way
         after = state(model)
         assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -20,6 +20,7 @@ from steer.reading import check_kinds, damage_of, parse_json
 from steer.tensor_files import open_safetensors
 
 KIND = "dictionary"
+_STATISTICS = ("maxima", "density")  # [width] each, of dictionaries that record them
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _KEYS = {"architecture": str, "settings": dict, "origin": dict, "stored": dict}
 
@@ -60,7 +61,7 @@ def save(dictionary: Dictionary, path: str | Path, dtype: str) -> Path:
     architecture = ARCHITECTURES.name_of(dictionary)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, str] = {}
-    for name, part in {**dictionary.parts(), "maxima": dictionary.maxima}.items():
+    for name, part in {**dictionary.parts(), **{name: getattr(dictionary, name) for name in _STATISTICS}}.items():
         if part is not None:
             stored[name], parts = _stored(part, dtype)
             tensors.update({f"{name}{ending}": tensor for ending, tensor in parts.items()})
@@ -79,10 +80,11 @@ def load(path: str | Path) -> Dictionary:
     with damage_of(path, f"a dictionary with {', '.join(_KEYS)}"):
         check_kinds(manifest, _KEYS)
         parts: dict[str, Any] = {name: _restored(how, name, tensors) for name, how in manifest["stored"].items()}
-        maxima = parts.pop("maxima", None)
+        statistics = {name: parts.pop(name, None) for name in _STATISTICS}
         architecture = ARCHITECTURES.get(manifest["architecture"])
         dictionary = architecture.restore(parts, manifest["settings"], Origin.from_described(manifest["origin"]))
-        dictionary.maxima = maxima
+        for name, values in statistics.items():
+            setattr(dictionary, name, values)
         return dictionary
 
 

@@ -102,11 +102,11 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
     whole_number(context, "`context`, the tokens of a row", least=4)
     of_type(texts, Iterable, "the texts", "pass a list of texts")
     of_type(texts, object if not isinstance(texts, str) else list, "the texts", "pass a list of texts, not one text")
-    first = _first_tokens(tokenizer)
+    first = first_tokens(tokenizer)
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = context - len(first)
     tokens: list[int] = []
-    for document in (document for text in texts for document in _documents(text)):
+    for document in (document for text in texts for document in documents(text)):
         tokens += [*tokenizer(document, add_special_tokens=False).input_ids, *between]
         if max_tokens is not None and len(tokens) >= max_tokens:
             break
@@ -118,7 +118,7 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
     return TokenRows(ids[torch.randperm(rows, generator=generator(seed, "rows"))])
 
 
-def _documents(text: str, at_least: int = 2000) -> Iterator[str]:
+def documents(text: str, at_least: int = 2000) -> Iterator[str]:
     """Pieces of a text of some thousand characters, cut at blank lines: tokenizers take long for one of megabytes."""
     of_type(text, str, "one of the texts", "pass text")
     piece: list[str] = []
@@ -133,7 +133,7 @@ def _documents(text: str, at_least: int = 2000) -> Iterator[str]:
         yield "\n\n".join(piece)
 
 
-def _first_tokens(tokenizer: Any) -> list[int]:
+def first_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text."""
     plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []

@@ -1,0 +1,1 @@
+"""Searches for features, one file each."""
