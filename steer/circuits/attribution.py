@@ -55,6 +55,7 @@ class Attribution:
         self.value = 0.0
         # of each prompt, by name of the dictionary: [tokens, width of the site], the gradient of the target by that activation
         self.gradients: list[dict[str, Tensor]] = [{} for _ in passes.texts.rows]
+        self._was_on: list[set[Key]] = [set() for _ in passes.texts.rows]  # features of each prompt that are on at a token of the role
         for chosen in passes.batches(range(len(passes.texts))):
             self._score(chosen)
 
@@ -93,6 +94,11 @@ class Attribution:
         columns = torch.cat([of_features, of_rest.unsqueeze(-1)], -1) / len(self.passes.texts)
         self.scores[split.name].index_add_(0, roles[is_in].cpu(), columns)
         self.sizes[split.name] += torch.stack([of_features.abs().double().sum(), of_rest.abs().double().sum()])
+        number = self.passes.splits.index(split)
+        with torch.no_grad():
+            on = (split.encode(x, batch) != 0) & is_in.unsqueeze(-1)  # [rows, tokens, features]
+        for row, token, column in on.nonzero().tolist():
+            self._was_on[int(batch.prompts[row])].add(Key(number, int(roles[row, token]), column))
 
     def node_scores(self, split: SplitSite, x: Tensor, y: Tensor, g: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scores of features [rows, tokens, features] and of the rest [rows, tokens] at each token.
@@ -150,17 +156,21 @@ class Attribution:
     def edges(self, keys: Sequence[Key]) -> Tensor:
         """[nodes + 1, nodes + 1] weights from the node of a row to that of a column, means over the prompts; the last is the target.
 
-        One backward pass for each receiver and prompt, as many together as fit in a batch, which ends at the receiver's site.
+        One backward pass for each receiver and prompt where it is on, in batches, which end at the receiver's site.
         """
         weights = torch.zeros(len(keys) + 1, len(keys) + 1, dtype=torch.float64)
         splits = self.passes.splits
         numbers = range(len(self.passes.texts))
         for receiver in range(1, len(splits) + 1):
             columns = [len(keys)] if receiver == len(splits) else [c for c, key in enumerate(keys) if key.split == receiver]
-            pairs = [(prompt, column) for prompt in numbers for column in columns]
+            pairs = [(prompt, column) for prompt in numbers for column in columns if self._may_receive(prompt, [*keys, None][column])]
             for chosen in self.passes.batches([prompt for prompt, _ in pairs]):
                 self._add_weights(weights, keys, [pairs[i] for i in chosen], receiver)
         return (weights / len(self.passes.texts)).float()
+
+    def _may_receive(self, prompt: int, key: Key | None) -> bool:
+        """A feature that is off has no gradient: nothing reaches it to first order. None stands for the target."""
+        return key is None or key.column == REST or key in self._was_on[prompt]
 
     def _add_weights(self, weights: Tensor, keys: Sequence[Key], pairs: Sequence[tuple[int, int]], receiver: int) -> None:
         """Adds what goes into the nodes of one site in one batch. pairs: (prompt, node) of each row."""

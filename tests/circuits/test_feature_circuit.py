@@ -4,8 +4,9 @@ import pytest
 import torch
 from circuits.circuit_helpers import FEATURES, WIDTH, autoencoder, every_node, transcoder
 from families import FAMILIES
-from hand import hook_count, ids, padded
+from hand import hook_count, ids, padded, vector
 
+import steer
 from steer.circuits import Graph, LogitDifference, LogProbability, feature_circuit
 from steer.circuits.graph import TARGET
 from steer.errors import ConfigError
@@ -273,6 +274,28 @@ def test_the_model_is_left_as_it_was(tiny):
     assert hook_count(model) == 0 and model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert requires == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_plans_that_are_attached_stay_in_force(tiny):
+    """Also one at the site of a dictionary, whose edit comes before the split."""
+    model, (row,) = tiny("llama"), rows(TOKENS)
+    plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output", strength=2.0))
+    plain = whole(model, pair(), [row]).graph
+    with plan.attached(model):
+        steered = whole(model, pair(), [row]).graph
+        with torch.no_grad():
+            value = float(TARGET_OF(model(torch.tensor([row.ids])).logits[0], 0))
+    assert steered.facts["value"] == pytest.approx(value, rel=1e-5) and plain.facts["value"] != pytest.approx(value, rel=1e-2)
+    assert torch.allclose(outgoing(steered)[:-1], steered.scores[:-1], rtol=1e-3, atol=1e-4 * float(steered.scores.abs().max()))
+
+
+def test_a_model_in_half_precision(tiny):
+    graph = whole(tiny("llama").bfloat16(), pair(), rows(TOKENS), exact=4).graph
+    full = whole(tiny("llama"), pair(), rows(TOKENS)).graph
+    shared = sorted({node.name for node in graph.nodes} & {node.name for node in full.nodes})
+    assert len(shared) > 10
+    both = torch.tensor([[graph[name] for name in shared], [full[name] for name in shared]])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.9 and bool(torch.isfinite(graph.weights).all())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen3"])
