@@ -29,9 +29,9 @@ NEAR = ("house", "tree", "car", "river")
 DICTIONARIES = {"transcoder": "smollm2-135m-transcoder-12", "sae": "smollm2-135m-sae-12"}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "mean": {"baseline": "mean"},
+    "integrated": {"steps": 10},
     "linear": {"gradient": "linear"},
-    "integrated": {"steps": 5},
+    "mean": {"baseline": "mean"},
 }
 
 
@@ -61,7 +61,10 @@ def measured(circuit: FeatureCircuit, held_out: Any, seconds: float) -> dict[str
         "held_out_target": vars(held_out),
         "held_out_shares": held_out.shares(),
         "exact_correlation": circuit.exact.correlation,
-        "exact_nodes": len(circuit.exact.names),
+        "score_and_exact": {
+            name: [round(float(score), 4), round(float(exact), 4)]
+            for name, score, exact in zip(circuit.exact.names, circuit.exact.attributed, circuit.exact.exact, strict=True)
+        },
         "strongest": {node.name: circuit.graph[node.name] for node in strongest},
     }
 

@@ -19,6 +19,7 @@ from steer.circuits.passes import Act, Passes
 from steer.circuits.split_site import SplitSite
 from steer.circuits.targets import Target
 from steer.circuits.texts import NO_ROLE, Batch
+from steer.model.prefix import is_sharded
 from steer.model.resume import StoppedPass
 
 REST = -1  # column of what is no feature: the error of a dictionary, or the whole embedding
@@ -183,7 +184,8 @@ class Attribution:
         def act(split: SplitSite, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
             if wanted and split is splits[receiver]:
                 received.append(self._received(split, x, y, batch, wanted))
-                raise StoppedPass
+                if not is_sharded(self.passes.model):  # which keeps state from the start of a pass to its end
+                    raise StoppedPass
             zeros = torch.zeros_like(y, requires_grad=True)
             cut[split.name] = (x.detach(), y.detach(), zeros)
             is_in = (split.roles(batch, x) != NO_ROLE).unsqueeze(-1)
@@ -191,7 +193,10 @@ class Attribution:
 
         batch, logits = self.passes.run(prompts, act, gradients=True)
         with torch.enable_grad():
-            total = self.passes.values(self.target, batch, logits).sum() if logits is not None else received[0]
+            if not wanted:
+                assert logits is not None
+                received.append(self.passes.values(self.target, batch, logits).sum())
+            (total,) = received
             zeros = [zeros for _, _, zeros in cut.values()]
             found = torch.autograd.grad(total, zeros, allow_unused=True) if total.requires_grad else [None] * len(zeros)
         for (name, (x, y, _)), g in zip(cut.items(), found, strict=True):

@@ -116,6 +116,7 @@ def _draw_nodes(ax: Any, graph: Graph, layout: Layout, said: Sequence[str]) -> N
             edgecolor=colour,
             linewidth=1.2,
             zorder=2,
+            clip_on=False,
         )
         hover(drawn, said[place])
         if len(graph.nodes) <= LABELLED:

@@ -289,6 +289,14 @@ def test_plans_that_are_attached_stay_in_force(tiny):
     assert torch.allclose(outgoing(steered)[:-1], steered.scores[:-1], rtol=1e-3, atol=1e-4 * float(steered.scores.abs().max()))
 
 
+def test_a_pass_that_may_not_be_stopped_gives_the_same_edges(tiny, monkeypatch):
+    model = tiny("llama")
+    stopped = whole(model, pair(), rows(TOKENS)).graph
+    monkeypatch.setattr("steer.circuits.attribution.is_sharded", lambda model: True)
+    through = whole(model, pair(), rows(TOKENS)).graph
+    assert through.nodes == stopped.nodes and torch.allclose(through.weights, stopped.weights, atol=1e-6)
+
+
 def test_a_model_in_half_precision(tiny):
     graph = whole(tiny("llama").bfloat16(), pair(), rows(TOKENS), exact=4).graph
     full = whole(tiny("llama"), pair(), rows(TOKENS)).graph
