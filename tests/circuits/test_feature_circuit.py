@@ -5,12 +5,15 @@ import torch
 from circuits.circuit_helpers import FEATURES, WIDTH, autoencoder, every_node, transcoder
 from families import FAMILIES
 from hand import hook_count, ids, padded, vector
+from transformers import OlmoConfig, OlmoForCausalLM
 
 import steer
 from steer.circuits import Graph, LogitDifference, LogProbability, feature_circuit
 from steer.circuits.graph import TARGET
-from steer.errors import ConfigError
+from steer.circuits.linear import norms_of
+from steer.errors import AnatomyError, ConfigError
 from steer.features import Untrained
+from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row
 
 TARGET_OF = LogitDifference(5, 9)
@@ -339,6 +342,43 @@ def test_linear_gradients_leave_norms_and_patterns_alone(tiny):
     total = sum(linear[node.name] for node in linear.nodes) + rest
     assert total == pytest.approx(float(logits[-1, 5]), rel=1e-3)  # linear scores are the logit itself, part by part
     assert sum(plain[node.name] for node in plain.nodes) + rest != pytest.approx(float(logits[-1, 5]), rel=1e-2)
+
+
+def test_norms_without_a_gain_are_constants_too():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OlmoForCausalLM(OlmoConfig(**sizes)).eval()
+    assert len(norms_of(Anatomy.find(model))) == 7
+    target = lambda logits, prompt: 100 * logits[-1, 5]  # noqa: E731
+    graph = whole(model, {"sae": autoencoder("layers.2.output")}, rows(TOKENS), target, gradient="linear", embedding=False).graph
+    with torch.no_grad():
+        kept = {}
+        handle = model.model.layers[-1].register_forward_hook(lambda m, a, out: kept.update(h=out[0] if isinstance(out, tuple) else out))
+        logits = model(torch.tensor([rows(TOKENS)[0].ids])).logits[0]
+        handle.remove()
+        h = kept["h"].reshape(-1, WIDTH)[-1]
+        bias = autoencoder().decoder_bias
+        rest = 100 * ((bias - bias.mean()) / (h.var(correction=0) + 1e-5).sqrt()) @ model.lm_head.weight[5]
+    assert sum(graph[node.name] for node in graph.nodes) + float(rest) == pytest.approx(100 * float(logits[-1, 5]), rel=1e-3)
+
+
+def test_an_unknown_norm_is_refused_for_linear_gradients(tiny):
+    model = tiny("llama")
+
+    class OddNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x):
+            return x / x.abs().mean(-1, keepdim=True) * self.weight
+
+    model.model.layers[1].input_layernorm = OddNorm()
+    whole(model, pair(), rows(TOKENS))
+    with pytest.raises(AnatomyError, match="OddNorm"):
+        whole(model, pair(), rows(TOKENS), gradient="linear")
+    assert hook_count(model) == 0
 
 
 def test_numbers_do_not_depend_on_who_shares_a_batch(tiny):
