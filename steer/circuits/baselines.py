@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from steer.circuits.attribution import Baseline
 from steer.circuits.passes import Passes
-from steer.circuits.places import Place
+from steer.circuits.split_site import SplitSite
 from steer.circuits.texts import NO_ROLE, Batch
 
 BASELINES = ("zero", "mean")
 
 
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What stands in the place of an ablated node. features: [features] fp32. rest: [width of the site] fp32."""
+
+    features: Tensor
+    rest: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What prompts showed at a split site. mean: over tokens. was_on: [features] bool, whether a feature was on at any of them."""
+
+    mean: Baseline
+    was_on: Tensor
+
+
 def zero_baselines(passes: Passes) -> dict[str, Baseline]:
-    """Features off, errors and embeddings of length 0."""
-    widths = {place.name: place.width for place in passes.places}
-    return {place.name: Baseline(torch.zeros(widths[place.name]), torch.zeros(_site_width(place, passes))) for place in passes.places}
+    """Features off, errors and embeddings of length 0, by name of the dictionary."""
+    return {split.name: Baseline(torch.zeros(split.width), torch.zeros(_site_width(split, passes))) for split in passes.splits}
 
 
-def mean_baselines(passes: Passes) -> dict[str, Baseline]:
-    """Means over all tokens of the prompts that have a role and that the dictionary was trained on."""
-    sums = {name: [base.features.double(), base.rest.double()] for name, base in zero_baselines(passes).items()}
-    counts = {name: 0 for name in sums}
+def seen(passes: Passes) -> dict[str, Seen]:
+    """By name of the dictionary, over all tokens of the prompts that have a role and that the dictionary was trained on."""
+    sums = {name: (base.features.double(), base.rest.double()) for name, base in zero_baselines(passes).items()}
+    was_on = {split.name: torch.zeros(split.width, dtype=torch.bool) for split in passes.splits}
+    counts = dict.fromkeys(sums, 0)
 
-    def act(place: Place, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
-        is_in = place.roles(batch, x) != NO_ROLE
-        f = place.encode(x, batch)
-        rest = y.to(f.dtype) - place.decode(f, x)
-        for total, values in zip(sums[place.name], (f, rest), strict=True):
+    def act(split: SplitSite, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+        is_in = split.roles(batch, x) != NO_ROLE
+        f = split.encode(x, batch)
+        rest = y.to(f.dtype) - split.decode(f, x)
+        for total, values in zip(sums[split.name], (f, rest), strict=True):
             total += values[is_in].double().sum(0).cpu()
-        counts[place.name] += int(is_in.sum())
+        was_on[split.name] |= (f[is_in] != 0).any(0).cpu()
+        counts[split.name] += int(is_in.sum())
         return y
 
-    everything = range(len(passes.texts))
-    for chosen in passes.batches(everything):
-        passes.run([everything[i] for i in chosen], act, gradients=False)
+    for chosen in passes.batches(range(len(passes.texts))):
+        passes.run(chosen, act, gradients=False)
     return {
-        name: Baseline(features.float() / max(counts[name], 1), rest.float() / max(counts[name], 1))
-        for name, (features, rest) in sums.items()
+        name: Seen(Baseline(*((total / max(counts[name], 1)).float() for total in totals)), was_on[name]) for name, totals in sums.items()
     }
 
 
-def _site_width(place: Place, passes: Passes) -> int:
-    return passes.anatomy.width if place.dictionary is None else place.dictionary.d_out
+def _site_width(split: SplitSite, passes: Passes) -> int:
+    return passes.anatomy.width if split.dictionary is None else split.dictionary.d_out

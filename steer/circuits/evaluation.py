@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from steer.circuits.attribution import REST, Baseline, Key
+from steer.circuits.attribution import REST, Key
+from steer.circuits.baselines import Baseline, seen
 from steer.circuits.passes import Act, Passes
-from steer.circuits.places import Place
+from steer.circuits.split_site import SplitSite
 from steer.circuits.targets import Target
 from steer.circuits.texts import NO_ROLE, Batch
 
-# (place, batch) -> where features [rows or 1, roles, features] and the rest [rows or 1, roles] are ablated
-Ablated = Callable[[Place, Batch], tuple[Tensor, Tensor]]
+# (split site, batch) -> where features [rows or 1, roles, features] and the rest [rows or 1, roles] are ablated
+Ablated = Callable[[SplitSite, Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,8 @@ class Evaluation:
 
     def mean(self, ablated: Ablated) -> float:
         """Of the target over all prompts."""
-        total, prompts = 0.0, range(len(self.passes.texts))
-        for chosen in self.passes.batches(prompts):
-            total += float(self._values([prompts[i] for i in chosen], ablated).double().sum())
-        return total / len(self.passes.texts)
+        batches = self.passes.batches(range(len(self.passes.texts)))
+        return sum(float(self._values(chosen, ablated).double().sum()) for chosen in batches) / len(self.passes.texts)
 
     def exact(self, keys: Sequence[Key]) -> Tensor:
         """[nodes] mean fall of the target when one node is ablated alone; a row of a batch is a prompt without one node."""
@@ -98,9 +97,10 @@ class Evaluation:
             left.index_add_(0, torch.tensor(nodes), values.double().cpu())
         return (self.mean(self._nothing) - left / prompts).float()
 
-    def faithfulness(self, circuit: Sequence[Key], was_on: Mapping[str, Tensor], *, draws: int, seed: int) -> Faithfulness:
-        """Of the features among `circuit`. was_on: [features] bool by place, from which random ones are drawn."""
+    def faithfulness(self, circuit: Sequence[Key], *, draws: int, seed: int) -> Faithfulness:
+        """Of the features among `circuit`, beside features drawn from those that are on in these prompts."""
         generator = torch.Generator().manual_seed(seed)
+        was_on = {name: found.was_on for name, found in seen(self.passes).items()}
         inside = self._masks(circuit)
         drawn = [self._drawn(circuit, was_on, generator) for _ in range(draws)]
 
@@ -128,17 +128,17 @@ class Evaluation:
         return self.passes.values(self.target, batch, logits)
 
     def _act(self, ablated: Ablated) -> Act:
-        def act(place: Place, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
-            features, rest = (mask.to(y.device) for mask in ablated(place, batch))
+        def act(split: SplitSite, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+            features, rest = (mask.to(y.device) for mask in ablated(split, batch))
             if not bool(features.any()) and not bool(rest.any()):
                 return y
-            base = self.baselines[place.name]
-            roles = place.roles(batch, x)
-            f = place.encode(x, batch)
-            decoded = place.decode(f, x)
+            base = self.baselines[split.name]
+            roles = split.roles(batch, x)
+            f = split.encode(x, batch)
+            decoded = split.decode(f, x)
             off = _at(features, roles) & (roles != NO_ROLE).unsqueeze(-1)  # [rows, tokens, features]
             rest_off = _at(rest, roles) & (roles != NO_ROLE)  # [rows, tokens]
-            change = place.decode(torch.where(off, base.features.to(f.device), f), x) - decoded
+            change = split.decode(torch.where(off, base.features.to(f.device), f), x) - decoded
             change = change + rest_off.unsqueeze(-1) * (base.rest.to(f.device) - (y.to(f.dtype) - decoded))
             return torch.where((off.any(-1) | rest_off).unsqueeze(-1), (y + change).to(y.dtype), y)
 
@@ -147,15 +147,15 @@ class Evaluation:
     # ---- which nodes
 
     def _masks(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """[roles, features] bool by place, True at the features among the keys."""
-        masks = {place.name: torch.zeros(len(self.passes.texts.role_names), place.width, dtype=torch.bool) for place in self.passes.places}
+        """[roles, features] bool by dictionary, True at the features among the keys."""
+        masks = {split.name: torch.zeros(len(self.passes.texts.role_names), split.width, dtype=torch.bool) for split in self.passes.splits}
         for key in keys:
             if key.column != REST:
-                masks[self.passes.places[key.place].name][key.role, key.column] = True
+                masks[self.passes.splits[key.split].name][key.role, key.column] = True
         return masks
 
     def _drawn(self, circuit: Sequence[Key], was_on: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """As many features at each place and role as the circuit has, of those that were on in any prompt and are not in it there."""
+        """As many features at each site and role as the circuit has, of those that were on in any prompt and are not in it there."""
         masks = {}
         for name, inside in self._masks(circuit).items():
             masks[name] = torch.zeros_like(inside)
@@ -164,31 +164,31 @@ class Evaluation:
                 masks[name][role, others[torch.randperm(len(others), generator=generator)[: int(of_role.sum())]]] = True
         return masks
 
-    def _nothing(self, place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _nothing(self, split: SplitSite, batch: Batch) -> tuple[Tensor, Tensor]:
         roles = len(self.passes.texts.role_names)
-        return torch.zeros(1, roles, place.width, dtype=torch.bool), torch.zeros(1, roles, dtype=torch.bool)
+        return torch.zeros(1, roles, split.width, dtype=torch.bool), torch.zeros(1, roles, dtype=torch.bool)
 
     def _all_but(self, masks: Mapping[str, Tensor], *, errors: bool) -> Ablated:
         """All features but those of the masks. errors: they stay. Embeddings always do."""
 
-        def ablated(place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
-            keeps = errors or place.dictionary is None
-            return ~masks[place.name][None], torch.full((1, len(self.passes.texts.role_names)), not keeps)
+        def ablated(split: SplitSite, batch: Batch) -> tuple[Tensor, Tensor]:
+            keeps = errors or split.dictionary is None
+            return ~masks[split.name][None], torch.full((1, len(self.passes.texts.role_names)), not keeps)
 
         return ablated
 
     def _only(self, masks: Mapping[str, Tensor]) -> Ablated:
-        return lambda place, batch: (masks[place.name][None], torch.zeros(1, len(self.passes.texts.role_names), dtype=torch.bool))
+        return lambda split, batch: (masks[split.name][None], torch.zeros(1, len(self.passes.texts.role_names), dtype=torch.bool))
 
     def _one_each(self, keys: Sequence[Key]) -> Ablated:
         """One node for each row of the batch."""
 
-        def ablated(place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
+        def ablated(split: SplitSite, batch: Batch) -> tuple[Tensor, Tensor]:
             roles = len(self.passes.texts.role_names)
-            features = torch.zeros(len(keys), roles, place.width, dtype=torch.bool)
+            features = torch.zeros(len(keys), roles, split.width, dtype=torch.bool)
             rest = torch.zeros(len(keys), roles, dtype=torch.bool)
             for row, key in enumerate(keys):
-                if self.passes.places[key.place] is place:
+                if self.passes.splits[key.split] is split:
                     (rest if key.column == REST else features)[(row, key.role) if key.column == REST else (row, key.role, key.column)] = (
                         True
                     )

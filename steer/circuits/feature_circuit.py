@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steer.checks import of_type, one_of, whole_number
 from steer.circuits.attribution import REST, Attribution, Key
-from steer.circuits.baselines import BASELINES, mean_baselines, zero_baselines
+from steer.circuits.baselines import BASELINES, Baseline, seen, zero_baselines
 from steer.circuits.evaluation import Evaluation, ExactEffects, Faithfulness
 from steer.circuits.graph import TARGET, Graph, Node, joined_edges
 from steer.circuits.passes import Passes
-from steer.circuits.places import Place, places_of
+from steer.circuits.split_site import SplitSite, split_sites_of
 from steer.circuits.targets import Target, target_words
 from steer.circuits.texts import Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError, WrongModelError
@@ -39,7 +39,7 @@ class FeatureCircuit:
     Attributes:
         graph: pruned.
         dictionaries: by the names in the graph.
-        error_share: by name of the dictionary, the share of the absolute scores of all nodes there that errors carry; pruned nodes count.
+        error_share: by name of the dictionary, the share of the absolute scores at single tokens that its errors carry, all nodes counted.
         faithfulness: see there; None where it was not measured.
         exact: single nodes ablated exactly; None where none were. A file does not keep it.
     """
@@ -82,6 +82,34 @@ class FeatureCircuit:
             ]
         )
 
+    def faithfulness_on(
+        self,
+        model: nn.Module,
+        prompts: Prompts,
+        target: Target,
+        *,
+        tokenizer: Any = None,
+        positions: Positions = "sum",
+        baseline: str = "zero",
+        reference: Prompts | None = None,
+        draws: int = 3,
+        seed: int = 0,
+        max_tokens: int = 2048,
+    ) -> Faithfulness:
+        """Faithfulness on other prompts than those of the attribution; arguments as there.
+
+        Raises:
+            ConfigError: prompts without a role that the circuit has features at.
+        """
+        task = _task(model, self.dictionaries, prompts, target, tokenizer, positions, baseline, reference, "plain", False, max_tokens)
+        names = [split.name for split in task.passes.splits]
+        roles = task.passes.texts.role_names
+        nodes = self.graph.of_kind("feature")
+        if missing := sorted({node.role for node in nodes} - set(roles)):
+            raise _no_such_role(missing, roles)
+        keys = [Key(names.index(node.part), roles.index(node.role), node.index) for node in nodes if node.index is not None]
+        return task.evaluation.faithfulness(keys, draws=draws, seed=seed)
+
     def save(self, path: str | Path) -> Path:
         """Writes the graph, what was measured, and which dictionaries it is of, without their numbers."""
         origins = {name: origin_of(dictionary) for name, dictionary in self.dictionaries.items()}
@@ -122,7 +150,7 @@ def feature_circuit(
     gradient: str = "plain",
     steps: int = 0,
     embedding: bool = True,
-    nodes: int = 60,
+    nodes: int = 30,
     edges: int = 200,
     evaluate: bool = True,
     exact: int = 0,
@@ -146,7 +174,7 @@ def feature_circuit(
         gradient: `plain` follows the model; `linear` takes attention patterns and the denominators of norms as constants.
         steps: of integrated gradients for the scores of nodes, for each dictionary; 0 for the gradient at the values.
         embedding: token embeddings are nodes, too.
-        nodes, edges: how many are kept, before those without a path to the target go; nodes are chosen first.
+        nodes: the strongest at each site that are looked at. edges: between these and to the target, of which so many are kept.
         evaluate: measure faithfulness, with `draws` random circuits of the same size beside it.
         exact: number of nodes that are also ablated one by one: half of them the strongest, half drawn from the others that have a score.
         max_tokens: padded tokens that run together.
@@ -155,69 +183,101 @@ def feature_circuit(
         ConfigError, SiteError, WidthError: dictionaries, prompts or a target that do not fit. AnatomyError: no logits, or `linear` on
             a model whose norms are not known.
     """
-    one_of(baseline, BASELINES, "`baseline`")
-    one_of(gradient, GRADIENTS, "`gradient`")
     for name, number, least in (("nodes", nodes, 1), ("edges", edges, 1), ("steps", steps, 0), ("exact", exact, 0), ("draws", draws, 0)):
         whole_number(number, f"`{name}`", least=least)
+    task = _task(model, dictionaries, prompts, target, tokenizer, positions, baseline, reference, gradient, embedding, max_tokens)
+    passes = task.passes
+    attribution = Attribution(passes, target, task.baselines, steps=steps)
+    keys = strongest(attribution, nodes)
+    facts = {
+        "model": passes.anatomy.fingerprint(),
+        "target": target_words(target),
+        "value": attribution.value,
+        "prompts": len(passes.texts),
+        "tokens": list(passes.texts.rows[0].ids) if len(passes.texts) == 1 else None,
+        "positions": positions if isinstance(positions, str) else "labels",
+        "roles": passes.texts.role_names,
+        "baseline": baseline,
+        "gradient": gradient,
+        "steps": steps,
+    }
+    graph, kept = _graph(attribution, keys, edges, facts)
+    faithfulness = task.evaluation.faithfulness(kept, draws=draws, seed=seed) if evaluate else None
+    effects = _exact_effects(attribution, task.evaluation, kept, exact, seed) if exact else None
+    return FeatureCircuit(graph, dict(dictionaries), error_shares(attribution), faithfulness, effects)
+
+
+class _Task(NamedTuple):
+    """What attribution and evaluation share."""
+
+    passes: Passes
+    baselines: dict[str, Baseline]
+    evaluation: Evaluation
+
+
+def _task(
+    model: nn.Module,
+    dictionaries: Mapping[str, Dictionary],
+    prompts: Prompts,
+    target: Target,
+    tokenizer: Any,
+    positions: Positions,
+    baseline: str,
+    reference: Prompts | None,
+    gradient: str,
+    embedding: bool,
+    max_tokens: int,
+) -> _Task:
+    """Checks the arguments of `feature_circuit`, and prepares passes over its prompts."""
+    one_of(baseline, BASELINES, "`baseline`")
+    one_of(gradient, GRADIENTS, "`gradient`")
     whole_number(max_tokens, "`max_tokens`", least=1)
     if not callable(target):
         raise _no_target(target)
     anatomy = Anatomy.find(model)
-    places = places_of(anatomy, dictionaries, embedding=embedding)
-    passes_over = partial(Passes, model, anatomy, places, linear=gradient == "linear", max_tokens=max_tokens)
+    splits = split_sites_of(anatomy, dictionaries, embedding=embedding)
+    passes_over = partial(Passes, model, anatomy, splits, linear=gradient == "linear", max_tokens=max_tokens)
     passes = passes_over(Texts(rows_of(model, prompts, tokenizer), positions))
     baselines = zero_baselines(passes)
     if baseline == "mean":
         others = passes if reference is None else passes_over(Texts(rows_of(model, reference, tokenizer)))
-        baselines = mean_baselines(others)
-    attribution = Attribution(passes, target, baselines, steps=steps)
-    keys = strongest(attribution, nodes)
-    facts = {
-        "model": anatomy.fingerprint(), "target": target_words(target), "value": attribution.value, "prompts": len(passes.texts),
-        "positions": positions if isinstance(positions, str) else "labels", "baseline": baseline, "gradient": gradient, "steps": steps,
-    }  # fmt: skip
-    graph, kept = _graph(attribution, keys, edges, facts)
-    evaluation = Evaluation(passes, target, baselines)
-    faithfulness = evaluation.faithfulness(kept, attribution.was_on, draws=draws, seed=seed) if evaluate else None
-    effects = _exact_effects(attribution, evaluation, kept, exact, seed) if exact else None
-    return FeatureCircuit(graph, dict(dictionaries), error_shares(attribution), faithfulness, effects)
+        baselines = {name: found.mean for name, found in seen(others).items()}
+    return _Task(passes, baselines, Evaluation(passes, target, baselines))
 
 
 def error_shares(attribution: Attribution) -> dict[str, float]:
-    """Share of the absolute scores at each dictionary that its errors carry; 0 where nothing has a score."""
+    """Share of the absolute scores at single tokens that errors carry, by name of the dictionary; 0 where nothing has a score."""
     shares = {}
-    for place in attribution.passes.places:
-        if place.dictionary is not None:
-            size = attribution.scores[place.name].abs().double().sum(0)
-            shares[place.name] = float(size[REST] / size.sum()) if float(size.sum()) else 0.0
+    for split in attribution.passes.splits:
+        if split.dictionary is not None:
+            of_features, of_rest = attribution.sizes[split.name].tolist()
+            shares[split.name] = of_rest / (of_features + of_rest) if of_features + of_rest else 0.0
     return shares
 
 
 def strongest(attribution: Attribution, count: int) -> list[Key]:
-    """The nodes with the largest absolute scores, in the order in which a pass reaches them."""
-    found: list[tuple[float, Key]] = []
-    for number, place in enumerate(attribution.passes.places):
-        scores = attribution.scores[place.name]
+    """At each site the nodes with the largest absolute scores, in the order in which a pass reaches them."""
+    found: list[Key] = []
+    for number, split in enumerate(attribution.passes.splits):
+        scores = attribution.scores[split.name]
         best = scores.abs().flatten().topk(min(count, scores.numel()))
-        for size, flat in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if size > 0:
-                role, column = divmod(flat, scores.shape[1])
-                found.append((size, Key(number, role, REST if column == place.width else column)))
-    chosen = [key for _, key in sorted(found, key=lambda pair: -pair[0])[:count]]
-    return sorted(chosen, key=lambda key: (key.place, key.role, key.column % (1 << 62)))
+        for flat in best.indices[best.values > 0].sort().values.tolist():
+            role, column = divmod(flat, scores.shape[1])
+            found.append(Key(number, role, REST if column == split.width else column))
+    return found
 
 
-def node_of(key: Key, places: Sequence[Place], role_names: Sequence[str]) -> Node:
+def node_of(key: Key, splits: Sequence[SplitSite], role_names: Sequence[str]) -> Node:
     """What a key stands for."""
-    place, role = places[key.place], role_names[key.role]
-    part = "" if place.dictionary is None else place.name
-    return Node(place.rest if key.column == REST else "feature", str(place.writes), part, None if key.column == REST else key.column, role)
+    split, role = splits[key.split], role_names[key.role]
+    part = "" if split.dictionary is None else split.name
+    return Node(split.rest if key.column == REST else "feature", str(split.writes), part, None if key.column == REST else key.column, role)
 
 
 def _graph(attribution: Attribution, keys: Sequence[Key], edges: int, facts: dict[str, Any]) -> tuple[Graph, list[Key]]:
     """The pruned graph, and the keys of its nodes."""
-    places, names = attribution.passes.places, attribution.passes.texts.role_names
-    nodes = [*(node_of(key, places, names) for key in keys), Node(TARGET)]
+    splits, names = attribution.passes.splits, attribution.passes.texts.role_names
+    nodes = [*(node_of(key, splits, names) for key in keys), Node(TARGET)]
     scores = torch.tensor([*(_score_of(attribution, key) for key in keys), 0.0])
     weights = attribution.edges(keys)
     ends = weights.nonzero()
@@ -228,7 +288,7 @@ def _graph(attribution: Attribution, keys: Sequence[Key], edges: int, facts: dic
 
 
 def _score_of(attribution: Attribution, key: Key) -> float:
-    return float(attribution.scores[attribution.passes.places[key.place].name][key.role, key.column])
+    return float(attribution.scores[attribution.passes.splits[key.split].name][key.role, key.column])
 
 
 def _exact_effects(attribution: Attribution, evaluation: Evaluation, kept: Sequence[Key], count: int, seed: int) -> ExactEffects:
@@ -237,9 +297,9 @@ def _exact_effects(attribution: Attribution, evaluation: Evaluation, kept: Seque
     others = [key for key in strongest(attribution, sum(s.numel() for s in attribution.scores.values())) if key not in set(chosen)]
     drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: count - len(chosen)]
     chosen = [*chosen, *(others[i] for i in drawn.tolist())]
-    places, names = attribution.passes.places, attribution.passes.texts.role_names
+    splits, names = attribution.passes.splits, attribution.passes.texts.role_names
     attributed: Tensor = torch.tensor([_score_of(attribution, key) for key in chosen])
-    return ExactEffects(tuple(node_of(key, places, names).name for key in chosen), attributed, evaluation.exact(chosen))
+    return ExactEffects(tuple(node_of(key, splits, names).name for key in chosen), attributed, evaluation.exact(chosen))
 
 
 def _check_same(name: str, origin: Any, dictionaries: Mapping[str, Dictionary]) -> None:
@@ -268,6 +328,15 @@ def _no_features(circuit: FeatureCircuit) -> ConfigError:
         expected="a circuit with at least one feature",
         found=repr(circuit.graph),
         remedy="keep more nodes or edges: feature_circuit(..., nodes=, edges=)",
+    )
+
+
+def _no_such_role(missing: list[str], roles: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        "the circuit has features at tokens that these prompts do not have",
+        expected=f"labels {', '.join(map(repr, missing))} among the roles of the prompts",
+        found=", ".join(map(repr, roles)),
+        remedy="pass positions= as the circuit was made with",
     )
 
 

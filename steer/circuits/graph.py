@@ -5,7 +5,8 @@ It knows nothing of what a node is beyond its kind, so that features, heads, MLP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -103,25 +104,30 @@ class Graph:
 
     # ---- smaller graphs
 
-    def pruned(self, edges: int, *, keeps: Callable[[Node], bool] = lambda node: False) -> Self:
-        """The strongest edges by absolute weight, and of the nodes those with a path to the target along them.
+    def pruned(self, edges: int) -> Self:
+        """So many edges, and the nodes at their ends: from the target backwards, always the strongest edge into what has been reached.
 
-        Args:
-            edges: how many at most, before those without a path go.
-            keeps: nodes that stay whether they have a path or not; the target always does.
+        Every node that stays therefore has a path to the target.
         """
         whole_number(edges, "the number of edges")
-        kept = self.weights.abs().argsort(descending=True, stable=True)[:edges].sort().values
-        is_in = torch.tensor([node.kind == TARGET for node in self.nodes])
-        sources, receivers = self.edges[kept].unbind(1)
-        for _ in self.nodes:  # from the target backwards, until nothing is reached any more
-            reached = is_in.clone()
-            reached[sources[is_in[receivers]]] = True
-            if torch.equal(reached, is_in):
-                break
-            is_in = reached
-        is_in |= torch.tensor([keeps(node) for node in self.nodes])
-        return self._subgraph(is_in, kept[is_in[sources] & is_in[receivers]])
+        sizes = self.weights.abs().tolist()
+        into: dict[int, list[int]] = {}
+        for edge, receiver in enumerate(self.edges[:, 1].tolist()):
+            into.setdefault(receiver, []).append(edge)
+        reached = {place for place, node in enumerate(self.nodes) if node.kind == TARGET}
+        open_edges = [(-sizes[edge], edge) for place in reached for edge in into.get(place, [])]
+        heapq.heapify(open_edges)
+        kept: list[int] = []
+        while open_edges and len(kept) < edges:
+            _, edge = heapq.heappop(open_edges)
+            kept.append(edge)
+            source = int(self.edges[edge, 0])
+            if source not in reached:
+                reached.add(source)
+                for further in into.get(source, []):
+                    heapq.heappush(open_edges, (-sizes[further], further))
+        is_in = torch.tensor([place in reached for place in range(len(self.nodes))])
+        return self._subgraph(is_in, torch.tensor(sorted(kept), dtype=torch.long))
 
     def _subgraph(self, is_in: Tensor, edges: Tensor) -> Self:
         """is_in: [nodes] bool. edges: places of those that stay, whose ends are all in."""

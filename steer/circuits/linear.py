@@ -21,6 +21,7 @@ from steer.model.restoring import restoring
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest entry, by dtype of the model
 COARSE = 0.05  # for halves
+EPSILONS = (1e-5, 1e-6)  # tried for a norm that does not say its own
 
 
 @contextmanager
@@ -41,14 +42,19 @@ def linear_hooks(anatomy: Anatomy, *, active: bool) -> Iterator[None]:
 
 
 def norms_of(anatomy: Anatomy) -> list[nn.Module]:
-    """Norms of the residual stream: those in blocks with a gain of its width, and the final one."""
+    """Norms of the residual stream: those in blocks with a gain of its width, or with none, and the final one."""
     found = [
         module
         for block in anatomy.blocks
         for module in block.modules()
-        if "norm" in type(module).__name__.lower() and tuple(getattr(getattr(module, "weight", None), "shape", ())) == (anatomy.width,)
+        if "norm" in type(module).__name__.lower() and _gain_shape(module) in ((anatomy.width,), None)
     ]
     return found + ([] if anatomy.final_norm is None else [anatomy.final_norm])
+
+
+def _gain_shape(module: nn.Module) -> tuple[int, ...] | None:
+    weight = getattr(module, "weight", None)
+    return None if weight is None else tuple(weight.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +90,17 @@ def norm_formula(module: nn.Module, x: Tensor, y: Tensor) -> NormFormula:
     Args:
         x, y: what the norm took and gave.
     """
-    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)  # type: ignore[operator]
-    bias = bias.detach().float() if isinstance(bias, Tensor) else None
-    eps = float(next((getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(module, name)), 1e-6))
+    weight, bias = (None if (part := getattr(module, name, None)) is None else part.detach().float() for name in ("weight", "bias"))
+    # Gemma keeps the gain less 1, OLMo has none
+    gains = [torch.ones(x.shape[-1], device=x.device)] if weight is None else [weight, 1 + weight]
+    named = next((float(getattr(module, name)) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(module, name)), None)
     limit = TOLERANCE.get(y.dtype, COARSE) * float(y.detach().abs().max())
-    for centred in (False, True):
-        for gain in (weight, 1 + weight):  # Gemma keeps the gain less 1
-            formula = NormFormula(gain, bias, eps, centred)
-            if float((formula.with_constant_denominator(x.detach().float()) - y.detach()).abs().max()) <= limit:
-                return formula
+    for eps in EPSILONS if named is None else (named,):
+        for centred in (False, True):
+            for gain in gains:
+                formula = NormFormula(gain, bias, eps, centred)
+                if float((formula.with_constant_denominator(x.detach().float()) - y.detach()).abs().max()) <= limit:
+                    return formula
     raise _unknown_norm(module)
 
 

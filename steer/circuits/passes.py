@@ -1,4 +1,4 @@
-"""Passes of a circuit: prompts run through the model while something is done with the activations at its places."""
+"""Passes of a circuit: prompts run through the model while something is done with the activations at its split sites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.circuits.linear import linear_hooks
-from steer.circuits.places import Place
+from steer.circuits.split_site import SplitSite
 from steer.circuits.targets import Target, checked_value
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
@@ -24,8 +24,8 @@ from steer.model.restoring import restoring
 from steer.model.resume import StoppedPass
 from steer.model.site import Site
 
-# (place, x that its dictionary reads, y of the site that it writes, batch) -> the activation that takes the place of y
-Act = Callable[[Place, Tensor, Tensor, Batch], Tensor]
+# (split site, x that its dictionary reads, y of the site that it writes, batch) -> the activation that takes the place of y
+Act = Callable[[SplitSite, Tensor, Tensor, Batch], Tensor]
 ENTRIES = 2**25  # features of all tokens of a batch, at most
 
 
@@ -33,15 +33,17 @@ class Passes:
     """Runs prompts in batches.
 
     Args:
-        places: in the order of a pass.
+        splits: in the order of a pass.
         linear: gradients take attention patterns and the denominators of norms as constants.
         max_tokens: padded tokens of a batch; fewer where dictionaries are wide.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, places: Sequence[Place], texts: Texts, *, linear: bool, max_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, splits: Sequence[SplitSite], texts: Texts, *, linear: bool, max_tokens: int
+    ) -> None:
         check_vocabulary(anatomy, texts.rows)
-        self.model, self.anatomy, self.places, self.texts, self.linear = model, anatomy, list(places), texts, linear
-        self.max_tokens = max(1, min(max_tokens, ENTRIES // max(1, *(place.width for place in places))))
+        self.model, self.anatomy, self.splits, self.texts, self.linear = model, anatomy, list(splits), texts, linear
+        self.max_tokens = max(1, min(max_tokens, ENTRIES // max(1, *(split.width for split in splits))))
 
     def batches(self, prompts: Sequence[int]) -> Iterator[list[int]]:
         """Splits prompts, which may be named more than once. Yields places in that list."""
@@ -70,16 +72,16 @@ class Passes:
         return batch, None if output is None else self._logits(output)
 
     def _hooks(self, batch: Batch, act: Act) -> tuple[list[Site], list[hooks.HookFunction]]:
-        written = {place.writes: place for place in self.places}
-        sites = sorted({*written, *(place.reads for place in self.places)}, key=lambda site: site.order)
+        written = {split.writes: split for split in self.splits}
+        sites = sorted({*written, *(split.reads for split in self.splits)}, key=lambda site: site.order)
         read: dict[Site, Tensor] = {}
 
         def function(site: Site) -> hooks.HookFunction:
             def hook(h: Tensor, ctx: ForwardContext) -> Tensor | None:
                 new = h
                 if site in written:
-                    place = written[site]
-                    new = act(place, h if place.reads == site else read[place.reads].to(h.device), h, batch)
+                    split = written[site]
+                    new = act(split, h if split.reads == site else read[split.reads].to(h.device), h, batch)
                 read[site] = new
                 return None if new is h else new.to(h.dtype)
 

@@ -26,14 +26,14 @@ class Batch:
     Attributes:
         prompts: [rows] number of the prompt in each row; one prompt may stand in many rows.
         ids, mask: [rows, tokens] as a model takes them.
-        places: [rows, tokens] of each token in its text, from 0.
+        positions: [rows, tokens] place of each token in its text, from 0.
         roles: [rows, tokens], NO_ROLE at padding.
     """
 
     prompts: Tensor
     ids: Tensor
     mask: Tensor
-    places: Tensor
+    positions: Tensor
     roles: Tensor
 
     def of(self, row: int, h: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class Texts:
         roles = torch.full(mask.shape, NO_ROLE)
         for row, i in enumerate(prompts):
             roles[row, mask[row].bool()] = self.roles[i]
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        return Batch(torch.tensor(list(prompts)), *(tensor.to(device) for tensor in (padded["input_ids"], mask, places, roles)))
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return Batch(torch.tensor(list(prompts)), *(tensor.to(device) for tensor in (padded["input_ids"], mask, positions, roles)))
 
 
 def rows_of(model: nn.Module, prompts: Prompts, tokenizer: Any = None) -> list[Row]:

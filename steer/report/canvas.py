@@ -127,7 +127,8 @@ def inline_svg(draw: Any, *args: Any, key: str, title: str, description: str) ->
 
 def _hovering(body: str) -> str:
     """Turns the ids of artists that say something into titles, which browsers show under the pointer."""
-    return re.sub(rf'<g id="{HOVER}([^"]*)">', r'<g class="hover"><title>\1</title>', body)
+    # matplotlib writes single quotes around words that have double ones
+    return re.sub(rf"""<g id=(["']){HOVER}(.*?)\1>""", r'<g class="hover"><title>\2</title>', body)
 
 
 def _prefixed(body: str, key: str) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from steer.drift.records import DriftRecord
-from steer.files import atomic_write
-from steer.report import numbers, palette, view
+from steer.report import numbers, view
 from steer.report.caveats import caveats
 from steer.report.charts import Charts
 from steer.report.completions import completion_rows, largest_projection
 from steer.report.drift_view import drift_content
-from steer.report.extra import extra
 from steer.report.items_plot import is_wrong_way, moved
+from steer.report.render import markup, write_page
 from steer.report.schema import read
 from steer.report.trade_off_plot import equal_damage_words, trade_off_words, trade_offs
 
@@ -34,17 +32,7 @@ def write_report(path: str | Path, metrics: Mapping[str, Any], drift: Mapping[st
     Raises:
         ConfigError: matplotlib or jinja2 is missing. WrongKindError: metrics of another schema. StorageFullError.
     """
-    jinja = extra("jinja2")
-    environment = jinja.Environment(loader=jinja.PackageLoader("steer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {name: getattr(numbers, name) for name in ("number", "overhead", "duration", "moment")}
-    markup = extra("markupsafe").Markup
-    style = (files("steer.report") / "style.css").read_text(encoding="utf-8")
-    content = _content(read(metrics), drift, markup)
-    page = environment.get_template("page.html").render(style=markup(f"{palette.css()}\n{style}"), **content)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, page)
-    return path
+    return write_page(path, "page.html", **_content(read(metrics), drift, markup()))
 
 
 def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecord]], markup: Any) -> dict[str, Any]:

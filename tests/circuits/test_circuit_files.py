@@ -24,20 +24,21 @@ def chain(weights: list[float]) -> Graph:
 
 @pytest.fixture
 def circuit(tiny) -> FeatureCircuit:
-    return feature_circuit(tiny("llama"), pair(), rows(TOKENS), TARGET_OF, nodes=10, edges=40)
+    return feature_circuit(tiny("llama"), pair(), rows(TOKENS), TARGET_OF, nodes=5, edges=40)
 
 
 # ---- graphs
 
 
-def test_pruning_keeps_the_strongest_edges_and_the_nodes_with_a_path(tiny):
-    pruned = chain([5.0, -4.0, 0.1, 3.0]).pruned(3)  # c -> target goes, so a -> c leads nowhere
+def test_pruning_takes_the_strongest_edges_into_what_the_target_was_reached_from():
+    graph = chain([5.0, -4.0, 0.1, 3.0])
+    pruned = graph.pruned(2)
     assert [node.name for node in pruned.nodes] == ["a/1", "b/1", "target"]
     assert pruned.weight("a/1", "b/1") == 5 and pruned.weight("b/1", "target") == -4 and pruned["a/1"] == 3
     assert pruned.weight("a/1", "target") == 0
-    kept = chain([5.0, -4.0, 0.1, 3.0]).pruned(3, keeps=lambda node: node.part == "c")
-    assert [node.name for node in kept.nodes] == ["a/1", "b/1", "c/1", "target"] and kept.weight("a/1", "c/1") == 3
-    assert len(chain([1.0] * 4).pruned(0).nodes) == 1
+    three = graph.pruned(3)  # a -> c is stronger than c -> target, but leads nowhere before that is in
+    assert three.weight("c/1", "target") == pytest.approx(0.1) and three.weight("a/1", "c/1") == 0
+    assert graph.pruned(4).weight("a/1", "c/1") == 3 and len(graph.pruned(0).nodes) == 1
 
 
 def test_a_graph_that_does_not_fit_together_is_refused():
@@ -160,6 +161,8 @@ def test_wrong_input_is_told(tiny):
     for error, match, arguments in (
         (ConfigError, "no dictionaries", {"dictionaries": {}}),
         (ConfigError, "the dictionaries of a circuit", {"dictionaries": [autoencoder()]}),
+        (ConfigError, "is no word", {"dictionaries": {"": autoencoder()}}),
+        (ConfigError, "is no word", {"dictionaries": {"a/b": autoencoder()}}),
         (ConfigError, "'sae'", {"dictionaries": {"sae": "a path"}}),
         (ConfigError, "split the same activation", {"dictionaries": {"a": autoencoder(), "b": autoencoder()}}),
         (WidthError, "does not fit this model", {"dictionaries": {"wide": wide}}),

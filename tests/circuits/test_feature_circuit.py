@@ -4,11 +4,16 @@ import pytest
 import torch
 from circuits.circuit_helpers import FEATURES, WIDTH, autoencoder, every_node, transcoder
 from families import FAMILIES
-from hand import hook_count, ids, padded
+from hand import hook_count, ids, padded, vector
+from transformers import OlmoConfig, OlmoForCausalLM
 
+import steer
 from steer.circuits import Graph, LogitDifference, LogProbability, feature_circuit
 from steer.circuits.graph import TARGET
+from steer.circuits.linear import norms_of
+from steer.errors import AnatomyError, ConfigError
 from steer.features import Untrained
+from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row
 
 TARGET_OF = LogitDifference(5, 9)
@@ -229,20 +234,33 @@ def test_the_circuit_of_all_features_is_the_model_and_the_empty_one_is_reported(
 def test_ablating_the_circuit_in_the_evaluation_is_the_plan(tiny):
     """Two ways of one ablation: features of the running pass, errors kept."""
     model, prompts = tiny("llama"), rows(TOKENS)
-    circuit = feature_circuit(model, pair(), prompts, TARGET_OF, nodes=8, edges=30)
-    assert 0 < len(circuit.features) and len(circuit.graph.nodes) <= 9
+    circuit = feature_circuit(model, pair(), prompts, TARGET_OF, nodes=3, edges=30)
+    assert len(circuit.features) == 2 and len(circuit.graph.nodes) <= 10
     with circuit.ablation_plan().attached(model), torch.no_grad():
         ablated = float(TARGET_OF(model(torch.tensor([prompts[0].ids])).logits[0], 0))
     assert ablated == pytest.approx(circuit.faithfulness.without_circuit, rel=1e-4)
     assert ablated != pytest.approx(circuit.faithfulness.full, rel=1e-2)
 
 
-def test_error_shares_count_all_nodes(tiny):
+def test_faithfulness_on_other_prompts_is_that_of_the_same_features_there(tiny):
+    model, dictionaries, prompts, others = tiny("llama"), pair(), rows(TOKENS), rows(TOKENS, 5)[1:]
+    for positions in ("sum", "each"):
+        circuit = feature_circuit(model, dictionaries, prompts, TARGET_OF, nodes=4, edges=30, positions=positions)
+        assert circuit.faithfulness_on(model, prompts, TARGET_OF, positions=positions) == circuit.faithfulness
+    with pytest.raises(ConfigError, match="do not have"):
+        circuit.faithfulness_on(model, others, TARGET_OF)
+    summed = feature_circuit(model, dictionaries, prompts, TARGET_OF, nodes=4, edges=30)
+    with summed.ablation_plan().attached(model), torch.no_grad():
+        ablated = float(TARGET_OF(model(torch.tensor([others[0].ids])).logits[0], 0))
+    assert summed.faithfulness_on(model, others, TARGET_OF).without_circuit == pytest.approx(ablated, rel=1e-4)
+
+
+def test_error_shares_are_of_single_tokens_whatever_is_pruned_or_added_up(tiny):
     model, dictionaries = tiny("llama"), {"sae": autoencoder()}
-    graph = whole(model, dictionaries, rows(TOKENS)).graph
-    sizes = {node.name: abs(graph[node.name]) for node in graph.nodes if node.part == "sae"}
-    few = feature_circuit(model, dictionaries, rows(TOKENS), TARGET_OF, nodes=3, edges=5, evaluate=False)
-    assert few.error_share["sae"] == pytest.approx(sizes["sae/error"] / sum(sizes.values()), rel=1e-4)
+    graph = whole(model, dictionaries, rows(TOKENS), positions="each", roles=TOKENS).graph
+    sizes = {node.kind: sum(abs(graph[n.name]) for n in graph.nodes if n.kind == node.kind) for node in graph.nodes if node.part == "sae"}
+    few = feature_circuit(model, dictionaries, rows(TOKENS), TARGET_OF, nodes=1, edges=5, evaluate=False)
+    assert few.error_share["sae"] == pytest.approx(sizes["error"] / (sizes["error"] + sizes["feature"]), rel=1e-4)
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -259,6 +277,36 @@ def test_the_model_is_left_as_it_was(tiny):
     assert hook_count(model) == 0 and model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert requires == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_plans_that_are_attached_stay_in_force(tiny):
+    """Also one at the site of a dictionary, whose edit comes before the split."""
+    model, (row,) = tiny("llama"), rows(TOKENS)
+    plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output", strength=2.0))
+    plain = whole(model, pair(), [row]).graph
+    with plan.attached(model):
+        steered = whole(model, pair(), [row]).graph
+        with torch.no_grad():
+            value = float(TARGET_OF(model(torch.tensor([row.ids])).logits[0], 0))
+    assert steered.facts["value"] == pytest.approx(value, rel=1e-5) and plain.facts["value"] != pytest.approx(value, rel=1e-2)
+    assert torch.allclose(outgoing(steered)[:-1], steered.scores[:-1], rtol=1e-3, atol=1e-4 * float(steered.scores.abs().max()))
+
+
+def test_a_pass_that_may_not_be_stopped_gives_the_same_edges(tiny, monkeypatch):
+    model = tiny("llama")
+    stopped = whole(model, pair(), rows(TOKENS)).graph
+    monkeypatch.setattr("steer.circuits.attribution.is_sharded", lambda model: True)
+    through = whole(model, pair(), rows(TOKENS)).graph
+    assert through.nodes == stopped.nodes and torch.allclose(through.weights, stopped.weights, atol=1e-6)
+
+
+def test_a_model_in_half_precision(tiny):
+    graph = whole(tiny("llama").bfloat16(), pair(), rows(TOKENS), exact=4).graph
+    full = whole(tiny("llama"), pair(), rows(TOKENS)).graph
+    shared = sorted({node.name for node in graph.nodes} & {node.name for node in full.nodes})
+    assert len(shared) > 10
+    both = torch.tensor([[graph[name] for name in shared], [full[name] for name in shared]])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.9 and bool(torch.isfinite(graph.weights).all())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen3"])
@@ -294,6 +342,43 @@ def test_linear_gradients_leave_norms_and_patterns_alone(tiny):
     total = sum(linear[node.name] for node in linear.nodes) + rest
     assert total == pytest.approx(float(logits[-1, 5]), rel=1e-3)  # linear scores are the logit itself, part by part
     assert sum(plain[node.name] for node in plain.nodes) + rest != pytest.approx(float(logits[-1, 5]), rel=1e-2)
+
+
+def test_norms_without_a_gain_are_constants_too():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OlmoForCausalLM(OlmoConfig(**sizes)).eval()
+    assert len(norms_of(Anatomy.find(model))) == 7
+    target = lambda logits, prompt: 100 * logits[-1, 5]  # noqa: E731
+    graph = whole(model, {"sae": autoencoder("layers.2.output")}, rows(TOKENS), target, gradient="linear", embedding=False).graph
+    with torch.no_grad():
+        kept = {}
+        handle = model.model.layers[-1].register_forward_hook(lambda m, a, out: kept.update(h=out[0] if isinstance(out, tuple) else out))
+        logits = model(torch.tensor([rows(TOKENS)[0].ids])).logits[0]
+        handle.remove()
+        h = kept["h"].reshape(-1, WIDTH)[-1]
+        bias = autoencoder().decoder_bias
+        rest = 100 * ((bias - bias.mean()) / (h.var(correction=0) + 1e-5).sqrt()) @ model.lm_head.weight[5]
+    assert sum(graph[node.name] for node in graph.nodes) + float(rest) == pytest.approx(100 * float(logits[-1, 5]), rel=1e-3)
+
+
+def test_an_unknown_norm_is_refused_for_linear_gradients(tiny):
+    model = tiny("llama")
+
+    class OddNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x):
+            return x / x.abs().mean(-1, keepdim=True) * self.weight
+
+    model.model.layers[1].input_layernorm = OddNorm()
+    whole(model, pair(), rows(TOKENS))
+    with pytest.raises(AnatomyError, match="OddNorm"):
+        whole(model, pair(), rows(TOKENS), gradient="linear")
+    assert hook_count(model) == 0
 
 
 def test_numbers_do_not_depend_on_who_shares_a_batch(tiny):
