@@ -39,7 +39,7 @@ from steer.kernels.lazy_triton import tl, triton
 from steer.kernels.sparse_pattern import SparsePattern, entries_reference, times_reference, transposed_times_reference
 
 TILE_NUMBERS = 4096  # of the gathered rows that a program holds: 32 for each thread of 4 warps, in loads of 128 bits
-MAX_BLOCK_SIZE = 1024  # columns of a program
+MAX_BLOCK_SIZE = 512  # columns of a program
 MAX_TILE_SIZE = 16  # entries that it takes in a step
 
 
@@ -173,7 +173,7 @@ def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class SparseDecode(torch.autograd.Function):
-    """values @ weight over a pattern, differentiable once in both."""
+    """values @ weight over a pattern, differentiable in both; a second time by PyTorch operations, with [n, width] in memory."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, pattern: SparsePattern) -> Tensor:
@@ -182,9 +182,13 @@ class SparseDecode(torch.autograd.Function):
         return times(pattern, values, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            wide_values, wide_weight = _widened(values, weight)
+            rows = wide_values[:, None] * wide_weight[ctx.pattern.feature]  # [n, width]
+            out = g.new_zeros(g.shape).index_add(0, ctx.pattern.token, rows)
+            return *wanted_gradients(out, g, (values, weight), ctx.needs_input_grad[:2]), None
         of_values, of_weight = gradients(g, values, weight, ctx.pattern, *ctx.needs_input_grad[:2])
         return of_values, of_weight, None
 
@@ -198,8 +202,14 @@ def gradients(
     return d_values, d_weight
 
 
+def wanted_gradients(out: Tensor, g: Tensor, inputs: tuple[Any, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of some inputs that can be differentiated again, None for the others."""
+    slopes = iter(torch.autograd.grad(out, [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted], g, create_graph=True))
+    return tuple(next(slopes) if is_wanted else None for is_wanted in wanted)
+
+
 def decode_pattern(values: Tensor, weight: Tensor, pattern: SparsePattern) -> Tensor:
-    """[tokens, width] values @ weight, differentiable once in both. values: [n] of the entries. weight: [features, width]."""
+    """[tokens, width] values @ weight, differentiable in both. values: [n] of the entries. weight: [features, width]."""
     with torch.autocast(weight.device.type, enabled=False):
         result: Tensor = SparseDecode.apply(values, weight, pattern)
     return result

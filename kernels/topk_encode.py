@@ -37,7 +37,7 @@ from steer.kernels.available import KERNELS
 from steer.kernels.dispatch import choose_path, forced, needs_pytorch_operations, runs_kernel
 from steer.kernels.layout import next_power_of_2
 from steer.kernels.lazy_triton import tl, triton
-from steer.kernels.sparse_decode import times, transposed_times
+from steer.kernels.sparse_decode import times, transposed_times, wanted_gradients
 from steer.kernels.sparse_pattern import SparsePattern
 
 TILE_SIZE = 8192  # features at a time: 16 numbers for each thread of 16 warps
@@ -160,7 +160,7 @@ def select(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> TopFeature
 
 
 class TopKEncode(torch.autograd.Function):
-    """`select`, with the gradients of what was selected; differentiable once."""
+    """`select`, with the gradients of what was selected; a second time by PyTorch operations, with [tokens, k, width] in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -170,9 +170,12 @@ class TopKEncode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, indices = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            values = (x.unsqueeze(1) * weight[indices]).sum(-1).to(g.dtype)
+            values = values if bias is None else values + bias[indices]
+            return *wanted_gradients(values, g, (x, weight, bias), ctx.needs_input_grad[:3]), None
         return *gradients(g, x, weight, bias, indices, *ctx.needs_input_grad[:3]), None
 
 

@@ -100,9 +100,9 @@ CASES: dict[str, tuple[Callable[[], None], list[tuple[str, tuple[int, int], tupl
     "sparse decode": (
         sparse,
         [
-            ("sparse_decode.gather_sum", (4, 2), (2, 1)),
+            ("sparse_decode.gather_sum", (4, 1), (2, 0)),
             ("sparse_decode.entries", (12, 0), (6, 0)),
-            ("sparse_decode.gather_sum", (8, 2), (4, 1)),
+            ("sparse_decode.gather_sum", (8, 1), (4, 0)),
         ],
     ),
     "top 64": (lambda: merge(64), [("topk_encode.merge", (4, 0), (2, 0))]),

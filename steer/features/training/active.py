@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from steer.kernels.sparse_decode import decode_pattern, transposed_times
-from steer.kernels.sparse_pattern import SparsePattern
-
-SPARSE = 8  # where fewer than 1 / SPARSE of all features are on, the sparse products are faster
+from steer.kernels.sparse_pattern import SPARSE, SparsePattern
 
 
 class ActiveFeatures(SparsePattern):
