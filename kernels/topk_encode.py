@@ -202,7 +202,8 @@ def topk_encode_reference(x: Tensor, weight: Tensor, bias: Tensor | None, k: int
 
 @torch.library.custom_op("steer::topk_encode", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)")
 def _topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    return tuple(select(x, weight, bias, k))
+    values, indices = select(x, weight, bias, k)
+    return values, indices
 
 
 @_topk_encode.register_fake
