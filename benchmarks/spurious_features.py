@@ -8,9 +8,9 @@ on sentences in which both attributes agree (music and he, film and she), which 
 intended one, music or film, on sentences of other sections in which they disagree. The features of pronouns are found on the sections that
 it is fitted on, by the words alone, and ablated: where the classifier is used, or also where it is fitted.
 
-Beside them: random features that are on as often, the mean difference of the two kinds of pronouns ablated, and a classifier that was fitted
-on balanced sentences. What is fitted is a linear head on the mean residual stream of a later layer, again and again on other halves of the
-sentences. Writes its figures into docs/results/features.json.
+Beside them: random features that are on as often, the mean difference of the two kinds of pronouns ablated, and a classifier that was
+fitted on balanced sentences. What is fitted is a linear head on the mean residual stream of a later layer, again and again on other halves
+of the sentences. Writes its figures into docs/results/features.json.
 """
 
 from __future__ import annotations

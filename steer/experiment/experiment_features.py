@@ -58,7 +58,7 @@ class ExperimentFeatures:
         candidates: int = 4,
         damage: float = 0.2,
     ) -> ExperimentFeatures:
-        """The feature of the concept that stands at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
+        """The feature of the concept at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
         if rank is not None:
             whole_number(rank, "`rank` of a concept", least=1)
             if rank > len(concepts):
