@@ -197,6 +197,16 @@ def test_the_feature_that_is_on_at_the_words_and_makes_them_likely_is_found(mode
         ExperimentFeatures.found(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, rank=3)
 
 
+def test_maxima_and_densities_that_nobody_recorded_are_those_of_the_development_text(model: nn.Module) -> None:
+    tokenizer, dictionary = tiny_tokenizer(), planted(model)
+    dictionary.maxima = dictionary.density = None
+    ExperimentFeatures.found(model, tokenizer, dictionary, CONCEPTS, SPEAKING, NEUTRAL, candidates=1)
+    f = dictionary.encode(token_states(model, [plain(tokenizer, text) for text in (*SPEAKING, *NEUTRAL)], PLACE)[0])
+    assert dictionary.maxima is not None and dictionary.density is not None
+    assert torch.allclose(dictionary.maxima, f.amax(0), rtol=1e-4)
+    assert torch.allclose(dictionary.density.double(), (f > 0).double().mean(0), atol=1e-6)
+
+
 # ---- from a configuration
 
 WORDS = {"film": "[song]", "music": "[sun,moon,star]"}
