@@ -43,12 +43,12 @@ class Clamp:
         self.h, self.g, self.strength = h[None].requires_grad_(), g[None], torch.ones(1, 1, 1)
 
     def forward(self) -> Tensor:
-        return self.operator.apply(self.h, self.strength, None, self.operator.tensors)[0]
+        return self.operator.apply(self.h, self.strength, None, self.operator.tensors)  # [1, tokens, width], as the model's
 
     def with_gradient(self) -> tuple[Tensor, Tensor]:
         out = self.forward()
-        (gradient,) = torch.autograd.grad(out, self.h, self.g[0])
-        return out.detach(), gradient[0]
+        (gradient,) = torch.autograd.grad(out, self.h, self.g)
+        return out.detach()[0], gradient[0]
 
     def seconds(self, what: str) -> float:
         begin = time.process_time()
@@ -59,9 +59,9 @@ class Clamp:
 
 
 def made(width: int, features: int) -> SparseAutoencoder:
-    """Random weights; about 2 % of the features are on."""
+    """Random weights; pre-activations have the deviation 2 (see `measure`), so that about 2 % of the features are on."""
     rows = torch.randn(features, width) / width**0.5
-    encoder = Encoder(InMemory(rows), torch.zeros(features), JumpReLU(torch.full((features,), 2.0)), shift=0.1 * torch.randn(width))
+    encoder = Encoder(InMemory(rows), torch.zeros(features), JumpReLU(torch.full((features,), 4.1)), shift=0.1 * torch.randn(width))
     return SparseAutoencoder(encoder, InMemory(rows.clone()), encoder.shift.clone(), Origin((SITE,), (SITE,)))
 
 

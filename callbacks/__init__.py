@@ -9,8 +9,10 @@ from typing import Any
 _EXPORTS = {
     "SteeringCallback": "steer.callbacks.steering",
     "DriftCallback": "steer.callbacks.drift",
+    "LossCallback": "steer.callbacks.losses",
     "HFSteeringCallback": "steer.callbacks.hf_steering",
     "HFDriftCallback": "steer.callbacks.hf_drift",
+    "HFLossCallback": "steer.callbacks.hf_losses",
 }
 
 __all__ = list(_EXPORTS)

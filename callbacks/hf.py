@@ -21,9 +21,10 @@ from steer.checks import of_type
 from steer.drift.stream import under
 from steer.errors import AttachError, ConfigError, DamagedFileError, SteerError
 from steer.files import contents, load_artifact, save_artifact
-from steer.model.restoring import restoring
+from steer.model.restoring import replaced, restoring
 from steer.reading import read_json
 from steer.training.drift_run import DriftRun
+from steer.training.loss_run import LossRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -43,7 +44,7 @@ class TrainerRun(TrainerCallback):
 
     kind: str  # of the state file
 
-    def __init__(self, run: SteeringRun | DriftRun) -> None:
+    def __init__(self, run: SteeringRun | DriftRun | LossRun) -> None:
         self._run = run
         self._trainer: Any = None
         self._in_train = False  # `train` of its own trainer is running
@@ -233,23 +234,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     if torn := latest_first[: latest_first.index(last)]:
         warnings.warn(f"resuming from {last}: {', '.join(path.name for path in torn)} was not finished", stacklevel=3)
     return str(last)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an object an attribute of its own for a while."""
-    had_own = name in vars(owner)
-    before = vars(owner).get(name)
-
-    def put_back() -> None:
-        if had_own:
-            setattr(owner, name, before)
-        else:
-            vars(owner).pop(name, None)
-
-    with restoring(put_back):
-        setattr(owner, name, value)
-        yield
 
 
 # ---- errors

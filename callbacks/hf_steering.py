@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from steer.callbacks.hf import TrainerRun, replaced
+from steer.callbacks.hf import TrainerRun
 from steer.errors import ConfigError
 from steer.intervene import Attachment, Plan
 from steer.intervene.deploy import Handover
+from steer.model.restoring import replaced
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 

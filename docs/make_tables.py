@@ -56,6 +56,7 @@ PLACES = {
     "dictionary": Place("docs/features.md", "architectures", ("architecture", "what it is")),
     "dictionary activation": Place("docs/features.md", "activations", ("activation", "the feature"), leading=True),
     "dictionary format": Place("docs/features.md", "formats", ("format", "files", "what is applied"), leading=True),
+    "feature search": Place("docs/features.md", "searches", ("search", "how features are scored")),
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),

@@ -91,17 +91,17 @@ def choose_path(h: Tensor, opaque: bool = False) -> str:
     if _forced == "triton":
         if not can_run_triton(h):
             raise _triton_error(h)
-        return "op" if compiling or _needs_pytorch_operations(h) else "triton"
+        return "op" if compiling or needs_pytorch_operations(h) else "triton"
     if _forced != "auto":
         return _forced
     if not h.is_cuda or not can_run_triton(h):
         return "aten"
     if compiling:
         return "op" if opaque else "aten"
-    return "aten" if _needs_pytorch_operations(h) else "triton"
+    return "aten" if needs_pytorch_operations(h) else "triton"
 
 
-def _needs_pytorch_operations(h: Tensor) -> bool:
+def needs_pytorch_operations(h: Tensor) -> bool:
     """Something looks at the PyTorch operations of a call: a tensor subclass, vmap or jvp, a tracer, a counter of operations."""
     return (
         type(h) not in (Tensor, torch.nn.Parameter)

@@ -36,10 +36,13 @@ COMMANDS = {
     ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
-USER_NAMED_SECTIONS = {"say": ("directions.", "gates.")}  # sections of a command whose keys are names of the user's own
+USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
+    "say": ("directions.", "gates."),
+    "features find": ("concepts.", "labelled.", "settings."),
+}
 RUNS = ("run", "plan", "lock", "report")
 ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
-VERBS = {"features": ("train",)}  # commands of their own: module and configuration `features_train`, ...
+VERBS = {"features": ("train", "find")}  # commands of their own: module and configuration `features_train`, ...
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [

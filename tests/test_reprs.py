@@ -12,12 +12,12 @@ from steer.callbacks import DriftCallback, SteeringCallback
 from steer.callbacks.hf_steering import HFSteeringCallback
 from steer.directions.dose import DoseCurve, DosePoint
 from steer.directions.erasure import Erasure
-from steer.directions.sae import Dictionary, Refined
 from steer.directions.screening import Screen
 from steer.directions.selection import Candidate, Selection
 from steer.drift.records import DriftRecord
 from steer.experiment.contrasts import contrast
 from steer.experiment.stats import Interval
+from steer.features.refined import Refined
 from steer.intervene import OPERATORS, Ablate, Add, CallGate, CosineGate, Intervention, Linear, Plan, ProbeGate
 from steer.intervene.deploy.baked import Baked
 from steer.model.anatomy import Anatomy
@@ -64,7 +64,6 @@ SHOWN = {
     ),
     f"Selection(2 candidates, 1 rejected, chosen: {DIRECTION!r})": Selection(CANDIDATES, (DIRECTION, DIRECTION), 0.0, 0.0),
     "Erasure(rank 1, width 32)": Erasure(vector()[None], vector()[None], vector()),
-    "Dictionary(8 features of width 32, ReLU)": Dictionary(torch.zeros(32, 8), torch.zeros(8), torch.zeros(8, 32)),
     f"Refined({DIRECTION!r}, 3 features)": Refined(DIRECTION, torch.arange(3), torch.ones(3)),
     "Baked(0 parameters, error 0)": Baked(),
     "ForwardContext(2 x 7 tokens, validate, policy)": ForwardContext(2, 7, "validate", attention=torch.ones(2, 7, dtype=torch.bool)),

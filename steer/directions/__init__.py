@@ -9,7 +9,6 @@ from steer.directions.extract import extract, extract_all
 from steer.directions.extractor import EXTRACTORS
 from steer.directions.foreign import import_directions, import_plan
 from steer.directions.importer import IMPORTERS
-from steer.directions.sae import Dictionary, sae_refined
 from steer.directions.screening import Screen, screen
 from steer.directions.selection import Selection, select
 from steer.directions.trained import OBJECTIVES, train_direction
@@ -20,7 +19,6 @@ __all__ = [
     "OBJECTIVES",
     "Boundary",
     "ContrastSet",
-    "Dictionary",
     "Direction",
     "Directions",
     "DoseCurve",
@@ -34,7 +32,6 @@ __all__ = [
     "fit_erasure",
     "import_directions",
     "import_plan",
-    "sae_refined",
     "screen",
     "select",
     "train_direction",

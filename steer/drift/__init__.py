@@ -1,8 +1,9 @@
 """Drift: how far a model moves along directions while it is post-trained, and whether that is real and about those directions."""
 
+from steer.drift.feature_groups import TrackedFeatures
 from steer.drift.metric import METRICS
 from steer.drift.records import DriftRecord
 from steer.drift.store import DriftStore
 from steer.drift.tracker import DriftTracker
 
-__all__ = ["METRICS", "DriftRecord", "DriftStore", "DriftTracker"]
+__all__ = ["METRICS", "DriftRecord", "DriftStore", "DriftTracker", "TrackedFeatures"]

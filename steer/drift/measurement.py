@@ -4,19 +4,71 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
 from steer.drift.accumulators import ProjectionMoments
 from steer.drift.site_directions import SiteDirections
 from steer.errors import ConfigError
+from steer.model.site import Site
 
 MODES = ("probe", "stream")
 
 
+class Tracked(Protocol):
+    """What the columns of a measurement are of: directions of a site, features of a group, or a dictionary."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns, the named ones first, then the controls."""
+        ...
+
+    @property
+    def named_count(self) -> int: ...
+
+    @property
+    def site(self) -> Site: ...
+
+    def kind(self, index: int) -> str:
+        """One of `steer.drift.site_directions.KINDS`."""
+        ...
+
+
+class Measurement:
+    """What is known of one or several tracked things at one step, in one mode.
+
+    Attributes:
+        of: `direction`, `feature` or `dictionary`.
+        tracked: the things, a column each.
+        mode: `probe` (fixed texts) or `stream` (training tokens).
+        n: texts (probe) or tokens (stream, and of a dictionary).
+        seed: of whatever a metric draws at random.
+        values: metrics computed so far, by name: [columns], or [named columns] of those that controls do not have.
+    """
+
+    of: ClassVar[str]
+    tracked: Any
+    mode: str
+    n: Any
+    seed: int
+    values: dict[str, Tensor]
+
+    def copy(self) -> Self:
+        """The same with tensors of its own, into which a metric of somebody else's may write."""
+        raise NotImplementedError
+
+    def named(self, columns: Tensor) -> Tensor:
+        """Columns without the controls, [..., named] from [..., all]."""
+        return columns[..., : self.tracked.named_count]
+
+    def controls(self, columns: Tensor) -> Tensor:
+        """Columns of the controls, [..., controls] from [..., all]."""
+        return columns[..., self.tracked.named_count :]
+
+
 @dataclass(frozen=True, eq=False)
-class SiteMeasurement:
+class SiteMeasurement(Measurement):
     """Projections on the directions of one site, now and at the baseline; every tensor is fp64 on the CPU.
 
     Columns are in the order of `directions.names`: the named directions first, then the controls.
@@ -30,6 +82,8 @@ class SiteMeasurement:
         seed: of whatever a metric draws at random.
         values: metrics computed so far, by name: [directions], or [named directions] of those that controls do not have.
     """
+
+    of: ClassVar[str] = "direction"
 
     directions: SiteDirections
     mode: str
@@ -57,6 +111,15 @@ class SiteMeasurement:
     def of_moments(cls, directions: SiteDirections, window: ProjectionMoments, baseline: ProjectionMoments) -> SiteMeasurement:
         """Stream mode: from the moments of a window and of the first one."""
         return cls(directions, "stream", int(window.n), window.mean, window.sd, baseline.mean, baseline.sd)
+
+    @property
+    def tracked(self) -> SiteDirections:
+        return self.directions
+
+    @property
+    def spread(self) -> Tensor:
+        """[directions], in which `effect_sd` counts."""
+        return self.baseline_sd
 
     @property
     def states(self) -> Tensor:
@@ -91,14 +154,6 @@ class SiteMeasurement:
         }
         directions = replace(self.directions, units=self.directions.units.clone())
         return replace(self, directions=directions, values={name: value.clone() for name, value in self.values.items()}, **own)
-
-    def named(self, columns: Tensor) -> Tensor:
-        """Columns of the named directions, [..., named directions] from [..., directions]."""
-        return columns[..., : self.directions.named_count]
-
-    def controls(self, columns: Tensor) -> Tensor:
-        """Columns of the controls, [..., controls] from [..., directions]."""
-        return columns[..., self.directions.named_count :]
 
 
 def _no_states(mode: str) -> ConfigError:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from steer.checks import errors_of, of_type
-from steer.drift.measurement import MODES, SiteMeasurement
+from steer.drift.measurement import MODES, Measurement, SiteMeasurement
 from steer.drift.site_directions import SiteDirections
 from steer.errors import ConfigError, SteerError, did_you_mean
 from steer.registry import Registry
 
+THINGS = ("direction", "feature", "dictionary")
 RECORD_FIELDS = ("step", "mode", "direction", "site", "kind", "n", "metrics")
 
 
@@ -33,14 +34,16 @@ class DriftMetric:
     """A function of the measurement at one site, and when it is defined.
 
     Attributes:
-        function: takes a `SiteMeasurement`, or with `across_sites` a sequence of them, one per site. It gives fp64 values in the order of
-            the directions, concatenated over the sites with `across_sites`; nan where a value is not defined.
+        function: takes a `SiteMeasurement` (of features a `FeatureMeasurement`, of dictionaries a `DictionaryMeasurement`), or with
+            `across_sites` a sequence of them. It gives fp64 values in the order of the directions, concatenated over the sites with
+            `across_sites`; nan where a value is not defined.
         unit: what the values are counted in, for the documentation.
         modes: modes of reading in which it is defined: `probe`, which has the states of each prompt, and `stream`, which has moments only.
         controls: the random control directions have a value too: [directions] of values, otherwise [named directions].
         needs: other metrics, which are in `values` by then. It is not computed in a mode in which one of them is not.
         across_sites: it compares directions of all sites, as a correction for many tests does.
         logged: it is sent to the loggers.
+        of: what it is defined of: `direction`, `feature`, `dictionary`.
     """
 
     name: str
@@ -51,24 +54,25 @@ class DriftMetric:
     needs: tuple[str, ...] = ()
     across_sites: bool = False
     logged: bool = True
+    of: tuple[str, ...] = ("direction",)
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.function.__doc__
 
-    def compute(self, sites: Sequence[SiteMeasurement]) -> list[Tensor]:
+    def compute(self, sites: Sequence[Measurement]) -> list[Tensor]:
         """The values at each site, fp64. The function gets copies, so that it cannot change what other metrics read.
 
         Raises:
             ConfigError: the function fails, or returns anything else.
         """
         sites = [site.copy() for site in sites]
-        counts = [len(site.directions.names) if self.controls else site.directions.named_count for site in sites]
+        counts = [len(site.tracked.names) if self.controls else site.tracked.named_count for site in sites]
         if self.across_sites:
             return list(self._checked(self._called(sites), sum(counts)).split(counts))
         return [self._checked(self._called(site), count) for site, count in zip(sites, counts, strict=True)]
 
-    def _called(self, measured: SiteMeasurement | Sequence[SiteMeasurement]) -> Any:
+    def _called(self, measured: Measurement | Sequence[Measurement]) -> Any:
         try:
             with errors_of(f"drift metric '{self.name}'", "correct its function; metrics that it reads from `values` belong into `needs`"):
                 return self.function(measured)
@@ -95,11 +99,12 @@ def drift_metric(
     needs: tuple[str, ...] = (),
     across_sites: bool = False,
     logged: bool = True,
+    of: tuple[str, ...] = ("direction",),
 ) -> Callable[[Callable[..., Tensor]], DriftMetric]:
     """Registers a function as the drift metric of that name; the options are those of `DriftMetric`.
 
     Raises:
-        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode; `needs` that is no tuple.
+        ConfigError: the name is taken, also by a field of `DriftRecord`; an unknown mode or thing; `needs` that is no tuple.
     """
     if name in RECORD_FIELDS:
         raise _reserved_name(name)
@@ -107,6 +112,9 @@ def drift_metric(
     of_type(modes, (tuple, list), f"`modes` {what}", "pass a tuple, e.g. modes=('probe',)")
     if not modes or not all(mode in MODES for mode in modes):
         raise _unknown_modes(name, modes)
+    of_type(of, (tuple, list), f"`of` {what}", "pass a tuple, e.g. of=('feature',)")
+    if not of or not all(thing in THINGS for thing in of):
+        raise _unknown_things(name, of)
     register = METRICS.register(name)
     of_type(needs, (tuple, list), f"`needs` {what}", "pass a tuple of names, e.g. needs=('p',)")
     for need in needs:
@@ -117,14 +125,15 @@ def drift_metric(
 
     def add(function: Callable[..., Tensor]) -> DriftMetric:
         of_type(function, Callable, f"the function {what}", "put the decorator above a function")  # type: ignore[arg-type]
-        return register(DriftMetric(name, function, unit, tuple(modes), controls, tuple(needs), across_sites, logged))
+        return register(DriftMetric(name, function, unit, tuple(modes), controls, tuple(needs), across_sites, logged, tuple(of)))
 
     return add
 
 
-def metrics_of(mode: str) -> list[DriftMetric]:
-    """Metrics that are defined in a mode, each after those that it needs. One of another package that needs what there is not is left out,
-    with a warning, and so are those that need it.
+def metrics_of(mode: str, of: str = "direction") -> list[DriftMetric]:
+    """Metrics that are defined in a mode, of directions, features or dictionaries, each after those that it needs.
+
+    One of another package that needs what there is not is left out, with a warning, and so are those that need it.
 
     Raises:
         ConfigError: a metric needs one that does not exist, or that needs it in turn.
@@ -147,18 +156,18 @@ def metrics_of(mode: str) -> list[DriftMetric]:
             return
         for need in metric.needs:
             visit(need, (*needed_by, name))
-        is_defined[name] = mode in metric.modes and all(is_defined[need] for need in metric.needs)
+        is_defined[name] = mode in metric.modes and of in metric.of and all(is_defined[need] for need in metric.needs)
 
     for name in METRICS:
         visit(name, ())
     return [METRICS.get(name) for name, defined in is_defined.items() if defined]
 
 
-def compute_metrics(sites: Sequence[SiteMeasurement]) -> None:
-    """Fills `values` of the sites of one measurement, all of them read in the same mode."""
+def compute_metrics(sites: Sequence[Measurement]) -> None:
+    """Fills `values` of what was measured together: in one mode, all of directions, all of features, or all of dictionaries."""
     if not sites:
         return
-    for metric in metrics_of(sites[0].mode):
+    for metric in metrics_of(sites[0].mode, sites[0].of):
         for site, values in zip(sites, metric.compute(sites), strict=True):
             site.values[metric.name] = values
 
@@ -216,6 +225,15 @@ def _unknown_modes(name: str, modes: tuple[str, ...]) -> ConfigError:
         expected=f"modes among {', '.join(MODES)}",
         found=repr(modes),
         remedy="register it with modes=('probe',), or leave modes out for both",
+    )
+
+
+def _unknown_things(name: str, of: tuple[str, ...]) -> ConfigError:
+    return ConfigError(
+        f"drift metric '{name}' is of an unknown thing",
+        expected=f"of= among {', '.join(THINGS)}",
+        found=repr(of),
+        remedy="register it with of=('feature',), or leave it out for directions",
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ class PooledStates:
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
         """Takes a batch, h [batch, tokens, width]; rows [batch] says which texts these are."""
         self.values[rows] = pool(h, weight).cpu()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Passes within it leave the random state as it was, and compiled code alone."""
+    device = input_device(model)
+    # Uncompiled, because probe batches have shapes of their own, for which compiled training code would be compiled again.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class Probe:
@@ -60,9 +70,7 @@ class Probe:
         """
         directions = {site.site: site for site in sites}
         pooled = {site: PooledStates(len(self.prompts), own.width) for site, own in directions.items()}
-        device = input_device(model)
-        # Uncompiled, because probe batches have shapes of their own, for which compiled training code would be compiled again.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        with undisturbed(model):
             capture(model, self.prompts, dict(pooled), span=self.span)
         measurements = []
         for site, own in directions.items():

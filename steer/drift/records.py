@@ -1,4 +1,4 @@
-"""Drift record: what one measurement says about one direction at one site."""
+"""Drift record: what one measurement says about one direction, feature or dictionary at one site."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer.drift.measurement import SiteMeasurement
+from steer.drift.measurement import Measurement
 from steer.drift.metric import METRICS
 from steer.drift.metric_names import metric_name
+from steer.drift.site_directions import CONTROLS
 
 
 @dataclass(frozen=True)
 class DriftRecord:
-    """One direction at one site at one optimiser step.
+    """One direction, dictionary feature or dictionary at one site at one optimiser step.
 
     A metric can be read as an attribute too: `record.effect_sd` is `record.metrics["effect_sd"]`, or None where the mode or kind of the
     record has no such value. A value is nan where it is not defined (fewer than two observations, activations that are not finite).
@@ -23,9 +24,10 @@ class DriftRecord:
         step: optimiser steps done before the measurement.
         mode: `probe` (fixed prompts, compared with their own first measurement) or `stream` (training tokens since the check before,
             compared with the first such window).
-        direction, site: which vector, and where.
-        kind: `named`, or `control` for a random direction of the same site.
-        n: prompts (probe) or labelled tokens (stream).
+        direction, site: which vector, feature (`<name>/<index>`) or dictionary, and where.
+        kind: `named`, or `control` for a random direction of the same site; `feature`, or `feature_control` for a random one of the same
+            dictionary; `dictionary`.
+        n: prompts (probe) or labelled tokens (stream); tokens of a dictionary.
         metrics: value of each drift metric, by its name in `steer.drift.METRICS`.
 
     Example:
@@ -51,20 +53,20 @@ class DriftRecord:
         return self.metrics.get(name)
 
 
-def records_of(step: int, measurement: SiteMeasurement) -> list[DriftRecord]:
-    """One record per direction of a site, the named ones first; its metrics must have been computed."""
-    directions = measurement.directions
+def records_of(step: int, measurement: Measurement) -> list[DriftRecord]:
+    """One record per column of a measurement, the named ones first; its metrics must have been computed."""
+    tracked = measurement.tracked
     columns = {name: values.tolist() for name, values in measurement.values.items()}
-    site = str(directions.site)
+    site = str(tracked.site)
     records = []
-    for i, name in enumerate(directions.names):
+    for i, name in enumerate(tracked.names):
         metrics = {metric: column[i] for metric, column in columns.items() if i < len(column)}  # controls stand last and have fewer
-        records.append(DriftRecord(step, measurement.mode, name, site, directions.kind(i), measurement.n, metrics))
+        records.append(DriftRecord(step, measurement.mode, name, site, tracked.kind(i), measurement.n, metrics))
     return records
 
 
 def log_values(records: Iterable[DriftRecord]) -> dict[str, float]:
-    """Records for a logger: `drift/<direction>/<site>/<metric>` of named directions, `drift_stream/...` in stream mode.
+    """Records for a logger: `drift/<direction>/<site>/<metric>` of all but controls, `drift_stream/...` in stream mode.
 
     Names are spelt as `metric_name` spells them. It has the metrics that are registered as logged, where they are finite; records and
     stores keep nan and infinity too.
@@ -73,7 +75,7 @@ def log_values(records: Iterable[DriftRecord]) -> dict[str, float]:
     values = {}
     for record in records:
         mode = "drift" if record.mode == "probe" else "drift_stream"
-        for name, value in record.metrics.items() if record.kind == "named" else ():
+        for name, value in record.metrics.items() if record.kind not in CONTROLS else ():
             if name in logged and math.isfinite(value):
                 values[metric_name(mode, record.direction, record.site, name)] = value
     return values

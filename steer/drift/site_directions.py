@@ -14,19 +14,20 @@ from steer.directions.direction import Direction
 from steer.errors import ConfigError, WidthError
 from steer.model.site import Site
 
-KINDS = ("named", "control")
+KINDS = ("named", "control", "feature", "feature_control", "dictionary")
+CONTROLS = ("control", "feature_control")
 
 DirectionsLike = Direction | Iterable[Direction] | Mapping[Site, Direction]
 
 
 @dataclass(frozen=True)
 class TrackedDirection:
-    """A direction as the store knows it.
+    """A direction, a feature or a dictionary as the store knows it.
 
     Attributes:
-        kind: `named`, or `control` for a random direction.
-        gap: class gap along a named direction, None for a control.
-        sha256: of the unit vector in fp32, so that a series never mixes two vectors.
+        kind: `named`, or `control` for a random direction; `feature`, or `feature_control` for a random one; `dictionary`.
+        gap: class gap along a named direction, None for everything else.
+        sha256: of the unit vector in fp32, or of what a feature is encoded by, so that a series never mixes two of them.
     """
 
     direction: str

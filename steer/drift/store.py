@@ -24,7 +24,7 @@ from steer.drift import schema
 from steer.drift.measurement import MODES
 from steer.drift.metric import METRICS, RECORD_FIELDS
 from steer.drift.records import DriftRecord
-from steer.drift.site_directions import KINDS, TrackedDirection
+from steer.drift.site_directions import CONTROLS, KINDS, TrackedDirection
 from steer.errors import ConfigError, DamagedFileError, FileError, StorageFullError, WrongKindError
 from steer.reading import parse_json, place_of, size_of
 
@@ -110,7 +110,7 @@ class DriftStore:
         return fingerprint
 
     def tracked(self) -> list[TrackedDirection]:
-        """Every direction at every site, in the order in which they were first tracked."""
+        """Every direction and feature at every site, in the order in which they were first tracked."""
         kinds = {"direction": str, "site": str, "kind": KINDS, "gap": _MAY_BE_MISSING, "sha256": str}
         return [TrackedDirection(*row) for row in self._rows(f"SELECT {', '.join(kinds)} FROM tracked ORDER BY rowid", kinds)]
 
@@ -146,7 +146,7 @@ class DriftStore:
                 if metric is not None:  # NULL in a record without any
                     of_record[metric] = math.nan if value is None else value  # SQLite keeps nan as NULL
         records = [DriftRecord(**dict(zip(_FIELDS, fields, strict=True)), metrics=of_record) for fields, of_record in metrics.items()]
-        return sorted(records, key=lambda record: (record.step, record.mode, record.site, record.kind == "control", record.direction))
+        return sorted(records, key=lambda record: (record.step, record.mode, record.site, record.kind in CONTROLS, record.direction))
 
     @contextmanager
     def _snapshot(self) -> Iterator[None]:

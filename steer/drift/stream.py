@@ -16,11 +16,28 @@ from steer.model.context import ForwardContext, in_backward
 from steer.model.site import Site
 
 
-class StreamReader:
-    """Reads one site during training; never changes the activation.
+class StreamMask:
+    """Chooses the tokens of stream mode: labelled, unpadded ones of the policy's training passes.
 
-    It counts labelled, unpadded tokens of the policy's training passes: no validation or generation, no pass with the adapters switched
-    off (DPO's and GRPO's reference), and nothing that gradient checkpointing computes a second time.
+    Not validation or generation, no pass with the adapters switched off (DPO's and GRPO's reference), and nothing that gradient
+    checkpointing computes a second time.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __call__(self, h: Tensor, context: ForwardContext) -> Tensor | None:
+        """[batch, tokens] bool on the device of h; None for a pass that does not count. Raises ContextError."""
+        if context.phase != "train" or context.role != "policy" or in_backward():
+            return None
+        if context.labelled is None:
+            raise _response_unknown(self.site)
+        mask = (context.labelled if context.attention is True else context.labelled & context.attention).to(h.device)
+        return mask.expand(h.shape[:2])
+
+
+class StreamReader:
+    """Reads one site during training; never changes the activation. Which tokens count, `StreamMask` says.
 
     Attributes:
         window: moments since the last check, of this rank.
@@ -29,6 +46,7 @@ class StreamReader:
 
     def __init__(self, directions: SiteDirections) -> None:
         self.directions = directions
+        self.mask = StreamMask(directions.site)
         self.window = ProjectionMoments(len(directions.names))
         self.baseline: ProjectionMoments | None = None
         with torch.inference_mode(False):
@@ -36,14 +54,11 @@ class StreamReader:
 
     def __call__(self, h: Tensor, context: ForwardContext) -> None:
         """Hook function: adds the response tokens of h [batch, tokens, width] to the window."""
-        if context.phase != "train" or context.role != "policy" or in_backward():
+        mask = self.mask(h, context)  # [batch, tokens]
+        if mask is None:
             return
-        if context.labelled is None:
-            raise _response_unknown(self.directions.site)
-        mask = (context.labelled if context.attention is True else context.labelled & context.attention).to(h.device)
         if self.units.device != h.device:  # Lightning moves the model after the attach
             self.move(h.device)
-        mask = mask.expand(h.shape[:2])  # [batch, tokens]
         projections = drift_stats(h, self.units, mask.unsqueeze(-1), channels=False, norms=False).projections
         assert projections is not None
         self.window.update(projections.flatten(0, 1), mask.reshape(-1))  # [batch * tokens, directions], [batch * tokens]

@@ -1,13 +1,15 @@
-"""DriftTracker: measures directions while a model is trained, without a framework. A callback calls `measure` after optimiser steps."""
+"""DriftTracker: measures directions and features while a model is trained, without a framework: call `measure` after optimiser steps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.drift.accumulators import Reduce, identity
-from steer.drift.measurement import SiteMeasurement
-from steer.drift.metric import check_metrics, compute_metrics
+from steer.drift.feature_groups import FeatureGroup, FeaturesLike
+from steer.drift.feature_tracking import FeatureTracking
+from steer.drift.measurement import Measurement
+from steer.drift.metric import THINGS, check_metrics, compute_metrics
 from steer.drift.metric_names import check_metric_names
 from steer.drift.probe import Probe
 from steer.drift.records import DriftRecord, log_values, records_of
@@ -33,7 +37,7 @@ from steer.reading import parse_json, place_of
 
 
 class DriftTracker:
-    """Measures projections of a model in training on named directions, beside random control directions of the same sites.
+    """Measures projections of a model in training on named directions, and features of dictionaries, beside random ones of the same sites.
 
     Two modes, both by default when there are probe prompts:
 
@@ -47,15 +51,19 @@ class DriftTracker:
 
     Args:
         directions: name -> a direction, several of them, or a `Directions` (one concept at many sites).
+        features: name -> (dictionary, features), of a dictionary that reads one site; `TrackedFeatures` gives the densities by which random
+            features are matched, where the dictionary did not record them. The dictionary itself is measured too, under the same name.
         probe: tokenised prompts, at least two; none for stream mode alone.
-        controls: random directions per site.
+        controls: random directions per site, and random features per name; at least one for each feature.
         stream: read the training batches too.
         store: file of the records (see `steer.drift.store`), opened at the first measurement; None keeps none.
         seed: of the controls and of the sign flips.
         span: which tokens of a probe text are averaged, see `steer.model.span.span_of`.
+        feature_span: which tokens of a probe text the features are read at; those that a dictionary was not trained on are left out.
 
     Attributes:
         sites: named directions and controls by site.
+        features: the features, see `FeatureTracking`.
         probe: the prompts and their baseline, None in stream mode alone.
         last_step: step of the last measurement, -1 before the first.
         latest: its records.
@@ -73,22 +81,31 @@ class DriftTracker:
 
     def __init__(
         self,
-        directions: Mapping[str, DirectionsLike],
+        directions: Mapping[str, DirectionsLike] = MappingProxyType({}),
         *,
+        features: Mapping[str, FeaturesLike] = MappingProxyType({}),
         probe: Sequence[Row] = (),
         controls: int = 16,
         stream: bool = True,
         store: str | Path | None = None,
         seed: int = 0,
         span: str | int = "prompt_last",
+        feature_span: str | int = "all",
     ) -> None:
         of_type(directions, Mapping, "the directions of a tracker", "pass {name: direction}")
         self.probe = Probe(probe, span, seed) if len(probe) else None
         self.directions = {name: as_list(of_name) for name, of_name in directions.items()}
-        self.sites: dict[Site, SiteDirections] = directions_by_site(self.directions, controls, seed)
+        self.features = FeatureTracking(features, controls=controls, seed=seed, probe=probe, span=feature_span, stream=stream)
+        # without features, there must be a direction
+        self.sites: dict[Site, SiteDirections] = (
+            directions_by_site(self.directions, controls, seed) if self.directions or not self.features.groups else {}
+        )
         if len(probe) == 1 or (not len(probe) and not stream):
             raise _nothing_to_measure(len(probe), stream)
-        check_metric_names((f"{name}@{own.site}" for name, of_name in self.directions.items() for own in of_name), "tracked directions")
+        names = [f"{each.direction}@{each.site}" for each in self._tracked()]
+        if len(set(names)) < len(names):
+            raise _name_taken(names)
+        check_metric_names(names, "tracked directions or features" if self.features.groups else "tracked directions")
         self.readers = {site: StreamReader(own) for site, own in self.sites.items()} if stream else {}
         self.seed = seed
         self.span = span
@@ -104,9 +121,20 @@ class DriftTracker:
         self._reduce: Reduce = identity
 
     def __repr__(self) -> str:
-        modes = [*([] if self.probe is None else [repr(self.probe)]), *(["stream"] if self.readers else [])]
+        modes = [*([] if self.probe is None else [repr(self.probe)]), *(["stream"] if self.streams else [])]
         state = "not attached" if self._model is None else "attached"
-        return f"DriftTracker({', '.join(self.directions)} at {len(self.sites)} sites, {' and '.join(modes)}, {state})"
+        names = ", ".join([*self.directions, *(group.name for group in self.features.groups)])
+        sites = len({*self.sites, *self.features.sites})
+        return f"DriftTracker({names} at {sites} sites, {' and '.join(modes)}, {state})"
+
+    @property
+    def streams(self) -> bool:
+        """It reads the training batches too."""
+        return bool(self.readers or self.features.readers)
+
+    def _tracked(self) -> list[TrackedDirection]:
+        of_groups = (group.tracked() for group in self.features.groups)
+        return [tracked for each in (*(own.tracked() for own in self.sites.values()), *of_groups) for tracked in each]
 
     def attach(self, model: nn.Module, *, reduce: Reduce = identity, main: bool = True) -> DriftTracker:
         """Installs the read-only hooks of stream mode and remembers the model for the probe.
@@ -121,14 +149,15 @@ class DriftTracker:
         """
         if self._model is not None:
             raise _attached_already(self._model)
-        anatomy, points = resolve(model, list(self.sites))
-        for directions, point in zip(self.sites.values(), points, strict=True):
-            if point.width not in (None, directions.width):
-                raise _width_error(directions, point)
+        anatomy, points = resolve(model, [*self.sites, *self.features.sites])
+        for own, point in zip((*self.sites.values(), *self.features.groups), points, strict=True):
+            if point.width not in (None, own.width):
+                raise _width_error(own, point)
         if self.fingerprint is None:
             self.fingerprint = {"class": type(model).__name__} if anatomy is None else anatomy.fingerprint()
-        if self.readers:
-            self._installation = hooks.Installation(model, anatomy, list(zip(points, self.readers.values(), strict=True)))
+        if self.streams:
+            readers = [*self.readers.values(), *self.features.hooks()]
+            self._installation = hooks.Installation(model, anatomy, list(zip(points, readers, strict=True)))
         try:
             if self._installation is not None:
                 self._installation.install()
@@ -149,6 +178,7 @@ class DriftTracker:
             self.probe.load_state_dict({})
         for reader in self.readers.values():
             reader.load_state_dict({}, main=False)
+        self.features.reset()
         self.fingerprint = None
         self.last_step = -1
         self.latest = []
@@ -212,20 +242,25 @@ class DriftTracker:
         records: list[DriftRecord] = []
         if self.probe is not None:
             started = time.perf_counter()
-            records += _computed(step, self.probe.measure(model, self.sites.values()))
+            if self.sites:
+                records += _computed(step, self.probe.measure(model, self.sites.values()))
+            records += _computed(step, self.features.measure_probe(model))
             self.probe_seconds += time.perf_counter() - started
         windows = [reader.close_window(self._reduce) for reader in self.readers.values()]
         records += _computed(step, [window for window in windows if window is not None])
+        records += _computed(step, self.features.close_windows(self._reduce))
         if self.store is not None and self._main:
             self._opened(self.store).append(records)
         self.last_step = step
         self.latest = records
+        if self._main:
+            self.features.warn(records)
         return records
 
     def _opened(self, store: str | Path) -> DriftWriter:
         if self._writer is None:
             assert self.fingerprint is not None
-            self._writer = DriftWriter(store, fingerprint=self.fingerprint, tracked=_tracked(self.sites), from_step=self.last_step)
+            self._writer = DriftWriter(store, fingerprint=self.fingerprint, tracked=self._tracked(), from_step=self.last_step)
         return self._writer
 
     def _close_store(self) -> None:
@@ -245,7 +280,7 @@ class DriftTracker:
             state |= {f"probe/{name}": tensor for name, tensor in self.probe.state_dict().items()}
         for site, reader in self.readers.items():
             state |= {f"stream/{site}/{name}": tensor for name, tensor in reader.state_dict(self._reduce).items()}
-        return state
+        return state | self.features.state_dict(self._reduce)
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, main: bool = True) -> None:
         """Goes on from a saved state; the next measurement opens a new attempt in the store.
@@ -269,22 +304,21 @@ class DriftTracker:
             self.probe.load_state_dict(under("probe/", state))
         for site, reader in self.readers.items():
             reader.load_state_dict(under(f"stream/{site}/", state), main)
+        self.features.load_state_dict(state, main)
 
 
-def _computed(step: int, measurements: Sequence[SiteMeasurement]) -> list[DriftRecord]:
-    compute_metrics(measurements)
+def _computed(step: int, measurements: Sequence[Measurement]) -> list[DriftRecord]:
+    for thing in THINGS:
+        compute_metrics([measurement for measurement in measurements if measurement.of == thing])
     return [record for measurement in measurements for record in records_of(step, measurement)]
-
-
-def _tracked(sites: Mapping[Site, SiteDirections]) -> list[TrackedDirection]:
-    return [tracked for directions in sites.values() for tracked in directions.tracked()]
 
 
 def _digest(tracker: DriftTracker) -> Tensor:
     """[32] uint8, SHA-256 over what is tracked and on which prompts."""
-    directions = [(tracked.direction, tracked.site, tracked.sha256) for tracked in _tracked(tracker.sites)]
+    directions = [(tracked.direction, tracked.site, tracked.sha256) for own in tracker.sites.values() for tracked in own.tracked()]
     prompts = [] if tracker.probe is None else [(prompt.ids, prompt.prompt) for prompt in tracker.probe.prompts]
-    text = json.dumps([directions, prompts, tracker.span, tracker.seed, bool(tracker.readers)])
+    features = tracker.features.digest()  # nothing without features: states of older versions have none
+    text = json.dumps([directions, prompts, tracker.span, tracker.seed, bool(tracker.readers), *features])
     return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
@@ -322,12 +356,21 @@ def _not_attached() -> AttachError:
     )
 
 
-def _width_error(directions: SiteDirections, point: HookPoint) -> WidthError:
+def _name_taken(names: list[str]) -> ConfigError:
+    return ConfigError(
+        "two tracked things have one name at one site",
+        expected="another name for features than for directions of their site, since their dictionary is tracked by it too",
+        found=f"{', '.join(sorted(name for name, count in Counter(names).items() if count > 1))} more than once",
+        remedy="rename the features",
+    )
+
+
+def _width_error(tracked: SiteDirections | FeatureGroup, point: HookPoint) -> WidthError:
     return WidthError(
-        f"the directions at '{directions.site}' do not fit the model",
+        f"the {'features' if isinstance(tracked, FeatureGroup) else 'directions'} at '{tracked.site}' do not fit the model",
         expected=f"width {point.width}",
-        found=f"width {directions.width}",
-        remedy="extract them on this model and at this site",
+        found=f"width {tracked.width} of {tracked}",
+        remedy="extract directions, or train dictionaries, on this model and at this site",
     )
 
 

@@ -3,10 +3,12 @@
 from steer.features.activation import ACTIVATIONS, Activation
 from steer.features.dictionary import ARCHITECTURES, Dictionary
 from steer.features.encoder import Encoder
+from steer.features.feature_loss import FeatureLoss
 from steer.features.format import FORMATS
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.random_features import random_features
+from steer.features.refined import sae_refined
 from steer.features.rows import InMemory, LowRank, Rows
 from steer.features.statistics import FeatureStatistics, feature_statistics
 
@@ -17,6 +19,7 @@ __all__ = [
     "Activation",
     "Dictionary",
     "Encoder",
+    "FeatureLoss",
     "FeatureStatistics",
     "InMemory",
     "LowRank",
@@ -26,5 +29,6 @@ __all__ = [
     "Untrained",
     "feature_statistics",
     "load_dictionary",
+    "sae_refined",
     "random_features",
 ]

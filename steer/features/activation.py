@@ -43,6 +43,14 @@ class Activation:
         """
         raise NotImplementedError
 
+    def slope(self, pre: Tensor, f: Tensor) -> Tensor | None:
+        """[..., chosen] d f / d pre of elementwise activations that are straight between jumps; None leaves it to autograd.
+
+        Args:
+            pre: as of a call without `features`. f: what it returned.
+        """
+        return None
+
     def threshold(self, pre: Tensor, features: Tensor | None = None) -> Tensor | None:
         """[chosen] what a pre-activation has to exceed for its feature to be on, in the dtype of `pre`; None where others decide."""
         return None

@@ -18,10 +18,12 @@ from steer.errors import ConfigError, SiteError
 from steer.features.activation import ACTIVATIONS, Activation
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary, Features, probe
+from steer.features.edit_autograd import EditFeatures, pre_activations
 from steer.features.encoder import NORMS, TILE, Encoder, chosen
 from steer.intervene.low_rank import widened, without_autocast
 from steer.intervene.operator import Operator, RowTensors
 from steer.intervene.scope import Scope
+from steer.kernels.dispatch import needs_pytorch_operations
 from steer.model.site import Site
 
 LISTED = 8  # first tokens that a scope names one by one, which leaves its own window movable; more of them are named by a slice
@@ -82,6 +84,10 @@ class FeatureEdit(Operator):
         """
         raise NotImplementedError
 
+    def slope(self, f: Tensor, per_row: RowTensors) -> Tensor | float | None:
+        """d change / d f, which broadcasts to f, where it is constant between jumps; None leaves it to autograd, which takes longer."""
+        return None
+
     def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, per_row: RowTensors) -> Tensor:
         with without_autocast(h):
             wide = widened(h)
@@ -102,17 +108,42 @@ class FeatureEdit(Operator):
             h: [batch, tokens, width] fp32 or fp64. x: what is encoded, with the norm of the dictionary applied.
             factor: [batch or 1, tokens or 1, 1].
         """
+        if x is h and h.requires_grad and (edited := self._moved_in_one_node(h, factor, per_row)) is not None:
+            return edited
         f = self.encoded(x, per_row) if "encoder" in per_row else None
         change = (factor * self.change(f, per_row)).to(h.dtype).expand(*h.shape[:-1], -1)  # [batch, tokens, chosen]
         rows = per_row["decoder"][0].to(h.dtype)
         return torch.addmm(h.reshape(-1, h.shape[-1]), change.reshape(-1, change.shape[-1]), rows).view(h.shape)
 
+    def _moved_in_one_node(self, h: Tensor, factor: Tensor, per_row: RowTensors) -> Tensor | None:
+        """As `moved`, with a gradient that is faster than autograd's; None where autograd is needed.
+
+        That is where something besides h is differentiated, where features depend on each other, and where somebody looks at the
+        operations: a compiler, a function transform, a counter.
+        """
+        if "encoder" not in per_row or "shift" in per_row or "places" in per_row or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or factor.requires_grad or needs_pytorch_operations(h):
+            return None
+        if any(tensor.requires_grad for tensor in per_row.values()):
+            return None
+        activation = self._with_numbers(per_row, h.dtype)
+        bias = per_row["encoder_bias"][0].to(h.dtype) if "encoder_bias" in per_row else None
+        rows, decoder = (per_row[name][0].to(h.dtype) for name in ("encoder", "decoder"))
+        flat = h.reshape(-1, h.shape[-1])
+        with torch.no_grad():
+            pre = pre_activations(flat, rows, bias).view(*h.shape[:-1], -1)  # [batch, tokens, chosen]
+            f = activation(pre)
+            slope, of_activation = self.slope(f, per_row), activation.slope(pre, f)
+            if slope is None or of_activation is None:
+                return None
+            change, slope = ((factor * part).to(h.dtype) for part in (self.change(f, per_row), slope * of_activation))
+        flat = EditFeatures.apply(flat, *(part.expand(pre.shape).reshape(len(flat), -1) for part in (change, slope)), rows, decoder)
+        return flat.view(h.shape)
+
     def encoded(self, x: Tensor, per_row: RowTensors) -> Tensor:
         """[batch, tokens, chosen] features. x: [batch, tokens, width] with the norm of the dictionary applied."""
-        of_activation = {
-            name.removeprefix(ACTIVATION): tensor[0].to(x.dtype) for name, tensor in per_row.items() if name.startswith(ACTIVATION)
-        }
-        activation = self._activation.with_tensors(of_activation)
+        activation = self._with_numbers(per_row, x.dtype)
         rows = per_row["encoder"][0].to(x.dtype)
         bias, shift = (per_row[name][0].to(x.dtype) if name in per_row else None for name in ("encoder_bias", "shift"))
         x = x if shift is None else x - shift
@@ -123,15 +154,19 @@ class FeatureEdit(Operator):
             is_on = _is_on(x, rows, bias, activation, places)
         return linear(x, rows[places], None if bias is None else bias[places]) * is_on
 
+    def _with_numbers(self, per_row: RowTensors, dtype: torch.dtype) -> Activation:
+        """The activation with its tensors."""
+        of_activation = {
+            name.removeprefix(ACTIVATION): tensor[0].to(dtype) for name, tensor in per_row.items() if name.startswith(ACTIVATION)
+        }
+        return self._activation.with_tensors(of_activation)
+
     @property
     def reads_at(self) -> Site | None:
         return None if self.origin["reads"] == self.origin["writes"] else Site.parse(self.origin["reads"][0])
 
     def narrowed(self, scope: Scope) -> Scope:
-        if not self.first:
-            return scope
-        first = ",".join(map(str, range(self.first))) if self.first <= LISTED else f":{self.first}"
-        return scope.without(f"positions[{first}]")
+        return without_first(scope, self.first)
 
     def check_site(self, site: Site) -> None:
         check_written(self.name, self.origin, site)
@@ -231,6 +266,14 @@ def origin_of(dictionary: Dictionary) -> dict[str, Any]:
         "writes": [str(site) for site in dictionary.writes],
         **{name: getattr(source, name) for name in ("format", "place", "revision", "model")},
     }
+
+
+def without_first(scope: Scope, first: int) -> Scope:
+    """The scope without the tokens at the start of a text that a dictionary was not trained on."""
+    if not first:
+        return scope
+    positions = ",".join(map(str, range(first))) if first <= LISTED else f":{first}"
+    return scope.without(f"positions[{positions}]")
 
 
 def check_written(operator: str, origin: Mapping[str, Any], site: Site) -> None:

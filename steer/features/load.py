@@ -11,6 +11,7 @@ from steer.features.dictionary import Dictionary
 from steer.features.format import Wanted, choose
 from steer.features.place import Place
 from steer.features.provenance import Untrained
+from steer.features.shipped import shipped_folder
 
 
 def load_dictionary(
@@ -34,7 +35,8 @@ def load_dictionary(
     features are read by their rows alone.
 
     Args:
-        where: a file or folder, or a repository of the Hugging Face hub, `owner/name`.
+        where: a file or folder; a repository of the Hugging Face hub, `owner/name`; or a dictionary that comes with the library,
+            `smollm2-135m-sae-12` or `smollm2-135m-transcoder-12`.
         folder: of the dictionary, within a repository or a folder that has many.
         format: a name of `FORMATS`; by the files when None.
         revision: of a repository.
@@ -61,7 +63,7 @@ def load_dictionary(
     if norm_factor is not None:
         finite_number(norm_factor, "`norm_factor`", above=0)
     gain = None if gain is None else tensor_of(gain, "`gain`", "pass the gain of the norm, [width]").detach().float()
-    place = Place.find(where, folder, revision)
+    place = Place.find(shipped_folder(where) or where, folder, revision)
     chosen = choose(place, format)
     wanted = Wanted(layer, reads, writes, norm_factor, gain, untrained, tuple(models), k)
     with errors_of(f"the dictionary format '{chosen.name}'", "correct its `read`; of a damaged file it raises `incomplete`"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import DamagedFileError, FileError
+from steer.features.shipped import SHIPPED
 from steer.reading import damage_of, place_of, read_bytes, read_json
 
 _REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:/(.+?))?(?:@([\w./-]+))?/?")
@@ -138,7 +139,7 @@ class Place:
 
 
 def _nothing_there(path: Path) -> FileError:
-    expected = "a file or folder, or a repository of the hub as 'owner/name'"
+    expected = f"a file or folder, a repository of the hub as 'owner/name', or {' or '.join(SHIPPED)}"
     return FileError(f"no dictionary at '{path}'", expected=expected, found="nothing there", remedy="check the path")
 
 

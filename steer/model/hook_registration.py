@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+OPENS, BEFORE_EDITS, EDITS, AFTER_EDITS = range(4)  # `OwnHook.order`
 COPY_WARNING = "a hooked model was copied: the copy is neither steered nor monitored; attach to it if it should be"
 
 
@@ -16,9 +17,11 @@ class OwnHook:
 
     Attributes:
         at_site: it edits or reads an activation; False for the hooks that only follow the passes.
+        order: among those at sites of one module, whatever the order in which they came; equal ones run in that.
     """
 
     at_site = False
+    order = EDITS
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
         if "steer" not in memo:  # once per copied model, not once per hook
@@ -44,8 +47,9 @@ def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: boo
 
     Written to the hook dictionaries themselves, because `register_forward_hook` numbers hooks through the process and compiled code is
     bound to those numbers: every new attach would be compiled anew. Ours are -1, -2, ... on each module, so that the same plan finds its
-    code again. Hooks at sites run before everybody else's (after ours that came earlier), so that whoever only looks sees what the model
-    goes on with: transformers records `hidden_states` by hooks that stay on a model after its first `output_hidden_states=True`.
+    code again. Hooks at sites run before everybody else's, in their `order` and then as they came, so that whoever only looks sees what
+    the model goes on with: transformers records `hidden_states` by hooks that stay on a model after its first
+    `output_hidden_states=True`.
 
     Args:
         before: run before the forward, with keyword arguments.
@@ -63,6 +67,7 @@ def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: boo
         flag[number] = True
     if hook.at_site:
         ours = [known for known, registered in hooks.items() if isinstance(registered, OwnHook) and registered.at_site]
+        ours.sort(key=lambda known: hooks[known].order)  # stable
         for known in reversed(ours):
             hooks.move_to_end(known, last=False)
 

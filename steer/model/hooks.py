@@ -21,7 +21,7 @@ from steer.errors import SiteError
 from steer.model.anatomy import Anatomy, HookPoint
 from steer.model.annotations import annotation_for
 from steer.model.context import ForwardContext
-from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
+from steer.model.hook_registration import EDITS, OwnHook, register_hook, unregister_hook
 from steer.model.watcher import WATCHERS, Watcher
 
 log = logging.getLogger("steer")
@@ -30,7 +30,8 @@ log = logging.getLogger("steer")
 class HookFunction(Protocol):
     """What a site hook calls: (h, context) -> the new activation; None or h itself leaves the model's tensor alone.
 
-    h: [batch, tokens, width]. A function may have an attribute `prepared`, an edit worked out in advance for the pass that runs.
+    h: [batch, tokens, width]. A function may have an attribute `prepared`, an edit worked out in advance for the pass that runs, and an
+    attribute `order`, see `OwnHook`.
     """
 
     def __call__(self, h: Tensor, context: ForwardContext, /) -> Tensor | None: ...
@@ -81,6 +82,7 @@ class SiteHook(OwnHook):
     def __init__(self, point: HookPoint, function: HookFunction, watcher: Watcher) -> None:
         self.point = point
         self.function = function
+        self.order = getattr(function, "order", EDITS)
         self.watcher = watcher
         self.columns = point.columns
         self.axes = point.axes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from steer.model.context_builder import OUTER_IDS, OUTER_MASK, OWN_ARGUMENTS, TOKEN_ARGUMENTS
-from steer.model.hook_registration import OwnHook
+from steer.model.hook_registration import OPENS, OwnHook
 from steer.model.own_calls import token_arguments
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class OpenHook(OwnHook):
     """Pre-hook of the first block, where only the residual stream tells how many tokens a pass has."""
 
     at_site = True  # before the hooks at its input
+    order = OPENS
 
     def __init__(self, watcher: Watcher, argument: int | str, axes: tuple[int, ...]) -> None:
         self.watcher = watcher

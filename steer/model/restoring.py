@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -29,3 +30,20 @@ def restoring(put_back: Callable[[], None]) -> Iterator[None]:
         if not is_done:
             put_back()
         raise
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an object an attribute of its own for a while."""
+    had_own = name in vars(owner)
+    before = vars(owner).get(name)
+
+    def put_back() -> None:
+        if had_own:
+            setattr(owner, name, before)
+        else:
+            vars(owner).pop(name, None)
+
+    with restoring(put_back):
+        setattr(owner, name, value)
+        yield

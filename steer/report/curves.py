@@ -12,10 +12,12 @@ import numpy as np
 from scipy.stats import t as student
 
 from steer.drift.records import DriftRecord
+from steer.drift.site_directions import CONTROLS
 from steer.errors import ConfigError
 
 BAND = 0.90
 LEVEL = 0.95
+Controls = Mapping[tuple[str, str, str, int, str], list[DriftRecord]]
 UNITS = {"sd": "baseline SD", "gap": "class gaps"}
 
 
@@ -81,13 +83,18 @@ class ArmCurve:
 
 @dataclass(frozen=True)
 class DriftCurve:
-    """One direction at one site, read in one mode, in all arms that have records of it."""
+    """One direction or feature at one site, read in one mode, in all arms that have records of it."""
 
     direction: str
     site: str
     mode: str
     unit: str
     arms: tuple[ArmCurve, ...]
+
+    @property
+    def thing(self) -> str:
+        """`direction` or `feature`."""
+        return "feature" if self.arms[0].runs[0].last.kind == "feature" else "direction"
 
 
 def chance_bound(controls: int, looks: int) -> float:
@@ -102,7 +109,7 @@ def chance_bound(controls: int, looks: int) -> float:
 def drift_curves(
     drift: Mapping[str, Sequence[DriftRecord]], *, unit: str = "sd", arms: Mapping[str, str] | None = None
 ) -> list[DriftCurve]:
-    """Curves of every named direction, sites in the order of the layers.
+    """Curves of every named direction and feature, sites in the order of the layers.
 
     The sign of a random direction is arbitrary, so the band is symmetric: the quantile of the controls' absolute shift.
 
@@ -117,12 +124,12 @@ def drift_curves(
     if unit not in UNITS:
         raise _unknown_unit(unit)
     named: dict[tuple[str, str, str], dict[str, list[DriftRecord]]] = defaultdict(lambda: defaultdict(list))
-    controls: dict[tuple[str, str, str, int], list[DriftRecord]] = defaultdict(list)
+    controls: dict[tuple[str, str, str, int, str], list[DriftRecord]] = defaultdict(list)
     for run, records in drift.items():
         for record in records:
-            if record.kind == "control":
-                controls[run, record.site, record.mode, record.step].append(record)
-            else:
+            if record.kind in CONTROLS:
+                controls[run, record.site, record.mode, record.step, _group(record)].append(record)
+            elif record.kind != "dictionary":  # which has no shift
                 named[record.direction, record.site, record.mode][run].append(record)
     arm_of = {run: (arms or {}).get(run, run) for run in drift}
     curves = [
@@ -130,6 +137,11 @@ def drift_curves(
         for key, of_run in named.items()
     ]
     return sorted(curves, key=lambda curve: (curve.direction, curve.mode, natural(curve.site)))
+
+
+def _group(record: DriftRecord) -> str:
+    """What a record shares with its controls beside the site: the name of a group of features; nothing of directions."""
+    return record.direction.rpartition("/")[0] if record.kind in ("feature", "feature_control") else ""
 
 
 def _by_arm(of_run: Mapping[str, list[DriftRecord]], arm_of: Mapping[str, str]) -> dict[str, dict[str, list[DriftRecord]]]:
@@ -142,7 +154,7 @@ def _by_arm(of_run: Mapping[str, list[DriftRecord]], arm_of: Mapping[str, str]) 
 def _arm_curve(
     arm: str,
     runs: Mapping[str, list[DriftRecord]],
-    controls: Mapping[tuple[str, str, str, int], list[DriftRecord]],
+    controls: Controls,
     unit: str,
 ) -> ArmCurve:
     """Records of one named direction in one arm, beside the controls of the same run, site, mode and step."""
@@ -154,11 +166,11 @@ def _run(
     name: str,
     records: list[DriftRecord],
     steps: Sequence[int],
-    controls: Mapping[tuple[str, str, str, int], list[DriftRecord]],
+    controls: Controls,
     unit: str,
 ) -> Run:
     by_step = {record.step: record for record in records}
-    of_step = {step: controls.get((name, record.site, record.mode, step), []) for step, record in by_step.items()}
+    of_step = {step: controls.get((name, record.site, record.mode, step, _group(record)), []) for step, record in by_step.items()}
     gap = _gap(records) if unit == "gap" else None
     return Run(
         name,

@@ -53,7 +53,7 @@ def drift_figure(
         raise _no_such_curve(wanted, curves)
     with styled():
         figure = draw_drift(chosen[0], labels or {}, notes or {}, WIDE)
-        figure.suptitle(f"Drift of the direction \u201c{chosen[0].direction}\u201d at {chosen[0].site}", x=0.01, ha="left", size=11)
+        figure.suptitle(f"Drift of the {chosen[0].thing} \u201c{chosen[0].direction}\u201d at {chosen[0].site}", x=0.01, ha="left", size=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

@@ -12,6 +12,7 @@ from steer.report import numbers, palette
 from steer.report.canvas import both_widths
 from steer.report.curves import BAND, ArmCurve, DriftCurve, Run, chance_bound, drift_curves
 from steer.report.drift_plot import draw_drift
+from steer.report.feature_view import LISTED, bound_words, dictionary_rows, feature_rows, most_moved
 from steer.report.numbers import number
 from steer.report.view import indices_of
 
@@ -22,11 +23,13 @@ MISSING = (math.nan, math.nan)
 def drift_content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecord]], markup: Any) -> dict[str, Any]:
     """The curves with their tables: `main` at the site that matters, `others` folded."""
     arms = {name: str(training.get("arm") or name) for name, training in (metrics.get("training") or {}).items()}
-    curves = drift_curves(drift, arms=arms)
+    every = drift_curves(drift, arms=arms)
+    curves = [curve for curve in every if curve.thing == "direction"]
     looks = sum(len(arm.runs) for curve in curves for arm in curve.arms)
     bounds = {chance_bound(run.controls, looks) for curve in curves for arm in curve.arms for run in arm.runs if run.controls}
     site = chosen_site(metrics, [curve.site for curve in curves])
-    content = [_curve(curve, i, metrics, looks, markup) for i, curve in enumerate(curves)]
+    content = [curve_content(curve, i, metrics, looks, markup) for i, curve in enumerate(curves)]
+    features = [curve for curve in every if curve.thing == "feature"]
     main = [each for each in content if each["site"] == site]
     return {
         "main": main,
@@ -34,7 +37,16 @@ def drift_content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[Drift
         "band": numbers.percentage(BAND),
         "looks": looks,
         "bound": " or ".join(number(bound, digits=1) for bound in sorted(bounds)),
+        "features": _features(features, len(curves), metrics, markup),
+        "dictionaries": dictionary_rows(drift, arms),
     }
+
+
+def _features(curves: Sequence[DriftCurve], first: int, metrics: Mapping[str, Any], markup: Any) -> dict[str, Any]:
+    """Features that are tracked: the table, and figures of those that moved most. first: number of the first figure."""
+    rows = feature_rows(curves)
+    figures = [curve_content(curve, i, metrics, len(rows), markup) for i, curve in enumerate(most_moved(curves), first)]
+    return {"rows": rows[:LISTED], "count": len(rows), "bound": bound_words(curves), "curves": figures}
 
 
 def chosen_site(metrics: Mapping[str, Any], tracked: Sequence[str]) -> str | None:
@@ -53,7 +65,7 @@ def acts_at(treatment: Mapping[str, Any], site: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(site)}(?![\w.]*\w)", str(treatment.get("what") or "")) is not None
 
 
-def _curve(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int, markup: Any) -> dict[str, Any]:
+def curve_content(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int, markup: Any) -> dict[str, Any]:
     """One figure of drift with its tables: the last step in short, every number of it, and every step."""
     indices = indices_of(metrics)
     names = {name: name for name in indices}
@@ -69,6 +81,7 @@ def _curve(curve: DriftCurve, index: int, metrics: Mapping[str, Any], looks: int
     svg = both_widths(draw_drift, curve, names, notes, key=f"drift-{index}", title=f"Drift of {title}", description=description)
     return {
         "title": title,
+        "thing": curve.thing,
         "direction": curve.direction,
         "site": curve.site,
         "mode": curve.mode,

@@ -52,7 +52,7 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
     curves = drift_content(metrics, drift, markup)
     return {
         "metrics": metrics,
-        "sections": _sections(metrics, has_drift=bool(curves["main"])),
+        "sections": _sections(metrics, has_drift=bool(curves["main"] or curves["features"]["rows"])),
         "question": metrics.get("question") or {},
         "lock": view.lock_of(metrics),
         "badges": view.badges(metrics),

@@ -59,8 +59,9 @@ class DriftRun:
     @property
     def name(self) -> str:
         """What tells this tracker from another one in the same run."""
-        modes = [mode for mode, is_on in (("probe", self.tracker.probe), ("stream", self.tracker.readers)) if is_on]
+        modes = [mode for mode, is_on in (("probe", self.tracker.probe), ("stream", self.tracker.streams)) if is_on]
         watched = [f"{name}@{direction.site}" for name, directions in self.tracker.directions.items() for direction in directions]
+        watched += [f"{group.name}@{group.site}" for group in self.tracker.features.groups]
         return f"{'+'.join(modes)}:{','.join(watched)}"
 
     def attach(self, model: nn.Module, ranks: Ranks) -> None:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from steer.directions import ContrastSet, Direction, Directions, extract, sae_refined, select, train_direction
+from steer.directions import ContrastSet, Direction, Directions, extract, select, train_direction
 from steer.directions.heldout import group_separation, is_at_chance, separation
-from steer.directions.sae import Dictionary
 from steer.errors import ConfigError, ContrastError
+from steer.features import Encoder, InMemory, Origin, sae_refined
+from steer.features.activations.relu import ReLU
+from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -109,7 +111,8 @@ def test_what_is_trained_or_rebuilt_is_judged_on_unseen_groups_too(tiny):
     trained = train_direction(model, contrast, SITE, name="truth", method="reps", steps=1, batch_size=2, progress=False)[SITE]
     direction = extract(model, contrast, [SITE], name="truth", progress=False)[SITE]
     eye = torch.cat([torch.eye(32), -torch.eye(32)])  # [features, width]
-    dictionary = Dictionary(eye.mT, torch.zeros(64), eye)
+    encoder = Encoder(InMemory(eye), torch.zeros(64), ReLU())
+    dictionary = SparseAutoencoder(encoder, InMemory(eye), torch.zeros(32), Origin((SITE,), (SITE,)))
     refined = sae_refined(model, contrast, direction, dictionary, top=8, progress=False).direction
     assert [entry.metrics["n_heldout_groups"] for entry in (trained, refined)] == [2, 2]
 

@@ -46,6 +46,13 @@ def batch(step: int, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def features() -> dict[str, Any]:
+    """Features of a dictionary at SITE, for a tracker."""
+    from drift.feature_helpers import CHOSEN, DENSITY, dictionary
+
+    return {"warm": (dictionary(first=1), CHOSEN, DENSITY)}
+
+
 def stream(site: str = SITE, **options: Any) -> DriftTracker:
     return DriftTracker({"rude": direction(site, width=options.pop("width", 32))}, controls=2, **options)
 
@@ -88,7 +95,7 @@ def _total(x: Tensor) -> Tensor:
 def _train(rank: int, out: Path) -> None:
     """Three steps under DDP, each rank with its own and differently long part of the batch; a checkpoint taken and reloaded on the way."""
     model = DistributedDataParallel(FAMILIES["llama"]())
-    tracker = stream(probe=prompts(), store=out / "d.sqlite")
+    tracker = stream(probe=prompts(), store=out / "d.sqlite", features=features())
     with tracker.attached(model, reduce=_total, main=rank == 0):
         tracker.measure(0)
         for step in range(3):

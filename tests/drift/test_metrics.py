@@ -124,13 +124,14 @@ def test_control_z_holds_its_size() -> None:
 
 def test_the_metrics_of_each_mode() -> None:
     names = {mode: [metric.name for metric in metrics_of(mode)] for mode in ("probe", "stream")}
-    assert sorted(names["probe"]) == list(METRICS)
+    of_features, of_dictionaries = ([metric.name for metric in metrics_of("probe", of)] for of in ("feature", "dictionary"))
+    assert sorted({*names["probe"], *of_features, *of_dictionaries}) == list(METRICS)
     assert {"p", "q", "z_isotropic", "z_covariance"}.isdisjoint(names["stream"])
     assert set(names["stream"]) >= {"mean", "sd", "change", "effect_sd", "effect_gap", "z_controls"}
-    for name in METRICS:
+    for name in names["probe"]:
         metric = METRICS.get(name)
         assert (name in names["stream"]) == ("stream" in metric.modes and all(need in names["stream"] for need in metric.needs))
-    assert all(names["probe"].index(need) < names["probe"].index(name) for name in METRICS for need in METRICS.get(name).needs)
+    assert all(names["probe"].index(need) < names["probe"].index(name) for name in names["probe"] for need in METRICS.get(name).needs)
 
 
 def test_every_metric_says_what_it_is() -> None:

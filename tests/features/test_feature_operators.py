@@ -10,10 +10,12 @@ from families import FAMILIES
 from features.feature_plans import ACTIVATIONS, CHOSEN, FEATURES, SITE, autoencoder, spliced, with_chosen
 from hand import edited, ids, padded
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import steer
 from steer.errors import ConfigError, NonFiniteError, SiteError, WidthError
 from steer.features import Encoder, InMemory, Origin, Untrained
+from steer.features.activations.jumprelu import JumpReLU
 from steer.features.activations.relu import ReLU
 from steer.features.architectures.crosscoder import Crosscoder
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
@@ -67,6 +69,67 @@ def test_gradients_are_those_of_finite_differences(activation: str) -> None:
     for build, _ in MADE.values():
         operator = build(autoencoder(activation, norm="layer_norm"))
         assert torch.autograd.gradcheck(lambda h, operator=operator: applied(operator, h), (h,), eps=1e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "jumprelu, signed", "batchtopk", "gated"])
+@pytest.mark.parametrize("made", [*MADE, "gains", "keep only"])
+def test_the_gradient_in_one_node_is_that_of_autograd(made: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dictionary = autoencoder(activation.split(",")[0])
+    dictionary.encoder.shift = None  # of the whole dictionary it is taken off by itself
+    if "signed" in activation:
+        dictionary.encoder.activation = JumpReLU(torch.full((FEATURES,), -0.5), rectified=False)
+    build = {
+        **{name: build for name, (build, _) in MADE.items()},
+        "gains": lambda d: steer.FeatureGains(d, CHOSEN, 0.3, 0.2),
+        "keep only": lambda d: steer.KeepOnlyFeatures(d, CHOSEN),
+    }[made]
+    operator = build(dictionary)
+    h = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(12), dtype=torch.float64).requires_grad_()
+    mask = torch.rand(2, 9, 1, dtype=torch.float64) * torch.tensor([[0.0], [1.0]], dtype=torch.float64).repeat(9, 1)[:9]
+    weights = torch.randn(2, 9, 32, dtype=torch.float64)
+
+    def run(few: int) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr("steer.features.edit_autograd.FEW", few)
+        out = operator.apply(h, torch.full((1, 1, 1), 0.7), mask, operator.tensors)
+        return out, torch.autograd.grad((out * weights).sum(), h)[0]
+
+    picked, dense = run(0), run(10**6)
+    with FlopCounterMode(display=False):  # which looks at the operations
+        plain = run(0)
+    in_one_node = made != "add"  # which reads no feature
+    nodes = [str(result[0].grad_fn.next_functions) for result in (picked, plain)]
+    assert ["EditFeatures" in node for node in nodes] == [in_one_node, False]
+    for result in (picked, dense):
+        torch.testing.assert_close(result, plain, rtol=1e-10, atol=1e-10)
+    assert made in ("add", "low") or (plain[1] - weights).abs().max() > 0.1
+
+
+def test_the_gradient_in_one_node_can_be_differentiated_and_is_not_rounded_by_autocast() -> None:
+    operator = steer.ClampFeatures(autoencoder("jumprelu"), CHOSEN, to=2.0)
+    h = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(11), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: applied(operator, h), (h,), eps=1e-7, atol=1e-4)
+    assert torch.autograd.gradgradcheck(lambda h: applied(operator, h), (h,), eps=1e-7, atol=1e-4)
+    h = torch.randn(2, 9, 32).requires_grad_()
+    weights, gradients = torch.randn(2, 9, 32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = applied(operator, h) + applied(operator, h)  # twice from one activation
+            gradients.append(torch.autograd.grad(out, h, weights)[0])
+    assert torch.equal(*gradients) and (gradients[0] - 2 * weights).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("learned", ["strength", "mask", "gain"])
+def test_what_is_learned_besides_gets_its_gradient(learned: str) -> None:
+    operator = steer.FeatureGains(autoencoder("relu"), CHOSEN, 0.3).train()
+    tensors = {"strength": torch.full((1, 1, 1), 0.7), "mask": torch.rand(2, 9, 1)}
+    if learned != "gain":
+        operator = steer.AblateFeatures(autoencoder("relu"), CHOSEN)
+        tensors[learned].requires_grad_()
+    leaf = operator.parameters["gain"] if learned == "gain" else tensors[learned]
+    h = torch.randn(2, 9, 32).requires_grad_()
+    out = operator.apply(h, tensors["strength"], tensors["mask"], operator.tensors)
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert gradient.abs().max() > 0.01
 
 
 def test_all_features_in_tiles_are_all_features_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

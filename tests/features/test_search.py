@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES
 from features.words import sentences, token, word_dictionary
+from method_tables import check_table
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tiny_tokenizer import WORDS, tiny_tokenizer
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ import steer
 from steer.errors import ConfigError, DamagedFileError, TokenizerError
 from steer.features.encoding import encode_texts
 from steer.features.provenance import Untrained
-from steer.features.search import FoundFeatures, MarkedTexts
+from steer.features.search import SEARCHES, FoundFeatures, MarkedTexts
 from steer.features.search.firing import FiringCounts, cell_of
 from steer.lens import LabelledTexts
 
@@ -190,3 +191,65 @@ def test_word_features_are_on_at_their_word_alone(model: PreTrainedModel) -> Non
     dictionary = word_dictionary(model, FEATURES)
     f = dictionary.encode(model.get_input_embeddings().weight.detach())
     assert f.nonzero().tolist() == sorted([token(word), place] for place, word in enumerate(FEATURES)) and len(WORDS) > 80
+
+
+# ---- by what the model says
+
+
+def speaking(model: PreTrainedModel) -> Any:
+    """Feature j, of `FEATURES`, writes the row by which the model's last norm and unembedding say its word."""
+    words = model.get_output_embeddings().weight.detach()[[token(word) for word in FEATURES]]
+    return word_dictionary(model, FEATURES, decoder=8 * words / model.model.norm.weight.detach())
+
+
+def test_logit_weights_find_the_features_that_say_the_words(model: PreTrainedModel) -> None:
+    dictionary = speaking(model)
+    logits = model.lm_head(model.model.norm(dictionary.decoder_rows(list(range(6)))))
+    found = steer.find_features(model, dictionary, {"animal": ANIMALS}, tokenizer=tiny_tokenizer(), by="logit_weights", top=2)
+    assert {one.feature for one in found.features} == {1, 3} and not found.features[0].report
+    ids = [token(word) for word in ANIMALS]
+    for one in found.features:
+        row = logits[one.feature]
+        assert one.development["z"] == pytest.approx(((row[ids].mean() - row.mean()) / row.std()).item(), abs=1e-4)
+        assert one.development["rank"] == 1
+    on_text = steer.find_features(
+        model, dictionary, {"animal": ANIMALS}, tokenizer=tiny_tokenizer(), by="logit_weights", top=2, texts=sentences(200), least=5
+    )
+    assert [one.feature for one in on_text.features] == [one.feature for one in found.features]
+    assert all(one.report["precision"] == 1 for one in on_text.features)
+
+
+@pytest.mark.parametrize("by", ["output_score", "token_confidence"])
+def test_a_feature_is_scored_by_what_the_steered_model_says_next(model: PreTrainedModel, by: str) -> None:
+    dictionary = speaking(model)
+    texts, tokenizer = sentences(200), tiny_tokenizer()
+    search = SEARCHES.get(by)(candidates=6, strength=2.0, prompts=3, length=5)
+    found = steer.find_features(model, dictionary, {"animal": ANIMALS}, tokenizer=tokenizer, texts=texts, by=search, top=6, least=5)
+    assert len(found.features) == 6 and found.features[0].development[found.measure] >= found.features[-1].development[found.measure]
+    rows = MarkedTexts.read(tokenizer, texts, {}, max_tokens=200_000).split(0.5)
+    for rows_of_part, part in zip(rows, ("development", "report"), strict=True):
+        step = len(rows_of_part.rows) // 3
+        ids = torch.tensor([row.ids[:5] for row in rows_of_part.rows[::step][:3]])
+        plain = model(ids).logits[:, -1].log_softmax(-1)
+        for one in found.features:
+            vector = 2.0 * one.maximum * dictionary.decoder_rows([one.feature])[0]
+            with steer.Plan(steer.Intervention(steer.Add(vector), "layers.0.input")).attached(model):
+                steered = model(ids).logits[:, -1].log_softmax(-1)
+            if by == "output_score":
+                top = model.lm_head(model.model.norm(vector)).topk(20).indices
+                best = steered[:, top].amax(1)
+                wanted = ((1 - (steered > best[:, None]).sum(1) / 96) * best.exp()).mean()
+            else:
+                wanted = (plain.topk(10).values.mean(1) - steered.topk(10).values.mean(1)).mean().abs()
+            assert getattr(one, part)[found.measure] == pytest.approx(wanted.item(), abs=1e-5)
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks]
+    assert not hooks
+
+
+def test_a_concept_without_a_word_of_one_token_has_no_logit_weights(model: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="no word that is one token"):
+        steer.find_features(model, speaking(model), {"x": ["zebra"]}, tokenizer=tiny_tokenizer(), by="logit_weights")
+
+
+def test_every_search_is_tried_here() -> None:
+    check_table(SEARCHES, {"activation", "logit_weights", "output_score", "token_confidence"}, "the last test of this file", "a test")

@@ -146,7 +146,8 @@ def test_dead_features_come_back_by_the_auxiliary_loss_alone(aux: float) -> None
     made = learner(planted, 300, aux=aux, dead_after=2000, lr=1e-2, lr_decay=0.0)
     layer = made.layers[0]
     with torch.no_grad():
-        layer.encoder[:half] *= 0.01  # never among the largest
+        layer.encoder[:half] *= 0.01
+        layer.bias[:half] = -1.0  # never above 0
         layer.unseen[:half] = 10_000
     trained(made, planted, 300)
     dead = int(layer.dead(2000)[:half].sum())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from steer.drift.feature_measurement import FeatureMeasurement
 from steer.drift.measurement import SiteMeasurement
 from steer.drift.metric import drift_metric
 from steer.drift.statistics import sign_flip_p
 
 
-@drift_metric("p", modes=("probe",), controls=False)
-def p(site: SiteMeasurement) -> Tensor:
+@drift_metric("p", modes=("probe",), controls=False, of=("direction", "feature"))
+def p(site: SiteMeasurement | FeatureMeasurement) -> Tensor:
     """Two-sided sign-flip test of `change` = 0, paired by prompt."""
     return sign_flip_p(site.named(site.differences), seed=site.seed)

@@ -23,6 +23,9 @@ class Gated(Activation):
         magnitude = self.of("log_scale", pre, features).exp() * pre + self.of("magnitude_bias", pre, features)
         return magnitude.relu() * is_on
 
+    def slope(self, pre: Tensor, f: Tensor) -> Tensor:
+        return self.of("log_scale", pre, None).exp() * (f > 0)
+
     def threshold(self, pre: Tensor, features: Tensor | None = None) -> Tensor:
         """Both the gate and the magnitude have to be above 0."""
         of_gate = -self.of("gate_bias", pre, features)

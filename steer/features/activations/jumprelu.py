@@ -23,6 +23,9 @@ class JumpReLU(Activation):
         is_on = pre > self.of("threshold", pre, features)
         return (pre.relu() if self.settings["rectified"] else pre) * is_on
 
+    def slope(self, pre: Tensor, f: Tensor) -> Tensor:
+        return f > 0 if self.settings["rectified"] else pre > self.of("threshold", pre, None)
+
     def threshold(self, pre: Tensor, features: Tensor | None = None) -> Tensor:
         threshold = self.of("threshold", pre, features).expand(pre.shape[-1])
         return threshold.clamp_min(0) if self.settings["rectified"] else threshold

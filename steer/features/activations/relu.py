@@ -15,5 +15,8 @@ class ReLU(Activation):
     def __call__(self, pre: Tensor, features: Tensor | None = None) -> Tensor:
         return pre.relu()
 
+    def slope(self, pre: Tensor, f: Tensor) -> Tensor:
+        return f > 0
+
     def threshold(self, pre: Tensor, features: Tensor | None = None) -> Tensor:
         return torch.zeros(pre.shape[-1], dtype=pre.dtype, device=pre.device)

@@ -28,5 +28,8 @@ class AblateFeatures(FeatureEdit):
         assert f is not None
         return -f
 
+    def slope(self, f: Tensor, per_row: RowTensors) -> float:
+        return -1.0
+
     def describe(self) -> str:
         return f"ablate {self.listed()}"

@@ -74,6 +74,14 @@ class ClampFeatures(FeatureEdit):
         low, high = (per_row[name].to(f.dtype) if name in per_row else None for name in ("low", "high"))
         return f.clamp(low, high) - f
 
+    def slope(self, f: Tensor, per_row: RowTensors) -> Tensor | float:
+        if "to" in per_row:
+            return -1.0
+        if "scale" in per_row:
+            return (per_row["scale"] - 1).to(f.dtype)
+        low, high = (per_row[name].to(f.dtype) if name in per_row else None for name in ("low", "high"))
+        return (f.clamp(low, high) == f).to(f.dtype) - 1
+
     def numbers(self) -> dict[str, Tensor]:
         return {mode: self.tensors[mode] for mode in MODES if mode in self.tensors}
 

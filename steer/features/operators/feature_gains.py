@@ -49,6 +49,9 @@ class FeatureGains(FeatureEdit):
         assert f is not None
         return (per_row["gain"] - 1).to(f.dtype) * f + per_row["offset"].to(f.dtype)
 
+    def slope(self, f: Tensor, per_row: RowTensors) -> Tensor:
+        return (per_row["gain"] - 1).to(f.dtype)
+
     def table(self, slot: int = 0) -> list[Gain]:
         """Feature by feature what was learned, those that changed most first."""
         gains, offsets = (self.tensors[name].detach()[min(slot, len(self.tensors[name]) - 1), 0].tolist() for name in ("gain", "offset"))

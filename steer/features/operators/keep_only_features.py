@@ -36,6 +36,9 @@ class KeepOnlyFeatures(FeatureEdit):
         assert f is not None
         return -f * per_row["dropped"].to(f.dtype)
 
+    def slope(self, f: Tensor, per_row: RowTensors) -> Tensor:
+        return -per_row["dropped"].to(f.dtype)
+
     def moved(self, h: Tensor, x: Tensor, factor: Tensor, per_row: RowTensors) -> Tensor:
         """A few tokens at a time, since every token has all features; they are computed again for the gradient."""
         size = max(1, TILE // per_row["decoder"].shape[1])

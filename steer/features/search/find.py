@@ -79,7 +79,7 @@ def find_features(
     ]
     scores = search.scores(tasks[0])
     chosen = {concept: _best(scores[concept], search.columns[0], top) for concept in tasks[0].concepts}
-    report = _report(search, tasks[1].with_features(chosen))
+    report = _report(search, tasks[1].with_features(chosen, _maxima(dictionary, scores)))
     found = [
         FoundFeature(concept, feature, place + 1, numbers_of(_at(scores[concept], chosen[concept]), place),
                      numbers_of(report[concept], place))
@@ -96,13 +96,23 @@ def _best(scores: Scores, measure: str, top: int) -> Tensor:
     return order[values[order] > -torch.inf]
 
 
+def _maxima(dictionary: Dictionary, scores: Mapping[str, Scores]) -> Tensor | None:
+    """[width] largest values as the dictionary records them, or else as they were on development text, 0 where nobody looked."""
+    if dictionary.maxima is not None:
+        return dictionary.maxima
+    seen = [of_one["maximum"].nan_to_num(nan=0.0) for of_one in scores.values() if "maximum" in of_one]
+    return torch.stack(seen).amax(0).float() if seen else None
+
+
 def _at(scores: Scores, features: Tensor) -> Scores:
     return {name: values[features] for name, values in scores.items()}
 
 
 def _report(search: FeatureSearch, task: SearchTask) -> dict[str, Scores]:
     """What the chosen features score on the other text: by the search itself where it reads text, and always by activation."""
-    own = search.scores(task) if search.needs or task.texts is None else {concept: {} for concept in task.concepts}
+    own: dict[str, Scores] = {concept: {} for concept in task.concepts}
+    if "texts" in search.needs:
+        own = search.scores(task)
     if isinstance(search, Activation) or task.texts is None and task.words:
         return own
     by_activation = Activation().scores(task)

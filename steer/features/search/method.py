@@ -13,6 +13,7 @@ from steer.errors import ConfigError
 from steer.features.dictionary import Dictionary
 from steer.features.search.texts import MarkedTexts
 from steer.lens.labelled import LabelledTexts
+from steer.model.tokens import Row
 from steer.registry import Registry
 
 Scores = dict[str, Tensor]  # column -> [chosen features]
@@ -46,9 +47,19 @@ class SearchTask:
         """The concepts, those of words first."""
         return [*self.words, *self.labelled]
 
-    def with_features(self, features: Mapping[str, Tensor]) -> SearchTask:
-        """The same for chosen features."""
-        return replace(self, features=features)
+    def with_features(self, features: Mapping[str, Tensor], maxima: Tensor | None) -> SearchTask:
+        """The same for chosen features, of which the largest values are known."""
+        return replace(self, features=features, maxima=maxima)
+
+    def of_words(self) -> SearchTask:
+        """The same for the concepts of words alone."""
+        return replace(self, labelled={})
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All texts, running and labelled."""
+        running = () if self.texts is None else self.texts.rows
+        return (*running, *(row for texts in self.labelled.values() for row in texts.rows))
 
     def scored(self) -> Tensor | None:
         """Every feature that any concept has scored, in order; None for all of the dictionary."""

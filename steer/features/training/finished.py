@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,12 +23,27 @@ from steer.features.training.learner import Layer, Learner
 from steer.files import atomic_write
 from steer.model.site import Site
 
-METRICS, STATISTICS, CARD = "metrics.json", "statistics.safetensors", "README.md"
+METRICS, CARD = "metrics.json", "README.md"
 
 
 @torch.no_grad()
 def dictionary_of(learner: Learner, *, model: str | None = None, notes: Mapping[str, Any] | None = None) -> Dictionary:
-    """The dictionary as it is now, for raw activations: the scales of the training are folded in. notes: for its `source`, JSON-able."""
+    """The dictionary as it is now, for raw activations: the scales of the training are folded in.
+
+    Its `maxima` and `density` are those of the last quarter of the training, None before that.
+
+    Args:
+        notes: for its `source`, JSON-able.
+    """
+    dictionary = _dictionary(learner, model, notes)
+    if int(learner.tokens_counted):
+        layers = cast(list[Layer], list(learner.layers))
+        dictionary.maxima = torch.cat([layer.largest for layer in layers]).cpu()
+        dictionary.density = learner.density().float().cpu()
+    return dictionary
+
+
+def _dictionary(learner: Learner, model: str | None, notes: Mapping[str, Any] | None) -> Dictionary:
     config, scale = learner.config, learner.calibration.scale
     limit = learner.max_norm if math.isfinite(learner.max_norm) else None
     told: dict[str, Any] = {"training": config.described(), **(notes or {})}
@@ -83,23 +97,16 @@ def _by_site(tensor: Tensor, sites: Sequence[Site]) -> Tensor:
 
 
 def save(learner: Learner, folder: Path, metrics: Mapping[str, Any], *, model: str | None, training: Mapping[str, Any], dtype: str) -> Path:
-    """Writes the folder of a dictionary: what `steer.load_dictionary` reads, metrics.json, statistics.safetensors and README.md.
-
-    statistics.safetensors has, of each feature over the last quarter of the training, `density` (share of tokens on which it is on) and
-    `maximum` (its largest value).
+    """Writes the folder of a dictionary: what `steer.load_dictionary` reads, metrics.json and README.md.
 
     Raises:
         StorageFullError, WrongKindError: as `Dictionary.save`.
     """
     notes = {**training, "metrics": dict(metrics)}
-    for name in (METRICS, STATISTICS, CARD):  # of an earlier save: a folder with other things than a dictionary is not replaced
+    for name in (METRICS, CARD):  # of an earlier save: a folder with other things than a dictionary is not replaced
         (folder / name).unlink(missing_ok=True)
     dictionary = dictionary_of(learner, model=model, notes=notes)
-    largest: list[Any] = [layer.largest for layer in learner.layers]
-    statistics = {"density": learner.density().float(), "maximum": torch.cat(largest)}
-    dictionary.density, dictionary.maxima = (statistics[name].cpu() for name in ("density", "maximum"))
     dictionary.save(folder, dtype=dtype)
-    atomic_write(folder / STATISTICS, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in statistics.items()}))
     atomic_write(folder / CARD, card(dictionary, learner, metrics, training))
     atomic_write(folder / METRICS, json.dumps(dict(metrics), indent=2) + "\n")
     return folder

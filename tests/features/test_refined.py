@@ -5,13 +5,21 @@ import torch
 from directions.test_extract import planted
 from hand import recorded
 
-from steer.directions import Dictionary, extract, sae_refined
-from steer.errors import ConfigError, ContrastError, WidthError
+from steer.directions import extract
+from steer.errors import ConfigError, ContrastError, SiteError, WidthError
+from steer.features import Encoder, InMemory, Origin, sae_refined
+from steer.features.activations.relu import ReLU
+from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 
 SITE = "layers.1.output"
 
 
-def dictionary(direction: torch.Tensor, features: int = 40) -> Dictionary:
+def of_rows(rows: torch.Tensor, bias: torch.Tensor, site: str = SITE) -> SparseAutoencoder:
+    """ReLU features that read and write the same rows."""
+    return SparseAutoencoder(Encoder(InMemory(rows), bias, ReLU()), InMemory(rows), torch.zeros(rows.shape[1]), Origin((site,), (site,)))
+
+
+def dictionary(direction: torch.Tensor, features: int = 40) -> SparseAutoencoder:
     """Feature 3 reads and writes the planted direction, feature 5 its opposite; the others are random and read little."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(features, 32, generator=generator)
@@ -20,7 +28,7 @@ def dictionary(direction: torch.Tensor, features: int = 40) -> Dictionary:
     rows[3], rows[5] = unit, -unit
     bias = torch.full((features,), -0.05)
     bias[3] = -2.0  # off in the texts without the concept
-    return Dictionary(rows.mT.contiguous(), bias, rows)
+    return of_rows(rows, bias)
 
 
 def test_the_planted_feature_is_found_and_makes_the_direction(tiny):
@@ -49,21 +57,17 @@ def test_amplitudes_are_means_over_the_span_of_the_training_texts(tiny):
         rows = side(contrast.split(0.25, 0)[0])
         with torch.no_grad(), recorded(model, [SITE]) as seen:
             model(torch.tensor([row.ids for row in rows]))
-        active = (seen[SITE][:, 3:] @ sae.w_enc + sae.b_enc).relu().mean(1)
+        active = sae.encode(seen[SITE][:, 3:]).mean(1)
         means.append(active.mean(0))
         fires.append((active > 0).float().mean(0))
     amplitude, fired = means[0] - means[1], fires[0] - fires[1]
-    part = amplitude * (sae.w_dec @ raw.unit)
+    written = sae.decoder_rows(list(range(40)))
+    part = amplitude * (written @ raw.unit)
     selected = (part > 0) & (amplitude * fired > 0)
     assert set(refinement.features.tolist()) == set(selected.nonzero().flatten().tolist())
-    expected = (amplitude * selected) @ sae.w_dec
+    expected = (amplitude * selected) @ written
     assert float(torch.cosine_similarity(refinement.direction.vector, expected, dim=0)) > 0.9999
     assert torch.allclose(refinement.shares.float(), (part / raw.vector.norm())[refinement.features], atol=1e-4)
-
-
-def test_a_threshold_switches_features_off():
-    sae = Dictionary(torch.eye(3), torch.zeros(3), torch.eye(3), threshold=torch.tensor([0.5, 2.0, 0.0]))
-    assert sae.encode(torch.tensor([1.0, 1.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_bad_input_is_named(tiny):
@@ -71,11 +75,14 @@ def test_bad_input_is_named(tiny):
     contrast, direction = planted(model)
     raw = extract(model, contrast, [SITE], name="x", progress=False)[SITE]
     sae = dictionary(direction)
-    dead = Dictionary(sae.w_enc, torch.full((40,), -1e6), sae.w_dec)
-    narrow = Dictionary(torch.zeros(16, 4), torch.zeros(4), torch.zeros(4, 16))
+    dead = of_rows(torch.randn(40, 32), torch.full((40,), -1e6))
+    narrow = of_rows(torch.ones(4, 16), torch.zeros(4))
+    elsewhere = of_rows(torch.randn(40, 32), torch.zeros(40), "layers.0.output")
     for candidate, options, error, message in [
         (narrow, {}, WidthError, "does not fit"),
-        (sae, {"top": 0}, ConfigError, "no feature is kept"),
+        (elsewhere, {}, SiteError, "of different sites"),
+        (torch.eye(32), {}, ConfigError, "the dictionary of a refined direction"),
+        (sae, {"top": 0}, ConfigError, "the number of features that are kept"),
         (dead, {}, ContrastError, "no feature accounts for the direction"),
         (sae, {"seed": 1}, ContrastError, "the held-out texts use texts that the direction was made from"),
     ]:

@@ -11,37 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from steer.checks import of_type, whole_number
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction
 from steer.directions.extract import scaled
 from steer.directions.heldout import heldout_metrics
 from steer.directions.moments import ContrastMoments
-from steer.errors import ConfigError, ContrastError, WidthError
+from steer.errors import ContrastError, SiteError, WidthError
+from steer.features.dictionary import Dictionary
 from steer.model.capture import capture
-
-
-@dataclass(frozen=True, eq=False)
-class Dictionary:
-    """Tensors of a sparse autoencoder.
-
-    Attributes:
-        w_enc: [width, features]; b_enc: [features]. w_dec: [features, width].
-        threshold: [features], below which a feature is off (JumpReLU); None for ReLU.
-    """
-
-    w_enc: Tensor
-    b_enc: Tensor
-    w_dec: Tensor
-    threshold: Tensor | None = None
-
-    def __repr__(self) -> str:
-        width, features = self.w_enc.shape
-        return f"Dictionary({features} features of width {width}, {'ReLU' if self.threshold is None else 'JumpReLU'})"
-
-    def encode(self, h: Tensor) -> Tensor:
-        """[..., width] -> [..., features] activations of the features, fp32."""
-        pre = h.float() @ self.w_enc.to(h.device, torch.float32) + self.b_enc.to(h.device, torch.float32)
-        return pre.relu() if self.threshold is None else pre * (pre > self.threshold.to(h.device, torch.float32))
 
 
 class FeatureMoments(ContrastMoments):
@@ -50,7 +28,7 @@ class FeatureMoments(ContrastMoments):
     def __init__(self, dictionary: Dictionary, is_positive: Tensor, paired: bool) -> None:
         super().__init__(is_positive, paired)
         self.dictionary = dictionary
-        self.amplitude = torch.zeros(2, dictionary.w_dec.shape[0], dtype=torch.float64)
+        self.amplitude = torch.zeros(2, dictionary.width, dtype=torch.float64)
         self.fired = torch.zeros_like(self.amplitude)
 
     def reduce(self, h: Tensor, weight: Tensor) -> Tensor:
@@ -109,17 +87,19 @@ def sae_refined(
     Args:
         contrast, holdout, seed: as the direction was extracted with, so that the same texts stay held out.
         direction: read at the site of the dictionary.
-        dictionary: of the same width.
+        dictionary: an autoencoder of that site.
         top: number of features to keep.
 
     Raises:
-        WidthError: the dictionary belongs to another site. ConfigError: `top` below 1.
+        SiteError: the dictionary belongs to another site. WidthError: it has another width. ConfigError: `top` below 1, no dictionary.
         ContrastError: other texts than those of the extraction are held out, or no feature accounts for the direction.
     """
-    if dictionary.w_dec.shape[-1] != len(direction.vector):
+    of_type(dictionary, Dictionary, "the dictionary of a refined direction", "load one with steer.load_dictionary")
+    if dictionary.reads != (direction.site,) or dictionary.writes != (direction.site,):
+        raise _site_error(dictionary, direction)
+    if dictionary.d_out != len(direction.vector):
         raise _width_error(dictionary, direction)
-    if top < 1:
-        raise ConfigError("no feature is kept", expected="top >= 1", found=top, remedy="keep at least one, e.g. top=16")
+    whole_number(top, "`top`, the number of features that are kept", least=1)
     train, held_out = contrast.split(holdout, seed)
     direction.check_unseen((*held_out.positive, *held_out.negative), "the held-out texts")
     rows, sides = train.rows()
@@ -127,13 +107,14 @@ def sae_refined(
     group = 2 if train.paired else 1
     capture(model, rows, {direction.site: moments}, span=direction.span, group=group, progress="reading features" if progress else None)
     amplitude, fired = moments.gaps()
-    part = amplitude * (dictionary.w_dec.double().cpu() @ direction.unit.double())
+    written = dictionary.decoder_rows(list(range(dictionary.width))).double().cpu()  # [features, width]
+    part = amplitude * (written @ direction.unit.double())
     part = torch.where(amplitude * fired > 0, part, 0.0).clamp_min(0)
     features = part.topk(min(top, len(part))).indices
     features = features[part[features] > 0]
     if not len(features):
         raise _features_error(direction, len(part))
-    vector = scaled(amplitude[features] @ dictionary.w_dec[features].double().cpu(), moments, direction.site).float()
+    vector = scaled(amplitude[features] @ written[features], moments, direction.site).float()
     metrics = heldout_metrics(model, held_out, {direction.site: vector[None]}, direction.span, progress)[direction.site][0]
     known = {**moments.along(vector), "n_train": float(len(train))}
     fitted_on = train.digests() | direction.fitted_on
@@ -145,8 +126,17 @@ def _width_error(dictionary: Dictionary, direction: Direction) -> WidthError:
     return WidthError(
         f"the dictionary does not fit '{direction.site}'",
         expected=f"width {len(direction.vector)}",
-        found=f"w_dec {list(dictionary.w_dec.shape)}",
-        remedy="use the dictionary that was trained at this site; w_dec is [features, width]",
+        found=f"a dictionary of width {dictionary.d_out}",
+        remedy="use the dictionary that was trained at this site of this model",
+    )
+
+
+def _site_error(dictionary: Dictionary, direction: Direction) -> SiteError:
+    return SiteError(
+        "the dictionary and the direction are of different sites",
+        expected=f"an autoencoder of '{direction.site}'",
+        found=f"{', '.join(map(str, dictionary.reads))} -> {', '.join(map(str, dictionary.writes))}",
+        remedy="extract the direction at the dictionary's site",
     )
 
 

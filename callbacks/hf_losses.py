@@ -1,0 +1,68 @@
+"""HFLossCallback: losses of activations that are added to the loss of a Hugging Face Trainer, or of one of TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from steer.callbacks.hf import TrainerRun
+from steer.features.token_loss import TokenLoss
+from steer.model.restoring import replaced
+from steer.training.loss_run import LossRun
+from steer.training.ranks import Ranks
+
+
+class HFLossCallback(TrainerRun):
+    """Adds feature losses to the loss of a `transformers.Trainer`, TRL's SFT, DPO and GRPO trainers included.
+
+        HFLossCallback([steer.FeatureLoss(dictionary, [3, 40], scope="response", weight=0.1)]).attach(trainer)
+        trainer.train()
+
+    The twin of `LossCallback`: same arguments, same rules. They are added where the trainer hands its loss to `accelerator.backward`;
+    `loss` in its log entries stays its own, and `steer/<loss>/loss` joins them.
+    """
+
+    kind = "loss_state"
+    _run: LossRun
+
+    def __init__(self, losses: Sequence[TokenLoss], *, every_n_steps: int = 1) -> None:
+        super().__init__(LossRun(losses, every_n_steps=every_n_steps))
+
+    def begin(self, model: nn.Module, ranks: Ranks) -> None:
+        self._run.attach(model, ranks)
+
+    def start(self, step: int) -> None:
+        self._run.start(step)
+
+    @contextmanager
+    def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
+        with super().wrapped_methods(trainer), replaced(trainer.accelerator, "backward", self._wrap_backward(trainer)):
+            yield
+
+    def _wrap_backward(self, trainer: Trainer) -> Callable[..., Any]:
+        """By then the trainer has divided its loss by the number of micro-batches, or by that of their tokens."""
+        backward = trainer.accelerator.backward
+
+        @wraps(backward)
+        def backward_with_losses(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return backward(self._run.added(loss, 1 / trainer.current_gradient_accumulation_steps), *args, **kwargs)
+
+        return backward_with_losses
+
+    # ---- events
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.batch_start(None)  # compute_loss tells of the batch
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.batch_end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.batch_end()
+        if metrics := self._run.advance(state.global_step):
+            self.report(metrics)

@@ -1,0 +1,20 @@
+"""Circuits: graphs of what a target depends on inside a model, and the plans that take them out."""
+
+from steer.circuits.evaluation import ExactEffects, Faithfulness
+from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
+from steer.circuits.graph import Graph, Node
+from steer.circuits.targets import LogitDifference, LogProbability
+from steer.circuits.weights import FeatureWeights, feature_weights
+
+__all__ = [
+    "ExactEffects",
+    "Faithfulness",
+    "FeatureCircuit",
+    "FeatureWeights",
+    "Graph",
+    "LogProbability",
+    "LogitDifference",
+    "Node",
+    "feature_circuit",
+    "feature_weights",
+]

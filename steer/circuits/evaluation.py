@@ -1,0 +1,203 @@
+"""Evaluation of a circuit: the target while nodes are ablated, and every one of some nodes ablated exactly.
+
+Ablations act on the pass that runs: features are those of the activation as earlier ablations leave it, not of an unedited pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from steer.circuits.attribution import REST, Baseline, Key
+from steer.circuits.passes import Act, Passes
+from steer.circuits.places import Place
+from steer.circuits.targets import Target
+from steer.circuits.texts import NO_ROLE, Batch
+
+# (place, batch) -> where features [rows or 1, roles, features] and the rest [rows or 1, roles] are ablated
+Ablated = Callable[[Place, Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Means of the target over prompts, with different nodes ablated; everything else runs as it is.
+
+    Attributes:
+        full: nothing ablated. empty: all features and errors.
+        circuit: all features but the circuit's. circuit_alone: also all errors. errors_alone: all features, but no error.
+        without_circuit: the circuit's features.
+        random, random_alone, without_random: the same for as many features drawn at random at each site, of those that were on; means over
+            draws.
+    """
+
+    full: float
+    empty: float
+    circuit: float
+    circuit_alone: float
+    errors_alone: float
+    without_circuit: float
+    random: float
+    random_alone: float
+    without_random: float
+
+    def share(self, name: str) -> float:
+        """(value - empty) / (full - empty) of one of them: 1 for the model as it is, 0 where everything is ablated."""
+        return (getattr(self, name) - self.empty) / (self.full - self.empty) if self.full != self.empty else float("nan")
+
+    def shares(self) -> dict[str, float]:
+        """Of all of them."""
+        return {name: self.share(name) for name in asdict(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class ExactEffects:
+    """What ablating single nodes costs, beside what attribution said.
+
+    Attributes:
+        names: of the nodes. attributed, exact: [nodes] fp32, the score, and the target less what is left of it without the node.
+    """
+
+    names: tuple[str, ...]
+    attributed: Tensor
+    exact: Tensor
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's; NaN for fewer than two nodes, or where one of both does not vary."""
+        if len(self.names) < 2:
+            return float("nan")
+        return float(torch.corrcoef(torch.stack([self.attributed.double(), self.exact.double()]))[0, 1])
+
+    def __repr__(self) -> str:
+        return f"ExactEffects({len(self.names)} nodes, correlation {self.correlation:.3f})"
+
+
+class Evaluation:
+    """Runs prompts with nodes at their baselines."""
+
+    def __init__(self, passes: Passes, target: Target, baselines: Mapping[str, Baseline]) -> None:
+        self.passes, self.target, self.baselines = passes, target, baselines
+
+    def mean(self, ablated: Ablated) -> float:
+        """Of the target over all prompts."""
+        total, prompts = 0.0, range(len(self.passes.texts))
+        for chosen in self.passes.batches(prompts):
+            total += float(self._values([prompts[i] for i in chosen], ablated).double().sum())
+        return total / len(self.passes.texts)
+
+    def exact(self, keys: Sequence[Key]) -> Tensor:
+        """[nodes] mean fall of the target when one node is ablated alone; a row of a batch is a prompt without one node."""
+        left, prompts = torch.zeros(len(keys), dtype=torch.float64), len(self.passes.texts)
+        pairs = [(prompt, node) for prompt in range(prompts) for node in range(len(keys))]
+        for chosen in self.passes.batches([prompt for prompt, _ in pairs]):
+            nodes = [pairs[i][1] for i in chosen]
+            values = self._values([pairs[i][0] for i in chosen], self._one_each([keys[node] for node in nodes]))
+            left.index_add_(0, torch.tensor(nodes), values.double().cpu())
+        return (self.mean(self._nothing) - left / prompts).float()
+
+    def faithfulness(self, circuit: Sequence[Key], was_on: Mapping[str, Tensor], *, draws: int, seed: int) -> Faithfulness:
+        """Of the features among `circuit`. was_on: [features] bool by place, from which random ones are drawn."""
+        generator = torch.Generator().manual_seed(seed)
+        inside = self._masks(circuit)
+        drawn = [self._drawn(circuit, was_on, generator) for _ in range(draws)]
+
+        def random(ablated: Callable[[Mapping[str, Tensor]], Ablated]) -> float:
+            return sum(self.mean(ablated(masks)) for masks in drawn) / max(draws, 1)
+
+        nothing = {name: torch.zeros_like(mask) for name, mask in inside.items()}
+        return Faithfulness(
+            full=self.mean(self._nothing),
+            empty=self.mean(self._all_but(nothing, errors=False)),
+            circuit=self.mean(self._all_but(inside, errors=True)),
+            circuit_alone=self.mean(self._all_but(inside, errors=False)),
+            errors_alone=self.mean(self._all_but(nothing, errors=True)),
+            without_circuit=self.mean(self._only(inside)),
+            random=random(lambda masks: self._all_but(masks, errors=True)),
+            random_alone=random(lambda masks: self._all_but(masks, errors=False)),
+            without_random=random(self._only),
+        )
+
+    # ---- one pass
+
+    def _values(self, prompts: Sequence[int], ablated: Ablated) -> Tensor:
+        batch, logits = self.passes.run(prompts, self._act(ablated), gradients=False)
+        assert logits is not None
+        return self.passes.values(self.target, batch, logits)
+
+    def _act(self, ablated: Ablated) -> Act:
+        def act(place: Place, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+            features, rest = (mask.to(y.device) for mask in ablated(place, batch))
+            if not bool(features.any()) and not bool(rest.any()):
+                return y
+            base = self.baselines[place.name]
+            roles = place.roles(batch, x)
+            f = place.encode(x, batch)
+            decoded = place.decode(f, x)
+            off = _at(features, roles) & (roles != NO_ROLE).unsqueeze(-1)  # [rows, tokens, features]
+            rest_off = _at(rest, roles) & (roles != NO_ROLE)  # [rows, tokens]
+            change = place.decode(torch.where(off, base.features.to(f.device), f), x) - decoded
+            change = change + rest_off.unsqueeze(-1) * (base.rest.to(f.device) - (y.to(f.dtype) - decoded))
+            return torch.where((off.any(-1) | rest_off).unsqueeze(-1), (y + change).to(y.dtype), y)
+
+        return act
+
+    # ---- which nodes
+
+    def _masks(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """[roles, features] bool by place, True at the features among the keys."""
+        masks = {place.name: torch.zeros(len(self.passes.texts.role_names), place.width, dtype=torch.bool) for place in self.passes.places}
+        for key in keys:
+            if key.column != REST:
+                masks[self.passes.places[key.place].name][key.role, key.column] = True
+        return masks
+
+    def _drawn(self, circuit: Sequence[Key], was_on: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """As many features at each place and role as the circuit has, of those that were on in any prompt and are not in it there."""
+        masks = {}
+        for name, inside in self._masks(circuit).items():
+            masks[name] = torch.zeros_like(inside)
+            for role, of_role in enumerate(inside):
+                others = (was_on[name] & ~of_role).nonzero().flatten()
+                masks[name][role, others[torch.randperm(len(others), generator=generator)[: int(of_role.sum())]]] = True
+        return masks
+
+    def _nothing(self, place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
+        roles = len(self.passes.texts.role_names)
+        return torch.zeros(1, roles, place.width, dtype=torch.bool), torch.zeros(1, roles, dtype=torch.bool)
+
+    def _all_but(self, masks: Mapping[str, Tensor], *, errors: bool) -> Ablated:
+        """All features but those of the masks. errors: they stay. Embeddings always do."""
+
+        def ablated(place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
+            keeps = errors or place.dictionary is None
+            return ~masks[place.name][None], torch.full((1, len(self.passes.texts.role_names)), not keeps)
+
+        return ablated
+
+    def _only(self, masks: Mapping[str, Tensor]) -> Ablated:
+        return lambda place, batch: (masks[place.name][None], torch.zeros(1, len(self.passes.texts.role_names), dtype=torch.bool))
+
+    def _one_each(self, keys: Sequence[Key]) -> Ablated:
+        """One node for each row of the batch."""
+
+        def ablated(place: Place, batch: Batch) -> tuple[Tensor, Tensor]:
+            roles = len(self.passes.texts.role_names)
+            features = torch.zeros(len(keys), roles, place.width, dtype=torch.bool)
+            rest = torch.zeros(len(keys), roles, dtype=torch.bool)
+            for row, key in enumerate(keys):
+                if self.passes.places[key.place] is place:
+                    (rest if key.column == REST else features)[(row, key.role) if key.column == REST else (row, key.role, key.column)] = (
+                        True
+                    )
+            return features, rest
+
+        return ablated
+
+
+def _at(mask: Tensor, roles: Tensor) -> Tensor:
+    """[rows, tokens, ...] what a mask [rows or 1, roles, ...] says at the role of each token; anything where there is no role."""
+    rows = torch.arange(len(roles), device=roles.device)[:, None] if len(mask) > 1 else 0
+    return mask[rows, roles.clamp_min(0)]

@@ -1,0 +1,113 @@
+"""Linear gradients: attention patterns and the denominators of norms are constants of the pass (Ameisen et al. 2025, circuit tracing).
+
+With them the residual stream is a linear function of what is written to it, up to MLPs that no transcoder stands for. No value of the
+pass changes, only what gradients flow through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import AnatomyError
+from steer.model import hooks
+from steer.model.anatomy import Anatomy
+from steer.model.restoring import restoring
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest entry, by dtype of the model
+COARSE = 0.05  # for halves
+
+
+@contextmanager
+def linear_hooks(anatomy: Anatomy, *, active: bool) -> Iterator[None]:
+    """Passes within have linear gradients. Raises SiteError where queries or keys are not known, AnatomyError for an unknown norm."""
+    if not active:
+        yield
+        return
+    sites = anatomy.sites("layers.*.attn.q", "layers.*.attn.k")
+    points = [(anatomy.point(site), lambda h, ctx: h.detach()) for site in sites]
+    installation = hooks.Installation(anatomy.model, anatomy, points)
+    with ExitStack() as stack:
+        stack.enter_context(restoring(installation.remove))
+        installation.install()
+        for module in norms_of(anatomy):
+            stack.callback(module.register_forward_hook(_constant_denominator).remove)
+        yield
+
+
+def norms_of(anatomy: Anatomy) -> list[nn.Module]:
+    """Norms of the residual stream: those in blocks with a gain of its width, and the final one."""
+    found = [
+        module
+        for block in anatomy.blocks
+        for module in block.modules()
+        if "norm" in type(module).__name__.lower() and tuple(getattr(getattr(module, "weight", None), "shape", ())) == (anatomy.width,)
+    ]
+    return found + ([] if anatomy.final_norm is None else [anatomy.final_norm])
+
+
+@dataclass(frozen=True, eq=False)
+class NormFormula:
+    """gain * x / sqrt(mean(x^2) + eps), or the same of x without its mean, plus a bias.
+
+    Attributes:
+        gain: [width]. bias: [width] or None. centred: the mean is taken off, as a layer norm does.
+    """
+
+    gain: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    def numerator(self, x: Tensor) -> Tensor:
+        """The part that is linear in x."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.gain
+
+    def denominator(self, x: Tensor) -> Tensor:
+        """[..., 1], positive."""
+        return ((x.var(-1, keepdim=True, correction=0) if self.centred else x.square().mean(-1, keepdim=True)) + self.eps).sqrt()
+
+    def with_constant_denominator(self, x: Tensor) -> Tensor:
+        """What the norm gives, with a gradient that leaves its denominator alone."""
+        normed = self.numerator(x) / self.denominator(x.detach())
+        return normed if self.bias is None else normed + self.bias
+
+
+def norm_formula(module: nn.Module, x: Tensor, y: Tensor) -> NormFormula:
+    """The formula that a norm agrees with. Raises AnatomyError where it is none of those known.
+
+    Args:
+        x, y: what the norm took and gave.
+    """
+    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)  # type: ignore[operator]
+    bias = bias.detach().float() if isinstance(bias, Tensor) else None
+    eps = float(next((getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(module, name)), 1e-6))
+    limit = TOLERANCE.get(y.dtype, COARSE) * float(y.detach().abs().max())
+    for centred in (False, True):
+        for gain in (weight, 1 + weight):  # Gemma keeps the gain less 1
+            formula = NormFormula(gain, bias, eps, centred)
+            if float((formula.with_constant_denominator(x.detach().float()) - y.detach()).abs().max()) <= limit:
+                return formula
+    raise _unknown_norm(module)
+
+
+def _constant_denominator(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    made = norm_formula(module, args[0], output).with_constant_denominator(args[0].float()).to(output.dtype)
+    return output.detach() + (made - made.detach())
+
+
+# ---- errors
+
+
+def _unknown_norm(module: nn.Module) -> AnatomyError:
+    return AnatomyError(
+        f"the formula of the norm {type(module).__name__} is not known, so that its denominator cannot be taken as a constant",
+        expected="gain * x / sqrt(mean(x^2) + eps), or a layer norm; the gain being the weight, or one more than it",
+        found=f"another function; {module}",
+        remedy="attribute with gradient='plain', which follows the model as it is",
+    )

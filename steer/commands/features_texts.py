@@ -1,0 +1,51 @@
+"""Files of labelled texts for the commands that read features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from steer.errors import DamagedFileError, FileError
+from steer.lens.labelled import LabelledTexts
+from steer.reading import place_of
+
+
+def labelled_texts(tokenizer: Any, where: str | Path) -> LabelledTexts:
+    """Texts of a file with a line {"text": ..., "label": ..., "group": ...} each; labels are 0 and 1, groups may be left out.
+
+    Raises:
+        FileError: no such file. DamagedFileError: a line that is none of these, by its number. ContrastError: a text that comes twice.
+    """
+    path = place_of(where)
+    if not path.is_file():
+        raise _no_file(path)
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            fits = isinstance(record["text"], str) and record["label"] in (0, 1) and isinstance(record.get("group"), str | None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _wrong_line(path, number, line) from error
+        if not fits:
+            raise _wrong_line(path, number, line)
+        records.append(record)
+    has_groups = any(record.get("group") is not None for record in records)
+    groups = [record.get("group") or "" for record in records] if has_groups else ()
+    return LabelledTexts.from_texts(
+        tokenizer, [record["text"] for record in records], [record["label"] for record in records], groups=groups
+    )
+
+
+# ---- errors
+
+
+def _no_file(path: Path) -> FileError:
+    return FileError(f"no labelled texts at '{path}'", expected="a file of JSON lines", found="nothing there", remedy="check the path")
+
+
+def _wrong_line(path: Path, number: int, line: str) -> DamagedFileError:
+    expected = '{"text": "...", "label": 0 or 1}, with "group" as text or without'
+    return DamagedFileError(f"line {number} of '{path}' is no labelled text", expected=expected, found=line[:120], remedy="correct it")

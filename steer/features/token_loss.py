@@ -1,0 +1,47 @@
+"""Losses of activations, token by token, which the loss callbacks add to the loss that a trainer trains with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from steer.checks import finite_number, of_type
+from steer.intervene.scope import Scope
+from steer.model.hook_registration import AFTER_EDITS
+from steer.model.site import Site
+
+
+class TokenLoss:
+    """A loss of the activation at one site: the mean of `per_token` over the tokens of a scope, times a weight.
+
+    A subclass says what it is of a token. Nothing of it changes when it is added to a training run.
+
+    Args:
+        site: which activation. scope: on which tokens, as of an intervention.
+        weight: factor in the training loss.
+        name: unique among the losses of a run.
+
+    Attributes:
+        order: where it reads among the edits at its site; as they leave the activation, unless a subclass says otherwise.
+
+    Raises:
+        ConfigError: a scope or a weight that is none.
+    """
+
+    order = AFTER_EDITS
+
+    def __init__(self, site: Site, scope: Scope | str, weight: float, name: str) -> None:
+        of_type(scope, (str, Scope), f"the scope of '{name}'", "write it as text, e.g. 'response'")
+        of_type(name, str, "the name of a loss", "pass text, or leave it out")
+        finite_number(weight, f"the weight of '{name}'", above=0)
+        self.site, self.scope, self.weight, self.name = site, Scope.parse(scope), float(weight), name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}('{self.name}' at {self.site} on {self.scope} tokens, weight {self.weight:.4g})"
+
+    def per_token(self, h: Tensor) -> Tensor:
+        """[batch, tokens] fp32 or fp64. h: [batch, tokens, width] fp32 or fp64."""
+        raise NotImplementedError
+
+    def counts(self, h: Tensor) -> Tensor | None:
+        """[batch, tokens] bool, False for tokens that are left out for what their activation is; None when there are none of these."""
+        return None
