@@ -48,6 +48,11 @@ def quoted(folder: Path) -> dict[str, Any]:
         }
         arms[arm["name"]] = {"label": arm["label"], "control_of": arm["control_of"], "outcomes": outcomes}
     kept["arms"] = arms
+    if "larger_gap" in metrics["outcomes"]:
+        values = values_of(folder / metrics["scores"])
+        kept["share_above_0"] = {
+            arm: float(np.mean([each > 0 for (name, of, _), each in values.items() if (name, of) == ("larger_gap", arm)])) for arm in arms
+        }
     kept["completions"] = {name: said[0] for name, said in metrics["completions"].items() if said}
     if metrics["sweep"]:
         kept["at_budget"] = at_budgets(values_of(folder / metrics["scores"]), doses_of(metrics))
@@ -205,8 +210,15 @@ def spurious(markdown: Markdown) -> str:
 def decimals(_: Markdown) -> str:
     run = read()["decimals"]
     arms = run["arms"]
-    accuracy = ", ".join(f"{name} {of_arm['outcomes']['accuracy']['mean']:.2f}" for name, of_arm in arms.items())
-    lines = [*run["contrasts"], *run["guardrails"], run["specificity"], f"accuracy: {accuracy}"]
+    gaps = ", ".join(f"{name} {signed(of_arm['outcomes']['larger_gap']['mean'], None, None)}" for name, of_arm in arms.items())
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in run["share_above_0"].items())
+    lines = [
+        *run["contrasts"],
+        *run["guardrails"],
+        run["specificity"],
+        f"mean gap, larger minus smaller number, nat/token: {gaps}",
+        f"share of questions in which the larger number is likelier: {shares}",
+    ]
     return "\n".join(f"- {line}" for line in lines if line)
 
 

@@ -57,7 +57,7 @@ class ExperimentFeatures:
         *,
         rank: int | None = 1,
         candidates: int = 4,
-        damage: float = 0.2,
+        damage: float | None = 0.2,
     ) -> ExperimentFeatures:
         """The feature of the concept at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
         if rank is not None:
