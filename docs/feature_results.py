@@ -122,6 +122,14 @@ def _shares(random: np.random.Generator, items: int) -> NDArray[np.float64]:
 # ---- tables
 
 
+NOT_YET = "Not measured yet."
+
+
+def _measured() -> list[tuple[str, dict[str, Any]]]:
+    """The runs of a clamp in a model as it is, by name."""
+    return [(name, read()[name]) for name in RUNS if name in read()]
+
+
 def runs(markdown: Markdown) -> str:
     head = ("command", "verdict", "the contrast that decides", "cells, seconds")
     listed = [(name, run) for name, run in read().items() if "verdict" in run]
@@ -145,8 +153,7 @@ def tried(markdown: Markdown) -> str:
 def dose_response(markdown: Markdown) -> str:
     """Arm by arm the factor of the concept's probability and the loss, for both concepts."""
     parts = []
-    for name in RUNS:
-        run = read()[name]
+    for _, run in _measured():
         features = run["features"]
         head = ("arm", "concept's words", "loss on other text, nat/token", "draws")
         rows = [_dose_row(arm, of_arm) for arm, of_arm in run["arms"].items() if arm != "plain"]
@@ -167,8 +174,7 @@ def _dose_row(arm: str, of_arm: Mapping[str, Any]) -> tuple[str, ...]:
 def at_equal_loss(markdown: Markdown) -> str:
     head = ("concept", "method", *(f"at +{budget:g} nat" for budget in BUDGETS))
     rows = []
-    for name in RUNS:
-        run = read()[name]
+    for _, run in _measured():
         by_method: dict[str, list[str]] = {}
         for row in run["at_budget"]:
             short = row.get("reached", math.inf) < row["damage"]
@@ -180,23 +186,24 @@ def at_equal_loss(markdown: Markdown) -> str:
 
 
 def tuned(markdown: Markdown) -> str:
-    run = read()["golden_gate_tuned"]
+    if (run := read().get("golden_gate_tuned")) is None:
+        return NOT_YET
     head = ("arm", "concept's words against the model before training", "loss on other text, nat/token", "draws")
     return markdown(head, [_dose_row(of_arm["label"], of_arm) for of_arm in run["arms"].values()])
 
 
 def said(markdown: Markdown) -> str:
     rows = []
-    for name in RUNS:
-        run = read()[name]
+    for _, run in _measured():
         for arm in ("base", "clamp x0.5", "clamp x1", "clamp x2"):
             if arm in run["completions"]:
                 rows.append((run["features"]["concept"], arm, " ".join(run["completions"][arm]["text"].split())))
-    return markdown(("concept", "arm", "answer, greedy"), rows)
+    return markdown(("concept", "arm", "answer, greedy"), rows) if rows else NOT_YET
 
 
 def spurious(markdown: Markdown) -> str:
-    run = read()["spurious"]
+    if (run := read().get("spurious")) is None:
+        return NOT_YET
     head = ("classifier", "attributes disagree", "change", "attributes agree")
     rows = [(row["name"], *(_shares_of(row[key], key == "change") for key in ("disagree", "change", "agree"))) for row in run["rows"]]
     counts = ", ".join(f"{count} {what}" for what, count in run["sentences"].items())
@@ -208,7 +215,8 @@ def spurious(markdown: Markdown) -> str:
 
 
 def decimals(_: Markdown) -> str:
-    run = read()["decimals"]
+    if (run := read().get("decimals")) is None:
+        return NOT_YET
     arms = run["arms"]
     gaps = ", ".join(f"{name} {signed(of_arm['outcomes']['larger_gap']['mean'], None, None)}" for name, of_arm in arms.items())
     shares = ", ".join(f"{name} {share:.2f}" for name, share in run["share_above_0"].items())
