@@ -18,6 +18,7 @@ import agreement_tables
 import drift_tables
 import experiment_results
 import experiment_tables
+import feature_results
 import result_tables
 import speed_tables
 
@@ -136,6 +137,10 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
         ("docs/concepts.md", "sites"): sites_table,
         ("docs/results/experiments.md", "runs"): lambda: experiment_results.runs(markdown),
         ("docs/results/experiments.md", "details"): lambda: experiment_results.details(markdown),
+        **{
+            ("docs/results/features.md", name): lambda name=name: getattr(feature_results, name)(markdown)
+            for name in ("runs", "tried", "dose_response", "at_equal_loss", "said", "tuned", "spurious", "decimals")
+        },
         ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
         ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
         ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),

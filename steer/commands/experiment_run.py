@@ -126,13 +126,14 @@ class ExperimentRun:
         if spec["chosen"]:
             return ExperimentFeatures(self.model, self.config.dictionary, spec["chosen"])
         concepts = {name: words for name, words in spec["concepts"].items() if words}  # null leaves one out
-        self.say("features", f"candidates for {len(concepts)} concepts are clamped on development text")
+        self.say("features", f"of {len(concepts)} concepts are looked for on development text")
         speaking, neutral = ([row["text"] for row in self.config.data.split(spec[key])] for key in ("speaking", "neutral"))
         options = {key: spec[key] for key in ("rank", "candidates", "damage")}
         found = ExperimentFeatures.found(self.model, self.tokenizer, self.config.dictionary, concepts, speaking, neutral, **options)
         for rank, concept in enumerate(found.tried, 1):
             mark = " (this experiment)" if rank == spec["rank"] else ""
-            self.say("tried", f"{concept.name}: feature {concept.feature}, {math.exp(concept.effect):.3g} x{mark}")
+            factor = "" if concept.effect is None else f", {math.exp(concept.effect):.3g} x"
+            self.say("tried", f"{concept.name}: feature {concept.feature}{factor}{mark}")
         return found
 
     @cached_property
