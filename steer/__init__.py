@@ -49,6 +49,8 @@ _EXPORTS: dict[str, str] = {
     "train_direction": "steer.directions",
     "load_dictionary": "steer.features",
     "find_features": "steer.features.search",
+    "read_features": "steer.features.reading",
+    "FeatureReading": "steer.features.reading",
     "FoundFeatures": "steer.features.search",
     "LogitLens": "steer.lens",
     "TunedLens": "steer.lens",
