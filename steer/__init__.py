@@ -50,6 +50,8 @@ _EXPORTS: dict[str, str] = {
     "load_dictionary": "steer.features",
     "FeatureLoss": "steer.features",
     "find_features": "steer.features.search",
+    "read_features": "steer.features.reading",
+    "FeatureReading": "steer.features.reading",
     "FoundFeatures": "steer.features.search",
     "feature_circuit": "steer.circuits",
     "feature_weights": "steer.circuits",

@@ -39,10 +39,12 @@ COMMANDS = {
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
     "say": ("directions.", "gates.", "dictionaries."),
     "features find": ("concepts.", "labelled.", "settings."),
+    "features evaluate": ("labelled.",),
+    "features page": ("settings.", "neuronpedia."),
 }
 RUNS = ("run", "plan", "lock", "report")
 ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
-VERBS = {"features": ("train", "find")}  # commands of their own: module and configuration `features_train`, ...
+VERBS = {"features": ("train", "find", "page", "evaluate")}  # commands of their own: module and configuration `features_train`, ...
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
