@@ -14,6 +14,7 @@ from steer.features.dictionary import Dictionary
 from steer.features.load import load_dictionary
 from steer.intervene import GATES, Gate, Plan
 from steer.intervene.gate import SiteGate
+from steer.intervene.source import OperatorSource
 from steer.model.site import Site
 
 _IMPORT_OPTIONS = ("path", "site", "n_layers", "format")
@@ -45,7 +46,10 @@ def plan_from_config(
         raise _named_twice(twice[0])
     loaded = {name: _directions(name, source) for name, source in directions.items()}
     named_gates = {name: _gate(name, spec, loaded) for name, spec in gates.items()}
-    sources = {**loaded, **{name: _dictionary(name, source) for name, source in (dictionaries or {}).items()}}
+    sources: dict[str, Directions | OperatorSource] = {
+        **loaded,
+        **{name: _dictionary(name, source) for name, source in (dictionaries or {}).items()},
+    }
     plan = plan_from_text(text, sources, named_gates)
     return plan, plan_to_text(plan, sources, named_gates)
 
