@@ -98,7 +98,11 @@ def main() -> None:
     reading = time.process_time() - started
     losses = train(model, of_training[: options.steps * options.batch], options.batch, options.lr)
     options.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "dictionary": str(dictionary), "loss": losses}
+    result: dict[str, Any] = {
+        "settings": {k: Path(v).name if k in ("dictionary", "train", "texts") else str(v) for k, v in vars(options).items()},
+        "dictionary": str(dictionary),
+        "loss": losses,
+    }
     for name, rows in texts.items():
         after = read_features(dictionary, model, rows)
         started = time.process_time()
