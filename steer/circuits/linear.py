@@ -7,7 +7,7 @@ pass changes, only what gradients flow through.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steer.errors import AnatomyError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
-from steer.model.restoring import restoring
+from steer.model.restoring import restoring, restoring_all
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest entry, by dtype of the model
 COARSE = 0.05  # for halves
@@ -33,7 +33,7 @@ def linear_hooks(anatomy: Anatomy, *, active: bool) -> Iterator[None]:
     sites = anatomy.sites("layers.*.attn.q", "layers.*.attn.k")
     points = [(anatomy.point(site), lambda h, ctx: h.detach()) for site in sites]
     installation = hooks.Installation(anatomy.model, anatomy, points)
-    with ExitStack() as stack:
+    with restoring_all() as stack:
         stack.enter_context(restoring(installation.remove))
         installation.install()
         for module in norms_of(anatomy):

@@ -24,6 +24,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
 from steer.model.own_calls import texts_call
+from steer.model.restoring import restoring_all
 from steer.model.site import Site
 
 ADDED = ("attn.output", "mlp.output", "mixer.output")  # parts that are added to the residual stream
@@ -139,7 +140,7 @@ class _Trial:
         self._norms: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
         size = getattr(anatomy.embedding, "num_embeddings", None) or anatomy.config.vocab_size
         ids = torch.arange(8)[None] * 7 % size
-        with ExitStack() as stack:
+        with restoring_all() as stack:
             self._hook(stack)
             stack.enter_context(evaluating(anatomy.model))
             ids = ids.to(input_device(anatomy.model))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steer.model.restoring import restoring_all
 from steer.model.stacks import Stack, same
 from steer.model.trial_pass import Argument, first_tensor
 
@@ -69,7 +69,7 @@ def mixes_in_block(block: BlockCall, chosen: Sequence[BlockCall], number: int, s
         return (call.output, *output[1:]) if isinstance(output, tuple) else call.output
 
     args, kwargs = _with_other_first_token(block, block.inputs[stack.argument], stack)
-    with ExitStack() as hooks:
+    with restoring_all() as hooks:
         for earlier in chosen[:number]:
             hook = earlier.module.register_forward_hook(lambda _, __, output, call=earlier: again(call, output))
             hooks.callback(hook.remove)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -30,6 +30,21 @@ def restoring(put_back: Callable[[], None]) -> Iterator[None]:
         if not is_done:
             put_back()
         raise
+
+
+@contextmanager
+def restoring_all() -> Iterator[ExitStack]:
+    """An `ExitStack` whose callbacks run on every way out. Its own `with` skips them where an interrupt comes as the block has just ended.
+
+    Example:
+        >>> with restoring_all() as stack:
+        ...     for module in model.modules():
+        ...         stack.callback(module.register_forward_hook(hook).remove)
+        ...     model(**batch)
+    """
+    stack = ExitStack()
+    with restoring(stack.close):
+        yield stack
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from steer.model.devices import input_device
 from steer.model.hook_registration import OwnHook
-from steer.model.restoring import restoring
+from steer.model.restoring import restoring, restoring_all
 
 # few and different, so that the axes of a tensor can be told apart
 ROWS, TOKENS = 3, 5
@@ -285,7 +285,7 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
     kinds = {device.type for device in devices if torch.amp.is_autocast_available(device.type)} | {"cpu"}
-    with ExitStack() as restore:
+    with restoring_all() as restore:
         restore.enter_context(torch.random.fork_rng(devices=cuda))
         restore.enter_context(torch.no_grad())
         for kind in kinds:
@@ -398,7 +398,7 @@ def _is_foreign(hook: Any) -> bool:
 @contextmanager
 def _hooked(modules: Sequence[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
     """Calls before(module, args, kwargs) and after(module, args, kwargs, output) around every call of some modules."""
-    with ExitStack() as restore:
+    with restoring_all() as restore:
         for module in modules:
             restore.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             restore.callback(module.register_forward_hook(after, with_kwargs=True).remove)

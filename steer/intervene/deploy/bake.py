@@ -7,8 +7,6 @@ differently, but neither is nearer to the exact result than the other.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from torch import nn
 
 from steer.errors import DeployError
@@ -65,8 +63,8 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
                 raise _reference_not_steered(intervention)
     edits_of_weights = weight_edits(anatomy, edits, _CARRIER)
     check.prove(edits_of_weights)
-    with ExitStack() as undoing:
-        baked = undoing.enter_context(Baked())
+    baked = Baked()
+    try:
         if any(weight_edit.module is anatomy.embedding for weight_edit in edits_of_weights):
             baked.untie(anatomy)
         for weight_edit in edits_of_weights:
@@ -77,8 +75,10 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
             make_savable(anatomy, baked)
         baked.error = check.compare()
         baked.seal()
-        undoing.pop_all()
-    return baked
+        return baked
+    except BaseException as error:  # also of an interrupt as it returns, after which nobody could undo it
+        baked.__exit__(type(error), error, error.__traceback__)
+        raise
 
 
 def _check_untied(model: nn.Module, weight_edit: WeightEdit) -> None:

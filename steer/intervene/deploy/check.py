@@ -23,6 +23,7 @@ from steer.intervene.intervention import Intervention
 from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
+from steer.model.restoring import restoring, restoring_all
 from steer.model.watcher import watchers_of
 
 # How far the final hidden states may be from those of the plan: a share of what the plan changes in them, and beside that what rounding
@@ -134,7 +135,7 @@ def _in_float32(anatomy: Anatomy, weight_edits: Sequence[WeightEdit]) -> Iterato
     """
     blocks = set(anatomy.blocks)
     outside = [part for part in anatomy.decoder.children() if blocks.isdisjoint(part.modules())]
-    with ExitStack() as restore:
+    with restoring_all() as restore:
         for part in (*anatomy.blocks, *outside):
             _widen_while_it_runs(part, weight_edits, restore)
         _avoid_half_precision_attention(anatomy, restore)
@@ -149,7 +150,8 @@ def _widen_while_it_runs(part: nn.Module, weight_edits: Sequence[WeightEdit], re
         inside = set(part.modules())
         for module in inside:
             _replace_by_float32(module, restore_part)
-        trial = restore_part.enter_context(Baked())
+        trial = Baked()
+        restore_part.enter_context(restoring(trial.undo))
         for weight_edit in weight_edits:
             if weight_edit.module in inside:
                 trial.apply(weight_edit)
@@ -187,7 +189,7 @@ def _avoid_half_precision_attention(anatomy: Anatomy, restore: ExitStack) -> Non
 @contextmanager
 def _exact_products(device: str) -> Iterator[None]:
     """Products in the type of their factors: no autocast, no TF32, whose rounding would be taken for a wrong weight edit."""
-    with ExitStack() as restore, torch.autocast(device, enabled=False):
+    with restoring_all() as restore, torch.autocast(device, enabled=False):
         try:
             precision = torch.get_float32_matmul_precision()
             if precision != "highest":
