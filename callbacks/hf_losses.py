@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -43,6 +43,19 @@ class HFLossCallback(TrainerRun):
     def wrapped_methods(self, trainer: Trainer) -> Iterator[None]:
         with super().wrapped_methods(trainer), replaced(trainer.accelerator, "backward", self._wrap_backward(trainer)):
             yield
+
+    def _wrap_compute_loss(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Keeps from the model what says in which rows a loss counts."""
+        names = {loss.rows for loss in self._run.losses} - {None}
+
+        @wraps(compute_loss)
+        def compute_loss_without_rows(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self._run.batch_start(inputs)
+            if isinstance(inputs, Mapping) and not names.isdisjoint(inputs):
+                inputs = {name: value for name, value in inputs.items() if name not in names}
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        return super()._wrap_compute_loss(compute_loss_without_rows)
 
     def _wrap_backward(self, trainer: Trainer) -> Callable[..., Any]:
         """By then the trainer has divided its loss by the number of micro-batches, or by that of their tokens."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -32,12 +33,16 @@ from steer.kernels import drift_stats, edit, force, steer_add  # noqa: E402
 from steer.kernels.drift_stats import launch as launch_drift  # noqa: E402
 from steer.kernels.edit_autograd import Edit  # noqa: E402
 from steer.kernels.edit_task import EditNumbers  # noqa: E402
+from steer.kernels.sparse_decode import launch_entries, launch_gather_sum  # noqa: E402
+from steer.kernels.sparse_pattern import SparsePattern  # noqa: E402
 from steer.kernels.steer_add import SteerAdd  # noqa: E402
+from steer.kernels.topk_encode import TILE_SIZE, TopFeatures, launch_merge  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
 BATCH, TOKENS, WIDTH = 4, 2048, 4096
 PASS = BATCH * TOKENS * WIDTH * 2  # bytes of one read or write of a bf16 activation
 BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
+FEATURES, ACTIVE, PART = 65536, 64, 2048  # features of a dictionary, those of a token, tokens that top-k encoding takes at a time
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 SCALAR, MASK, ROWS = ((1, 1, 1), FP32), ((BATCH, TOKENS, 1), BF16), ((BATCH,), LONG)
 ENDS = (((8,), FP32), ((8,), FP32))
@@ -272,11 +277,64 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def sparse_cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
+    """Name -> (the same on all features in PyTorch, what launches the kernels, products that the kernels do not do themselves)."""
+    tokens, entries = BATCH * TOKENS, BATCH * TOKENS * ACTIVE
+    pattern = SparsePattern.of_rows(meta(tokens, ACTIVE, dtype=LONG), FEATURES)
+    place, order, values = meta(entries, dtype=LONG), meta(entries, dtype=LONG), meta(entries)
+    by_token, by_feature = meta(tokens + 1, dtype=LONG), meta(FEATURES + 1, dtype=LONG)
+    weight, h, g = meta(FEATURES, WIDTH, dtype=BF16), meta(tokens, WIDTH, dtype=BF16), meta(tokens, WIDTH, dtype=BF16)
+    f = meta(tokens, FEATURES, dtype=BF16)
+    old, part = TopFeatures(meta(PART, ACTIVE), meta(PART, ACTIVE, dtype=LONG)), meta(PART, TILE_SIZE)
+
+    def top() -> None:
+        for first in range(0, FEATURES, TILE_SIZE):
+            for _ in range(tokens // PART):
+                launch_merge(part, old, first, ACTIVE)
+
+    return {
+        "sparse decode": (lambda: f @ weight, lambda: launch_gather_sum(weight, values, place, None, by_token), 0),
+        "gradient of the values": (lambda: g @ weight.mT, lambda: launch_entries(pattern, g, weight), 0),
+        "gradient of the weight": (lambda: f.mT @ g, lambda: launch_gather_sum(g, values, place, order, by_feature), 0),
+        "top-k encode": (lambda: (h @ weight.mT).float().topk(ACTIVE), top, 2 * tokens * WIDTH * FEATURES),
+    }
+
+
+def sparse_table() -> str:
+    """Bytes and products with 64 of 65,536 features on; a row that is gathered counts each time, since nobody knows what a cache keeps."""
+    lines = [["task", "PyTorch, all features: GB", "products, 10^12", "Triton: GB", "products, 10^12", "launches"], ["---"] * 6]
+    for name, (dense, run, others) in sparse_cases().items():
+        with Moved() as moved, FlopCounterMode(display=False) as flops:
+            dense()
+        launches = launches_of(run)
+        n_bytes = sum(moved_by(launch.arguments) for launch in launches)
+        own = 2 * BATCH * TOKENS * ACTIVE * WIDTH if not others else others
+        dense_flops = flops.get_total_flops()
+        numbers = [moved.bytes / 1e9, dense_flops / 1e12, n_bytes / 1e9, own / 1e12]
+        lines.append([name, *(f"{number:.2g}" if number < 0.1 else f"{number:.2f}" for number in numbers), str(len(launches))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def moved_by(arguments: dict[str, Any]) -> int:
+    """Bytes of the tensors of a launch; of a matrix whose rows are gathered, of one row for each entry."""
+    entries = arguments.get("place_ptr", arguments.get("feature_ptr"))
+    n_bytes = 0
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        is_gathered = name in ("matrix_ptr", "right_ptr") and entries is not None
+        n_bytes += len(entries) * tensor.shape[1] * tensor.element_size() if is_gathered else stored(tensor)
+    return n_bytes
+
+
 def updated(rows: dict[str, dict[str, Any]] | None = None) -> str:
-    """The page with its table as it should be."""
-    text, begin, end = PAGE.read_text(encoding="utf-8"), "<!-- roofline:begin -->", "<!-- roofline:end -->"
-    before, after = text.split(begin)
-    return f"{before}{begin}\n{table(counted() if rows is None else rows)}\n{end}{after.split(end)[1]}"
+    """The page with its tables as they should be."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in (("roofline", table(counted() if rows is None else rows)), ("sparse", sparse_table())):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, after = text.split(begin)
+        text = f"{before}{begin}\n{lines}\n{end}{after.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import agreement_tables
 import drift_tables
 import experiment_results
 import experiment_tables
+import feature_results
 import result_tables
 import speed_tables
 
@@ -56,7 +57,8 @@ PLACES = {
     "dictionary": Place("docs/features.md", "architectures", ("architecture", "what it is")),
     "dictionary activation": Place("docs/features.md", "activations", ("activation", "the feature"), leading=True),
     "dictionary format": Place("docs/features.md", "formats", ("format", "files", "what is applied"), leading=True),
-    "feature search": Place("docs/features.md", "searches", ("search", "how features are scored")),
+    "feature search": Place("docs/finding_features.md", "searches", ("search", "how features are scored")),
+    "explainer": Place("docs/finding_features.md", "explainers", ("explainer", "the name of a feature")),
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
@@ -136,6 +138,10 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
         ("docs/concepts.md", "sites"): sites_table,
         ("docs/results/experiments.md", "runs"): lambda: experiment_results.runs(markdown),
         ("docs/results/experiments.md", "details"): lambda: experiment_results.details(markdown),
+        **{
+            ("docs/results/features.md", name): lambda name=name: getattr(feature_results, name)(markdown)
+            for name in ("runs", "tried", "dose_response", "at_equal_loss", "said", "tuned", "spurious", "decimals")
+        },
         ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
         ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
         ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),

@@ -1,4 +1,4 @@
-"""Kernels, each with its PyTorch reference and its Triton form: steering, edits along directions, drift statistics.
+"""Kernels, each with its PyTorch reference and its Triton form: steering, edits along directions, drift statistics, sparse features.
 
 Call the functions: they choose the form that runs (see `steer.kernels.dispatch`), and `force` overrules the choice. There is one file for
 each kernel: mathematics, constants, forward kernel, backward kernel, launchers, autograd function, public function. `edit` has its parts in
@@ -28,6 +28,20 @@ else:
     from steer.kernels.dispatch import force, wanted
     from steer.kernels.drift_stats import DriftStats, drift_stats
     from steer.kernels.edit import edit
+    from steer.kernels.sparse_decode import sparse_decode
     from steer.kernels.steer_add import steer_add
+    from steer.kernels.topk_encode import TopFeatures, topk_encode
 
-    __all__ = ["KERNELS", "DriftStats", "drift_stats", "edit", "force", "status", "steer_add", "wanted"]
+    __all__ = [
+        "KERNELS",
+        "DriftStats",
+        "TopFeatures",
+        "drift_stats",
+        "edit",
+        "force",
+        "sparse_decode",
+        "status",
+        "steer_add",
+        "topk_encode",
+        "wanted",
+    ]

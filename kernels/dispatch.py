@@ -64,6 +64,11 @@ def can_run_triton(h: Tensor) -> bool:
     return _has_triton and (h.is_cuda or interpreting) and h.dtype in DTYPES
 
 
+def runs_kernel(*tensors: Tensor) -> bool:
+    """All can be read by a kernel, where the path is taken already: inside operators, autograd functions and backward passes."""
+    return _forced != "aten" and all(can_run_triton(tensor) and (tensor.is_cuda or _forced != "auto") for tensor in tensors)
+
+
 def wanted(h: Tensor) -> bool:
     """Whether an operator should call the functions of this package for an activation, rather than do its own few PyTorch operations.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steer import __version__
+from steer.commands import VERBS
 from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
@@ -37,12 +38,13 @@ COMMANDS = {
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
-    "say": ("directions.", "gates."),
+    "say": ("directions.", "gates.", "dictionaries."),
     "features find": ("concepts.", "labelled.", "settings."),
+    "features evaluate": ("labelled.",),
+    "features page": ("settings.", "neuronpedia."),
 }
 RUNS = ("run", "plan", "lock", "report")
 ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
-VERBS = {"features": ("train", "find")}  # commands of their own: module and configuration `features_train`, ...
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [

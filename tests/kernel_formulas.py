@@ -92,3 +92,26 @@ def surrounded(x: Tensor) -> Tensor:
     inner = wide[..., 1 : 2 * x.shape[-2] + 1 : 2, 3:-3]
     inner.copy_(x.detach())
     return inner
+
+
+def decoded(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """Token by token the sum of rows. values, indices [..., k]; weight [features, width]."""
+    rows = [
+        sum((v * weight[int(i)] for v, i in zip(own, which, strict=True)), weight.new_zeros(weight.shape[1]))
+        for own, which in _rows(values, indices)
+    ]
+    return torch.stack(rows).view(*values.shape[:-1], -1)
+
+
+def _rows(values: Tensor, indices: Tensor) -> Any:
+    k = values.shape[-1]
+    return zip(values.reshape(-1, k), indices.reshape(-1, k), strict=True)
+
+
+def best_features(pre: Tensor, k: int) -> Tensor:
+    """[..., k] the features with the largest numbers, growing; of equal ones the first, a nan before all."""
+    rows = []
+    for row in pre.reshape(-1, pre.shape[-1]).tolist():
+        order = sorted(range(len(row)), key=lambda j, row=row: (row[j] == row[j], -row[j] if row[j] == row[j] else 0.0, j))
+        rows.append(sorted(order[:k]))
+    return torch.tensor(rows).view(*pre.shape[:-1], k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import pkgutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
+from drift.feature_helpers import DENSITY, dictionary
 from experiment_helpers import command, few_rows
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -84,12 +86,16 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
             for parameter in deep.parameters():
                 parameter -= 0.01 * parameter.grad
 
+    own = dictionary()
+    own.density = DENSITY
     objects: dict[str, Any] = {
         "model": deep,
         "tokenizer": tiny_tokenizer(),
         "vector": vector(),
         "direction": direction(),
-        "prompts": prompts(4),
+        "prompts": prompts(8),
+        "dictionary": own,
+        "tuned": copy.deepcopy(deep),
     }
     names = {**objects, "train_one_step": train_one_step}
     for block in blocks(page):

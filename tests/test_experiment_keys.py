@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from drift.feature_helpers import DENSITY, dictionary
 from experiment_helpers import command, read_metrics
 from tiny_experiment import write_data, write_model
 
+from steer.drift import DriftStore
 from steer.experiment.result import Result
 
 Written = Callable[..., int]
@@ -64,6 +66,24 @@ def test_training_and_drift_need_little(written: Written, tmp_path: Path) -> Non
     assert read_metrics(tmp_path / "f")["config"]["experiment"]["train"]["schedule"] == "cosine"
 
 
+def test_features_are_tracked_by_the_configuration(written: Written, tmp_path: Path) -> None:
+    own = dictionary(width=32)
+    own.density = DENSITY
+    place = own.save(tmp_path / "dictionary")
+    features: dict[str, Any] = {"warm": {"dictionary": str(place), "features": [5, 8]}}
+    spec = {
+        **LEAST,
+        "trait": {"name": "loud", "holdout": 0.5},
+        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "max_length": 64},
+        "drift": {"every_n_steps": 1, "sites": ["layers.1.output"], "features": features},
+    }
+    assert written(spec) == 0
+    (store,) = read_metrics(tmp_path / "f")["drift"]["stores"].values()
+    with DriftStore(tmp_path / "f" / store) as found:
+        assert {record.direction for record in found.records(kind="feature", mode="probe")} == {"warm/5", "warm/8"}
+        assert {record.direction for record in found.records(kind="dictionary")} == {"warm"}
+
+
 def test_an_experiment_of_version_0_1_0(written: Written, tmp_path: Path) -> None:
     """Arms by direction and strength, a scope, and no outcomes: three were fixed."""
     arms: dict[str, Any] = {
@@ -107,6 +127,14 @@ def test_an_experiment_of_version_0_1_0(written: Written, tmp_path: Path) -> Non
         ({"train": {"steps": 2, "batch_sizes": 2}}, "did you mean 'batch_size'"),
         ({"train": 24}, "experiment.train is no section"),
         ({"drift": {"every_n_steps": 2, "site": "layers.1.output"}}, "did you mean 'sites'"),
+        (
+            {
+                "trait": {"name": "loud"},
+                "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "max_length": 64},
+                "drift": {"every_n_steps": 1, "sites": ["layers.1.output"], "features": {"warm": {"features": [5]}}},
+            },
+            "experiment.drift.features.warm says not which features are tracked",
+        ),
         ({"completions": {"max_new_tokens": 4}}, "experiment.completions lacks 'prompts'"),
         ({"outcomes": None}, "one primary outcome"),
     ],

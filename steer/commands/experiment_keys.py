@@ -60,7 +60,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "gradient_clip": 1.0,
         "checkpoint_every": 100,
     },
-    "drift": {"every_n_steps": REQUIRED, "sites": REQUIRED, "controls": 16, "stream": True},
+    "drift": {"every_n_steps": REQUIRED, "sites": REQUIRED, "controls": 16, "stream": True, "features": {}},
     "completions": {"prompts": REQUIRED, "max_new_tokens": 48},
 }
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from steer.commands import cell_ranks
 from steer.commands.config import dtype_named
 from steer.commands.experiment_config import ExperimentConfig
-from steer.commands.train_checks import lora_config, tracked_sites
+from steer.commands.train_checks import features_to_track, lora_config, tracked_sites
 from steer.directions import ContrastSet, Direction, Directions, extract
+from steer.drift.feature_groups import TrackedFeatures
 from steer.drift.tracker import DriftTracker
 from steer.experiment.complete import complete
 from steer.experiment.experiment_features import ExperimentFeatures
@@ -103,6 +104,7 @@ class ExperimentRun:
             "site": str(chosen.site),
             "method": chosen.method,
             "auc_heldout": chosen.metrics["auc"],
+            "held_out": chosen.held_out,
             "norm": chosen.metrics["gap"],
             "relative_dose": chosen.relative_dose(),
         }
@@ -124,13 +126,14 @@ class ExperimentRun:
         if spec["chosen"]:
             return ExperimentFeatures(self.model, self.config.dictionary, spec["chosen"])
         concepts = {name: words for name, words in spec["concepts"].items() if words}  # null leaves one out
-        self.say("features", f"candidates for {len(concepts)} concepts are clamped on development text")
+        self.say("features", f"of {len(concepts)} concepts are looked for on development text")
         speaking, neutral = ([row["text"] for row in self.config.data.split(spec[key])] for key in ("speaking", "neutral"))
         options = {key: spec[key] for key in ("rank", "candidates", "damage")}
         found = ExperimentFeatures.found(self.model, self.tokenizer, self.config.dictionary, concepts, speaking, neutral, **options)
         for rank, concept in enumerate(found.tried, 1):
             mark = " (this experiment)" if rank == spec["rank"] else ""
-            self.say("tried", f"{concept.name}: feature {concept.feature}, {math.exp(concept.effect):.3g} x{mark}")
+            factor = "" if concept.effect is None else f", {math.exp(concept.effect):.3g} x"
+            self.say("tried", f"{concept.name}: feature {concept.feature}{factor}{mark}")
         return found
 
     @cached_property
@@ -149,6 +152,7 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.values.peft)
             self.batches(self.training_rows(None), self.config.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.config.experiment.drift is None else tracked_sites(self.anatomy, self.config.experiment)
+        _ = self.tracked_features
         for outcome in self.config.outcomes:
             if isinstance(outcome.metric, ConceptProbability) and self.features is not None and self.features.concept is not None:
                 outcome.metric.choose(list(self.features.concept.words))
@@ -178,7 +182,14 @@ class ExperimentRun:
         drift = self.config.experiment.drift
         watched = {self.directions.name: [self.directions[site] for site in self.tracked]}
         probe = [encode(self.tokenizer, row["prompt"]) for row in self.config.data.split("probe")]
-        return DriftTracker(watched, probe=probe, controls=drift.controls, stream=drift.stream, store=store, seed=seed)
+        options = {"controls": drift.controls, "stream": drift.stream, "store": store, "seed": seed}
+        return DriftTracker(watched, features=self.tracked_features, probe=probe, **options)
+
+    @cached_property
+    def tracked_features(self) -> dict[str, TrackedFeatures]:
+        """Features of experiment.drift.features, by name; none without it."""
+        drift = self.config.experiment.drift
+        return {} if drift is None else features_to_track(drift.features)
 
     @cached_property
     def neutral_projection(self) -> float:

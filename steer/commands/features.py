@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from steer.cli import VERBS
-from steer.commands import ab
+from steer.commands import VERBS, ab
 from steer.errors import ConfigError
 
 what_is_left = ab.what_is_left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ def labelled_texts(tokenizer: Any, where: str | Path) -> LabelledTexts:
     Raises:
         FileError: no such file. DamagedFileError: a line that is none of these, by its number. ContrastError: a text that comes twice.
     """
+    records = _records(where, lambda label: label in (0, 1), '{"text": "...", "label": 0 or 1}, with "group" as text or without')
+    has_groups = any(record.get("group") is not None for record in records)
+    groups = [record.get("group") or "" for record in records] if has_groups else ()
+    texts, labels = ([record[key] for record in records] for key in ("text", "label"))
+    return LabelledTexts.from_texts(tokenizer, texts, labels, groups=groups)
+
+
+def texts_by_class(where: str | Path) -> dict[str, list[str]]:
+    """Texts of a file with a line {"text": ..., "label": "<class>"} each, by class. Raises as `labelled_texts`."""
+    by_class: dict[str, list[str]] = {}
+    for record in _records(where, lambda label: isinstance(label, str) and label != "", '{"text": "...", "label": "<class>"}'):
+        by_class.setdefault(record["label"], []).append(record["text"])
+    return by_class
+
+
+def _records(where: str | Path, is_label: Callable[[Any], bool], expected: str) -> list[dict[str, Any]]:
     path = place_of(where)
     if not path.is_file():
         raise _no_file(path)
@@ -26,17 +43,13 @@ def labelled_texts(tokenizer: Any, where: str | Path) -> LabelledTexts:
             continue
         try:
             record = json.loads(line)
-            fits = isinstance(record["text"], str) and record["label"] in (0, 1) and isinstance(record.get("group"), str | None)
-        except (ValueError, KeyError, TypeError) as error:
-            raise _wrong_line(path, number, line) from error
+            fits = isinstance(record["text"], str) and is_label(record["label"]) and isinstance(record.get("group"), str | None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _wrong_line(path, number, line, expected) from error
         if not fits:
-            raise _wrong_line(path, number, line)
+            raise _wrong_line(path, number, line, expected)
         records.append(record)
-    has_groups = any(record.get("group") is not None for record in records)
-    groups = [record.get("group") or "" for record in records] if has_groups else ()
-    return LabelledTexts.from_texts(
-        tokenizer, [record["text"] for record in records], [record["label"] for record in records], groups=groups
-    )
+    return records
 
 
 # ---- errors
@@ -46,6 +59,5 @@ def _no_file(path: Path) -> FileError:
     return FileError(f"no labelled texts at '{path}'", expected="a file of JSON lines", found="nothing there", remedy="check the path")
 
 
-def _wrong_line(path: Path, number: int, line: str) -> DamagedFileError:
-    expected = '{"text": "...", "label": 0 or 1}, with "group" as text or without'
+def _wrong_line(path: Path, number: int, line: str, expected: str) -> DamagedFileError:
     return DamagedFileError(f"line {number} of '{path}' is no labelled text", expected=expected, found=line[:120], remedy="correct it")

@@ -16,6 +16,8 @@ import steer.drift
 import steer.experiment.metric
 import steer.experiment.treatment
 import steer.features
+import steer.features.reading
+import steer.features.search
 import steer.features.training.sparsifier
 import steer.intervene
 import steer.lens  # noqa: F401  (fills the registries)

@@ -27,7 +27,8 @@ def run(config: DictConfig) -> None:
     if prompts is None:
         raise ConfigError("'steer say' has nothing to answer", expected="prompts", found="none", remedy="e.g. 'prompts=[Who are you?]'")
     sections: Any = OmegaConf.to_container(config, resolve=True)
-    plan, text = plan_from_config(str(config.steer), sections["directions"] or {}, sections["gates"] or {})
+    named = [sections[kind] or {} for kind in ("directions", "gates", "dictionaries")]
+    plan, text = plan_from_config(str(config.steer), *named)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     answers = {"plain": complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)}
     with plan.attached(model) as attachment:

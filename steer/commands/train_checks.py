@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from steer.drift.feature_groups import TrackedFeatures
 from steer.errors import ConfigError, SiteError, did_you_mean
+from steer.features.load import load_dictionary
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
@@ -66,6 +68,21 @@ def tracked_sites(anatomy: Anatomy, experiment: DictConfig) -> list[Site]:
     return tracked
 
 
+def features_to_track(features: Any) -> dict[str, TrackedFeatures]:
+    """Dictionaries and features of experiment.drift.features, loaded.
+
+    Raises:
+        ConfigError: an entry without a dictionary or features. FileError and what derives from it: a dictionary that cannot be loaded.
+    """
+    tracked = {}
+    for name, entry in (features or {}).items():
+        if not isinstance(entry, DictConfig) or set(entry) != {"dictionary", "features"}:
+            raise _no_features(str(name), entry)
+        chosen = list(entry.features) if isinstance(entry.features, ListConfig) else entry.features
+        tracked[str(name)] = TrackedFeatures(load_dictionary(str(entry.dictionary)), chosen)
+    return tracked
+
+
 def lora_config(anatomy: Anatomy, peft: DictConfig) -> LoraConfig:
     """The adapters of every arm.
 
@@ -114,6 +131,15 @@ def _used_folder(out: Path, files: list[str]) -> ConfigError:
 def _nothing_tracked() -> ConfigError:
     remedy = "set experiment.drift.sites=[layers.*.output], or to some of them"
     return ConfigError("nothing is tracked", expected="a site or more in experiment.drift.sites", found="none", remedy=remedy)
+
+
+def _no_features(name: str, entry: object) -> ConfigError:
+    return ConfigError(
+        f"experiment.drift.features.{name} says not which features are tracked",
+        expected="{dictionary: <path or name>, features: [12, 400]}",
+        found=f"{entry}"[:80],
+        remedy="give both; the dictionary is what steer.load_dictionary takes",
+    )
 
 
 def _no_direction_there(key: str, missing: list[str], patterns: list[str]) -> SiteError:

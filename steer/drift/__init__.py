@@ -3,7 +3,18 @@
 from steer.drift.feature_groups import TrackedFeatures
 from steer.drift.metric import METRICS
 from steer.drift.records import DriftRecord
+from steer.drift.stages import StageComparison, compare_features, compare_readings, read_features
 from steer.drift.store import DriftStore
 from steer.drift.tracker import DriftTracker
 
-__all__ = ["METRICS", "DriftRecord", "DriftStore", "DriftTracker", "TrackedFeatures"]
+__all__ = [
+    "METRICS",
+    "DriftRecord",
+    "DriftStore",
+    "DriftTracker",
+    "StageComparison",
+    "TrackedFeatures",
+    "compare_features",
+    "compare_readings",
+    "read_features",
+]

@@ -58,6 +58,11 @@ class FeatureReading:
         mean_on = n * sums.moments.mean / sums.on
         return cls(sums.moments.mean, sums.moments.sd, ratios[1], mean_on, sums.maximum, errors, int(texts))
 
+    def copy(self) -> FeatureReading:
+        """The same with tensors of its own."""
+        tensors = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return FeatureReading(texts=self.texts, **tensors)
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureMeasurement(Measurement):
@@ -138,12 +143,9 @@ class FeatureMeasurement(Measurement):
 
     def copy(self) -> FeatureMeasurement:
         """The same with tensors of its own, into which a metric of somebody else's may write."""
-        readings = {
-            name: replace(reading, **{key: value.clone() for key, value in vars(reading).items() if isinstance(value, Tensor)})
-            for name, reading in (("now", self.now), ("baseline", self.baseline))
-        }
         changes = None if self.text_changes is None else self.text_changes.clone()
-        return replace(self, text_changes=changes, values={name: value.clone() for name, value in self.values.items()}, **readings)
+        values = {name: value.clone() for name, value in self.values.items()}
+        return replace(self, now=self.now.copy(), baseline=self.baseline.copy(), text_changes=changes, values=values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,8 +194,9 @@ class DictionaryMeasurement(Measurement):
 
     def copy(self) -> DictionaryMeasurement:
         """The same with tensors of its own."""
-        sums = {name: each.to(torch.device("cpu")) for name, each in (("now", self.now), ("baseline", self.baseline))}
-        return replace(self, values={name: value.clone() for name, value in self.values.items()}, **sums)
+        cpu = torch.device("cpu")
+        values = {name: value.clone() for name, value in self.values.items()}
+        return replace(self, now=self.now.to(cpu), baseline=self.baseline.to(cpu), values=values)
 
 
 def _per_text(texts: TextFeatures, used: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from steer.drift.probe import undisturbed
 from steer.drift.records import DriftRecord
 from steer.drift.stream import StreamMask, under
 from steer.features.provenance import Untrained
+from steer.intervene.low_rank import without_autocast
 from steer.model.accumulator import Accumulator
 from steer.model.capture import capture
 from steer.model.context import ForwardContext
@@ -28,7 +29,8 @@ from steer.model.span import span_of
 from steer.model.tokens import Row
 
 FVU_RISE = 0.25  # of what was left unexplained at the baseline, and
-LEAST_FVU_RISE = 0.05  # of the variance: a dictionary is warned of that leaves so much more
+LEAST_FVU_RISE = 0.05  # of the variance: a dictionary is warned of that leaves so much more,
+LEAST_TOKENS = 256  # measured on so many tokens; the FVU of a few depends on which they are
 
 
 class FeatureReader:
@@ -57,7 +59,7 @@ class FeatureReader:
             return
         if self.window.on.device != h.device:  # Lightning moves the model after the attach
             self.move(h.device)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(h):
             h = h.detach()
             untrained = self.group.dictionary.untrained
             mask = _trained(h, mask, untrained, context.positions if untrained.first else None)
@@ -99,7 +101,7 @@ class FeatureReader:
 
     def state_dict(self, reduce: Reduce) -> dict[str, Tensor]:
         """Windows over all ranks, and baselines."""
-        parts = {"window": self.window.reduced(reduce), "baseline": self.baseline}
+        parts: dict[str, FeatureSums | DictionarySums | None] = {"window": self.window.reduced(reduce), "baseline": self.baseline}
         if self.quality is not None:
             parts |= {"quality": self.quality.reduced(reduce), "quality_baseline": self.quality_baseline}
         state = {f"{part}/{name}": t for part, sums in parts.items() if sums is not None for name, t in sums.state_dict().items()}
@@ -221,7 +223,7 @@ class FeatureTracking:
         """Warns, once a dictionary and mode, where a dictionary no longer explains the model."""
         for record in records:
             key = (record.direction, record.mode)
-            if record.kind != "dictionary" or key in self._warned:
+            if record.kind != "dictionary" or key in self._warned or record.n < LEAST_TOKENS:
                 continue
             change = record.metrics["fvu_change"]
             if change > max(LEAST_FVU_RISE, FVU_RISE * (record.metrics["fvu"] - change)):

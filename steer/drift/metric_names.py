@@ -32,7 +32,11 @@ def metric_name(*parts: str) -> str:
 
 def _component(text: str) -> str:
     plain = _FORBIDDEN.sub("_", text)
-    return plain if plain.strip(".") else "_" * max(1, len(plain))  # an empty one, `.` and `..` mean something else in a path
+    rest = plain.lstrip(".")
+    dots = len(plain) - len(rest)
+    if rest and dots < 2:
+        return plain
+    return "_" * max(1 - len(rest), dots) + rest  # an empty one, `.` and what begins with `..` mean something else in a path
 
 
 def check_metric_names(names: Iterable[str], what: str) -> None:

@@ -41,19 +41,21 @@ class TextMeans:
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
         """Takes a batch of `capture`, one text and a tile of tokens at a time."""
-        h = h.detach().cpu()
-        mask = (weight > 0).cpu()
-        positions = mask.cumsum(1) - 1 + self.starts[rows][:, None]
+        h = h.detach()
+        if self.quality.on.device != h.device:
+            self.quality = self.quality.to(h.device)
+        mask = weight > 0
+        positions = mask.cumsum(1) - 1 + self.starts[rows].to(h.device)[:, None]
         inside = self.dictionary.untrained.trained_on(h, positions)
         mask = mask if inside is None else mask & inside
         for place, row in enumerate(rows.tolist()):
             tokens = h[place][mask[place]]  # [tokens, width]
             self.counts[row] = len(tokens)
-            total = torch.zeros(self.dictionary.width)
+            total = torch.zeros(self.dictionary.width, device=h.device)
             for part in tokens.split(max(1, TILE // self.dictionary.width)):
                 total += self.quality.encoded(part).sum(0)
             on = total.nonzero()[:, 0]
-            self._entries.append((row * self.dictionary.width + on, total[on] / max(len(tokens), 1)))
+            self._entries.append(((row * self.dictionary.width + on).cpu(), (total[on] / max(len(tokens), 1)).cpu()))
 
     def finish(self) -> None:
         """Puts the texts in order."""
@@ -61,6 +63,7 @@ class TextMeans:
         order = places.argsort()
         self.places, self.means = places[order], torch.cat([means for _, means in self._entries])[order]
         self._entries = []
+        self.quality = self.quality.to(torch.device("cpu"))
 
     def columns(self, features: slice, texts: Tensor) -> Tensor:
         """[texts, features] fp64 of a run of features, 0 where they are off. texts: indices of those that are wanted."""

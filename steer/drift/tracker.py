@@ -150,7 +150,8 @@ class DriftTracker:
         if self._model is not None:
             raise _attached_already(self._model)
         anatomy, points = resolve(model, [*self.sites, *self.features.sites])
-        for own, point in zip((*self.sites.values(), *self.features.groups), points, strict=True):
+        tracked: list[SiteDirections | FeatureGroup] = [*self.sites.values(), *self.features.groups]
+        for own, point in zip(tracked, points, strict=True):
             if point.width not in (None, own.width):
                 raise _width_error(own, point)
         if self.fingerprint is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Trial:
         average_precision: of the feature's value at the words of the concept, in the part of the development text by which it became a
             candidate; `average_precision_elsewhere` in the other part. See `steer.features.search`.
         doses: in multiples of the feature's maximum. effects: what the log of the words' probability gained. damages: loss, nat/token.
-        effect: at the damage that was allowed, straight between doses; `factor` is its exponential.
+        effect: at the damage that was allowed, straight between doses; `factor` is its exponential. None where nothing was clamped.
     """
 
     concept: str
@@ -46,11 +46,11 @@ class Trial:
     doses: tuple[float, ...]
     effects: tuple[float, ...]
     damages: tuple[float, ...]
-    effect: float
+    effect: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {**asdict(self), "factor": float(np.exp(self.effect))}
+        return {**asdict(self), "factor": None if self.effect is None else float(np.exp(self.effect))}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Concept:
         return self.trials[0].feature
 
     @property
-    def effect(self) -> float:
+    def effect(self) -> float | None:
         return self.trials[0].effect
 
 
@@ -83,7 +83,7 @@ def find_concepts(
     neutral: Sequence[str],
     *,
     candidates: int = 4,
-    damage: float = 0.2,
+    damage: float | None = 0.2,
 ) -> list[Concept]:
     """The concepts, that whose feature does most first: how much likelier its clamp makes the words at a damage that is allowed.
 
@@ -93,13 +93,14 @@ def find_concepts(
         speaking: development texts in which the words occur.
         neutral: development texts in which they do not, on which candidates are clamped.
         candidates: of each concept, by the average precision of their values at its words.
-        damage: loss in nat per token at which candidates are compared.
+        damage: loss in nat per token at which candidates are compared; None to leave them as `find_features` has them, without a clamp.
 
     Raises:
         ConfigError: no concepts, words that are no single tokens, or a concept at whose words no feature is on.
     """
     whole_number(candidates, "`candidates` of a concept", least=1)
-    finite_number(damage, "`damage` of the search", above=0)
+    if damage is not None:
+        finite_number(damage, "`damage` of the search", above=0)
     if not concepts:
         raise _no_concepts()
     words = {name: word_tokens(tokenizer, check_words(listed)) for name, listed in concepts.items()}
@@ -112,12 +113,19 @@ def find_concepts(
     found = []
     for name, of_concept in words.items():
         tokens = torch.tensor([list(of_concept.values())])
-        base = next_word(model, rows, tokens, pad=pad)
-        trials = [_trial(model, dictionary, candidate, rows, tokens, base, damage, pad) for candidate in features.of(name)]
-        if not trials:
+        if not (candidates_of := features.of(name)):
             raise _no_feature(name)
-        found.append(Concept(name, of_concept, tuple(sorted(trials, key=lambda trial: -trial.effect))))
-    return sorted(found, key=lambda concept: -concept.effect)
+        if damage is None:
+            trials = [_not_clamped(candidate) for candidate in candidates_of]
+        else:
+            base = next_word(model, rows, tokens, pad=pad)
+            trials = [_trial(model, dictionary, candidate, rows, tokens, base, damage, pad) for candidate in candidates_of]
+        found.append(Concept(name, of_concept, tuple(sorted(trials, key=_most_effect_first))))
+    return sorted(found, key=_most_effect_first)
+
+
+def _most_effect_first(tried: Trial | Concept) -> float:
+    return 0.0 if tried.effect is None else -tried.effect
 
 
 def _trial(
@@ -146,8 +154,12 @@ def _trial(
     effects, damages = (tuple(measured[dose][i] for dose in doses) for i in (0, 1))
     at = max(0.0, min(damage, max(damages)))
     effect = effect_at(at, np.array(damages), np.array(effects))
+    return replace(_not_clamped(candidate), doses=tuple(doses), effects=effects, damages=damages, effect=effect)
+
+
+def _not_clamped(candidate: FoundFeature) -> Trial:
     precision = [scores.get("average_precision") for scores in (candidate.development, candidate.report)]
-    return Trial(candidate.concept, candidate.feature, *precision, tuple(doses), effects, damages, effect)
+    return Trial(candidate.concept, candidate.feature, *precision, (), (), (), None)
 
 
 # ---- errors

@@ -14,6 +14,7 @@ from steer.directions.at_words import difference_at_words
 from steer.errors import ConfigError
 from steer.experiment.concept_search import Concept, find_concepts
 from steer.features.dictionary import Dictionary
+from steer.features.statistics import feature_statistics
 from steer.model.tokens import Row, plain
 
 
@@ -21,7 +22,7 @@ class ExperimentFeatures:
     """What arms of the treatment `feature` edit.
 
     Args:
-        dictionary: an autoencoder of one site, with recorded maxima.
+        dictionary: an autoencoder of one site.
         chosen: numbers of the features.
         concept: that they stand for, with its words; None for features that were chosen by number alone.
         tried: all concepts that were tried, best first.
@@ -56,15 +57,16 @@ class ExperimentFeatures:
         *,
         rank: int | None = 1,
         candidates: int = 4,
-        damage: float = 0.2,
+        damage: float | None = 0.2,
     ) -> ExperimentFeatures:
-        """The feature of the concept that stands at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
+        """The feature of the concept at a rank among all that are tried; all candidates when None. Raises as `find_concepts`."""
         if rank is not None:
             whole_number(rank, "`rank` of a concept", least=1)
             if rank > len(concepts):
                 raise _no_such_rank(rank, len(concepts))
-        tried = find_concepts(model, tokenizer, dictionary, concepts, speaking, neutral, candidates=candidates, damage=damage)
         rows = [plain(tokenizer, text) for text in (*speaking, *neutral)]
+        record_statistics(model, dictionary, rows)
+        tried = find_concepts(model, tokenizer, dictionary, concepts, speaking, neutral, candidates=candidates, damage=damage)
         if rank is None:
             features = dict.fromkeys(trial.feature for concept in tried for trial in concept.trials)
             return cls(model, dictionary, list(features), None, tried, rows)
@@ -106,6 +108,14 @@ class ExperimentFeatures:
             "words": [] if self.concept is None else list(self.concept.words),
             "tried": [trial.to_dict() for concept in self.tried for trial in concept.trials],
         }
+
+
+def record_statistics(model: nn.Module, dictionary: Dictionary, rows: Sequence[Row]) -> None:
+    """Measures maxima and densities of features on development text where nobody recorded them, as of published dictionaries."""
+    if dictionary.maxima is None or dictionary.density is None:
+        statistics = feature_statistics(model, dictionary, rows)
+        dictionary.maxima = statistics.maximum if dictionary.maxima is None else dictionary.maxima
+        dictionary.density = statistics.density if dictionary.density is None else dictionary.density
 
 
 # ---- errors

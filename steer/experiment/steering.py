@@ -10,15 +10,21 @@ from steer.directions.direction import Directions
 from steer.directions.foreign import import_directions
 from steer.directions.text import direction_at, plan_from_text, plan_to_text
 from steer.errors import ConfigError, SteerError, did_you_mean
+from steer.features.dictionary import Dictionary
+from steer.features.load import load_dictionary
 from steer.intervene import GATES, Gate, Plan
 from steer.intervene.gate import SiteGate
+from steer.intervene.source import OperatorSource
 from steer.model.site import Site
 
 _IMPORT_OPTIONS = ("path", "site", "n_layers", "format")
 
 
 def plan_from_config(
-    text: str, directions: Mapping[str, str | Mapping[str, Any]], gates: Mapping[str, Mapping[str, Any]]
+    text: str,
+    directions: Mapping[str, str | Mapping[str, Any]],
+    gates: Mapping[str, Mapping[str, Any]],
+    dictionaries: Mapping[str, str | Mapping[str, Any]] | None = None,
 ) -> tuple[Plan, str]:
     """Reads a plan.
 
@@ -28,6 +34,7 @@ def plan_from_config(
             `site`, `n_layers` or `format` as it needs them.
         gates: name -> `gate` (its kind), `direction` (name of the vector that it compares with) and the options of that kind. It reads
             where its direction was read; `site` chooses one of several.
+        dictionaries: name -> place of a dictionary of features, or `path` and further arguments of `steer.load_dictionary`.
 
     Returns:
         The plan, and its text with every site and scope spelt out.
@@ -35,10 +42,16 @@ def plan_from_config(
     Raises:
         ConfigError, FileError, WrongModelError.
     """
+    if twice := sorted(directions.keys() & (dictionaries or {}).keys()):
+        raise _named_twice(twice[0])
     loaded = {name: _directions(name, source) for name, source in directions.items()}
     named_gates = {name: _gate(name, spec, loaded) for name, spec in gates.items()}
-    plan = plan_from_text(text, loaded, named_gates)
-    return plan, plan_to_text(plan, loaded, named_gates)
+    sources: dict[str, Directions | OperatorSource] = {
+        **loaded,
+        **{name: _dictionary(name, source) for name, source in (dictionaries or {}).items()},
+    }
+    plan = plan_from_text(text, sources, named_gates)
+    return plan, plan_to_text(plan, sources, named_gates)
 
 
 def _directions(name: str, source: str | Mapping[str, Any]) -> Directions:
@@ -49,6 +62,18 @@ def _directions(name: str, source: str | Mapping[str, Any]) -> Directions:
     if unknown := sorted(source.keys() - _IMPORT_OPTIONS):
         raise _unknown_import_option(name, unknown[0])
     return import_directions(**source)
+
+
+def _dictionary(name: str, source: str | Mapping[str, Any]) -> Dictionary:
+    if not isinstance(source, Mapping):
+        return load_dictionary(source)
+    known = [option for option in inspect.signature(load_dictionary).parameters if option not in ("where", "gain", "untrained")]
+    options = dict(source)
+    if "path" not in options:
+        raise _no_dictionary_path(name, source)
+    if unknown := sorted(options.keys() - {"path", *known}):
+        raise _unknown_dictionary_option(name, unknown[0], known)
+    return load_dictionary(options.pop("path"), **options)
 
 
 def _gate(name: str, spec: Mapping[str, Any], directions: Mapping[str, Directions]) -> Gate:
@@ -100,6 +125,21 @@ def _unknown_import_option(name: str, option: str) -> ConfigError:
     remedy = did_you_mean(option, _IMPORT_OPTIONS) or f"leave directions.{name}.{option} out"
     expected = ", ".join(_IMPORT_OPTIONS)
     return ConfigError(f"direction '{name}' has no option '{option}'", expected=expected, found=option, remedy=remedy)
+
+
+def _named_twice(name: str) -> ConfigError:
+    remedy = f"rename dictionaries.{name}"
+    return ConfigError(f"'{name}' is both a direction and a dictionary", expected="one of them", found="both", remedy=remedy)
+
+
+def _no_dictionary_path(name: str, source: Mapping[str, Any]) -> ConfigError:
+    remedy = f"e.g. dictionaries.{name}=smollm2-135m-sae-12, or dictionaries.{name}.path=<folder or repository> and its options"
+    return ConfigError(f"dictionary '{name}' has no place", expected="path", found=", ".join(source) or "nothing", remedy=remedy)
+
+
+def _unknown_dictionary_option(name: str, option: str, known: list[str]) -> ConfigError:
+    remedy = did_you_mean(option, known) or f"leave dictionaries.{name}.{option} out"
+    return ConfigError(f"dictionary '{name}' has no option '{option}'", expected=", ".join(known), found=option, remedy=remedy)
 
 
 def _incomplete_gate(name: str, spec: Any) -> ConfigError:

@@ -5,6 +5,7 @@ from steer.features.dictionary import ARCHITECTURES, Dictionary
 from steer.features.encoder import Encoder
 from steer.features.feature_loss import FeatureLoss
 from steer.features.format import FORMATS
+from steer.features.gain_penalty import GainPenalty
 from steer.features.load import load_dictionary
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.random_features import random_features
@@ -21,6 +22,7 @@ __all__ = [
     "Encoder",
     "FeatureLoss",
     "FeatureStatistics",
+    "GainPenalty",
     "InMemory",
     "LowRank",
     "Origin",

@@ -31,6 +31,15 @@ class Activation:
         for name, tensor in self.tensors.items():
             check_finite(tensor, f"{name} of the activation '{self.name}'")
 
+    @property
+    def top(self) -> int | None:
+        """k, where the k largest pre-activations of each token are all that counts, so that the others need not be kept; None elsewhere."""
+        return None
+
+    def of_top(self, pre: Tensor) -> Tensor:
+        """Features of pre-activations that are among the largest, where there is a `top`."""
+        return pre
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self.settings.items())})"
 

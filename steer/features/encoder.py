@@ -12,6 +12,7 @@ from steer.checks import one_of
 from steer.errors import ConfigError, WidthError
 from steer.features.activation import Activation
 from steer.features.rows import Rows, check_finite
+from steer.kernels import TopFeatures, topk_encode
 
 TILE = 2**24  # pre-activations at a time, where a few features need those of all
 
@@ -92,6 +93,9 @@ class Encoder:
 
     def encode(self, h: Tensor, features: Tensor | None = None) -> Tensor:
         """[..., chosen] features; a few of them need their own rows alone, if the activation is elementwise."""
+        if features is None and (top := self.top(h)) is not None:
+            f = top.values.new_zeros(*top.values.shape[:-1], self.width)
+            return f.scatter(-1, top.indices, top.values)
         if features is None or self.activation.elementwise:
             return self.activation(self.pre_activations(h, features), features)
         # such an activation hands a pre-activation through or puts 0 in its place, which has no gradient of its own
@@ -99,8 +103,22 @@ class Encoder:
             is_on = self._is_on(h, features)
         return self.pre_activations(h, features) * is_on
 
+    def top(self, h: Tensor) -> TopFeatures | None:
+        """The features that can be other than 0, [..., k], in memory that does not depend on their number; None where that is not known."""
+        k = self.activation.top
+        if k is None or torch.compiler.is_compiling():
+            return None
+        x = self.normalised(h).x
+        x = x if self.shift is None else x - self.shift.to(x.device, x.dtype)
+        x = x.flatten(1 - len(self.rows.shape)) if len(self.rows.shape) > 2 else x
+        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+        pre, indices = topk_encode(x, self.rows.all(x).flatten(1), bias, min(k, self.width))
+        return TopFeatures(self.activation.of_top(pre), indices)
+
     def _is_on(self, h: Tensor, features: Tensor) -> Tensor:
         """[..., chosen] exactly where whole encoding gives another number than 0, a few tokens at a time."""
+        if (top := self.top(h)) is not None:
+            return is_among(top, features.to(h.device), self.width)
         tokens = h.reshape(-1, *self.rows.shape[1:])
         parts = [self.encode(part)[:, features.to(h.device)] != 0 for part in tokens.split(max(1, TILE // self.width))]
         lead = h.shape[: h.dim() - len(self.rows.shape) + 1]
@@ -114,6 +132,15 @@ class Encoder:
             return pre
         bias = self.bias if features is None else self.bias[features.to(self.bias.device)]
         return pre + bias.to(pre.device, pre.dtype)
+
+
+def is_among(top: TopFeatures, features: Tensor, width: int) -> Tensor:
+    """[..., chosen] True at chosen features that are among the top ones, with another number than 0."""
+    distinct, place_of = features.unique(return_inverse=True)  # one may be chosen twice
+    column = torch.full((width,), len(distinct), device=features.device)  # all others meet in one column more
+    column[distinct] = torch.arange(len(distinct), device=features.device)
+    on = torch.zeros(*top.values.shape[:-1], len(distinct) + 1, dtype=torch.bool, device=features.device)
+    return on.scatter(-1, column[top.indices], top.values != 0)[..., place_of]
 
 
 def check_shape(what: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ def encode_texts(
     Args:
         model: anything `Plan.attach` takes.
         rows: the texts, whole: positions are counted from their first token.
-        take: called as take(f, texts, positions) with [n, chosen] features fp32 on the CPU, of [n] texts and positions.
+        take: called as take(f, texts, positions) with [n, chosen] features fp32 on the CPU, of [n] texts and positions; the tokens of a
+            text come together, in their order.
         features: chosen ones; all when None.
         max_tokens: of a pass.
         progress: label of the progress bar, None for none.
@@ -71,11 +72,21 @@ class _Batch:
             kept = kept & (inside if len(sites) == 1 else inside.all(-1))
         text = rows.to(h.device)[:, None].expand(weight.shape)[kept].cpu()
         place, h = positions[kept].cpu(), h[kept]  # [kept], [kept, (sites,) width]
-        for start in range(0, len(h), self.tokens):
-            part = slice(start, start + self.tokens)
+        for part in self._pieces(kept.sum(1).tolist()):
             # trained-on tokens were chosen above, so that no position has to be known here
             f = self.dictionary.encode(h[part]) if self.features is None else self.dictionary.encode_selected(h[part], self.features)
             self.take(f.float().cpu(), text[part], place[part])
+
+    def _pieces(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Slices of the kept tokens: as many whole texts as are encoded at a time, or one."""
+        start = end = 0
+        for length in lengths:
+            if end > start and end + length - start > self.tokens:
+                yield slice(start, end)
+                start = end
+            end += length
+        if end > start:
+            yield slice(start, end)
 
 
 class _AtSite:

@@ -19,10 +19,11 @@ from steer.features.activation import ACTIVATIONS, Activation
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary, Features, probe
 from steer.features.edit_autograd import EditFeatures, pre_activations
-from steer.features.encoder import NORMS, TILE, Encoder, chosen
+from steer.features.encoder import NORMS, TILE, Encoder, chosen, is_among
 from steer.intervene.low_rank import widened, without_autocast
 from steer.intervene.operator import Operator, RowTensors
 from steer.intervene.scope import Scope
+from steer.kernels import TopFeatures, topk_encode
 from steer.kernels.dispatch import needs_pytorch_operations
 from steer.model.site import Site
 
@@ -48,7 +49,7 @@ class FeatureEdit(Operator):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("decoder",)
-    settings = ("features", "origin", "activation", "activation_settings", "norm", "first", "max_norm")
+    settings: ClassVar[tuple[str, ...]] = ("features", "origin", "activation", "activation_settings", "norm", "first", "max_norm")
     linear_in_strength = True
 
     def __init__(
@@ -225,6 +226,9 @@ def _encoder_tensors(encoder: Encoder, indices: Tensor | None) -> dict[str, Tens
 
 def _is_on(x: Tensor, rows: Tensor, bias: Tensor | None, activation: Activation, places: Tensor) -> Tensor:
     """[..., chosen] where whole encoding gives chosen features another number than 0, a few tokens at a time."""
+    if activation.top is not None and not torch.compiler.is_compiling():
+        pre, indices = topk_encode(x, rows, bias, min(activation.top, len(rows)))
+        return is_among(TopFeatures(activation.of_top(pre), indices), places, len(rows))
     tokens = x.reshape(-1, x.shape[-1])
     parts = [activation(linear(part, rows, bias))[:, places] != 0 for part in tokens.split(max(1, TILE // rows.shape[0]))]
     return torch.cat(parts).view(*x.shape[:-1], len(places))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from steer.checks import one_of
@@ -35,6 +36,8 @@ class FeatureLoss(TokenLoss):
         scope: on which tokens, as of an intervention.
         weight: factor in the training loss.
         name: unique among the losses of a run.
+        rows: name of an entry of the training batch, [rows], that is true (not 0) for the rows in which the loss counts, e.g. for those in
+            another language; None for all. A trainer of transformers does not hand it on to the model.
 
     Raises:
         ConfigError: bounds beside a target or in the wrong order; no number for a dictionary without thresholds; features that are none
@@ -58,6 +61,7 @@ class FeatureLoss(TokenLoss):
         scope: Scope | str = "all",
         weight: float = 1.0,
         name: str = "",
+        rows: str | None = None,
     ) -> None:
         self.chosen = ChosenFeatures(dictionary, features, "a feature loss")
         self.features = tuple(self.chosen.indices.tolist())
@@ -65,7 +69,7 @@ class FeatureLoss(TokenLoss):
         self.of = one_of(of, READ, "what a feature loss is of")
         self.max_norm = dictionary.untrained.max_norm
         site = dictionary.reads[0]
-        super().__init__(site, scope, weight, name or f"feature_loss@{site}")
+        super().__init__(site, scope, weight, name or f"feature_loss@{site}", rows)
         self.scope = without_first(self.scope, dictionary.untrained.first)
         numbers = {"high": high, "low": low, "target": target}
         given = {word: per_feature(value, list(self.features), word)[0, 0] for word, value in numbers.items() if value is not None}
@@ -84,9 +88,9 @@ class FeatureLoss(TokenLoss):
         numbers = self.numbers
         if "target" in numbers:
             return (p - numbers["target"]).square().mean(-1)
-        above = (p - numbers["high"]).relu() if "high" in numbers else 0.0
-        below = (numbers["low"] - p).relu() if "low" in numbers else 0.0
-        return (above + below).mean(-1)
+        sides = [(p - numbers["high"]).relu()] if "high" in numbers else []
+        sides += [(numbers["low"] - p).relu()] if "low" in numbers else []
+        return torch.stack(sides).sum(0).mean(-1)
 
     def counts(self, h: Tensor) -> Tensor | None:
         return None if self.max_norm is None else h.detach().norm(dim=-1) <= self.max_norm

@@ -12,10 +12,10 @@ from torch import Tensor
 from steer.checks import errors_of
 from steer.errors import ConfigError, DamagedFileError, SiteError, WrongKindError
 from steer.features.dictionary import Dictionary
-from steer.features.place import Place
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.rows import InFile, InMemory, Rows
 from steer.model.site import Site
+from steer.place import Place
 from steer.registry import Registry
 from steer.tensor_files import open_safetensors
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from steer.checks import errors_of, finite_number, integer, of_type, tensor_of, whole_number
 from steer.features.dictionary import Dictionary
 from steer.features.format import Wanted, choose
-from steer.features.place import Place
 from steer.features.provenance import Untrained
-from steer.features.shipped import shipped_folder
+from steer.features.shipped import SHIPPED, shipped_folder
+from steer.place import Place
 
 
 def load_dictionary(
@@ -63,7 +63,7 @@ def load_dictionary(
     if norm_factor is not None:
         finite_number(norm_factor, "`norm_factor`", above=0)
     gain = None if gain is None else tensor_of(gain, "`gain`", "pass the gain of the norm, [width]").detach().float()
-    place = Place.find(shipped_folder(where) or where, folder, revision)
+    place = Place.find(shipped_folder(where) or where, folder, revision, what="dictionary", shipped=SHIPPED)
     chosen = choose(place, format)
     wanted = Wanted(layer, reads, writes, norm_factor, gain, untrained, tuple(models), k)
     with errors_of(f"the dictionary format '{chosen.name}'", "correct its `read`; of a damaged file it raises `incomplete`"):

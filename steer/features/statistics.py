@@ -12,6 +12,7 @@ from steer.checks import of_type
 from steer.errors import ConfigError
 from steer.features.dictionary import Dictionary, Features
 from steer.features.encoder import TILE, chosen
+from steer.features.provenance import Untrained
 from steer.model.capture import capture
 from steer.model.site import Site
 from steer.model.span import span_of
@@ -94,8 +95,7 @@ class _Sums:
         if len(self.waiting) < len(set(reads)):
             return
         is_meant = weight.bool()
-        columns = torch.arange(h.shape[1], device=h.device) - weight.argmax(1, keepdim=True)  # from the first token of the span
-        positions = columns + self.starts[rows.cpu()].to(h.device)[:, None]  # [batch, tokens]
+        positions = _positions(weight, self.starts, rows)
         several = len(reads) > 1
         read = torch.stack([self.waiting[each] for each in reads], -2) if several else self.waiting[site]
         self.waiting = {}
@@ -125,6 +125,34 @@ class _AtSite:
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
         self.sums.update(self.site, h, weight, rows)
+
+
+def read_tokens(
+    model: nn.Module, site: Site, rows: Sequence[Row], *, span: str | int = "all", first: int = 0, max_norm: float | None = None
+) -> Tensor:
+    """[tokens, width] fp32 activations at a site, on the CPU, but for tokens that a dictionary was not trained on. Raises as `capture`."""
+    kept = _Kept(Untrained(first, max_norm), [span_of(row, span)[0] for row in rows])
+    capture(model, rows, {site: kept}, span=span)
+    return torch.cat(kept.parts)
+
+
+class _Kept:
+    """Accumulator of activations."""
+
+    def __init__(self, untrained: Untrained, starts: list[int]) -> None:
+        self.untrained, self.starts = untrained, torch.tensor(starts)
+        self.parts: list[Tensor] = []
+
+    def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
+        inside = self.untrained.trained_on(h, _positions(weight, self.starts, rows))
+        is_meant = weight.bool() if inside is None else weight.bool() & inside
+        self.parts.append(h[is_meant].float().cpu())
+
+
+def _positions(weight: Tensor, starts: Tensor, rows: Tensor) -> Tensor:
+    """[batch, tokens] place of each token in its text. weight: as `Accumulator.update` gets it; starts: of the span in each text."""
+    columns = torch.arange(weight.shape[1], device=weight.device) - weight.argmax(1, keepdim=True)  # from the first token of the span
+    return columns + starts[rows.cpu()].to(weight.device)[:, None]
 
 
 # ---- errors

@@ -19,6 +19,7 @@ class TokenLoss:
         site: which activation. scope: on which tokens, as of an intervention.
         weight: factor in the training loss.
         name: unique among the losses of a run.
+        rows: name of an entry of the training batch, [rows], that is true (not 0) for the rows in which the loss counts; None for all.
 
     Attributes:
         order: where it reads among the edits at its site; as they leave the activation, unless a subclass says otherwise.
@@ -29,11 +30,12 @@ class TokenLoss:
 
     order = AFTER_EDITS
 
-    def __init__(self, site: Site, scope: Scope | str, weight: float, name: str) -> None:
+    def __init__(self, site: Site, scope: Scope | str, weight: float, name: str, rows: str | None = None) -> None:
         of_type(scope, (str, Scope), f"the scope of '{name}'", "write it as text, e.g. 'response'")
         of_type(name, str, "the name of a loss", "pass text, or leave it out")
+        of_type(rows, (str, type(None)), f"`rows` of '{name}'", "name an entry of the batch, or leave it out")
         finite_number(weight, f"the weight of '{name}'", above=0)
-        self.site, self.scope, self.weight, self.name = site, Scope.parse(scope), float(weight), name
+        self.site, self.scope, self.weight, self.name, self.rows = site, Scope.parse(scope), float(weight), name, rows
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}('{self.name}' at {self.site} on {self.scope} tokens, weight {self.weight:.4g})"

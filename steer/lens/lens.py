@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from steer import files
 from steer.checks import of_type, whole_number
 from steer.directions.direction import Direction, Directions
-from steer.errors import ConfigError, NonFiniteError, SiteError, WidthError, WrongModelError
+from steer.errors import ConfigError, FileError, NonFiniteError, SiteError, WidthError, WrongModelError
 from steer.lens.readout import Readout
 from steer.model.site import Site
+from steer.place import Place
 from steer.reading import check_kinds, damage_of, place_of
 from steer.registry import Registry
 
@@ -151,6 +152,11 @@ class Lens:
         return False
 
     @classmethod
+    def published(cls, names: Sequence[str]) -> list[str]:
+        """Which of the files in a folder of a hub make a lens of this kind that another program wrote; none when it is not one."""
+        return []
+
+    @classmethod
     def read(cls, path: Path, readout: Readout) -> Self:
         """Reads what `recognises` knows."""
         raise NotImplementedError
@@ -164,14 +170,21 @@ def direction_method(lens: str) -> str:
     return f"{lens}_lens"
 
 
-def load_lens(model: nn.Module, path: str | Path) -> Lens:
+def load_lens(model: nn.Module, path: str | Path, *, revision: str | None = None) -> Lens:
     """Loads a lens for a model: one that was saved here, or published files, which are known by their names.
 
+    Args:
+        path: a file or folder, or where it is on the Hugging Face hub, `owner/name/folder`, of a space `spaces/owner/name/folder`; only
+            the files of the lens are downloaded.
+        revision: of a repository.
+
     Raises:
+        FileError: nothing there, a hub that cannot be reached, or a folder of it without a lens.
         WrongModelError: it belongs to a model of another shape. DamagedFileError, WrongKindError, UnsafeFileError,
             NonFiniteError: the files. WidthError, AnatomyError.
     """
-    place = place_of(path)
+    place_of(path)  # what is no path at all
+    place = _on_disk(Place.find(path, revision=revision, what="lens"))
     readout = Readout.of(model)
     for name in LENSES:
         if LENSES.get(name).recognises(place):
@@ -182,6 +195,21 @@ def load_lens(model: nn.Module, path: str | Path) -> Lens:
     check_model_of(readout, {key: manifest["model"].get(key) for key in ("model_type", "n_layers", "width", "vocabulary")}, place)
     with damage_of(place, "the tensors of a lens"):
         return LENSES.get(manifest["lens"])(readout, tensors, metrics=manifest["metrics"], settings=manifest["settings"])
+
+
+def _on_disk(place: Place) -> Path:
+    """The file or folder of a lens; of the hub it is downloaded."""
+    if place.root is not None:
+        return place.root if place.file is None else place.root / place.file
+    there = [name for name in place.files if "/" not in name]  # finds out, too, whether the place is a file
+    if place.file is not None:
+        return place.path(place.file)
+    known = [[files.MANIFEST, files.TENSORS], *(LENSES.get(name).published(there) for name in LENSES)]
+    wanted = max((names for names in known if set(names) <= set(there)), key=len)  # params.pt alone could be another lens
+    if not wanted:
+        raise _no_lens(place, there)
+    paths = [place.path(name) for name in wanted]
+    return paths[0] if len(paths) == 1 else paths[0].parent
 
 
 def check_model_of(readout: Readout, recorded: Mapping[str, Any], path: Path) -> None:
@@ -258,4 +286,13 @@ def _other_model(path: Path, recorded: Mapping[str, Any], own: Mapping[str, Any]
         expected=recorded,
         found=own,
         remedy="load it with the model that it was fitted on, or fit one for this model",
+    )
+
+
+def _no_lens(place: Place, there: Sequence[str]) -> FileError:
+    return FileError(
+        f"no lens in '{place.name}'",
+        expected="config.json and params.pt, one .pt file, or manifest.json and tensors.safetensors",
+        found=", ".join(there[:8]) or "no files right there",
+        remedy="name the folder of the lens, or its file: 'owner/name/folder'",
     )

@@ -49,7 +49,7 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "specificity": metrics.get("specificity") or {},
         "wrong_way": metrics.get("wrong_way") or {},
         "model": metrics.get("model") or {},
-        "trait": metrics.get("trait") or {},
+        "trait": view.direction_of(metrics),
         "columns": table["columns"],
         "arms": table["rows"],
         "seeds": view.seeds_of(metrics),
@@ -72,7 +72,7 @@ def _sections(metrics: Mapping[str, Any], *, has_drift: bool) -> list[str]:
     is_trained = (metrics.get("design") or {}).get("trained") is not False
     left_out = set() if metrics.get("sweep") else {"dose"}
     left_out |= set() if is_trained or has_drift else {"drift"}
-    left_out |= set() if is_trained or metrics.get("training") or metrics.get("trait") else {"training"}
+    left_out |= set() if is_trained or metrics.get("training") or view.direction_of(metrics) else {"training"}
     return [name for name in SECTIONS if name not in left_out]
 
 

@@ -22,6 +22,7 @@ WHEN = {
     "both": "in training and at inference",
     "baked": "baked into the weights",
 }
+HELD_OUT = {"texts": "on unseen texts of groups that it may know", "groups": "on groups that it has not seen"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Badge:
 
     text: str
     kind: str = "plain"
+
+
+def direction_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The direction that is used and how well it separates; runs of the first schema recorded it as their trait."""
+    found = metrics.get("direction") or {}
+    own = {**found, "vector_norm": found.get("norm"), "kind": HELD_OUT.get(found.get("held_out", ""), "")} if found else {}
+    return {**own, **(metrics.get("trait") or {})}
 
 
 def indices_of(metrics: Mapping[str, Any]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.drift.metric_names import check_metric_names, metric_name
-from steer.errors import ConfigError, HookDidNotRunError
+from steer.errors import ConfigError, ContextError, HookDidNotRunError
 from steer.features.token_loss import TokenLoss
 from steer.intervene.low_rank import widened, without_autocast
 from steer.intervene.scope_mask import ScopeMask
@@ -112,8 +112,10 @@ class LossRun:
         self._last_step = step
 
     def batch_start(self, batch: Any) -> None:
-        """Takes the response mask of the training batch that is about to be run; None when there is no batch to read it from."""
+        """Takes the response mask and the rows that count from the training batch; None when there is no batch to read them from."""
         self.response_mask.read(batch)
+        for reader in self._readers:
+            reader.rows = batch.get(reader.loss.rows) if reader.loss.rows is not None and isinstance(batch, Mapping) else None
 
     def added(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss of the trainer with these losses added, where its backward pass begins.
@@ -174,6 +176,7 @@ class LossReader:
 
     Attributes:
         order: among the edits at the site.
+        rows: the entry of the batch that says in which rows the loss counts; None between batches, and for batches without it.
         passes: training passes that were read.
         sums: [loss, tokens] since the last log entry, fp64 on the CPU or the device of the model.
         was_differentiated: a backward pass went through a pass whose loss had not been taken.
@@ -182,6 +185,7 @@ class LossReader:
     def __init__(self, loss: TokenLoss) -> None:
         self.loss = loss
         self.order = loss.order
+        self.rows: Any = None
         self.passes = 0
         self.sums = torch.zeros(2, dtype=torch.float64)
         self.was_differentiated = False
@@ -209,15 +213,28 @@ class LossReader:
             h.register_hook(self._see_backward)
 
     def _weight(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        """[batch, tokens] of the scope, its decay included."""
+        """[batch, tokens] of the scope, its decay included; a checkpoint that computes again may do so when the batch is over."""
+        key = f"loss {self.loss.name}"
+        if key in ctx.scratch.weights:
+            return ctx.scratch.weights[key]
         mask, fade, counts = self._scope_mask.mask(ctx), self._scope_mask.fade(ctx), self.loss.counts(h)
         weight = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device)
-        for factor in (mask, fade, counts):
+        for factor in (mask, fade, counts, self._rows_that_count(ctx)):
             if isinstance(factor, Tensor):
                 weight = weight * factor.to(h.device)
             elif factor is False:
                 weight = weight * 0
+        ctx.scratch.weights[key] = weight
         return weight
+
+    def _rows_that_count(self, ctx: ForwardContext) -> Tensor | None:
+        """[batch, 1] bool."""
+        if self.loss.rows is None:
+            return None
+        rows = self.rows if isinstance(self.rows, Tensor | None) else torch.as_tensor(self.rows)
+        if rows is None or rows.shape not in ((ctx.batch,), (ctx.batch, 1)):
+            raise _unknown_rows(self.loss, ctx, rows)
+        return rows.reshape(-1, 1) != 0
 
     def _see_backward(self, gradient: Tensor) -> None:
         self.was_differentiated |= bool(self._waiting)
@@ -233,7 +250,7 @@ class LossReader:
 
     def drop(self) -> None:
         """Lets go of passes that no backward pass followed."""
-        self._waiting, self.was_differentiated = [], False
+        self._waiting, self.was_differentiated, self.rows = [], False, None
 
     def forget(self) -> None:
         """Keeps nothing of the model."""
@@ -259,6 +276,15 @@ def _not_added(names: list[str]) -> ConfigError:
         expected="a backward pass that the trainer starts: manual_backward(loss) in Lightning, accelerator.backward(loss) in transformers",
         found="another one, e.g. loss.backward()",
         remedy="let the trainer start it, or add the losses yourself: steer.training.loss_run.LossRun.added(loss)",
+    )
+
+
+def _unknown_rows(loss: TokenLoss, ctx: ForwardContext, found: Tensor | None) -> ContextError:
+    return ContextError(
+        f"'{loss.name}' does not know the rows in which it counts",
+        expected=f"'{loss.rows}' in the batch, one number for each of {ctx.batch} rows",
+        found="none" if found is None else list(found.shape),
+        remedy="let the collator add it (remove_unused_columns=False in transformers), or leave rows= out",
     )
 
 

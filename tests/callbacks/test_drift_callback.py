@@ -13,6 +13,7 @@ import torch
 from callback_helpers import (
     PROMPT,
     ROWS,
+    SITE,
     TOKENS,
     TRAIT,
     Module,
@@ -24,7 +25,7 @@ from callback_helpers import (
     n_hooks,
     same_weights,
 )
-from drift.drift_helpers import direction
+from drift.drift_helpers import direction, features
 from families import FAMILIES
 from torch import Tensor
 
@@ -166,6 +167,20 @@ def test_early_stopping_by_drift() -> None:
     trainer = make_trainer(DriftCallback(make_tracker(), every_n_steps=2), stop, max_epochs=5)
     trainer.fit(Module(), loader())
     assert stop.stopped_epoch == 0 and trainer.global_step == 8
+
+
+def test_a_feature_and_a_dictionary_are_monitored_like_a_direction(tmp_path: Path) -> None:
+    monitor = f"drift/warm/5/{SITE}/density"
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=monitor, mode="max", every_n_train_steps=2, filename="{step}")
+    stop = pl.callbacks.EarlyStopping(f"drift/warm/{SITE}/fvu_change", stopping_threshold=-1e9, mode="max", check_on_train_epoch_end=True)
+    tracker = make_tracker(tmp_path / "d.sqlite", features=features())
+    trainer = make_trainer(DriftCallback(tracker, every_n_steps=2), best, stop, max_epochs=5)
+    trainer.fit(Module(), loader())
+    assert trainer.global_step == 8
+    of_feature = [record for record in records(tmp_path / "d.sqlite") if record.direction == "warm/5"]
+    densities = {record.step: record.density for record in of_feature if record.mode == "probe"}
+    assert float(best.best_model_score) == pytest.approx(max(densities[step] for step in (2, 4, 6, 8)))
+    assert {record.mode for record in of_feature} == {"probe", "stream"}
 
 
 def test_every_measurement_is_logged_at_its_own_step(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Feature losses under Lightning and Hugging Face trainers: the gradient is that of the sum, whatever the trainer does with its own loss."""
+"""Feature losses under Lightning and Hugging Face trainers: the gradient is that of the sum of both losses."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from callback_helpers import SITE, Module, OwnLoss, examples, loader, make_plan, make_trainer, n_hooks, same_weights
 from families import FAMILIES
 from features.feature_plans import CHOSEN, autoencoder
+from processes import run_on_ranks
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainingArguments
 
 import steer
 from steer.callbacks import HFLossCallback, HFSteeringCallback, LossCallback, SteeringCallback
-from steer.errors import ConfigError, HookDidNotRunError
+from steer.errors import ConfigError, ContextError, HookDidNotRunError
 from steer.features import FeatureLoss
 from steer.model.anatomy import Anatomy
 
@@ -214,6 +218,94 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -
     make_trainer(LossCallback([feature_loss()]), checkpoint, max_epochs=1).fit(half, loader(4))
     make_trainer(LossCallback([feature_loss()]), max_epochs=3).fit(again, loader(4), ckpt_path=str(tmp_path / "last.ckpt"))
     assert same_weights(whole, again) and not same_weights(half, again)
+
+
+# ---- some rows of a batch
+
+
+def marked(rows: int = 16) -> list[dict[str, Tensor]]:
+    """Every second row is one in which the loss counts."""
+    return [{**row, "silent": torch.tensor(number % 2)} for number, row in enumerate(examples(rows))]
+
+
+def by_hand_on_marked(model: nn.Module, batches: list[Any]) -> None:
+    loss, kept = feature_loss(), []
+    handle = Anatomy.find(model).point(SITE).module.register_forward_hook(lambda _, __, output: kept.append(output))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for batch in batches:
+        batch = dict(batch)
+        rows = batch.pop("silent").bool()[:, None]
+        own = model(**batch, use_cache=False).loss
+        h = kept[-1][0] if isinstance(kept[-1], tuple) else kept[-1]
+        (own + 0.3 * loss.per_token(h)[(batch["labels"] != -100) & rows].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+
+
+def test_a_loss_may_count_in_some_rows_only(tmp_path: Path) -> None:
+    class Reading(Plain):
+        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().loss({name: value for name, value in batch.items() if name != "silent"})
+
+    module, expected = Reading(), FAMILIES["llama"]()
+    batches = DataLoader(marked(), batch_size=4)  # type: ignore[arg-type]
+    make_trainer(LossCallback([feature_loss(rows="silent")])).fit(module, batches)
+    by_hand_on_marked(expected, list(batches))
+    assert close(module.model, expected)
+
+    trainer, by_hand_model = hf(tmp_path, Marking, remove_unused_columns=False, per_device_train_batch_size=4), FAMILIES["llama"]()
+    trainer.train_dataset = marked()  # type: ignore[assignment]
+    HFLossCallback([feature_loss(rows="silent")]).attach(trainer)
+    trainer.train()
+    by_hand_on_marked(by_hand_model, trainer.batches)  # type: ignore[attr-defined]
+    assert close(trainer.model, by_hand_model)
+
+
+class Marking(Trainer):
+    """Notes its batches, marks included; the model would refuse those."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        names = ("input_ids", "labels", "silent")
+        vars(self).setdefault("batches", []).append({key: inputs[key].clone() for key in names})
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        assert "silent" not in inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_batch_without_the_rows_is_refused() -> None:
+    with pytest.raises(ContextError, match="does not know the rows"):
+        make_trainer(LossCallback([feature_loss(rows="silent")])).fit(Plain(), loader())
+
+
+# ---- ranks
+
+
+def on_a_rank(out: Path) -> None:
+    """Lightning under DDP; the first rank keeps the weights and what was logged."""
+    torch.set_num_threads(1)
+    mine = DistributedSampler(examples(), num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)  # type: ignore[arg-type]
+    batches = DataLoader(examples(), batch_size=2, sampler=mine)  # type: ignore[arg-type]
+    module = Plain()
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = make_trainer(LossCallback([feature_loss()]), use_distributed_sampler=False, devices=2, strategy=strategy)
+    trainer.fit(module, batches)
+    kept = {"model": module.model.state_dict(), "logged": float(trainer.callback_metrics[LOGGED])}
+    if torch.distributed.get_rank() == 0:
+        torch.save(kept, out / "ranks.pt")
+    torch.distributed.barrier()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path) -> None:
+    run_on_ranks(on_a_rank, tmp_path)
+    kept = torch.load(tmp_path / "ranks.pt", weights_only=True)
+    expected, trained = FAMILIES["llama"](), FAMILIES["llama"]()
+    seen = by_hand(expected, list(loader(batch_size=4)))
+    trained.load_state_dict(kept["model"])
+    assert close(trained, expected) and kept["logged"] == pytest.approx(seen[-1], rel=1e-4)
 
 
 # ---- Hugging Face

@@ -191,6 +191,7 @@ def test_provenance_says_what_was_read_from_what(tiny):
         "holdout": 0.5,
         "seed": 7,
         "method": "mean_difference",
+        "held_out": "texts",
     }
 
 

@@ -124,6 +124,20 @@ def test_stream_mode_counts_the_labelled_tokens_alone(tiny: Tiny) -> None:
         assert (record.change_low, record.change_high) == pytest.approx((record.change - half, record.change + half), rel=1e-3, abs=1e-6)
 
 
+def test_features_are_computed_in_full_precision_under_autocast(tiny: Tiny) -> None:
+    model, own, read = tiny("llama").train(), dictionary(), []
+    tracked = tracker(own, stream=True)
+    encode = tracked.features.groups[0].encode
+    tracked.features.groups[0].encode = lambda h: read.append((h, encode(h))) or read[-1][1]
+    with tracked.attached(model), torch.autocast("cpu", torch.bfloat16):
+        model(**batch(0))
+    ((h, f),) = read
+    expected = own.encode(h.float())[..., CHOSEN]
+    torch.testing.assert_close(f[..., : len(CHOSEN)], expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.allclose(own.encode(h.float())[..., CHOSEN].float(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_two_ranks_sum_to_the_window_of_one() -> None:
     """Also the maximum, which is found by sums."""
     f, weight = numbers(6, 5, 3, seed=3).relu(), numbers(6, 5, seed=4) > 0
@@ -167,7 +181,8 @@ def test_the_largest_of_one_rank_is_itself(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk"])
-def test_the_dictionary_itself_is_measured(tiny: Tiny, activation: str) -> None:
+def test_the_dictionary_itself_is_measured(tiny: Tiny, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.drift.feature_tracking.LEAST_TOKENS", 10)
     model, texts, own = tiny("llama").eval(), prompts(n=12), dictionary(ACTIVATIONS[activation](), first=1)
     tracked = tracker(own, probe=texts)
     with tracked.attached(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from steer.drift.stages import compare_features, compare_readings, read_features
 from steer.errors import ConfigError
 from steer.features.activations.topk import TopK
 from steer.model.tokens import Row
+from steer.report import stage_figure
 
 Tiny = Callable[[str], Any]
 
@@ -133,6 +135,16 @@ def test_what_is_kept_grows_with_the_features_that_are_on() -> None:
     means.finish()
     assert len(means.places) <= 3 * FEATURES and len(means.places) < 50 * FEATURES
     assert torch.equal(means.places, means.places.sort().values)
+
+
+def test_the_picture_names_what_moved_and_what_chance_gives(tiny: Tiny, tmp_path: Path) -> None:
+    model, own, rows = tiny("llama").eval(), dictionary(), texts(60)
+    result = compare_features(own, model, moved_along(model, own.encoder_rows([3])[0], 0.05), rows)
+    svg = stage_figure(result, tmp_path / "stages.svg", most=5).read_text()
+    assert f"{len(result.moved)} of {result.tested} features moved" in svg
+    assert all(f">{row['feature']:.0f}<" in svg for row in result.table(5))
+    with pytest.raises(ConfigError, match=r"\.png or \.svg"):
+        stage_figure(result, tmp_path / "stages.pdf")
 
 
 def test_what_cannot_be_compared_is_refused(tiny: Tiny) -> None:

@@ -191,10 +191,24 @@ def test_the_feature_that_is_on_at_the_words_and_makes_them_likely_is_found(mode
     with steer.Plan(steer.Intervention(again, SITE)).attached(model):
         clamped, cost = next_word(model, rows, tokens, pad=0)
     assert (best.effects[0], best.damages[0]) == pytest.approx((float((clamped - base).mean()), float((cost - loss).mean())), rel=1e-4)
+    as_found = find_concepts(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, candidates=2, damage=None)
+    assert [(concept.name, concept.effect) for concept in as_found] == [("sky", None), ("art", None)] and as_found[1].feature == 3
+    together = ExperimentFeatures.found(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, rank=None, candidates=2, damage=None)
+    assert together.concept is None and set(together.chosen) == {trial.feature for concept in as_found for trial in concept.trials}
     with pytest.raises(ConfigError, match="fire: 0"):
         find_concepts(model, tokenizer, planted(model), {"fire": ["fire"]}, SPEAKING, NEUTRAL)
     with pytest.raises(ConfigError, match="rank of 1 to 2"):
         ExperimentFeatures.found(model, tokenizer, planted(model), CONCEPTS, SPEAKING, NEUTRAL, rank=3)
+
+
+def test_maxima_and_densities_that_nobody_recorded_are_those_of_the_development_text(model: nn.Module) -> None:
+    tokenizer, dictionary = tiny_tokenizer(), planted(model)
+    dictionary.maxima = dictionary.density = None
+    ExperimentFeatures.found(model, tokenizer, dictionary, CONCEPTS, SPEAKING, NEUTRAL, candidates=1)
+    f = dictionary.encode(token_states(model, [plain(tokenizer, text) for text in (*SPEAKING, *NEUTRAL)], PLACE)[0])
+    assert dictionary.maxima is not None and dictionary.density is not None
+    assert torch.allclose(dictionary.maxima, f.amax(0), rtol=1e-4)
+    assert torch.allclose(dictionary.density.double(), (f > 0).double().mean(0), atol=1e-6)
 
 
 # ---- from a configuration

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from features.feature_plans import autoencoder
 from hand import vector
 
 from steer.directions.direction import Direction, Directions
@@ -64,6 +65,23 @@ def test_gates_that_cannot_be_made(warm: dict[str, str], gate: Any, says: str) -
 def test_a_gate_of_a_direction_that_was_not_given() -> None:
     with pytest.raises(ConfigError, match=r"a direction, but none was given[\s\S]*directions.warm=<path>"):
         plan_from_config("warm?loud", {}, {"loud": COSINE})
+
+
+def test_features_of_a_dictionary_are_named_with_its_place(tmp_path: Path) -> None:
+    made = autoencoder(site="layers.1.output")
+    made.save(tmp_path / "sae")
+    plan, text = plan_from_config("clamp(sae, feature=3, to=2)@response", {}, {}, {"sae": str(tmp_path / "sae")})
+    assert text.startswith("1 clamp_features(sae, feature=3, to=2):layers.1.output@response")
+    assert plan.interventions[0].site == Site.parse("layers.1.output")
+    moved = {"path": str(tmp_path / "sae"), "reads": "layers.0.output"}
+    for wrong, says in (
+        ({"reads": "layers.1.output"}, r"dictionary 'sae' has no place"),
+        ({**moved, "read": "x"}, r"dictionary 'sae' has no option 'read'[\s\S]*did you mean 'reads'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            plan_from_config("clamp(sae, feature=3, to=2)", {}, {}, {"sae": wrong})
+    with pytest.raises(ConfigError, match="both a direction and a dictionary"):
+        plan_from_config("sae", {"sae": "a"}, {}, {"sae": str(tmp_path / "sae")})
 
 
 def test_a_file_of_nothing_but_a_vector_is_named_with_its_site(tmp_path: Path) -> None:

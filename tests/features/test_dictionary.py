@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from features import feature_plans
 from features.dictionary_files import CASES, D, N, Numbers, saelens
 from features.test_formats import activations, close, load
 
@@ -212,12 +214,12 @@ class Hub:
         self.files = files
         self.fetched: list[str] = []
 
-    def list_repo_files(self, repository: str, revision: str | None = None) -> list[str]:
+    def list_repo_files(self, repository: str, revision: str | None = None, repo_type: str = "model") -> list[str]:
         if repository != "owner/dictionaries":
             raise LookupError("no such repository")
         return [str(path.relative_to(self.files)) for path in self.files.rglob("*") if path.is_file()]
 
-    def download(self, repository: str, name: str, revision: str | None = None) -> str:
+    def download(self, repository: str, name: str, revision: str | None = None, repo_type: str = "model") -> str:
         self.fetched.append(name)
         return str(self.files / name)
 
@@ -271,3 +273,50 @@ def test_hooks_of_other_programs() -> None:
     assert of_sparsify("layers.4", "output") == of_sparsify("h.4", "output") == "layers.4.output"
     assert of_sparsify("layers.4.attention", "output") == "module:layers.4.attention:output"
     assert to_transformer_lens(Site("final_norm")) is None
+
+
+def test_a_topk_dictionary_reconstructs_without_a_matrix_of_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    dictionary = feature_plans.autoencoder("topk", norm="layer_norm", untrained=Untrained(first=1))
+    h = torch.randn(3, 7, 32, dtype=torch.float64).requires_grad_()
+    positions = torch.arange(7).expand(3, -1)
+    by_all = dictionary.decode(dictionary.encode(h, positions=positions), h)
+    (expected,) = torch.autograd.grad(by_all.square().sum(), h)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("all features were encoded")
+
+    monkeypatch.setattr(type(dictionary), "_encode", refuse)
+    out = dictionary.reconstruct(h, positions=positions)
+    (gradient,) = torch.autograd.grad(out.square().sum(), h)
+    torch.testing.assert_close((out, gradient), (by_all, expected), rtol=1e-10, atol=1e-10)
+    assert dictionary.encoder.activation.top == 12 and float(gradient.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("chosen", [[5, 33, 8], [8, 8], []])
+def test_chosen_features_of_a_topk_dictionary_are_those_of_all(chosen: list[int]) -> None:
+    dictionary = feature_plans.autoencoder("topk")
+    h = torch.randn(3, 7, 32, dtype=torch.float64)
+    f = dictionary.encode(h)
+    assert torch.equal((f != 0).sum(-1).amax(), torch.tensor(12))
+    torch.testing.assert_close(dictionary.encode_selected(h, chosen), f[..., chosen], rtol=1e-12, atol=1e-12)
+
+
+def test_features_that_are_mostly_0_are_decoded_by_those_that_are_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no gradient is wanted: a feature that is 0 has one."""
+    module = "steer.features.architectures.sparse_autoencoder"
+    seen: list[int] = []
+    real = importlib.import_module("steer.kernels.sparse_decode").decode_pattern
+    monkeypatch.setattr(f"{module}.decode_pattern", lambda values, *rest: seen.append(len(values)) or real(values, *rest))
+    dictionary = feature_plans.autoencoder("relu")
+    f = torch.zeros(2, 5, feature_plans.FEATURES, dtype=torch.float64)
+    f[0, 1, 3] = f[1, 4, 39] = f[1, 4, 0] = 2.0
+    expected = dictionary.decode(f)
+    assert not seen  # too few numbers for it to pay
+    monkeypatch.setattr(f"{module}.MIN_NUMEL", 1)
+    torch.testing.assert_close(dictionary.decode(f), expected)
+    assert seen == [3]
+    f.requires_grad_()
+    (gradient,) = torch.autograd.grad(dictionary.decode(f).sum(), f)
+    assert seen == [3] and bool((gradient != 0).all())
+    dictionary.decode(torch.ones_like(f).detach())
+    assert seen == [3]

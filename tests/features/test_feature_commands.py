@@ -13,6 +13,7 @@ from tiny_experiment import write_model
 from transformers import AutoModelForCausalLM
 
 from steer.cli import main
+from steer.features.reading import FeatureReading
 from steer.features.search import FoundFeatures
 
 FEATURES = ["sun", "cat", "fire", "dog", "the", "water"]
@@ -61,4 +62,67 @@ def test_find_prints_and_writes_what_it_found(place: Path, capsys: pytest.Captur
 )
 def test_mistakes_of_find_are_named(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     assert main(["features", "find", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_page_writes_a_page_a_reading_and_neuronpedias_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["dictionary.path=sae", "model.name=model", "data=book.txt", "explainer=peak_words", "settings.count=1", "features=[1,3]"]
+    export = {"model": "tiny", "source_set": "words", "title": "Words", "creator": "nobody", "creator_id": "c1"}
+    arguments += [f"neuronpedia.{key}={value}" for key, value in export.items()]
+    assert main(["features", "page", *arguments]) == 0, capsys.readouterr().err
+    folder = place / "outputs/features/page"
+    assert FeatureReading.load(folder / "reading.safetensors").names == {1: "cat", 3: "dog"}
+    page = (folder / "page.html").read_text()
+    assert '"name":"cat"' in page and "the commonest tokens at the peaks" in page
+    assert {path.name for path in (folder / "neuronpedia/tiny/0-words").iterdir()} >= {"source.jsonl", "features", "explanations"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["dictionary.path=sae"], "needs the key 'data'"),
+        (["dictionary.path=sae", "data=book.txt", "neuronpedia.model=x"], "no source_set, title, creator, creator_id"),
+        (["dictionary.path=sae", "data=book.txt", "explainer=peak_word"], "did you mean 'peak_words'"),
+        (["dictionary.path=sae", "data=gone.txt", "model.name=model"], "gone.txt"),
+        (["dictionary.path=sae", "data=book.txt", "model.name=model", "features=[99]"], "outside the dictionary"),
+    ],
+)
+def test_mistakes_of_page_are_named(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert main(["features", "page", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_evaluate_measures_what_there_is_text_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = [
+        {"text": f"{text.replace('cat', 'a').replace('fire', 'a')} {word}", "label": word}
+        for word in ("cat", "fire")
+        for text in sentences(20)
+    ]
+    (place / "classes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in classes))
+    arguments = [
+        "dictionary.path=sae",
+        "model.name=model",
+        "data=book.txt",
+        "labelled.dogs=dogs.jsonl",
+        "classes=classes.jsonl",
+        "ablated=[1,2]",
+    ]
+    status = main(["features", "evaluate", *arguments, "context=32"])
+    out = capsys.readouterr()
+    assert status == 0 and "reconstruction" in out.out and "accuracy of probes" in out.out and "targeted perturbation" in out.out, out.err
+    metrics = json.loads((place / "outputs/features/evaluate/metrics.json").read_text())
+    assert metrics["sparse_probing"]["dogs"]["features_1"] == [3] and metrics["sparse_probing"]["dogs"]["top_1"] == 1
+    assert set(metrics["targeted_perturbation"]["score"]) == {"1", "2"} and 0 < metrics["reconstruction"]["fvu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "has nothing to measure on"),
+        (["classes=gone.jsonl"], "no labelled texts at 'gone.jsonl'"),
+        (["classes=dogs.jsonl"], "line 1 of 'dogs.jsonl' is no labelled text"),
+    ],
+)
+def test_mistakes_of_evaluate_are_named(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert main(["features", "evaluate", "dictionary.path=sae", "model.name=model", *arguments]) == 2
     assert says in capsys.readouterr().err

@@ -13,6 +13,7 @@ from steer.features import Encoder, InMemory, Origin
 from steer.features.activation import Activation
 from steer.features.activations.gated import Gated
 from steer.features.activations.jumprelu import JumpReLU
+from steer.features.activations.relu import ReLU
 from steer.features.activations.topk import TopK
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.intervene import (
@@ -26,6 +27,7 @@ from steer.intervene import (
     Clamp,
     ClampFeatures,
     Erase,
+    FeatureAdapter,
     FeatureGains,
     HeadShift,
     KeepOnlyFeatures,
@@ -269,6 +271,10 @@ def put(f: Tensor, d: Draw) -> None:
     f[..., 7], f[..., 2] = d(5, 2)
 
 
+def put_others(f: Tensor, d: Draw) -> None:
+    f[..., 7], f[..., 2] = d(6, 2)
+
+
 def kept_between(f: Tensor, d: Draw) -> None:
     f[..., [7, 2]] = f[..., [7, 2]].clamp(0.5, 2.0)
 
@@ -295,6 +301,28 @@ def only(f: Tensor, d: Draw) -> None:
 
 def feature_gates(d: Draw) -> Activation:
     return Gated(d(4, 12, shared=True), d(7, 12, shared=True), d(6, 12, shared=True))
+
+
+ALL = [7, 2, 11, 0, 4, 9, 5, 8, 10, 3, 1, 6]  # some of them are on wherever a test puts the operator
+
+
+def adapted_gains(h: Tensor, strength: float, d: Draw) -> Tensor:
+    """Gains are 1 + a linear map of the token at the length sqrt(width)."""
+
+    def edit(f: Tensor, d: Draw) -> None:
+        x = h * d.width**0.5 / h.square().sum(-1, keepdim=True).sqrt()
+        f[..., ALL] *= 1 + torch.einsum("btw,nw->btn", x, 0.2 * d(5, 12, d.width)) + d(8, 12)
+
+    return spliced(lambda pre, _: pre.clamp_min(0), edit)(h, strength, d)
+
+
+def adapted_offsets(h: Tensor, strength: float, d: Draw) -> Tensor:
+    """Offsets of what a layer norm leaves, at that length, in the unit of the norm."""
+    deviation = h.std(-1, keepdim=True)
+    x = (h - h.mean(-1, keepdim=True)) / (deviation + 1e-5)
+    x = x * d.width**0.5 / x.square().sum(-1, keepdim=True).sqrt()
+    offsets = torch.einsum("btw,nw->btn", x, 0.2 * d(5, 2, d.width)) + d(8, 2)
+    return h + strength * deviation * torch.einsum("btn,nw->btw", offsets, d(3, 12, d.width, shared=True)[[7, 2]])
 
 
 CASES: dict[str, Case] = {
@@ -367,9 +395,19 @@ CASES: dict[str, Case] = {
         lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], add=d(5, 2))), spliced(jumped, raised, norm=True)
     ),
     "clamp_features, layer norm": Case(
-        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(5, 2))), spliced(jumped, put, norm=True)
+        lambda d: everywhere(ClampFeatures(dictionary(d, jump, "layer_norm"), [7, 2], to=d(6, 2))), spliced(jumped, put_others, norm=True)
     ),
     "feature_gains": Case(lambda d: everywhere(FeatureGains(dictionary(d, jump), [7, 2], d(5, 2), d(8, 2))), spliced(jumped, regained)),
+    "feature_adapter": Case(
+        lambda d: everywhere(FeatureAdapter(dictionary(d, lambda _: ReLU()), ALL, adapter=0.2 * d(5, 12, d.width), bias=d(8, 12))),
+        adapted_gains,
+    ),
+    "feature_adapter of offsets, layer norm": Case(
+        lambda d: everywhere(
+            FeatureAdapter(dictionary(d, jump, "layer_norm"), [7, 2], "offset", adapter=0.2 * d(5, 2, d.width), bias=d(8, 2))
+        ),
+        adapted_offsets,
+    ),
     "ablate_features": Case(lambda d: everywhere(AblateFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, without)),
     "keep_only_features": Case(lambda d: everywhere(KeepOnlyFeatures(dictionary(d, jump), [7, 2])), spliced(jumped, only)),
     "add_decoder": Case(lambda d: everywhere(AddDecoder(dictionary(d, jump), [7, 2], d(5, 2))), spliced(jumped, raised)),

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from features.feature_plans import autoencoder
 from hand import ids, padded, vector
 from method_tables import own_names
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import steer
+from steer import AddDecoder
 from steer.errors import AttachError, DeployError, WidthError
 from steer.intervene import (
     OPERATORS,
@@ -174,10 +176,11 @@ def test_a_clamp_of_a_silent_stream_adds_its_value(tiny):
 # ---- other operators and sites
 
 
-def affine_operators(width: int) -> dict[str, Any]:
+def affine_operators(width: int, site: str = "layers.1.output") -> dict[str, Any]:
     a, b, rows = vector(width, 4), vector(width, 5), torch.stack([vector(width, 6), vector(width, 7)])
     return {
         "add": Add(a),
+        "add_decoder": AddDecoder(autoencoder(width=width, site=site), [7, 2], 0.5),
         "ablate": Ablate(rows),
         "ablate_then_add": AblateThenAdd(a),
         "ace": Ace(a, b, 0.4),
@@ -207,7 +210,7 @@ def test_every_affine_operator_is_tested():
 def test_every_affine_operator_at_what_linear_maps_take_and_give(name, site, family, tiny):
     model, site = tiny(family), "layers.1.attn.z" if name == "head_shift" else site
     width = steer.Anatomy.find(model).point(site).width
-    plan = Plan(Intervention(affine_operators(width)[name], site, strength=0.8))
+    plan = Plan(Intervention(affine_operators(width, site)[name], site, strength=0.8))
     expected, plain = steered(model, plan), logits(model)
     with bake(plan, model, savable=False):
         assert_close(logits(model), expected, 5e-6)

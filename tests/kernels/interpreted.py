@@ -8,65 +8,22 @@ allocate is poisoned and stands between two red zones: a place that nothing is w
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter_memory import OUT, SMALL, random
 from kernel_formulas import added, edited, error, statistics, surrounded
 from torch import Tensor
 
 from steer.kernels import DriftStats, drift_stats, edit, force, steer_add
-from steer.kernels.lazy_triton import LazyKernel
+
+pytest_plugins = ["interpreter_memory"]  # fixtures
 
 # the functions of a package hide its modules of the same name
 steer_add_file, drift_file, weighted_sum_file, scalar_file, tiles_file = (
     importlib.import_module(f"steer.kernels.{name}") for name in ("steer_add", "drift_stats", "weighted_sum", "edit_scalar", "edit_tiles")
 )
-torch.set_num_threads(1)
-ZONE = 64
-OUT, SMALL = 5e-7, 2e-5  # activations and their gradients; gradients of few numbers, sums over tokens that may nearly cancel
-
-
-@pytest.fixture(autouse=True)
-def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, float]]]:
-    """Poisons what is allocated with torch.empty, and looks at the red zones afterwards."""
-    zones: list[tuple[Tensor, float]] = []
-    real = torch.empty
-
-    def poisoned(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-        size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        value = 1e30 if dtype.is_floating_point else 77
-        buffer = torch.full((size.numel() + 2 * ZONE,), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
-        buffer[:ZONE] = buffer[size.numel() + ZONE :] = value
-        zones.append((buffer, value))
-        return buffer[ZONE : size.numel() + ZONE].view(size)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    with force("triton"):
-        yield zones
-    monkeypatch.setattr(torch, "empty", real)
-    for buffer, value in zones:
-        assert bool((buffer[:ZONE] == value).all() and (buffer[-ZONE:] == value).all()), "a write beside the memory that is meant"
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that run."""
-    names: list[str] = []
-    real = LazyKernel.launch
-
-    def launch(self: LazyKernel, grid: tuple[int, ...], **arguments: Any) -> None:
-        names.append(self.name)
-        assert len(grid) <= 3 and torch.Size(grid).numel() <= 64, "slow in the interpreter"
-        real(self, grid, **arguments)
-
-    monkeypatch.setattr(LazyKernel, "launch", launch)
-    return names
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sparse_mask(batch: int, tokens: int) -> Tensor:

@@ -62,6 +62,23 @@ def drift(tokens: int = TOKENS, k: int = 17) -> None:
     module("drift_stats").launch(states(tokens, learns=False), there(k, WIDTH), weight, ends, ends, 64, True, True)
 
 
+def sparse(k: int = 64, features: int = 65536) -> None:
+    """Decodes k features of each token; all is learned."""
+    indices = there(BATCH * TOKENS, k, dtype=torch.int64)
+    pattern = importlib.import_module("steer.kernels.sparse_pattern").SparsePattern.of_rows(indices, features)
+    decode, weight, values = module("sparse_decode"), there(features, WIDTH, dtype=BF16), there(BATCH * TOKENS * k)
+    decode.launch_gather_sum(weight, values, pattern.feature, None, there(BATCH * TOKENS + 1, dtype=torch.int64))
+    decode.launch_entries(pattern, there(BATCH * TOKENS, WIDTH), weight)
+    starts = there(features + 1, dtype=torch.int64)
+    decode.launch_gather_sum(there(BATCH * TOKENS, WIDTH), values, pattern.token, pattern.feature, starts)
+
+
+def merge(k: int) -> None:
+    encode = module("topk_encode")
+    old = encode.TopFeatures(there(TOKENS, k), there(TOKENS, k, dtype=torch.int64))
+    encode.launch_merge(there(TOKENS, encode.TILE_SIZE), old, encode.TILE_SIZE, k)
+
+
 WAYS = ("forward", "backward")
 FEATURES = ("bias", "shift", "threshold")
 # what runs -> (name of the kernel, reads and writes of 128 bits of a thread: on NVIDIA, on AMD)
@@ -80,6 +97,16 @@ CASES: dict[str, tuple[Callable[[], None], list[tuple[str, tuple[int, int], tupl
     "drift": (drift, [("drift_stats.stats", (1, 0), (1, 0)), ("drift_stats.merge", (12, 0), (4, 0))]),
     "drift, few tokens": (lambda: drift(512), [("drift_stats.stats", (1, 0), (1, 0))]),
     "drift, 64 directions": (lambda: drift(k=64), [("drift_stats.stats", (1, 0), (1, 0))]),
+    "sparse decode": (
+        sparse,
+        [
+            ("sparse_decode.gather_sum", (4, 1), (2, 0)),
+            ("sparse_decode.entries", (12, 0), (6, 0)),
+            ("sparse_decode.gather_sum", (8, 1), (4, 0)),
+        ],
+    ),
+    "top 64": (lambda: merge(64), [("topk_encode.merge", (4, 0), (2, 0))]),
+    "top 1,024": (lambda: merge(1024), [("topk_encode.merge", (4, 0), (2, 0))]),
 }
 
 

@@ -12,6 +12,7 @@ from steer.errors import (
     ConfigError,
     ContrastError,
     DamagedFileError,
+    FileError,
     NonFiniteError,
     SiteError,
     UnsafeFileError,
@@ -250,3 +251,68 @@ def test_files_with_objects_and_of_other_kinds_are_refused(tiny, tmp_path):
 def test_bad_input_is_refused(wrong, error, match, tiny):
     with pytest.raises(error, match=match):
         wrong(tiny("llama"))
+
+
+# ---- the hub
+
+
+class Hub:
+    """A hub with one space, of which each fetch is recorded."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.fetched = folder, []
+
+    def list_repo_files(self, repository, revision=None, repo_type="model"):
+        if (repository, repo_type) != ("owner/lenses", "space"):
+            raise LookupError("no such repository")
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+
+    def download(self, repository, name, revision=None, repo_type="model"):
+        self.fetched.append((name, revision))
+        return str(self.folder / name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.list_repo_files)
+    return made
+
+
+def test_of_a_repository_only_the_files_of_the_lens_are_fetched(tiny, hub):
+    model = tiny("llama")
+    affine, jacobian = tuned(model), JacobianLens(Readout.of(model), random_tensors({"matrix": (WIDTH, WIDTH)}, range(1, LAYERS)))
+    (hub.folder / "other").mkdir(parents=True)
+    affine.export(hub.folder / "lens" / "llama")
+    (hub.folder / "lens" / "llama" / "weights.safetensors").write_text("large")
+    jacobian.export(hub.folder / "j" / "llama.pt")
+    affine.save(hub.folder / "ours")
+    for where, fetched, expected in (
+        ("spaces/owner/lenses/lens/llama", ["lens/llama/config.json", "lens/llama/params.pt"], affine),
+        ("hf://spaces/owner/lenses/j/llama.pt@v2", ["j/llama.pt"], jacobian),
+        ("spaces/owner/lenses/j", ["j/llama.pt"], jacobian),
+        ("spaces/owner/lenses/ours", ["ours/manifest.json", "ours/tensors.safetensors"], affine),
+    ):
+        hub.fetched.clear()
+        loaded = load_lens(model, where)
+        assert [name for name, _ in hub.fetched] == fetched and {at for _, at in hub.fetched} == {"v2" if "@" in where else None}
+        assert type(loaded) is type(expected)
+        assert all(torch.allclose(tensor, expected.tensors[name], atol=1e-3) for name, tensor in loaded.tensors.items())
+        assert any(tensor.any() for tensor in loaded.tensors.values())
+
+
+def test_a_repository_without_a_lens_says_what_is_there(tiny, hub):
+    (hub.folder / "two").mkdir(parents=True)
+    for name in ("a.pt", "b.pt"):
+        (hub.folder / "two" / name).write_text("")
+    with pytest.raises(FileError, match="no lens in 'spaces/owner/lenses/two'") as error:
+        load_lens(tiny("llama"), "spaces/owner/lenses/two")
+    assert "a.pt, b.pt" in str(error.value.found) and not hub.fetched
+    with pytest.raises(FileError, match="cannot be read from the hub"):
+        load_lens(tiny("llama"), "owner/lenses/two")
+    with pytest.raises(FileError, match="no lens at"):
+        load_lens(tiny("llama"), "./nothing")

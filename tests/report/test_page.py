@@ -154,6 +154,16 @@ def test_completions_are_coloured_by_projection(
     assert 'class="token' not in plain and "A spider has eight legs." in page.text["completions"]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "words"), [("groups", "0.980, on groups that it has not seen"), ("texts", "0.980, on unseen texts"), (None, "0.980")]
+)
+def test_the_direction_says_what_it_was_judged_on(tmp_path: Path, five_seeds: dict[str, Any], held_out: str | None, words: str) -> None:
+    five_seeds["direction"] |= {"held_out": held_out} if held_out else {}
+    training = render(tmp_path, five_seeds)[1].words("training")
+    assert f"Held-out AUC{words}" in training and "The direction: condescension" in training
+    assert held_out or "0.980," not in training
+
+
 def test_sweep_is_drawn_with_its_controls(tmp_path: Path, swept: dict[str, Any], full_page: tuple[str, Page]) -> None:
     page = render(tmp_path, swept)[1]
     assert "dose" in page.words("dose") and len(swept["sweep"]) == 2 * 3

@@ -13,7 +13,6 @@ from steer.experiment.metric import HIGHER, METRICS, Item, Metric, item_key, pas
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
-from steer.model.likelihood import response_sums
 from steer.model.tokens import Row, collate, pad_id
 
 
@@ -89,15 +88,19 @@ def next_word(model: nn.Module, rows: Sequence[Row], tokens: Tensor, *, pad: int
             labels = batch.pop("labels")
             with response_tokens(model, labels != -100):
                 logits = model(**batch, use_cache=False).logits  # [batch, tokens, vocabulary]
-            inside = labels[:, 1:] != -100
+            targets = labels[:, 1:]
+            inside = targets != -100
             scored = logits[:, :-1][inside].float()  # [scored tokens, vocabulary]
-            logprobs = scored[:, tokens.to(device)].logsumexp(-1) - scored.logsumexp(-1, keepdim=True)  # [scored tokens, concepts]
+            total = scored.logsumexp(-1, keepdim=True)
+            logprobs = scored[:, tokens.to(device)].logsumexp(-1) - total  # [scored tokens, concepts]
             table = logprobs.new_full((*inside.shape, len(tokens)), -torch.inf)
             table[inside] = logprobs
+            loss = torch.zeros(inside.shape, device=device).masked_scatter(
+                inside, (total - scored.gather(-1, targets[inside][:, None]))[:, 0]
+            )
             count = inside.sum(1)
             of_words[chosen] = (table.logsumexp(1) - count[:, None].log()).double().cpu()
-            total, _ = response_sums(logits, labels)
-            losses[chosen] = (-total / count).double().cpu()
+            losses[chosen] = (loss.sum(1) / count).double().cpu()
     return of_words, losses
 
 

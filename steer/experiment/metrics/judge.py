@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from steer.chat_endpoint import ChatEndpoint, Reply, ReplyCache
 from steer.checks import finite_number, number_within, of_type, one_of, whole_number
 from steer.errors import ConfigError, JudgeError
-from steer.experiment.chat_endpoint import ChatEndpoint, Reply, ReplyCache
 from steer.experiment.metric import HIGHER, LOWER, METRICS, GenerationMetric, Item
 from steer.model.embedded import cache_folder
 

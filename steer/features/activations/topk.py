@@ -21,6 +21,14 @@ class TopK(Activation):
     def __init__(self, k: int, rectified: bool = True) -> None:
         super().__init__(k=k, rectified=rectified)
 
+    @property
+    def top(self) -> int:
+        k: int = self.settings["k"]
+        return k
+
+    def of_top(self, pre: Tensor) -> Tensor:
+        return pre.relu() if self.settings["rectified"] else pre
+
     def __call__(self, pre: Tensor, features: Tensor | None = None) -> Tensor:
-        values, indices = pre.topk(min(self.settings["k"], pre.shape[-1]), dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, indices, values.relu() if self.settings["rectified"] else values)
+        values, indices = pre.topk(min(self.top, pre.shape[-1]), dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, indices, self.of_top(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
@@ -13,6 +14,10 @@ from steer.features.encoder import Encoder, Normalised, check_shape, chosen
 from steer.features.parts import encoder_from, encoder_parts, encoder_settings
 from steer.features.provenance import Origin
 from steer.features.rows import InMemory, Rows, Scaled, check_finite
+from steer.kernels import sparse_decode
+from steer.kernels.dispatch import MIN_NUMEL, needs_pytorch_operations
+from steer.kernels.sparse_decode import decode_pattern
+from steer.kernels.sparse_pattern import SPARSE, SparsePattern
 
 
 @ARCHITECTURES.register("sparse_autoencoder")
@@ -50,9 +55,19 @@ class SparseAutoencoder(Dictionary):
         return self.encoder.encode(h, features)
 
     def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
+        return self._completed(_sum_of_rows(f, self.decoder.all(f).flatten(1)), h)
+
+    def reconstruct(self, h: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        top = self.encoder.top(h)
+        if top is None:
+            return super().reconstruct(h, positions=positions)
+        values = self._on_trained(top.values, h, positions)
+        return self._completed(sparse_decode(values, top.indices, self.decoder.all(values).flatten(1)), h)
+
+    def _completed(self, out: Tensor, h: Tensor | None) -> Tensor:
+        """The reconstruction, from the sum of the rows of the decoder, [..., sites times width]. h: as in `decode`."""
         normalised = self._normalised(h)
-        out = f @ self.decoder.all(f).flatten(1)
-        out = out.view(*f.shape[:-1], *self.decoder.shape[1:]) + self.decoder_bias.to(out.device, out.dtype)
+        out = out.view(*out.shape[:-1], *self.decoder.shape[1:]) + self.decoder_bias.to(out.device, out.dtype)
         out = out if normalised.scale is None else out * normalised.scale
         return out if normalised.offset is None else out + normalised.offset
 
@@ -112,6 +127,16 @@ class SparseAutoencoder(Dictionary):
         if h is None:
             raise needs_input(self, f"the norm '{self.encoder.norm}' of each token is put back")
         return self.encoder.normalised(h)
+
+
+def _sum_of_rows(f: Tensor, rows: Tensor) -> Tensor:
+    """f @ rows; where f is mostly 0, and nobody wants its gradient, which 0 has too, of the features that are on alone."""
+    wants_gradient = torch.is_grad_enabled() and (f.requires_grad or rows.requires_grad)
+    if f.numel() >= MIN_NUMEL and not wants_gradient and not torch.compiler.is_compiling() and not needs_pytorch_operations(f):
+        pattern, values = SparsePattern.of_dense(f.reshape(-1, f.shape[-1]))
+        if len(pattern) * SPARSE < f.numel():
+            return decode_pattern(values, rows, pattern).view(*f.shape[:-1], rows.shape[1])
+    return f @ rows
 
 
 def check_rows(name: str, encoder: Rows, decoder: Rows) -> None:

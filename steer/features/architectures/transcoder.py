@@ -34,8 +34,8 @@ class Transcoder(SparseAutoencoder):
             check_shape("the skip connection", skip, (self.d_out, self.d_in))
             check_finite(skip, "the skip connection")
 
-    def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
-        out = super().decode(f)
+    def _completed(self, out: Tensor, h: Tensor | None) -> Tensor:
+        out = super()._completed(out, None)
         if self.skip is None:
             return out
         if h is None:

@@ -20,8 +20,8 @@ from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, needs, origin_of, unsupported
 from steer.features.formats.saelens import with_gain
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens
-from steer.features.place import Place
 from steer.features.rows import Rows
+from steer.place import Place
 
 _LAYER_FILE, _ENCODER_FILE = r"layer_(\d+)\.safetensors", r"W_enc_(\d+)\.safetensors"
 
@@ -93,7 +93,7 @@ def _elsewhere(place: Place, wanted: Wanted, address: str) -> Dictionary:
     if match is None:
         raise unsupported(place, "an entry in the list of transcoders that is not read", "hf://owner/name/folder/params.npz", address)
     format = FORMATS.get("gemma_scope" if match[3] == "npz" else "gemma_scope_2")
-    return format.read(Place.find(match[1], match[2], match[4]), wanted)
+    return format.read(Place.find(match[1], match[2], match[4], what="dictionary"), wanted)
 
 
 def _cross_layer(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionary:

@@ -16,7 +16,7 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, origin_of, unsupported
-from steer.features.place import Place
+from steer.place import Place
 from steer.tensor_files import read_torch
 
 

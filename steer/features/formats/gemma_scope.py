@@ -11,8 +11,8 @@ from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, noted, origin_of
 from steer.features.formats.saelens import with_gain
-from steer.features.place import Place
 from steer.features.rows import Scaled
+from steer.place import Place
 from steer.tensor_files import read_npz
 
 _NAME = re.compile(r"gemma-scope-(\w+)-(\w+)-(res|mlp|att|transcoders)")

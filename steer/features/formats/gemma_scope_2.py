@@ -15,7 +15,7 @@ from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, origin_of, unsupported
 from steer.features.hooks import of_gemma
-from steer.features.place import Place
+from steer.place import Place
 
 _LAYER_FILE = r"params_layer_(\d+)\.safetensors"
 

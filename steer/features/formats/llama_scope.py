@@ -17,8 +17,8 @@ from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, noted, number_in, origin_of, unsupported
 from steer.features.formats.saelens import with_gain
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens
-from steer.features.place import Place
 from steer.features.rows import Rows, Scaled, norms
+from steer.place import Place
 
 _CONFIG, _WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 

@@ -14,7 +14,7 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, number_in, origin_of, unsupported
-from steer.features.place import Place
+from steer.place import Place
 from steer.tensor_files import read_torch, tensor_format
 
 # where a file lies below the name of the model: <location>[_<version>]/autoencoders/<layer>.pt

@@ -13,9 +13,9 @@ from steer.checks import one_of
 from steer.errors import DamagedFileError, SteerError
 from steer.features.dictionary import ARCHITECTURES, Dictionary, probe
 from steer.features.format import FORMATS, Format, Wanted
-from steer.features.place import Place
 from steer.features.provenance import Origin
 from steer.features.rows import InMemory, Int8, LowRank, Rows, as_int8
+from steer.place import Place
 from steer.reading import check_kinds, damage_of, parse_json
 from steer.tensor_files import open_safetensors
 

@@ -9,7 +9,7 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, needs, number_in, origin_of
-from steer.features.place import Place
+from steer.place import Place
 from steer.tensor_files import read_torch
 
 _FILE = r"layer(\d+)\.sae\.pt"

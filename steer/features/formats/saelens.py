@@ -19,9 +19,9 @@ from steer.features.dictionary import Dictionary, probe
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, needs, noted, number_in, origin_of, unsupported
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens, to_transformer_lens
-from steer.features.place import Place
 from steer.features.rows import Scaled, norms
 from steer.files import atomic_write
+from steer.place import Place
 from steer.reading import place_of
 
 _WEIGHTS, _CONFIG = "sae_weights.safetensors", "cfg.json"

@@ -13,7 +13,7 @@ from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, number_in, origin_of, unsupported
 from steer.features.hooks import of_sparsify
-from steer.features.place import Place
+from steer.place import Place
 
 
 @FORMATS.register("sparsify")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from steer.features.dictionary import Dictionary, Features
@@ -51,6 +52,11 @@ class FeatureGains(FeatureEdit):
 
     def slope(self, f: Tensor, per_row: RowTensors) -> Tensor:
         return (per_row["gain"] - 1).to(f.dtype)
+
+    def changes(self, h: Tensor) -> Tensor:
+        """[..., 2 * chosen] how far gains are from 1 and offsets from 0, the same for every token of h [..., width]; of the first slot."""
+        gain, offset = (self.tensors[name][0, 0].to(h.device, h.dtype) for name in ("gain", "offset"))
+        return torch.cat([gain - 1, offset]).expand(*h.shape[:-1], -1)
 
     def table(self, slot: int = 0) -> list[Gain]:
         """Feature by feature what was learned, those that changed most first."""

@@ -22,6 +22,7 @@ class FiringCounts:
         self.width = width
         self.total = torch.zeros(1 + concepts, dtype=torch.long)  # of the tokens: all, and those of each concept
         self.maximum = torch.zeros(width)
+        self.sum = torch.zeros(width, dtype=torch.float64)
         self._keys = torch.empty(0, dtype=torch.long)
         self._counts = torch.empty(0, 1 + concepts, dtype=torch.long)
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -32,6 +33,7 @@ class FiringCounts:
         self.total += marks.sum(0)
         if len(f):
             self.maximum = torch.maximum(self.maximum, f.amax(0))
+            self.sum += f.double().sum(0)
         token, feature = f.nonzero(as_tuple=True)
         keys = (feature << BITS) + cell_of(f[token, feature])
         self._waiting.append(_merged(keys, marks[token]))
@@ -68,6 +70,22 @@ class FiringCounts:
         sums[1].index_add_(0, feature, positive * (below[1] + negative / 2))
         return sums[0] / max(marked, 1), sums[1] / max(marked * others, 1)
 
+    def summary(self) -> dict[str, Tensor]:
+        """[features] fp32: density, mean where a feature is on, maximum."""
+        self._merge()
+        on = self._on()[:, 0]
+        return {"density": (on / self.total[0].clamp_min(1)).float(), "mean": (self.sum / on.clamp_min(1)).float(), "maximum": self.maximum}
+
+    def histogram(self, bins: int) -> Tensor:
+        """[features, bins] tokens by value, in equal steps from 0 to the maximum of the feature; values below 0 are left out."""
+        self._merge()
+        feature, cell = self._keys >> BITS, (self._keys & (2**BITS - 1)) - ZERO
+        above = cell > 0
+        feature, value = feature[above], _value_of(cell[above])
+        place = (value / self.maximum[feature].clamp_min(torch.finfo(torch.float32).tiny) * bins).long().clamp(0, bins - 1)
+        counts = torch.zeros(self.width * bins, dtype=torch.long)
+        return counts.index_add_(0, feature * bins + place, self._counts[above, 0]).view(self.width, bins)
+
     def _on(self) -> Tensor:
         """[features, 1 + concepts] tokens on which a feature is not 0."""
         return torch.zeros(self.width, self._counts.shape[1], dtype=torch.double).index_add_(0, self._keys >> BITS, self._counts.double())
@@ -84,6 +102,12 @@ def cell_of(values: Tensor) -> Tensor:
     bits = values.float().contiguous().view(torch.int32).long()
     size = (bits & 0x7FFFFFFF) >> (32 - BITS)
     return torch.where(bits < 0, ZERO - size, ZERO + size).clamp(0, 2**BITS - 1)
+
+
+def _value_of(size: Tensor) -> Tensor:
+    """The middle of cells of values above 0, fp32, by their number from `ZERO`."""
+    shift = 32 - BITS
+    return ((size << shift) + (1 << (shift - 1))).int().view(torch.float32)
 
 
 def _merged(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from steer.reading import damage_of, damaged
 from steer.tensor_files import read_torch, tensor_format
 
 SKIPPED = 16  # first tokens of a text, on which much attention rests; the published lenses leave out as many
+ENDINGS = (".pt", ".pth")
 
 
 @LENSES.register("jacobian")
@@ -86,7 +87,12 @@ class JacobianLens(Lens):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        return path.suffix in (".pt", ".pth") and path.is_file() and tensor_format(path) == "torch"
+        return path.suffix in ENDINGS and path.is_file() and tensor_format(path) == "torch"
+
+    @classmethod
+    def published(cls, names: Sequence[str]) -> list[str]:
+        found = [name for name in names if Path(name).suffix in ENDINGS]
+        return found if len(found) == 1 else []  # of several, the one that is meant has to be named
 
     @classmethod
     def read(cls, path: Path, readout: Readout) -> Self:

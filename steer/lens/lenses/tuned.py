@@ -121,6 +121,10 @@ class TunedLens(Lens):
         return (path / CONFIG).is_file() and (path / PARAMETERS).is_file()
 
     @classmethod
+    def published(cls, names: Sequence[str]) -> list[str]:
+        return [CONFIG, PARAMETERS] if {CONFIG, PARAMETERS} <= set(names) else []
+
+    @classmethod
     def read(cls, path: Path, readout: Readout) -> Self:
         """Reads a folder with `config.json` and `params.pt`. Raises DamagedFileError, WrongModelError, WidthError, NonFiniteError."""
         config = read_json(path / CONFIG)

@@ -14,8 +14,8 @@ from experiment.metrics.chat_server import ChatServer, chat_server
 from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
+from steer import chat_endpoint
 from steer.errors import ConfigError, DamagedFileError, JudgeError
-from steer.experiment import chat_endpoint
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
 from steer.experiment.metrics.judge import Judge
 

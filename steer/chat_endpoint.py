@@ -44,6 +44,7 @@ class ChatEndpoint:
         timeout: s for one call.
         retries: further calls after one that failed in a way that may pass.
         first_wait: s before the first of them; each later one waits twice as long, or as long as the server asks.
+        role: what the model behind it is, for errors. key_variable: environment variable from which users set the key.
     """
 
     url: str
@@ -51,11 +52,13 @@ class ChatEndpoint:
     timeout: float = 60.0
     retries: int = 4
     first_wait: float = 1.0
+    role: str = "judge"
+    key_variable: str = "STEER_JUDGE_KEY"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise _bad_address(self.host if parts.hostname else self.url)
+            raise _bad_address(self, self.host if parts.hostname else self.url)
 
     @property
     def host(self) -> str:
@@ -74,7 +77,7 @@ class ChatEndpoint:
                     said = error.read(2000).decode(errors="replace").strip()
                 problem, cause = f"HTTP {error.code} {error.reason}: {said[:200]}", error
                 if error.code not in AGAIN:
-                    raise _refused(self.host, error.code, problem) from error
+                    raise _refused(self, error.code, problem) from error
                 asked_for = error.headers.get("Retry-After")
             except (OSError, http.client.HTTPException, ValueError) as error:  # no answer, a cut one, or one that is none
                 problem, cause = f"{type(error).__name__}: {getattr(error, 'reason', error)}", error  # type: ignore[assignment]
@@ -83,7 +86,7 @@ class ChatEndpoint:
                 log.warning("%s gives no reply (%s); asked again in %.0f s", self.host, problem, pause)
                 sleep(pause)
                 wait *= 2
-        raise _unreachable(self.host, self.retries + 1, problem) from cause
+        raise _unreachable(self, self.retries + 1, problem) from cause
 
     def _post(self, request: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "steer"}
@@ -145,20 +148,25 @@ def _parsed(body: bytes) -> Reply:
 # ---- errors
 
 
-def _bad_address(url: str) -> ConfigError:
-    remedy = "pass the base address, e.g. http://localhost:8000/v1, and a key by the environment variable STEER_JUDGE_KEY"
+def _bad_address(endpoint: ChatEndpoint, url: str) -> ConfigError:
+    remedy = f"pass the base address, e.g. http://localhost:8000/v1, and a key by the environment variable {endpoint.key_variable}"
     return ConfigError(
-        "the address of the judge cannot be used", expected="http(s)://host/..., without user or password", found=url, remedy=remedy
+        f"the address of the {endpoint.role} cannot be used",
+        expected="http(s)://host/..., without user or password",
+        found=url,
+        remedy=remedy,
     )
 
 
-def _refused(host: str, code: int, problem: str) -> JudgeError:
-    remedy = "set STEER_JUDGE_KEY" if code in (401, 403) else "check base_url and the name of the model"
-    return JudgeError(f"the judge at {host} refuses", expected="a chat completion", found=problem, remedy=remedy)
+def _refused(endpoint: ChatEndpoint, code: int, problem: str) -> JudgeError:
+    remedy = f"set {endpoint.key_variable}" if code in (401, 403) else "check base_url and the name of the model"
+    return JudgeError(f"the {endpoint.role} at {endpoint.host} refuses", expected="a chat completion", found=problem, remedy=remedy)
 
 
-def _unreachable(host: str, calls: int, problem: str) -> JudgeError:
-    remedy = "look at the server and the address, then run again: what was graded is in the cache"
+def _unreachable(endpoint: ChatEndpoint, calls: int, problem: str) -> JudgeError:
     return JudgeError(
-        f"the judge at {host} gives no reply", expected="a chat completion", found=f"{problem}, in {calls} calls", remedy=remedy
+        f"the {endpoint.role} at {endpoint.host} gives no reply",
+        expected="a chat completion",
+        found=f"{problem}, in {calls} calls",
+        remedy="look at the server and the address, then run again: what was answered is in the cache",
     )

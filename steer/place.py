@@ -1,40 +1,45 @@
-"""Place: the folder of a dictionary, on this disk or in a repository of the Hugging Face hub, from which files are fetched one by one."""
+"""Place: the folder of a dictionary or a lens, on this disk or in a repository of the Hugging Face hub; files are fetched one by one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from steer.errors import DamagedFileError, FileError
-from steer.features.shipped import SHIPPED
 from steer.reading import damage_of, place_of, read_bytes, read_json
 
-_REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:/(.+?))?(?:@([\w./-]+))?/?")
+_REPOSITORY = re.compile(r"(?:hf://)?(spaces/(?=[\w.-]+/))?([\w.-]+/[\w.-]+)(?:/(.+?))?(?:@([\w./-]+))?/?")
 
 
 class Place:
-    """The files of a dictionary.
+    """The files of one thing.
 
     Attributes:
         name: path, or repository and folder, as an error shows it.
         file: of several in one folder, the one that was asked for by its path.
         folder: within a repository; empty for its root and for a folder on this disk.
         repository, revision: None for a folder on this disk.
+        is_space: the repository is a space of the hub.
     """
 
     def __init__(self, name: str, root: Path | None, *, file: str | None = None, repository: str | None = None, folder: str = "",
-                 revision: str | None = None) -> None:  # fmt: skip
+                 revision: str | None = None, is_space: bool = False) -> None:  # fmt: skip
         self.name, self.root, self.file = name, root, file
-        self.repository, self.folder, self.revision = repository, folder, revision
+        self.repository, self.folder, self.revision, self.is_space = repository, folder, revision, is_space
 
     @classmethod
-    def find(cls, where: str | Path, folder: str | None = None, revision: str | None = None) -> Place:
-        """A file or folder on this disk when there is one, else a repository of the hub (`owner/name`, `owner/name/folder`).
+    def find(
+        cls, where: str | Path, folder: str | None = None, revision: str | None = None, *, what: str, shipped: Sequence[str] = ()
+    ) -> Place:
+        """A file or folder on this disk when there is one, else a repository of the hub: `owner/name`, `owner/name/folder`, and for a
+        space `spaces/owner/name/folder`.
 
         Args:
             folder: within `where`.
+            what, shipped: what is looked for, and names that would have done, as an error says them.
 
         Raises:
             FileError: neither.
@@ -47,9 +52,17 @@ class Place:
             return cls(name, local) if local.is_dir() else cls(name, local.parent, file=local.name)
         match = _REPOSITORY.fullmatch(str(where))
         if match is None or str(where).startswith((".", "/", "~")):
-            raise _nothing_there(local)
-        inside = "/".join(part for part in (match[2], folder) if part)
-        return cls(f"{match[1]}/{inside}".rstrip("/"), None, repository=match[1], folder=inside, revision=revision or match[3])
+            raise _nothing_there(local, what, shipped)
+        space, repository, within, at = match.groups()
+        inside = "/".join(part for part in (within, folder) if part)
+        return cls(
+            f"{space or ''}{repository}/{inside}".rstrip("/"),
+            None,
+            repository=repository,
+            folder=inside,
+            revision=revision or at,
+            is_space=bool(space),
+        )
 
     @cached_property
     def files(self) -> list[str]:
@@ -111,16 +124,23 @@ class Place:
             raise _no_object(self, name, content)
         return {str(key): value for key, value in content.items()}
 
+    @property
+    def _kind(self) -> str:
+        """Of the repository, as the hub calls it."""
+        return "space" if self.is_space else "model"
+
     def _listed(self) -> list[str]:
         """The files of the repository, or those of it that the cache holds where the hub cannot be reached."""
         import huggingface_hub
 
         assert self.repository is not None
         try:
-            return huggingface_hub.HfApi().list_repo_files(self.repository, revision=self.revision)
+            return huggingface_hub.HfApi().list_repo_files(self.repository, revision=self.revision, repo_type=self._kind)
         except Exception as error:  # offline, no such repository, no access: many classes
             try:
-                kept = Path(huggingface_hub.snapshot_download(self.repository, revision=self.revision, local_files_only=True))
+                kept = Path(
+                    huggingface_hub.snapshot_download(self.repository, revision=self.revision, repo_type=self._kind, local_files_only=True)
+                )
             except Exception:
                 raise _unreachable(self, error) from error
             return [path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()]
@@ -130,7 +150,7 @@ class Place:
 
         assert self.repository is not None
         try:
-            return Path(huggingface_hub.hf_hub_download(self.repository, name, revision=self.revision))
+            return Path(huggingface_hub.hf_hub_download(self.repository, name, revision=self.revision, repo_type=self._kind))
         except Exception as error:
             raise _unreachable(self, error) from error
 
@@ -138,9 +158,9 @@ class Place:
 # ---- errors
 
 
-def _nothing_there(path: Path) -> FileError:
-    expected = f"a file or folder, a repository of the hub as 'owner/name', or {' or '.join(SHIPPED)}"
-    return FileError(f"no dictionary at '{path}'", expected=expected, found="nothing there", remedy="check the path")
+def _nothing_there(path: Path, what: str, shipped: Sequence[str]) -> FileError:
+    expected = " or ".join(["a file or folder, a repository of the hub as 'owner/name'", *shipped])
+    return FileError(f"no {what} at '{path}'", expected=expected, found="nothing there", remedy="check the path")
 
 
 def _missing(place: Place, name: str) -> DamagedFileError:

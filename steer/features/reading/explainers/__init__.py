@@ -1,0 +1,1 @@
+"""Explainers of features, one file each."""
