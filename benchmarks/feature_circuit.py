@@ -61,6 +61,7 @@ def measured(circuit: FeatureCircuit, held_out: Any, seconds: float) -> dict[str
         "held_out_target": vars(held_out),
         "held_out_shares": held_out.shares(),
         "exact_correlation": circuit.exact.correlation,
+        "exact_rank_correlation": circuit.exact.rank_correlation,
         "score_and_exact": {
             name: [round(float(score), 4), round(float(exact), 4)]
             for name, score, exact in zip(circuit.exact.names, circuit.exact.attributed, circuit.exact.exact, strict=True)

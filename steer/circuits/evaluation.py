@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from steer.circuits.attribution import REST, Key
@@ -72,8 +73,13 @@ class ExactEffects:
             return float("nan")
         return float(torch.corrcoef(torch.stack([self.attributed.double(), self.exact.double()]))[0, 1])
 
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's; NaN likewise."""
+        return float(spearmanr(self.attributed, self.exact).statistic) if len(self.names) > 1 else float("nan")
+
     def __repr__(self) -> str:
-        return f"ExactEffects({len(self.names)} nodes, correlation {self.correlation:.3f})"
+        return f"ExactEffects({len(self.names)} nodes, correlation {self.correlation:.3f}, of ranks {self.rank_correlation:.3f})"
 
 
 class Evaluation:
