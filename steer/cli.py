@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steer import __version__
+from steer.commands.verbs import VERBS
 from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)
@@ -44,7 +45,6 @@ USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the use
 }
 RUNS = ("run", "plan", "lock", "report")
 ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
-VERBS = {"features": ("train", "find", "page", "evaluate")}  # commands of their own: module and configuration `features_train`, ...
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [
