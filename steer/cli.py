@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steer import __version__
-from steer.commands import VERBS
+from steer.commands.verbs import VERBS
 from steer.errors import ConfigError, SteerError, StorageFullError, did_you_mean
 
 # command -> (what it does, an example); a module of the same name in steer.commands has run(config)

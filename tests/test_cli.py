@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import VERBS, ab, features_train, generate, info, say, train
+from steer.commands import ab, features_train, generate, info, say, train
 from steer.commands.config import dtype_named, listed
+from steer.commands.verbs import VERBS
 from steer.directions import Direction, Directions
 from steer.directions.text import plan_from_text
 from steer.errors import ConfigError, NonFiniteError

@@ -1,3 +1,1 @@
 """The commands of `steer`: `<name>.py` has `run(config)` of the command of that name, the other modules are parts of them."""
-
-VERBS = {"features": ("train", "find", "page", "evaluate")}  # commands of their own: module and configuration `features_train`, ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from steer.commands import VERBS, ab
+from steer.commands import ab
+from steer.commands.verbs import VERBS
 from steer.errors import ConfigError
 
 what_is_left = ab.what_is_left

@@ -28,7 +28,7 @@ def write_feature_page(
     """Writes the page of a reading of features.
 
     Everything is inside the file, and its content security policy lets nothing be loaded. 4,096 features with 15 examples each make about
-    10 MB; choose features of larger dictionaries.
+    13 MB; choose features of larger dictionaries.
 
     Args:
         path: of the HTML file; an existing one is replaced as a whole.

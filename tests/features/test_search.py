@@ -102,8 +102,11 @@ def test_rows_are_cut_and_split_between_texts() -> None:
     texts = MarkedTexts.read(tiny_tokenizer(), ["the cat sat on the mat", "a dog ran", "the cat"], {"cat": ["cat"]}, context=4)
     assert [len(row.ids) for row in texts.rows] == [4, 2, 3, 2] and texts.marks[:, 0].nonzero()[:, 0].tolist() == [1, 10]
     first, second = texts.split(0.5)
-    assert [len(row.ids) for row in first.rows] == [4, 2] and second.marks[:, 0].tolist() == [False] * 4 + [True]
+    assert [len(row.ids) for row in first.rows] == [4, 3] and second.marks[:, 0].tolist() == [False] * 3 + [True]
     assert second.of(torch.tensor([1]), torch.tensor([1])).item()
+    many = MarkedTexts.read(tiny_tokenizer(), ["the cat sat"] * 200, {"cat": ["cat"]})
+    first, second = many.split(0.3)
+    assert (len(first.rows), len(second.rows)) == (140, 60) and second.marks.sum() == 60
 
 
 # ---- scores

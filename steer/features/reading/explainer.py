@@ -57,7 +57,7 @@ def explainer_of(explainer: str | Explainer | Callable[[FeatureCard], str], sett
     of_type(explainer, Explainer, "the explainer", f"pass one of {', '.join(EXPLAINERS)}, or a function of a FeatureCard")
     if settings:
         raise _unknown_setting(type(explainer).__name__, settings, TypeError("settings go with a name"))
-    return explainer  # type: ignore[return-value]
+    return explainer
 
 
 # ---- errors

@@ -116,7 +116,7 @@ def _release(place: _Place, name: str, title: str, creator: str, url: str) -> di
     urls = [url] if url else []
     authors = {"creatorName": creator, "creatorNameShort": creator, "creatorId": place.creator, "creatorEmail": None}
     shown = {"visibility": "PUBLIC", "isNewUi": False, "featured": False, "descriptionShort": title, "urls": urls}
-    defaults = {"defaultSourceSetName": None, "defaultSourceId": None, "defaultUmapSourceIds": []}
+    defaults: dict[str, Any] = {"defaultSourceSetName": None, "defaultSourceId": None, "defaultUmapSourceIds": []}
     return {"name": name, "description": title, **authors, **shown, **defaults, "createdAt": place.created}
 
 
@@ -153,8 +153,10 @@ def _source(place: _Place, reading: FeatureReading, repository: str) -> dict[str
 
 def _feature(place: _Place, card: FeatureCard, hook: str, spread: tuple[list[float], list[int]]) -> dict[str, Any]:
     edges, counts = card.histogram
-    alignment = {f"neuron_alignment_{part}": [] for part in ("indices", "values", "l1")}
-    correlated = {f"correlated_{what}_{part}": [] for what in ("neurons", "features") for part in ("indices", "pearson", "l1")}
+    alignment: dict[str, list[Any]] = {f"neuron_alignment_{part}": [] for part in ("indices", "values", "l1")}
+    correlated: dict[str, list[Any]] = {
+        f"correlated_{what}_{part}": [] for what in ("neurons", "features") for part in ("indices", "pearson", "l1")
+    }
     return {
         "modelId": place.model, "layer": place.source, "index": str(card.feature), "sourceSetName": place.source_set,
         "creatorId": place.creator, "createdAt": place.created, "maxActApprox": card.maximum,

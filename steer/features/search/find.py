@@ -47,7 +47,7 @@ def find_features(
         model: that the dictionary was trained on, or one made of it.
         concepts: by name, words (a list), or labelled texts.
         texts: development text in which the words are looked for.
-        report_texts: other text; the last part of `texts` when None. Of labelled texts, some (whole groups) are held out.
+        report_texts: other text; blocks of `texts`, in turn with the others, when None. Of labelled texts some are held out.
         by: a name of `SEARCHES`, or a search with settings of its own, e.g. `OutputScore(strength=2.0)`.
         top: features of each concept at most.
         least: tokens of each concept's words that either part has to have.
@@ -216,7 +216,7 @@ def _no_texts(concept: str) -> ConfigError:
 
 
 def _report_alone() -> ConfigError:
-    remedy = "pass texts= too, or texts= alone, whose last part is then kept for the report"
+    remedy = "pass texts= too, or texts= alone, of which a part is then kept for the report"
     return ConfigError("there is text for the report and none to choose by", expected="texts=", found="report_texts= alone", remedy=remedy)
 
 

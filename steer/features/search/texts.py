@@ -15,6 +15,8 @@ from steer.errors import ConfigError, TokenizerError
 from steer.features.training.texts import documents, first_tokens
 from steer.model.tokens import Row, check_tokenizer
 
+BLOCKS = 20  # that texts are split by: long enough that most of them are of other documents than their neighbours
+
 
 @dataclass(frozen=True, eq=False)
 class MarkedTexts:
@@ -74,12 +76,14 @@ class MarkedTexts:
         return cls(tuple(rows), torch.cat(marks), _starts(rows))
 
     def split(self, share: float) -> tuple[MarkedTexts, MarkedTexts]:
-        """The first rows and the last ones, which are other text. share: of the tokens, in the second part. Raises TokenizerError."""
-        wanted = round((1 - share) * len(self.marks))
-        cut = int((self.starts < wanted).sum()) if wanted else 0
-        if not 0 < cut < len(self.rows):
+        """Two parts, of which the second one has a share of the text: blocks of rows in turn, so that either part has text from everywhere.
+        Raises ConfigError where there are too few rows."""
+        count = min(BLOCKS, len(self.rows))
+        of_row = torch.arange(len(self.rows)) * count // len(self.rows)  # block of each row
+        second = ((of_row + 1) * share + 1e-9).floor() > (of_row * share + 1e-9).floor()
+        if len(self.rows) < 2 or not 0 < int(second.sum()) < len(self.rows):
             raise _unsplit(len(self.rows))
-        return self._part(0, cut), self._part(cut, len(self.rows))
+        return self._part(~second), self._part(second)
 
     def of(self, texts: Tensor, positions: Tensor) -> Tensor:
         """[n, concepts] marks of tokens, by text and position."""
@@ -90,10 +94,11 @@ class MarkedTexts:
         """Of all rows."""
         return len(self.marks)
 
-    def _part(self, first: int, end: int) -> MarkedTexts:
-        rows = self.rows[first:end]
-        before = int(self.starts[first])
-        return MarkedTexts(rows, self.marks[before : before + sum(len(row.ids) for row in rows)], _starts(rows))
+    def _part(self, chosen: Tensor) -> MarkedTexts:
+        """The chosen of the rows. chosen: [rows] bool."""
+        rows = tuple(row for row, is_in in zip(self.rows, chosen.tolist(), strict=True) if is_in)
+        lengths = torch.tensor([len(row.ids) for row in self.rows])
+        return MarkedTexts(rows, self.marks[chosen.repeat_interleave(lengths)], _starts(rows))
 
 
 def _starts(rows: Sequence[Row]) -> Tensor:
@@ -138,7 +143,7 @@ def _no_text() -> TokenizerError:
 def _unsplit(rows: int) -> ConfigError:
     return ConfigError(
         "the texts are too short to keep some for the report",
-        expected="at least two rows of tokens in either part",
+        expected="at least one row of tokens in either part",
         found=f"{rows} rows",
         remedy="give more text, report_texts=, or a smaller context",
     )
