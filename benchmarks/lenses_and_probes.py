@@ -211,7 +211,7 @@ def truth(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> di
 
 
 def numbers(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ridge regression of latitude and longitude at the end of a city's name, and of a year two numbers after it was said."""
+    """Ridge regression of latitude and longitude at the end of a city's name, and of a year in its century after it was said."""
     data: dict[str, tuple[list[str], list[float], list[str]]] = {}
     if arguments.cities is not None:
         cities = json.loads(arguments.cities.read_text(encoding="utf-8")).values()
@@ -223,8 +223,9 @@ def numbers(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> 
         rows = table(arguments.years)
         random.Random(arguments.seed).shuffle(rows)
         sentences = list(dict.fromkeys(row["clean"] for row in rows))[: arguments.numbers]
-        years = [float(re.search(r"year (\d{4})", text)[1]) for text in sentences]  # type: ignore[index]
-        data["year"] = (sentences, years, [text.split()[1] for text in sentences])
+        # the text ends in the century, which would predict most of a whole year
+        years = [float(re.search(r"year \d\d(\d\d)", text)[1]) for text in sentences]  # type: ignore[index]
+        data["year in its century"] = (sentences, years, [text.split()[1] for text in sentences])
     read: dict[tuple[str, ...], dict[str, Tensor]] = {}
     rows_of_table = []
     for target, (texts, values, groups) in data.items():
@@ -249,7 +250,7 @@ def correctness(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace)
     """Whether the model's own short answer is right, read at some of its tokens; labelled by string match."""
     found: dict[str, Any] = {}
     for name, (prompts, exact_of) in questions_of(arguments).items():
-        said = complete(model, tokenizer, prompts, max_new_tokens=10, batch=16)
+        said = complete(model, tokenizer, prompts, max_new_tokens=18, batch=20)
         answers = []
         for prompt, answer in zip(prompts, said, strict=True):
             if (known := exact_of[prompt](answer)) is not None:
