@@ -174,6 +174,7 @@ def pronoun_features(model: nn.Module, tokenizer: Any, dictionary: Dictionary, t
 def plans(model: nn.Module, tokenizer: Any, dictionary: Dictionary, fit_on: Sequence[Sentence], top: int, draws: int) -> dict[str, Any]:
     """What is ablated, by name; of random features a list."""
     texts = [sentence.text for sentence in fit_on]
+    random.Random(0).shuffle(texts)  # a part is kept for the report
     features = pronoun_features(model, tokenizer, dictionary, texts, top)
     site, scope = dictionary.writes[0], Scope.parse("all!positions[0]")
 
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--dictionary", default="smollm2-135m-sae-12")
     parser.add_argument("--site", default="layers.20.output", help="whose mean is classified")
     parser.add_argument("--each", type=int, default=100, help="sentences of each kind at most")
-    parser.add_argument("--top", type=int, default=8, help="features of each kind of pronoun")
+    parser.add_argument("--top", type=int, default=4, help="features of each kind of pronoun")
     parser.add_argument("--draws", type=int, default=5, help="of random features")
     parser.add_argument("--heads", type=int, default=20, help="that are fitted, each on other sentences")
     parser.add_argument("--seed", type=int, default=0)

@@ -140,7 +140,9 @@ def runs(markdown: Markdown) -> str:
 
 def tried(markdown: Markdown) -> str:
     """Every concept and candidate of the first run."""
-    run = read()["golden_gate"]["features"]
+    if not _measured():
+        return NOT_YET
+    run = _measured()[0][1]["features"]
     head = ("concept", "feature", "average precision at its words", "in the other half", "doses tried", "factor at 0.2 nat")
     rows = []
     for trial in run["tried"]:
@@ -161,7 +163,7 @@ def dose_response(markdown: Markdown) -> str:
         density = "" if features["density"] is None else f", on at {features['density'][0]:.2%} of tokens"
         title = f"**{features['concept']}**: feature {features['features'][0]}{density}"
         parts.append(f"{title}; its words have a probability of {base:.5f} in the plain model.\n\n{markdown(head, rows)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or NOT_YET
 
 
 def _dose_row(arm: str, of_arm: Mapping[str, Any]) -> tuple[str, ...]:
