@@ -250,7 +250,7 @@ def correctness(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace)
     """Whether the model's own short answer is right, read at some of its tokens; labelled by string match."""
     found: dict[str, Any] = {}
     for name, (prompts, exact_of) in questions_of(arguments).items():
-        said = complete(model, tokenizer, prompts, max_new_tokens=18, batch=20)
+        said = complete(model, tokenizer, prompts, max_new_tokens=arguments.answer_tokens, batch=20)
         answers = []
         for prompt, answer in zip(prompts, said, strict=True):
             if (known := exact_of[prompt](answer)) is not None:
@@ -373,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--numbers", type=int, default=300, help="texts of each target that is a number, at most")
     parser.add_argument("--questions", type=Path, help="folder of winobias_dev.csv and movie_qa_test.csv")
     parser.add_argument("--answers", type=int, default=100, help="questions of each set")
+    parser.add_argument("--answer-tokens", type=int, default=18, help="of an answer to a question")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{date.today()}_cpu_lenses_and_probes.json")
     chosen = parser.parse_args(argv)
