@@ -17,9 +17,12 @@ OLDEST_TESTS := tests/training tests/intervene/test_untouched.py tests/drift/tes
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with and without steering, and write a report that compares the arms
+demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with and without steering, and write a report that compares the arms; clamp a feature
 	@echo "== running the tone experiment (a few minutes on two cores)"
 	$(BIN)/steer train experiment=tone
+	@echo "== a feature of war, of the dictionary that comes with the library, clamped to three quarters of its maximum"
+	$(BIN)/steer say dictionaries.sae=smollm2-135m-sae-12 'steer="clamp(sae, feature=2969, to=0.75, of_maximum=true)@generated"' \
+		'prompts=[Tell me a story about a boy and his dog.]'
 
 test: $(VENV)/.dev  ## the whole test suite
 	@echo "== running the tests with $(WORKERS) workers"
