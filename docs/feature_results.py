@@ -233,7 +233,8 @@ def decimals(_: Markdown) -> str:
 
 
 def factor(effect: float) -> str:
-    return f"{math.exp(effect):.2g}x" if abs(effect) > math.log(10) else f"{math.exp(effect):.2f}x"
+    value = math.exp(effect)
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def factors(effect: float, low: float | None, high: float | None) -> str:

@@ -158,8 +158,8 @@ def _trial(
 
 
 def _not_clamped(candidate: FoundFeature) -> Trial:
-    development, report = (scores.get("average_precision") for scores in (candidate.development, candidate.report))
-    return Trial(candidate.concept, candidate.feature, development, report, (), (), (), None)
+    here, elsewhere = (scores.get("average_precision") for scores in (candidate.development, candidate.report))
+    return Trial(candidate.concept, candidate.feature, here, elsewhere, (), (), (), None)
 
 
 # ---- errors

@@ -231,6 +231,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     model, data = write_model(folder / "model"), write_data(folder / "data")
     for name, texts in {"speaking": SPEAKING, "neutral": NEUTRAL, "passages": TEXTS, "other_text": NEUTRAL}.items():
         (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (data / "pairs.jsonl").write_text((data / "heldout.jsonl").read_text())
     planted(FAMILIES["llama"]()).save(folder / "dictionary")
     return model, data, folder / "dictionary"
 
@@ -276,6 +277,17 @@ def test_clamped_while_tuned_from_its_configuration(parts, tmp_path: Path, monke
     assert ab(parts, tmp_path / "one", "golden_gate_tuned", *FEW, *short) == 0
     arms = {arm["name"]: arm["outcomes"]["concept"]["mean"] for arm in read_metrics(tmp_path / "one")["arms"]}
     assert len({round(value, 9) for value in arms.values()}) == 5, "plain, while tuned, random, both, afterwards"
+
+
+def test_features_of_all_concepts_are_ablated_together(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Result, "report", lambda result, path: path)
+    words = ["experiment.features.concepts.verses=[song]", "experiment.features.concepts.dates=[sun,moon,star]"]
+    assert ab(parts, tmp_path / "one", "decimals", *words, "experiment.features.candidates=2", "draws=2") == 0
+    metrics = read_metrics(tmp_path / "one")
+    assert not undocumented(metrics) and metrics["features"]["concept"] is None and 3 in metrics["features"]["features"]
+    assert len(metrics["features"]["features"]) >= 3 and all(trial["factor"] is None for trial in metrics["features"]["tried"])
+    arms = {arm["name"]: arm["outcomes"]["larger_gap"] for arm in metrics["arms"]}
+    assert arms["ablated"]["change"] != 0 and len(arms["random"]["by_draw"]) == 2
 
 
 @pytest.mark.parametrize("more", [["experiment.features.chosen=[1]"], ["experiment.features.concepts=null"]])
