@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import steer
-from steer.drift import StageComparison, compare_readings, read_features
+from steer.drift import StageComparison, compare_text_means, text_means
 from steer.drift.stage_tests import sign_flips_of_features
 from steer.drift.stages import TextMeans
 from steer.model.tokens import Row
@@ -94,7 +94,7 @@ def main() -> None:
     unseen = of_training[options.steps * options.batch :]
     texts = {"other text": pieces(tokenizer, options.texts, options.length, options.count, seed=1), "text of the training": unseen}
     started = time.process_time()
-    before = {name: read_features(dictionary, model.eval(), rows) for name, rows in texts.items()}
+    before = {name: text_means(dictionary, model.eval(), rows) for name, rows in texts.items()}
     reading = time.process_time() - started
     losses = train(model, of_training[: options.steps * options.batch], options.batch, options.lr)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,9 @@ def main() -> None:
         "loss": losses,
     }
     for name, rows in texts.items():
-        after = read_features(dictionary, model, rows)
+        after = text_means(dictionary, model, rows)
         started = time.process_time()
-        comparison = compare_readings(before[name], after)
+        comparison = compare_text_means(before[name], after)
         testing = time.process_time() - started
         print(f"{name}: {comparison.summary()}", flush=True)
         result[name] = {

@@ -3,7 +3,7 @@
 from steer.drift.feature_groups import TrackedFeatures
 from steer.drift.metric import METRICS
 from steer.drift.records import DriftRecord
-from steer.drift.stages import StageComparison, compare_features, compare_readings, read_features
+from steer.drift.stages import StageComparison, compare_features, compare_text_means, text_means
 from steer.drift.store import DriftStore
 from steer.drift.tracker import DriftTracker
 
@@ -15,6 +15,6 @@ __all__ = [
     "StageComparison",
     "TrackedFeatures",
     "compare_features",
-    "compare_readings",
-    "read_features",
+    "compare_text_means",
+    "text_means",
 ]

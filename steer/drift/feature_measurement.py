@@ -18,7 +18,7 @@ LEVEL = 0.95  # of the intervals
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureReading:
+class FeatureFigures:
     """Statistics of k features at one time; fp64 on the CPU.
 
     Attributes:
@@ -39,7 +39,7 @@ class FeatureReading:
     texts: int
 
     @classmethod
-    def of_texts(cls, texts: TextFeatures, used: Tensor) -> FeatureReading:
+    def of_texts(cls, texts: TextFeatures, used: Tensor) -> FeatureFigures:
         """Probe mode. used: [texts] bool."""
         means, shares = _per_text(texts, used)
         sums, on = texts.sums[used].sum(0), texts.on[used].sum(0)
@@ -48,7 +48,7 @@ class FeatureReading:
         return cls(means.mean(0), means.std(0), shares.mean(0), sums / on, maximum, nothing, int(used.sum()))
 
     @classmethod
-    def of_tokens(cls, sums: FeatureSums) -> FeatureReading:
+    def of_tokens(cls, sums: FeatureSums) -> FeatureFigures:
         """Stream mode."""
         n, texts = sums.moments.n, sums.texts
         ratios = torch.stack([sums.moments.mean, sums.on / n])  # [2, k]
@@ -58,10 +58,10 @@ class FeatureReading:
         mean_on = n * sums.moments.mean / sums.on
         return cls(sums.moments.mean, sums.moments.sd, ratios[1], mean_on, sums.maximum, errors, int(texts))
 
-    def copy(self) -> FeatureReading:
+    def copy(self) -> FeatureFigures:
         """The same with tensors of its own."""
         tensors = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return FeatureReading(texts=self.texts, **tensors)
+        return FeatureFigures(texts=self.texts, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class FeatureMeasurement(Measurement):
 
     Attributes:
         tracked: the group.
-        now, baseline: see `FeatureReading`.
+        now, baseline: see `FeatureFigures`.
         text_changes: [2, texts, features] change of each text's mean activation and density; probe mode.
     """
 
@@ -79,8 +79,8 @@ class FeatureMeasurement(Measurement):
     tracked: FeatureGroup
     mode: str
     n: int
-    now: FeatureReading
-    baseline: FeatureReading
+    now: FeatureFigures
+    baseline: FeatureFigures
     seed: int = 0
     text_changes: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -90,13 +90,13 @@ class FeatureMeasurement(Measurement):
         """Probe mode: the texts that have a token that the dictionary was trained on, now and at the baseline."""
         used = (texts.counts > 0) & (baseline.counts > 0)
         changes = torch.stack(_per_text(texts, used)) - torch.stack(_per_text(baseline, used))
-        readings = (FeatureReading.of_texts(texts, used), FeatureReading.of_texts(baseline, used))
+        readings = (FeatureFigures.of_texts(texts, used), FeatureFigures.of_texts(baseline, used))
         return cls(group, "probe", int(used.sum()), *readings, seed, changes)
 
     @classmethod
     def of_windows(cls, group: FeatureGroup, window: FeatureSums, baseline: FeatureSums) -> FeatureMeasurement:
         """Stream mode: from the sums of a window and of the first one."""
-        now, before = FeatureReading.of_tokens(window), FeatureReading.of_tokens(baseline)
+        now, before = FeatureFigures.of_tokens(window), FeatureFigures.of_tokens(baseline)
         if window is baseline:  # a window does not differ from itself by chance
             now = before = replace(now, errors=torch.zeros_like(now.errors))
         return cls(group, "stream", int(window.moments.n), now, before)

@@ -169,8 +169,8 @@ class StageComparison:
         )
 
 
-def read_features(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *, span: str | int = "all") -> TextMeans:
-    """Reads every feature of a dictionary in every text, for `compare_readings`. The model may be freed or changed afterwards.
+def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *, span: str | int = "all") -> TextMeans:
+    """Reads every feature of a dictionary in every text, for `compare_text_means`. The model may be freed or changed afterwards.
 
     Memory grows with the features that are on in a text, not with the width of the dictionary times the tokens.
 
@@ -188,8 +188,8 @@ def read_features(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row]
     return means
 
 
-def compare_readings(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: int = 9999, seed: int = 0) -> StageComparison:
-    """Compares what `read_features` gave at two stages; arguments and errors as of `compare_features`."""
+def compare_text_means(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: int = 9999, seed: int = 0) -> StageComparison:
+    """Compares what `text_means` gave at two stages; arguments and errors as of `compare_features`."""
     if a.dictionary is not b.dictionary or len(a.counts) != len(b.counts):
         raise _unpaired(a, b)
     if not 0 < alpha < 1:
@@ -228,7 +228,7 @@ def compare_features(
 
     Args:
         dictionary: one that reads one site, an autoencoder or a transcoder, the same for both stages.
-        stage_a, stage_b: the models. Where there is room for one, use `read_features` and `compare_readings`.
+        stage_a, stage_b: the models. Where there is room for one, use `text_means` and `compare_text_means`.
         texts: six or more, none of those that the model was trained on; more texts find smaller changes.
         span: which tokens are read.
         alpha: family-wise error rate.
@@ -242,8 +242,8 @@ def compare_features(
         >>> print(comparison.summary(), comparison.table(10))
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
-    readings = [read_features(dictionary, model, texts, span=span) for model in (stage_a, stage_b)]
-    return compare_readings(*readings, alpha=alpha, draws=draws, seed=seed)
+    readings = [text_means(dictionary, model, texts, span=span) for model in (stage_a, stage_b)]
+    return compare_text_means(*readings, alpha=alpha, draws=draws, seed=seed)
 
 
 # ---- errors
@@ -268,5 +268,5 @@ def _unpaired(a: TextMeans, b: TextMeans) -> ConfigError:
         "two readings of features cannot be compared",
         expected="readings of the same texts by the same dictionary object",
         found=f"{len(a.counts)} and {len(b.counts)} texts, {same}",
-        remedy="call read_features for both stages with the same dictionary and texts",
+        remedy="call text_means for both stages with the same dictionary and texts",
     )

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from steer.drift.stage_tests import StageTests, sign_flips_of_features
-from steer.drift.stages import compare_features, compare_readings, read_features
+from steer.drift.stages import compare_features, compare_text_means, text_means
 from steer.errors import ConfigError
 from steer.features.activations.topk import TopK
 from steer.model.tokens import Row
@@ -105,9 +105,9 @@ def test_chance_flags_one_comparison_in_twenty(n: int) -> None:
 def test_two_random_halves_of_the_differences_between_stages_move_nothing(tiny: Tiny) -> None:
     """Two stages, exchanged at random in half of the texts: no stage is above the other, whatever moved."""
     model, own, rows = tiny("llama").eval(), dictionary(), texts(30)
-    readings = [read_features(own, each, rows) for each in (model, moved_along(model, own.encoder_rows([3])[0], 0.05))]
+    readings = [text_means(own, each, rows) for each in (model, moved_along(model, own.encoder_rows([3])[0], 0.05))]
     a, b = (reading.columns(slice(0, FEATURES), torch.arange(30)) for reading in readings)
-    assert len(compare_readings(*readings).moved) > 0
+    assert len(compare_text_means(*readings).moved) > 0
     flagged = 0
     for trial in range(60):
         signs = torch.randint(0, 2, (30, 1), generator=torch.Generator().manual_seed(trial)) * 2 - 1
@@ -154,6 +154,6 @@ def test_what_cannot_be_compared_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match="no level"):
         compare_features(own, model, model, texts(8), alpha=5)
     with pytest.raises(ConfigError, match=r"cannot be compared[\s\S]*8 and 9 texts, one dictionary"):
-        compare_readings(read_features(own, model, texts(8)), read_features(own, model, texts(9)))
+        compare_text_means(text_means(own, model, texts(8)), text_means(own, model, texts(9)))
     with pytest.raises(ConfigError, match="the dictionary"):
         compare_features([1], model, model, texts(8))  # type: ignore[arg-type]
