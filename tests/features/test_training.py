@@ -325,6 +325,24 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
             torch.testing.assert_close(two[number][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def _measure_on_a_rank(folder: Path, held_out: int) -> None:
+    options = {"limit_val_batches": None, "val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": -1, "devices": 2}
+    module, trainer = run([CONFIGS["topk"]], until=4, options={"held_out": held_out}, num_nodes=1, strategy="ddp", **options)
+    if trainer.global_rank == 0:
+        (folder / "figures.json").write_text(json.dumps(list(module.figures.values())))
+
+
+@pytest.mark.parametrize("held_out", [5, 7])
+def test_processes_measure_what_one_does_however_few_rows_are_held_out(held_out: int, tmp_path: Path) -> None:
+    """One pass is 5 rows: the second process has none, or the 2 that are left over."""
+    run_on_ranks(_measure_on_a_rank, tmp_path, held_out)
+    (two,) = json.loads((tmp_path / "figures.json").read_text())
+    options = {"limit_val_batches": None, "val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": -1}
+    one, _ = run([CONFIGS["topk"]], until=4, options={"held_out": held_out}, **options)
+    (figures,) = one.figures.values()
+    assert two == pytest.approx(figures, rel=1e-3) and figures["tokens"] == held_out * 11
+
+
 # ---- what a dictionary may see
 
 

@@ -161,9 +161,9 @@ class ActivationData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[HeldOutPass]:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(
-            _HeldOut([HeldOutPass(self.held_out, number) for number in range(rank, len(self.held_out), ranks)]), batch_size=None
-        )
+        own = [HeldOutPass(self.held_out, number) for number in self.held_out.to_measure[rank::ranks]]
+        # a process without a pass runs the first one, too, and adds sums of 0 to those of the others
+        return DataLoader(_HeldOut(own or [HeldOutPass(self.held_out, 0, counts=False)]), batch_size=None)
 
 
 class _Fill:

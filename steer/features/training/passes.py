@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,11 @@ class Passes:
 
     def __len__(self) -> int:
         return len(self.rows) // self.per_pass
+
+    @property
+    def to_measure(self) -> range:
+        """Numbers of all passes, with a last one over the rows that are left over: training leaves them out, a measurement does not."""
+        return range(math.ceil(len(self.rows) / self.per_pass))
 
     @property
     def tokens(self) -> int:
