@@ -20,6 +20,7 @@ from steer.commands.ab import quieten_libraries
 from steer.commands.cell_run import fit
 from steer.commands.config import dtype_named, listed
 from steer.errors import ConfigError
+from steer.features.formats.own import check_dtype
 from steer.features.training import ActivationData, DictionaryConfig, DictionaryModule, Optimisation, read_texts, token_rows
 from steer.features.training.finished import METRICS, defined, save
 from steer.features.training.learner import Learner
@@ -47,6 +48,7 @@ def train(config: DictConfig) -> dict[str, dict[str, float]]:
     whole_number(config.batch, "`batch`", least=1)
     whole_number(config.checkpoint_every, "`checkpoint_every`", least=1)
     whole_number(config.evaluate_every, "`evaluate_every`", least=1)
+    check_dtype(config.save_dtype)  # not when everything is trained
     folder, console = Path(config.folder), Console()
     text = config.text
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))

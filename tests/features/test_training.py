@@ -448,6 +448,8 @@ def test_the_command_trains_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = ["features", "train", "data=book.txt", "model.name=model", "sites=[layers.0.output,layers.1.output]", "width=[32]", "k=3"]
     arguments += ["batch=100", "context=20", "buffer=400", "held_out=4", "checkpoint_every=4", "evaluate_every=4", "folder=out"]
     arguments += ["lr_warmup=2", "sparsity_warmup=2", "trainer.accelerator=cpu", "save_dtype=float32"]
+    assert main([*arguments, "tokens=1200", "save_dtype=float8"]) == 2
+    assert "float8" in capsys.readouterr().err and not Path("out/checkpoints").exists()  # before anything is trained
     assert main([*arguments, "tokens=1200"]) == 0
     printed = capsys.readouterr().out
     assert "layers.0.output_32" in printed and "fvu" in printed
