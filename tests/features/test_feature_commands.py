@@ -133,7 +133,7 @@ def test_mistakes_of_evaluate_are_named(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_labelled_text_may_hold_any_sign_and_is_held_out_alone_where_it_has_no_group(tmp_path: Path) -> None:
-    texts = ["one two", "three\u2028four", "five\x85six", "seven"]
+    texts = ["one two", "three\u2028four", "five\x85six", "seven eight"]
     records = [{"text": text, "label": i % 2, **({"group": "a"} if i == 0 else {})} for i, text in enumerate(texts)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     read = labelled_texts(tiny_tokenizer(), tmp_path / "texts.jsonl")
