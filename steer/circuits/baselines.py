@@ -24,7 +24,7 @@ class Baseline:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What prompts showed at a split site. mean: over tokens. was_on: [features] bool, whether a feature was on at any of them."""
+    """What prompts showed at a split site. mean: over tokens. was_on: [roles, features] bool, whether a feature was on at any of a role."""
 
     mean: Baseline
     was_on: Tensor
@@ -38,16 +38,18 @@ def zero_baselines(passes: Passes) -> dict[str, Baseline]:
 def seen(passes: Passes) -> dict[str, Seen]:
     """By name of the dictionary, over all tokens of the prompts that have a role and that the dictionary was trained on."""
     sums = {name: (base.features.double(), base.rest.double()) for name, base in zero_baselines(passes).items()}
-    was_on = {split.name: torch.zeros(split.width, dtype=torch.bool) for split in passes.splits}
+    roles_in_all = len(passes.texts.role_names)
+    was_on = {split.name: torch.zeros(roles_in_all, split.width, dtype=torch.bool) for split in passes.splits}
     counts = dict.fromkeys(sums, 0)
 
     def act(split: SplitSite, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
-        is_in = split.roles(batch, x) != NO_ROLE
+        roles = split.roles(batch, x)
+        is_in = roles != NO_ROLE
         f = split.encode(x, batch)
         rest = y.to(f.dtype) - split.decode(f, x)
         for total, values in zip(sums[split.name], (f, rest), strict=True):
             total += values[is_in].double().sum(0).cpu()
-        was_on[split.name] |= (f[is_in] != 0).any(0).cpu()
+        was_on[split.name] |= torch.stack([(f[roles == role] != 0).any(0) for role in range(roles_in_all)]).cpu()
         counts[split.name] += int(is_in.sum())
         return y
 

@@ -31,8 +31,10 @@ class Faithfulness:
         full: nothing ablated. empty: all features and errors.
         circuit: all features but the circuit's. circuit_alone: also all errors. errors_alone: all features, but no error.
         without_circuit: the circuit's features.
-        random, random_alone, without_random: the same for as many features drawn at random at each site, of those that were on; means over
-            draws.
+        random, random_alone, without_random: the same for as many features drawn at random at each site and role, of those that were on
+            there; means over draws, NaN without any.
+        drawn_share: number of random features / number of the circuit's; below 1 where too few others were on, and what is random is then
+            a smaller circuit.
     """
 
     full: float
@@ -44,6 +46,7 @@ class Faithfulness:
     random: float
     random_alone: float
     without_random: float
+    drawn_share: float = 1.0
 
     def share(self, name: str) -> float:
         """(value - empty) / (full - empty) of one of them: 1 for the model as it is, 0 where everything is ablated."""
@@ -51,7 +54,7 @@ class Faithfulness:
 
     def shares(self) -> dict[str, float]:
         """Of all of them."""
-        return {name: self.share(name) for name in asdict(self)}
+        return {name: self.share(name) for name in asdict(self) if name != "drawn_share"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +107,14 @@ class Evaluation:
         return (self.mean(self._nothing) - left / prompts).float()
 
     def faithfulness(self, circuit: Sequence[Key], *, draws: int, seed: int) -> Faithfulness:
-        """Of the features among `circuit`, beside features drawn from those that are on in these prompts."""
+        """Of the features among `circuit`, beside features drawn from those that are on at the same roles of these prompts."""
         generator = torch.Generator().manual_seed(seed)
         was_on = {name: found.was_on for name, found in seen(self.passes).items()}
         inside = self._masks(circuit)
         drawn = [self._drawn(circuit, was_on, generator) for _ in range(draws)]
 
         def random(ablated: Callable[[Mapping[str, Tensor]], Ablated]) -> float:
-            return sum(self.mean(ablated(masks)) for masks in drawn) / max(draws, 1)
+            return sum(self.mean(ablated(masks)) for masks in drawn) / draws if draws else float("nan")
 
         nothing = {name: torch.zeros_like(mask) for name, mask in inside.items()}
         return Faithfulness(
@@ -124,6 +127,7 @@ class Evaluation:
             random=random(lambda masks: self._all_but(masks, errors=True)),
             random_alone=random(lambda masks: self._all_but(masks, errors=False)),
             without_random=random(self._only),
+            drawn_share=_size(drawn[0]) / _size(inside) if drawn and _size(inside) else 1.0,
         )
 
     # ---- one pass
@@ -161,12 +165,13 @@ class Evaluation:
         return masks
 
     def _drawn(self, circuit: Sequence[Key], was_on: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """As many features at each site and role as the circuit has, of those that were on in any prompt and are not in it there."""
+        """As many features at each site and role as the circuit has, of those that were on there in any prompt and are not in it; fewer
+        where there are not so many."""
         masks = {}
         for name, inside in self._masks(circuit).items():
             masks[name] = torch.zeros_like(inside)
             for role, of_role in enumerate(inside):
-                others = (was_on[name] & ~of_role).nonzero().flatten()
+                others = (was_on[name][role] & ~of_role).nonzero().flatten()
                 masks[name][role, others[torch.randperm(len(others), generator=generator)[: int(of_role.sum())]]] = True
         return masks
 
@@ -201,6 +206,10 @@ class Evaluation:
             return features, rest
 
         return ablated
+
+
+def _size(masks: Mapping[str, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def _at(mask: Tensor, roles: Tensor) -> Tensor:

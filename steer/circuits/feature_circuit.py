@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ class FeatureCircuit:
     def save(self, path: str | Path) -> Path:
         """Writes the graph, what was measured, and which dictionaries it is of, without their numbers."""
         origins = {name: origin_of(dictionary) for name, dictionary in self.dictionaries.items()}
-        measured = None if self.faithfulness is None else vars(self.faithfulness)
+        measured = None if self.faithfulness is None else {name: None if isnan(x) else x for name, x in vars(self.faithfulness).items()}
         return self.graph.save(path, dictionaries=origins, error_share=dict(self.error_share), faithfulness=measured)
 
     @classmethod
@@ -131,7 +132,9 @@ class FeatureCircuit:
         with damage_of(path, "a feature circuit with its dictionaries and error shares"):
             more = {key: manifest[key] for key in ("dictionaries", "error_share", "faithfulness")}
             check_kinds(more, {"dictionaries": dict, "error_share": dict, "faithfulness": (dict, type(None))})
-            faithfulness = None if more["faithfulness"] is None else Faithfulness(**more["faithfulness"])
+            faithfulness = None
+            if more["faithfulness"] is not None:
+                faithfulness = Faithfulness(**{name: nan if x is None else x for name, x in more["faithfulness"].items()})
             for name, origin in more["dictionaries"].items():
                 _check_same(name, origin, dictionaries)
             return cls(graph, {name: dictionaries[name] for name in more["dictionaries"]}, more["error_share"], faithfulness)

@@ -17,6 +17,7 @@ from steer.errors import ConfigError
 from steer.features.evaluation import Perturbation, SparseProbe, reconstruction, sparse_probing, targeted_perturbation
 from steer.features.load import load_dictionary
 from steer.features.training import read_texts, token_rows
+from steer.features.training.finished import defined
 from steer.files import atomic_write
 from steer.model.load import load
 
@@ -37,8 +38,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.data is not None:
         texts = read_texts(str(config.data), split=config.text.split, field=config.text.field, subset=config.text.subset)
         rows = token_rows(tokenizer, texts, context=config.context, seed=config.seed, max_tokens=config.max_tokens)
-        metrics["reconstruction"] = reconstruction(model, dictionary, rows)
-        console.print(_figures(metrics["reconstruction"]))
+        kept = reconstruction(model, dictionary, rows)
+        metrics["reconstruction"] = defined(kept)
+        console.print(_figures(kept))
     if tasks:
         probes = sparse_probing(model, dictionary, tasks, k=list(config.k), holdout=config.holdout, seed=config.seed, progress="texts")
         metrics["sparse_probing"] = {name: probe.described() for name, probe in probes.items()}

@@ -20,7 +20,8 @@ def labelled_texts(tokenizer: Any, where: str | Path) -> LabelledTexts:
     """
     records = _records(where, lambda label: label in (0, 1), '{"text": "...", "label": 0 or 1}, with "group" as text or without')
     has_groups = any(record.get("group") is not None for record in records)
-    groups = [record.get("group") or "" for record in records] if has_groups else ()
+    # a text without a group is one of its own: all of them together would be held out together
+    groups = [record.get("group") or f"text {i} without a group" for i, record in enumerate(records)] if has_groups else ()
     texts, labels = ([record[key] for record in records] for key in ("text", "label"))
     return LabelledTexts.from_texts(tokenizer, texts, labels, groups=groups)
 
@@ -38,7 +39,7 @@ def _records(where: str | Path, is_label: Callable[[Any], bool], expected: str) 
     if not path.is_file():
         raise _no_file(path)
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of text, they would end at signs that may stand in one, too
         if not line.strip():
             continue
         try:
@@ -59,5 +60,8 @@ def _no_file(path: Path) -> FileError:
     return FileError(f"no labelled texts at '{path}'", expected="a file of JSON lines", found="nothing there", remedy="check the path")
 
 
-def _wrong_line(path: Path, number: int, line: str, expected: str) -> DamagedFileError:
-    return DamagedFileError(f"line {number} of '{path}' is no labelled text", expected=expected, found=line[:120], remedy="correct it")
+def _wrong_line(path: Path, number: int, line: bytes, expected: str) -> DamagedFileError:
+    found = line.decode(errors="replace")[:120]
+    return DamagedFileError(
+        f"line {number} of '{path}' is no labelled text", expected=f"{expected}, in UTF-8", found=found, remedy="correct it"
+    )

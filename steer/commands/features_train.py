@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +20,11 @@ from steer.commands.ab import quieten_libraries
 from steer.commands.cell_run import fit
 from steer.commands.config import dtype_named, listed
 from steer.errors import ConfigError
+from steer.features.formats.own import check_dtype
 from steer.features.training import ActivationData, DictionaryConfig, DictionaryModule, Optimisation, read_texts, token_rows
-from steer.features.training.finished import METRICS, save
+from steer.features.training.finished import METRICS, defined, save
 from steer.features.training.learner import Learner
+from steer.features.training.stopping import CheckpointBehindMeasurement, Patience
 from steer.files import atomic_write
 from steer.model.load import load
 
@@ -46,6 +48,7 @@ def train(config: DictConfig) -> dict[str, dict[str, float]]:
     whole_number(config.batch, "`batch`", least=1)
     whole_number(config.checkpoint_every, "`checkpoint_every`", least=1)
     whole_number(config.evaluate_every, "`evaluate_every`", least=1)
+    check_dtype(config.save_dtype)  # not when everything is trained
     folder, console = Path(config.folder), Console()
     text = config.text
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
@@ -70,7 +73,7 @@ def train(config: DictConfig) -> dict[str, dict[str, float]]:
         for learner in cast(list[Learner], list(module.learners)):
             name = str(learner.config.name)
             save(learner, folder / name, module.figures[name], model=config.model.name, training=told, dtype=config.save_dtype)
-        atomic_write(folder / METRICS, json.dumps(module.figures, indent=2) + "\n")
+        atomic_write(folder / METRICS, json.dumps({name: defined(of_one) for name, of_one in module.figures.items()}, indent=2) + "\n")
         console.print(_table(module.figures))
         console.print(f"dictionaries in {folder}", soft_wrap=True)
     return module.figures
@@ -108,14 +111,11 @@ def what_is_left(out: Path) -> str:
 def _trainer(config: DictConfig, folder: Path, steps: int) -> pl.Trainer:
     shows_progress = config.trainer.progress and sys.stdout.isatty()
     callbacks: list[pl.Callback] = [
-        ModelCheckpoint(
-            folder / CHECKPOINTS, filename="step={step}", auto_insert_metric_name=False, every_n_train_steps=config.checkpoint_every,
-            monitor="step", mode="max", save_top_k=1, save_on_train_epoch_end=False,
-        )
-    ]  # fmt: skip
+        CheckpointBehindMeasurement(folder / CHECKPOINTS, every=config.checkpoint_every, measured_every=config.evaluate_every)
+    ]
     if config.patience is not None:
         whole_number(config.patience, "`patience`", least=1)
-        callbacks.append(EarlyStopping("val/fvu", patience=config.patience, min_delta=1e-3, check_on_train_epoch_end=False))
+        callbacks.append(Patience(config.patience))
     return pl.Trainer(
         max_steps=steps,
         max_epochs=-1,

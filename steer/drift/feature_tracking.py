@@ -69,8 +69,8 @@ class FeatureReader:
 
     @torch.compiler.disable  # compiled code would depend on what is read in the first pass of a window alone
     def _read_dictionary(self, h: Tensor, mask: Tensor) -> None:
-        if self.quality is not None and self._quality_is_due:
-            self.quality.update(h[mask])
+        if self.quality is not None and self._quality_is_due and len(tokens := h[mask]):  # the first pass that has any
+            self.quality.update(tokens)
             self._quality_is_due = False
 
     def move(self, device: torch.device) -> None:

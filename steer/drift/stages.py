@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,10 +32,11 @@ class TextMeans:
         places: [entries] text * width + feature, in ascending order. means: [entries] fp32.
         counts: [texts] tokens that the dictionary was trained on.
         quality: sums over all tokens, of the dictionary.
+        read: SHA-256 of the tokens that were read.
     """
 
-    def __init__(self, dictionary: SparseAutoencoder, starts: Tensor) -> None:
-        self.dictionary = dictionary
+    def __init__(self, dictionary: SparseAutoencoder, starts: Tensor, read: str = "") -> None:
+        self.dictionary, self.read = dictionary, read
         self.starts = starts
         self.counts = torch.zeros(len(starts))
         self.quality = DictionarySums(dictionary)
@@ -181,7 +184,9 @@ def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *
         span: which tokens are read; those that the dictionary was not trained on are left out.
     """
     own = of_one_read_site("a stage comparison", dictionary)
-    means = TextMeans(own, torch.tensor([span_of(row, span)[0] for row in texts]))
+    spans = [span_of(row, span) for row in texts]
+    read = hashlib.sha256(json.dumps([(row.ids, of_row) for row, of_row in zip(texts, spans, strict=True)]).encode()).hexdigest()
+    means = TextMeans(own, torch.tensor([start for start, _ in spans]), read)
     with undisturbed(model):
         capture(model, texts, {own.reads[0]: means}, span=span)
     means.finish()
@@ -190,7 +195,7 @@ def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *
 
 def compare_text_means(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: int = 9999, seed: int = 0) -> StageComparison:
     """Compares what `text_means` gave at two stages; arguments and errors as of `compare_features`."""
-    if a.dictionary is not b.dictionary or len(a.counts) != len(b.counts):
+    if a.dictionary is not b.dictionary or a.read != b.read:
         raise _unpaired(a, b)
     if not 0 < alpha < 1:
         raise _no_level(alpha)
@@ -264,9 +269,12 @@ def _no_level(alpha: float) -> ConfigError:
 
 def _unpaired(a: TextMeans, b: TextMeans) -> ConfigError:
     same = "one dictionary" if a.dictionary is b.dictionary else "two dictionaries"
+    texts = f"{len(a.counts)} and {len(b.counts)} texts"
+    if a.dictionary is b.dictionary and len(a.counts) == len(b.counts):
+        texts = f"{texts} with other tokens, or another span of them"
     return ConfigError(
         "two readings of features cannot be compared",
         expected="readings of the same texts by the same dictionary object",
-        found=f"{len(a.counts)} and {len(b.counts)} texts, {same}",
+        found=f"{texts}, {same}",
         remedy="call text_means for both stages with the same dictionary and texts",
     )

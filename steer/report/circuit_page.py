@@ -75,7 +75,7 @@ def _said(node: Node, score: float, examples: Examples) -> str:
 
 
 def _facts(circuit: FeatureCircuit) -> dict[str, str | None]:
-    facts = circuit.graph.facts
+    facts, found = circuit.graph.facts, circuit.faithfulness
     return {
         "Target": f"{facts.get('target')}, {number(facts['value'])}" if "value" in facts else None,
         "Prompts": str(facts.get("prompts")),
@@ -83,6 +83,7 @@ def _facts(circuit: FeatureCircuit) -> dict[str, str | None]:
         "Baseline": facts.get("baseline"),
         "Gradient": f"{facts.get('gradient')}" + (f", integrated over {facts['steps']} steps" if facts.get("steps") else ""),
         **{f"Carried by errors of {name}": f"{share:.0%}" for name, share in circuit.error_share.items()},
+        "Random features": None if found is None or found.drawn_share == 1 else f"{found.drawn_share:.0%} of the circuit's number were on",
     }
 
 

@@ -1,5 +1,7 @@
 """Feature circuits: scores are gradients, edges add up to scores, ablation is exact where the model is linear, padding changes nothing."""
 
+import math
+
 import pytest
 import torch
 from circuits.circuit_helpers import FEATURES, WIDTH, autoencoder, every_node, transcoder
@@ -8,7 +10,8 @@ from hand import hook_count, ids, padded, vector
 from transformers import OlmoConfig, OlmoForCausalLM
 
 import steer
-from steer.circuits import Graph, LogitDifference, LogProbability, feature_circuit
+from steer.circuits import FeatureCircuit, Graph, LogitDifference, LogProbability, feature_circuit
+from steer.circuits.evaluation import Evaluation
 from steer.circuits.graph import TARGET
 from steer.circuits.linear import norms_of
 from steer.errors import AnatomyError, ConfigError
@@ -240,6 +243,34 @@ def test_ablating_the_circuit_in_the_evaluation_is_the_plan(tiny):
         ablated = float(TARGET_OF(model(torch.tensor([prompts[0].ids])).logits[0], 0))
     assert ablated == pytest.approx(circuit.faithfulness.without_circuit, rel=1e-4)
     assert ablated != pytest.approx(circuit.faithfulness.full, rel=1e-2)
+
+
+def test_random_features_are_as_many_as_the_circuits_and_were_on_at_the_same_tokens(tiny, monkeypatch):
+    model, dictionaries, prompts = tiny("llama"), {"sae": autoencoder()}, rows(TOKENS)
+    drawn = []
+    drawing = Evaluation._drawn
+    monkeypatch.setattr(Evaluation, "_drawn", lambda *given: drawn.append(drawing(*given)) or drawn[-1])
+    circuit = feature_circuit(model, dictionaries, prompts, TARGET_OF, nodes=4, edges=30, positions="each", embedding=False, draws=2)
+    with torch.no_grad():
+        h = model(torch.tensor([prompts[0].ids]), output_hidden_states=True).hidden_states[2][0]
+        was_on = dictionaries["sae"].encode(h) != 0  # [tokens, features]
+    counts = dict.fromkeys(circuit.graph.facts["roles"], 0)
+    for node in circuit.graph.of_kind("feature"):
+        counts[node.role] += 1
+    assert sum(counts.values()) >= 3 and circuit.faithfulness.drawn_share == 1
+    for masks in drawn:
+        assert masks["sae"].sum(1).tolist() == list(counts.values()) and not bool((masks["sae"] & ~was_on).any())
+
+
+def test_too_few_others_for_a_random_circuit_are_reported(tiny, tmp_path):
+    model, dictionaries = tiny("llama"), {"sae": autoencoder()}
+    circuit = whole(model, dictionaries, rows(TOKENS), evaluate=True)
+    f = circuit.faithfulness
+    assert f.drawn_share < 0.5 and "drawn_share" not in f.shares()
+    assert FeatureCircuit.load(circuit.save(tmp_path / "circuit"), dictionaries).faithfulness == f
+    undrawn = feature_circuit(model, dictionaries, rows(TOKENS), TARGET_OF, nodes=3, edges=9, draws=0)
+    nothing = FeatureCircuit.load(undrawn.save(tmp_path / "undrawn"), dictionaries).faithfulness
+    assert nothing.circuit == undrawn.faithfulness.circuit and math.isnan(nothing.random) and math.isnan(nothing.share("without_random"))
 
 
 def test_faithfulness_on_other_prompts_is_that_of_the_same_features_there(tiny):

@@ -124,6 +124,23 @@ def test_stream_mode_counts_the_labelled_tokens_alone(tiny: Tiny) -> None:
         assert (record.change_low, record.change_high) == pytest.approx((record.change - half, record.change + half), rel=1e-3, abs=1e-6)
 
 
+def test_a_first_batch_without_a_token_does_not_leave_the_dictionary_unmeasured(tiny: Tiny) -> None:
+    model, own = tiny("llama").train(), dictionary(first=2)
+    tracked, nothing = tracker(own, stream=True), batch(0)
+    nothing["labels"] = torch.full_like(nothing["labels"], -100)
+    nothing["labels"][:, 1] = nothing["input_ids"][:, 1]  # a token that the dictionary was not trained on
+    with tracked.attached(model):
+        tracked.measure(0)
+        for inputs in (nothing, batch(1)):
+            model(**inputs)
+        tracked.measure(1)
+        (first,) = [record for record in tracked.latest if record.kind == "dictionary" and record.mode == "stream"]
+        model(**batch(2))
+        tracked.measure(2)
+        (second,) = [record for record in tracked.latest if record.kind == "dictionary" and record.mode == "stream"]
+    assert first.n > 0 and first.metrics["fvu"] > 0 and second.metrics["fvu_change"] == second.metrics["fvu"] - first.metrics["fvu"]
+
+
 def test_features_are_computed_in_full_precision_under_autocast(tiny: Tiny) -> None:
     model, own, read = tiny("llama").train(), dictionary(), []
     tracked = tracker(own, stream=True)

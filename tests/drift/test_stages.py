@@ -115,6 +115,14 @@ def test_two_random_halves_of_the_differences_between_stages_move_nothing(tiny: 
     assert flagged <= stats.binom.ppf(0.999, 60, 0.05)
 
 
+def test_readings_of_other_texts_or_spans_are_not_compared(tiny: Tiny) -> None:
+    model, own, rows = tiny("llama").eval(), dictionary(), texts(8)
+    first = text_means(own, model, rows)
+    for other in (text_means(own, model, texts(9)[1:]), text_means(own, model, rows, span="last")):
+        with pytest.raises(ConfigError, match="other tokens, or another span"):
+            compare_text_means(first, other)
+
+
 def test_chunks_of_features_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = numbers(20, 50, seed=1).double() * (numbers(20, 50, seed=2) > 0)
     whole = of(differences)

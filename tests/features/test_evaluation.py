@@ -112,6 +112,7 @@ def test_mistakes_are_named(model: PreTrainedModel) -> None:
     for classes, error, says in (
         ({"a": ["the cat"] * 9}, ConfigError, "one of several classes"),
         ({"a": ["the cat"] * 9, "b": ["a dog"]}, ContrastError, "the class 'b' has too few texts"),
+        ({"a": ["the cat", "a cat", "one cat", "my cat"], "b": ["a dog", "my dog", "one dog", "the cat"]}, ContrastError, "there twice"),
     ):
         with pytest.raises(error, match=says):
             targeted_perturbation(model, dictionary, classes, tokenizer=tiny_tokenizer())

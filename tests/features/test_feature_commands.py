@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from features.words import sentences, word_dictionary
 from tiny_experiment import write_model
+from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from steer.cli import main
+from steer.commands.features_texts import labelled_texts
 from steer.features.reading import FeatureReading
 from steer.features.search import FoundFeatures
 
@@ -121,8 +123,18 @@ def test_evaluate_measures_what_there_is_text_for(place: Path, capsys: pytest.Ca
         ([], "has nothing to measure on"),
         (["classes=gone.jsonl"], "no labelled texts at 'gone.jsonl'"),
         (["classes=dogs.jsonl"], "line 1 of 'dogs.jsonl' is no labelled text"),
+        (["labelled.a=latin.jsonl"], "line 2 of 'latin.jsonl' is no labelled text"),
     ],
 )
 def test_mistakes_of_evaluate_are_named(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    (place / "latin.jsonl").write_bytes('{"text": "a cat", "label": 0}\n{"text": "a café", "label": 1}\n'.encode("latin-1"))
     assert main(["features", "evaluate", "dictionary.path=sae", "model.name=model", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_labelled_text_may_hold_any_sign_and_is_held_out_alone_where_it_has_no_group(tmp_path: Path) -> None:
+    texts = ["one two", "three\u2028four", "five\x85six", "seven eight"]
+    records = [{"text": text, "label": i % 2, **({"group": "a"} if i == 0 else {})} for i, text in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    read = labelled_texts(tiny_tokenizer(), tmp_path / "texts.jsonl")
+    assert len(read.rows) == 4 and read.groups[0] == "a" and len(set(read.groups)) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,38 @@ def test_the_report_is_of_other_text(model: PreTrainedModel) -> None:
     of = {one.feature: one for one in found.of("animal")}
     assert of[1].development["recall"] == of[3].development["recall"] == 0.5
     assert of[1].report["recall"] == 0 and of[3].report["recall"] == 1
+
+
+def test_a_report_on_the_text_that_features_were_chosen_by_is_warned_of(model: PreTrainedModel) -> None:
+    texts = sentences(60)
+    with pytest.warns(UserWarning, match="100% of the report is copies"):
+        search(model, texts=texts, report_texts=texts)
+    with pytest.warns(UserWarning, match="of the report is copies"):
+        search(model, texts=sentences(30) * 7)  # blocks of the same text stand in both parts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(model)
+
+
+def test_words_at_tokens_that_the_dictionary_was_not_trained_on_do_not_count(model: PreTrainedModel) -> None:
+    """They have no activation by which a feature could be chosen; every feature would score alike, and the first ones be the best."""
+    dictionary = word_dictionary(model, FEATURES, untrained=Untrained(first=1))
+    starts = [f"cat {text}" for text in sentences(40) if not {*ANIMALS} & {*text.split()}]
+    with pytest.raises(ConfigError, match="too few words in the development text"):
+        steer.find_features(model, dictionary, {"animal": ANIMALS}, tokenizer=tiny_tokenizer(), texts=starts, least=1)
+    texts = [f"cat {text}" for text in sentences(200)]
+    found = steer.find_features(
+        model, dictionary, {"animal": ["cat"]}, tokenizer=tiny_tokenizer(), texts=texts[:100], report_texts=texts[100:]
+    )
+    counted = [sum(text.split()[1:].count("cat") for text in part) for part in (texts[:100], texts[100:])]
+    assert [found.facts[part]["marked"]["animal"] for part in ("development", "report")] == counted
+
+
+def test_a_concept_without_a_token_that_is_read_has_no_scores() -> None:
+    counts = FiringCounts(2, 1)
+    counts.add(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1, dtype=torch.bool))
+    scores = counts.scores(0)
+    assert bool(scores["average_precision"].isnan().all()) and bool(scores["auroc"].isnan().all())
 
 
 def test_every_concept_that_was_tried_is_in_the_result(model: PreTrainedModel) -> None:

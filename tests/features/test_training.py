@@ -34,9 +34,10 @@ from steer.features.training import (
     token_rows,
 )
 from steer.features.training.active import ActiveFeatures, decode_active, encode_active
-from steer.features.training.finished import dictionary_of
+from steer.features.training.finished import dictionary_of, save
 from steer.features.training.learner import Processes
 from steer.features.training.passes import Passes
+from steer.features.training.stopping import CheckpointBehindMeasurement, Patience
 from steer.model.site import Site
 
 OUT, MLP_IN, MLP_OUT = "layers.1.output", "layers.1.mlp.input", "layers.1.mlp.output"
@@ -214,10 +215,60 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(until: int, tmp_path: Pa
     assert all(same(numbers(whole, number), numbers(resumed, number)) for number in range(2))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"seed": 1}, {"held_out": 5}, {"outlier": 2.0}, {"outlier": None}])
+def test_a_checkpoint_of_another_run_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     run([CONFIGS["batchtopk"]], until=2, folder=tmp_path)
-    with pytest.raises(ConfigError, match="data.seed"):
-        run([CONFIGS["batchtopk"]], from_file=tmp_path / "run.ckpt", options={"seed": 1})
+    with pytest.raises(ConfigError, match=f"data.{next(iter(options))}"):
+        run([CONFIGS["batchtopk"]], from_file=tmp_path / "run.ckpt", options=options)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run([CONFIGS["batchtopk"]], until=2, folder=tmp_path)
+    other = FAMILIES["llama"]()
+    with torch.no_grad():
+        other.model.layers[2].mlp.down_proj.weight[3, 4] += 1e-3  # one number, behind the site
+    monkeypatch.setitem(FAMILIES, "llama", lambda: other)
+    with pytest.raises(ConfigError, match="data.weights"):
+        run([CONFIGS["batchtopk"]], from_file=tmp_path / "run.ckpt")
+
+
+class NeverBetter(DictionaryModule):
+    """Its held-out FVU is the same at every measurement but the first."""
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        super().log(name, value if name != "val/fvu" else 1.0 if self.global_step == 2 else 0.5, **options)
+
+
+@pytest.mark.parametrize("until", [4, 5, 6, 8])
+def test_patience_ends_where_it_would_have_without_the_interruption(until: int, tmp_path: Path) -> None:
+    def steps_of(most: int, from_file: Path | None = None) -> tuple[int, dict[str, Tensor]]:
+        data = activation_data()
+        module = NeverBetter([CONFIGS["topk"]], data.calibrate(), Optimisation(12, lr_warmup=2, sparsity_warmup=3))
+        callbacks = [Patience(2), CheckpointBehindMeasurement(tmp_path, every=2 if until % 2 == 0 else 1, measured_every=2)]
+        trainer = pl.Trainer(
+            max_steps=most, max_epochs=-1, val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, accelerator="cpu",
+            devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=from_file)
+        return trainer.global_step, numbers(module)
+
+    assert steps_of(until)[0] == until  # 0.5 at 4 is better; the measurements at 6 and 8 are not
+    (last,) = tmp_path.glob("*.ckpt")
+    assert last.name == f"step={until}.ckpt"
+    steps, resumed = steps_of(12, last)
+    last.unlink()
+    whole = steps_of(12)
+    assert (steps, whole[0]) == (8, 8) and same(resumed, whole[1])
+
+
+def test_figures_that_are_not_defined_do_not_keep_a_dictionary_from_being_written(tmp_path: Path) -> None:
+    module, _ = run([CONFIGS["topk"]], until=2)
+    figures = {"fvu": 0.5, "ce_recovered": float("nan"), "l0": 4.0}  # no loss is recovered where the mean does no harm
+    folder = save(module.learners[0], tmp_path / "made", figures, model="tiny", training={"seed": 0}, dtype="float32")
+    expected = {"fvu": 0.5, "ce_recovered": None, "l0": 4.0}
+    assert steer.load_dictionary(folder).source.notes["metrics"] == expected
+    assert json.loads((folder / "metrics.json").read_text()) == expected
+    assert "| fvu | 0.5 |" in (folder / "README.md").read_text()
 
 
 def test_several_dictionaries_at_once_are_each_as_if_alone() -> None:
@@ -272,6 +323,24 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     for number in range(2):
         for name, tensor in numbers(one, number).items():
             torch.testing.assert_close(two[number][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def _measure_on_a_rank(folder: Path, held_out: int) -> None:
+    options = {"limit_val_batches": None, "val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": -1, "devices": 2}
+    module, trainer = run([CONFIGS["topk"]], until=4, options={"held_out": held_out}, num_nodes=1, strategy="ddp", **options)
+    if trainer.global_rank == 0:
+        (folder / "figures.json").write_text(json.dumps(list(module.figures.values())))
+
+
+@pytest.mark.parametrize("held_out", [5, 7])
+def test_processes_measure_what_one_does_however_few_rows_are_held_out(held_out: int, tmp_path: Path) -> None:
+    """One pass is 5 rows: the second process has none, or the 2 that are left over."""
+    run_on_ranks(_measure_on_a_rank, tmp_path, held_out)
+    (two,) = json.loads((tmp_path / "figures.json").read_text())
+    options = {"limit_val_batches": None, "val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": -1}
+    one, _ = run([CONFIGS["topk"]], until=4, options={"held_out": held_out}, **options)
+    (figures,) = one.figures.values()
+    assert two == pytest.approx(figures, rel=1e-3) and figures["tokens"] == held_out * 11
 
 
 # ---- what a dictionary may see
@@ -379,6 +448,8 @@ def test_the_command_trains_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = ["features", "train", "data=book.txt", "model.name=model", "sites=[layers.0.output,layers.1.output]", "width=[32]", "k=3"]
     arguments += ["batch=100", "context=20", "buffer=400", "held_out=4", "checkpoint_every=4", "evaluate_every=4", "folder=out"]
     arguments += ["lr_warmup=2", "sparsity_warmup=2", "trainer.accelerator=cpu", "save_dtype=float32"]
+    assert main([*arguments, "tokens=1200", "save_dtype=float8"]) == 2
+    assert "float8" in capsys.readouterr().err and not Path("out/checkpoints").exists()  # before anything is trained
     assert main([*arguments, "tokens=1200"]) == 0
     printed = capsys.readouterr().out
     assert "layers.0.output_32" in printed and "fvu" in printed

@@ -71,7 +71,8 @@ def targeted_perturbation(
         holdout: share of each class's texts that is held out. seed: of the split and of the random features.
 
     Raises:
-        ConfigError: fewer than two classes; a dictionary that does not write the site that it reads. ContrastError: too few texts.
+        ConfigError: fewer than two classes; a dictionary that does not write the site that it reads. ContrastError: too few texts, or
+            one of them twice.
     """
     of_type(classes, Mapping, "the classes", "pass {'name': [texts]}")
     number_within(holdout, "`holdout`", 0.05, 0.95)
@@ -89,6 +90,10 @@ def targeted_perturbation(
             raise _few_texts(name, len(texts))
         rows += [plain(tokenizer, text) for text in texts]
         labels += [number] * len(texts)
+    first: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(rows):
+        if first.setdefault(row.ids, i) != i:  # a copy among the held-out texts would be judged by what it was learned from
+            raise _repeated(tokenizer, row)
     random = torch.Generator().manual_seed(seed)
     test = _held_out(torch.tensor(labels), holdout, random)
     pooled = pooled_texts(model, dictionary, rows, progress=progress)
@@ -166,6 +171,15 @@ def _one_class(classes: Mapping[str, Sequence[str]]) -> ConfigError:
 
 def _few_texts(name: str, count: int) -> ContrastError:
     return ContrastError(f"the class '{name}' has too few texts", expected="4 or more", found=count, remedy="give more texts")
+
+
+def _repeated(tokenizer: Any, row: Row) -> ContrastError:
+    return ContrastError(
+        "a text of the classes is there twice",
+        expected="every text once, in one class: a copy that is held out would be judged by what it was learned from",
+        found=repr(tokenizer.decode(list(row.ids)))[:120],
+        remedy="remove one of them",
+    )
 
 
 def _other_site(dictionary: Dictionary) -> ConfigError:

@@ -14,6 +14,7 @@ from steer.directions.extractor import extra
 from steer.errors import ConfigError
 from steer.features.dictionary import Dictionary
 from steer.features.evaluation.pooled import PooledTexts, pooled_texts
+from steer.features.training.dictionary_config import generator
 from steer.lens.labelled import LabelledTexts
 
 LABELS = "random_labels"
@@ -85,7 +86,8 @@ def sparse_probing(
 def _probed(pooled: PooledTexts, labels: Tensor, train: list[int], test: list[int], k: Sequence[int], seed: int) -> SparseProbe:
     chosen = {count: _most_different(pooled.f[train], labels[train], count) for count in k}
     accuracy = {count: fitted_accuracy(pooled.f[:, features], labels, train, test) for count, features in chosen.items()}
-    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    # not the numbers by which the texts were split
+    shuffled = labels[torch.randperm(len(labels), generator=generator(seed, LABELS))]
     control = _most_different(pooled.f[train], shuffled[train], k[-1])
     share = float(labels[test].mean())
     return SparseProbe(

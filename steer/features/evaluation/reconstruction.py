@@ -34,7 +34,7 @@ def reconstruction(model: nn.Module, dictionary: Dictionary, rows: TokenRows, *,
     longest = dictionary.source.notes.get("max_norm_written")
     measured = Measured(dictionary, _means(passes, dictionary), longest)
     sums: Sums = {}
-    for number in range(len(passes)):
+    for number in passes.to_measure:
         for name, value in HeldOutPass(passes, number).measure({"": measured})[""].items():
             sums[name] = sums[name] + value if name in sums else value
     return {**figures(sums), "on_once": float((sums["on"] > 0).double().mean())}
@@ -44,7 +44,7 @@ def _means(passes: Passes, dictionary: Dictionary) -> dict[Site, Tensor]:
     """Mean activation at each site that is written, of tokens that the dictionary was trained on."""
     sums: dict[Site, Tensor] = {}
     tokens = 0
-    for number in range(len(passes)):
+    for number in passes.to_measure:
         activations = passes.run(number)
         kept = _trained_on(dictionary, activations)
         tokens += int(kept.sum())

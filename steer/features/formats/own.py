@@ -55,9 +55,14 @@ class Own(Format):
         return save(dictionary, path, dtype)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError unless dictionaries are written in it."""
+    one_of(dtype, list(_TYPES), "the dtype of a saved dictionary")
+
+
 def save(dictionary: Dictionary, path: str | Path, dtype: str) -> Path:
     """Writes a dictionary; biases and thresholds stay in float32. Raises ConfigError for an unknown dtype, and as `save_artifact`."""
-    one_of(dtype, list(_TYPES), "the dtype of a saved dictionary")
+    check_dtype(dtype)
     architecture = ARCHITECTURES.name_of(dictionary)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, str] = {}

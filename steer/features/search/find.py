@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from steer.lens.labelled import LabelledTexts
 from steer.model.anatomy import Anatomy
 
 Concept = Sequence[str] | LabelledTexts
+MOST_COPIES = 0.05  # of the tokens of the report: with more a warning is given
 
 
 def find_features(
@@ -72,7 +74,8 @@ def find_features(
     parts = _parts(tokenizer, texts, report_texts, words, holdout, context, max_tokens)
     labelled_parts = [{}, {}] if not labelled else _split(labelled, holdout, seed)
     for part, what in zip(parts, ("development", "report"), strict=True):
-        _check_tokens(part, words, least, what, needed="texts" in search.needs)
+        _check_tokens(part, words, least, what, dictionary.untrained.first, needed="texts" in search.needs)
+    _warn_of_copies(*parts)
     tasks = [
         SearchTask(model, dictionary, tokenizer, words, of_part, part, maxima=dictionary.maxima, progress=progress)
         for part, of_part in zip(parts, labelled_parts, strict=True)
@@ -167,16 +170,32 @@ def _split(labelled: Mapping[str, LabelledTexts], holdout: float, seed: int) -> 
     return parts
 
 
-def _check_tokens(part: MarkedTexts | None, words: Mapping[str, Sequence[str]], least: int, what: str, *, needed: bool) -> None:
-    """Raises ConfigError where a concept has too few tokens to be told from the others, or there is no text for one of words."""
+def _check_tokens(
+    part: MarkedTexts | None, words: Mapping[str, Sequence[str]], least: int, what: str, untrained: int, *, needed: bool
+) -> None:
+    """Raises ConfigError where a concept has too few tokens to be told from the others, or there is no text for one of words.
+
+    Args:
+        untrained: first tokens of a row, which no feature is read at.
+    """
     if part is None:
         if needed and words:
             raise _no_texts(next(iter(words)))
         return
-    counts = part.marks.sum(0).tolist()
+    counts = part.marked(untrained)
     few = {name: count for name, count in zip(words, counts, strict=True) if count < least}
     if few:
         raise _too_few(few, least, what, part.tokens)
+
+
+def _warn_of_copies(development: MarkedTexts | None, report: MarkedTexts | None) -> None:
+    """Warns where text of the report is text that features are chosen by."""
+    if development is not None and report is not None and (share := report.share_in(development)) > MOST_COPIES:
+        warnings.warn(
+            f"{share:.0%} of the report is copies of the text that features are chosen by, on which chosen features look better "
+            "than they are: give other text for the report, or leave repeated texts out",
+            stacklevel=3,
+        )
 
 
 def _facts(
@@ -186,7 +205,7 @@ def _facts(
     """What the result says of how it was found."""
     facts: dict[str, Any] = {"words": {name: list(of_one) for name, of_one in words.items()}}
     for what, part, of_part in zip(("development", "report"), parts, labelled, strict=True):
-        counts = [] if part is None else part.marks.sum(0).tolist()
+        counts = [] if part is None else part.marked(dictionary.untrained.first)
         marked = dict(zip(words, counts, strict=False))
         texts = {name: len(texts.rows) for name, texts in of_part.items()}
         facts[what] = {"tokens": 0 if part is None else part.tokens, "marked": marked, "labelled_texts": texts}

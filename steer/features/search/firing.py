@@ -54,7 +54,8 @@ class FiringCounts:
         return dict(zip(COLUMNS, values, strict=True))
 
     def _by_threshold(self, on: Tensor, concept: int) -> tuple[Tensor, Tensor]:
-        """[features] average precision and area under the ROC curve, tokens with the value 0 included; values of one cell are ties."""
+        """[features] average precision and area under the ROC curve, tokens with the value 0 included; values of one cell are ties.
+        NaN where no token is marked."""
         off = self.total - on.long()
         zero = (torch.arange(self.width) << BITS) + ZERO
         keys, order = torch.cat([self._keys, zero]).sort()  # by feature, then by value
@@ -68,7 +69,7 @@ class FiringCounts:
         sums = torch.zeros(2, self.width, dtype=torch.float64)
         sums[0].index_add_(0, feature, precision * positive)
         sums[1].index_add_(0, feature, positive * (below[1] + negative / 2))
-        return sums[0] / max(marked, 1), sums[1] / max(marked * others, 1)
+        return sums[0] / (marked or torch.nan), sums[1] / (marked * others or torch.nan)
 
     def summary(self) -> dict[str, Tensor]:
         """[features] fp32: density, mean where a feature is on, maximum."""

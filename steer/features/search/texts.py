@@ -89,6 +89,17 @@ class MarkedTexts:
         """[n, concepts] marks of tokens, by text and position."""
         return self.marks[self.starts[texts] + positions]
 
+    def marked(self, first: int = 0) -> list[int]:
+        """Marks of each concept, without those at the first tokens of rows."""
+        lengths = torch.tensor([len(row.ids) for row in self.rows])
+        position = torch.arange(len(self.marks)) - self.starts.repeat_interleave(lengths)
+        return self.marks[position >= first].sum(0).tolist()
+
+    def share_in(self, other: MarkedTexts) -> float:
+        """Share of the tokens that are in rows that other texts have, too."""
+        known = {row.ids for row in other.rows}
+        return sum(len(row.ids) for row in self.rows if row.ids in known) / self.tokens
+
     @property
     def tokens(self) -> int:
         """Of all rows."""

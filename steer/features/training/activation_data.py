@@ -129,10 +129,11 @@ class ActivationData(pl.LightningDataModule):
         return self._calibration
 
     def described(self) -> dict[str, Any]:
-        """What the order of tokens depends on, JSON-able."""
+        """What the activations and their order depend on, JSON-able."""
         facts = {"batch": self.batch, "fill": self.per_fill, "per_pass": self.passes.per_pass, "context": self.passes.rows.context}
         more = {"first": self.passes.first, "dtype": str(self.passes.dtype), "seed": self.seed, "rows": self.fingerprint}
-        return {**facts, **more, "sites": [str(site) for site in self.passes.sites]}
+        more |= {"held_out": len(self.held_out.rows), "outlier": None if self.outlier == math.inf else self.outlier}
+        return {**facts, **more, "sites": [str(site) for site in self.passes.sites], "weights": self.passes.weights}
 
     def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Activations]:
         """The share of one process in the batches of a run, from a step on, without end."""
@@ -160,9 +161,9 @@ class ActivationData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[HeldOutPass]:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(
-            _HeldOut([HeldOutPass(self.held_out, number) for number in range(rank, len(self.held_out), ranks)]), batch_size=None
-        )
+        own = [HeldOutPass(self.held_out, number) for number in self.held_out.to_measure[rank::ranks]]
+        # a process without a pass runs the first one, too, and adds sums of 0 to those of the others
+        return DataLoader(_HeldOut(own or [HeldOutPass(self.held_out, 0, counts=False)]), batch_size=None)
 
 
 class _Fill:

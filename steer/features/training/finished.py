@@ -102,14 +102,20 @@ def save(learner: Learner, folder: Path, metrics: Mapping[str, Any], *, model: s
     Raises:
         StorageFullError, WrongKindError: as `Dictionary.save`.
     """
-    notes = {**training, "metrics": dict(metrics)}
+    metrics = defined(metrics)
+    notes = {**training, "metrics": metrics}
     for name in (METRICS, CARD):  # of an earlier save: a folder with other things than a dictionary is not replaced
         (folder / name).unlink(missing_ok=True)
     dictionary = dictionary_of(learner, model=model, notes=notes)
     dictionary.save(folder, dtype=dtype)
     atomic_write(folder / CARD, card(dictionary, learner, metrics, training))
-    atomic_write(folder / METRICS, json.dumps(dict(metrics), indent=2) + "\n")
+    atomic_write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return folder
+
+
+def defined(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures with None for NaN, which no JSON file has: no share of the loss is recovered where ablation costs nothing."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
 
 
 def card(dictionary: Dictionary, learner: Learner, metrics: Mapping[str, Any], training: Mapping[str, Any]) -> str:

@@ -46,10 +46,11 @@ class HeldOutPass:
     Args:
         passes: over the held-out rows.
         number: of the pass.
+        counts: its sums are measured; otherwise they are 0.
     """
 
-    def __init__(self, passes: Passes, number: int) -> None:
-        self.passes = passes
+    def __init__(self, passes: Passes, number: int, *, counts: bool = True) -> None:
+        self.passes, self.counts = passes, counts
         self.ids = passes.ids(number).long()  # [rows, context]
 
     def measure(self, dictionaries: Mapping[str, Measured]) -> dict[str, Sums]:
@@ -57,7 +58,8 @@ class HeldOutPass:
         clean: dict[Site, Tensor] = {}
         plain = self._loss(reading=clean)
         ablated: dict[Any, Tensor] = {}
-        return {name: self._measure(measured, clean, plain, ablated) for name, measured in dictionaries.items()}
+        found = {name: self._measure(measured, clean, plain, ablated) for name, measured in dictionaries.items()}
+        return found if self.counts else {name: {key: torch.zeros_like(sum) for key, sum in sums.items()} for name, sums in found.items()}
 
     def _measure(self, measured: Measured, clean: dict[Site, Tensor], plain: Tensor, ablated: dict[Any, Tensor]) -> Sums:
         dictionary = measured.dictionary

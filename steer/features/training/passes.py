@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import safetensors.torch
@@ -21,6 +23,7 @@ from steer.model.tokens import Row
 from steer.tensor_files import read_safetensors
 
 Activations = dict[Site, Tensor]
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 class _Keep:
@@ -60,6 +63,11 @@ class Passes:
         return len(self.rows) // self.per_pass
 
     @property
+    def to_measure(self) -> range:
+        """Numbers of all passes, with a last one over the rows that are left over: training leaves them out, a measurement does not."""
+        return range(math.ceil(len(self.rows) / self.per_pass))
+
+    @property
     def tokens(self) -> int:
         """Of one pass, those at the start of rows left out."""
         return self.per_pass * (self.rows.context - self.first)
@@ -92,13 +100,18 @@ class Passes:
 
     def _key(self) -> str:
         """A name that changes with whatever the activations depend on, as far as it can be told."""
-        try:
-            weights = Anatomy.find(self.model).fingerprint()
-        except Exception:  # a model that is no decoder: its shapes have to do
-            weights = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
-        sums = [float(parameter.detach().double().sum()) for parameter in self.model.parameters()]
-        facts = [weights, sums, self.rows.fingerprint(), list(map(str, self.sites)), self.first, self.per_pass, str(self.dtype)]
+        facts = [self.weights, self.rows.fingerprint(), list(map(str, self.sites)), self.first, self.per_pass, str(self.dtype)]
         return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def weights(self) -> str:
+        """A digest of the model's weights: the same on any device, whatever the order in which numbers are added."""
+        try:
+            anatomy = Anatomy.find(self.model).fingerprint()
+        except Exception:  # a model that is no decoder: its shapes have to do
+            anatomy = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        sums = [int(p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.long)) for p in self.model.parameters()]
+        return hashlib.sha256(json.dumps([anatomy, sums], default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def joined(parts: Iterable[Activations]) -> Activations:
