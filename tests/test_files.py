@@ -494,3 +494,10 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def test_one_number_whose_stride_is_0(tmp_path):
+    value = torch.tensor(2.5).expand(1, 1)
+    files.save_artifact(tmp_path / "one", "plan", {"value": value}, {})
+    assert torch.equal(files.load_artifact(tmp_path / "one", "plan")[1]["value"], value)
+    assert files.tensor_hash({"value": value}) == files.tensor_hash({"value": torch.tensor([[2.5]])})

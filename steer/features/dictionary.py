@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from steer.errors import ConfigError
-from steer.features.encoder import chosen
+from steer.checks import tensor_of
+from steer.errors import ConfigError, WidthError
+from steer.features.encoder import check_shape, chosen
 from steer.features.provenance import Origin, Source, Untrained
-from steer.features.rows import Rows
+from steer.features.rows import Rows, check_finite
 from steer.intervene.operator import Operator
 from steer.intervene.source import OperatorSource
 from steer.model.site import Site
@@ -24,6 +25,23 @@ from steer.registry import Registry
 
 Features = Tensor | list[int] | int  # indices of chosen features
 Parts = Mapping[str, Any]  # Rows, tensors or None by name
+
+
+class _PerFeature:
+    """A statistic of every feature, [width] finite numbers or None. Setting another one raises WidthError, NonFiniteError, ConfigError."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, dictionary: Any, owner: type) -> Tensor | None:
+        return None if dictionary is None else dictionary.__dict__.get(self.name)
+
+    def __set__(self, dictionary: Dictionary, value: Tensor | None) -> None:
+        if value is not None:
+            value = tensor_of(value, f"`{self.name}` of a dictionary", "pass one number for each feature").detach().float()
+            check_shape(f"`{self.name}` of a dictionary", value, (dictionary.width,))
+            check_finite(value, f"`{self.name}` of a dictionary")
+        dictionary.__dict__[self.name] = value
 
 
 class Dictionary(OperatorSource):
@@ -47,8 +65,8 @@ class Dictionary(OperatorSource):
     width: int
     d_in: int
     d_out: int
-    maxima: Tensor | None = None
-    density: Tensor | None = None
+    maxima = _PerFeature()
+    density = _PerFeature()
 
     # ---- what an architecture says
 
@@ -176,7 +194,10 @@ class Dictionary(OperatorSource):
         raise NotImplementedError
 
     def _on_trained(self, f: Tensor, h: Tensor, positions: Tensor | None) -> Tensor:
-        inside = self.untrained.trained_on(h, positions if positions is None or len(self.reads) == 1 else positions.unsqueeze(-1))
+        if positions is not None:
+            positions = _checked_positions(positions, h.shape[: -1 if len(self.reads) == 1 else -2])
+            positions = positions if len(self.reads) == 1 else positions.unsqueeze(-1)
+        inside = self.untrained.trained_on(h, positions)
         if inside is None:
             return f
         return f * (inside if len(self.reads) == 1 else inside.all(-1)).unsqueeze(-1)
@@ -192,7 +213,59 @@ def probe(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(0, dtype=dtype)
 
 
+def check_sites(name: str, reads: int, writes: int, origin: Origin) -> None:
+    """Raises ConfigError for an origin with other numbers of sites, or of models, than a dictionary reads and writes."""
+    if (len(origin.reads), len(origin.writes)) != (reads, writes):
+        raise _wrong_sites(name, reads, writes, origin)
+    if origin.models and len(origin.models) != reads:
+        raise _wrong_models(name, reads, origin)
+
+
+def check_features(f: Tensor, count: int) -> None:
+    """Raises WidthError unless there is a number for each of so many features, [..., count]."""
+    if f.dim() == 0 or f.shape[-1] != count:
+        raise _wrong_features(f, count)
+
+
+def _checked_positions(positions: Tensor, tokens: torch.Size) -> Tensor:
+    """Positions that go with [...] tokens. Raises ConfigError, WidthError."""
+    positions = tensor_of(positions, "`positions`", "pass the place of each token in its text")
+    if positions.dim() > len(tokens) or any(
+        size not in (1, there) for size, there in zip(positions.shape[::-1], tokens[::-1], strict=False)
+    ):
+        raise _wrong_positions(positions, tokens)
+    return positions
+
+
 # ---- errors
+
+
+def _wrong_sites(name: str, reads: int, writes: int, origin: Origin) -> ConfigError:
+    return ConfigError(
+        f"the matrices of a {name} do not fit its sites",
+        expected=f"{reads} to read and {writes} to write",
+        found=f"{', '.join(map(str, origin.reads))} and {', '.join(map(str, origin.writes))}",
+        remedy="name as many sites as the file is of, in its order",
+    )
+
+
+def _wrong_models(name: str, reads: int, origin: Origin) -> ConfigError:
+    return ConfigError(
+        f"the models of a {name} do not fit its sites",
+        expected=f"{reads} names, one for each site that it reads",
+        found=list(origin.models),
+        remedy="name the models in the order in which their activations are stacked",
+    )
+
+
+def _wrong_features(f: Tensor, count: int) -> WidthError:
+    expected, remedy = f"[..., {count}]", "pass one number for each feature, in their order"
+    return WidthError("the features do not fit the dictionary", expected=expected, found=list(f.shape), remedy=remedy)
+
+
+def _wrong_positions(positions: Tensor, tokens: torch.Size) -> WidthError:
+    remedy = "pass the place of each token in its text, counted from 0"
+    return WidthError("`positions` do not fit the tokens", expected=list(tokens), found=list(positions.shape), remedy=remedy)
 
 
 def _no_target(dictionary: Dictionary) -> ConfigError:

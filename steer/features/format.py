@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from steer.checks import errors_of
-from steer.errors import ConfigError, DamagedFileError, SiteError, WrongKindError
+from steer.errors import ConfigError, DamagedFileError, SteerError, WrongKindError, in_file
 from steer.features.dictionary import Dictionary
 from steer.features.provenance import Origin, Source, Untrained
 from steer.features.rows import InFile, InMemory, Rows
-from steer.model.site import Site
+from steer.features.wanted import Wanted, sites_of
 from steer.place import Place
 from steer.registry import Registry
 from steer.tensor_files import open_safetensors
-
-
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """What the caller says beyond the file; see `load_dictionary`."""
-
-    layer: int | None = None
-    reads: str | list[str] | None = None
-    writes: str | list[str] | None = None
-    norm_factor: float | None = None
-    gain: Tensor | None = None
-    untrained: Untrained | None = None
-    models: tuple[str, ...] = ()
-    k: int | None = None
 
 
 class Format:
@@ -146,17 +134,21 @@ class Tensors:
             DamagedFileError: there is none, or it has another shape; with the file, the key and both shapes. NonFiniteError.
         """
         self._check(key, shape)
-        if key in self._held:
-            tensor = self._held[key]
-        else:
-            with open_safetensors(self._files[key]) as file:
-                tensor = file.get_tensor(key)
+        tensor = self._read(key)
         InMemory(tensor.reshape(1) if tensor.dim() == 0 else tensor, f"'{key}' of '{self.place.name}'")  # finite
         return tensor
 
     def optional(self, key: str, *shape: int | None) -> Tensor | None:
         """As `get`; None where there is none."""
         return self.get(key, *shape) if key in self else None
+
+    def whole_numbers(self, key: str) -> list[int]:
+        """Sizes and counts. Raises DamagedFileError for anything else."""
+        self._check_there(key)
+        listed = self._read(key).flatten().tolist()
+        if any(isinstance(number, complex) or number != int(number) for number in listed):
+            raise incomplete(self.place, f"whole numbers in '{key}'", listed[:8])
+        return [int(number) for number in listed]
 
     def rows(self, key: str, *shape: int | None, axis: int = 0) -> Rows:
         """One tensor as rows of features, which are counted along `axis`; left in the file where it is one of safetensors."""
@@ -171,10 +163,22 @@ class Tensors:
         if left:
             raise _unknown_tensors(self.place, left, self.taken)
 
-    def _check(self, key: str, shape: tuple[int | None, ...]) -> None:
+    def _read(self, key: str) -> Tensor:
+        if key in self._held:
+            return self._held[key]
+        with open_safetensors(self._files[key]) as file:
+            return file.get_tensor(key)
+
+    def _check_there(self, key: str) -> None:
         if key not in self.shapes:
             raise incomplete(self.place, f"the tensor '{key}'", f"{', '.join(sorted(self.shapes)) or 'no tensors'}")
         self.taken.add(key)
+
+    def _check(self, key: str, shape: tuple[int | None, ...]) -> None:
+        self._check_there(key)
+        dtype = self._held[key].dtype if key in self._held else self._dtypes[key]
+        if not dtype.is_floating_point:
+            raise _wrong_dtype(self.place, key, dtype)
         found = self.shapes[key]
         if shape and (len(found) != len(shape) or any(size not in (None, is_there) for size, is_there in zip(shape, found, strict=True))):
             raise _wrong_shape(self.place, key, shape, found)
@@ -204,10 +208,10 @@ def origin_of(
         ConfigError: neither says it. SiteError.
     """
     hooks = tuple(hooks)
-    chosen_reads = _sites(reads if wanted.reads is None else wanted.reads, wanted.layer)
+    chosen_reads = sites_of(reads if wanted.reads is None else wanted.reads, wanted)
     if chosen_reads is None:
         raise _no_site(place, hooks, "reads")
-    chosen_writes = _sites(writes if wanted.writes is None else wanted.writes, wanted.layer) if is_transcoder else chosen_reads
+    chosen_writes = sites_of(writes if wanted.writes is None else wanted.writes, wanted) if is_transcoder else chosen_reads
     if chosen_writes is None:
         raise _no_site(place, hooks, "writes")
     source = Source(format, place.name, place.revision, tuple(paths), model, hooks, (), dict(notes or {}))
@@ -225,18 +229,6 @@ def noted(dictionary: D, *folded: str) -> D:
     return dictionary
 
 
-def _sites(said: str | list[str] | None, layer: int | None) -> tuple[Site, ...] | None:
-    if said is None:
-        return None
-    texts = [said] if isinstance(said, str | Site) else list(said)
-    try:
-        return tuple(Site.parse(str(text).format(layer=layer) if "{layer}" in str(text) else text) for text in texts)
-    except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, SiteError):
-            raise
-        raise _no_site_text(said, error) from error
-
-
 def number_in(place: Place, settings: Mapping[str, Any], key: str, *, least: int = 1) -> int:
     """A whole number of a configuration. Raises DamagedFileError."""
     value = settings.get(key)
@@ -245,9 +237,32 @@ def number_in(place: Place, settings: Mapping[str, Any], key: str, *, least: int
     return int(value)
 
 
+@contextmanager
+def damage_in(place: Place, format: type[Format]) -> Iterator[None]:
+    """Raises DamagedFileError for what a format of ours stumbles over; typed errors get the name of the place where they lack it."""
+    try:
+        yield
+    except SteerError as error:
+        if place.name in str(error):
+            raise
+        raise in_file(error, place.name) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise incomplete(place, f"what belongs into files of '{format.name}'", f"{type(error).__name__}: {error}") from error
+
+
+def k_in(place: Place, settings: Mapping[str, Any], width: int, key: str = "k") -> int:
+    """Features per token of a top-k dictionary. Raises DamagedFileError for more than it has."""
+    k = number_in(place, settings, key)
+    if k > width:
+        raise incomplete(place, f"'{key}', {width} or less, as many features as there are", k)
+    return k
+
+
 def incomplete(place: Place, expected: str, found: object) -> DamagedFileError:
     """The error of files that lack a part, or have another one than they say."""
-    what = f"the dictionary '{place.name}' lacks a part"
+    what = f"the dictionary '{place.name}' lacks a part, or holds a wrong one"
     return DamagedFileError(what, expected=expected, found=str(found)[:300], remedy="get it again from where it came")
 
 
@@ -270,6 +285,11 @@ def _wrong_shape(place: Place, key: str, expected: tuple[int | None, ...], found
     shape = ", ".join("any" if size is None else str(size) for size in expected)
     what = f"the tensor '{key}' of '{place.name}' has another shape than the rest of the file says"
     return DamagedFileError(what, expected=f"[{shape}]", found=list(found), remedy="get it again from where it came")
+
+
+def _wrong_dtype(place: Place, key: str, found: torch.dtype) -> DamagedFileError:
+    what = f"the tensor '{key}' of '{place.name}' holds no real numbers"
+    return DamagedFileError(what, expected="a floating-point dtype", found=found, remedy="get it again from where it came")
 
 
 def _unknown_tensors(place: Place, left: list[str], taken: set[str]) -> WrongKindError:
@@ -321,9 +341,3 @@ def _no_site(place: Place, hooks: tuple[str, ...], argument: str) -> ConfigError
         found=f"the hook {', '.join(map(repr, hooks))}" if hooks else "no hook in the file",
         remedy=f"e.g. {argument}='layers.12.output', or the path of a module: 'module:model.layers.12.post_attention_layernorm:input'",
     )
-
-
-def _no_site_text(said: object, error: Exception) -> ConfigError:
-    expected = "a site, with {layer} in place of the layer or without"
-    return ConfigError(f"cannot read the site {said!r}", expected=expected, found=f"{type(error).__name__}: {error}",
-                       remedy="e.g. 'layers.{layer}.output'")  # fmt: skip

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from steer.checks import errors_of, finite_number, integer, of_type, tensor_of, whole_number
 from steer.features.dictionary import Dictionary
-from steer.features.format import Wanted, choose
+from steer.features.format import Wanted, choose, damage_in
 from steer.features.provenance import Untrained
 from steer.features.shipped import SHIPPED, shipped_folder
 from steer.place import Place
+
+_CORRECT = "correct its `read`; of a damaged file it raises `incomplete`"  # the remedy for a format of somebody's own
 
 
 def load_dictionary(
@@ -51,7 +53,7 @@ def load_dictionary(
 
     Raises:
         FileError: nothing there, or a hub that cannot be reached. WrongKindError: of no known format, or of an architecture that none here
-            is equal to. ConfigError: the file does not say something that the caller has to say.
+            is equal to. ConfigError: the file does not say something that the caller has to say, or an argument changes nothing of it.
         UnsafeFileError: a pickle of more than tensors. DamagedFileError, NonFiniteError: a broken file, with the tensor and its shape.
     """
     of_type(where, (str, Path), "the place of a dictionary", "pass a path, or a repository such as 'google/gemma-scope-2b-pt-res'")
@@ -62,9 +64,13 @@ def load_dictionary(
         whole_number(k, "`k`", least=1)
     if norm_factor is not None:
         finite_number(norm_factor, "`norm_factor`", above=0)
+    of_type(untrained, (Untrained, type(None)), "`untrained`", "e.g. steer.features.Untrained(first=1)")
     gain = None if gain is None else tensor_of(gain, "`gain`", "pass the gain of the norm, [width]").detach().float()
     place = Place.find(shipped_folder(where) or where, folder, revision, what="dictionary", shipped=SHIPPED)
     chosen = choose(place, format)
     wanted = Wanted(layer, reads, writes, norm_factor, gain, untrained, tuple(models), k)
-    with errors_of(f"the dictionary format '{chosen.name}'", "correct its `read`; of a damaged file it raises `incomplete`"):
-        return chosen.read(place, wanted)
+    is_ours = chosen.__module__.startswith("steer.")
+    with damage_in(place, chosen) if is_ours else errors_of(f"the dictionary format '{chosen.name}'", _CORRECT):
+        dictionary = chosen.read(place, wanted)
+    wanted.check_used(place, dictionary)
+    return dictionary

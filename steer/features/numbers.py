@@ -22,7 +22,7 @@ def per_feature(value: Numbers, features: Features, what: str) -> Tensor:
     check_finite(tensor, f"`{what}` of features")
     count = torch.as_tensor(features).numel()
     if tensor.dim() == 0:
-        tensor = tensor.expand(count)
+        tensor = tensor.repeat(count)
     if tensor.dim() == 1:
         tensor = tensor[None]
     if tensor.dim() != 2 or tensor.shape[1] != count or not tensor.numel():

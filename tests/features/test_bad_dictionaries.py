@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from features.dictionary_files import (
+    Case,
     D,
     N,
     circuit_tracer,
@@ -30,6 +32,7 @@ from torch import Tensor
 
 import steer
 from steer.errors import ConfigError, DamagedFileError, FileError, NonFiniteError, SiteError, UnsafeFileError, WidthError, WrongKindError
+from steer.features import Untrained
 
 
 def edited_json(path: Path, **changes: object) -> None:
@@ -54,6 +57,12 @@ def fails(path: Path, error: type[Exception], *said: str, **arguments: object) -
         steer.load_dictionary(path, **arguments).encode(torch.zeros(1, D))
     for text in said:
         assert text in str(caught.value)
+
+
+def own(folder: Path) -> Case:
+    case = saelens(folder / "foreign", "standard")
+    steer.load_dictionary(case.path).save(folder / "own")
+    return replace(case, path=folder / "own")
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -244,3 +253,108 @@ def test_our_own_files_are_sealed(tmp_path: Path) -> None:
         dictionary.save(tmp_path / "own", dtype="int4")
     with pytest.raises(ConfigError, match="is read, not written"):
         dictionary.save(tmp_path / "own", format="sparsify")
+
+
+def test_our_own_files_take_what_the_caller_says_better(tmp_path: Path) -> None:
+    path = steer.load_dictionary(saelens(tmp_path / "a", "standard").path).save(tmp_path / "own")
+    h = torch.randn(2, 4, D)
+    dictionary = steer.load_dictionary(path, reads="layers.{layer}.output", layer=5, untrained=Untrained(first=2))
+    assert [str(site) for site in (*dictionary.reads, *dictionary.writes)] == ["layers.5.output"] * 2
+    assert not bool(dictionary.encode(h, positions=torch.arange(4))[:, :2].any())
+    fails(path, ConfigError, "1 to read", reads=["layers.1.output", "layers.2.output"])
+    path = steer.load_dictionary(saelens(tmp_path / "b", "transcoder").path).save(tmp_path / "transcoder")
+    dictionary = steer.load_dictionary(path, writes="layers.4.mlp.output")
+    assert [str(site) for site in (*dictionary.reads, *dictionary.writes)] == ["layers.2.mlp.input", "layers.4.mlp.output"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"k": 3}, {"layer": 9}, {"gain": torch.ones(D)}, {"norm_factor": 2.0}, {"writes": "layers.1.mlp.output"}, {"models": ["a", "b"]},
+     {"reads": ["layers.1.output", "layers.2.output"]}],
+)  # fmt: skip
+@pytest.mark.parametrize("made", ["saelens", "openai", "dictionary_learning", "own"])
+def test_an_argument_that_changes_nothing_is_refused(tmp_path: Path, made: str, arguments: dict[str, object]) -> None:
+    cases: dict[str, Callable[[Path], Case]] = {
+        "saelens": lambda folder: saelens(folder, "standard"),
+        "openai": lambda folder: openai(folder, "TopK"),
+        "dictionary_learning": lambda folder: dictionary_learning(folder, "BatchTopKSAE"),
+        "own": own,
+    }
+    fails(cases[made](tmp_path / "made").path, ConfigError, str(tmp_path), **arguments)
+
+
+def test_an_argument_that_says_what_the_file_says_is_none_too_many(tmp_path: Path) -> None:
+    assert steer.load_dictionary(openai(tmp_path / "a", "TopK").path, layer=7, writes="layers.7.output").width == N
+
+
+def test_a_gain_is_folded_in_whatever_names_the_site(tmp_path: Path) -> None:
+    path, gain, h = gemma_scope(tmp_path, "transcoders").path, torch.linspace(0.5, 2, D), torch.randn(3, D)
+    with_gain = steer.load_dictionary(path, gain=gain)
+    named = steer.load_dictionary(path, gain=gain, reads="layers.3.mlp.input")
+    assert torch.equal(with_gain.encode(h), named.encode(h))
+    plain = steer.load_dictionary(path, reads="module:model.layers.3.norm:input")
+    torch.testing.assert_close(plain.encode(h / gain), named.encode(h))
+    for wrong in (torch.zeros(D), torch.full((D,), float("nan"))):
+        fails(path, ConfigError, "gain", "other than 0", gain=wrong)
+
+
+def test_more_features_per_token_than_there_are(tmp_path: Path) -> None:
+    edited_json(saelens(tmp_path / "a", "topk").path / "cfg.json", k=N + 1)
+    edited_json(sparsify(tmp_path / "b", "sae").path / "cfg.json", k=N + 1)
+    edited_json(llama_scope(tmp_path / "c", "topk").path / "hyperparams.json", top_k=N + 1)
+    edited_torch(dictionary_learning(tmp_path / "d", "AutoEncoderTopK").path / "ae.pt", lambda state: state.update(k=torch.tensor(N + 1)))
+    path = openai(tmp_path / "e", "TopK").path
+    edited_torch(path, lambda state: state["activation_state_dict"].update(k=N + 1))
+    for place in (tmp_path / "a", tmp_path / "b" / "layers.5", tmp_path / "c", tmp_path / "d", path):
+        fails(place, DamagedFileError, str(place), f"{N} or less", str(N + 1))
+    fails(qwen_scope(tmp_path).path, ConfigError, "1 to 1024", layer=1, k=1025)
+
+
+@pytest.mark.parametrize(("key", "value"), [("k", [4, 4]), ("k", 0), ("k", 2.5), ("threshold", [0.1, 0.2])])
+def test_numbers_of_a_batchtopk_file(tmp_path: Path, key: str, value: object) -> None:
+    path = dictionary_learning(tmp_path, "BatchTopKSAE").path
+    edited_torch(path / "ae.pt", lambda state: state.update({key: torch.tensor(value)}))
+    fails(path, DamagedFileError, str(path), f"'{key}'")
+
+
+@pytest.mark.parametrize("key", ["W_enc", "W_dec", "b_dec", "b_enc"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_hold_no_real_numbers(tmp_path: Path, key: str, dtype: torch.dtype) -> None:
+    path = saelens(tmp_path, "standard").path
+    edited_tensors(path / "sae_weights.safetensors", lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    fails(path, DamagedFileError, str(path), f"'{key}'", str(dtype))
+
+
+@pytest.mark.parametrize("changes", [{"metadata": "x"}, {"architecture": ["standard"]}, {"normalize_activations": ["none"]}])
+def test_a_damaged_configuration_is_not_put_down_to_the_reader(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = saelens(tmp_path, "standard").path
+    edited_json(path / "cfg.json", **changes)
+    fails(path, DamagedFileError, str(path))
+
+
+def test_a_file_of_openai_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    path = openai(tmp_path, "TopK").path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200])
+    fails(path, DamagedFileError, str(path))
+    path.write_bytes(whole)
+    edited_torch(path, lambda state: state.pop("latent_bias"))
+    fails(path, DamagedFileError, str(path), "'latent_bias'")
+    torch.save({"pre_bias": Path("x")}, path)
+    fails(path, UnsafeFileError, str(path))
+
+
+def test_numbers_of_another_shape_than_the_dictionary(tmp_path: Path) -> None:
+    dictionary, h = steer.load_dictionary(saelens(tmp_path, "standard").path, untrained=Untrained(first=1)), torch.randn(2, 4, D)
+    for call in (
+        lambda: dictionary.decode(torch.zeros(2, N + 1)),
+        lambda: dictionary.decode_selected(torch.zeros(2, 3), [1, 2]),
+        lambda: dictionary.encode(h, positions=torch.arange(5)),
+        lambda: dictionary.encode(h, positions=torch.zeros(4, 4, 1)),
+        lambda: setattr(dictionary, "maxima", torch.ones(N + 1)),
+        lambda: setattr(dictionary, "density", torch.ones(N, 2)),
+    ):
+        with pytest.raises(WidthError):
+            call()
+    dictionary.maxima = torch.ones(N)
+    assert dictionary.maxima.shape == (N,) and dictionary.density is None

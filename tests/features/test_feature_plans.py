@@ -257,3 +257,10 @@ def test_gains_are_learned_from_the_identity_and_read_as_a_table(tiny, tmp_path:
     assert sorted(row.feature for row in table) == sorted(CHOSEN)
     changes = [abs(row.gain - 1) + abs(row.offset) for row in table]
     assert changes == sorted(changes, reverse=True) and changes[0] > 0
+
+
+@pytest.mark.parametrize("made", [{"to": 6.0}, {"add": 1.0}, {"scale": 0.0}, {"low": 1.0}])
+def test_a_plan_of_one_feature_and_one_number_is_saved(made: dict[str, float], tmp_path: Path) -> None:
+    operator = steer.ClampFeatures(autoencoder("relu"), 3, **made)
+    loaded = Plan.load(plan_of(operator).save(tmp_path / "one")).interventions[0].operator
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in operator.tensors.items())

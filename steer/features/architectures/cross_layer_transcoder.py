@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.errors import ConfigError
 from steer.features.architectures.sparse_autoencoder import check_rows, needs_input
-from steer.features.dictionary import ARCHITECTURES, Dictionary, Features, Parts, probe
+from steer.features.dictionary import ARCHITECTURES, Dictionary, Features, Parts, check_features, probe
 from steer.features.encoder import Encoder, check_shape, chosen, wrong_width
 from steer.features.parts import encoder_from, encoder_parts, encoder_settings, named
 from steer.features.provenance import Origin
@@ -84,6 +84,7 @@ class CrossLayerTranscoder(Dictionary):
         return torch.cat(parts, -1)[..., order]
 
     def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
+        check_features(f, self.width)
         out = self.decoder_bias.to(f.device, f.dtype).expand(*f.shape[:-1], *self.decoder_bias.shape)
         for layer, part in enumerate(f.split([encoder.width for encoder in self.encoders], -1)):
             out = out + self._written(layer, part, self.decoders[layer].all(f))
@@ -94,8 +95,10 @@ class CrossLayerTranscoder(Dictionary):
         return out + torch.einsum("...ld,lod->...lo", h.to(out.dtype), self.skip.to(out.device, out.dtype))
 
     def decode_selected(self, f: Tensor, features: Features, h: Tensor | None = None) -> Tensor:
+        indices = chosen(features, self.width)
+        check_features(f, len(indices))
         out = f.new_zeros(*f.shape[:-1], *self.decoder_bias.shape)
-        for layer, places, numbers in self._by_layer(chosen(features, self.width)):
+        for layer, places, numbers in self._by_layer(indices):
             out = out + self._written(layer, f[..., places.to(f.device)], self.decoders[layer].select(numbers, f))
         return out
 

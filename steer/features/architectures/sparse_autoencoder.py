@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ConfigError
-from steer.features.dictionary import ARCHITECTURES, Dictionary, Features, Parts, probe
+from steer.features.dictionary import ARCHITECTURES, Dictionary, Features, Parts, check_features, check_sites, probe
 from steer.features.encoder import Encoder, Normalised, check_shape, chosen
 from steer.features.parts import encoder_from, encoder_parts, encoder_settings
 from steer.features.provenance import Origin
@@ -39,6 +39,8 @@ class SparseAutoencoder(Dictionary):
         self.width, self.d_in, self.d_out = encoder.width, encoder.rows.shape[-1], decoder.shape[-1]
         self.prefixes = tuple(prefixes)
         check_rows(self.name, encoder.rows, decoder)
+        if len(encoder.rows.shape) == len(decoder.shape) == 2:
+            check_sites(self.name, 1, 1, origin)
         check_shape("the bias of the decoder", decoder_bias, decoder.shape[1:])
         check_finite(decoder_bias, "the bias of the decoder")
         if self.prefixes and (sorted(set(self.prefixes)) != list(self.prefixes) or self.prefixes[0] < 1 or self.prefixes[-1] != self.width):
@@ -55,6 +57,7 @@ class SparseAutoencoder(Dictionary):
         return self.encoder.encode(h, features)
 
     def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
+        check_features(f, self.width)
         return self._completed(_sum_of_rows(f, self.decoder.all(f).flatten(1)), h)
 
     def reconstruct(self, h: Tensor, *, positions: Tensor | None = None) -> Tensor:
@@ -73,7 +76,9 @@ class SparseAutoencoder(Dictionary):
 
     def decode_selected(self, f: Tensor, features: Features, h: Tensor | None = None) -> Tensor:
         scale = self._normalised(h).scale
-        rows = self.decoder.select(chosen(features, self.width), f)
+        indices = chosen(features, self.width)
+        check_features(f, len(indices))
+        rows = self.decoder.select(indices, f)
         out = (f @ rows.flatten(1)).view(*f.shape[:-1], *self.decoder.shape[1:])
         return out if scale is None else out * scale
 

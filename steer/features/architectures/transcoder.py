@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from steer.errors import ConfigError
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder, needs_input
 from steer.features.dictionary import ARCHITECTURES, Parts
 from steer.features.encoder import Encoder, check_shape
@@ -54,6 +55,8 @@ class Transcoder(SparseAutoencoder):
     def with_gain(self, gain: Tensor) -> Self:
         """The same for activations that were multiplied by the gain of a norm, [d_in], which those of its training were not."""
         check_shape("the gain of the norm", gain, (self.d_in,))
+        if not bool((gain.isfinite() & (gain != 0)).all()):
+            raise _no_gain(gain)
         encoder = self.encoder
         shift = None if encoder.shift is None else encoder.shift * gain
         folded = Encoder(Scaled(encoder.rows, 1 / gain.double()), encoder.bias, encoder.activation, shift=shift, norm=encoder.norm)
@@ -69,3 +72,16 @@ class Transcoder(SparseAutoencoder):
     @classmethod
     def restore(cls, parts: Parts, settings: Mapping[str, Any], origin: Origin) -> Self:
         return cls(encoder_from(parts, settings["encoder"]), parts["decoder"], parts["decoder_bias"], origin, parts.get("skip"))
+
+
+# ---- errors
+
+
+def _no_gain(gain: Tensor) -> ConfigError:
+    wrong = gain[~gain.isfinite() | (gain == 0)]
+    return ConfigError(
+        "the gain of the norm cannot be taken out",
+        expected="finite numbers other than 0",
+        found=f"{len(wrong)} of {len(gain)} are not, such as {wrong[0].item():g}",
+        remedy="pass the weight of the norm in front of the MLP, in Gemma 1 + weight",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from steer.features.architectures.transcoder import Transcoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, needs, origin_of, unsupported
-from steer.features.formats.saelens import with_gain
+from steer.features.formats.saelens import takes_gain, with_gain
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens
 from steer.features.rows import Rows
 from steer.place import Place
@@ -84,7 +83,7 @@ def _of_layer(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionar
         first=1,
     )
     transcoder = Transcoder(encoder, decoder, decoder_bias, origin, skip)
-    return with_gain(place, wanted, transcoder) if without_gain and wanted.reads is None else transcoder
+    return with_gain(place, wanted, transcoder) if without_gain and takes_gain(wanted) else transcoder
 
 
 def _elsewhere(place: Place, wanted: Wanted, address: str) -> Dictionary:
@@ -125,7 +124,7 @@ def _cross_layer(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictio
     origin = origin_of(
         "circuit_tracer",
         place,
-        _for_all(wanted, count),
+        wanted.for_layers(count),
         reads=None if None in reads else [site for site in reads if site is not None],
         writes=None if None in writes else [site for site in writes if site is not None],
         is_transcoder=True,
@@ -151,12 +150,3 @@ def _written(hook: str, config: dict[str, Any]) -> str | None:
         return of_transformer_lens(hook)
     has_norm = re.search(r"gemma-[23]|olmo-?[23]|glm-?4", str(config.get("model_name")), re.I)
     return None if has_norm else f"layers.{match[1]}.mlp.output"
-
-
-def _for_all(wanted: Wanted, count: int) -> Wanted:
-    """One site with {layer}, written out for every layer."""
-
-    def written(said: Any) -> Any:
-        return [said.replace("{layer}", str(layer)) for layer in range(count)] if isinstance(said, str) and "{layer}" in said else said
-
-    return replace(wanted, reads=written(wanted.reads), writes=written(wanted.writes))

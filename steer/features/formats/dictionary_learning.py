@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 from steer.features.activation import Activation
@@ -15,7 +16,7 @@ from steer.features.activations.topk import TopK
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, origin_of, unsupported
+from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, k_in, origin_of, unsupported
 from steer.place import Place
 from steer.tensor_files import read_torch
 
@@ -40,11 +41,19 @@ def _gated(tensors: Tensors, width: int) -> Activation:
 
 def _topk(tensors: Tensors, width: int) -> Activation:
     tensors.optional("threshold")  # which it has, and does not use
-    return TopK(int(tensors.get("k")))
+    return TopK(_k(tensors, width))
 
 
 def _batchtopk(tensors: Tensors, width: int) -> Activation:
-    return BatchTopK(tensors.get("threshold"), int(tensors.get("k")))
+    threshold = tensors.get("threshold")
+    if threshold.numel() != 1:
+        raise incomplete(tensors.place, "'threshold', one number for all features", list(threshold.shape))
+    return BatchTopK(threshold, _k(tensors, width))
+
+
+def _k(tensors: Tensors, width: int) -> int:
+    numbers = tensors.whole_numbers("k")
+    return k_in(tensors.place, {"k": numbers[0] if len(numbers) == 1 else numbers}, width)
 
 
 _KINDS = {
@@ -92,7 +101,7 @@ class DictionaryLearning(Format):
         bias = None if name == "GatedAutoEncoder" else tensors.get("encoder.bias" if kind.of_linear else "b_enc", width)
         decoder_bias = tensors.get(kind.bias, d_in)
         activation = kind.activation(tensors, width)
-        groups = tensors.optional("group_sizes")
+        groups = tensors.whole_numbers("group_sizes") if "group_sizes" in tensors else []
         tensors.check_all_taken()
         encoder = Encoder(encoder_rows, bias, activation, shift=decoder_bias if kind.is_subtracted else None)
         hook = str(trainer.get("submodule_name"))
@@ -106,5 +115,5 @@ class DictionaryLearning(Format):
             paths=tensors.paths,
             model=trainer.get("lm_name"),
         )
-        prefixes = () if groups is None else groups.cumsum(0).tolist()
+        prefixes = list(accumulate(groups))
         return SparseAutoencoder(encoder, decoder, decoder_bias, origin, prefixes)

@@ -10,7 +10,7 @@ from steer.features.architectures.transcoder import Transcoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
 from steer.features.format import FORMATS, Format, Tensors, Wanted, noted, origin_of
-from steer.features.formats.saelens import with_gain
+from steer.features.formats.saelens import takes_gain, with_gain
 from steer.features.rows import Scaled
 from steer.place import Place
 from steer.tensor_files import read_npz
@@ -52,7 +52,7 @@ class GemmaScope(Format):
             sites = {"reads": reads, "writes": writes, "is_transcoder": True}
             origin = origin_of("gemma_scope", place, wanted, **sites, paths=[path], model=model, first=1)  # type: ignore[arg-type]
             transcoder = Transcoder(encoder, decoder, decoder_bias, origin)
-            return transcoder if wanted.reads is not None else with_gain(place, wanted, transcoder)
+            return with_gain(place, wanted, transcoder) if takes_gain(wanted) else transcoder
         origin = origin_of("gemma_scope", place, wanted, reads=site, paths=[path], model=model, first=1)
         if kind != "embedding":
             return SparseAutoencoder(encoder, decoder, decoder_bias, origin)

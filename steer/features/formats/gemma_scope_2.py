@@ -46,7 +46,8 @@ class GemmaScope2(Format):
 
 def _single(place: Place, wanted: Wanted, config: dict[str, Any]) -> Dictionary:
     tensors = Tensors.of_safetensors(place, "params.safetensors")
-    encoder, decoder = _encoder(tensors), tensors.rows("w_dec")
+    encoder = _encoder(tensors)
+    decoder = tensors.rows("w_dec", encoder.width, None)
     decoder_bias = tensors.get("b_dec", decoder.shape[-1])
     skip = tensors.optional("affine_skip_connection", encoder.rows.shape[1], decoder.shape[-1])
     tensors.check_all_taken()

@@ -14,8 +14,8 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.architectures.transcoder import Transcoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, noted, number_in, origin_of, unsupported
-from steer.features.formats.saelens import with_gain
+from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, k_in, noted, number_in, origin_of, unsupported
+from steer.features.formats.saelens import takes_gain, with_gain
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens
 from steer.features.rows import Rows, Scaled, norms
 from steer.place import Place
@@ -74,7 +74,7 @@ class LlamaScope(Format):
         if not is_transcoder:
             return noted(SparseAutoencoder(encoder, decoder, decoder_bias, origin).scaled(read.factor_in), read.said)
         transcoder = Transcoder(encoder, decoder, decoder_bias, origin).scaled(read.factor_in, read.factor_out)
-        folded = with_gain(place, wanted, transcoder) if without_gain and wanted.reads is None else transcoder
+        folded = with_gain(place, wanted, transcoder) if without_gain and takes_gain(wanted) else transcoder
         return noted(folded, read.said)
 
 
@@ -103,7 +103,7 @@ def _activation(place: Place, config: dict[str, Any], decoder: Rows, by_length: 
     if name == "relu":
         return ReLU(), None
     if name == "topk":
-        return TopK(number_in(place, config, "top_k")), norms(decoder) if by_length else None
+        return TopK(k_in(place, config, decoder.shape[0], "top_k")), norms(decoder) if by_length else None
     if name != "jumprelu":
         raise unsupported(place, "an activation that is not read", "jumprelu, relu or topk", name)
     threshold = config.get("jump_relu_threshold")

@@ -13,9 +13,9 @@ from steer.features.activations.topk import TopK
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, number_in, origin_of, unsupported
+from steer.features.format import FORMATS, Format, Tensors, Wanted, k_in, origin_of, unsupported
 from steer.place import Place
-from steer.tensor_files import read_torch, tensor_format
+from steer.tensor_files import read_torch
 
 # where a file lies below the name of the model: <location>[_<version>]/autoencoders/<layer>.pt
 _LOCATIONS = {"resid_post_mlp": "output", "resid_delta_mlp": "mlp.output", "resid_delta_attn": "attn.output", "mlp_post_act": "mlp.neurons"}
@@ -33,11 +33,11 @@ class OpenAI(Format):
         if len(names) != 1 or re.fullmatch(r"ae\.pt|layer\d+\.sae\.pt", names[0]):
             return False
         try:
-            path = place.path(names[0])
-            content = read_torch(path) if tensor_format(path) == "torch" else None
+            content = read_torch(place.path(names[0]))
         except SteerError:
-            return False
-        return isinstance(content, Mapping) and {"pre_bias", "latent_bias", "encoder.weight"} <= content.keys()
+            return place.files == names or place.file == names[0]  # nothing else could be meant, and `read` says what is wrong with it
+        known = {"pre_bias", "latent_bias", "encoder.weight"}
+        return isinstance(content, Mapping) and len(known & content.keys()) > 1  # one may be missing
 
     @staticmethod
     def read(place: Place, wanted: Wanted) -> Dictionary:
@@ -51,7 +51,7 @@ class OpenAI(Format):
         decoder = tensors.rows("decoder.weight", d_in, width, axis=1) if "decoder.weight" in tensors else encoder_rows
         shift, bias = tensors.get("pre_bias", d_in), tensors.get("latent_bias", width)
         tensors.check_all_taken("stats_", "latents_", "decoder.linear.")
-        activation = _activation(place, content)
+        activation = _activation(place, content, width)
         encoder = Encoder(encoder_rows, bias, activation, shift=shift, norm="layer_norm" if isinstance(activation, TopK) else "none")
         match = re.search(r"([a-z_]+?)(?:_v\d+\w*)?/autoencoders/(\d+)\.pt$", f"{place.name}/{name}" if place.file is None else place.name)
         part = None if match is None else _LOCATIONS.get(match[1])
@@ -61,11 +61,11 @@ class OpenAI(Format):
         return SparseAutoencoder(encoder, decoder, shift, origin)
 
 
-def _activation(place: Place, content: Mapping[str, Any]) -> Activation:
+def _activation(place: Place, content: Mapping[str, Any], width: int) -> Activation:
     name = content.get("activation", "ReLU")
     if name == "ReLU":
         return ReLU()
     settings = content.get("activation_state_dict")
     if name != "TopK" or not isinstance(settings, Mapping) or settings.get("postact_fn", "ReLU") not in ("ReLU", "Identity"):
         raise unsupported(place, "an activation that is not read", "ReLU, or TopK with ReLU or Identity", f"{name} {settings}")
-    return TopK(number_in(place, settings, "k"), rectified=settings.get("postact_fn", "ReLU") == "ReLU")
+    return TopK(k_in(place, settings, width), rectified=settings.get("postact_fn", "ReLU") == "ReLU")

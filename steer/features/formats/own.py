@@ -11,10 +11,11 @@ from torch import Tensor
 from steer import files
 from steer.checks import one_of
 from steer.errors import DamagedFileError, SteerError
-from steer.features.dictionary import ARCHITECTURES, Dictionary, probe
+from steer.features.dictionary import ARCHITECTURES, Dictionary, check_sites, probe
 from steer.features.format import FORMATS, Format, Wanted
 from steer.features.provenance import Origin
 from steer.features.rows import InMemory, Int8, LowRank, Rows, as_int8
+from steer.features.wanted import overruled
 from steer.place import Place
 from steer.reading import check_kinds, damage_of, parse_json
 from steer.tensor_files import open_safetensors
@@ -48,7 +49,7 @@ class Own(Format):
         else:
             place.path(files.TENSORS)
             path = place.path(files.MANIFEST).parent
-        return load(path)
+        return load(path, wanted)
 
     @staticmethod
     def write(dictionary: Dictionary, path: str | Path, dtype: str) -> Path:
@@ -79,18 +80,26 @@ def save(dictionary: Dictionary, path: str | Path, dtype: str) -> Path:
     return files.save_artifact(path, KIND, tensors, manifest)
 
 
-def load(path: str | Path) -> Dictionary:
-    """Reads what `save` wrote. Raises DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError."""
+def load(path: str | Path, wanted: Wanted) -> Dictionary:
+    """Reads what `save` wrote; what the caller says goes before what the file says.
+
+    Raises:
+        DamagedFileError, UnsafeFileError, WrongKindError, NonFiniteError; SiteError, ConfigError for sites that it cannot be of.
+    """
     manifest, tensors = files.load_artifact(path, KIND)
     with damage_of(path, f"a dictionary with {', '.join(_KEYS)}"):
         check_kinds(manifest, _KEYS)
         parts: dict[str, Any] = {name: _restored(how, name, tensors) for name, how in manifest["stored"].items()}
         statistics = {name: parts.pop(name, None) for name in _STATISTICS}
         architecture = ARCHITECTURES.get(manifest["architecture"])
-        dictionary = architecture.restore(parts, manifest["settings"], Origin.from_described(manifest["origin"]))
+        origin = Origin.from_described(manifest["origin"])
+        dictionary = architecture.restore(parts, manifest["settings"], origin)
         for name, values in statistics.items():
             setattr(dictionary, name, values)
-        return dictionary
+    wanted_origin = overruled(origin, wanted)
+    check_sites(dictionary.name, len(dictionary.reads), len(dictionary.writes), wanted_origin)
+    dictionary.origin = wanted_origin
+    return dictionary
 
 
 def _stored(part: Rows | Tensor, dtype: str) -> tuple[str, dict[str, Tensor]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+from steer.errors import ConfigError
 from steer.features.activations.topk import TopK
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, needs, number_in, origin_of
+from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, k_in, needs, origin_of
 from steer.place import Place
 from steer.tensor_files import read_torch
 
@@ -51,12 +52,22 @@ def _k(place: Place, wanted: Wanted, config: dict[str, object], width: int) -> i
     if "d_sae" in config and config["d_sae"] != width:
         raise incomplete(place, f"{config['d_sae']} features, as config.json says", width)
     if wanted.k is not None:
+        if wanted.k > width:
+            raise _too_many(place, wanted.k, width)
         return wanted.k
     if "k" in config:
-        return number_in(place, config, "k")
+        return k_in(place, config, width)
     match = re.search(r"-W(\d+)K-L0_(\d+)", place.name)
     if match is None:
         raise needs(place, "k", "a top-k dictionary whose k is in the name of its repository alone", "50")
     if int(match[1]) * 1024 != width:
         raise incomplete(place, f"{int(match[1]) * 1024} features, as the name says", width)
-    return int(match[2])
+    return k_in(place, {"k": int(match[2])}, width)
+
+
+# ---- errors
+
+
+def _too_many(place: Place, k: int, width: int) -> ConfigError:
+    what = f"`k` is more than '{place.name}' has features"
+    return ConfigError(what, expected=f"1 to {width}", found=k, remedy="pass the k that it was trained with, which its model card says")

@@ -17,7 +17,7 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.architectures.transcoder import Transcoder
 from steer.features.dictionary import Dictionary, probe
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, needs, noted, number_in, origin_of, unsupported
+from steer.features.format import FORMATS, Format, Tensors, Wanted, k_in, needs, noted, number_in, origin_of, unsupported
 from steer.features.hooks import WITHOUT_GAIN, of_transformer_lens, to_transformer_lens
 from steer.features.rows import Scaled, norms
 from steer.files import atomic_write
@@ -129,7 +129,7 @@ def _activation(place: Place, config: dict[str, Any], tensors: Tensors, width: i
     if name == "gated":
         biases = {"gate_bias": tensors.get("b_gate", width), "magnitude_bias": tensors.get("b_mag", width)}
         return cls(**biases, log_scale=tensors.get("r_mag", width))
-    return cls(k=number_in(place, config, "k")) if name in ("topk", "abstopk") else cls()
+    return cls(k=k_in(place, config, width)) if name in ("topk", "abstopk") else cls()
 
 
 def _norm(place: Place, config: dict[str, Any]) -> str:
@@ -176,9 +176,13 @@ def _origin(place: Place, wanted: Wanted, config: dict[str, Any], tensors: Tenso
 
 
 def _with_gain(place: Place, wanted: Wanted, config: dict[str, Any], transcoder: Transcoder) -> Transcoder:
-    if WITHOUT_GAIN.fullmatch(str(config.get("hook_name"))) is None or wanted.reads is not None:
-        return transcoder
-    return with_gain(place, wanted, transcoder)
+    without_gain = WITHOUT_GAIN.fullmatch(str(config.get("hook_name"))) is not None
+    return with_gain(place, wanted, transcoder) if without_gain and takes_gain(wanted) else transcoder
+
+
+def takes_gain(wanted: Wanted) -> bool:
+    """Whether the gain is folded in: what `reads` names may come before the gain, as in training, unless the caller gives one."""
+    return wanted.gain is not None or wanted.reads is None
 
 
 def with_gain(place: Place, wanted: Wanted, transcoder: Transcoder) -> Transcoder:

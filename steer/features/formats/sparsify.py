@@ -11,7 +11,7 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.features.architectures.transcoder import Transcoder
 from steer.features.dictionary import Dictionary
 from steer.features.encoder import Encoder
-from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, number_in, origin_of, unsupported
+from steer.features.format import FORMATS, Format, Tensors, Wanted, incomplete, k_in, number_in, origin_of, unsupported
 from steer.features.hooks import of_sparsify
 from steer.place import Place
 
@@ -64,7 +64,7 @@ class Sparsify(Format):
 
 
 def _activation(place: Place, config: dict[str, object], width: int) -> Activation:
-    k, name = number_in(place, config, "k"), config.get("activation", "topk")
+    k, name = k_in(place, config, width), config.get("activation", "topk")
     if name == "topk":
         return TopK(k)
     if name != "groupmax":
