@@ -115,15 +115,27 @@ def feature_groups(features: Mapping[str, FeaturesLike], controls: int, seed: in
     """
     of_type(features, Mapping, "the features of a tracker", "pass {name: (dictionary, [12, 400])}")
     groups: list[FeatureGroup] = []
-    for name, of_name in features.items():
-        asked = of_name if isinstance(of_name, TrackedFeatures) else _unpacked(name, of_name)
+    every = {name: asked if isinstance(asked, TrackedFeatures) else _unpacked(name, asked) for name, asked in features.items()}
+    for name, asked in every.items():
         dictionary = of_one_read_site(f"'{name}'", asked.dictionary)
         named = chosen(asked.features, dictionary.width).cpu()
-        draws = random_features(dictionary, named, draws=max(1, math.ceil(controls / max(1, len(named)))), seed=seed, density=asked.density)
+        draws = random_features(
+            dictionary,
+            named,
+            draws=max(1, math.ceil(controls / max(1, len(named)))),
+            seed=seed,
+            density=asked.density,
+            without=_named_together(dictionary, every),  # a feature that somebody looks at is no random one of another group
+        )
         random = sorted({feature for draw in draws for feature in draw})
         is_first = all(group.dictionary is not dictionary for group in groups)
         groups.append(FeatureGroup(name, dictionary, named, torch.tensor(random), measures_dictionary=is_first))
     return groups
+
+
+def _named_together(dictionary: Dictionary, every: Mapping[str, TrackedFeatures]) -> Tensor:
+    """Features of a dictionary that any group names."""
+    return torch.cat([chosen(asked.features, dictionary.width).cpu() for asked in every.values() if asked.dictionary is dictionary])
 
 
 def of_one_read_site(what: str, dictionary: object) -> SparseAutoencoder:

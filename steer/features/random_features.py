@@ -36,7 +36,13 @@ class Matched(NamedTuple):
 
 
 def random_features(
-    dictionary: Dictionary, features: Features, *, draws: int = 5, seed: int = 0, density: Tensor | None = None
+    dictionary: Dictionary,
+    features: Features,
+    *,
+    draws: int = 5,
+    seed: int = 0,
+    density: Tensor | None = None,
+    without: Features | None = None,
 ) -> list[list[int]]:
     """Draws random features that match chosen ones in firing density, decoder norm and number, one for each in the same order.
 
@@ -49,6 +55,7 @@ def random_features(
         seed: of the draws; the same seed gives the same ones.
         density: [width] share of tokens on which each feature is on, from `feature_statistics`; `dictionary.density`, which a
             dictionary that was trained here has, when None.
+        without: further features that are not drawn, those of another question, say.
 
     Returns:
         [draws][chosen]
@@ -69,7 +76,8 @@ def random_features(
     if not bool((shares[indices] > 0).all()):
         raise _never_on(indices[shares[indices] <= 0])
     norms = decoder_norms(dictionary)
-    near = [_near(place, shares, norms, indices) for place in indices.tolist()]
+    taken = indices if without is None else torch.cat([indices, chosen(without, dictionary.width).cpu()])
+    near = [_near(place, shares, norms, taken) for place in indices.tolist()]
     used: set[int] = set()
     drawn: list[list[int]] = []
     for draw in range(draws):

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from steer.drift import METRICS, DriftRecord, DriftStore, DriftTracker, TrackedFeatures
+from steer.drift.feature_groups import feature_groups
 from steer.drift.feature_sums import DictionarySums, FeatureSums, largest_over_ranks
 from steer.errors import ConfigError, WidthError
 from steer.features.activation import Activation
@@ -85,6 +86,15 @@ def test_random_features_of_the_same_dictionary_stand_beside_them(tiny: Tiny) ->
     assert all("p" not in record.metrics and "effect_sd" in record.metrics for record in controls)
     assert not any("random" in name for name in tracked.log_values())
     assert f"drift/warm/{CHOSEN[0]}/{SITE}/effect_sd" in tracked.log_values()
+
+
+def test_random_features_of_one_group_are_not_named_in_another(tiny: Tiny) -> None:
+    own, share = dictionary(), torch.full((FEATURES,), 0.1)
+    named = {"a": [3], "b": list(range(4, 20))}
+    for seed in range(4):
+        groups = feature_groups({name: TrackedFeatures(own, features, share) for name, features in named.items()}, 4, seed)
+        drawn = {int(name.rpartition("-")[2]) for group in groups for name in group.names if "random" in name}
+        assert len(drawn) >= 16 and not drawn & set(range(3, 20))
 
 
 def test_stream_mode_counts_the_labelled_tokens_alone(tiny: Tiny) -> None:
