@@ -48,7 +48,7 @@ class Wanted:
     def check_used(self, place: Place, dictionary: Dictionary) -> None:
         """Raises ConfigError for an argument that the format had no use for, and that says something else than the dictionary."""
         for name in [field.name for field in fields(self)]:
-            said, is_read = self.__dict__[name], name in self._read  # type: ignore[attr-defined]
+            said, is_read = self.__dict__[name], name in self._read
             if is_read or said is None or name == "models" and not said:
                 continue
             same_layer = name == "layer" and all(site.layer == said for site in dictionary.reads)
