@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import ConfigError
+from steer.features.operators.add_decoder import AddDecoder
 from steer.intervene import Intervention, Operator, Plan
 from steer.intervene.expansion import at_single_sites
 from steer.intervene.low_rank import LowRank
@@ -110,6 +111,8 @@ def _random_operator(intervention: Intervention, states: list[Tensor], generator
     operator = intervention.operator
     if isinstance(operator, LowRank):
         return _like_it_in_energy(intervention, states, generator)
+    if isinstance(operator, AddDecoder):  # whose name would say that a random direction is the decoder of its features
+        operator = Add(operator.tensors["vector"].detach())
     if isinstance(operator, Add):
         frame = _isotropic(_rank(operator.tensors["vector"]), operator.width, generator)
         if isinstance(operator, HeadShift):  # stays in its heads

@@ -196,6 +196,7 @@ def origin_of(
     paths: Iterable[Path] = (),
     model: str | None = None,
     first: int = 0,
+    max_norm: float | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Origin:
     """Where a dictionary belongs; what the caller says goes before what the file says.
@@ -215,7 +216,7 @@ def origin_of(
     if chosen_writes is None:
         raise _no_site(place, hooks, "writes")
     source = Source(format, place.name, place.revision, tuple(paths), model, hooks, (), dict(notes or {}))
-    untrained = Untrained(first) if wanted.untrained is None else wanted.untrained
+    untrained = Untrained(first, max_norm) if wanted.untrained is None else wanted.untrained
     return Origin(chosen_reads, chosen_writes, source, untrained, wanted.models)
 
 

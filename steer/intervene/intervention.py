@@ -273,10 +273,10 @@ def _several_sites(intervention: Intervention) -> ConfigError:
 
 
 def width_error(intervention: Intervention, found: int) -> WidthError:
-    """The error of a vector whose width differs from that of its site."""
+    """The error of an edit whose width differs from that of its site."""
     return WidthError(
-        f"the vector of '{intervention.name}' does not fit site '{intervention.site}'",
+        f"the tensors of '{intervention.name}' do not fit site '{intervention.site}'",
         expected=f"width {found}",
         found=f"width {intervention.operator.width}",
-        remedy="extract the vector on this model and at this site",
+        remedy="use a direction or a dictionary that was made on this model and at this site",
     )

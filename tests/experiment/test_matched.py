@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, HEAD_DIM, HEADS, LAYERS, WIDTH
+from features.feature_plans import autoencoder
 from torch import Tensor
 
 import steer
@@ -203,3 +204,11 @@ def test_an_operator_without_a_partner_is_refused() -> None:
 def test_without_texts_nothing_is_measured() -> None:
     with pytest.raises(ConfigError, match="no texts on which the size"):
         states_at(FAMILIES["llama"](), [steer.Site.parse(SITE)], [])
+
+
+def test_the_partner_of_decoder_rows_does_not_pass_for_them() -> None:
+    edit = steer.AddDecoder(autoencoder("relu"), [3, 5], [1.0, 2.0])
+    plan = Plan(Intervention(edit, SITE))
+    partner = random_partner(plan, FAMILIES["llama"](), {}, 0).interventions[0].operator
+    assert type(partner) is steer.Add and "decoder" not in partner.describe()
+    assert float(partner.tensors["vector"].norm()) == pytest.approx(float(edit.tensors["vector"].norm()), rel=1e-5)

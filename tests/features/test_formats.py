@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from features.dictionary_files import CASES, Case
+from features.dictionary_files import CASES, Case, saelens
 from method_tables import check_table
 from torch import Tensor
 
 import steer
-from steer.features import ACTIVATIONS, ARCHITECTURES, FORMATS, Dictionary
+from steer.features import ACTIVATIONS, ARCHITECTURES, FORMATS, Dictionary, Untrained
 from steer.features.rows import InFile
 
 NAMES = sorted(CASES)
@@ -151,3 +151,15 @@ def test_rows_of_safetensors_stay_in_the_file(name: str, tmp_path: Path, monkeyp
 def test_kinds_are_found_in_the_registries() -> None:
     assert {"relu", "gated", "topk", "batchtopk", "jumprelu", "abstopk", "groupmax"} <= set(ACTIVATIONS)
     assert set(ARCHITECTURES) >= {"sparse_autoencoder", "transcoder", "cross_layer_transcoder", "crosscoder"}
+
+
+def test_saelens_folders_of_ours_keep_the_tokens_that_were_left_out(tmp_path: Path) -> None:
+    untrained = Untrained(first=2, max_norm=7.5)
+    dictionary = steer.load_dictionary(saelens(tmp_path / "a", "jumprelu").path, untrained=untrained)
+    assert steer.load_dictionary(dictionary.save(tmp_path / "b", format="saelens")).untrained == untrained
+
+
+@pytest.mark.parametrize(("positions", "first"), [([3, None], 3), ("slice(3, None)", 3), ([None, 5], 0), ([-5, None], 0), ([None], 0)])
+def test_positions_of_saelens(tmp_path: Path, positions: object, first: int) -> None:
+    path = saelens(tmp_path, "standard", seqpos_slice=positions).path
+    assert steer.load_dictionary(path).untrained.first == first

@@ -311,7 +311,7 @@ def test_tensors_that_are_not_finite_are_refused(name):
 def test_another_width_than_the_site_is_refused(tiny):
     model = tiny("llama")
     for name, case in CASES.items():
-        with pytest.raises(WidthError, match=r"does not fit site[\s\S]*width 32[\s\S]*width 16"):
+        with pytest.raises(WidthError, match=r"do not fit site[\s\S]*width 32[\s\S]*width 16"):
             Plan(Intervention(case.make(width=16), site_of(name))).attach(model)
 
 

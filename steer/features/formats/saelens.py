@@ -25,6 +25,7 @@ from steer.place import Place
 from steer.reading import place_of
 
 _WEIGHTS, _CONFIG = "sae_weights.safetensors", "cfg.json"
+_MAX_NORM = "untrained_max_norm"  # a key of ours in the metadata, where SAELens keeps whatever it does not know
 # architecture in the file -> activation; transcoders are named after theirs
 _ACTIVATIONS = {
     "standard": "relu",
@@ -159,7 +160,7 @@ def _origin(place: Place, wanted: Wanted, config: dict[str, Any], tensors: Tenso
     without_gain = WITHOUT_GAIN.fullmatch(hook)
     site = f"layers.{without_gain[1]}.mlp.input" if without_gain and is_transcoder else of_transformer_lens(hook)
     # a range of positions of which the first ones were left out, as text in some versions
-    positions = re.findall(r"\d+|None", str(config.get("seqpos_slice") or ""))
+    positions = re.findall(r"-?\d+|None", str(config.get("seqpos_slice") or ""))
     return origin_of(
         "saelens",
         place,
@@ -170,7 +171,8 @@ def _origin(place: Place, wanted: Wanted, config: dict[str, Any], tensors: Tenso
         hooks=[hook, hook_out] if is_transcoder else [hook],
         paths=tensors.paths,
         model=config.get("model_name"),
-        first=int(positions[0]) if len(positions) > 1 and positions[0] != "None" else 0,
+        first=max(0, int(positions[0])) if len(positions) > 1 and positions[0] != "None" else 0,
+        max_norm=config.get(_MAX_NORM),
         notes={key: config[key] for key in ("sae_lens_version", "context_size", "prepend_bos") if config.get(key) is not None},
     )
 
@@ -286,6 +288,7 @@ def _metadata(dictionary: SparseAutoencoder) -> dict[str, Any]:
         **out,
         "prepend_bos": True,
         "seqpos_slice": [first, None] if first else [None],
+        _MAX_NORM: dictionary.untrained.max_norm,
         "model_from_pretrained_kwargs": {"center_writing_weights": True} if dictionary.encoder.norm == "centred" else {},
         "source": dictionary.source.place,
     }
