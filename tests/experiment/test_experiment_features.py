@@ -150,7 +150,8 @@ def test_concept_probability_by_hand(model: nn.Module) -> None:
 # ---- the search
 
 CONCEPTS = {"sky": ["sun", "moon", "star"], "art": ["song"]}
-SPEAKING = [*TEXTS, "the sun and the moon", "a star is red", "the moon is big", "say a song please", "tell a song"] * 2
+SPEAKING = [*TEXTS, "the sun and the moon", "a star is red", "the moon is big", "say a song please", "tell a song"]
+SPEAKING += [f"{start} {word} {end}" for word in ("song", "moon", "star") for start in ("the", "where is a") for end in ("is good .", "and a dog")]
 NEUTRAL = ["the cat is good .", "a dog ran in", "the house is red", "two trees", "you like the mat"]
 
 
