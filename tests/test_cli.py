@@ -87,7 +87,12 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
     assert "$" not in out.replace("outputs/ab/${experiment.name}", "").replace("${oc.select:experiment.name,experiment}", "")
     assert not list(tmp_path.iterdir())
     for key in {
-        "train": ("seed: 0", "learning_rate:", "every_n_steps:", "experiment: prompt_vs_vector, strength_sweep, tone"),
+        "train": (
+            "seed: 0",
+            "learning_rate:",
+            "every_n_steps:",
+            "experiment: decimals, golden_gate, golden_gate_second, golden_gate_tuned, prompt_vs_vector, strength_sweep, tone",
+        ),
         "ab": ("seeds:", "do: run", "draws: null", "folder: outputs/ab/", "[run|plan|lock|report]"),
         "generate": ("run: ???", "prompts: null"),
         "features": ("seeds:", "do: run", *(f"steer features {verb} " for verb in VERBS["features"])),
@@ -196,7 +201,11 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
         (("train", "sede=3"), ("no key 'sede'", "did you mean 'seed'?")),
         (
             ("train", "experiment=tne"),
-            ("no experiment is called 'tne'", "one of prompt_vs_vector, strength_sweep, tone", "did you mean 'tone'?"),
+            (
+                "no experiment is called 'tne'",
+                "one of decimals, golden_gate, golden_gate_second, golden_gate_tuned, prompt_vs_vector, strength_sweep, tone",
+                "did you mean 'tone'?",
+            ),
         ),
         (("train", "sede"), ("cannot read 'sede'", "key=value")),
         (("train", "-m", "sede=1,2"), ("no key 'sede'", "did you mean 'seed'?")),

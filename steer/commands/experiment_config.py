@@ -14,9 +14,10 @@ from steer.checks import whole_number
 from steer.commands import cell_ranks
 from steer.commands.experiment_keys import complete_keys
 from steer.commands.trackers import check_tracker
-from steer.commands.train_checks import check_seeds, texts
+from steer.commands.train_checks import check_seeds, features_to_track, texts
 from steer.directions.extractor import extractor_of
 from steer.directions.sweep import check_scope
+from steer.drift.feature_groups import TrackedFeatures
 from steer.errors import ConfigError
 from steer.experiment.arms import Arm, check_training, read_arms
 from steer.experiment.cells import Cell
@@ -101,6 +102,14 @@ class ExperimentConfig:
             self.data.split("contrast")
         if self.experiment.features is not None:
             self._check_features()
+
+        _ = self.tracked_features
+
+    @cached_property
+    def tracked_features(self) -> dict[str, TrackedFeatures]:
+        """Features of experiment.drift.features, by name; none without it."""
+        drift = self.experiment.drift
+        return {} if drift is None else features_to_track(drift.features)
 
     def _check_features(self) -> None:
         spec = self.settings["experiment"]["features"]

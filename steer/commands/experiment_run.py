@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 from steer.commands import cell_ranks
 from steer.commands.config import dtype_named
 from steer.commands.experiment_config import ExperimentConfig
-from steer.commands.train_checks import features_to_track, lora_config, tracked_sites
+from steer.commands.train_checks import lora_config, tracked_sites
 from steer.directions import ContrastSet, Direction, Directions, extract
-from steer.drift.feature_groups import TrackedFeatures
 from steer.drift.tracker import DriftTracker
 from steer.experiment.complete import complete
 from steer.experiment.experiment_features import ExperimentFeatures
@@ -152,7 +151,6 @@ class ExperimentRun:
             self.lora = lora_config(self.anatomy, self.config.values.peft)
             self.batches(self.training_rows(None), self.config.seeds[0])  # raises for a prompt that is too long
         self.tracked = [] if self.config.experiment.drift is None else tracked_sites(self.anatomy, self.config.experiment)
-        _ = self.tracked_features
         for outcome in self.config.outcomes:
             if isinstance(outcome.metric, ConceptProbability) and self.features is not None and self.features.concept is not None:
                 outcome.metric.choose(list(self.features.concept.words))
@@ -183,13 +181,7 @@ class ExperimentRun:
         watched = {self.directions.name: [self.directions[site] for site in self.tracked]}
         probe = [encode(self.tokenizer, row["prompt"]) for row in self.config.data.split("probe")]
         options = {"controls": drift.controls, "stream": drift.stream, "store": store, "seed": seed}
-        return DriftTracker(watched, features=self.tracked_features, probe=probe, **options)
-
-    @cached_property
-    def tracked_features(self) -> dict[str, TrackedFeatures]:
-        """Features of experiment.drift.features, by name; none without it."""
-        drift = self.config.experiment.drift
-        return {} if drift is None else features_to_track(drift.features)
+        return DriftTracker(watched, features=self.config.tracked_features, probe=probe, **options)
 
     @cached_property
     def neutral_projection(self) -> float:

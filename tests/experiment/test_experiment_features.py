@@ -11,7 +11,7 @@ import torch
 from experiment_helpers import command, read_metrics
 from families import FAMILIES, WIDTH
 from features.feature_plans import FEATURES, SITE, autoencoder
-from metrics_keys import undocumented
+from metrics_keys import documented, keys, undocumented
 from tiny_experiment import write_data, write_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
@@ -151,7 +151,8 @@ def test_concept_probability_by_hand(model: nn.Module) -> None:
 
 CONCEPTS = {"sky": ["sun", "moon", "star"], "art": ["song"]}
 SPEAKING = [*TEXTS, "the sun and the moon", "a star is red", "the moon is big", "say a song please", "tell a song"]
-SPEAKING += [f"{start} {word} {end}" for word in ("song", "moon", "star") for start in ("the", "where is a") for end in ("is good .", "and a dog")]
+STARTS, ENDS = ("the", "where is a"), ("is good .", "and a dog")
+SPEAKING += [f"{start} {word} {end}" for word in ("song", "moon", "star") for start in STARTS for end in ENDS]
 NEUTRAL = ["the cat is good .", "a dog ran in", "the house is red", "two trees", "you like the mat"]
 
 
@@ -249,6 +250,8 @@ def test_golden_gate_from_its_configuration(parts, tmp_path: Path, monkeypatch: 
     metrics = read_metrics(tmp_path / "one")
     assert not undocumented(metrics)
     features = metrics["features"]
+    explained = {key for key in documented() if key.startswith("features.")}
+    assert explained == {key for key in keys(metrics) if key.startswith("features.")}
     assert {features["concept"]} < {trial["concept"] for trial in features["tried"]} == {"film", "music"}
     first = {trial["concept"]: trial for trial in reversed(features["tried"])}[features["concept"]]
     assert features["features"] == [first["feature"]]

@@ -26,6 +26,7 @@ from steer.intervene.scope import Scope
 
 CLAMP, ABLATE, DECODER = "clamp", "ablate", "decoder"
 EDITS = (CLAMP, ABLATE, DECODER, AT, BEFORE)
+_DRAWS = 20  # draws of random features that are tried for one control
 _WORDS = {
     CLAMP: "clamped to {dose:g} x their maxima",
     ABLATE: "ablated",
@@ -110,13 +111,22 @@ class FeatureTreatment(Treatment):
             assert isinstance(drawn, PlanTreatment)
             partner._inner = drawn
             return partner
-        chosen = random_features(features.dictionary, features.chosen, draws=seed + 1)[seed]
-        operator = _operator(self.edit, features, chosen, self.dose)
-        if self.edit != ABLATE:
-            size = self.size(bench)[self.edit]
-            operator = _as_large(operator, features, chosen, size, bench.states(self.inner.plan)[features.dictionary.writes[0]])
-        partner._inner = self._of(operator, features).prepare(bench)
+        partner._inner = self._of(self._random(bench, features, seed), features).prepare(bench)
         return partner
+
+    def _random(self, bench: Bench, features: ExperimentFeatures, number: int) -> Operator:
+        """The edit of random features, as large as this one. Draws that cannot be as small are passed over. Raises ConfigError."""
+        dictionary, passed = features.dictionary, 0
+        states = bench.states(self.inner.plan)[dictionary.writes[0]] if self.edit != ABLATE else None
+        for draw in range(number + _DRAWS):
+            chosen = random_features(dictionary, features.chosen, draws=draw + 1)[draw]
+            operator: Operator | None = _operator(self.edit, features, chosen, self.dose)
+            if states is not None and operator is not None:
+                operator = _as_large(operator, features, chosen, self.size(bench)[self.edit], states)
+            if operator is not None and passed == number:
+                return operator
+            passed += operator is not None
+        raise _never_as_small(features.chosen, self.size(bench)[self.edit])
 
 
 def of_experiment(bench: Bench, treatment: Treatment) -> ExperimentFeatures:
@@ -137,10 +147,11 @@ def _operator(edit: str, features: ExperimentFeatures, chosen: Sequence[int], do
     return Add(dose * features.difference(edit))
 
 
-def _as_large(operator: Operator, features: ExperimentFeatures, chosen: Sequence[int], size: float, states: Tensor) -> Operator:
+def _as_large(operator: Operator, features: ExperimentFeatures, chosen: Sequence[int], size: float, states: Tensor) -> Operator | None:
     """The same edit of random features, to another multiple of their maxima: that at which its root mean square is `size`.
 
-    dh = c A - B, with A the sum of the rows at the maxima, and B what the features are at a token; |dh|^2 is a parabola in c.
+    dh = c A - B, with A the sum of the rows at the maxima, and B what the features are at a token; |dh|^2 is a parabola in c. None where
+    its least value is larger: to take away what the features are is more than what is wanted.
     """
     dictionary = features.dictionary
     assert dictionary.maxima is not None
@@ -159,7 +170,7 @@ def _as_large(operator: Operator, features: ExperimentFeatures, chosen: Sequence
     c = float(now[inside].square().sum(1).mean()) * share - size**2
     root = b * b - 4 * a * c
     if root < 0:
-        raise _never_as_small(chosen, size)
+        return None
     return ClampFeatures(dictionary, list(chosen), to=(-b + root**0.5) / (2 * a), of_maximum=True)
 
 
@@ -182,7 +193,7 @@ def _not_prepared(treatment: FeatureTreatment) -> ConfigError:
 
 def _never_as_small(chosen: Sequence[int], size: float) -> ConfigError:
     return ConfigError(
-        f"no clamp of the random features {list(chosen)} is as small as the edit that they are matched with",
+        f"no clamp of random features is as small as that of {list(chosen)}, which they are matched with",
         expected=f"a root mean square of {size:.4g}",
         found="more at every value, since they are on at many tokens",
         remedy="raise the dose, or draw other features",
