@@ -287,5 +287,13 @@ def test_a_concept_without_a_word_of_one_token_has_no_logit_weights(model: PreTr
         steer.find_features(model, speaking(model), {"x": ["zebra"]}, tokenizer=tiny_tokenizer(), by="logit_weights")
 
 
+def test_more_top_tokens_than_there_are_are_refused(model: PreTrainedModel) -> None:
+    search = SEARCHES.get("output_score")(tokens=97, candidates=6, prompts=3, length=5)
+    with pytest.raises(ConfigError, match=r"`tokens` of 96 at most"):
+        steer.find_features(
+            model, speaking(model), {"animal": ANIMALS}, tokenizer=tiny_tokenizer(), texts=sentences(200), by=search, least=5
+        )
+
+
 def test_every_search_is_tried_here() -> None:
     check_table(SEARCHES, {"activation", "logit_weights", "output_score", "token_confidence"}, "the last test of this file", "a test")

@@ -393,6 +393,11 @@ def test_texts_that_give_no_rows(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(FileError, match="is no text"):
         list(read_texts(tmp_path / "bad.txt"))
+    (tmp_path / "good.txt").write_text("the cat")
+    assert list(read_texts(tmp_path / "good.txt", split="train", field="text")) == ["the cat"]
+    for options in ({"split": "test"}, {"field": "words"}, {"subset": "raw"}):
+        with pytest.raises(ConfigError, match="is no data set"):
+            list(read_texts(tmp_path / "good.txt", **options))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steer.checks import of_type, whole_number
-from steer.errors import FileError, TokenizerError
+from steer.errors import ConfigError, FileError, TokenizerError
 from steer.features.training.dictionary_config import generator
 from steer.model.tokens import check_tokenizer
 from steer.reading import place_of
@@ -47,9 +47,11 @@ def read_texts(where: str | Path, *, split: str = "train", field: str = "text", 
         split, field, subset: of the data set.
 
     Raises:
-        FileError: nothing there, or no text in it.
+        FileError: nothing there, or no text in it. ConfigError: a split, field or subset of files, which have none.
     """
     path = place_of(where)
+    if path.exists() and (said := _said_of_a_data_set(split, field, subset)):
+        raise _no_data_set_but_files(where, said)
     if path.is_file():
         yield _text_of(path)
     elif path.is_dir():
@@ -61,6 +63,11 @@ def read_texts(where: str | Path, *, split: str = "train", field: str = "text", 
         raise _nothing_there(where)
     else:
         yield from _of_data_set(str(where), split, field, subset)
+
+
+def _said_of_a_data_set(split: str, field: str, subset: str | None) -> str:
+    said = {"split": (split, "train"), "field": (field, "text"), "subset": (subset, None)}
+    return ", ".join(f"{name}={value}" for name, (value, default) in said.items() if value != default)
 
 
 def _text_of(path: Path) -> str:
@@ -150,6 +157,11 @@ def _nothing_there(where: str | Path) -> FileError:
 def _no_text_files(path: Path) -> FileError:
     expected = f"files that end in {' or '.join(ENDINGS)}"
     return FileError(f"no texts in '{path}'", expected=expected, found="none", remedy="name another folder, or one file by its path")
+
+
+def _no_data_set_but_files(where: str | Path, said: str) -> ConfigError:
+    remedy = "leave it out, or name a data set of the package datasets"
+    return ConfigError(f"'{where}' is no data set", expected="a path alone", found=said, remedy=remedy)
 
 
 def _unreadable(path: Path, error: Exception) -> FileError:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from steer.checks import whole_number
+from steer.errors import ConfigError
 from steer.features.logit_weights import logit_weights
 from steer.features.search.method import SEARCHES, Scores, SearchTask
 from steer.features.search.methods._steered import Steered
@@ -31,9 +32,19 @@ class OutputScore(Steered):
         self.tokens = tokens
 
     def score_next(self, task: SearchTask, plain: Tensor, steered: Tensor, features: Tensor) -> Scores:
+        if self.tokens > plain.shape[-1]:
+            raise _too_many_tokens(self.tokens, plain.shape[-1])
         top = torch.cat([logits.topk(self.tokens).indices for _, logits in logit_weights(task.model, task.dictionary, features)])
         own = steered.gather(2, top[:, None].expand(-1, steered.shape[1], -1))  # [n, prompts, tokens]
         best = own.amax(-1, keepdim=True)
         rank = (steered > best).sum(-1)  # [n, prompts]
         score = (1 - rank / steered.shape[-1]) * best[..., 0].exp()
         return {"output_score": score.double().mean(1)}
+
+
+# ---- errors
+
+
+def _too_many_tokens(tokens: int, vocabulary: int) -> ConfigError:
+    expected = f"`tokens` of {vocabulary} at most, the size of the vocabulary"
+    return ConfigError("a feature has fewer top tokens than are wanted", expected=expected, found=tokens, remedy="lower tokens=")
