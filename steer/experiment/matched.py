@@ -217,7 +217,7 @@ def _no_partner(intervention: Intervention) -> ConfigError:
         f"no matched random partner of '{intervention.name}' can be made",
         expected="an operator that adds a vector, or one that reads and writes along directions",
         found=f"'{intervention.operator.name}'",
-        remedy="write the control yourself, as an arm with a plan of its own; for features of a dictionary steer.features.random_features draws them",
+        remedy="write the control yourself, as an arm with a plan of its own; `random_features` of steer.features draws features",
     )
 
 
