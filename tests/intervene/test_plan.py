@@ -170,7 +170,7 @@ def test_a_plan_made_in_inference_mode_can_be_trained_with(tiny):
 def test_widths_are_checked_before_anything_is_hooked(tiny):
     model = tiny("llama")
     plan = Plan(Intervention(Add(vector(16)), "layers.1.output", name="mine"))
-    with pytest.raises(WidthError, match=r"'mine' does not fit[\s\S]*width 32[\s\S]*width 16"):
+    with pytest.raises(WidthError, match=r"'mine' do not fit[\s\S]*width 32[\s\S]*width 16"):
         plan.attach(model)
     with Plan(Intervention(Add(vector(16)), "module:model.layers.1:output")).attached(model), pytest.raises(WidthError, match="width 32"):
         model(ids())
