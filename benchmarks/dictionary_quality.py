@@ -71,14 +71,20 @@ def steer_arm(h: Tensor, order: Tensor, options: argparse.Namespace, lr: float) 
 
 
 @torch.no_grad()
-def measured(dictionary: Dictionary, h: Tensor) -> dict[str, float]:
-    """Of held-out tokens [tokens, width]: share of the variance that is not explained, features on, features that are never on."""
+def measured(dictionary: Dictionary, h: Tensor, k: int) -> dict[str, float]:
+    """Of held-out tokens [tokens, width]: share of the variance that is not explained, features on, features that are never on.
+
+    The first one again with the threshold at which k features are on at a token, since both sides estimate theirs as they train.
+    """
     f = dictionary.encode(h)
-    error = (dictionary.decode(f) - h).square().sum()
+    pre = dictionary.pre_activations(h)
+    threshold = pre.flatten().kthvalue(pre.numel() - k * len(h)).values
+    variance = (h - h.mean(0)).square().sum()
     return {
-        "FVU": float(error / (h - h.mean(0)).square().sum()),
+        "FVU": float((dictionary.decode(f) - h).square().sum() / variance),
         "L0": float((f > 0).sum(1).float().mean()),
         "silent": float((f > 0).sum(0).eq(0).float().mean()),
+        f"FVU at L0 {k}": float((dictionary.decode(pre * (pre > threshold)) - h).square().sum() / variance),
     }
 
 
@@ -102,7 +108,7 @@ def main() -> None:
         save_file({"train": train, "order": order}, file)
         for lr in options.rates:
             dictionary, seconds = steer_arm(train, order, options, lr)
-            arms[f"steer, lr {lr:g}"] = {"tokens per CPU second": order.numel() / seconds, **measured(dictionary, held_out)}
+            arms[f"steer, lr {lr:g}"] = {"tokens per CPU second": order.numel() / seconds, **measured(dictionary, held_out, options.k)}
             saved = Path(folder) / f"saelens_{lr}"
             command = [
                 options.environments / "saelens" / "bin" / "python",
@@ -117,7 +123,10 @@ def main() -> None:
             said = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             told: dict[str, Any] = json.loads(said)
             peer = steer.load_dictionary(saved, reads=str(SITE))
-            arms[f"sae-lens, lr {lr:g}"] = {"tokens per CPU second": told["tokens"] / told["seconds"], **measured(peer, held_out)}
+            arms[f"sae-lens, lr {lr:g}"] = {
+                "tokens per CPU second": told["tokens"] / told["seconds"],
+                **measured(peer, held_out, options.k),
+            }
     table = Table("arm", *next(iter(arms.values())))
     for name, figures in arms.items():
         table.add_row(name, *(f"{value:.4g}" for value in figures.values()))
