@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dictionary_training import SITE, train_step
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -28,13 +29,10 @@ import steer
 from steer.features import Dictionary
 from steer.features.training import Calibration, DictionaryConfig, Learner, Optimisation, read_texts, token_rows
 from steer.features.training.finished import dictionary_of
-from steer.features.training.learner import Layer, Processes
 from steer.features.training.passes import Passes
 from steer.model.load import load
-from steer.model.site import Site
 
 PEER = Path(__file__).resolve().parent / "dictionary_peers" / "saelens_train.py"
-SITE = Site.parse("layers.12.output")
 BATCH, HELD_OUT = 2048, 20_000
 
 
@@ -54,19 +52,11 @@ def steer_arm(h: Tensor, order: Tensor, options: argparse.Namespace, lr: float) 
     optimisation = Optimisation(len(order), lr=lr)
     learner = Learner(DictionaryConfig([SITE], width=options.features, k=options.k), calibration, optimisation)
     optimizer = torch.optim.Adam(learner.parameters(), lr=lr, fused=True)
-    layers = [layer for layer in learner.layers if isinstance(layer, Layer)]
     began = time.process_time()
     for number, places in enumerate(order):
         optimizer.param_groups[0]["lr"] = lr * optimisation.rate(number)
-        optimizer.zero_grad()
         learner.start_step(number)
-        loss, _ = learner({SITE: h[places]}, number, Processes())
-        loss.backward()
-        for layer in layers:
-            layer.project_gradient()
-        optimizer.step()
-        for layer in layers:
-            layer.restore_norms()
+        train_step(learner, optimizer, h[places], number)
     return dictionary_of(learner), time.process_time() - began
 
 

@@ -35,23 +35,29 @@ def activations(tokens: int, width: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.embedding_bag(places, rows, mode="sum") + 0.1 * torch.randn(tokens, width, generator=random)
 
 
+def train_step(learner: Learner, optimizer: torch.optim.Optimizer, h: Tensor, number: int) -> dict[str, Tensor]:
+    """A step as `DictionaryModule` makes it. h: [tokens, width] at SITE."""
+    layers = [layer for layer in learner.layers if isinstance(layer, Layer)]
+    optimizer.zero_grad()
+    loss, sums = learner({SITE: h}, number, Processes())
+    loss.backward()
+    for layer in layers:
+        layer.project_gradient()
+    optimizer.step()
+    for layer in layers:
+        layer.restore_norms()
+    return sums
+
+
 def sparse_step(h: Tensor, options: argparse.Namespace) -> Callable[[], float]:
     calibration = Calibration.of({SITE: h}, outlier=10.0)
     learner = Learner(DictionaryConfig([SITE], width=options.features, k=options.k), calibration, Optimisation(10**6, sparsity_warmup=0))
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True)
-    layers = [layer for layer in learner.layers if isinstance(layer, Layer)]
     number = 0
 
     def step() -> float:
         nonlocal number
-        optimizer.zero_grad()
-        loss, sums = learner({SITE: h}, number, Processes())
-        loss.backward()
-        for layer in layers:
-            layer.project_gradient()
-        optimizer.step()
-        for layer in layers:
-            layer.restore_norms()
+        sums = train_step(learner, optimizer, h, number)
         number += 1
         return float(sums["squared_error"] / (sums["squares"] - sums["sum"].square().sum() / sums["tokens"]))
 

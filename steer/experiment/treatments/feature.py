@@ -116,17 +116,17 @@ class FeatureTreatment(Treatment):
 
     def _random(self, bench: Bench, features: ExperimentFeatures, number: int) -> Operator:
         """The edit of random features, as large as this one. Draws that cannot be as small are passed over. Raises ConfigError."""
-        dictionary, passed = features.dictionary, 0
-        states = bench.states(self.inner.plan)[dictionary.writes[0]] if self.edit != ABLATE else None
-        for draw in range(number + _DRAWS):
+        dictionary, possible = features.dictionary, 0
+        if self.edit == ABLATE:
+            return AblateFeatures(dictionary, random_features(dictionary, features.chosen, draws=number + 1)[number])
+        size, states = self.size(bench)[self.edit], bench.states(self.inner.plan)[dictionary.writes[0]]
+        for draw in range(number + _DRAWS):  # one draw more at a time: many draws are refused where few are not
             chosen = random_features(dictionary, features.chosen, draws=draw + 1)[draw]
-            operator: Operator | None = _operator(self.edit, features, chosen, self.dose)
-            if states is not None and operator is not None:
-                operator = _as_large(operator, features, chosen, self.size(bench)[self.edit], states)
-            if operator is not None and passed == number:
+            operator = _as_large(_operator(self.edit, features, chosen, self.dose), features, chosen, size, states)
+            if operator is not None and possible == number:
                 return operator
-            passed += operator is not None
-        raise _never_as_small(features.chosen, self.size(bench)[self.edit])
+            possible += operator is not None
+        raise _never_as_small(features.chosen, size)
 
 
 def of_experiment(bench: Bench, treatment: Treatment) -> ExperimentFeatures:
