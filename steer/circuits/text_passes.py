@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,26 +58,38 @@ class TextPasses:
         *,
         gradients: bool,
         inside: AbstractContextManager[Any] | None = None,
+        last_token: bool = False,
     ) -> Tensor | None:
-        """[rows, tokens, vocabulary] logits; None where a function raised StoppedPass.
+        """[rows, tokens, vocabulary] logits, [rows, 1, vocabulary] those of the last token alone; None where a function raised StoppedPass.
 
         Args:
             functions: by site, called with the activation [rows, tokens, width] and the context of the pass.
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
+            last_token: other logits are not wanted, and not computed where the model can leave them out and no row is padded behind.
         """
+        keep = {"logits_to_keep": 1} if last_token and self._may_keep_last and bool(batch.mask[:, -1].all()) else {}
         points = [(self.anatomy.point(site), function) for site, function in functions.items()]
         installation = hooks.Installation(self.model, self.anatomy, points)
         output = None
         with restoring(installation.remove), evaluating(self.model), torch.set_grad_enabled(gradients):
             installation.install()
             with torch.compiler.set_stance("force_eager"), inside or nullcontext(), suppress(StoppedPass):
-                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
         return None if output is None else self._logits(output)
+
+    @cached_property
+    def _may_keep_last(self) -> bool:
+        call = texts_call(self.model, self.anatomy)
+        return call is self.model and any("logits_to_keep" in inspect.signature(module.forward).parameters for module in self.anatomy.chain)
 
     def values(self, target: Target, batch: Batch, logits: Tensor) -> Tensor:
         """[rows] of the target. Raises ConfigError for a target that gives no number, NonFiniteError for NaN or infinity."""
-        values = [checked_value(target(batch.of(row, logits).float(), prompt), prompt) for row, prompt in enumerate(batch.prompts.tolist())]
+        is_last = logits.shape[1] < batch.ids.shape[1]
+        values = []
+        for row, prompt in enumerate(batch.prompts.tolist()):
+            of_row = logits[row] if is_last else batch.of(row, logits)  # [tokens, vocabulary]
+            values.append(checked_value(target(of_row.float(), prompt), prompt))
         return torch.stack(values)
 
     def _logits(self, output: Any) -> Tensor:
