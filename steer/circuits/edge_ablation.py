@@ -62,14 +62,20 @@ class _Pass:
     Attributes:
         changes: [writers, rows, tokens, width] of those that lost an edge, of each site in the order of the pass.
         attended: by block with a norm behind attention, what goes into that norm.
-        stream: what went into the block that runs; None where nothing needs it.
-        normed: by part, [sets, rows, tokens, width] how much more a cut reader gets from the norm.
+        streams: by block, what went into it, and what attention added.
+        normed: by block, [sets, rows, tokens, width] how much more the cut readers of its attention get from the norm.
     """
 
     changes: dict[Site, Tensor] = field(default_factory=dict)
     attended: dict[int, Tensor] = field(default_factory=dict)
-    stream: Tensor | None = None
-    normed: Tensor | None = None
+    streams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    normed: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter_block(self) -> None:
+        """Drops what only the block before needed, unless gradients are recorded: a checkpointed block may be recomputed from within."""
+        if not torch.is_grad_enabled():
+            self.streams.clear()
+            self.normed.clear()
 
 
 class EdgeAblation:
@@ -172,13 +178,17 @@ class EdgeAblation:
                 add(Site("attn.z", layer), self._writes(Site("attn.z", layer), heads))
             if of_mlp is not None:
                 if not block.parallel:
-                    add(Site("attn.output", layer), self._adds())
+                    add(Site("attn.output", layer), self._adds(layer))
                 add(Site("mlp.input", layer), self._reads_mlp(layer, of_mlp))
             if bool(mlp):
                 add(Site("mlp.output", layer), self._writes(Site("mlp.output", layer), mlp[None]))
         if self._logits is not None:
             add(Site("output", len(self.blocks) - 1), self._reads_last(self._logits))
         return found
+
+    def forget(self) -> None:
+        """Drops what is kept of the last pass."""
+        self._passes.clear()
 
     def _of(self, context: ForwardContext) -> _Pass:
         return self._passes.setdefault(context.scratch, _Pass())
@@ -210,17 +220,17 @@ class EdgeAblation:
 
         def function(h: Tensor, context: ForwardContext) -> None:
             kept = self._of(context)
-            kept.stream = h.clone() if mlp_needs_it else None  # some models add to it in place (Falcon)
+            kept.enter_block()
+            if mlp_needs_it:
+                kept.streams[layer, "input"] = h.clone()  # some models add to it in place (Falcon)
             if attention is not None:
-                kept.normed = self._moved(block.attention_norm, h, attention, kept)
+                kept.normed[layer] = self._moved(block.attention_norm, h, attention, kept)
 
         return function
 
-    def _adds(self) -> Callable[[Tensor, ForwardContext], None]:
+    def _adds(self, layer: int) -> Callable[[Tensor, ForwardContext], None]:
         def function(h: Tensor, context: ForwardContext) -> None:
-            kept = self._of(context)
-            assert kept.stream is not None
-            kept.stream = kept.stream + h.to(kept.stream.device)
+            self._of(context).streams[layer, "attn.output"] = h
 
         return function
 
@@ -229,8 +239,7 @@ class EdgeAblation:
         heads, sets = cut.readers[part]
 
         def function(h: Tensor, context: ForwardContext) -> Tensor:
-            normed = self._of(context).normed
-            assert normed is not None
+            normed = self._of(context).normed[layer]
             rows = live_rows(self.anatomy.point(Site(f"attn.{part}", layer)).module)
             matrix = by_reading_head(self.anatomy, layer, part, rows.to(normed.dtype))[heads.to(rows.device)]  # [readers, head_dim, width]
             moved = torch.einsum("srtw,shw->rtsh", normed[sets.to(normed.device)].to(matrix.device), matrix)
@@ -240,13 +249,14 @@ class EdgeAblation:
         return function
 
     def _reads_mlp(self, layer: int, cut: _CutReaders) -> Callable[[Tensor, ForwardContext], Tensor]:
-        norm = self.blocks[layer].mlp_norm
+        norm, parallel = self.blocks[layer].mlp_norm, self.blocks[layer].parallel
 
         def function(h: Tensor, context: ForwardContext) -> Tensor:
             kept = self._of(context)
-            assert kept.stream is not None
-            moved = self._moved(norm, kept.stream, cut, kept)[0]
-            kept.stream = None
+            stream = kept.streams[layer, "input"]
+            if not parallel:
+                stream = stream + kept.streams[layer, "attn.output"].to(stream.device)
+            moved = self._moved(norm, stream, cut, kept)[0]
             return h + moved.to(h.device, h.dtype)
 
         return function
