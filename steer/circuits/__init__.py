@@ -9,10 +9,12 @@ from steer.circuits.component_results import Completeness, ComponentFaithfulness
 from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
+from steer.circuits.damage import Damage, damage
 from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
+from steer.circuits.optimal_ablation import optimal_ablation
 from steer.circuits.pairs import Pairs
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.weights import FeatureWeights, feature_weights
@@ -27,6 +29,7 @@ __all__ = [
     "ComponentGraph",
     "ComponentRun",
     "ComponentScores",
+    "Damage",
     "EdgesAblated",
     "ExactEffects",
     "Faithfulness",
@@ -41,9 +44,11 @@ __all__ = [
     "Pairs",
     "TakenOut",
     "attribute",
+    "damage",
     "feature_circuit",
     "feature_weights",
     "mean_ablation",
+    "optimal_ablation",
     "resample_ablation",
     "zero_ablation",
 ]

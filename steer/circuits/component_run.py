@@ -116,14 +116,15 @@ class ComponentRun:
     def values(self, taken_out: Sequence[TakenOut]) -> Tensor:
         """[runs, prompts] fp64 of the target, each with something else taken out."""
         found = torch.zeros(len(taken_out), len(self), dtype=torch.float64)
-        for prompts in self._batches(taken_out):
+        for prompts in self.batches(taken_out):
             batch = self.passes.batch(prompts)
             replacement = self._replacement(batch, taken_out)
             for number, each in enumerate(taken_out):
                 found[number, prompts] = self._run(batch, each, replacement).double().cpu()
         return found
 
-    def _batches(self, taken_out: Sequence[TakenOut]) -> list[list[int]]:
+    def batches(self, taken_out: Sequence[TakenOut]) -> list[list[int]]:
+        """Prompts of each batch, small enough for the changes of all writers that lose an edge."""
         writers = max((int(each.edges.any(1).sum()) for each in taken_out if each.edges is not None), default=0)
         fits = CHANGE_BYTES // (4 * writers * self.anatomy.width) if writers else self.max_tokens
         self.passes.max_tokens = max(1, min(self.max_tokens, fits))
@@ -146,6 +147,14 @@ class ComponentRun:
         for site, function in EdgeAblation(self.anatomy, self.graph, self.blocks, taken_out.edges, replacement).functions().items():
             found[site] = SiteFunction(_both(found[site], function)) if site in found else function
         return dict(sorted(found.items(), key=lambda item: item[0].order))
+
+    def replaced(self, taken_out: TakenOut) -> dict[Site, int]:
+        """Width of each site of which something is taken out, nodes or what edges carry."""
+        sites = dict.fromkeys(self._amounts(taken_out))
+        if taken_out.edges is not None:
+            loses = taken_out.edges.any(1).double()
+            sites |= dict.fromkeys(self._amounts(TakenOut(loses)))
+        return {site: self.anatomy.point(site).width or self.anatomy.width for site in sites}
 
     def _amounts(self, taken_out: TakenOut) -> dict[Site, Tensor]:
         """[width] of the sites where something is."""
