@@ -283,23 +283,25 @@ class EdgeAblation:
 
     def _corrections(self, cut: _CutReaders, stream: Tensor, kept: _Pass) -> Tensor:
         """[sets, rows, tokens, width] what is added to the stream for each set of cut edges."""
-        total: Tensor | None = None
+        width = self.anatomy.width
+        total: Tensor | None = None  # [sets, rows * tokens * width]
         for site, sets in cut.sets.items():
             change = kept.changes[site].to(stream.device)
-            part = self._through_post_norm(site, sets.to(change), change, kept)
-            total = part if total is None else total + part
+            of_sets = self.strength * sets.to(change)
+            if site.part == "attn.z" and (site.layer or 0) in kept.attended:
+                behind = self._behind_norm(site.layer or 0, torch.einsum("sw,wrtd->srtd", sets.to(change), change), kept)
+                part = self.strength * behind.flatten(1)
+                total = part if total is None else total + part
+            else:
+                total = of_sets @ change.flatten(1) if total is None else total.addmm_(of_sets, change.flatten(1))
         assert total is not None
-        return self.strength * total
+        return total.unflatten(1, (*stream.shape[:2], width))
 
-    def _through_post_norm(self, site: Site, sets: Tensor, change: Tensor, kept: _Pass) -> Tensor:
-        """[sets, rows, tokens, width] what the writers of one site change together. Behind a norm heads do not add up."""
-        layer = site.layer or 0
-        summed = torch.einsum("sw,wrtd->srtd", sets, change)
-        if site.part != "attn.z" or layer not in kept.attended:
-            return summed
+    def _behind_norm(self, layer: int, summed: Tensor, kept: _Pass) -> Tensor:
+        """[sets, rows, tokens, width] what heads change together behind a norm, where they do not add up. summed: before it."""
         norm = self.anatomy.post_norm(layer, self.anatomy.writer(layer, "attn"))
         assert norm is not None
-        attended = kept.attended[layer].to(change.device)
+        attended = kept.attended[layer].to(summed.device)
         mixed = (attended + summed).to(attended.dtype)
         normed = norm.forward(mixed.flatten(0, 1)).unflatten(0, mixed.shape[:2])
         return _wide(normed) - _wide(norm.forward(attended))
