@@ -84,11 +84,14 @@ class NormFormula:
 
     def vjp(self, x: Tensor, gradient: Tensor, *, constant_denominator: bool = False) -> Tensor:
         """[..., width] gradient by x from that by what the norm gives."""
-        by_gain = gradient * self.gain
-        by_numerator = by_gain - by_gain.mean(-1, keepdim=True) if self.centred else by_gain
+        found = gradient * (self.gain / self.denominator(x))  # [readers, tokens, width]: gone over seldom
+        if self.centred:
+            found -= found.mean(-1, keepdim=True)
         if not constant_denominator:
-            by_numerator = by_numerator - self._unit(x) * self._along(x, by_gain)
-        return by_numerator / self.denominator(x)
+            unit = self._unit(x)
+            along = torch.linalg.vecdot(found, unit.expand_as(found)) / x.shape[-1]
+            found = found.addcmul_(unit, along.unsqueeze(-1), value=-1)
+        return found
 
     def _unit(self, x: Tensor) -> Tensor:
         """[..., width] x, without its mean where that is taken off, over the denominator: its mean square is 1."""
