@@ -232,7 +232,7 @@ def edge_scores(dz: Tensor, w_o: Tensor | None, r: Tensor, *, max_bytes: int = M
     tensors = [x for x in (dz, r, w_o) if x is not None]
     paths = {choose_path(x, opaque=True) for x in tensors}
     path = next(path for path in ("aten", "op", "triton") if path in paths)  # what one of them cannot do, none does
-    run = {"aten": edge_scores_reference, "op": torch.ops.steer.edge_scores, "triton": launch}[path]
+    run = edge_scores_reference if path == "aten" else launch if path == "triton" else torch.ops.steer.edge_scores
     with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
         scores: Tensor = run(_as_rows(dz), w_o, _as_rows(r), max_bytes)
     return scores

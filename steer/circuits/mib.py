@@ -181,17 +181,23 @@ def _as_json(circuit: MibCircuit) -> dict[str, Any]:
             if not math.isnan(score):  # else it was not scored, which EAP-IG says by leaving it out
                 nodes[name]["score"] = score
     for key, neurons in (("neurons", circuit.neurons), ("neurons_scores", circuit.neuron_scores)):
-        for name in writers if neurons is not None else ():
-            rows = neurons[_rows_of(shape, name)]
-            if bool(rows.isnan().any() & ~rows.isnan().all()):
-                raise _scores_of_some(name)
-            if not bool(rows.isnan().all()):
-                nodes[name][key] = rows.tolist()
+        if neurons is not None:
+            for name in writers:
+                _add_neurons(nodes[name], key, neurons[_rows_of(shape, name)], name)
     edges = {}
     scores, chosen = circuit.scores.tolist(), circuit.edges.tolist()
     for row, column in shape.possible().nonzero().tolist():
         edges[f"{writers[row]}->{readers[column]}"] = {"score": scores[row][column], "in_graph": chosen[row][column]}
     return {"cfg": _cfg(shape), "nodes": {**nodes, "logits": {"in_graph": True}}, "edges": edges}
+
+
+def _add_neurons(node: dict[str, Any], key: str, rows: Tensor, name: str) -> None:
+    """Adds those of a node, unless they were not scored."""
+    unscored = rows.isnan()
+    if bool(unscored.any()) and not bool(unscored.all()):
+        raise _scores_of_some(name)
+    if not bool(unscored.any()):
+        node[key] = rows.tolist()
 
 
 def _rows_of(shape: MibShape, writer: str) -> slice | int:
