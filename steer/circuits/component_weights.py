@@ -56,7 +56,7 @@ def output_matrix(anatomy: Anatomy, layer: int) -> Tensor:
 def by_writing_head(anatomy: Anatomy, layer: int, rows: Tensor) -> Tensor:
     """[heads, head_dim, width] of the output projection [width, heads * head_dim]."""
     heads = heads_of(anatomy, layer)
-    return rows.T.unflatten(0, (heads.n_heads, heads.head_dim)).contiguous()
+    return rows.T.unflatten(0, (heads.n_heads, heads.head_dim))  # a view: transposed factors cost a product nothing
 
 
 def reading_matrix(anatomy: Anatomy, layer: int, part: str) -> Tensor:
@@ -69,4 +69,4 @@ def by_reading_head(anatomy: Anatomy, layer: int, part: str, rows: Tensor) -> Te
     columns = anatomy.point(Site(f"attn.{part}", layer)).columns
     if columns is not None:
         rows = rows[columns.to(rows.device) if isinstance(columns, Tensor) else columns]
-    return rows.unflatten(0, (-1, heads_of(anatomy, layer, f"attn.{part}").head_dim)).contiguous()
+    return rows.unflatten(0, (-1, heads_of(anatomy, layer, f"attn.{part}").head_dim))
