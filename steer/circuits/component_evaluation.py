@@ -23,7 +23,7 @@ from steer.circuits.components import HEAD, INPUT, MLP
 from steer.circuits.evaluation import ExactEffects
 from steer.circuits.pairs import Pairs, rows_hash
 from steer.circuits.targets import Target, target_words
-from steer.circuits.texts import Texts
+from steer.circuits.texts import Prompts, Texts
 from steer.errors import ConfigError
 
 
@@ -48,9 +48,11 @@ class ComponentEvaluation:
         >>> evaluation.curve(scores).cpr
     """
 
-    def __init__(self, model: nn.Module, prompts: Pairs | Texts, target: Target, ablation: Ablation, *, max_tokens: int = 512) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: Pairs | Texts | Prompts, target: Target, ablation: Ablation, *, max_tokens: int = 512
+    ) -> None:
         self.run = ComponentRun(model, prompts, target, ablation, max_tokens=max_tokens)
-        texts = prompts.clean if isinstance(prompts, Pairs) else prompts
+        texts = self.run.passes.texts
         self._facts = {
             "ablation": {"kind": ablation.kind, "per_position": ablation.per_position, **ablation.facts},
             "target": target_words(target),

@@ -18,7 +18,7 @@ from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import stream_readers
 from steer.circuits.targets import Target
 from steer.circuits.text_passes import TextPasses
-from steer.circuits.texts import NO_ROLE, Batch, Texts
+from steer.circuits.texts import NO_ROLE, Batch, Prompts, Texts, rows_of
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
@@ -94,9 +94,11 @@ class ComponentRun:
         >>> without = run.values([TakenOut.circuit(circuit)])  # [1, prompts]
     """
 
-    def __init__(self, model: nn.Module, prompts: Pairs | Texts, target: Target, ablation: Ablation, *, max_tokens: int = 512) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: Pairs | Texts | Prompts, target: Target, ablation: Ablation, *, max_tokens: int = 512
+    ) -> None:
         self.anatomy = Anatomy.find(model)
-        texts = prompts.clean if isinstance(prompts, Pairs) else prompts
+        texts = texts_of(model, prompts)
         if ablation.kind == RESAMPLE and not isinstance(prompts, Pairs):
             raise _no_pairs()
         if ablation.per_position:
@@ -191,6 +193,13 @@ class ComponentRun:
             self.counterfactuals.batch(batch.prompts.tolist()),
             written_sites(self.anatomy.n_layers, neurons=neurons),
         )
+
+
+def texts_of(model: nn.Module, prompts: Pairs | Texts | Prompts) -> Texts:
+    """The clean ones of pairs."""
+    if isinstance(prompts, Pairs):
+        return prompts.clean
+    return prompts if isinstance(prompts, Texts) else Texts(rows_of(model, prompts))
 
 
 def constant_at(ablation: Ablation, site: Site, h: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -54,7 +54,8 @@ class LossChange:
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}] nats per token"
+        interval = "too few texts for an interval" if math.isnan(self.low) else f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.value:+.4f} {interval} nats per token"
 
     def as_facts(self) -> dict[str, Any]:
         """JSON-able; an interval that there is not is left out."""
