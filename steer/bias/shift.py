@@ -73,24 +73,24 @@ def pronoun_shift(
         PronounShift(|shift| ... nat, 2 words)
     """
     scorer = Scorer(model, tokenizer, max_tokens=max_tokens, progress=progress)
-    return shift_of(professions, shifts(scorer, professions, templates, baseline, pronouns))
+    odds = template_odds(scorer, professions, templates, baseline, pronouns)
+    return shift_of(professions, odds[:, :-1] - odds[:, -1:])
 
 
-def shifts(
+def template_odds(
     scorer: Scorer,
     words: Sequence[str],
     templates: Sequence[str] = GENDER_TEMPLATES,
     baseline: str = BASELINE,
     pronouns: tuple[str, str] = PRONOUNS,
 ) -> Tensor:
-    """[templates, words] shift of the log-odds, in nat. Raises as `pronoun_shift`."""
+    """[templates, words + 1] log-odds of the pronouns behind each word, last the baseline, in nat. Raises as `pronoun_shift`."""
     of_type(words, (list, tuple), "the words of a pronoun shift", "pass a list of professions")
     if not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise _no_words(words)
     check_templates(templates)
     prompts = [template.replace("{}", word) for template in templates for word in (*words, baseline)]
-    odds = scorer.log_odds(prompts, [pronouns] * len(prompts), what="pronoun shift").view(len(templates), len(words) + 1)
-    return odds[:, :-1] - odds[:, -1:]
+    return scorer.log_odds(prompts, [pronouns] * len(prompts), what="pronoun shift").view(len(templates), len(words) + 1)
 
 
 def shift_of(words: Sequence[str], shifts: Tensor) -> PronounShift:

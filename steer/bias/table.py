@@ -87,7 +87,7 @@ class BiasTable:
         """Numbers of a group. Raises ConfigError for a group that was not measured."""
         for row in self.rows:
             if row.group == group:
-                return {**row.values, **self.factual.values()} if group == ALL else row.values
+                return {**row.values, **self.factual.values()}
         raise _no_group(self, group)
 
     def __repr__(self) -> str:
@@ -115,11 +115,11 @@ class BiasTable:
         return table
 
     def cells(self) -> list[list[str]]:
-        """Head and rows as text, for a page: group, n, the columns, and in the row of all items the factual ones."""
+        """Head and rows as text, for a page: group, n, the columns, and in the first row the factual ones, which are the same for all."""
         columns = (*self.columns, *FACTUAL)
         rows = [["group", "n", *(column.title for column in columns)]]
-        for row in self.rows:
-            values = self[row.group]
+        for place, row in enumerate(self.rows):
+            values = row.values if place else self[row.group]
             numbers = [values[column.name].written(column.digits) if column.name in values else "" for column in columns]
             rows.append([row.group, str(row.n), *numbers])
         return rows

