@@ -1,4 +1,4 @@
-"""The published StereoSet scores, computed again from the published sentence scores: a check of SS, LMS and ICAT as `steer.bias` defines them.
+"""The published StereoSet scores, computed again from the published sentence scores: a check of SS, LMS and ICAT in `steer.bias`.
 
     python benchmarks/stereoset_golden.py --predictions predictions_gpt2_ModelNSP_GPT2LM.json --data dev.json --published predictions.json
 

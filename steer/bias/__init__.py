@@ -10,7 +10,7 @@ from steer.bias.dataset import DATASETS, BiasDataset, load
 from steer.bias.estimates import Estimate
 from steer.bias.factual import GENDER_TEMPLATES, FactualGender, factual_gender
 from steer.bias.items import BiasData
-from steer.bias.measure import measure
+from steer.bias.measuring import measure
 from steer.bias.shift import PronounShift, pronoun_shift
 from steer.bias.table import BiasRow, BiasTable, Column
 

@@ -183,8 +183,12 @@ class Scorer:
             logprobs = top.values - logits.float().logsumexp(-1, keepdim=True)
             probabilities[chosen] = _finite(logprobs, what).exp().cpu()
             for place, ids in zip(chosen, top.indices.tolist(), strict=True):
-                tokens[place] = [self.tokenizer.decode([token]) for token in ids]
+                tokens[place] = [self._behind(rows[place].ids[-1], token) for token in ids]
         return NextTokens(tokens, probabilities)
+
+    def _behind(self, last: int, token: int) -> str:
+        """Text of a token behind another one: alone, some tokenizers give it without the space in front of it."""
+        return str(self.tokenizer.decode([last, token])).removeprefix(self.tokenizer.decode([last]))
 
     def _ending(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)

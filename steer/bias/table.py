@@ -22,7 +22,7 @@ class Column:
     """A column of a table.
 
     Attributes:
-        unit: `%`, `nat`, or empty.
+        unit: `%`, `nat`, `p` for a p value, or empty.
         ideal: of a model without bias; None where there is none.
         meaning: in one sentence.
     """
@@ -34,11 +34,11 @@ class Column:
 
     @property
     def digits(self) -> int:
-        return 1 if self.unit == "%" else 3
+        return {"%": 1, "p": 4}.get(self.unit, 3)
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.unit}" if self.unit else self.name
+        return f"{self.name}, {self.unit}" if self.unit not in ("", self.name) else self.name
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from steer.model.tokens import Row
 
 COLUMNS = (
     Column("effect size", "", 0.0, "difference of the mean association of the two targets, in standard deviations of all of them"),
-    Column("p", "", None, "one-sided: share of splits of the targets with an association as large"),
+    Column("p", "p", None, "one-sided: share of splits of the targets with an association as large"),
     Column("|effect size|", "", 0.0, "of each test; in the row of all, the mean over tests"),
 )
 EXACT = 20_000  # splits that are all gone through
