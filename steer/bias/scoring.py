@@ -242,8 +242,8 @@ def _finite(scores: Tensor, what: str) -> Tensor:
 
 def _check_vocabulary(model: nn.Module, rows: Sequence[Row]) -> None:
     """A token that the model has no embedding of would end the whole process on a GPU."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = getattr(embedding, "num_embeddings", None)
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    size = getattr(embeddings() if embeddings is not None else None, "num_embeddings", None)
     largest = max((max(row.ids) for row in rows), default=0)
     if size is not None and largest >= size:
         raise _no_embedding(size, largest)

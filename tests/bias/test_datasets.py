@@ -378,7 +378,7 @@ def test_sources_and_options_that_a_data_set_does_not_have_are_refused(tmp_path:
         load("seat", source="hub")
     with pytest.raises(ConfigError, match="no source"):
         load("crows_pairs", path=tmp_path, source="hub")
-    with pytest.raises(ConfigError, match="unknown option"):
-        load("crows_pairs", path=tmp_path, kind="age")
+    with pytest.raises(ConfigError, match="no source 'path and own'"):
+        load("professions", path=tmp_path, words=["guard"])
     with pytest.raises(ConfigError, match="did you mean 'bbq'"):
         load("bbqq")

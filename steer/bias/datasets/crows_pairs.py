@@ -24,8 +24,8 @@ class CrowsPairs(BiasDataset):
     hub = ("jannalu/crows_pairs_multilingual", "english", "test")
     metric = crows_pairs
 
-    def read(self, paths: Sequence[Path], **options: Any) -> list[SentencePair]:
-        return [item for path in paths for item in self.read_rows(table_rows(path, COLUMNS), str(path), **options)]
+    def read(self, paths: Sequence[Path]) -> list[SentencePair]:
+        return [item for path in paths for item in self.read_rows(table_rows(path, COLUMNS), str(path))]
 
     def read_rows(self, rows: Sequence[dict[str, Any]], source: str) -> list[SentencePair]:
         items = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
 from steer.bias.datasets._words import given_words, words_of_files
@@ -23,5 +22,5 @@ class Professions(BiasDataset):
     def read(self, paths: Sequence[Path]) -> list[Word]:
         return words_of_files(paths, "profession")
 
-    def own(self, words: Any = PROFESSIONS) -> list[Word]:
-        return given_words(words, "profession")
+    def own(self, words: Sequence[str] | None = None) -> list[Word]:
+        return given_words(PROFESSIONS if words is None else words, "profession")

@@ -68,8 +68,8 @@ def _triple(item: Any, path: object, place: str) -> StereoTriple:
         by_label[label] = text, sentence_id
     if missing := [label for label in LABELS if label not in by_label]:
         raise damaged(str(path), f"the sentences {', '.join(LABELS)}", f"no {missing[0]} at {place}")
-    texts, ids = zip(*(by_label[label] for label in LABELS), strict=True)
-    return StereoTriple(item_id, kind, target, *texts, ids)
+    (stereo, *of_stereo), (anti, *of_anti), (unrelated, *of_unrelated) = (by_label[label] for label in LABELS)
+    return StereoTriple(item_id, kind, target, stereo, anti, unrelated, (*of_stereo, *of_anti, *of_unrelated))
 
 
 def _check_votes(sentence: Mapping[str, Any], label: str, path: object, place: str) -> None:

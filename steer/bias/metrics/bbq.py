@@ -50,7 +50,8 @@ def measured(items: Sequence[Question], scores: Tensor) -> Measured:
             if items[chosen[0]].is_ambiguous:
                 wrong = 1 - sum(chosen_answers[place] == items[place].label for place in known) / len(known)
             assert s.low is not None and s.high is not None
-            s = Estimate(*(wrong * (2 * bound - 100) for bound in (s.value, s.low, s.high)), s.n)
+            value, low, high = (wrong * (2 * bound - 100) for bound in (s.value, s.low, s.high))
+            s = Estimate(value, low, high, s.n)
         return {"accuracy": accuracy, "s": s, "biased": percentage_of(agrees), "log-ratio": mean_of(ratios)}
 
     rows = []
