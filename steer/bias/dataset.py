@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -52,8 +53,12 @@ class BiasDataset:
 
     @classmethod
     def measure(cls, items: Sequence[Any], scorer: Scorer, **options: Any) -> Measured:
-        """The columns and rows of the table."""
-        return cls.__dict__["metric"](items, scorer, **options)
+        """The columns and rows of the table. Raises ConfigError for an option that the metric does not have, or for want of one."""
+        try:
+            inspect.signature(cls.metric).bind(items, scorer, **options)
+        except TypeError as error:
+            raise _other_options(cls.name, cls.metric, options, error) from error
+        return cls.metric(items, scorer, **options)
 
 
 DATASETS: Registry[type[BiasDataset]] = Registry("bias data set", "steer.bias.datasets", "steer.bias_datasets", subclass_of=BiasDataset)
@@ -125,3 +130,13 @@ def _source(dataset: BiasDataset, path: object, source: str | None, hub: str | N
 def _no_such_source(dataset: BiasDataset, chosen: str, known: list[str]) -> ConfigError:
     remedy = "choose one of these: path= a file or folder, words= for own, source= one of the others"
     return ConfigError(f"{dataset.name} has no source '{chosen}'", expected=", ".join(known), found=chosen, remedy=remedy)
+
+
+def _other_options(name: str, metric: Callable[..., Measured], options: dict[str, Any], error: TypeError) -> ConfigError:
+    known = [option for option in inspect.signature(metric).parameters][2:]
+    return ConfigError(
+        f"{name} cannot be measured with these options",
+        expected=f"some of {', '.join(known)}" if known else "none",
+        found=f"{', '.join(options) or 'none'}: {error}",
+        remedy="correct or leave out options; those of loading belong to steer.bias.load",
+    )

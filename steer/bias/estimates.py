@@ -65,7 +65,7 @@ def correlation_of(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> 
     if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     result = stats.pearsonr(a, b)
-    if a.size < 4:
+    if a.size < 4 or abs(result.statistic) >= 1:  # Fisher's z has no end there
         return Estimate(float(result.statistic), n=a.size)
     interval = result.confidence_interval(LEVEL)
     return Estimate(float(result.statistic), float(interval.low), float(interval.high), a.size)

@@ -13,7 +13,6 @@ from steer.bias.items import BiasData
 from steer.bias.scoring import Scorer
 from steer.bias.table import BiasTable
 from steer.checks import of_type
-from steer.errors import ConfigError
 
 
 def measure(
@@ -56,25 +55,8 @@ def measure(
         items = items.sample(sample, seed)
     dataset = DATASETS.get(items.name)
     scorer = Scorer(model, tokenizer, max_tokens=max_tokens, progress=progress, seed=seed)
-    try:
-        found = dataset.measure(items.items, scorer, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error) and "required keyword" not in str(error):
-            raise
-        raise _other_options(items.name, options, error) from error
+    found = dataset.measure(items.items, scorer, **options)
     factual = factual_gender_of(scorer) if factual is None else factual
     facts = {"source": items.source, "items": len(items), "seed": seed, "model": type(model).__name__}
     facts |= {name: value if isinstance(value, str | int | float | bool | None) else str(value) for name, value in options.items()}
     return BiasTable(items.name, found.columns, found.rows, factual, facts, (*items.notes, *found.notes))
-
-
-# ---- errors
-
-
-def _other_options(name: str, options: dict[str, Any], error: TypeError) -> ConfigError:
-    return ConfigError(
-        f"{name} cannot be measured with these options",
-        expected="options that docs/bias.md lists; those of loading belong to steer.bias.load",
-        found=f"{', '.join(options) or 'none'}: {error}",
-        remedy="correct or leave out options",
-    )

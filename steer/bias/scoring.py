@@ -112,11 +112,10 @@ class Scorer:
             [texts of the group] fp64 for each group.
         """
         one_of(scoring, SCORINGS[:2], "`scoring`")
-        rows: list[Row] = []
-        for group in groups:
-            tokens = [(self.start, *self.ids(text)) for text in group]
-            shared = _shared_prefix(tokens)
-            rows += [Row(ids, shared) for ids in tokens]
+        return self._alternatives([[(self.start, *self.ids(text)) for text in group] for group in groups], scoring, what)
+
+    def _alternatives(self, groups: Sequence[Sequence[tuple[int, ...]]], scoring: str, what: str) -> list[Tensor]:
+        rows = [Row(ids, _shared_prefix(group)) for group in groups for ids in group]
         per_token = self.response(rows, what=what)
         scores = torch.stack([logprobs.sum() if scoring == "sum" else logprobs.mean() for logprobs in per_token])
         return list(scores.split([len(group) for group in groups]))
@@ -136,7 +135,7 @@ class Scorer:
             for text in texts:
                 ids = (self.start, *self.ids(prompt + text))
                 rows.append(Row(ids, _shared_prefix([start, ids], keep=0)))
-        per_token = self.response(rows, what=what)
+        per_token = self.response(rows, what=what, is_answer=True)
         scores = torch.stack([logprobs.sum() if scoring == "sum" else logprobs.mean() for logprobs in per_token])
         return list(scores.split([len(texts) for texts in answers]))
 
@@ -153,29 +152,28 @@ class Scorer:
         Returns:
             [prompts] fp64.
         """
-        alike: list[Row] = []
-        tokens: list[tuple[int, int]] = []
+        rows: list[Row] = []
+        endings: list[list[tuple[int, ...]]] = []  # of both words, with the prompt
         for prompt, words in zip(prompts, pairs, strict=True):
-            ids = list(self.tokenizer(prompt).input_ids)
-            ends = [self._ending(prompt + word) for word in words]
-            if ends[0] == ends[1]:
+            special, ids = self._prompt(prompt)
+            both = [self.ids(prompt + word) for word in words]
+            if both[0] == both[1]:
                 raise _same_words(words)
-            if [end[:-1] for end in ends] != [self._ending(prompt)] * 2 or not ids:
-                both = [(prompt + words[0], prompt + words[1]) for prompt, words in zip(prompts, pairs, strict=True)]
-                scores = torch.stack(self.alternatives(both, what=what))  # [prompts, 2]
-                return scores[:, 0] - scores[:, 1]
-            alike.append(Row(tuple(ids), len(ids)))
-            tokens.append((ends[0][-1], ends[1][-1]))
+            rows.append(Row((*special, *ids), len(special) + len(ids)))
+            endings.append([(*special, *of_word) for of_word in both])
+        if any(ending[:-1] != row.ids for row, both in zip(rows, endings, strict=True) for ending in both):
+            scores = torch.stack(self._alternatives(endings, "sum", what))  # [prompts, 2]
+            return scores[:, 0] - scores[:, 1]
         odds = torch.zeros(len(prompts), dtype=torch.float64)
-        for chosen, logits in self._last_logits(alike, what):
-            wanted = torch.tensor([tokens[i] for i in chosen], device=logits.device)
+        for chosen, logits in self._last_logits(rows, what):
+            wanted = torch.tensor([[ending[-1] for ending in endings[i]] for i in chosen], device=logits.device)
             of_pair = logits.gather(1, wanted).double().cpu()  # [batch, 2]; the normaliser of a softmax cancels
             odds[chosen] = of_pair[:, 0] - of_pair[:, 1]
         return _finite(odds, what)
 
     def next_tokens(self, prompts: Sequence[str], k: int = 10, *, what: str = "prompts") -> NextTokens:
         """The k most probable tokens behind each prompt."""
-        rows = [Row(tuple(ids), len(ids)) for ids in (self.tokenizer(prompt).input_ids for prompt in prompts)]
+        rows = self.prompts(prompts)
         probabilities = torch.zeros(len(rows), k)
         tokens: list[list[str]] = [[] for _ in rows]
         for chosen, logits in self._last_logits(rows, what):
@@ -190,8 +188,17 @@ class Scorer:
         """Text of a token behind another one: alone, some tokenizers give it without the space in front of it."""
         return str(self.tokenizer.decode([last, token])).removeprefix(self.tokenizer.decode([last]))
 
-    def _ending(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def prompts(self, texts: Sequence[str]) -> list[Row]:
+        """Prompts as the tokenizer makes them, special tokens in front included, but none behind: a text goes on there."""
+        return [Row((*special, *ids), len(special) + len(ids)) for special, ids in map(self._prompt, texts)]
+
+    def _prompt(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Special tokens in front of a text, and its tokens."""
+        ids, complete = self.ids(text), tuple(self.tokenizer(text).input_ids)
+        for start in range(len(complete) - len(ids) + 1):
+            if complete[start : start + len(ids)] == ids:
+                return complete[:start], ids
+        raise _other_tokens(text)
 
     def _last_logits(self, rows: Sequence[Row], what: str) -> Iterator[tuple[list[int], Tensor]]:
         """[batch, vocabulary] behind the last token of each text, with the numbers of the texts."""
@@ -202,11 +209,14 @@ class Scorer:
 
     # ---- passes
 
-    def response(self, rows: Sequence[Row], *, what: str = "texts") -> list[Tensor]:
-        """[response tokens] log-probability of each, in nat, fp64 on the CPU, for every row; a row has a prompt of at least one token."""
+    def response(self, rows: Sequence[Row], *, what: str = "texts", is_answer: bool = False) -> list[Tensor]:
+        """[response tokens] log-probability of each, in nat, fp64 on the CPU, for every row; a row has a prompt of at least one token.
+
+        A plan that acts on the response is told that this is all but the first token of a text, with `is_answer` the response of its row.
+        """
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen in self._batches(rows, what):
-            logits = self._logits([rows[i] for i in chosen])
+            logits = self._logits([rows[i] for i in chosen], is_answer)
             for place, i in enumerate(chosen):
                 row = rows[i]
                 predicting = logits[place, row.prompt - 1 : len(row.ids) - 1]  # [response tokens, vocabulary], a view
@@ -220,11 +230,14 @@ class Scorer:
                 yield chosen
                 bar.update(len(chosen))
 
-    def _logits(self, rows: Sequence[Row]) -> Tensor:
+    def _logits(self, rows: Sequence[Row], is_answer: bool = False) -> Tensor:
         """[batch, tokens, vocabulary]."""
         batch = {name: tensor.to(input_device(self.model)) for name, tensor in collate(rows, 0).items()}
-        labels = batch.pop("labels")
-        with evaluating(self.model), response_tokens(self.model, labels != -100):
+        said = batch.pop("labels") != -100
+        if not is_answer:
+            said = batch["attention_mask"].bool()
+            said[:, 0] = False  # the token that a text starts with
+        with evaluating(self.model), response_tokens(self.model, said):
             return self.model(**batch, use_cache=False).logits
 
 
@@ -263,6 +276,15 @@ def _no_start(tokenizer: Any) -> TokenizerError:
 
 def _no_tokens(text: str) -> TokenizerError:
     return TokenizerError("a text of a bias metric gives no tokens", expected="one or more", found=repr(text), remedy="leave this item out")
+
+
+def _other_tokens(text: str) -> TokenizerError:
+    return TokenizerError(
+        "the tokenizer makes other tokens of a text when it adds special ones",
+        expected="the tokens of the text, with special ones in front or behind",
+        found=f"others for {text!r:.60}",
+        remedy="pass a tokenizer whose special tokens leave the text alone",
+    )
 
 
 def _same_words(words: tuple[str, str]) -> TokenizerError:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bias.bias_helpers import WORDS, Bigram, bbq_row, words_tokenizer
 from scipy import stats
+from tokenizers import processors
 
 import steer
 from steer.bias.datasets.bbq import BBQ
@@ -80,8 +81,12 @@ def test_log_odds_of_single_tokens_equal_the_difference_of_whole_texts(tiny: Cal
         logits = tiny("llama")(torch.tensor([found.ids("the nurse helped")])).logits[0, -1]
     assert float(odds[0]) == pytest.approx(float(logits[WORDS.index("him")] - logits[WORDS.index("her")]), abs=1e-5)
     of_two_words = found.log_odds(["the nurse helped"], [(" him and", " her and")])
-    whole = found.sentences(["the nurse helped him and", "the nurse helped her and"])
-    assert float(of_two_words[0]) == pytest.approx(float(whole[0] - whole[1]), abs=1e-5)
+    with torch.no_grad():
+        him, her = (
+            tiny("llama")(torch.tensor([found.ids(f"the nurse helped {word}")])).logits[0].log_softmax(-1) for word in ("him", "her")
+        )
+    behind = float(him[3, WORDS.index("and")] - her[3, WORDS.index("and")])
+    assert float(of_two_words[0]) == pytest.approx(float(odds[0]) + behind, abs=1e-5)
 
 
 def test_words_that_the_tokenizer_does_not_tell_apart_are_refused() -> None:
@@ -395,7 +400,9 @@ def test_generation_is_scored_by_a_function_and_leaves_the_random_state(tiny: Ca
         told(Bigram(), "bold", prompts)
 
 
-def test_an_attached_plan_is_measured_in_all_columns(tiny: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("scope", ["all", "response"])
+def test_an_attached_plan_is_measured_in_all_columns(scope: str, tiny: Callable[[str], Any]) -> None:
+    """One that acts on the response too: a sentence is what the model says, whether it is scored whole or by its next word."""
     model = tiny("llama")
     pairs = BiasData("crows_pairs", (SentencePair("0", "race", "the white cat", "the black cat", "stereo"),), "by hand")
     options: dict[str, Any] = {"tokenizer": words_tokenizer(), "progress": False}
@@ -406,10 +413,28 @@ def test_an_attached_plan_is_measured_in_all_columns(tiny: Callable[[str], Any])
         return [table["all"]["log-ratio"].value, table.factual.gap.value]
 
     without = values()
-    plan = steer.Plan(steer.Intervention(steer.Add(torch.ones(model.config.hidden_size)), "layers.1.output", strength=5.0))
-    with plan.attached(model):
+    added = steer.Add(torch.ones(model.config.hidden_size))
+    with steer.Plan(steer.Intervention(added, "layers.1.output", scope=scope, strength=5.0)).attached(model):
         steered = values()
     assert all(abs(a - b) > 1e-4 for a, b in zip(without, steered, strict=True)) and values() == without
+
+
+def test_answers_to_a_prompt_are_the_response(tiny: Callable[[str], Any]) -> None:
+    model, prompts, answers = tiny("llama"), ["the old cat"], [[" sat", " ran green"]]
+    plan = steer.Plan(steer.Intervention(steer.Add(torch.ones(model.config.hidden_size)), "layers.1.output", scope="response"))
+    with plan.attached(model) as attachment:
+        scorer(model).answers(prompts, answers)
+        assert sum(attachment.fired().values()) == 3
+
+
+def test_special_tokens_stand_in_front_of_prompts_and_not_behind() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    model = Bigram({("nurse", "her"): 2.0, ("</s>", "him"): 9.0})
+    found = Scorer(model, tokenizer, progress=False)
+    assert [WORDS[token] for token in found.prompts(["the nurse"])[0].ids] == ["<s>", "the", "nurse"]
+    assert float(found.log_odds(["the nurse"], [(" him", " her")])[0]) == pytest.approx(-2.0)
+    assert found.next_tokens(["the nurse"], 1).tokens == [[" her"]]
 
 
 def test_every_table_has_the_factual_columns() -> None:

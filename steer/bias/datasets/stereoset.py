@@ -15,6 +15,7 @@ from steer.errors import DamagedFileError
 from steer.reading import damaged
 
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
+IDS = ("stereotype", "anti_stereotype", "unrelated")
 FORMS = "dev.json of StereoSet, or JSON lines with id, bias_type, target, stereotype, anti_stereotype and, for LMS, unrelated"
 
 
@@ -48,9 +49,9 @@ def _lines(path: Path) -> list[StereoTriple]:
     for number, row in enumerate(json_lines(path), 1):
         names = ("id", "bias_type", "target", "stereotype", "anti_stereotype")
         item_id, kind, target, stereo, anti = fields(row, dict.fromkeys(names, str), path, f"line {number}")
-        unrelated = row.get("unrelated")
-        ids = row.get("ids")
-        sentence_ids = tuple(str(ids[name]) for name in ("stereotype", "anti_stereotype", "unrelated") if name in ids) if ids else ()
+        unrelated = fields(row, {"unrelated": str}, path, f"line {number}")[0] if row.get("unrelated") is not None else None
+        ids = fields(row["ids"], dict.fromkeys(IDS, str), path, f"line {number}") if row.get("ids") is not None else ()
+        sentence_ids = tuple(ids)
         items.append(StereoTriple(item_id, kind, target, stereo, anti, unrelated, sentence_ids))
     return items
 

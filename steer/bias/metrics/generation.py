@@ -79,7 +79,7 @@ def continuations(scorer: Scorer, prompts: Sequence[str], *, max_new_tokens: int
     model: Any = scorer.model
     if not hasattr(model, "generate"):
         raise _no_generate(model)
-    rows = [Row(tuple(ids), len(ids)) for ids in (scorer.tokenizer(prompt).input_ids for prompt in prompts)]
+    rows = scorer.prompts(prompts)
     padding = next(token for token in (scorer.tokenizer.pad_token_id, scorer.start) if token is not None)
     texts = [""] * len(rows)
     bar = tqdm(total=len(rows), desc="continuations", disable=None if scorer.progress else True, leave=False)
