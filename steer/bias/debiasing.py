@@ -86,7 +86,7 @@ def fit_mitigation(
         name: one of `mitigations()`.
         model: a decoder, raw or wrapped.
         texts: what it is fitted on: (text, text) pairs that differ in the group alone for plans, rows to augment for `cda`, none for
-            `self_debias`. The lists of `steer.bias.words` when None.
+            `self_debias`. The texts of `steer.bias.gender_texts` when None.
         tokenizer: of the model; the one that `steer.load` gave with it when None.
         options: those of the method, see docs/bias_mitigation.md; `site` of every method that is a plan.
 

@@ -75,7 +75,7 @@ def _too_few(found: int, least: int) -> ContrastError:
         "too few pairs to fit this mitigation",
         expected=f"at least {least}",
         found=found,
-        remedy="give more pairs, or ask for fewer components or classifiers; without any, those of steer.bias.words are used",
+        remedy="give more pairs, or ask for fewer components or classifiers; without any, those of steer.bias.gender_texts are used",
     )
 
 

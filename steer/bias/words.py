@@ -1,134 +1,61 @@
-"""Word lists of the bias room: words of two genders in pairs, sentences about them, and sentences about neither.
+"""Words that are facts of English: who is a man and who is a woman by definition, occupations, nationalities, kind and unkind words.
 
-Two lists of nouns are kept apart. What a mitigation is fitted on comes from `FITTING_PAIRS`; whether a model still knows that a mother is a
-she is asked of `FACTUAL_PAIRS`, which no default of a mitigation's fit uses.
+Of the word pairs of factual gender, `SELECT` is for everything that chooses or fits (a circuit, a direction, gates), `TEST` for what is
+reported. No word of one, nor the stem of one, is in the other: fatherly kinds are in one half, `-man` and `-woman` in the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+Pairs = tuple[tuple[str, str], ...]
 
-# (male, female); one list for fitting, one for the factual test, without a word in common
-FITTING_PAIRS = (
-    ("man", "woman"),
-    ("boy", "girl"),
-    ("gentleman", "lady"),
-    ("son", "daughter"),
-    ("brother", "sister"),
-    ("uncle", "aunt"),
-    ("nephew", "niece"),
-    ("grandson", "granddaughter"),
-    ("bridegroom", "bride"),
-    ("schoolboy", "schoolgirl"),
-    ("businessman", "businesswoman"),
-    ("stepson", "stepdaughter"),
+
+def _pairs(text: str) -> Pairs:
+    return tuple((male, female) for male, female in (pair.split("/") for pair in text.split()))
+
+
+SELECT: Pairs = _pairs(
+    "man/woman boy/girl king/queen son/daughter brother/sister husband/wife groom/bride gentleman/lady monk/nun wizard/witch lad/lass "
+    "cowboy/cowgirl businessman/businesswoman salesman/saleswoman policeman/policewoman grandson/granddaughter"
 )
-FACTUAL_PAIRS = (
-    ("father", "mother"),
-    ("king", "queen"),
-    ("prince", "princess"),
-    ("husband", "wife"),
-    ("actor", "actress"),
-    ("waiter", "waitress"),
-    ("grandfather", "grandmother"),
-    ("duke", "duchess"),
-    ("monk", "nun"),
-    ("landlord", "landlady"),
-    ("stepfather", "stepmother"),
-    ("widower", "widow"),
+TEST: Pairs = _pairs(
+    "father/mother actor/actress uncle/aunt prince/princess grandfather/grandmother waiter/waitress duke/duchess nephew/niece "
+    "widower/widow emperor/empress stepfather/stepmother godfather/godmother dad/mom baron/baroness sorcerer/sorceress abbot/abbess"
 )
 
-# (male, female) in the nominative, as object, before a noun, alone, and reflexive; "her" is both object and possessive
-PRONOUNS = (("he", "she"), ("him", "her"), ("his", "her"), ("his", "hers"), ("himself", "herself"))
-
-# further pairs that counterfactual augmentation swaps
-SWAP_PAIRS = (
-    *FITTING_PAIRS,
-    *FACTUAL_PAIRS,
-    ("men", "women"),
-    ("boys", "girls"),
-    ("gentlemen", "ladies"),
-    ("sons", "daughters"),
-    ("brothers", "sisters"),
-    ("uncles", "aunts"),
-    ("nephews", "nieces"),
-    ("fathers", "mothers"),
-    ("kings", "queens"),
-    ("princes", "princesses"),
-    ("husbands", "wives"),
-    ("actors", "actresses"),
-    ("waiters", "waitresses"),
-    ("grandfathers", "grandmothers"),
-    ("businessmen", "businesswomen"),
-    ("dad", "mom"),
-    ("dads", "moms"),
-    ("daddy", "mommy"),
-    ("grandpa", "grandma"),
-    ("male", "female"),
-    ("males", "females"),
-    ("boyfriend", "girlfriend"),
-    ("boyfriends", "girlfriends"),
-    ("policeman", "policewoman"),
-    ("policemen", "policewomen"),
-    ("spokesman", "spokeswoman"),
-    ("chairman", "chairwoman"),
-    ("congressman", "congresswoman"),
-    ("salesman", "saleswoman"),
-    ("host", "hostess"),
-    ("heir", "heiress"),
-    ("hero", "heroine"),
-    ("mr", "mrs"),
-    ("sir", "madam"),
+PROFESSIONS: tuple[str, ...] = tuple(
+    "accountant architect artist attorney author baker banker barber bartender biologist bookkeeper butcher captain carpenter cashier "
+    "chef chemist cleaner clerk coach cook dancer dentist designer detective doctor driver economist editor electrician engineer farmer "
+    "firefighter fisherman gardener geologist guard hairdresser housekeeper inspector janitor journalist judge laborer lawyer librarian "
+    "manager mechanic miner musician nanny nurse painter paramedic pharmacist photographer physician physicist pilot plumber poet "
+    "politician porter professor programmer psychologist receptionist sailor scientist secretary sheriff singer soldier surgeon surveyor "
+    "tailor teacher technician therapist trader translator trucker undertaker veterinarian welder writer".split()
 )
 
-# a pronoun may follow each of them
-PRONOUN_TEMPLATES = (
-    "The {noun} came in late, and the teacher greeted",
-    "The {noun} lost the keys, so a neighbour helped",
-    "The {noun} was tired because",
-    "The {noun} stayed at home, where",
-    "The {noun} sat down and took off",
-    "The {noun} looked into the mirror and combed",
+NATIONALITIES: tuple[str, ...] = tuple(
+    "Afghan Albanian Algerian American Argentine Australian Austrian Bangladeshi Belgian Bolivian Brazilian British Bulgarian Cambodian "
+    "Canadian Chilean Chinese Colombian Congolese Croatian Cuban Czech Danish Dutch Ecuadorian Egyptian Ethiopian Finnish French German "
+    "Ghanaian Greek Haitian Hungarian Indian Indonesian Iranian Iraqi Irish Israeli Italian Jamaican Japanese Jordanian Kenyan Korean "
+    "Kuwaiti Lebanese Libyan Malaysian Mexican Moroccan Nepalese Nigerian Norwegian Pakistani Palestinian Peruvian Polish Portuguese "
+    "Romanian Russian Rwandan Saudi Scottish Senegalese Serbian Somali Spanish Sudanese Swedish Swiss Syrian Thai Tunisian Turkish "
+    "Ugandan Ukrainian Uruguayan Venezuelan Vietnamese Yemeni Zambian Zimbabwean".split()
 )
 
-SENTENCE_TEMPLATES = (
-    "The {noun} said that {he} would come home in the evening.",
-    "Yesterday the {noun} forgot {his} umbrella on the train.",
-    "Everyone in the village knows the {noun} and likes {him}.",
-    "The {noun} reads the newspaper while {he} drinks coffee.",
-    "When the {noun} opened {his} letter, {he} began to laugh.",
-    "A friend of the {noun} lent {him} some money.",
+MALE: frozenset[str] = frozenset(
+    "he him his himself man men boy boys father fathers son sons brother brothers husband husbands uncle uncles nephew king prince dad "
+    "daddy grandfather grandpa grandson gentleman gentlemen sir mr male males guy guys lad lads".split()
+)
+FEMALE: frozenset[str] = frozenset(
+    "she her hers herself woman women girl girls mother mothers daughter daughters sister sisters wife wives aunt aunts niece queen "
+    "princess mom mum mommy grandmother grandma granddaughter lady ladies madam mrs ms miss female females gal gals lass lasses".split()
 )
 
-# about no person at all: what an activation is when nobody is spoken of
-NEUTRAL_SENTENCES = (
-    "The river rises in the mountains and flows through a wide valley before it reaches the sea.",
-    "Bread is made of flour, water, salt and yeast, and it is baked until the crust is brown.",
-    "In winter the days are short, and snow covers the fields for several weeks.",
-    "The museum has a large collection of old maps, most of them printed in the eighteenth century.",
-    "A train leaves for the coast every hour, and the journey takes about forty minutes.",
-    "Copper conducts electricity well, which is why most cables are made of it.",
-    "The harbour was built on a sandy island that is connected to the town by two bridges.",
-    "Some birds cross the desert in spring and return in autumn along the same route.",
-    "The report lists the costs of the new road and the dates on which each part will be opened.",
-    "Glass does not rust, but it breaks easily when it is heated on one side only.",
-    "The market is open on weekdays, and fruit is cheapest shortly before it closes.",
-    "Most of the houses in the old quarter have thick walls and small windows.",
+POSITIVE: frozenset[str] = frozenset(
+    "good great nice kind friendly happy lucky proud warm welcoming generous polite clever smart intelligent brave honest beautiful "
+    "wonderful amazing helpful gentle loving loved strong talented creative hospitable cheerful calm patient wise passionate respectful "
+    "hardworking hard-working caring cool fun funny charming optimistic resilient successful rich grateful".split()
 )
-
-_FORMS = tuple(dict(zip(("he", "him", "his"), (pair[side] for pair in PRONOUNS[:3]), strict=True)) for side in (0, 1))
-
-
-def gender_prompts(pairs: Sequence[tuple[str, str]] = FITTING_PAIRS) -> list[tuple[str, str]]:
-    """(male, female) beginnings of sentences that a pronoun may continue, one for each pair of nouns and each of `PRONOUN_TEMPLATES`."""
-    return [(template.format(noun=male), template.format(noun=female)) for template in PRONOUN_TEMPLATES for male, female in pairs]
-
-
-def gender_sentences(pairs: Sequence[tuple[str, str]] = FITTING_PAIRS) -> list[tuple[str, str]]:
-    """(male, female) whole sentences that differ in noun and pronouns, one for each pair of nouns and each of `SENTENCE_TEMPLATES`."""
-    male_forms, female_forms = _FORMS
-    return [
-        (template.format(noun=male, **male_forms), template.format(noun=female, **female_forms))
-        for template in SENTENCE_TEMPLATES
-        for male, female in pairs
-    ]
+NEGATIVE: frozenset[str] = frozenset(
+    "bad evil mean rude cruel stupid dumb ignorant lazy dirty ugly poor angry violent dangerous aggressive corrupt selfish greedy cold "
+    "hostile arrogant dishonest sad miserable weak backward crazy insane boring racist hateful hated desperate frustrated afraid scared "
+    "tired sick hungry oppressed brutal horrible terrible awful nasty paranoid obsessed annoying".split()
+)

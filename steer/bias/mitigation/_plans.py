@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steer.bias.debiasing import PlanMitigation, Sites
 from steer.bias.texts import rows_digest, running_text
-from steer.bias.words import NEUTRAL_SENTENCES
+from steer.bias.gender_texts import NEUTRAL_SENTENCES
 from steer.checks import of_type, one_of
 from steer.directions.at_words import token_states
 from steer.directions.contrast import ContrastSet
@@ -51,7 +51,7 @@ class Origin:
 
     Args:
         about: `neutral`, the mean over tokens of neutral text; `pairs`, the mean of the pairs; `zero`.
-        neutral: texts or rows that speak of neither group; those of `steer.bias.words` when None.
+        neutral: texts or rows that speak of neither group; those of `steer.bias.gender_texts` when None.
 
     Raises:
         ConfigError: another word; neutral text that would not be used, or is none.
