@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.bias.debiasing import PlanMitigation, Sites
-from steer.bias.texts import rows_digest, running_text
 from steer.bias.gender_texts import NEUTRAL_SENTENCES
+from steer.bias.texts import rows_digest, running_text
 from steer.checks import of_type, one_of
 from steer.directions.at_words import token_states
 from steer.directions.contrast import ContrastSet

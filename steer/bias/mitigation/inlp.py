@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.bias.debiasing import MITIGATIONS, PlanMitigation, Sites
+from steer.bias.gender_texts import gender_prompts
 from steer.bias.mitigation._plans import Origin, moments_at, plan_mitigation, sites_of, span_out
 from steer.bias.texts import Pairs, contrast_of
-from steer.bias.gender_texts import gender_prompts
 from steer.checks import whole_number
 from steer.directions.extractor import extractor_of
 from steer.directions.moments import ContrastMoments

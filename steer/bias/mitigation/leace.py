@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from steer.bias.debiasing import MITIGATIONS, PlanMitigation, Sites
+from steer.bias.gender_texts import gender_prompts
 from steer.bias.mitigation._plans import plan_mitigation, sites_of
 from steer.bias.texts import Pairs, contrast_of
-from steer.bias.gender_texts import gender_prompts
 from steer.directions.erasure import fit_erasure
 from steer.intervene.operators.erase import Erase
 

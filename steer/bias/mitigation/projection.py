@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from steer.bias.debiasing import MITIGATIONS, PlanMitigation, Sites
+from steer.bias.gender_texts import gender_prompts
 from steer.bias.mitigation._plans import Origin, moments_at, plan_mitigation, sites_of, span_out, unit
 from steer.bias.texts import Pairs, contrast_of
-from steer.bias.gender_texts import gender_prompts
 from steer.directions.extract import scaled
 from steer.model.tokens import Row
 
