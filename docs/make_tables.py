@@ -61,6 +61,7 @@ PLACES = {
     "explainer": Place("docs/finding_features.md", "explainers", ("explainer", "the name of a feature")),
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
+    "mitigation": Place("docs/bias_mitigation.md", "mitigations", ("mitigation", "what it does")),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),

@@ -36,7 +36,7 @@ def contrast_of(texts: Pairs, tokenizer: Any, *, least: int, paired: bool = True
                 raise _no_pair(i, pair)
         sides = [tuple(running_text(tokenizer, pair[side]) for pair in texts) for side in (0, 1)]
         if len(texts) >= least:
-            texts = ContrastSet(*sides, paired=True)
+            texts = ContrastSet(sides[0], sides[1], paired=True)
     found = min(len(texts.positive), len(texts.negative)) if isinstance(texts, ContrastSet) else len(texts)
     if found < least:
         raise _too_few(found, least)

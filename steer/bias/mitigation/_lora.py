@@ -74,7 +74,7 @@ def lora_on(model: nn.Module, rank: int, *, seed: int = 0, adapter: Mapping[str,
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted.append(get_peft_model(model, config))  # type: ignore[arg-type]
+            adapted.append(get_peft_model(model, config))
         if adapter is not None:
             set_peft_model_state_dict(adapted[0], dict(adapter))
         yield adapted[0].eval()

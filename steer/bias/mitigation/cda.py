@@ -25,7 +25,7 @@ from steer.model.tokens import Row, encode, plain
 @MITIGATIONS.register("cda")
 def cda(
     model: nn.Module,
-    texts: Sequence[str] | Sequence[Mapping[str, Any]] | None,
+    texts: Sequence[Any] | None,
     tokenizer: Any,
     *,
     sided: str = "two",
@@ -40,7 +40,7 @@ def cda(
     """Counterfactual data augmentation (CDA): a LoRA fine-tune on text with swapped group words.
 
     Args:
-        texts: neutral text of any kind that speaks of people, or rows with `prompt` and `answer`.
+        texts: neutral texts of any kind that speak of people, or mappings with `text`, or with `prompt` and `answer`.
         sided: `two`, text and its swapped form; `one`, the swapped form alone.
         pairs: words to swap, gender words when None; see `steer.bias.counterfactual.Swap`.
         steps: optimiser steps of the fine-tune; 0 for the rows alone.

@@ -125,8 +125,7 @@ class _SecondPass:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._is_second:
             return None
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        _check_pass(ids, kwargs, output)
+        ids = _tokens_of(kwargs.get("input_ids", args[0] if args else None), kwargs, output)
         mask = checked_mask(ids, kwargs.get("attention_mask"))
         kept = output.logits.shape[1]  # as many tokens as the caller wants logits of, the last ones
         new_ids, new_mask, starts = self.mitigation.prefix.insert(ids, mask)
@@ -219,8 +218,8 @@ class SelfDebiasProcessor(LogitsProcessor):
         return torch.cat([rows, torch.ones_like(ids[:, tokens:])], 1)
 
 
-def _check_pass(ids: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Raises ContextError for a pass whose logits cannot be rescaled."""
+def _tokens_of(ids: Any, kwargs: dict[str, Any], output: Any) -> Tensor:
+    """[batch, tokens] ids of a pass. Raises ContextError where its logits cannot be rescaled."""
     if not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None:
         raise _refused("embeddings in place of tokens", "pass input_ids")
     if kwargs.get("past_key_values") is not None:
@@ -233,6 +232,7 @@ def _check_pass(ids: Any, kwargs: dict[str, Any], output: Any) -> None:
         raise _refused("logits at chosen tokens", "pass a number as logits_to_keep")
     if not isinstance(getattr(output, "logits", None), Tensor):
         raise _refused(f"an output without logits, {type(output).__name__}", "call the language model with return_dict=True")
+    return ids
 
 
 # ---- errors
