@@ -62,6 +62,7 @@ PLACES = {
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
     "bias data set": Place("docs/bias.md", "datasets", ("data set", "what is measured")),
+    "mitigation": Place("docs/bias_mitigation.md", "mitigations", ("mitigation", "what it does")),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),
