@@ -9,8 +9,10 @@ from steer.circuits.components import ComponentGraph
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
+from steer.circuits.learn import learn_circuit
 from steer.circuits.pairs import Pairs
 from steer.circuits.targets import LogitDifference, LogProbability
+from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
 from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
@@ -20,17 +22,22 @@ __all__ = [
     "ComponentGraph",
     "ComponentScores",
     "ExactEffects",
+    "Faithful",
     "Faithfulness",
     "FeatureCircuit",
     "FeatureWeights",
     "Graph",
+    "KeepKL",
+    "KeepTarget",
     "LogProbability",
     "LogitDifference",
     "Node",
     "Pairs",
+    "Shift",
     "attribute",
     "feature_circuit",
     "feature_weights",
+    "learn_circuit",
     "mean_ablation",
     "resample_ablation",
     "zero_ablation",

@@ -59,6 +59,7 @@ class TextPasses:
         gradients: bool,
         inside: AbstractContextManager[Any] | None = None,
         last_token: bool = False,
+        places: Tensor | None = None,
     ) -> Tensor | None:
         """[rows, tokens, vocabulary] logits, [rows, 1, vocabulary] those of the last token alone; None where a function raised StoppedPass.
 
@@ -67,8 +68,11 @@ class TextPasses:
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
             last_token: other logits are not wanted, and not computed where the model can leave them out and no row is padded behind.
+            places: [places] of a padded row, in order, at which logits are wanted: [rows, places, vocabulary].
         """
-        keep = {"logits_to_keep": 1} if last_token and self._may_keep_last and bool(batch.mask[:, -1].all()) else {}
+        keep: dict[str, Any] = {"logits_to_keep": 1} if last_token and self._may_keep_last and bool(batch.mask[:, -1].all()) else {}
+        if places is not None and self._may_keep_last:
+            keep = {"logits_to_keep": places.to(batch.ids.device)}
         points = [(self.anatomy.point(site), function) for site, function in functions.items()]
         installation = hooks.Installation(self.model, self.anatomy, points)
         output = None
@@ -76,7 +80,11 @@ class TextPasses:
             installation.install()
             with torch.compiler.set_stance("force_eager"), inside or nullcontext(), suppress(StoppedPass):
                 output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
-        return None if output is None else self._logits(output)
+        if output is None:
+            return None
+        logits = self._logits(output)
+        # a model that does not know places by tensor gives all
+        return logits if places is None or logits.shape[1] == len(places) else logits[:, places.to(logits.device)]
 
     @cached_property
     def _may_keep_last(self) -> bool:
