@@ -4,12 +4,16 @@ from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, 
 from steer.circuits.attribute import attribute
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS
 from steer.circuits.circuit import Circuit
+from steer.circuits.circuit_drift import circuit_directions, circuit_effect
+from steer.circuits.circuit_losses import AblatedTeacherLoss, circuit_losses
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
+from steer.circuits.gradient_mask import GradientMask
 from steer.circuits.graph import Graph, Node
 from steer.circuits.learn import learn_circuit
+from steer.circuits.lora import lora_config
 from steer.circuits.pairs import Pairs
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
@@ -17,6 +21,7 @@ from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
     "ATTRIBUTION_METHODS",
+    "AblatedTeacherLoss",
     "Ablation",
     "Circuit",
     "ComponentGraph",
@@ -26,6 +31,7 @@ __all__ = [
     "Faithfulness",
     "FeatureCircuit",
     "FeatureWeights",
+    "GradientMask",
     "Graph",
     "KeepKL",
     "KeepTarget",
@@ -35,9 +41,13 @@ __all__ = [
     "Pairs",
     "Shift",
     "attribute",
+    "circuit_directions",
+    "circuit_effect",
+    "circuit_losses",
     "feature_circuit",
     "feature_weights",
     "learn_circuit",
+    "lora_config",
     "mean_ablation",
     "resample_ablation",
     "zero_ablation",
