@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steer.bias
+import steer.circuits
 import steer.directions
 import steer.drift
 import steer.experiment.metric
