@@ -115,7 +115,7 @@ class _Attribution:
             if self.method.starts_clean and number == 0:
                 clean = found.values
                 self.value += float(found.target.double().sum())
-            change = differences(found.values if step.from_current else clean, corrupted, self.written)
+            change = differences(clean if step.start is None else step.start, corrupted, self.written)
             self._add_nodes(batch, step, change, found)
             self._add_edges(batch, step, change, found)
 
