@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.circuits.component_pass import Edit
+from steer.circuits.component_pass import Edit, Record
 from steer.model.site import Site
 from steer.registry import Registry
 
@@ -35,16 +35,18 @@ class GradientPass:
     """One pass with gradients.
 
     Attributes:
-        weight: of its scores in the sum.
+        weight: of its scores in the sum; 0 for a pass that is only looked at.
         edit: what takes the place of activations; None for the run as it is.
         only: the site whose writers are scored by it; None for all.
         start: what a writer's change starts from, filled while the pass runs; None for what it writes in the clean run.
+        into: a record that gets what the pass finds, before the next pass is asked for.
     """
 
     weight: float = 1.0
     edit: Edit | None = None
     only: Site | None = None
     start: Values | None = None
+    into: Record | None = None
 
 
 class AttributionMethod(ABC):

@@ -103,7 +103,7 @@ def record(
     with torch.enable_grad():
         of_rows = passes.values(target, batch, logits)
         if not of_rows.requires_grad:
-            raise _constant_target()
+            raise constant_target("a value that does not depend on them, or was detached")
         grads = torch.autograd.grad(of_rows.sum(), list(kept.values()), allow_unused=True)
     found.gradients = {site: torch.zeros_like(h) if g is None else g.detach() for (site, h), g in zip(kept.items(), grads, strict=True)}
     found.target = of_rows.detach()
@@ -123,10 +123,10 @@ def differences(clean: Mapping[Site, Tensor], corrupted: Mapping[Site, Tensor], 
 # ---- errors
 
 
-def _constant_target() -> ConfigError:
+def constant_target(found: str) -> ConfigError:
     return ConfigError(
         "the target of a circuit has no gradient",
         expected="a differentiable function of the logits",
-        found="a value that does not depend on them, or was detached",
+        found=found,
         remedy="use no argmax, item or comparison in it; e.g. LogitDifference(right, wrong)",
     )

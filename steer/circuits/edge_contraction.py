@@ -94,7 +94,7 @@ class EdgeContraction:
                 heads = by_head @ matrix
                 if block.post_norm is not None:
                     attended = self.anatomy.point(z).module(found.values[z].to(matrix.device)[at])  # before the norm
-                    heads = block.post_norm.jvp(attended.float(), heads)
+                    heads = block.post_norm.jvp(attended.float(), heads, constant_denominator=self.constant_denominator)
                 written[self.graph.heads_at(layer)] = heads.to(written.device)
             if only in (None, mlp):
                 written[self.graph.mlp_at(layer)] = _of(change[mlp], at, written.device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import whole_number
 from steer.circuits.targets import Target, checked_value
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
@@ -31,10 +32,11 @@ class TextPasses:
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: token ids beyond the vocabulary.
+        ConfigError: token ids beyond the vocabulary, or `max_tokens` that is no number.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, texts: Texts, *, max_tokens: int) -> None:
+        whole_number(max_tokens, "`max_tokens`", least=1)
         check_vocabulary(anatomy, texts.rows)
         self.model, self.anatomy, self.texts, self.max_tokens = model, anatomy, texts, max_tokens
 

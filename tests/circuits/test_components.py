@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuits.component_helpers import close, pairs, target
+import torch.distributed as dist
+from circuits.component_helpers import CLEAN, CORRUPTED, close, pairs, target
 from damage import DAMAGE
 from families import FAMILIES
+from processes import run_on_ranks
 from torch import Tensor
 
-from steer.circuits import Circuit, ComponentGraph, ComponentScores, attribute, mean_ablation
+from steer.circuits import Circuit, ComponentGraph, ComponentScores, attribute, attribute_chunks, mean_ablation
 from steer.circuits.components import LayerShape
 from steer.circuits.stream_readers import stream_readers
 from steer.errors import AnatomyError, ConfigError, DamagedFileError, NonFiniteError, SiteError, SteerError, WrongKindError, WrongModelError
@@ -243,6 +245,14 @@ def test_a_manifest_that_does_not_fit_its_tensors_is_damage(scores, tmp_path, ki
         type(whole).load(folder)
 
 
+@pytest.mark.parametrize(
+    "change", [{"roles": ("a", "b")}, {"prompts": 0}, {"edges": torch.zeros(1, 3, 3)}, {"neurons": {9: torch.zeros(1, 4)}}]
+)
+def test_scores_that_do_not_fit_together_are_refused(scores, change):
+    with pytest.raises(ConfigError, match="scores"):
+        dataclasses.replace(scores, **change)
+
+
 def test_scores_that_are_not_finite_are_refused(scores, tmp_path):
     bad = dataclasses.replace(scores, nodes=torch.full_like(scores.nodes, torch.nan))
     with pytest.raises(NonFiniteError):
@@ -255,11 +265,49 @@ def test_scores_that_are_not_finite_are_refused(scores, tmp_path):
 def test_scores_of_parts_join_to_those_of_all(tiny):
     model = tiny("llama")
     all_pairs = pairs(model)
-    parts = [pairs(model, [all_pairs.clean.rows[i].ids], [all_pairs.corrupted.rows[i].ids]) for i in range(2)]
+    parts = [one_pair(model, number) for number in range(2)]
     first, second = (attribute(model, part, first_target, method="eap", neurons=True, progress=False) for part in parts)
     joined, whole = first.joined(second), attribute(model, all_pairs, first_target, method="eap", neurons=True, progress=False)
     assert close(joined.edges, whole.edges, 1e-5) and close(joined.nodes, whole.nodes, 1e-5) and joined.prompts == 2
     assert all(close(joined.neurons[layer], whole.neurons[layer], 1e-5) for layer in whole.neurons)
+    assert joined.facts["value"] == pytest.approx(whole.facts["value"]) and joined.facts["pairs"]["count"] == 2
+    chunks = attribute_chunks(model, ((part, first_target) for part in parts), method="eap", neurons=True, progress=False)
+    assert torch.equal(chunks.edges, joined.edges) and chunks.facts == joined.facts
+
+
+def test_no_chunk_is_refused(tiny):
+    with pytest.raises(ConfigError, match="no pairs"):
+        attribute_chunks(tiny("llama"), iter(()))
+
+
+def score_on_rank(expected: Tensor) -> None:
+    """Each of two processes scores one pair; together they have the scores of both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        model, number = FAMILIES["llama"](), dist.get_rank()
+        own = attribute(model, one_pair(model, number), first_target, method="eap", progress=False)
+        both = own.all_reduced()
+        assert both.prompts == 2 and both.facts["pairs"]["count"] == 2 and close(both.edges, expected, 1e-5)
+        other = own if number == 0 else dataclasses.replace(own, edges=None)
+        with pytest.raises(WrongModelError, match="joined"):
+            other.all_reduced()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_scores_of_one(tiny):
+    model = tiny("llama")
+    run_on_ranks(score_on_rank, attribute(model, pairs(model), first_target, method="eap", progress=False).edges)
+
+
+def test_scores_of_one_process_are_all_there_are(scores):
+    assert scores.all_reduced() is scores
+
+
+def one_pair(model, number: int):
+    return pairs(model, [CLEAN[number]], [CORRUPTED[number]])
 
 
 def first_target(logits: Tensor, prompt: int) -> Tensor:
