@@ -75,11 +75,12 @@ def attribute(
         raise _needs_pairs(chosen, ablation)
     backward = BACKWARD_RULES.get(rule)() if isinstance(rule, str) else rule
     of_type(backward, BackwardRule, "the backward rule of an attribution", "'plain', 'gim' or 'relp'")
-    run = _Attribution(model, pairs, target, chosen, backward, ablation, edges, neurons, max_tokens)
-    batches = list(run.passes.batches(range(len(pairs))))
-    for prompts in tqdm(batches, desc="attribution", unit="batch", disable=None if progress else True):
-        run.add(prompts)
-    return run.scores()
+    with torch.inference_mode(False):  # of the caller, in which nothing has a gradient
+        run = _Attribution(model, pairs, target, chosen, backward, ablation, edges, neurons, max_tokens)
+        batches = list(run.passes.batches(range(len(pairs))))
+        for prompts in tqdm(batches, desc="attribution", unit="batch", disable=None if progress else True):
+            run.add(prompts)
+        return run.scores()
 
 
 class _Attribution:
@@ -135,10 +136,10 @@ class _Attribution:
             raise _not_finite(prompts)
 
     def _clean_value(self, batch: Batch, logits: Tensor) -> None:
-        self.value += float(self.passes.values(self.target, batch, logits).double().sum())
+        self.value += float(self.passes.values(self.target, batch, logits).detach().double().sum())
 
     def _corrupted_value(self, batch: Batch, logits: Tensor) -> None:
-        self.corrupted_value += float(self.counterfactuals.values(self.target, batch, logits).double().sum())
+        self.corrupted_value += float(self.counterfactuals.values(self.target, batch, logits).detach().double().sum())
 
     def _corrupted(self, prompts: list[int], batch: Batch) -> Values:
         """[rows, tokens, width] by site: what takes the place of what is written."""

@@ -21,7 +21,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.hook_registration import BEFORE_EDITS, OwnHook, register_hook, unregister_hook
 from steer.model.restoring import restoring, restoring_all
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest entry, by dtype of the model
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest entry, by dtype of the model; many norms compute in fp32
 COARSE = 0.05  # for halves
 EPSILONS = (1e-5, 1e-6)  # tried for a norm that does not say its own
 

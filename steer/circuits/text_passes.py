@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
@@ -61,6 +61,7 @@ class TextPasses:
         gradients: bool,
         inside: AbstractContextManager[Any] | None = None,
         last_token: bool = False,
+        then: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
         """[rows, tokens, vocabulary] logits, [rows, 1, vocabulary] those of the last token alone; None where a function raised StoppedPass.
 
@@ -68,6 +69,8 @@ class TextPasses:
             functions: by site, called with the activation [rows, tokens, width] and the context of the pass.
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
+            then: called with the logits while the functions are still on the model, e.g. for the backward pass, in which checkpointed
+                blocks run once more.
             last_token: other logits are not wanted, and not computed where the model can leave them out and no row is padded behind.
         """
         keep = {"logits_to_keep": 1} if last_token and self._may_keep_last and bool(batch.mask[:, -1].all()) else {}
@@ -76,8 +79,11 @@ class TextPasses:
         output = None
         with restoring(installation.remove), evaluating(self.model), torch.set_grad_enabled(gradients):
             installation.install()
-            with torch.compiler.set_stance("force_eager"), inside or nullcontext(), suppress(StoppedPass):
-                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
+            with torch.compiler.set_stance("force_eager"), inside or nullcontext():
+                with suppress(StoppedPass):
+                    output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
+                if output is not None and then is not None:
+                    then(self._logits(output))
         return None if output is None else self._logits(output)
 
     @cached_property
