@@ -166,7 +166,8 @@ class _Attribution:
             if step.only not in (None, site):
                 continue
             products = change[site] * found.gradients[site].float()  # [rows, tokens, width]
-            by_role = torch.stack([products[batch.roles == role].double().sum(0) for role in range(len(self.nodes))]).cpu() * step.weight
+            roles = batch.roles.to(products.device)
+            by_role = torch.stack([products[roles == role].double().sum(0) for role in range(len(self.nodes))]).cpu() * step.weight
             layer = site.layer or 0
             if site.part == "mlp.neurons":
                 self.neurons[layer] = self.neurons[layer] + by_role if layer in self.neurons else by_role

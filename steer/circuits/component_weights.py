@@ -31,7 +31,7 @@ def output_matrix(anatomy: Anatomy, layer: int) -> Tensor:
     """[heads, head_dim, width] fp32, what each head's z is multiplied by."""
     heads = heads_of(anatomy, layer)
     rows = linear_rows(anatomy.point(Site("attn.z", layer)).module).float()  # [width, heads * head_dim]
-    return rows.T.unflatten(0, (heads.n_heads, heads.head_dim)).contiguous()
+    return rows.T.unflatten(0, (heads.n_heads, heads.head_dim))  # a view: transposed factors cost a product nothing
 
 
 def reading_matrix(anatomy: Anatomy, layer: int, part: str) -> Tensor:
@@ -42,4 +42,4 @@ def reading_matrix(anatomy: Anatomy, layer: int, part: str) -> Tensor:
     columns = point.columns
     if columns is not None:
         rows = rows[columns.to(rows.device) if isinstance(columns, Tensor) else columns]
-    return rows.float().unflatten(0, (-1, heads.head_dim)).contiguous()
+    return rows.float().unflatten(0, (-1, heads.head_dim))

@@ -103,13 +103,16 @@ class NormFormula:
             by_numerator = by_numerator - self._unit(x) * self._along(x, change) * self.gain
         return by_numerator / self.denominator(x)
 
-    def vjp(self, x: Tensor, gradient: Tensor, *, constant_denominator: bool = False) -> Tensor:
-        """[..., width] gradient by x from that by what the norm gives."""
-        by_gain = gradient * self.gain
-        by_numerator = by_gain - by_gain.mean(-1, keepdim=True) if self.centred else by_gain
+    def vjp_(self, x: Tensor, gradient: Tensor, *, constant_denominator: bool = False) -> Tensor:
+        """Turns the gradient by what the norm gives, [..., width], into that by x, in place."""
+        gradient *= self.gain / self.denominator(x)
+        if self.centred:
+            gradient -= gradient.mean(-1, keepdim=True)
         if not constant_denominator:
-            by_numerator = by_numerator - self._unit(x) * self._along(x, by_gain)
-        return by_numerator / self.denominator(x)
+            unit = self._unit(x)
+            along = torch.linalg.vecdot(gradient, unit.expand_as(gradient)) / x.shape[-1]
+            gradient.addcmul_(unit, along.unsqueeze(-1), value=-1)
+        return gradient
 
     def _unit(self, x: Tensor) -> Tensor:
         """[..., width] x, without its mean where that is taken off, over the denominator: its mean square is 1."""

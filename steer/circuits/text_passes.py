@@ -63,17 +63,19 @@ class TextPasses:
         last_token: bool = False,
         then: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
-        """[rows, tokens, vocabulary] logits, [rows, 1, vocabulary] those of the last token alone; None where a function raised StoppedPass.
+        """[rows, tokens, vocabulary] logits, or [rows, 1, vocabulary]; None where a function raised StoppedPass.
 
         Args:
             functions: by site, called with the activation [rows, tokens, width] and the context of the pass.
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
+            last_token: logits of the last token of each row alone, and no others computed where the model can leave them out.
             then: called with the logits while the functions are still on the model, e.g. for the backward pass, in which checkpointed
                 blocks run once more.
-            last_token: other logits are not wanted, and not computed where the model can leave them out and no row is padded behind.
         """
-        keep = {"logits_to_keep": 1} if last_token and self._may_keep_last and bool(batch.mask[:, -1].all()) else {}
+        ends = batch.mask.shape[1] - 1 - batch.mask.flip(1).argmax(1)  # [rows] place of the last token
+        kept, which = torch.unique(ends, return_inverse=True)
+        keep = {"logits_to_keep": kept} if last_token and self._may_keep else {}
         points = [(self.anatomy.point(site), function) for site, function in functions.items()]
         installation = hooks.Installation(self.model, self.anatomy, points)
         output = None
@@ -82,12 +84,18 @@ class TextPasses:
             with torch.compiler.set_stance("force_eager"), inside or nullcontext():
                 with suppress(StoppedPass):
                     output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
-                if output is not None and then is not None:
-                    then(self._logits(output))
-        return None if output is None else self._logits(output)
+                if output is None:
+                    return None
+                logits = self._logits(output)
+                if last_token:
+                    rows = torch.arange(len(logits), device=logits.device)
+                    logits = logits[rows, (which if keep else ends).to(logits.device)].unsqueeze(1)
+                if then is not None:
+                    then(logits)
+        return logits
 
     @cached_property
-    def _may_keep_last(self) -> bool:
+    def _may_keep(self) -> bool:
         call = texts_call(self.model, self.anatomy)
         return call is self.model and any("logits_to_keep" in inspect.signature(module.forward).parameters for module in self.anatomy.chain)
 
@@ -95,9 +103,10 @@ class TextPasses:
         """[rows] of the target. Raises ConfigError for a target that gives no number, NonFiniteError for NaN or infinity."""
         is_last = logits.shape[1] < batch.ids.shape[1]
         values = []
-        for row, prompt in enumerate(batch.prompts.tolist()):
-            of_row = logits[row] if is_last else batch.of(row, logits)  # [tokens, vocabulary]
-            values.append(checked_value(target(of_row.float(), prompt), prompt))
+        # rows are taken apart at once: each taken alone would have a gradient as large as all of them
+        for of_row, mask, prompt in zip(logits.unbind(0), batch.mask, batch.prompts.tolist(), strict=True):
+            chosen = of_row if is_last else of_row[mask.bool().to(of_row.device)]  # [tokens, vocabulary]
+            values.append(checked_value(target(chosen.float(), prompt), prompt))
         return torch.stack(values)
 
     def _logits(self, output: Any) -> Tensor:

@@ -42,7 +42,7 @@ class EAPGP(AttributionMethod):
         for _ in range(self.steps):
             yield GradientPass(1 / self.steps, edit_at(EMBED, point), into=here)
             gradient = here.gradients[EMBED].float()
-            towards_end = (here.target - at_end.target).sign()[:, None, None]  # [rows, 1, 1]
+            towards_end = (here.target - at_end.target).sign().to(gradient.device)[:, None, None]  # [rows, 1, 1]
             step = length * towards_end * gradient / _norm(gradient).clamp_min(torch.finfo(torch.float32).tiny)
             point = point - step.to(point.dtype)
 
