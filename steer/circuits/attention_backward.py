@@ -90,7 +90,7 @@ def attention_as(anatomy: Anatomy, function: Callable[[Attended], Tensor]) -> It
         replacements = []
         for part in {part for module in modules for part in module.modules()}:  # a wrapper may stand around the one that attends
             replacements.append(_Replacement(function, getattr(getattr(part, "config", None), SETTING, None) or "eager"))
-            stack.enter_context(restoring(partial(_REPLACEMENTS.pop, part, None)))
+            stack.enter_context(restoring(partial(_forget, part)))
             _REPLACEMENTS[part] = replacements[-1]
         for config in configs.values():
             stack.enter_context(replaced(config, SETTING, NAME))
@@ -99,6 +99,10 @@ def attention_as(anatomy: Anatomy, function: Callable[[Attended], Tensor]) -> It
         for layer, module in enumerate(modules):
             if reached.isdisjoint(module.modules()):
                 raise _not_reached(anatomy, layer, module)
+
+
+def _forget(part: nn.Module) -> None:
+    _REPLACEMENTS.pop(part, None)
 
 
 def _attention_module(anatomy: Anatomy, layer: int) -> nn.Module:
@@ -141,7 +145,7 @@ def _function_of(module: nn.Module, name: str) -> Callable[..., Any]:
         name = "eager"
     if name == "eager" and written_out is None:
         raise _no_function(module)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, written_out)  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, written_out)
 
 
 # ---- errors

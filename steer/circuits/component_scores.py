@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,7 +47,7 @@ class ComponentScores:
 
     def __post_init__(self) -> None:
         roles, writers, readers = len(self.roles), len(self.graph.writers), len(self.graph.readers)
-        shapes = [("nodes", self.nodes, (roles, writers))]
+        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("nodes", self.nodes, (roles, writers))]
         if self.edges is not None:
             shapes.append(("edges", self.edges, (roles, writers, readers)))
         for layer, scores in self.neurons.items():
@@ -164,7 +165,7 @@ class ComponentScores:
             self,
             nodes=mean(lambda scores: scores.nodes),
             edges=None if self.edges is None else mean(lambda scores: scores.edges),
-            neurons={layer: mean(lambda scores, layer=layer: scores.neurons[layer]) for layer in self.neurons},
+            neurons={layer: mean(partial(_neurons_of, layer)) for layer in self.neurons},
             prompts=prompts,
             facts=_facts_of_all(outlines),
         )
@@ -208,6 +209,10 @@ class _Outline:
     kind: tuple[Any, ...]
     prompts: int
     facts: Mapping[str, Any]
+
+
+def _neurons_of(layer: int, scores: ComponentScores) -> Tensor:
+    return scores.neurons[layer]
 
 
 def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
