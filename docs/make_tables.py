@@ -63,6 +63,8 @@ PLACES = {
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
     "bias data set": Place("docs/bias.md", "datasets", ("data set", "what is measured")),
     "mitigation": Place("docs/bias_mitigation.md", "mitigations", ("mitigation", "what it does")),
+    "attribution method": Place("docs/attribution.md", "attribution_methods", ("method", "where gradients are taken")),
+    "backward rule": Place("docs/attribution.md", "backward_rules", ("rule", "what stands for the derivative")),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),

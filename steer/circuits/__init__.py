@@ -2,7 +2,9 @@
 
 from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, zero_ablation
 from steer.circuits.attribute import attribute
+from steer.circuits.attribute_chunks import attribute_chunks
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS
+from steer.circuits.backward_rule import BACKWARD_RULES
 from steer.circuits.circuit import Circuit
 from steer.circuits.circuit_drift import circuit_directions, circuit_effect
 from steer.circuits.circuit_losses import AblatedTeacherLoss, circuit_losses
@@ -17,6 +19,7 @@ from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.gradient_mask import GradientMask
 from steer.circuits.graph import Graph, Node
+from steer.circuits.information_flow import information_flow
 from steer.circuits.learn import learn_circuit
 from steer.circuits.lora import lora_config
 from steer.circuits.optimal_ablation import optimal_ablation
@@ -27,6 +30,7 @@ from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
     "ATTRIBUTION_METHODS",
+    "BACKWARD_RULES",
     "AblatedTeacherLoss",
     "Ablation",
     "Circuit",
@@ -56,12 +60,14 @@ __all__ = [
     "Shift",
     "TakenOut",
     "attribute",
+    "attribute_chunks",
     "circuit_directions",
     "circuit_effect",
     "circuit_losses",
     "damage",
     "feature_circuit",
     "feature_weights",
+    "information_flow",
     "learn_circuit",
     "lora_config",
     "mean_ablation",
