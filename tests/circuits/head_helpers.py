@@ -21,7 +21,6 @@ def planted_model(implementation: str = "sdpa") -> GPT2LMHeadModel:
         "n_layer": 2,
         "n_head": 2,
         "bos_token_id": 1,
-        "eos_token_id": 1,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from circuits.head_helpers import planted_model
 from families import FAMILIES
-from hand import edited, hook_count, ids, padded
+from hand import edited, hook_count, ids, padded, vector
 from own_models import own_model
 
+import steer
 from steer.circuits.heads import Head, head_scores, repeated_tokens
 from steer.circuits.heads.names import head_named, heads_named
 from steer.circuits.heads.patterns import PatternReader
 from steer.circuits.texts import Texts, rows_of
 from steer.errors import AnatomyError, ConfigError
+from steer.intervene import Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row
 
@@ -133,3 +135,13 @@ def test_heads_that_are_not_there_are_refused():
             heads_named(anatomy, [name])
     with pytest.raises(ConfigError, match="no name of an attention head"):
         heads_named(anatomy, ["head 3"])
+
+
+def test_patterns_are_those_of_a_model_with_a_plan():
+    model, rows = FAMILIES["llama"](), repeated_tokens(FAMILIES["llama"](), 1, 4)
+    plain = patterns_of(model, rows)
+    plan = Plan([Intervention(steer.Add(vector(16)), "layers.0.attn.v"), Intervention(steer.Add(vector()), "layers.0.attn.z")])
+    with plan.attached(model):
+        planned = patterns_of(model, rows)
+    assert torch.allclose(plain[0, 0], planned[0, 0], atol=1e-6)
+    assert not torch.allclose(plain[2, 0], planned[2, 0], atol=1e-3)

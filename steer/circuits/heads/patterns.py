@@ -10,24 +10,23 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steer.circuits.heads.names import attention_layers
+from steer.circuits.heads.runs import Keep, run_batch, text_batches
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
-from steer.model import hooks
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
-from steer.model.capture import batches_of, check_vocabulary, evaluating
-from steer.model.context import ForwardContext
+from steer.model.capture import check_vocabulary
 from steer.model.devices import input_device
 from steer.model.heads import Heads
-from steer.model.own_calls import needs_equal_lengths, texts_call
-from steer.model.restoring import replaced, restoring, restoring_all
+from steer.model.hook_registration import BEFORE_EDITS
+from steer.model.restoring import replaced, restoring_all
 from steer.model.resume import StoppedPass
 from steer.model.site import Site
 from steer.model.stacks import structure_of
@@ -75,52 +74,37 @@ class PatternReader:
             AnatomyError: patterns that cannot be proven, or an attention that gives none.
         """
         device = input_device(self.model)
-        for numbers in self.batches(range(len(self.texts)) if chosen is None else chosen):
-            batch = self.texts.batch(numbers, device)
+        numbers = range(len(self.texts)) if chosen is None else chosen
+        for rows in text_batches(self.anatomy, self.texts.lengths, numbers, self._max_tokens()):
+            batch = self.texts.batch(rows, device)
             own = self._own_z(batch)
-            values: dict[int, Tensor] = {}  # [rows, tokens, key-value heads * head_dim]
-            z: dict[int, Tensor] = {}  # [rows, tokens, heads * head_dim]
-            with self._reading(batch, values, z, read):
-                self._pass(batch, {"attn.v": values, "attn.z": z})
+            kept: dict[Site, Tensor] = {}  # values and z of each layer
+            keepers = [Keep(kept, Site("attn.v", layer)) for layer in self.layers]
+            keepers += [Keep(kept, Site("attn.z", layer), order=BEFORE_EDITS) for layer in self.layers]
+            with self._reading(batch, kept, read, keep_z=own is not None):
+                run_batch(self.model, self.anatomy, {keep.site: keep for keep in keepers}, batch)
             if own is not None:
-                self._agree(own, z, batch)
+                self._agree(own, kept, batch)
 
-    def batches(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        lengths = [self.texts.lengths[i] for i in numbers]
+    def _max_tokens(self) -> int:
         n_heads = max(heads.n_heads for heads in self.heads.values())
-        for places in batches_of(lengths, max(1, ENTRIES // (n_heads * max(lengths)))):
-            if needs_equal_lengths(self.anatomy):
-                for length in sorted({lengths[i] for i in places}):
-                    yield [numbers[i] for i in places if lengths[i] == length]
-            else:
-                yield [numbers[i] for i in places]
-
-    def _pass(self, batch: Batch, kept: dict[str, dict[int, Tensor]], stop_after: int | None = None) -> None:
-        """Keeps what a pass has at parts of attention, by layer. stop_after: layer behind whose `attn.z` it ends."""
-        points = [
-            (self.anatomy.point(Site(part, layer)), _keeper(kept[part], layer, stop=part == "attn.z" and layer == stop_after))
-            for layer in self.layers
-            for part in kept
-        ]
-        installation = hooks.Installation(self.model, self.anatomy, points)
-        with restoring(installation.remove), evaluating(self.model):
-            installation.install()
-            with torch.compiler.set_stance("force_eager"), suppress(StoppedPass):
-                texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        return max(1, ENTRIES // (n_heads * max(self.texts.lengths)))
 
     @contextmanager
-    def _reading(self, batch: Batch, values: dict[int, Tensor], z: dict[int, Tensor], read: ReadPattern) -> Iterator[None]:
+    def _reading(self, batch: Batch, kept: dict[Site, Tensor], read: ReadPattern, *, keep_z: bool) -> Iterator[None]:
         """Passes within run in the eager form and hand the weights of each layer to `read`."""
         seen: set[int] = set()
 
         def hook_of(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 seen.add(layer)
+                site = Site("attn.z", layer)
                 heads = self.heads[layer]
                 shape = (len(batch.ids), heads.n_heads, batch.ids.shape[1], batch.ids.shape[1])
                 pattern = _weights_in(self.anatomy, layer, module, output, shape)
                 has_sink = isinstance(getattr(module, "sinks", None), Tensor)
-                read(layer, self._proven(layer, pattern, values.pop(layer), z[layer], batch, has_sink=has_sink), batch)
+                values, z = kept.pop(Site("attn.v", layer)), kept[site] if keep_z else kept.pop(site)
+                read(layer, self._proven(layer, pattern, values, z, batch, has_sink=has_sink), batch)
                 if layer == self.layers[-1]:
                     raise StoppedPass
 
@@ -156,22 +140,25 @@ class PatternReader:
             raise _unproven(self.anatomy, layer, error, tolerance)
         return exact.float()
 
-    def _own_z(self, batch: Batch) -> dict[int, Tensor] | None:
+    def _own_z(self, batch: Batch) -> dict[Site, Tensor] | None:
         """What the model's own implementation gives before W_O; None where it is the eager one, or was compared on texts as long."""
         if all(name == EAGER for name in self._implementations()):
             return None
         if _AGREES.setdefault(self.model, {}).get(self._key(), 0) >= batch.ids.shape[1]:
             return None
-        z: dict[int, Tensor] = {}
-        self._pass(batch, {"attn.z": z}, stop_after=self.layers[-1])
+        z: dict[Site, Tensor] = {}
+        last = self.layers[-1]
+        keepers = [Keep(z, Site("attn.z", layer), order=BEFORE_EDITS, stop=layer == last) for layer in self.layers]
+        run_batch(self.model, self.anatomy, {keep.site: keep for keep in keepers}, batch)
         return z
 
-    def _agree(self, own: dict[int, Tensor], z: dict[int, Tensor], batch: Batch) -> None:
-        for layer in self.layers:
-            real = batch.mask.bool().to(z[layer].device)
-            error = float((z[layer].double() - own[layer].double())[real].norm() / own[layer].double()[real].norm().clamp_min(1e-30))
-            if not error <= OWN_TOLERANCE.get(z[layer].dtype, OWN_COARSE):
-                raise _other_than_own(self.anatomy, layer, error)
+    def _agree(self, own: dict[Site, Tensor], eager: dict[Site, Tensor], batch: Batch) -> None:
+        for site, expected in own.items():
+            real = batch.mask.bool().to(expected.device)
+            found, expected = eager[site].double()[real], expected.double()[real]
+            error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+            if not error <= OWN_TOLERANCE.get(own[site].dtype, OWN_COARSE):
+                raise _other_than_own(self.anatomy, site, error)
         _AGREES[self.model][self._key()] = batch.ids.shape[1]
 
     def _implementations(self) -> tuple[str | None, ...]:
@@ -193,15 +180,6 @@ def mixed_values(pattern: Tensor, values: Tensor, heads: Heads) -> Tensor:
     values = values.unflatten(-1, (heads.n_kv_heads, heads.head_dim))
     grouped = pattern.unflatten(1, (heads.n_kv_heads, -1))  # query heads of a group follow one another and share its values
     return torch.einsum("bgrqk,bkgd->bqgrd", grouped, values).flatten(2)
-
-
-def _keeper(kept: dict[int, Tensor], layer: int, *, stop: bool) -> hooks.HookFunction:
-    def keep(h: Tensor, ctx: ForwardContext) -> None:
-        kept[layer] = h.detach()
-        if stop:
-            raise StoppedPass
-
-    return keep
 
 
 def _weights_in(anatomy: Anatomy, layer: int, module: nn.Module, output: Any, shape: tuple[int, ...]) -> Tensor:
@@ -263,10 +241,10 @@ def _unproven(anatomy: Anatomy, layer: int, error: float, tolerance: float) -> A
     )
 
 
-def _other_than_own(anatomy: Anatomy, layer: int, error: float) -> AnatomyError:
+def _other_than_own(anatomy: Anatomy, site: Site, error: float) -> AnatomyError:
     return AnatomyError(
         f"the eager attention of this {anatomy.kind} is another function than the one that it runs with",
         expected="the same input of the output projection, up to rounding",
-        found=f"{error:.3g} of its length off in block {layer}",
+        found=f"{error:.3g} of its length off at {site}",
         remedy="load the model with attn_implementation='eager', whose patterns are then its own",
     )
