@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from steer.checks import one_of
 from steer.circuits.heads.names import Head, HeadName, head_named, heads_named
 from steer.circuits.heads.patterns import PatternReader
-from steer.circuits.heads.runs import Keep, run_batch, target_values, text_batches
+from steer.circuits.heads.runs import Keep, run_batch, target_values, text_batches, texts_of
 from steer.circuits.targets import Target, target_words
-from steer.circuits.texts import Batch, Prompts, Texts, rows_of
+from steer.circuits.texts import Batch, Prompts, Texts
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
@@ -95,20 +95,20 @@ def head_effects(
     groups = tuple(tuple(heads_named(anatomy, [*entry] if isinstance(entry, list) else entry)) for entry in _listed(heads))
     for ablation in ablations:
         one_of(ablation, ABLATIONS, "the ablation of heads")
-    rows = rows_of(model, texts, tokenizer)
-    means_rows = rows if means_from is None else rows_of(model, means_from, tokenizer)
-    if "mean_pattern" in ablations and len(means_rows) < 2:
+    judged = texts_of(model, texts, tokenizer)
+    mean_texts = judged if means_from is None else texts_of(model, means_from, tokenizer)
+    if "mean_pattern" in ablations and len(mean_texts) < 2:
         raise _one_text()
-    runs = _AblatedRuns(model, anatomy, Texts(rows), own_tokens(rows) if target is None else target, max_tokens)
-    constants = _Constants(runs, Texts(means_rows), sorted({head for group in groups for head in group}), ablations)
+    runs = _AblatedRuns(model, anatomy, judged, own_tokens(judged.rows) if target is None else target, max_tokens)
+    constants = _Constants(runs, mean_texts, sorted({head for group in groups for head in group}), ablations)
     clean = runs.values(lambda batch: {})
     changes = {
         ablation: torch.stack([runs.values(constants.functions(ablation, group)) for group in groups]) - clean for ablation in ablations
     }
     facts = {
         "target": "log-probability of the text" if target is None else target_words(target),
-        "texts": len(rows),
-        "means_from": "the same texts" if means_from is None else f"{len(means_rows)} other texts",
+        "texts": len(judged),
+        "means_from": "the same texts" if means_from is None else f"{len(mean_texts)} other texts",
     }
     return HeadEffects(clean, changes, groups, facts)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import whole_number
-from steer.circuits.heads.runs import Keep, run_batch, text_batches
+from steer.circuits.heads.runs import Keep, run_batch, text_batches, texts_of
 from steer.circuits.linear import NormFormula, norm_formula
-from steer.circuits.texts import Batch, Prompts, Texts, rows_of
+from steer.circuits.texts import Batch, Prompts, Texts
 from steer.errors import AnatomyError, ConfigError
 from steer.lens.readout import Readout
 from steer.model.anatomy import Anatomy
@@ -91,7 +91,7 @@ def logit_attribution(
         SiteError: something that writes to the stream has no site. ConfigError: a token that there is not.
     """
     readout = Readout.of(model)
-    attribution = _Attribution(model, readout, Texts(rows_of(model, texts, tokenizer)))
+    attribution = _Attribution(model, readout, texts_of(model, texts, tokenizer))
     return attribution.run(right, wrong, max_tokens)
 
 

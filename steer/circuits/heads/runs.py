@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from steer.circuits.targets import Target, checked_value
-from steer.circuits.texts import Batch
-from steer.errors import AnatomyError
+from steer.circuits.texts import Batch, Prompts, Texts, rows_of
+from steer.errors import AnatomyError, ConfigError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
 from steer.model.capture import batches_of, evaluating
@@ -51,6 +51,14 @@ def run_batch(model: nn.Module, anatomy: Anatomy, functions: Mapping[Site, hooks
     return output
 
 
+def texts_of(model: nn.Module, prompts: Prompts, tokenizer: Any = None) -> Texts:
+    """Texts, rows or a padded batch as texts for passes. Raises ConfigError for none, and for an empty one."""
+    rows = rows_of(model, prompts, tokenizer)
+    if empty := [number for number, row in enumerate(rows) if not row.ids]:
+        raise _empty_text(empty[0])
+    return Texts(rows)
+
+
 def text_batches(anatomy: Anatomy, lengths: Sequence[int], numbers: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Splits some texts into batches of similar length, of the same where the model knows no padding. lengths: of all texts."""
     for places in batches_of([lengths[i] for i in numbers], max_tokens):
@@ -71,6 +79,10 @@ def target_values(anatomy: Anatomy, target: Target, batch: Batch, output: Any) -
 
 
 # ---- errors
+
+
+def _empty_text(number: int) -> ConfigError:
+    return ConfigError(f"text {number} has no tokens", expected="at least one in every text", found="none", remedy="leave it out")
 
 
 def _no_logits(anatomy: Anatomy, output: object) -> AnatomyError:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from steer.checks import one_of, whole_number
 from steer.circuits.heads.names import Head
 from steer.circuits.heads.patterns import PatternReader
-from steer.circuits.texts import Batch, Prompts, Texts, rows_of
+from steer.circuits.heads.runs import texts_of
+from steer.circuits.texts import Batch, Prompts
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row
@@ -112,8 +113,8 @@ def head_scores(
         one_of(name, PATTERN_KINDS, "the kind of a head score")
     if not names:
         raise _no_kind()
-    rows = repeated_tokens(model, seed=seed) if texts is None else rows_of(model, texts, tokenizer)
-    reader = PatternReader(model, Texts(rows))
+    chosen = texts_of(model, repeated_tokens(model, seed=seed) if texts is None else texts, tokenizer)
+    rows, reader = chosen.rows, PatternReader(model, chosen)
     most = max(heads.n_heads for heads in reader.heads.values())
     by_text = {name: torch.full((len(rows), reader.anatomy.n_layers, most), float("nan"), dtype=torch.float64) for name in names}
 
