@@ -3,10 +3,36 @@
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
+from steer.circuits.heads import (
+    AttentionPatterns,
+    Head,
+    HeadEffects,
+    HeadScores,
+    LogitAttribution,
+    attention_patterns,
+    copy_scores,
+    head_effects,
+    head_scores,
+    logit_attribution,
+    repeated_tokens,
+    successor_scores,
+)
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
+    "AttentionPatterns",
+    "Head",
+    "HeadEffects",
+    "HeadScores",
+    "LogitAttribution",
+    "attention_patterns",
+    "copy_scores",
+    "head_effects",
+    "head_scores",
+    "logit_attribution",
+    "repeated_tokens",
+    "successor_scores",
     "ExactEffects",
     "Faithfulness",
     "FeatureCircuit",
