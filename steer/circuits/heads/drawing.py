@@ -30,7 +30,7 @@ def draw_patterns(panels: Sequence[tuple[str, Tensor]], tokens: Sequence[str], c
     ):
         figure = figure_module.Figure(figsize=(columns * side, lines * side + 0.4), layout="compressed")
         for ax, (title, pattern) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
-            image = ax.imshow(pattern, cmap="Blues", vmin=0, vmax=1)
+            image = ax.imshow(pattern.numpy(), cmap="Blues", vmin=0, vmax=1)
             if len(words) <= LABELLED:
                 ax.set_xticks(range(len(words)), words, rotation=90)
                 ax.set_yticks(range(len(words)), words)

@@ -93,6 +93,8 @@ def head_effects(
     """
     anatomy = Anatomy.find(model)
     groups = tuple(tuple(heads_named(anatomy, [*entry] if isinstance(entry, list) else entry)) for entry in _listed(heads))
+    if not groups:
+        raise _no_heads()
     for ablation in ablations:
         one_of(ablation, ABLATIONS, "the ablation of heads")
     judged = texts_of(model, texts, tokenizer)
@@ -251,6 +253,11 @@ def _listed(heads: Any) -> Sequence[Any]:
 
 
 # ---- errors
+
+
+def _no_heads() -> ConfigError:
+    return ConfigError("no attention heads to ablate", expected="at least one, e.g. '23.3'", found="none",
+                       remedy="take some of head_scores(model).top('induction')")  # fmt: skip
 
 
 def _not_ablated(head: Head, groups: Sequence[Group]) -> ConfigError:
