@@ -30,8 +30,8 @@ class LogitAttribution:
     """What each part of a model adds to a logit (difference) at the last token of each text.
 
     Attributes:
-        names: `embed`; `a3.h2`, a head; `a3.bias`, the bias of its W_O; `a3`, attention whose heads are not known; `m3`, an MLP; `bias`,
-            of the final norm and the unembedding.
+        names: `embed`; `a3.h2`, a head; `a3.bias`, the bias of its W_O; `a3`, another mixer, or attention whose heads are not known; `m3`,
+            an MLP; `bias`, of the final norm and the unembedding.
         contributions: [texts, parts] fp64.
         total: [texts] fp64, the model's own logit (difference), before a cap where it has one; rows of `contributions` add up to it.
         facts: readout and scale of the final norm.

@@ -19,9 +19,10 @@ from steer.circuits.heads.runs import Keep, run_batch
 from steer.circuits.heads.scores import HeadScores
 from steer.circuits.linear import norm_formula
 from steer.circuits.texts import Texts
-from steer.errors import AnatomyError, ConfigError
+from steer.errors import AnatomyError, ConfigError, SiteError
 from steer.lens.readout import Readout
 from steer.model.anatomy import Anatomy
+from steer.model.block_sites import heads_of
 from steer.model.capture import check_vocabulary
 from steer.model.context import ForwardContext
 from steer.model.devices import input_device
@@ -29,6 +30,7 @@ from steer.model.load import tokenizer_of
 from steer.model.site import Site
 from steer.model.tokens import Row
 
+ALONG = 0.99  # cosine of a value with what its head passes on; halves round
 STARTS = ("mlp0", "embedding")  # what the first MLP makes of an embedding, or the embedding itself
 
 
@@ -117,7 +119,10 @@ def _ov_logits(model: nn.Module, ids: Sequence[int], start: str) -> Tensor:
     batch = texts.batch(range(len(ids)), input_device(model))
     kept: dict[Site, Tensor] = {}
     last = Site("output", anatomy.n_layers - 1)
-    sites = [Site("attn.z", layer) for layer in layers] + [last] + ([] if anatomy.final_norm is None else [Site("final_norm")])
+    values = {layer: site for layer in layers if _is_known(anatomy, site := Site("attn.v", layer))}
+    sites = [*(Site("attn.z", layer) for layer in layers), *values.values(), last] + (
+        [] if anatomy.final_norm is None else [Site("final_norm")]
+    )
     with torch.no_grad():
         vectors = _embeddings(anatomy, batch.ids)
         put = {Site("input", layer): _Put(vectors) for layer in range(anatomy.n_layers)}
@@ -132,6 +137,8 @@ def _ov_logits(model: nn.Module, ids: Sequence[int], start: str) -> Tensor:
         unembedding = readout.unembedding[torch.tensor(ids)].double().cpu()  # [tokens, width]
         by_layer = {}
         for layer in layers:
+            if layer in values:
+                _check_passes_values_on(anatomy, layer, kept[values[layer]], kept[Site("attn.z", layer)])
             written = anatomy.head_outputs(layer, kept[Site("attn.z", layer)])[:-1, :, 0].double()  # [heads, tokens, width]
             numerator = written if formula is None else formula.numerator(written)
             by_layer[layer] = numerator.cpu() @ unembedding.T
@@ -140,6 +147,24 @@ def _ov_logits(model: nn.Module, ids: Sequence[int], start: str) -> Tensor:
     for layer, logits in by_layer.items():
         made[layer, : len(logits)] = logits * readout.scale
     return made
+
+
+def _is_known(anatomy: Anatomy, site: Site) -> bool:
+    """Latent attention has values, but no projection that gives them alone."""
+    try:
+        anatomy.point(site)
+    except SiteError:
+        return False
+    return True
+
+
+def _check_passes_values_on(anatomy: Anatomy, layer: int, values: Tensor, z: Tensor) -> None:
+    """Raises AnatomyError where a head does something else with a value than to scale it, as a gate of the looking token does."""
+    heads = heads_of(anatomy, layer)
+    v = values.float().unflatten(-1, (heads.n_kv_heads, heads.head_dim)).repeat_interleave(heads.n_heads // heads.n_kv_heads, -2)
+    along = torch.cosine_similarity(v, z.float().unflatten(-1, (heads.n_heads, heads.head_dim)), dim=-1)  # [tokens, 1, heads]
+    if not float(along.min()) >= ALONG:
+        raise _other_than_values(anatomy, layer, float(along.min()))
 
 
 class _Put:
@@ -172,6 +197,15 @@ def _no_succession(name: str) -> ConfigError:
 
 def _no_tokens() -> ConfigError:
     return ConfigError("too few tokens for OV scores", expected="at least two different ones", found="fewer", remedy="pass more tokens")
+
+
+def _other_than_values(anatomy: Anatomy, layer: int, cosine: float) -> AnatomyError:
+    return AnatomyError(
+        f"what heads of block {layer} of this {anatomy.kind} write does not depend on the token alone that they look at",
+        expected="attention that passes on its values, by a factor each",
+        found=f"another vector before W_O, at a cosine of {cosine:.3f} to the value",
+        remedy="a gate of the token that looks cannot be part of an OV score: ablate heads with head_effects instead",
+    )
 
 
 def _no_embedding(anatomy: Anatomy, found: str) -> AnatomyError:
