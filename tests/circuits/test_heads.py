@@ -6,6 +6,7 @@ from circuits.head_helpers import planted_model
 from families import FAMILIES
 from hand import edited, hook_count, ids, padded, vector
 from own_models import own_model
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 import steer
 from steer.circuits.heads import Head, head_scores, repeated_tokens
@@ -145,3 +146,24 @@ def test_patterns_are_those_of_a_model_with_a_plan():
         planned = patterns_of(model, rows)
     assert torch.allclose(plain[0, 0], planned[0, 0], atol=1e-6)
     assert not torch.allclose(plain[2, 0], planned[2, 0], atol=1e-3)
+
+
+def test_attention_with_sinks_is_read_and_gated_attention_is_refused():
+    """A sink takes a part of the weights of gpt-oss; qwen3-next gates what its heads mix."""
+    small = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sinks = GptOssForCausalLM(GptOssConfig(**small, num_hidden_layers=1, num_local_experts=2, sliding_window=4, eos_token_id=2)).eval()
+    pattern = patterns_of(sinks, [Row((5, 6, 7, 8, 9, 10), 0)])[0, 0]
+    assert bool((pattern.sum(-1) < 0.999).all() and (pattern.sum(-1) > 0.2).all())
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = ["linear_attention", "full_attention"]
+    config = Qwen3NextConfig(**small, **experts, **linear, num_hidden_layers=2, num_experts=2, layer_types=kinds)
+    with pytest.raises(AnatomyError, match="block 1 .* cannot be proven"):
+        head_scores(Qwen3NextForCausalLM(config).eval())

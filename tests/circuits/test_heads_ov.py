@@ -8,9 +8,11 @@ from circuits.head_helpers import SIZE, TOKEN, VOCAB, planted_model
 from families import FAMILIES, HEAD_DIM
 from tiny_tokenizer import tiny_tokenizer
 
+import steer
 from steer.circuits.heads import Head, copy_scores, successor_scores
 from steer.circuits.heads.ordinals import successions
-from steer.errors import ConfigError, TokenizerError
+from steer.errors import AnatomyError, ConfigError, TokenizerError
+from steer.intervene import Intervention, Plan
 
 TASK = {"numbers": list(range(4, 14)), "days": [20, 21, None, 22, 23]}
 
@@ -72,3 +74,10 @@ def test_tasks_without_a_succession_are_refused():
         successor_scores(model, tokenizer=lambda word, **_: SimpleNamespace(input_ids=[4, 5]))
     numbers = successor_scores(model, tokenizer=tiny_tokenizer())  # which knows one to ten, and no other ordinals
     assert set(numbers.scores) == {"successor", "numbers"}
+
+
+def test_what_does_not_depend_on_the_token_alone_is_refused():
+    model = FAMILIES["llama"]()
+    gate = Plan(Intervention(steer.Add(torch.arange(32.0)), "layers.1.attn.z"))
+    with gate.attached(model), pytest.raises(AnatomyError, match="block 1 .* does not depend on the token alone"):
+        copy_scores(model, n=8)
