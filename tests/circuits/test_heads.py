@@ -136,6 +136,8 @@ def test_heads_that_are_not_there_are_refused():
             heads_named(anatomy, [name])
     with pytest.raises(ConfigError, match="no name of an attention head"):
         heads_named(anatomy, ["head 3"])
+    with pytest.raises(ConfigError, match="names of heads"):
+        heads_named(anatomy, 3)
 
 
 def test_patterns_are_those_of_a_model_with_a_plan():
@@ -159,7 +161,9 @@ def test_attention_with_sinks_is_read_and_gated_attention_is_refused():
         "head_dim": 8,
     }
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    sinks = GptOssForCausalLM(GptOssConfig(**small, num_hidden_layers=1, num_local_experts=2, sliding_window=4, eos_token_id=2)).eval()
+    sinks = GptOssForCausalLM(
+        GptOssConfig(**small, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, eos_token_id=2)
+    ).eval()
     pattern = patterns_of(sinks, [Row((5, 6, 7, 8, 9, 10), 0)])[0, 0]
     assert bool((pattern.sum(-1) < 0.999).all() and (pattern.sum(-1) > 0.2).all())
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}

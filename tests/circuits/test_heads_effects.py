@@ -65,10 +65,11 @@ def test_ablations_are_those_of_handwritten_hooks():
 
 def test_heads_named_together_are_ablated_together():
     model, texts = FAMILIES["llama"](), rows(6)
-    together = head_effects(model, [["1.0", "1.1", "1.2", "1.3"]], texts, TARGET, ablations=["zero"])
+    together = head_effects(model, [["1.0", "1.1", (1, 2), "1.3"]], texts, TARGET, ablations=["zero"])
     with edited(model.model.layers[1].self_attn.o_proj, torch.zeros_like), torch.no_grad():
         without = TARGET(model(torch.tensor([texts[0].ids])).logits[0], 0)
     assert float(together.clean + together.changes["zero"][0]) == pytest.approx(float(without), abs=1e-5)
+    assert head_effects(model, (1, 2), texts, TARGET, ablations=["zero"]).groups == ((Head(1, 2),),)
     assert together.groups == ((Head(1, 0), Head(1, 1), Head(1, 2), Head(1, 3)),)
 
 

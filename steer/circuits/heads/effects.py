@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import one_of
-from steer.circuits.heads.names import Head, HeadName, head_named, heads_named
+from steer.circuits.heads.names import Head, HeadName, head_named, heads_named, is_pair
 from steer.circuits.heads.patterns import PatternReader
 from steer.circuits.heads.runs import Keep, run_batch, target_values, text_batches, texts_of
 from steer.circuits.targets import Target, target_words
@@ -249,7 +249,7 @@ class _Constants:
 
 
 def _listed(heads: Any) -> Sequence[Any]:
-    return heads if isinstance(heads, list | tuple) and not isinstance(heads, Head) else [heads]
+    return heads if isinstance(heads, list | tuple) and not is_pair(heads) else [heads]
 
 
 # ---- errors

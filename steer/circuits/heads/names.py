@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from steer.checks import of_type
 from steer.errors import AnatomyError, ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
@@ -42,7 +43,8 @@ def heads_named(anatomy: Anatomy, names: Sequence[HeadName] | HeadName) -> list[
         ConfigError: no name of a head, none at all, or a head that the model does not have.
         SiteError: a layer whose heads are not known.
     """
-    several = [names] if isinstance(names, str | Head) or _is_pair(names) else names
+    of_type(names, (str, list, tuple), "the names of heads", "e.g. ['18.6', '17.4']")
+    several = [names] if isinstance(names, str | Head) or is_pair(names) else names
     heads = list(dict.fromkeys(head_named(name) for name in several))  # type: ignore[union-attr, arg-type]
     if not heads:
         raise _no_heads_named()
@@ -70,7 +72,8 @@ def attention_layers(anatomy: Anatomy) -> list[int]:
     return layers
 
 
-def _is_pair(names: object) -> bool:
+def is_pair(names: object) -> bool:
+    """One head as (layer, head), not several names."""
     return isinstance(names, tuple) and len(names) == 2 and all(isinstance(number, int) for number in names)
 
 
