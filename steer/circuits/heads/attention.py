@@ -54,7 +54,7 @@ class AttentionPatterns:
     def __getitem__(self, name: HeadName | tuple[HeadName, int]) -> Tensor:
         """[tokens, tokens] fp32, from the token of the row to that of the column: `patterns["18.6"]`, `patterns["18.6", text]`."""
         head, text = name if isinstance(name, tuple) and len(name) == 2 and not isinstance(name[0], int) else (name, 0)
-        return self.of(head, text)  # type: ignore[arg-type]
+        return self.of(head, text)
 
     def of(self, name: HeadName, text: int = 0) -> Tensor:
         """[tokens, tokens] fp32 of one head and text. Raises ConfigError for one that was not read."""

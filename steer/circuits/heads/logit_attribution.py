@@ -117,7 +117,8 @@ class _Attribution:
         signed = [(1, _tokens(right, len(self.texts), len(rows)))]
         if wrong is not None:
             signed.append((-1, _tokens(wrong, len(self.texts), len(rows))))
-        contributions, totals = {}, torch.zeros(len(self.texts), dtype=torch.float64)
+        contributions: dict[int, Tensor] = {}  # [parts] by text
+        totals = torch.zeros(len(self.texts), dtype=torch.float64)
         for numbers in text_batches(self.anatomy, self.texts.lengths, range(len(self.texts)), max_tokens):
             batch = self.texts.batch(numbers, input_device(self.model))
             made, total = self._of_batch(batch, [(sign, tokens[numbers]) for sign, tokens in signed])

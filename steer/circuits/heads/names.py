@@ -45,7 +45,7 @@ def heads_named(anatomy: Anatomy, names: Sequence[HeadName] | HeadName) -> list[
     """
     of_type(names, (str, list, tuple), "the names of heads", "e.g. ['18.6', '17.4']")
     several = [names] if isinstance(names, str | Head) or is_pair(names) else names
-    heads = list(dict.fromkeys(head_named(name) for name in several))  # type: ignore[union-attr, arg-type]
+    heads = list(dict.fromkeys(head_named(name) for name in several))  # type: ignore[arg-type]
     if not heads:
         raise _no_heads_named()
     for head in heads:

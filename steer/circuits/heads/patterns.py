@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.circuits.heads.names import attention_layers
+from steer.circuits.heads.names import Head, attention_layers
 from steer.circuits.heads.runs import Keep, run_batch, text_batches
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
@@ -39,6 +39,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative, by dtype of 
 COARSE = 0.02  # for halves, in which the model itself rounds its weights
 OWN_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}  # of all layers on top of one another, between two implementations
 OWN_COARSE = 0.1
+FAINT = 0.01  # of the strongest head of the layer
 EAGER = "eager"
 _CONFIG_KEY = "_attn_implementation_internal"
 # by model: what was proven of the eager form, and up to how many tokens
@@ -67,15 +68,14 @@ class PatternReader:
                 self.anatomy.point(Site(part, layer))
         check_vocabulary(self.anatomy, texts.rows)
 
-    def run(self, read: ReadPattern, chosen: Sequence[int] | None = None) -> None:
-        """Reads the patterns of all texts, or of those chosen.
+    def run(self, read: ReadPattern) -> None:
+        """Reads the patterns of all texts.
 
         Raises:
             AnatomyError: patterns that cannot be proven, or an attention that gives none.
         """
         device = input_device(self.model)
-        numbers = range(len(self.texts)) if chosen is None else chosen
-        for rows in text_batches(self.anatomy, self.texts.lengths, numbers, self._max_tokens()):
+        for rows in text_batches(self.anatomy, self.texts.lengths, range(len(self.texts)), self._max_tokens()):
             batch = self.texts.batch(rows, device)
             own = self._own_z(batch)
             kept: dict[Site, Tensor] = {}  # values and z of each layer
@@ -96,7 +96,7 @@ class PatternReader:
         seen: set[int] = set()
 
         def hook_of(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
                 seen.add(layer)
                 site = Site("attn.z", layer)
                 heads = self.heads[layer]
@@ -117,7 +117,7 @@ class PatternReader:
                 module = self.anatomy.module_in_block(layer, self.anatomy.writer(layer, "attn").part)
                 if "output_attentions" in inspect.signature(module.forward).parameters:
                     stack.callback(module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(hook_of(layer), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(hook_of(layer)).remove)
             yield
         if missing := set(self.layers) - seen:
             raise _did_not_run(self.anatomy, sorted(missing))
@@ -134,10 +134,9 @@ class PatternReader:
         if not worst <= 10 * tolerance:
             raise _sums_differ(self.anatomy, layer, worst)
         mixed = mixed_values(exact, values.to(exact.dtype), self.heads[layer])
-        z = z.to(exact.dtype)
-        error = float((mixed - z)[real].norm() / z[real].norm().clamp_min(1e-30))
+        error, head = _worst_head(mixed[real], z.to(exact.dtype)[real], self.heads[layer])
         if not error <= tolerance:
-            raise _unproven(self.anatomy, layer, error, tolerance)
+            raise _unproven(self.anatomy, Head(layer, head), error, tolerance)
         return exact.float()
 
     def _own_z(self, batch: Batch) -> dict[Site, Tensor] | None:
@@ -155,10 +154,10 @@ class PatternReader:
     def _agree(self, own: dict[Site, Tensor], eager: dict[Site, Tensor], batch: Batch) -> None:
         for site, expected in own.items():
             real = batch.mask.bool().to(expected.device)
-            found, expected = eager[site].double()[real], expected.double()[real]
-            error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-            if not error <= OWN_TOLERANCE.get(own[site].dtype, OWN_COARSE):
-                raise _other_than_own(self.anatomy, site, error)
+            assert site.layer is not None
+            error, head = _worst_head(eager[site].double()[real], expected.double()[real], self.heads[site.layer])
+            if not error <= OWN_TOLERANCE.get(expected.dtype, OWN_COARSE):
+                raise _other_than_own(self.anatomy, Head(site.layer, head), error)
         _AGREES[self.model][self._key()] = batch.ids.shape[1]
 
     def _implementations(self) -> tuple[str | None, ...]:
@@ -180,6 +179,16 @@ def mixed_values(pattern: Tensor, values: Tensor, heads: Heads) -> Tensor:
     values = values.unflatten(-1, (heads.n_kv_heads, heads.head_dim))
     grouped = pattern.unflatten(1, (heads.n_kv_heads, -1))  # query heads of a group follow one another and share its values
     return torch.einsum("bgrqk,bkgd->bqgrd", grouped, values).flatten(2)
+
+
+def _worst_head(found: Tensor, expected: Tensor, heads: Heads) -> tuple[float, int]:
+    """The largest error of any head, relative to what it puts out, and that head. found, expected: [tokens, heads * head_dim]."""
+    of_heads = expected.unflatten(-1, (heads.n_heads, heads.head_dim))
+    size = of_heads.norm(dim=(0, 2))  # [heads]
+    size = size.clamp_min(max(1e-30, FAINT * float(size.max())))  # rounding is all that a head has that puts out nothing
+    errors = (found.unflatten(-1, (heads.n_heads, heads.head_dim)) - of_heads).norm(dim=(0, 2)) / size
+    head = int(errors.nan_to_num(float("inf")).argmax())
+    return float(errors[head]), head
 
 
 def _weights_in(anatomy: Anatomy, layer: int, module: nn.Module, output: Any, shape: tuple[int, ...]) -> Tensor:
@@ -231,9 +240,9 @@ def _sums_differ(anatomy: Anatomy, layer: int, worst: float) -> AnatomyError:
     )
 
 
-def _unproven(anatomy: Anatomy, layer: int, error: float, tolerance: float) -> AnatomyError:
+def _unproven(anatomy: Anatomy, head: Head, error: float, tolerance: float) -> AnatomyError:
     return AnatomyError(
-        f"the pattern of block {layer} of this {anatomy.kind} cannot be proven",
+        f"the pattern of head {head} of this {anatomy.kind} cannot be proven",
         expected=f"pattern @ values = input of the output projection, to {tolerance:g} of its length",
         found=f"{error:.3g} of its length off",
         remedy="this attention does more than mix its values (a gate, a norm of values, dropout, a plan that is attached); "
@@ -241,10 +250,10 @@ def _unproven(anatomy: Anatomy, layer: int, error: float, tolerance: float) -> A
     )
 
 
-def _other_than_own(anatomy: Anatomy, site: Site, error: float) -> AnatomyError:
+def _other_than_own(anatomy: Anatomy, head: Head, error: float) -> AnatomyError:
     return AnatomyError(
         f"the eager attention of this {anatomy.kind} is another function than the one that it runs with",
         expected="the same input of the output projection, up to rounding",
-        found=f"{error:.3g} of its length off at {site}",
+        found=f"{error:.3g} of its length off at head {head}",
         remedy="load the model with attn_implementation='eager', whose patterns are then its own",
     )
