@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from gpu_clock import Sizes, copy_bandwidth
-from gpu_kernels import check, features, kernels, peers, small
+from gpu_kernels import check, edges, features, kernels, peers, small
 from gpu_sweep import fastest, sweep
 
 RESULTS = Path(__file__).parent / "results"
@@ -122,11 +122,12 @@ def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def measure(sizes: Sizes, only: str | None) -> dict[str, Any]:
     """Times the kernels alone and a decoder: everything except the sweep."""
-    results: dict[str, Any] = {"kernels": [], "features": [], "small": [], "peers": [], "model": []}
+    results: dict[str, Any] = {"kernels": [], "features": [], "edges": [], "small": [], "peers": [], "model": []}
     if only != "model":
         results["copy TB/s"] = copy_bandwidth(sizes)
         results["kernels"] = kernels(sizes, results["copy TB/s"])
         results["features"] = features(sizes)
+        results["edges"] = edges(sizes, results["copy TB/s"])
         results["small"] = small(sizes)
         results["peers"] = peers(sizes)
     if only != "kernels":
@@ -137,6 +138,7 @@ def measure(sizes: Sizes, only: str | None) -> dict[str, Any]:
     if "copy TB/s" in results:
         table(f"one activation {list(sizes.shape)} in bf16; a copy moves {results['copy TB/s']:.2f} TB/s", results["kernels"])
     table(f"clamping features of {sizes.features:,}", results["features"])
+    table("edge scores of a pair of layers", results["edges"])
     table("few tokens, eager", results["small"])
     table("peers, same inputs", results["peers"])
     table("decoder", results["model"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.intervene import Ablate, Add
 from steer.intervene.low_rank import widened, with_norm_of
-from steer.kernels import drift_stats, edit, edit_scalar, force, steer_add
+from steer.kernels import drift_stats, edge_scores, edit, edit_scalar, force, steer_add, writer_outputs
 
 Run = Callable[[Tensor], Tensor]
 
@@ -117,7 +117,7 @@ def check(sizes: Sizes) -> list[dict[str, Any]]:
             same = all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
             row = {"task": ours.name, "dtype": str(dtype)[6:], "width": place.width, "error": max(errors), "of what is allowed": worst}
             rows.append({**row, "twice the same": same, "right": bool(worst <= 1 and same)})
-    rows.append(_far_apart(sizes))
+    rows += [_far_apart(sizes), *(_edges_right(sizes, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))]
     return sorted(rows, key=lambda row: -row["of what is allowed"])
 
 
@@ -149,6 +149,31 @@ def _far_apart(sizes: Sizes) -> dict[str, Any]:
     ]
     row = {"task": "rows 2^30 numbers apart", "dtype": "float16", "width": sizes.width, "error": max(errors)}
     return {**row, "of what is allowed": max(errors) / 1e-3, "twice the same": True, "right": max(errors) <= 1e-3}
+
+
+def _pair(sizes: Sizes, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's heads, their projection, and 3 readers for every 2 heads: a layer of 8B shape has 32 heads, q of all and 8 of k and v."""
+    d = min(128, sizes.width // 4)
+    heads = sizes.width // d
+    drawn = (
+        sizes.random(tokens, heads, d, seed=1),
+        sizes.random(sizes.width, heads * d, seed=2) / sizes.width**0.5,
+        sizes.random(tokens, heads * 3 // 2, sizes.width, seed=3),
+    )
+    dz, w_o, r = (tensor.to(dtype) for tensor in drawn)
+    return dz, w_o, r
+
+
+def _edges_right(sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """Edge scores of an odd number of tokens in three chunks, against float64."""
+    pair, room = _pair(sizes, dtype, 301), 128 * 4 * sizes.width * (sizes.width // min(128, sizes.width // 4))
+    with force("aten"):
+        exact = edge_scores(*(tensor.double() for tensor in pair))
+    result, again = edge_scores(*pair, max_bytes=room), edge_scores(*pair, max_bytes=room)
+    error, allowed = _error(result, exact), 3e-5  # sums of random signs, of which most cancels
+    same = torch.equal(result, again)
+    row = {"task": "edge scores", "dtype": str(dtype)[6:], "width": sizes.width, "error": error, "of what is allowed": error / allowed}
+    return {**row, "twice the same": same, "right": error <= allowed and same}
 
 
 # ---- fast
@@ -219,6 +244,24 @@ def features(sizes: Sizes) -> list[dict[str, Any]]:
     with torch.no_grad():
         rows.append({"path": "whole dictionary", "features": sizes.features, "ms": milliseconds(dictionary, sizes)})
         rows[-1]["against 1"] = rows[-1]["ms"] / of_one_feature
+    return rows
+
+
+def edges(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
+    """Edge scores of a pair of layers, and the library's share of them: what a kernel that forms the outputs of heads itself could save."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in (256, 2048) if sizes.on_gpu else (8,):
+            dz, w_o, r = _pair(sizes, dtype, tokens)
+            ours = milliseconds(lambda dz=dz, w_o=w_o, r=r: edge_scores(dz, w_o, r), sizes)  # type: ignore[misc]
+            u = writer_outputs(dz, w_o)
+            contraction = milliseconds(lambda u=u, r=r: edge_scores(u, None, r), sizes)  # type: ignore[misc]
+            with force("aten"):
+                eager = milliseconds(lambda dz=dz, w_o=w_o, r=r: edge_scores(dz, w_o, r), sizes)  # type: ignore[misc]
+            n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (u, r))
+            row = {"dtype": str(dtype)[6:], "tokens": tokens, "heads": dz.shape[1], "readers": r.shape[1], "us": ours * 1e3}
+            row |= {"contraction us": contraction * 1e3, "contraction, fraction": n_bytes / contraction / 1e9 / bandwidth}
+            rows.append({**row, "eager us": eager * 1e3, "eager / ours": eager / ours})
     return rows
 
 

@@ -31,6 +31,8 @@ from gpu_targets import launches_of  # noqa: E402
 
 from steer.kernels import drift_stats, edit, force, steer_add  # noqa: E402
 from steer.kernels.drift_stats import launch as launch_drift  # noqa: E402
+from steer.kernels.edge_scores import MAX_BYTES, edge_scores_reference  # noqa: E402
+from steer.kernels.edge_scores import launch as launch_edges  # noqa: E402
 from steer.kernels.edit_autograd import Edit  # noqa: E402
 from steer.kernels.edit_task import EditNumbers  # noqa: E402
 from steer.kernels.sparse_decode import launch_entries, launch_gather_sum  # noqa: E402
@@ -43,6 +45,8 @@ BATCH, TOKENS, WIDTH = 4, 2048, 4096
 PASS = BATCH * TOKENS * WIDTH * 2  # bytes of one read or write of a bf16 activation
 BF16, FP32, LONG = torch.bfloat16, torch.float32, torch.long
 FEATURES, ACTIVE, PART = 65536, 64, 2048  # features of a dictionary, those of a token, tokens that top-k encoding takes at a time
+# heads, width of a head, readers, width, dtype of a pair of layers
+PAIRS = {"Llama 3 8B, bf16": (32, 128, 48, 4096, BF16), "SmolLM2 135M, fp32": (9, 64, 15, 576, FP32)}
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 SCALAR, MASK, ROWS = ((1, 1, 1), FP32), ((BATCH, TOKENS, 1), BF16), ((BATCH,), LONG)
 ENDS = (((8,), FP32), ((8,), FP32))
@@ -315,6 +319,25 @@ def sparse_table() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def edge_table() -> str:
+    """Bytes and products of edge scores of a pair of layers; the products with W_O, which the library does, are counted with the kernel."""
+    head = ["pair", "outputs of heads: GB", "at a time", "PyTorch: GB moved", "Triton and library", "products, 10^12", "Triton launches"]
+    lines = [head, ["---"] * len(head)]
+    for name, (heads, d, readers, width, dtype) in PAIRS.items():
+        tokens = PART
+        dz, w_o, r = (meta(*shape, dtype=dtype) for shape in ((tokens, heads, d), (width, heads * d), (tokens, readers, width)))
+        with Moved() as moved:
+            edge_scores_reference(dz, w_o, r, MAX_BYTES)
+        launches = launches_of(lambda pair=(dz, w_o, r): launch_edges(*pair, MAX_BYTES))  # type: ignore[misc]
+        outputs = [launch.arguments["u_ptr"] for launch in launches]
+        by_library = stored(dz) + sum(stored(w_o) + stored(u) for u in outputs)
+        n_bytes = by_library + sum(moved_by(launch.arguments) for launch in launches)
+        numbers = [4 * tokens * heads * width / 1e9, max(stored(u) for u in outputs) / 1e9, moved.bytes / 1e9, n_bytes / 1e9]
+        numbers.append(2 * tokens * heads * width * (d + readers) / 1e12)
+        lines.append([name, *(f"{number:.2g}" if number < 0.1 else f"{number:.2f}" for number in numbers), str(len(launches))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def moved_by(arguments: dict[str, Any]) -> int:
     """Bytes of the tensors of a launch; of a matrix whose rows are gathered, of one row for each entry."""
     entries = arguments.get("place_ptr", arguments.get("feature_ptr"))
@@ -330,7 +353,7 @@ def moved_by(arguments: dict[str, Any]) -> int:
 def updated(rows: dict[str, dict[str, Any]] | None = None) -> str:
     """The page with its tables as they should be."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("roofline", table(counted() if rows is None else rows)), ("sparse", sparse_table())):
+    for name, lines in (("roofline", table(counted() if rows is None else rows)), ("sparse", sparse_table()), ("edges", edge_table())):
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, after = text.split(begin)
         text = f"{before}{begin}\n{lines}\n{end}{after.split(end)[1]}"

@@ -1,4 +1,4 @@
-"""Kernels, each with its PyTorch reference and its Triton form: steering, edits along directions, drift statistics, sparse features.
+"""Kernels, each with its PyTorch reference and its Triton form: steering, edits, drift statistics, sparse features, edge scores.
 
 Call the functions: they choose the form that runs (see `steer.kernels.dispatch`), and `force` overrules the choice. There is one file for
 each kernel: mathematics, constants, forward kernel, backward kernel, launchers, autograd function, public function. `edit` has its parts in
@@ -27,6 +27,7 @@ else:
     from steer.kernels.available import KERNELS, status
     from steer.kernels.dispatch import force, wanted
     from steer.kernels.drift_stats import DriftStats, drift_stats
+    from steer.kernels.edge_scores import edge_scores, writer_outputs
     from steer.kernels.edit import edit
     from steer.kernels.sparse_decode import sparse_decode
     from steer.kernels.steer_add import steer_add
@@ -37,6 +38,7 @@ else:
         "DriftStats",
         "TopFeatures",
         "drift_stats",
+        "edge_scores",
         "edit",
         "force",
         "sparse_decode",
@@ -44,4 +46,5 @@ else:
         "steer_add",
         "topk_encode",
         "wanted",
+        "writer_outputs",
     ]

@@ -39,7 +39,7 @@ def tensor_format(path: Path) -> str | None:
     for magic, name in ((b"\x93NUMPY", "npy"), (b"GGUF", "gguf")):
         if head.startswith(magic):
             return name
-    if head[8:9] == b"{":
+    if head[7:9] == b"\0{":  # after the length of its header in 8 bytes; JSON may have a brace there, but no zero
         return "safetensors"
     return "json" if head.lstrip()[:1] == b"{" else None
 

@@ -115,3 +115,16 @@ def best_features(pre: Tensor, k: int) -> Tensor:
         order = sorted(range(len(row)), key=lambda j, row=row: (row[j] == row[j], -row[j] if row[j] == row[j] else 0.0, j))
         rows.append(sorted(order[:k]))
     return torch.tensor(rows).view(*pre.shape[:-1], k)
+
+
+def scored(dz: Tensor, w_o: Tensor | None, r: Tensor) -> Tensor:
+    """Edge scores [heads, readers], token by token and pair by pair. dz [..., heads, D or width], r [..., readers, width]."""
+    dz, r = dz.double().reshape(-1, *dz.shape[-2:]), r.double().reshape(-1, *r.shape[-2:])
+    scores = torch.zeros(dz.shape[1], r.shape[1], dtype=torch.float64)
+    for t in range(len(dz)):
+        for h in range(dz.shape[1]):
+            columns = slice(h * dz.shape[2], (h + 1) * dz.shape[2])
+            u = dz[t, h] if w_o is None else w_o.double()[:, columns] @ dz[t, h]
+            for reader in range(r.shape[1]):
+                scores[h, reader] += u @ r[t, reader]
+    return scores

@@ -26,6 +26,8 @@ from drift.test_store import measurement, writer
 
 import steer
 from steer import files
+from steer.circuits.mib import read_mib, write_mib
+from steer.circuits.mib_circuit import MibCircuit, MibShape
 from steer.commands.generate import read_run
 from steer.directions import Direction, Directions
 from steer.drift.store import DriftStore
@@ -149,6 +151,16 @@ def load_foreign(name: str, path: Path) -> Any:
     return direction_values(steer.import_directions(path, name, n_layers=4))
 
 
+def save_mib(name: str, folder: Path) -> Path:
+    shape = MibShape(2, 2, 3)
+    scores = torch.arange(105.0).view(7, 15) / 7
+    return write_mib(folder / name, MibCircuit(shape, scores, scores > 5, scores[:, 0] > 5, neurons=scores[:, :3] > 5))
+
+
+def load_mib(path: Path) -> Any:
+    return {name: tensor.tolist() for name, tensor in read_mib(path).tensors().items()}
+
+
 KINDS = {
     **{f"plan {name}": Kind(partial(save_plan, name), lambda path: plan_values(Plan.load(path)), True) for name in ("p", "p.safetensors")},
     **{
@@ -157,6 +169,7 @@ KINDS = {
     },
     "state": Kind(save_state, load_state, True),
     "metrics": Kind(save_metrics, load_metrics, True),
+    **{f"circuit {name}": Kind(partial(save_mib, name), load_mib) for name in ("c.json", "c.pt")},
     "drift store": Kind(save_store, load_store),
     "drift store, schema 1": Kind(lambda folder: old_store(folder / "old.sqlite"), load_store),
     "lines": Kind(save_lines, lambda path: read_jsonl(path, ("prompt", "answer"))),

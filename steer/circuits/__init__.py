@@ -1,5 +1,11 @@
 """Circuits: graphs of what a target depends on inside a model, and the plans that take them out."""
 
+from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, zero_ablation
+from steer.circuits.attribute import attribute
+from steer.circuits.attribution_method import ATTRIBUTION_METHODS
+from steer.circuits.circuit import Circuit
+from steer.circuits.component_scores import ComponentScores
+from steer.circuits.components import ComponentGraph
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
@@ -17,6 +23,7 @@ from steer.circuits.heads import (
     repeated_tokens,
     successor_scores,
 )
+from steer.circuits.pairs import Pairs
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.weights import FeatureWeights, feature_weights
 
@@ -33,6 +40,11 @@ __all__ = [
     "logit_attribution",
     "repeated_tokens",
     "successor_scores",
+    "ATTRIBUTION_METHODS",
+    "Ablation",
+    "Circuit",
+    "ComponentGraph",
+    "ComponentScores",
     "ExactEffects",
     "Faithfulness",
     "FeatureCircuit",
@@ -41,6 +53,11 @@ __all__ = [
     "LogProbability",
     "LogitDifference",
     "Node",
+    "Pairs",
+    "attribute",
     "feature_circuit",
     "feature_weights",
+    "mean_ablation",
+    "resample_ablation",
+    "zero_ablation",
 ]

@@ -78,6 +78,29 @@ class NormFormula:
         """[..., 1], positive."""
         return ((x.var(-1, keepdim=True, correction=0) if self.centred else x.square().mean(-1, keepdim=True)) + self.eps).sqrt()
 
+    def jvp(self, x: Tensor, change: Tensor) -> Tensor:
+        """[..., width] change of what the norm gives, to first order, when x changes."""
+        return (self.numerator(change) - self._unit(x) * self._along(x, change) * self.gain) / self.denominator(x)
+
+    def vjp_(self, x: Tensor, gradient: Tensor, *, constant_denominator: bool = False) -> Tensor:
+        """Turns the gradient by what the norm gives, [..., width], into that by x, in place."""
+        gradient *= self.gain / self.denominator(x)
+        if self.centred:
+            gradient -= gradient.mean(-1, keepdim=True)
+        if not constant_denominator:
+            unit = self._unit(x)
+            along = torch.linalg.vecdot(gradient, unit.expand_as(gradient)) / x.shape[-1]
+            gradient.addcmul_(unit, along.unsqueeze(-1), value=-1)
+        return gradient
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """[..., width] x, without its mean where that is taken off, over the denominator: its mean square is 1."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) / self.denominator(x)
+
+    def _along(self, x: Tensor, other: Tensor) -> Tensor:
+        """[..., 1] mean product with `_unit`, of which changes of the denominator consist."""
+        return (self._unit(x) * other).mean(-1, keepdim=True)
+
     def with_constant_denominator(self, x: Tensor) -> Tensor:
         """What the norm gives, with a gradient that leaves its denominator alone."""
         normed = self.numerator(x) / self.denominator(x.detach())

@@ -1,27 +1,18 @@
-"""Passes of a circuit: prompts run through the model while something is done with the activations at its split sites."""
+"""Passes of a feature circuit: prompts run through the model while something is done with the activations at its split sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from steer.circuits.linear import linear_hooks
 from steer.circuits.split_site import SplitSite
-from steer.circuits.targets import Target, checked_value
+from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch, Texts
-from steer.errors import AnatomyError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
-from steer.model.capture import batches_of, check_vocabulary, evaluating
 from steer.model.context import ForwardContext
-from steer.model.devices import input_device
-from steer.model.own_calls import needs_equal_lengths, texts_call
-from steer.model.restoring import restoring
-from steer.model.resume import StoppedPass
 from steer.model.site import Site
 
 # (split site, x that its dictionary reads, y of the site that it writes, batch) -> the activation that takes the place of y
@@ -29,8 +20,8 @@ Act = Callable[[SplitSite, Tensor, Tensor, Batch], Tensor]
 ENTRIES = 2**25  # features of all tokens of a batch, at most
 
 
-class Passes:
-    """Runs prompts in batches.
+class Passes(TextPasses):
+    """Runs prompts in batches and lets a function act at each split site.
 
     Args:
         splits: in the order of a pass.
@@ -41,35 +32,16 @@ class Passes:
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, splits: Sequence[SplitSite], texts: Texts, *, linear: bool, max_tokens: int
     ) -> None:
-        check_vocabulary(anatomy, texts.rows)
-        self.model, self.anatomy, self.splits, self.texts, self.linear = model, anatomy, list(splits), texts, linear
-        self.max_tokens = max(1, min(max_tokens, ENTRIES // max(1, *(split.width for split in splits))))
-
-    def batches(self, prompts: Sequence[int]) -> Iterator[list[int]]:
-        """Splits prompts, which may be named more than once. Yields places in that list."""
-        lengths = [self.texts.lengths[i] for i in prompts]
-        for chosen in batches_of(lengths, self.max_tokens):
-            if needs_equal_lengths(self.anatomy):
-                yield from ([i for i in chosen if lengths[i] == length] for length in sorted({lengths[i] for i in chosen}))
-            else:
-                yield chosen
+        widest = max(1, *(split.width for split in splits))
+        super().__init__(model, anatomy, texts, max_tokens=max(1, min(max_tokens, ENTRIES // widest)))
+        self.splits, self.linear = list(splits), linear
 
     def run(self, prompts: Sequence[int], act: Act, *, gradients: bool) -> tuple[Batch, Tensor | None]:
         """One batch: [rows, tokens, vocabulary] logits; None where `act` raised StoppedPass."""
-        batch = self.texts.batch(prompts, input_device(self.model))
+        batch = self.batch(prompts)
         sites, functions = self._hooks(batch, act)
-        points = [(self.anatomy.point(site), function) for site, function in zip(sites, functions, strict=True)]
-        installation = hooks.Installation(self.model, self.anatomy, points)
-        output = None
-        with restoring(installation.remove), evaluating(self.model), torch.set_grad_enabled(gradients):
-            installation.install()
-            with (
-                torch.compiler.set_stance("force_eager"),
-                linear_hooks(self.anatomy, active=self.linear and gradients),
-                suppress(StoppedPass),
-            ):
-                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        return batch, None if output is None else self._logits(output)
+        linear = linear_hooks(self.anatomy, active=self.linear and gradients)
+        return batch, self.run_batch(batch, dict(zip(sites, functions, strict=True)), gradients=gradients, inside=linear)
 
     def _hooks(self, batch: Batch, act: Act) -> tuple[list[Site], list[hooks.HookFunction]]:
         written = {split.writes: split for split in self.splits}
@@ -88,26 +60,3 @@ class Passes:
             return hook
 
         return sites, [function(site) for site in sites]
-
-    def values(self, target: Target, batch: Batch, logits: Tensor) -> Tensor:
-        """[rows] of the target."""
-        values = [checked_value(target(batch.of(row, logits).float(), prompt), prompt) for row, prompt in enumerate(batch.prompts.tolist())]
-        return torch.stack(values)
-
-    def _logits(self, output: Any) -> Tensor:
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple | list) else output)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            raise _no_logits(self.anatomy, output)
-        return logits
-
-
-# ---- errors
-
-
-def _no_logits(anatomy: Anatomy, output: object) -> AnatomyError:
-    return AnatomyError(
-        f"this {anatomy.kind} gives no logits, of which a target is a function",
-        expected="[batch, tokens, vocabulary]",
-        found=type(output).__name__,
-        remedy="load the model with its language-model head, e.g. AutoModelForCausalLM",
-    )

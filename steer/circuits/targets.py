@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class LogitDifference:
         right, wrong: token ids, one for all prompts or one for each.
     """
 
+    at_last_token: ClassVar[bool] = True  # logits of other tokens need not be computed
+
     right: Tokens
     wrong: Tokens
 
@@ -42,6 +45,8 @@ class LogProbability:
     Args:
         token: its id, one for all prompts or one for each.
     """
+
+    at_last_token: ClassVar[bool] = True
 
     token: Tokens
 

@@ -243,7 +243,11 @@ def is_current(kind: type[Operator], path: str, *formulas: str) -> bool:
 
 
 OPERATORS: Registry[type[Operator]] = Registry(
-    "operator", "steer.intervene.operators", "steer.operators", further=("steer.features.operators",), subclass_of=Operator
+    "operator",
+    "steer.intervene.operators",
+    "steer.operators",
+    further=("steer.features.operators", "steer.circuits.operators"),
+    subclass_of=Operator,
 )
 
 

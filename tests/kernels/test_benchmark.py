@@ -25,6 +25,7 @@ def test_a_dry_run_fills_every_table(tmp_path: Path) -> None:
     assert len(results["correctness"]) > 40 and all(row["right"] for row in results["correctness"])
     assert all(row["us"] > 0 and row["eager us"] > 0 for row in results["kernels"]) and len(results["kernels"]) > 20
     assert {row["features"] for row in results["features"]} >= {1, 16, 64, 256} and results["features"][-1]["path"] == "whole dictionary"
+    assert all(row["us"] > 0 and row["contraction us"] > 0 and row["eager us"] > 0 for row in results["edges"]) and results["edges"]
     assert all(row["operations us"] > 0 and row["kernel us"] > 0 for row in results["small"])
     works = {row["work"] for row in results["model"]}
     assert works == {"prefill", "decode", "decode, CUDA graph", "decode 256 rows, CUDA graph", "training step"}

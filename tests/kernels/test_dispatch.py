@@ -133,11 +133,12 @@ def test_nothing_needs_triton() -> None:
             real = util.find_spec
             util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else real(name, *a)
         import torch, steer
-        from steer.kernels import drift_stats, edit, sparse_decode, status, steer_add, topk_encode
+        from steer.kernels import drift_stats, edge_scores, edit, sparse_decode, status, steer_add, topk_encode
         h, u = torch.randn(2, 3, 8).requires_grad_(), torch.randn(2, 8)
         edit(steer_add(h, u[0], preserve_norm=True), u, low=0.0).sum().backward()
         assert drift_stats(h, u, bins=4).histogram.sum() == 12 and h.grad is not None
         sparse_decode(*topk_encode(h, u, None, 1), u).sum().backward()
+        assert edge_scores(h, None, h).shape == (3, 3)
         assert not [name for name in sys.modules if name.split(".")[0] == "triton" and sys.modules[name]]
         print(sorted(status()["kernels"]))
     """
@@ -145,19 +146,19 @@ def test_nothing_needs_triton() -> None:
 
     for argument in ("", "hide"):
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), argument], capture_output=True, text=True)
-        assert done.stdout.strip() == "['drift_stats', 'edit', 'sparse_decode', 'steer_add', 'topk_encode']", done.stderr
+        assert done.stdout.strip() == "['drift_stats', 'edge_scores', 'edit', 'sparse_decode', 'steer_add', 'topk_encode']", done.stderr
 
 
 def test_status_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.status()["kernels"] == ["drift_stats", "edit", "sparse_decode", "steer_add", "topk_encode"]
+    assert kernels.status()["kernels"] == ["drift_stats", "edge_scores", "edit", "sparse_decode", "steer_add", "topk_encode"]
     assert kernels.status()["path"] == "auto"
     with force("aten"):
         assert kernels.status()["path"] == "aten" and "(aten forced)" in environment()["kernels"]
-    assert "drift_stats, edit, sparse_decode, steer_add, topk_encode (PyTorch only, " in environment()["kernels"]
+    assert "drift_stats, edge_scores, edit, sparse_decode, steer_add, topk_encode (PyTorch only, " in environment()["kernels"]
     monkeypatch.setattr(kernels.available.importlib.metadata, "version", lambda name: "3.9")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
-    assert "drift_stats, edit, sparse_decode, steer_add, topk_encode (Triton)" in environment()["kernels"]
+    assert "drift_stats, edge_scores, edit, sparse_decode, steer_add, topk_encode (Triton)" in environment()["kernels"]
     lines = dict(kernels.KERNELS.table())
     assert all(lines[name] for name in lines)
 

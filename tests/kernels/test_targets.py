@@ -79,6 +79,13 @@ def merge(k: int) -> None:
     encode.launch_merge(there(TOKENS, encode.TILE_SIZE), old, encode.TILE_SIZE, k)
 
 
+def edges(heads: int, readers: int, dtype: torch.dtype = BF16) -> None:
+    """Scores of a pair of layers."""
+    dz, w_o = there(TOKENS, heads, 128, dtype=dtype), there(WIDTH, heads * 128, dtype=dtype)
+    file = module("edge_scores")
+    file.launch(dz, w_o, there(TOKENS, readers, WIDTH, dtype=dtype), file.MAX_BYTES)
+
+
 WAYS = ("forward", "backward")
 FEATURES = ("bias", "shift", "threshold")
 # what runs -> (name of the kernel, reads and writes of 128 bits of a thread: on NVIDIA, on AMD)
@@ -105,6 +112,9 @@ CASES: dict[str, tuple[Callable[[], None], list[tuple[str, tuple[int, int], tupl
             ("sparse_decode.gather_sum", (8, 1), (4, 0)),
         ],
     ),
+    "edges": (lambda: edges(32, 48), [("edge_scores.contract", (28, 4), (14, 0))]),
+    "edges of many heads": (lambda: edges(64, 80), [("edge_scores.contract", (64, 16), (32, 0))]),
+    "edges in fp32": (lambda: edges(32, 48, torch.float32), [("edge_scores.contract", (22, 4), (11, 0))]),
     "top 64": (lambda: merge(64), [("topk_encode.merge", (4, 0), (2, 0))]),
     "top 1,024": (lambda: merge(1024), [("topk_encode.merge", (4, 0), (2, 0))]),
 }
@@ -121,10 +131,12 @@ def test_kernels_compile(case: str, target: str, monkeypatch: pytest.MonkeyPatch
     for launch, (name, nvidia, amd) in zip(launches, expected, strict=False):
         binary = compiled(launch, target)
         check(launch, binary, target)
-        tiled = name in ("edit_tiles.forward", "edit_tiles.backward", "drift_stats.stats")
+        tiled = name in ("edit_tiles.forward", "edit_tiles.backward", "drift_stats.stats", "edge_scores.contract")
+        tiled = tiled and case != "edges in fp32"  # which are exact, and so not for tensor cores
         reads, writes = amd if target == "gfx942" else nvidia
         if tiled:
-            products = "mma.sync" if target == "sm_90" and launch.arguments["TILE_SIZE"] < 64 else PRODUCTS[target]  # wgmma takes 64 rows
+            rows = launch.arguments.get("TILE_SIZE", launch.arguments.get("BLOCK_READERS"))
+            products = "mma.sync" if target == "sm_90" and rows < 64 else PRODUCTS[target]  # wgmma takes 64 rows
             assert binary.products == products and binary.reads >= reads and binary.writes >= writes, (name, binary)
         elif target == "gfx942":  # its compiler unrolls loops, so there are more
             assert binary.reads >= reads and binary.writes >= writes, (name, binary)

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from steer.checks import one_of
 from steer.circuits.heads.names import Head, HeadName, head_named, heads_named, is_pair
 from steer.circuits.heads.patterns import PatternReader
-from steer.circuits.heads.runs import Keep, run_batch, target_values, text_batches, texts_of
+from steer.circuits.heads.runs import Keep, texts_of
 from steer.circuits.targets import Target, target_words
+from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch, Prompts, Texts
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
-from steer.model.capture import check_vocabulary
 from steer.model.context import ForwardContext
-from steer.model.devices import input_device
 from steer.model.hooks import HookFunction
 from steer.model.site import Site
 from steer.model.tokens import Row
@@ -101,8 +100,9 @@ def head_effects(
     mean_texts = judged if means_from is None else texts_of(model, means_from, tokenizer)
     if "mean_pattern" in ablations and len(mean_texts) < 2:
         raise _one_text()
-    runs = _AblatedRuns(model, anatomy, judged, own_tokens(judged.rows) if target is None else target, max_tokens)
-    constants = _Constants(runs, mean_texts, sorted({head for group in groups for head in group}), ablations)
+    runs = _AblatedRuns(TextPasses(model, anatomy, judged, max_tokens=max_tokens), own_tokens(judged.rows) if target is None else target)
+    mean_passes = TextPasses(model, anatomy, mean_texts, max_tokens=max_tokens)
+    constants = _Constants(runs.passes, mean_passes, sorted({head for group in groups for head in group}), ablations)
     clean = runs.values(lambda batch: {})
     changes = {
         ablation: torch.stack([runs.values(constants.functions(ablation, group)) for group in groups]) - clean for ablation in ablations
@@ -130,47 +130,46 @@ def own_tokens(rows: Sequence[Row]) -> Target:
 class _AblatedRuns:
     """Targets of texts while functions are at sites."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, texts: Texts, target: Target, max_tokens: int) -> None:
-        check_vocabulary(anatomy, texts.rows)
-        self.model, self.anatomy, self.texts, self.target, self.max_tokens = model, anatomy, texts, target, max_tokens
+    def __init__(self, passes: TextPasses, target: Target) -> None:
+        self.passes, self.target = passes, target
+        self.last_token = bool(getattr(target, "at_last_token", False))
 
     def values(self, functions: Callable[[Batch], Mapping[Site, HookFunction]]) -> Tensor:
         """[texts] fp64. functions: those of a batch."""
-        values = torch.zeros(len(self.texts), dtype=torch.float64)
-        for numbers in text_batches(self.anatomy, self.texts.lengths, range(len(self.texts)), self.max_tokens):
-            batch = self.texts.batch(numbers, input_device(self.model))
-            values[numbers] = target_values(self.anatomy, self.target, batch, run_batch(self.model, self.anatomy, functions(batch), batch))
+        values = torch.zeros(len(self.passes.texts), dtype=torch.float64)
+        for numbers in self.passes.batches(range(len(values))):
+            batch = self.passes.batch(numbers)
+            logits = self.passes.run_batch(batch, functions(batch), gradients=False, last_token=self.last_token)
+            assert logits is not None  # no function ends a pass
+            values[numbers] = self.passes.values(self.target, batch, logits).double().cpu()
         return values
 
 
 class _Constants:
     """What takes the place of a head's output or of its pattern."""
 
-    def __init__(self, runs: _AblatedRuns, means_from: Texts, heads: Sequence[Head], ablations: Sequence[str]) -> None:
-        self.anatomy = runs.anatomy
+    def __init__(self, judged: TextPasses, means_from: TextPasses, heads: Sequence[Head], ablations: Sequence[str]) -> None:
+        self.anatomy = judged.anatomy
         self.means: dict[Site, Tensor] = {}  # [heads * head_dim] fp32 by layer
         self.patterns: dict[Head, Tensor] = {}  # [tokens, tokens] fp32, mean over texts
         self.visible: dict[int, list[Tensor]] = {}  # by layer, [tokens, tokens] bool of each text
         if "mean" in ablations:
-            self._read_means(runs, means_from, sorted({head.layer for head in heads}))
+            self._read_means(means_from, sorted({head.layer for head in heads}))
         if "mean_pattern" in ablations:
-            self._read_mean_patterns(runs.model, means_from, heads)
+            self._read_mean_patterns(judged.model, means_from.texts, heads)
         if "uniform_pattern" in ablations:
-            self._read_visible(runs.model, runs.texts, sorted({head.layer for head in heads}))
+            self._read_visible(judged.model, judged.texts, sorted({head.layer for head in heads}))
 
-    def _read_means(self, runs: _AblatedRuns, texts: Texts, layers: Sequence[int]) -> None:
+    def _read_means(self, passes: TextPasses, layers: Sequence[int]) -> None:
         sums: dict[Site, Tensor] = {}
-        count = 0
-        check_vocabulary(self.anatomy, texts.rows)
-        for numbers in text_batches(self.anatomy, texts.lengths, range(len(texts)), runs.max_tokens):
-            batch, kept = texts.batch(numbers, input_device(runs.model)), dict[Site, Tensor]()
-            sites = [Site("attn.z", layer) for layer in layers]
-            run_batch(runs.model, self.anatomy, {site: Keep(kept, site, stop=site == sites[-1]) for site in sites}, batch)
+        sites = [Site("attn.z", layer) for layer in layers]
+        for numbers in passes.batches(range(len(passes.texts))):
+            batch, kept = passes.batch(numbers), dict[Site, Tensor]()
+            passes.run_batch(batch, {site: Keep(kept, site, stop=site == sites[-1]) for site in sites}, gradients=False)
             for site, z in kept.items():
                 total = z[batch.mask.bool().to(z.device)].double().sum(0)
                 sums[site] = sums.get(site, torch.zeros_like(total)) + total
-            count += int(batch.mask.sum())
-        self.means = {site: (total / count).float() for site, total in sums.items()}
+        self.means = {site: (total / sum(passes.texts.lengths)).float() for site, total in sums.items()}
 
     def _read_mean_patterns(self, model: nn.Module, texts: Texts, heads: Sequence[Head]) -> None:
         most = max(texts.lengths)

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import whole_number
-from steer.circuits.heads.runs import Keep, run_batch, text_batches, texts_of
+from steer.circuits.heads.runs import Keep, texts_of
 from steer.circuits.linear import NormFormula, norm_formula
-from steer.circuits.texts import Batch, Prompts, Texts
+from steer.circuits.text_passes import TextPasses
+from steer.circuits.texts import Batch, Prompts
 from steer.errors import AnatomyError, ConfigError
 from steer.lens.readout import Readout
 from steer.model.anatomy import Anatomy
-from steer.model.capture import check_vocabulary
 from steer.model.context import ForwardContext
-from steer.model.devices import input_device
 from steer.model.site import Site
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the sum of absolute contributions, by dtype of the model
@@ -91,18 +90,17 @@ def logit_attribution(
         SiteError: something that writes to the stream has no site. ConfigError: a token that there is not.
     """
     readout = Readout.of(model)
-    attribution = _Attribution(model, readout, texts_of(model, texts, tokenizer))
-    return attribution.run(right, wrong, max_tokens)
+    passes = TextPasses(model, readout.anatomy, texts_of(model, texts, tokenizer), max_tokens=max_tokens)
+    return _Attribution(readout, passes).run(right, wrong)
 
 
 class _Attribution:
-    def __init__(self, model: nn.Module, readout: Readout, texts: Texts) -> None:
-        self.model, self.readout, self.anatomy, self.texts = model, readout, readout.anatomy, texts
-        check_vocabulary(self.anatomy, texts.rows)
+    def __init__(self, readout: Readout, passes: TextPasses) -> None:
+        self.passes, self.readout, self.anatomy, self.texts = passes, readout, readout.anatomy, passes.texts
         self.written = self.anatomy.written_sites()
         self.split = {site.layer: Site("attn.z", site.layer) for site in self.written if self._has_heads(site)}
         last = Site("output", self.anatomy.n_layers - 1)
-        around = [last, Site("logits")] + ([] if self.anatomy.final_norm is None else [Site("final_norm")])
+        around = [last] + ([] if self.anatomy.final_norm is None else [Site("final_norm")])
         self.sites = [*self.written, *self.split.values(), *around]
         self.names: list[str] = []
 
@@ -112,15 +110,15 @@ class _Attribution:
         writer = self.anatomy.writer(site.layer, "attn")
         return writer.heads is not None and writer.projection is not None
 
-    def run(self, right: int | Sequence[int], wrong: int | Sequence[int] | None, max_tokens: int) -> LogitAttribution:
+    def run(self, right: int | Sequence[int], wrong: int | Sequence[int] | None) -> LogitAttribution:
         rows = self.readout.unembedding
         signed = [(1, _tokens(right, len(self.texts), len(rows)))]
         if wrong is not None:
             signed.append((-1, _tokens(wrong, len(self.texts), len(rows))))
         contributions: dict[int, Tensor] = {}  # [parts] by text
         totals = torch.zeros(len(self.texts), dtype=torch.float64)
-        for numbers in text_batches(self.anatomy, self.texts.lengths, range(len(self.texts)), max_tokens):
-            batch = self.texts.batch(numbers, input_device(self.model))
+        for numbers in self.passes.batches(range(len(self.texts))):
+            batch = self.passes.batch(numbers)
             made, total = self._of_batch(batch, [(sign, tokens[numbers]) for sign, tokens in signed])
             contributions |= dict(zip(numbers, made, strict=True))
             totals[numbers] = total
@@ -130,7 +128,7 @@ class _Attribution:
 
     def _of_batch(self, batch: Batch, signed: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
         """[rows, parts] and [rows], on the CPU. signed: +1 or -1, and a token for each row."""
-        kept = self._last_tokens(batch)
+        kept, logits = self._last_tokens(batch)
         stream = kept[Site("output", self.anatomy.n_layers - 1)]  # [rows, width]
         with torch.no_grad():
             parts = self._parts(kept)
@@ -146,8 +144,7 @@ class _Attribution:
         if isinstance(of_head := getattr(self.readout.head, "bias", None), Tensor):
             bias += self._difference(of_head.detach()[:, None], signed).to(bias.device)
         made = torch.cat([made, bias], 1).cpu() * self.readout.scale
-        logits = kept[Site("logits")].double().cpu()
-        total = torch.stack([sign * logits.gather(1, tokens[:, None])[:, 0] for sign, tokens in signed]).sum(0) * self.readout.scale
+        total = torch.stack([sign * logits.gather(1, tokens[:, None])[:, 0] for sign, tokens in signed]).sum(0)
         self._check(made, total, stream.dtype)
         return made, total
 
@@ -155,12 +152,15 @@ class _Attribution:
         """[rows, ...] fp64 from [vocabulary, ...]: what a tensor has of the right tokens, less that of the wrong ones."""
         return torch.stack([sign * of_tokens[tokens.to(of_tokens.device)].double() for sign, tokens in signed]).sum(0)
 
-    def _last_tokens(self, batch: Batch) -> dict[Site, Tensor]:
-        """[rows, width] at the last token of each text, by site."""
+    def _last_tokens(self, batch: Batch) -> tuple[dict[Site, Tensor], Tensor]:
+        """[rows, width] at the last token of each text, by site, and [rows, vocabulary] logits there before any cap, fp64 on the CPU."""
         kept: dict[Site, Tensor] = {}
         last = batch.mask.sum(1) - 1  # texts are padded at the right
-        run_batch(self.model, self.anatomy, {site: _KeepAt(kept, site, last) for site in self.sites}, batch)
-        return kept
+        functions = {site: _KeepAt(kept, site, last) for site in self.sites}
+        logits = self.passes.run_batch(batch, functions, gradients=False, last_token=True)
+        assert logits is not None  # no function ends the pass
+        of_last, cap = logits[:, 0].double().cpu(), self.readout.cap
+        return kept, of_last if cap is None else cap * torch.atanh(of_last / cap)
 
     def _parts(self, kept: dict[Site, Tensor]) -> dict[str, Tensor]:
         """What was written to the stream, [rows, width] by name."""

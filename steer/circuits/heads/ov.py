@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from steer.checks import one_of, whole_number
 from steer.circuits.heads.names import attention_layers
 from steer.circuits.heads.ordinals import Task, ordinal_tasks, successions
-from steer.circuits.heads.runs import Keep, run_batch
+from steer.circuits.heads.runs import Keep
 from steer.circuits.heads.scores import HeadScores
 from steer.circuits.linear import norm_formula
+from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Texts
 from steer.errors import AnatomyError, ConfigError, SiteError
 from steer.lens.readout import Readout
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
-from steer.model.capture import check_vocabulary
 from steer.model.context import ForwardContext
-from steer.model.devices import input_device
 from steer.model.load import tokenizer_of
 from steer.model.site import Site
 from steer.model.tokens import Row
@@ -115,8 +114,8 @@ def _ov_logits(model: nn.Module, ids: Sequence[int], start: str) -> Tensor:
     anatomy = readout.anatomy
     layers = attention_layers(anatomy)
     texts = Texts([Row((token,), 0) for token in ids])
-    check_vocabulary(anatomy, texts.rows)
-    batch = texts.batch(range(len(ids)), input_device(model))
+    passes = TextPasses(model, anatomy, texts, max_tokens=len(ids))
+    batch = passes.batch(range(len(ids)))
     kept: dict[Site, Tensor] = {}
     last = Site("output", anatomy.n_layers - 1)
     values = {layer: site for layer in layers if _is_known(anatomy, site := Site("attn.v", layer))}
@@ -130,9 +129,9 @@ def _ov_logits(model: nn.Module, ids: Sequence[int], start: str) -> Tensor:
             into_first: dict[Site, Tensor] = {}
             first = {Site("input", 0): _Put(vectors), Site("mixer.output", 0): _Put(torch.zeros_like(vectors))}
             end = Site("mlp.output", 0)
-            run_batch(model, anatomy, {**first, end: Keep(into_first, end, stop=True)}, batch)
+            passes.run_batch(batch, {**first, end: Keep(into_first, end, stop=True)}, gradients=False)
             put = {site: _Put(into_first[end]) for site in put}
-        run_batch(model, anatomy, {**put, **{site: Keep(kept, site) for site in sites}}, batch)
+        passes.run_batch(batch, {**put, **{site: Keep(kept, site) for site in sites}}, gradients=False)
         formula = None if anatomy.final_norm is None else norm_formula(anatomy.final_norm, kept[last], kept[Site("final_norm")])
         unembedding = readout.unembedding[torch.tensor(ids)].double().cpu()  # [tokens, width]
         by_layer = {}

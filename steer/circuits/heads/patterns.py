@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from steer.circuits.heads.names import Head, attention_layers
-from steer.circuits.heads.runs import Keep, run_batch, text_batches
+from steer.circuits.heads.runs import Keep
+from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
-from steer.model.capture import check_vocabulary
-from steer.model.devices import input_device
 from steer.model.heads import Heads
 from steer.model.hook_registration import BEFORE_EDITS
 from steer.model.restoring import replaced, restoring_all
@@ -66,7 +65,8 @@ class PatternReader:
         for layer in self.layers:
             for part in ("attn.v", "attn.z"):
                 self.anatomy.point(Site(part, layer))
-        check_vocabulary(self.anatomy, texts.rows)
+        n_heads = max((heads.n_heads for heads in self.heads.values()), default=1)
+        self.passes = TextPasses(model, self.anatomy, texts, max_tokens=max(1, ENTRIES // (n_heads * max(texts.lengths))))
 
     def run(self, read: ReadPattern) -> None:
         """Reads the patterns of all texts.
@@ -74,21 +74,16 @@ class PatternReader:
         Raises:
             AnatomyError: patterns that cannot be proven, or an attention that gives none.
         """
-        device = input_device(self.model)
-        for rows in text_batches(self.anatomy, self.texts.lengths, range(len(self.texts)), self._max_tokens()):
-            batch = self.texts.batch(rows, device)
+        for numbers in self.passes.batches(range(len(self.texts))):
+            batch = self.passes.batch(numbers)
             own = self._own_z(batch)
             kept: dict[Site, Tensor] = {}  # values and z of each layer
             keepers = [Keep(kept, Site("attn.v", layer)) for layer in self.layers]
             keepers += [Keep(kept, Site("attn.z", layer), order=BEFORE_EDITS) for layer in self.layers]
             with self._reading(batch, kept, read, keep_z=own is not None):
-                run_batch(self.model, self.anatomy, {keep.site: keep for keep in keepers}, batch)
+                self.passes.run_batch(batch, {keep.site: keep for keep in keepers}, gradients=False)
             if own is not None:
                 self._agree(own, kept, batch)
-
-    def _max_tokens(self) -> int:
-        n_heads = max(heads.n_heads for heads in self.heads.values())
-        return max(1, ENTRIES // (n_heads * max(self.texts.lengths)))
 
     @contextmanager
     def _reading(self, batch: Batch, kept: dict[Site, Tensor], read: ReadPattern, *, keep_z: bool) -> Iterator[None]:
@@ -148,7 +143,7 @@ class PatternReader:
         z: dict[Site, Tensor] = {}
         last = self.layers[-1]
         keepers = [Keep(z, Site("attn.z", layer), order=BEFORE_EDITS, stop=layer == last) for layer in self.layers]
-        run_batch(self.model, self.anatomy, {keep.site: keep for keep in keepers}, batch)
+        self.passes.run_batch(batch, {keep.site: keep for keep in keepers}, gradients=False)
         return z
 
     def _agree(self, own: dict[Site, Tensor], eager: dict[Site, Tensor], batch: Batch) -> None:

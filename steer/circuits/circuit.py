@@ -1,0 +1,220 @@
+"""Circuit: chosen components of a model, or edges between them, with what takes their place when they are ablated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from steer import files
+from steer.circuits.ablation import Ablation
+from steer.circuits.components import HEAD, MLP, ComponentGraph
+from steer.circuits.operators.ablate_components import AblateComponents
+from steer.circuits.stream_readers import stream_readers
+from steer.errors import ConfigError, WrongModelError
+from steer.intervene import Intervention, Plan
+from steer.model.anatomy import Anatomy
+from steer.model.block_sites import heads_of
+from steer.model.context import PHASES
+from steer.model.site import Site
+from steer.reading import check_kinds, damage_of
+
+KIND = "component circuit"
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Components of a model, each with an amount: 0 where it is not in the circuit, 1 where all of it is, between for a learned gate.
+
+    Attributes:
+        graph: of the model.
+        nodes: [writers] fp64 amounts of the embedding, heads and MLPs.
+        edges: [writers, readers] bool; None for a circuit of nodes.
+        neurons: [neurons] fp64 amounts by block.
+        ablation: what takes the place of a component; None until `with_ablation`.
+        facts: how it was found: method, target, data, sign, model. JSON-able.
+
+    Example:
+        >>> scores = attribute(model, pairs, target)
+        >>> circuit = scores.top_nodes(5).with_ablation(mean_ablation(model, texts))
+        >>> with circuit.ablation_plan(model).attached(model):
+        ...     model.generate(**prompt)
+    """
+
+    graph: ComponentGraph
+    nodes: Tensor
+    edges: Tensor | None = None
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)
+    ablation: Ablation | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = [("nodes", self.nodes, (len(self.graph.writers),))]
+        if self.edges is not None:
+            shapes.append(("edges", self.edges, (len(self.graph.writers), len(self.graph.readers))))
+        for name, tensor, shape in shapes:
+            if tuple(tensor.shape) != shape:
+                raise _wrong_shape(name, shape, tensor)
+
+    @classmethod
+    def of_nodes(cls, model: nn.Module, names: Sequence[str], **facts: Any) -> Self:
+        """The circuit of nodes by name, `a3.h5`, `m7`, `input`. Raises ConfigError for none, or one that the model does not have."""
+        anatomy = Anatomy.find(model)
+        graph = ComponentGraph.of(anatomy, [block.parallel for block in stream_readers(model, anatomy)])
+        if not names:
+            raise _empty()
+        nodes = torch.zeros(len(graph.writers), dtype=torch.float64)
+        for name in names:
+            nodes[graph.writer_place(name)] = 1
+        return cls(graph, nodes, facts={"model": anatomy.fingerprint(), **facts})
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.node_names)} nodes"]
+        parts += [] if self.edges is None else [f"{int(self.edges.sum())} edges"]
+        parts += [f"{self.n_neurons} neurons"] if self.neurons else []
+        return f"Circuit({', '.join(parts)}{'' if self.ablation is None else f', {self.ablation.kind} ablation'})"
+
+    @property
+    def node_names(self) -> list[str]:
+        """Of the nodes in it."""
+        return [writer.name for writer, amount in zip(self.graph.writers, self.nodes.tolist(), strict=True) if amount]
+
+    @property
+    def n_neurons(self) -> int:
+        return sum(int((amounts != 0).sum()) for amounts in self.neurons.values())
+
+    @property
+    def is_empty(self) -> bool:
+        return not bool(self.nodes.any()) and not self.n_neurons
+
+    def with_ablation(self, ablation: Ablation) -> Self:
+        """The same with what takes the place of its components."""
+        return replace(self, ablation=ablation)
+
+    def random(self, seed: int) -> Self:
+        """As many components of each kind with the same amounts, and as many edges, drawn from those that are not in it: the control."""
+        generator = torch.Generator().manual_seed(seed)
+        nodes = torch.zeros_like(self.nodes)
+        for kind in (HEAD, MLP):
+            is_kind = torch.tensor([writer.kind == kind for writer in self.graph.writers])
+            _draw(nodes, self.nodes, is_kind, generator)
+        neurons = {}
+        for layer, amounts in self.neurons.items():
+            neurons[layer] = torch.zeros_like(amounts)
+            _draw(neurons[layer], amounts, torch.ones_like(amounts, dtype=torch.bool), generator)
+        edges = None
+        if self.edges is not None:
+            edges = torch.zeros_like(self.edges, dtype=torch.float64)
+            _draw(edges.view(-1), self.edges.double().view(-1), self.graph.possible.view(-1), generator)
+            edges = edges.bool()
+        return replace(self, nodes=nodes, neurons=neurons, edges=edges, facts={**self.facts, "random": seed})
+
+    # ---- use
+
+    def check_model(self, model: nn.Module) -> Anatomy:
+        """The anatomy of a model that it belongs to. Raises WrongModelError for another."""
+        anatomy = Anatomy.find(model)
+        known = self.facts.get("model")
+        found = anatomy.fingerprint()
+        if anatomy.n_layers != len(self.graph.layers) or (known is not None and known != found):
+            raise _other_model(known or f"{len(self.graph.layers)} blocks", found)
+        return anatomy
+
+    def ablation_plan(self, model: nn.Module, strength: float = 1.0, *, scope: str = "all", phases: Sequence[str] = PHASES) -> Plan:
+        """A plan that ablates the nodes and neurons of the circuit: h + strength * amount * (constant - h) at each site.
+
+        Args:
+            strength: 0 leaves the model as it is, 1 ablates, above 1 goes past the constant.
+
+        Raises:
+            ConfigError: an empty circuit, no ablation, or one towards another prompt, which no text that is being written has.
+            WrongModelError: the circuit of another model.
+        """
+        anatomy = self.check_model(model)
+        if self.is_empty:
+            raise _empty()
+        if self.ablation is None:
+            raise _no_ablation()
+        constants = self.ablation.constants()
+        edits = []
+        for site, amount in self.amounts(anatomy).items():
+            operator = AblateComponents(amount.float(), constants(site, len(amount)).float())
+            edits.append(Intervention(operator, site, scope, strength, phases, name=f"{site}".replace(".", "_")))
+        return Plan(edits)
+
+    def amounts(self, anatomy: Anatomy) -> dict[Site, Tensor]:
+        """[width] fp64 how much of each channel is in the circuit, at the sites where some is."""
+        found: dict[Site, Tensor] = {}
+        if self.nodes[0]:
+            found[Site("embed")] = self.nodes[0].expand(anatomy.width)
+        for layer in range(anatomy.n_layers):
+            heads = self.nodes[self.graph.heads_at(layer)]
+            found[Site("attn.z", layer)] = heads.repeat_interleave(heads_of(anatomy, layer).head_dim)
+            if layer in self.neurons:
+                found[Site("mlp.neurons", layer)] = self.neurons[layer]
+            found[Site("mlp.output", layer)] = self.nodes[self.graph.mlp_at(layer)].expand(anatomy.width)
+        return {site: amount for site, amount in found.items() if bool(amount.any())}
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """Writes manifest and tensors, atomically."""
+        tensors = {"nodes": self.nodes, **({} if self.edges is None else {"edges": self.edges})}
+        tensors |= {f"neurons.{layer}": amounts for layer, amounts in self.neurons.items()}
+        manifest: dict[str, Any] = {"layers": self.graph.as_facts(), "facts": self.facts, "ablation": None}
+        if self.ablation is not None:
+            manifest["ablation"], constants = self.ablation.file_form()
+            tensors |= {f"ablation.{site}": tensor for site, tensor in constants.items()}
+        return files.save_artifact(path, KIND, tensors, manifest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote. Raises DamagedFileError, WrongKindError, UnsafeFileError, NonFiniteError, FileError."""
+        manifest, tensors = files.load_artifact(path, KIND)
+        with damage_of(path, "a circuit of components"):
+            check_kinds(manifest, {"layers": list, "facts": dict, "ablation": (dict, type(None))})
+            neurons = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("neurons.")}
+            constants = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("ablation.")}
+            ablation = None if manifest["ablation"] is None else Ablation.from_file(manifest["ablation"], constants)
+            graph = ComponentGraph.from_facts(manifest["layers"])
+            return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, ablation, manifest["facts"])
+
+
+def _draw(into: Tensor, given: Tensor, allowed: Tensor, generator: torch.Generator) -> None:
+    """Gives the amounts of some entries to others of those allowed; to some of its own where too few others are left."""
+    amounts = given[allowed & (given != 0)]
+    others = (allowed & (given == 0)).nonzero().flatten()
+    own = (allowed & (given != 0)).nonzero().flatten()
+    order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in (others, own)])
+    into[order[: len(amounts)]] = amounts
+
+
+# ---- errors
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], found: Tensor) -> ConfigError:
+    return ConfigError(f"`{name}` of a circuit do not fit its graph", expected=list(shape), found=list(found.shape),
+                       remedy="make it with the graph of the same model")  # fmt: skip
+
+
+def _empty() -> ConfigError:
+    return ConfigError("the circuit is empty", expected="at least one node or neuron", found="none",
+                       remedy="choose more components, or a lower threshold")  # fmt: skip
+
+
+def _no_ablation() -> ConfigError:
+    return ConfigError(
+        "the circuit does not say what takes the place of its components",
+        expected="an ablation",
+        found="none",
+        remedy="circuit.with_ablation(mean_ablation(model, texts)), or zero_ablation()",
+    )
+
+
+def _other_model(known: Any, found: Any) -> WrongModelError:
+    return WrongModelError("the circuit is one of another model", expected=known, found=found,
+                           remedy="attribute on this model, or load the one that the circuit was found in")  # fmt: skip

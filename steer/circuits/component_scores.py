@@ -1,0 +1,197 @@
+"""Scores of the components of a model and of the edges between them, and circuits chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from steer import files
+from steer.checks import one_of, whole_number
+from steer.circuits.circuit import Circuit
+from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph
+from steer.errors import ConfigError, WrongModelError
+from steer.reading import check_kinds, damage_of
+
+KIND = "component scores"
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentScores:
+    """How much higher a target is with each component, or edge, than with what takes its place; means over prompts, to first order.
+
+    Attributes:
+        graph: whose components they are.
+        nodes: [roles, writers] fp64.
+        edges: [roles, writers, readers] fp64; None where they were not asked for.
+        neurons: [roles, neurons] fp64 by block; empty where they were not asked for.
+        roles: names of the roles of tokens.
+        prompts: number that they are means over.
+        facts: method, target, data, values of the target and the model, JSON-able.
+    """
+
+    graph: ComponentGraph
+    nodes: Tensor
+    edges: Tensor | None
+    neurons: Mapping[int, Tensor]
+    roles: tuple[str, ...]
+    prompts: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        what = f"{self.nodes.shape[-1]} nodes" + ("" if self.edges is None else f", {self.graph.n_edges} edges")
+        return f"ComponentScores({what}, {self.prompts} prompts, {self.facts.get('method', '')})"
+
+    def __getitem__(self, name: str) -> float:
+        """Score of a node `a3.h5` or an edge `a3.h5->m7`, over all roles. Raises ConfigError for one that there is not."""
+        writer, arrow, reader = name.partition("->")
+        if not arrow:
+            return float(self.nodes[:, self.graph.writer_place(writer)].sum())
+        places = self.graph.writer_place(writer), self.graph.reader_place(reader)
+        if not self.graph.possible[places]:
+            raise _no_edge(name)
+        return float(self.edge_scores[places])
+
+    @property
+    def node_scores(self) -> Tensor:
+        """[writers] over all roles."""
+        return self.nodes.sum(0)
+
+    @property
+    def edge_scores(self) -> Tensor:
+        """[writers, readers] over all roles. Raises ConfigError where there are none."""
+        if self.edges is None:
+            raise _no_edges()
+        return self.edges.sum(0)
+
+    def top_nodes(self, count: int, *, kinds: Sequence[str] = (HEAD,), absolute: bool = True) -> Circuit:
+        """The circuit of the nodes with the highest scores.
+
+        Args:
+            kinds: some of `head`, `mlp`, `input`.
+            absolute: by size; else only the highest, those that help the target.
+
+        Raises:
+            ConfigError: more than there are, all scores zero, or another kind.
+        """
+        whole_number(count, "the number of nodes", least=1)
+        for kind in kinds:
+            one_of(kind, (HEAD, MLP, INPUT), "a kind of node")
+        is_kind = torch.tensor([writer.kind in kinds for writer in self.graph.writers])
+        chosen = _highest(self.node_scores, is_kind, count, absolute, "nodes")
+        return Circuit(self.graph, chosen.double(), facts=self._chosen(nodes=count, absolute=absolute))
+
+    def top_neurons(self, count: int, *, absolute: bool = True) -> Circuit:
+        """The circuit of the neurons with the highest scores. Raises ConfigError as `top_nodes`, or without scores of neurons."""
+        whole_number(count, "the number of neurons", least=1)
+        if not self.neurons:
+            raise _no_neurons()
+        sizes = [len(scores[0]) for scores in self.neurons.values()]
+        flat = torch.cat([scores.sum(0) for scores in self.neurons.values()])
+        chosen = _highest(flat, torch.ones(len(flat), dtype=torch.bool), count, absolute, "neurons").double().split(sizes)
+        neurons = {layer: amounts for layer, amounts in zip(self.neurons, chosen, strict=True) if amounts.any()}
+        none = torch.zeros(len(self.graph.writers), dtype=torch.float64)
+        return Circuit(self.graph, none, neurons=neurons, facts=self._chosen(neurons=count, absolute=absolute))
+
+    def top_edges(self, count: int, *, absolute: bool = True) -> Circuit:
+        """The circuit of the edges with the highest scores, without those that lead nowhere. Raises ConfigError as `top_nodes`."""
+        whole_number(count, "the number of edges", least=1)
+        chosen = _highest(self.edge_scores.flatten(), self.graph.possible.flatten(), count, absolute, "edges")
+        kept = self.graph.pruned(chosen.view_as(self.graph.possible))
+        nodes = kept.any(1).double()
+        return Circuit(self.graph, nodes, edges=kept, facts=self._chosen(edges=count, absolute=absolute))
+
+    def _chosen(self, **how: Any) -> dict[str, Any]:
+        return {**self.facts, "chosen": how}
+
+    # ---- sums over processes and data
+
+    def joined(self, other: Self) -> Self:
+        """The means over the prompts of both. Raises ConfigError where they are scores of something else."""
+        if self.graph != other.graph or self.roles != other.roles or (self.edges is None) != (other.edges is None):
+            raise _other_scores(self, other)
+        total = self.prompts + other.prompts
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            return (a * self.prompts + b * other.prompts) / total
+
+        return replace(
+            self,
+            nodes=mean(self.nodes, other.nodes),
+            edges=None if self.edges is None or other.edges is None else mean(self.edges, other.edges),
+            neurons={layer: mean(scores, other.neurons[layer]) for layer, scores in self.neurons.items()},
+            prompts=total,
+        )
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """Writes manifest and tensors, atomically."""
+        tensors = {"nodes": self.nodes, **({} if self.edges is None else {"edges": self.edges})}
+        tensors |= {f"neurons.{layer}": scores for layer, scores in self.neurons.items()}
+        manifest = {"layers": self.graph.as_facts(), "roles": list(self.roles), "prompts": self.prompts, "facts": self.facts}
+        return files.save_artifact(path, KIND, tensors, manifest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote. Raises DamagedFileError, WrongKindError, UnsafeFileError, NonFiniteError, FileError."""
+        manifest, tensors = files.load_artifact(path, KIND)
+        with damage_of(path, "scores of components"):
+            check_kinds(manifest, {"layers": list, "roles": list, "prompts": int, "facts": dict})
+            neurons = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("neurons.")}
+            graph = ComponentGraph.from_facts(manifest["layers"])
+            roles = tuple(manifest["roles"])
+            return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, roles, manifest["prompts"], manifest["facts"])
+
+
+def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: str) -> Tensor:
+    """[scores] bool, the highest of those allowed."""
+    found = int(allowed.sum())
+    if count > found:
+        raise _too_many(what, count, found)
+    if not bool(scores[allowed].any()):
+        raise _all_zero(what)
+    sizes = (scores.abs() if absolute else scores).masked_fill(~allowed, -torch.inf)
+    chosen = torch.zeros_like(allowed)
+    chosen[sizes.topk(count).indices] = True
+    return chosen if absolute else chosen & (scores > 0)
+
+
+# ---- errors
+
+
+def _no_edge(name: str) -> ConfigError:
+    return ConfigError(f"there is no edge '{name}'", expected="a writer that comes before the reader", found=name,
+                       remedy="turn it round, or take a later reader")  # fmt: skip
+
+
+def _no_edges() -> ConfigError:
+    return ConfigError("these scores have no edges", expected="scores of edges", found="scores of nodes alone",
+                       remedy="attribute with edges=True")  # fmt: skip
+
+
+def _no_neurons() -> ConfigError:
+    return ConfigError("these scores have no neurons", expected="scores of neurons", found="scores of nodes alone",
+                       remedy="attribute with neurons=True")  # fmt: skip
+
+
+def _too_many(what: str, count: int, found: int) -> ConfigError:
+    return ConfigError(f"more {what} were asked for than there are", expected=f"at most {found}", found=count, remedy="ask for fewer")
+
+
+def _all_zero(what: str) -> ConfigError:
+    return ConfigError(
+        f"all scores of {what} are zero, so that none is higher than another",
+        expected="a target that depends on them",
+        found="zeros",
+        remedy="clean and corrupted prompts may be the same, or the target may not look at what differs",
+    )
+
+
+def _other_scores(a: ComponentScores, b: ComponentScores) -> WrongModelError:
+    return WrongModelError("scores of different models or kinds cannot be joined", expected=repr(a), found=repr(b),
+                           remedy="attribute both with the same model and arguments")  # fmt: skip

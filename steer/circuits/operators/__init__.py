@@ -1,0 +1,1 @@
+"""Operators on components of circuits, one file each."""

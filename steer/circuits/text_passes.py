@@ -1,0 +1,118 @@
+"""Passes over the prompts of a circuit in padded batches, with functions at sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.circuits.targets import Target, checked_value
+from steer.circuits.texts import Batch, Texts
+from steer.errors import AnatomyError
+from steer.model import hooks
+from steer.model.anatomy import Anatomy
+from steer.model.capture import batches_of, check_vocabulary, evaluating
+from steer.model.devices import input_device
+from steer.model.own_calls import needs_equal_lengths, texts_call
+from steer.model.restoring import restoring
+from steer.model.resume import StoppedPass
+from steer.model.site import Site
+
+
+class TextPasses:
+    """Runs prompts in batches, in eval mode.
+
+    Args:
+        max_tokens: padded tokens of a batch.
+
+    Raises:
+        ConfigError: token ids beyond the vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, texts: Texts, *, max_tokens: int) -> None:
+        check_vocabulary(anatomy, texts.rows)
+        self.model, self.anatomy, self.texts, self.max_tokens = model, anatomy, texts, max_tokens
+
+    def batches(self, prompts: Sequence[int]) -> Iterator[list[int]]:
+        """Splits prompts, which may be named more than once. Yields places in that list."""
+        lengths = [self.texts.lengths[i] for i in prompts]
+        for chosen in batches_of(lengths, self.max_tokens):
+            if needs_equal_lengths(self.anatomy):
+                yield from ([i for i in chosen if lengths[i] == length] for length in sorted({lengths[i] for i in chosen}))
+            else:
+                yield chosen
+
+    def batch(self, prompts: Sequence[int]) -> Batch:
+        """Some prompts, padded, where the model takes them."""
+        return self.texts.batch(prompts, input_device(self.model))
+
+    def run_batch(
+        self,
+        batch: Batch,
+        functions: Mapping[Site, hooks.HookFunction],
+        *,
+        gradients: bool,
+        inside: AbstractContextManager[Any] | None = None,
+        last_token: bool = False,
+    ) -> Tensor | None:
+        """[rows, tokens, vocabulary] logits, or [rows, 1, vocabulary]; None where a function raised StoppedPass.
+
+        Args:
+            functions: by site, called with the activation [rows, tokens, width] and the context of the pass.
+            gradients: the pass is recorded by autograd.
+            inside: entered around the pass, e.g. a backward rule.
+            last_token: logits of the last token of each row alone, and no others computed where the model can leave them out.
+        """
+        ends = batch.mask.shape[1] - 1 - batch.mask.flip(1).argmax(1)  # [rows] place of the last token
+        kept, which = torch.unique(ends, return_inverse=True)
+        keep = {"logits_to_keep": kept} if last_token and self._may_keep else {}
+        points = [(self.anatomy.point(site), function) for site, function in functions.items()]
+        installation = hooks.Installation(self.model, self.anatomy, points)
+        output = None
+        with restoring(installation.remove), evaluating(self.model), torch.set_grad_enabled(gradients):
+            installation.install()
+            with torch.compiler.set_stance("force_eager"), inside or nullcontext(), suppress(StoppedPass):
+                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
+        if output is None:
+            return None
+        logits = self._logits(output)
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, which if keep else ends].unsqueeze(1) if last_token else logits
+
+    @cached_property
+    def _may_keep(self) -> bool:
+        call = texts_call(self.model, self.anatomy)
+        return call is self.model and any("logits_to_keep" in inspect.signature(module.forward).parameters for module in self.anatomy.chain)
+
+    def values(self, target: Target, batch: Batch, logits: Tensor) -> Tensor:
+        """[rows] of the target. Raises ConfigError for a target that gives no number, NonFiniteError for NaN or infinity."""
+        is_last = logits.shape[1] < batch.ids.shape[1]
+        values = []
+        # rows are taken apart at once: each taken alone would have a gradient as large as all of them
+        for of_row, mask, prompt in zip(logits.unbind(0), batch.mask, batch.prompts.tolist(), strict=True):
+            chosen = of_row if is_last else of_row[mask.bool()]  # [tokens, vocabulary]
+            values.append(checked_value(target(chosen.float(), prompt), prompt))
+        return torch.stack(values)
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = getattr(output, "logits", output[0] if isinstance(output, tuple | list) else output)
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise _no_logits(self.anatomy, output)
+        return logits
+
+
+# ---- errors
+
+
+def _no_logits(anatomy: Anatomy, output: object) -> AnatomyError:
+    return AnatomyError(
+        f"this {anatomy.kind} gives no logits, of which a target is a function",
+        expected="[batch, tokens, vocabulary]",
+        found=type(output).__name__,
+        remedy="load the model with its language-model head, e.g. AutoModelForCausalLM",
+    )
