@@ -16,7 +16,8 @@ from torch import Tensor
 from steer import files
 from steer.checks import one_of, whole_number
 from steer.circuits.circuit import Circuit
-from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph
+from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph, Writer
+from steer.circuits.graph import COMPONENT, TARGET, Graph, Node
 from steer.errors import ConfigError, WrongModelError
 from steer.reading import check_kinds, damage_of
 
@@ -122,6 +123,28 @@ class ComponentScores:
         nodes = kept.any(1).double()
         return Circuit(self.graph, nodes, edges=kept, facts=self._chosen(edges=count, absolute=absolute))
 
+    def drawing(self, edges: int = 60) -> Graph:
+        """The strongest edges as a graph to draw: components with their scores, and the target.
+
+        An edge into keys or values of a group that several heads share goes to that of them with the highest score.
+        """
+        kept = self.top_edges(edges).edges
+        assert kept is not None
+        scores, weights = self.node_scores, self.edge_scores
+        sizes = scores.abs()
+        joined: dict[tuple[int, int], float] = {}
+        target = len(self.graph.writers)
+        for writer, reader in kept.nonzero().tolist():
+            uses = self.graph.reads_for[reader].nonzero().flatten()
+            receiver = target if not len(uses) else int(uses[sizes[uses].argmax()])
+            joined[(writer, receiver)] = joined.get((writer, receiver), 0.0) + float(weights[writer, reader])
+        places = sorted({place for ends in joined for place in ends})
+        nodes = [Node(TARGET) if place == target else _drawn(self.graph.writers[place]) for place in places]
+        number = {place: i for i, place in enumerate(places)}
+        ends = torch.tensor([[number[a], number[b]] for a, b in joined], dtype=torch.long).view(-1, 2)
+        of_nodes = torch.tensor([0.0 if place == target else float(scores[place]) for place in places])
+        return Graph(tuple(nodes), of_nodes, ends, torch.tensor(list(joined.values())), dict(self.facts))
+
     def _chosen(self, **how: Any) -> dict[str, Any]:
         return {**self.facts, "chosen": how}
 
@@ -226,6 +249,11 @@ def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
             hashes = "\n".join(str(outline.facts[name].get("hash")) for outline in outlines)
             facts[name] = {"count": total, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
     return facts
+
+
+def _drawn(writer: Writer) -> Node:
+    site = "embed" if writer.layer is None else f"layers.{writer.layer}.{'mlp.output' if writer.kind == MLP else 'attn.z'}"
+    return Node(COMPONENT, site, writer.name)
 
 
 def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: str) -> Tensor:

@@ -73,6 +73,13 @@ class PronounCircuits:
                     self._made[key].save(kept)
         return self._made[key]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is said of them in metrics.json: what each ablates, and the strongest edges of the attribution as a graph."""
+        drawing = self.scores.drawing()
+        nodes = [{"kind": node.kind, "site": node.site, "part": node.part} for node in drawing.nodes]
+        graph = {"nodes": nodes, "scores": drawing.scores.tolist(), "edges": drawing.edges.tolist(), "weights": drawing.weights.tolist()}
+        return {"made": [_said(circuit) for circuit in self._made.values()], "graph": graph}
+
     def digest(self) -> str:
         """SHA-256 of all that circuits are made from but the model."""
         return self.data.digest(*sorted(self.splits.values()))
@@ -184,6 +191,18 @@ class PronounCircuits:
                 per_step=settings["facts"], tokenizer=tokenizer,
             ),
         ]  # fmt: skip
+
+
+def _said(circuit: Circuit) -> dict[str, Any]:
+    heads = {name: float(amount) for name, amount in zip((w.name for w in circuit.graph.writers), circuit.nodes, strict=True) if amount}
+    method = circuit.facts.get("method")
+    return {
+        "method": method if isinstance(method, str) else (method or {}).get("name"),
+        "nodes": heads,
+        "neurons": {layer: float(amounts.sum()) for layer, amounts in circuit.neurons.items()},
+        "terms": circuit.facts.get("terms"),
+        "ablation": None if circuit.ablation is None else {"kind": circuit.ablation.kind, "tokens": circuit.ablation.facts.get("tokens")},
+    }
 
 
 def _signs(model: nn.Module, pairs: Pairs, target: LogitDifference) -> Sequence[float]:
