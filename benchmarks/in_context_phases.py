@@ -1,6 +1,6 @@
 """In-context learning over a small training run: do induction heads and the in-context-learning score come at once, as a phase change?
 
-    python benchmarks/in_context_phases.py [--steps 1200] [--every 25] [--seed 0] [--out FILE] [--figure FILE]
+    python benchmarks/in_context_phases.py [--steps 700] [--every 25] [--seed 0] [--out FILE] [--figure FILE]
 
 Attention-only models of one and two layers learn sequences in which a random segment, of another length in every sequence, is said again
 and again; a table of likely pairs of tokens can be learned beside it. Every few steps: the in-context-learning score (mean loss of the late
@@ -158,7 +158,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
