@@ -1,4 +1,4 @@
-"""Circuits of pronouns in an experiment: log-odds by hand, treatments and controls, one circuit the same in every use, `steer bias` whole."""
+"""Circuits of pronouns in an experiment: log-odds by hand, treatments and controls, one circuit in every use, `steer bias`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from experiment_helpers import command, read_metrics
 from families import FAMILIES
-from metrics_keys import documented, keys, undocumented
+from metrics_keys import undocumented
 from tiny_experiment import write_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -29,13 +29,13 @@ SENTENCES = ("the {occupation} is good and", "where is the {occupation} and", "a
 SPLITS = {name: name for name in ("occupations", "sentences", "gender_words", "constants", "learning")}
 SHORT = {"steps": 2, "shifts": 3, "facts": 2, "texts": 1}
 ARMS = [
-    "experiment.arms.gates.treatment.settings={steps: 2, shifts: 3, facts: 2, texts: 1}",
+    "experiment.arms.gates.treatment.settings.steps=2",
     "experiment.arms.gates.doses=[0.5,1]",
-    "experiment.arms.baked.treatment.settings={steps: 2, shifts: 3, facts: 2, texts: 1}",
-    "experiment.arms.heads.treatment.settings={nodes: 2}",
+    "experiment.arms.baked.treatment.settings.steps=2",
+    "experiment.arms.heads.treatment.settings.nodes=2",
     "experiment.arms.random_gates.draws=1",
     "experiment.arms.random_heads.draws=1",
-    "experiment.arms.projection.treatment.options={site: layers.1.output}",
+    "experiment.arms.projection.treatment.options.site=layers.1.output",
     *(f"experiment.arms.{name}=null" for name in ("leace", "inlp", "sentence_debias", "self_debias", "cda", "prompt")),
 ]
 
@@ -43,7 +43,7 @@ ARMS = [
 def write_splits(folder: Path) -> Path:
     """A data set with the splits of `gender_pronoun`, in the words of the tiny tokenizer."""
     folder.mkdir(parents=True)
-    running = [{"text": " ".join(["the cat sat on the mat and the dog ran"] * 10), "source": "cats"}] * 2
+    running = [{"text": " ".join([f"the cat sat on the {place} and the dog ran"] * 10), "source": "cats"} for place in ("mat", "house")]
     gendered = [{"male": "sun", "female": "moon"}, {"male": "day", "female": "night"}]
     test = [
         {"prompt": text.replace("{occupation}", word), "baseline": text.replace("{occupation}", "game"), "first": " he", "second": " she"}
@@ -152,8 +152,8 @@ def test_steer_bias_finds_ablates_and_reports(tmp_path: Path) -> None:
     metrics = read_metrics(folder)
     assert {made["method"] for made in metrics["circuits"]["made"]} == {"learned gates", "eap_ig"}
     assert [points[0]["guardrail"] for points in metrics["trade_off_others"]] == ["fact_accuracy"]
-    baked, hooked = (metrics["scores"]["shift"][arm] for arm in ("baked", "gates x1")) if "scores" in metrics else (0, 0)
-    assert baked == hooked
+    arms = {arm["name"]: arm["outcomes"]["shift"] for arm in metrics["arms"]}
+    assert arms["baked"]["mean"] == pytest.approx(arms["gates x1"]["mean"], abs=1e-4)
     page = (folder / "report.html").read_text()
     assert "The strongest edges" in page and "Effect against fact accuracy" in page
-    assert not undocumented(keys(metrics), documented())
+    assert not undocumented(metrics)
