@@ -89,6 +89,11 @@ def test_log_odds_of_single_tokens_equal_the_difference_of_whole_texts(tiny: Cal
     assert float(of_two_words[0]) == pytest.approx(float(odds[0]) + behind, abs=1e-5)
 
 
+def test_texts_that_differ_from_their_first_token_on_are_predicted_from_the_start_token() -> None:
+    found = scorer(Bigram({("<s>", "she"): 2.0, ("<s>", "sun"): 0.5}))
+    assert float(found.log_odds(["s"], [("he", "un")])[0]) == pytest.approx(1.5)
+
+
 def test_words_that_the_tokenizer_does_not_tell_apart_are_refused() -> None:
     with pytest.raises(TokenizerError, match="does not tell"):
         scorer(Bigram()).log_odds(["the nurse"], [(" zebra", " okapi")])
