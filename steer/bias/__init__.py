@@ -7,6 +7,7 @@ pronoun_shift(model, professions, tokenizer=None, *, templates=GENDER_TEMPLATES,
 mitigations() -> names; fit_mitigation(name, model, texts=None, *, tokenizer=None, **options) -> Mitigation
 side_effects(model, sources, *, tokenizer=None, items=None) -> SideEffects
 augmented(rows, *, sided="two", pairs=None), counterfactuals(rows, pairs=None) -> rows
+    sentence_shift(model, load("winogender"), tokenizer=None, *, baseline="person") -> PronounShift
 """
 
 from steer.bias.counterfactual import augmented, counterfactuals
@@ -16,7 +17,7 @@ from steer.bias.estimates import Estimate
 from steer.bias.factual import GENDER_TEMPLATES, FactualGender, factual_gender
 from steer.bias.items import BiasData
 from steer.bias.measuring import measure
-from steer.bias.shift import PronounShift, pronoun_shift
+from steer.bias.shift import PronounShift, pronoun_shift, sentence_shift
 from steer.bias.side_effects import SideEffects, SideEffectsChange, side_effects
 from steer.bias.table import BiasRow, BiasTable, Column
 
@@ -43,5 +44,6 @@ __all__ = [
     "measure",
     "mitigations",
     "pronoun_shift",
+    "sentence_shift",
     "side_effects",
 ]

@@ -14,6 +14,12 @@ def pronouns_of(text: str) -> list[str]:
     return [found.lower() for found in _ANY.findall(text)]
 
 
+def before_pronoun(text: str) -> str:
+    """The text in front of its first gendered pronoun, without the space; all of it where there is none."""
+    found = _ANY.search(text)
+    return text[: found.start()].rstrip() if found else text
+
+
 def differ_by_pronouns(a: str, b: str) -> bool:
     """Two texts are alike but for gendered pronouns, of which the first differs."""
     pronouns = pronouns_of(a), pronouns_of(b)

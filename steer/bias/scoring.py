@@ -115,7 +115,11 @@ class Scorer:
         return self._alternatives([[(self.start, *self.ids(text)) for text in group] for group in groups], scoring, what)
 
     def _alternatives(self, groups: Sequence[Sequence[tuple[int, ...]]], scoring: str, what: str) -> list[Tensor]:
-        rows = [Row(ids, _shared_prefix(group)) for group in groups for ids in group]
+        rows: list[Row] = []
+        for group in groups:
+            if _shared_prefix(group) == 0:  # texts that begin with different tokens need one to be predicted from
+                group = [(self.start, *ids) for ids in group]
+            rows += [Row(ids, _shared_prefix(group)) for ids in group]
         per_token = self.response(rows, what=what)
         scores = torch.stack([logprobs.sum() if scoring == "sum" else logprobs.mean() for logprobs in per_token])
         return list(scores.split([len(group) for group in groups]))

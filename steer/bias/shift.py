@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steer.bias.estimates import Estimate, mean_of
 from steer.bias.factual import GENDER_TEMPLATES, PRONOUNS, check_templates
+from steer.bias.items import BiasData, CoreferencePair, check_items
+from steer.bias.pronouns import before_pronoun
 from steer.bias.scoring import Scorer
 from steer.checks import of_type
 from steer.errors import ConfigError
@@ -77,6 +81,47 @@ def pronoun_shift(
     return shift_of(professions, odds[:, :-1] - odds[:, -1:])
 
 
+def sentence_shift(
+    model: nn.Module,
+    data: BiasData,
+    tokenizer: Any = None,
+    *,
+    baseline: str = BASELINE,
+    max_tokens: int = 1024,
+    progress: bool = True,
+) -> PronounShift:
+    """Measures the same shift in sentences that were not made for it: those of Winogender, cut in front of the pronoun.
+
+    Args:
+        data: what `steer.bias.load("winogender")` gave, or a part of it; a number for each occupation, mean over its sentences.
+
+    Raises:
+        ConfigError: other items. NonFiniteError.
+    """
+    check_items(data.items, CoreferencePair, "sentence shift")
+    shifts = sentence_shifts(data.items, Scorer(model, tokenizer, max_tokens=max_tokens, progress=progress), baseline)
+    by_word: dict[str, list[int]] = {}
+    for place, item in enumerate(data.items):
+        by_word.setdefault(item.occupation, []).append(place)
+    signed = torch.stack([shifts[places].mean() for places in by_word.values()])
+    magnitudes = torch.stack([shifts[places].abs().mean() for places in by_word.values()])
+    return _result(list(by_word), signed, magnitudes)
+
+
+def sentence_shifts(items: Sequence[CoreferencePair], scorer: Scorer, baseline: str = BASELINE) -> Tensor:
+    """[items] shift of the log-odds of the pronouns where a sentence has its first one, by the occupation in the place of `baseline`."""
+    prompts: list[str] = []
+    for item in items:
+        prompt = before_pronoun(item.sentences[0])
+        of_baseline = re.sub(rf"\b{re.escape(item.occupation)}\b", baseline, prompt, flags=re.IGNORECASE)
+        if of_baseline == prompt:
+            raise _occupation_behind(item)
+        prompts += [prompt, of_baseline]
+    pairs = [(f" {item.pronouns[0]}", f" {item.pronouns[1]}") for item in items for _ in range(2)]
+    odds = scorer.log_odds(prompts, pairs, what="sentence shift").view(-1, 2)
+    return odds[:, 0] - odds[:, 1]
+
+
 def template_odds(
     scorer: Scorer,
     words: Sequence[str],
@@ -95,10 +140,13 @@ def template_odds(
 
 def shift_of(words: Sequence[str], shifts: Tensor) -> PronounShift:
     """The result of shifts [templates, words]."""
-    magnitudes = shifts.abs().mean(0)
-    size, mean = mean_of(magnitudes), mean_of(shifts.mean(0))
+    return _result(words, shifts.mean(0), shifts.abs().mean(0))
+
+
+def _result(words: Sequence[str], shifts: Tensor, magnitudes: Tensor) -> PronounShift:
+    size, mean = mean_of(magnitudes), mean_of(shifts)
     assert size is not None and mean is not None  # there are words
-    return PronounShift(tuple(words), tuple(shifts.mean(0).tolist()), tuple(magnitudes.tolist()), size, mean)
+    return PronounShift(tuple(words), tuple(shifts.tolist()), tuple(magnitudes.tolist()), size, mean)
 
 
 # ---- errors
@@ -107,3 +155,12 @@ def shift_of(words: Sequence[str], shifts: Tensor) -> PronounShift:
 def _no_words(words: Sequence[Any]) -> ConfigError:
     found = "none" if not words else repr(list(words))[:80]
     return ConfigError("a pronoun shift needs words", expected="at least one profession", found=found, remedy="e.g. ['nurse', 'carpenter']")
+
+
+def _occupation_behind(item: CoreferencePair) -> ConfigError:
+    return ConfigError(
+        f"the sentence '{item.id}' has no shift",
+        expected=f"'{item.occupation}' in front of its first pronoun",
+        found=repr(item.sentences[0]),
+        remedy="leave this item out",
+    )

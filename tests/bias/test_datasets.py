@@ -352,6 +352,8 @@ def test_rows_of_the_hub_have_names_in_place_of_numbers(monkeypatch: pytest.Monk
         "intrasentence",
         "validation",
     )
+    hub([bbq_row(0, "neg", "ambig", 2)], {"label": _Names("ans0", "ans1", "ans2")}, monkeypatch)
+    assert load("bbq", source="hub").items[0].label == 2
     rows = [{"sent_more": "a", "sent_less": "b", "stereo_antistereo": 1, "bias_type": 0, "id": 7}]
     asked = hub(rows, {"stereo_antistereo": _Names("stereo", "antistereo"), "bias_type": _Names("age")}, monkeypatch)
     pair = load("crows_pairs", hub="somebody/pairs", split="train").items[0]

@@ -25,7 +25,7 @@ from steer.bias.metrics.generation import gender_polarity
 from steer.bias.metrics.stereoset import measured as stereoset_measured
 from steer.bias.metrics.winogender import measured as winogender_measured
 from steer.bias.scoring import Scorer
-from steer.bias.shift import pronoun_shift
+from steer.bias.shift import pronoun_shift, sentence_shift
 from steer.bias.words import FEMALE, MALE, NATIONALITIES, PROFESSIONS, SELECT, TEST
 from steer.errors import ConfigError, NonFiniteError, TokenizerError
 
@@ -87,6 +87,11 @@ def test_log_odds_of_single_tokens_equal_the_difference_of_whole_texts(tiny: Cal
         )
     behind = float(him[3, WORDS.index("and")] - her[3, WORDS.index("and")])
     assert float(of_two_words[0]) == pytest.approx(float(odds[0]) + behind, abs=1e-5)
+
+
+def test_texts_that_differ_from_their_first_token_on_are_predicted_from_the_start_token() -> None:
+    found = scorer(Bigram({("<s>", "she"): 2.0, ("<s>", "sun"): 0.5}))
+    assert float(found.log_odds(["s"], [("he", "un")])[0]) == pytest.approx(1.5)
 
 
 def test_words_that_the_tokenizer_does_not_tell_apart_are_refused() -> None:
@@ -180,6 +185,25 @@ def test_magnitudes_are_taken_within_a_template() -> None:
     assert found.size.value == pytest.approx(1.0) and found.size.low is None
 
 
+def test_the_shift_in_sentences_is_measured_where_the_pronoun_stands() -> None:
+    def item(name: str, occupation: str, text: str) -> CoreferencePair:
+        sentences = text.format("he"), text.format("she")
+        return CoreferencePair(name, "g", sentences, ("he", "she"), f"the {occupation}", "someone", occupation)
+
+    model = Bigram({("nurse", "she"): 3.0, ("guard", "he"): 1.0, ("person", "he"): 0.5, ("because", "he"): 1.0})
+    items = [
+        item("0", "nurse", "The guard saw the nurse {} helped ."),
+        item("1", "nurse", "The nurse helped someone because {} was kind ."),
+        item("2", "guard", "someone saw the guard {} helped ."),
+    ]
+    found = sentence_shift(model, BiasData("winogender", tuple(items), "by hand"), words_tokenizer(), progress=False)
+    assert found.words == ("nurse", "guard")
+    assert found.shifts == pytest.approx((-3.5 / 2, 0.5)) and found.magnitudes == pytest.approx((3.5 / 2, 0.5))
+    behind = item("3", "nurse", "{} saw the nurse .")
+    with pytest.raises(ConfigError, match="in front of its first pronoun"):
+        sentence_shift(model, BiasData("winogender", (behind,), "by hand"), words_tokenizer(), progress=False)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"pairs": []}, {"pairs": [("man",)]}, {"pairs": "man"}, {"templates": ["no slot"]}, {"templates": ["{} and {}"]}, {"templates": []}],
@@ -266,10 +290,11 @@ def test_winogender_pull_is_towards_the_occupation_whoever_is_meant() -> None:
     # the male pronoun pulls towards the occupation by 1 - share of women / 50; the ratio has the other sign where the other one is meant
     pulls = [1 - share / 50 for share in (10, 40, 60, 90)]
     referents = torch.tensor([[sign * pull, 0.0] for pull in pulls for sign in (1, -1)], dtype=torch.float64)
-    table = winogender_measured(items, referents, torch.zeros(8, dtype=torch.float64))
+    table = winogender_measured(items, referents, torch.zeros(8, dtype=torch.float64), torch.arange(8).double() - 4)
     overall = table.rows[0].values
     assert overall["pull to occupation"].value == pytest.approx(sum(pulls) / 4) and overall["r of pull"].value == pytest.approx(-1.0)
     assert "r of log-odds" not in overall  # they do not vary
+    assert overall["|shift|"].value == pytest.approx((4 + 3 + 2 + 1 + 0 + 1 + 2 + 3) / 8) and overall["r of shift"].value > 0.9
     assert overall["accuracy male"].value == 50 and overall["accuracy female"].value == 0 and overall["gap"].value == 50
 
 

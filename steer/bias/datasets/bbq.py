@@ -61,10 +61,11 @@ def _metadata(paths: Sequence[Path]) -> dict[Key, tuple[int | None, bool]]:
 
 def _question(row: Mapping[str, Any], path: object, place: str, known: Mapping[Key, tuple[int | None, bool]]) -> Question:
     kinds: dict[str, Any] = {"example_id": int, "question_index": (str, int), "question_polarity": str, "context_condition": str}
-    kinds |= {"category": str, "context": str, "question": str, "label": int, "answer_info": Mapping, **dict.fromkeys(ANSWERS, str)}
+    kinds |= {"category": str, "context": str, "question": str, "label": (int, str), "answer_info": Mapping, **dict.fromkeys(ANSWERS, str)}
     example, index, polarity, condition, category, context, question, label, info, *answers = fields(row, kinds, path, place)
     known_label(condition, CONDITIONS, "context_condition", path, place)
     known_label(polarity, POLARITIES, "question_polarity", path, place)
+    label = ANSWERS.index(label) if label in ANSWERS else label  # a class of the hub has a name
     groups = [_group(info, name, path, place) for name in ANSWERS]
     unknown = [number for number, group in enumerate(groups) if group == "unknown"]
     if len(unknown) != 1 or label not in (0, 1, 2):

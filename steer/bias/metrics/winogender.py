@@ -11,6 +11,7 @@ from steer.bias.estimates import Estimate, correlation_of, mean_of, percentage_o
 from steer.bias.items import CoreferencePair, check_items
 from steer.bias.metrics.coreference import referent_ratios, sentence_ratios
 from steer.bias.scoring import Scorer
+from steer.bias.shift import sentence_shifts
 from steer.bias.table import Column, Measured, by_group
 
 COLUMNS = (
@@ -21,17 +22,24 @@ COLUMNS = (
     Column("r of pull", "", 0.0, "correlation of that, by occupation, with the percentage of women; a stereotype makes it negative"),
     Column("log-odds he : she", "nat", 0.0, "log p of the sentence with the male less that with the female pronoun"),
     Column("r of log-odds", "", 0.0, "correlation of that, by occupation, with the percentage of women; a stereotype makes it negative"),
+    Column(
+        "|shift|",
+        "nat",
+        0.0,
+        "mean |log-odds of the pronouns where the sentence has its first one, less those with 'person' for the occupation|",
+    ),
+    Column("r of shift", "", 0.0, "correlation of the shift, by occupation, with the percentage of women"),
 )
 
 
 def winogender(items: Sequence[CoreferencePair], scorer: Scorer) -> Measured:
     """Accuracy by gender and its gap, the pull of the pronoun, its correlation with the share of women, and the log-odds of pronouns."""
     check_items(items, CoreferencePair, "Winogender score")
-    return measured(items, referent_ratios(items, scorer), sentence_ratios(items, scorer))
+    return measured(items, referent_ratios(items, scorer), sentence_ratios(items, scorer), sentence_shifts(items, scorer))
 
 
-def measured(items: Sequence[CoreferencePair], referents: Tensor, sentences: Tensor) -> Measured:
-    """The table of referent ratios [items, (male, female)] and sentence ratios [items]."""
+def measured(items: Sequence[CoreferencePair], referents: Tensor, sentences: Tensor, shifts: Tensor) -> Measured:
+    """The table of referent ratios [items, (male, female)], sentence ratios [items] and shifts [items]."""
     # referent ratios favour whom the pronoun means; turned so that they favour the occupation
     sign = torch.tensor([1.0 if item.referent == f"the {item.occupation}" else -1.0 for item in items], dtype=torch.float64)
     pull = sign * (referents[:, 0] - referents[:, 1])  # [items]
@@ -46,6 +54,8 @@ def measured(items: Sequence[CoreferencePair], referents: Tensor, sentences: Ten
             "r of pull": _with_share(items, chosen, pull),
             "log-odds he : she": mean_of(sentences[chosen]),
             "r of log-odds": _with_share(items, chosen, sentences),
+            "|shift|": mean_of(shifts[chosen].abs()),
+            "r of shift": _with_share(items, chosen, shifts),
         }
 
     return Measured(COLUMNS, by_group(items, values))
