@@ -61,6 +61,8 @@ PLACES = {
     "explainer": Place("docs/finding_features.md", "explainers", ("explainer", "the name of a feature")),
     "probe": Place("docs/lens.md", "probes", ("probe", "what it is")),
     "lens": Place("docs/lens.md", "lenses", ("lens", "what it is"), leading=True),
+    "bias data set": Place("docs/bias.md", "datasets", ("data set", "what is measured")),
+    "mitigation": Place("docs/bias_mitigation.md", "mitigations", ("mitigation", "what it does")),
     "attribution method": Place("docs/attribution.md", "attribution_methods", ("method", "where gradients are taken")),
     "backward rule": Place("docs/attribution.md", "backward_rules", ("rule", "what stands for the derivative")),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steer.circuits.component_pass import written_sites
 from steer.circuits.pairs import rows_hash
+from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import NO_ROLE, Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError
@@ -118,7 +119,7 @@ def mean_ablation(
 
         passes.run_batch(batch, {site: add(site) for site in sites}, gradients=False, last_token=True)
         count = count + (is_in.sum(0).unsqueeze(-1).cpu() if per_position else int(is_in.sum()))
-    facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows)}
+    facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows), "windows": window_hashes(rows)}
     return Ablation(MEAN, {site: (total / count).float() for site, total in sums.items()}, facts)
 
 

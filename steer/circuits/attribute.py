@@ -24,6 +24,7 @@ from steer.circuits.edge_contraction import EdgeContraction
 from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import BlockReaders, stream_readers
 from steer.circuits.targets import Target, target_words
+from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch
 from steer.errors import ConfigError, NonFiniteError
@@ -60,7 +61,7 @@ def attribute(
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: a target that is not differentiable or constant, a method that needs counterfactuals without them. AnatomyError: a model
+        ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them. AnatomyError: one
             whose reading of the stream is not known, with edges, or on which the rule is not proven. DeployError: weights that are
             offloaded. NonFiniteError: a target or gradients that are not finite.
 
@@ -201,7 +202,11 @@ class _Attribution:
             "corrupted_value": self.corrupted_value / count if self.ablation.kind == RESAMPLE else None,
             "ablation": self.ablation.kind,
             "sign": "positive: the target is higher with it",
-            "pairs": {"count": count, "hash": self.pairs.hash()},
+            "pairs": {
+                "count": count,
+                "hash": self.pairs.hash(),
+                "windows": window_hashes([*self.pairs.clean.rows, *self.pairs.corrupted.rows]),
+            },
             "model": self.anatomy.fingerprint(),
         }
         neurons = {layer: scores / count for layer, scores in sorted(self.neurons.items())}

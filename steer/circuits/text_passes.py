@@ -61,6 +61,7 @@ class TextPasses:
         gradients: bool,
         inside: AbstractContextManager[Any] | None = None,
         last_token: bool = False,
+        places: Tensor | None = None,
         then: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
         """[rows, tokens, vocabulary] logits, or [rows, 1, vocabulary]; None where a function raised StoppedPass.
@@ -70,12 +71,14 @@ class TextPasses:
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
             last_token: logits of the last token of each row alone, and no others computed where the model can leave them out.
+            places: [places] of a padded row, in order, at which logits are wanted: [rows, places, vocabulary].
             then: called with the logits while the functions are still on the model, e.g. for the backward pass, in which checkpointed
                 blocks run once more.
         """
         ends = batch.mask.shape[1] - 1 - batch.mask.flip(1).argmax(1)  # [rows] place of the last token
         kept, which = torch.unique(ends, return_inverse=True)
-        keep = {"logits_to_keep": kept} if last_token and self._may_keep else {}
+        kept = kept if places is None else places.to(kept.device)
+        keep = {"logits_to_keep": kept} if (last_token or places is not None) and self._may_keep else {}
         points = [(self.anatomy.point(site), function) for site, function in functions.items()]
         installation = hooks.Installation(self.model, self.anatomy, points)
         output = None
@@ -87,7 +90,9 @@ class TextPasses:
                 if output is None:
                     return None
                 logits = self._logits(output)
-                if last_token:
+                if places is not None:
+                    logits = logits if logits.shape[1] == len(kept) else logits[:, kept]
+                elif last_token:
                     rows = torch.arange(len(logits), device=logits.device)
                     logits = logits[rows, (which if keep else ends).to(logits.device)].unsqueeze(1)
                 if then is not None:

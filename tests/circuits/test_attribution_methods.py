@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from circuits.component_helpers import CLEAN, CORRUPTED, MaskedLlama, close, pairs, rows, target
+from circuits.attribution_helpers import CLEAN, CORRUPTED, MaskedLlama, close, pairs, rows, target
 from torch import Tensor
 
 from steer.circuits import ATTRIBUTION_METHODS, ComponentScores, attribute, mean_ablation, zero_ablation

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from circuits.component_helpers import CLEAN, CORRUPTED, MaskedLlama, close, pairs, target
+from circuits.attribution_helpers import CLEAN, CORRUPTED, MaskedLlama, close, pairs, target
 from families import FAMILIES
 from hand import ids
 from torch import nn

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from circuits.component_helpers import CLEAN, pairs, rows, target
+from circuits.attribution_helpers import CLEAN, pairs, rows, target
 from families import FAMILIES
 
 from steer.circuits import (

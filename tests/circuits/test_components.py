@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from circuits.component_helpers import CLEAN, CORRUPTED, close, pairs, target
+from circuits.attribution_helpers import CLEAN, CORRUPTED, close, pairs, target
 from damage import DAMAGE
 from families import FAMILIES
 from processes import run_on_ranks

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from circuits.component_helpers import CLEAN, close, pairs, rows, target
+from circuits.attribution_helpers import CLEAN, close, pairs, rows, target
 from families import FAMILIES
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from circuits.component_helpers import CLEAN, MaskedLlama, close, rows
+from circuits.attribution_helpers import CLEAN, MaskedLlama, close, rows
 from families import FAMILIES
 
 from steer.circuits import ComponentScores, information_flow
