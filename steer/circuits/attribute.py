@@ -29,6 +29,7 @@ from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 from steer.model.site import Site
 
 
@@ -60,13 +61,16 @@ def attribute(
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: a target that is not differentiable, a method that needs counterfactuals without them. AnatomyError: a model whose
-            reading of the stream is not known, with edges. NonFiniteError: a target that is not finite.
+        ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them. AnatomyError: one
+            whose reading of the stream is not known, with edges, or on which the rule is not proven. DeployError: weights that are
+            offloaded. NonFiniteError: a target or gradients that are not finite.
 
     Example:
         >>> scores = attribute(model, Pairs.of(model, clean, corrupted, tokenizer=tokenizer), LogitDifference(right, wrong))
         >>> circuit = scores.top_edges(200)
     """
+    of_type(model, nn.Module, "the model of an attribution", "pass the model itself")
+    check_weights_are_there(model, "an attribution to components")
     of_type(pairs, Pairs, "the pairs of an attribution", "make them with Pairs.of(model, clean, corrupted)")
     chosen = ATTRIBUTION_METHODS.get(method)() if isinstance(method, str) else method
     of_type(chosen, AttributionMethod, "the method of an attribution", "e.g. 'eap_ig', or EAPIG(steps=10)")

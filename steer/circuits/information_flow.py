@@ -22,6 +22,7 @@ from steer.circuits.stream_readers import BlockReaders, stream_readers
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch, Positions, Prompts, Texts, rows_of
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 from steer.model.site import Site
 
 CHUNK_BYTES = 2**24  # of what all writers write at the tokens that are looked at together
@@ -47,12 +48,13 @@ def information_flow(
         max_tokens: padded tokens of a batch.
 
     Raises:
-        AnatomyError: a model whose reading of the stream is not known. ConfigError: no texts.
+        AnatomyError: a model whose reading of the stream is not known. DeployError: weights that are offloaded. ConfigError: no texts.
 
     Example:
         >>> scores = information_flow(model, ["The capital of France is"], tokenizer=tokenizer)
         >>> scores.top_edges(50)
     """
+    check_weights_are_there(model, "information flow")
     anatomy = Anatomy.find(model)
     blocks = stream_readers(model, anatomy)
     rows = rows_of(model, texts, tokenizer)

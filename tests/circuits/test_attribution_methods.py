@@ -8,6 +8,7 @@ from circuits.attribution_helpers import CLEAN, CORRUPTED, MaskedLlama, close, p
 from torch import Tensor
 
 from steer.circuits import ATTRIBUTION_METHODS, ComponentScores, attribute, mean_ablation, zero_ablation
+from steer.circuits.attribution_methods.eap_gp import EAPGP
 from steer.circuits.attribution_methods.eap_ig import EAPIG
 from steer.circuits.attribution_methods.eap_ig_activations import EAPIGActivations
 from steer.circuits.attribution_methods.mask_gradient import MaskGradient
@@ -107,6 +108,27 @@ def test_clean_corrupted_is_half_of_either_end(tiny):
     there, back = scored(model, "eap"), scored(model, "eap", pairs=pairs(model, CORRUPTED, CLEAN))
     both = scored(model, "clean_corrupted")
     assert close(both.edges, (there.edges - back.edges) / 2) and close(both.nodes, (there.nodes - back.nodes) / 2)
+
+
+def test_a_path_of_gradients_goes_where_the_target_moves(tiny):
+    model = tiny("llama")
+    assert close(scored(model, EAPGP(steps=1)).edges, scored(model, "eap").edges, 1e-5)  # the first point is the clean one
+    one = pairs(model, CLEAN[:1], CORRUPTED[:1])
+    embed = model.model.embed_tokens.weight.detach()
+    start, end = embed[CLEAN[0]], embed[CORRUPTED[0]]  # [tokens, width]
+
+    def value_and_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x[None].clone().requires_grad_()
+        value = target(model(inputs_embeds=x).logits[0], 0)
+        return value.detach(), torch.autograd.grad(value, x)[0][0]
+
+    at_end, point, gradients = value_and_gradient(end)[0], start, []
+    for _ in range(3):
+        value, gradient = value_and_gradient(point)
+        gradients.append(gradient)
+        point = point - (start - end).norm() / 3 * (value - at_end).sign() * gradient / gradient.norm()
+    expected = ((start - end) * torch.stack(gradients).mean(0)).sum()
+    assert scored(model, EAPGP(steps=3), pairs=one)["input"] == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", list(ATTRIBUTION_METHODS))
