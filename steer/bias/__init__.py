@@ -7,7 +7,7 @@ pronoun_shift(model, professions, tokenizer=None, *, templates=GENDER_TEMPLATES,
 mitigations() -> names; fit_mitigation(name, model, texts=None, *, tokenizer=None, **options) -> Mitigation
 side_effects(model, sources, *, tokenizer=None, items=None) -> SideEffects
 augmented(rows, *, sided="two", pairs=None), counterfactuals(rows, pairs=None) -> rows
-    sentence_shift(model, load("winogender"), tokenizer=None, *, baseline="person") -> PronounShift
+sentence_shift(model, load("winogender"), tokenizer=None, *, baseline="person") -> PronounShift
 """
 
 from steer.bias.counterfactual import augmented, counterfactuals
