@@ -51,6 +51,8 @@ class Ablation:
                 return torch.zeros(width)
             if site not in self.values:
                 raise _no_value(site, self.values)
+            if self.values[site].shape != (width,):
+                raise _other_width(site, width, self.values[site])
             return self.values[site]
 
         return constant
@@ -140,6 +142,11 @@ def _no_constants(kind: str) -> ConfigError:
 
 def _no_value(site: Site, known: Mapping[Site, Tensor]) -> ConfigError:
     return ConfigError(f"the ablation has no constant for '{site}'", expected=f"one of {len(known)} sites", found=str(site),
+                       remedy="make it with mean_ablation on the same model")  # fmt: skip
+
+
+def _other_width(site: Site, width: int, found: Tensor) -> ConfigError:
+    return ConfigError(f"the constant of the ablation for '{site}' is that of another model", expected=[width], found=list(found.shape),
                        remedy="make it with mean_ablation on the same model")  # fmt: skip
 
 
