@@ -29,8 +29,7 @@ def live_rows(module: nn.Module) -> Tensor:
     if type(module) is nn.Linear:
         return module.weight
     if type(module) is Conv1D:
-        weight: Tensor = module.weight
-        return weight.T
+        return module.get_parameter("weight").T
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     return without_bias(module, torch.eye(in_features(module), device=like.device, dtype=like.dtype)).T
 
