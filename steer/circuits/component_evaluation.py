@@ -101,8 +101,8 @@ class ComponentEvaluation:
             of_random.append(self._incomplete(drawn, [_half(drawn, generator) for _ in range(knock_outs)]))
         worst, differences = self._greedy(circuit, greedy, candidates, generator)
         facts = self._about(circuit, knock_outs=knock_outs, greedy=greedy, candidates=candidates, draws=draws, seed=seed)
-        of_random = torch.stack(of_random) if of_random else torch.empty(0, knock_outs, dtype=torch.float64)
-        return Completeness(self._incomplete(circuit, sets), of_random, tuple(worst), differences, facts)
+        random = torch.stack(of_random) if of_random else torch.empty(0, knock_outs, dtype=torch.float64)
+        return Completeness(self._incomplete(circuit, sets), random, tuple(worst), differences, facts)
 
     def _incomplete(self, circuit: Circuit, sets: Sequence[Tensor]) -> Tensor:
         """[sets] |M(C without K) - M(model without K)|. sets: places of the items of each K."""
