@@ -48,10 +48,10 @@ class TermPasses:
             logits = self.passes.run_batch(batch, {}, gradients=gradients, places=torch.tensor(places))
             assert logits is not None
             # rows are taken apart at once: each taken alone would have a gradient as large as all of them
-            for row, of_row, wanted_there in zip(group, logits.unbind(0), inside, strict=True):
-                for name, tokens in wanted_there.items():
-                    at = [where[place] for place in tokens]
-                    found[row, name] = of_row if at == list(range(len(of_row))) else of_row[at]
+            for number, of_row, wanted_there in zip(group, logits.unbind(0), inside, strict=True):
+                for name, kept in wanted_there.items():
+                    at = [where[place] for place in kept]
+                    found[number, name] = of_row if at == list(range(len(of_row))) else of_row[at]
         return found
 
     def key(self, row: Row, tokens: slice) -> tuple[int, str]:
