@@ -161,8 +161,9 @@ def _add_map(masks: Masks, module: nn.Module, rows: Tensor | None, columns: Tens
 
     if hasattr(module, "lora_A"):
         whole = torch.ones(1, 1, dtype=torch.bool)
-        for name, a in module.lora_A.items():  # type: ignore[union-attr,operator]
-            b = module.lora_B[name]  # type: ignore[index]
+        adapted: Any = module
+        for name, a in adapted.lora_A.items():
+            b = adapted.lora_B[name]
             add(a.weight, whole if columns is None else columns[None])  # [rank, in]
             add(b.weight, whole if rows is None else rows[:, None])  # [out, rank]
             if rows is not None:

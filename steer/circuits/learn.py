@@ -53,7 +53,7 @@ def learn_circuit(
         candidates: the components that may be in it, e.g. `scores.top_nodes(40)` or `Circuit.of_nodes`; their amounts do not matter.
         ablation: towards what; that of the candidates for None.
         gates: `linear`, amounts that are learned themselves; `sigmoid`; or `hard_concrete`, see `GateComponents`.
-        start: amount of every candidate at first, above 0 and below 1.
+        start: amount of every candidate at first; 0 for linear gates alone.
         lr: of Adam, for gates; it falls over the last two fifths of the steps.
         sparsity: weight of each amount in the loss, or of the probability that it is not 0 for hard-concrete gates. One for all, or by
             `input`, `head`, `mlp`, `neuron`; .01, and .0005 of neurons, for None.
@@ -175,7 +175,8 @@ def _checked(terms: Any, candidates: Any, gates: str, start: float, steps: int, 
     one_of(gates, FORMS, "the form of gates")
     whole_number(steps, "the steps of mask learning", least=1)
     finite_number(lr, "the learning rate of mask learning", above=0)
-    number_within(start, "the first amount of each candidate", 1e-6, 1 - 1e-6)
+    edge = 0 if gates == LINEAR else 1e-6  # a sigmoid comes to 0 and 1 nowhere
+    number_within(start, "the first amount of each candidate", edge, 1 - edge)
     number_within(least, "the least amount of a component", 0, 1)
     by_kind = dict(sparsity) if isinstance(sparsity, Mapping) else {} if sparsity is None else dict.fromkeys(KINDS, sparsity)
     for kind, weight in by_kind.items():

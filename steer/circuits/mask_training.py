@@ -48,10 +48,10 @@ class TermPasses:
             logits = self.passes.run_batch(batch, {}, gradients=gradients, places=torch.tensor(places))
             assert logits is not None
             # rows are taken apart at once: each taken alone would have a gradient as large as all of them
-            for row, of_row, wanted_there in zip(group, logits.unbind(0), inside, strict=True):
-                for name, tokens in wanted_there.items():
-                    at = [where[place] for place in tokens]
-                    found[row, name] = of_row if at == list(range(len(of_row))) else of_row[at]
+            for number, of_row, wanted_there in zip(group, logits.unbind(0), inside, strict=True):
+                for name, kept in wanted_there.items():
+                    at = [where[place] for place in kept]
+                    found[number, name] = of_row if at == list(range(len(of_row))) else of_row[at]
         return found
 
     def key(self, row: Row, tokens: slice) -> tuple[int, str]:
@@ -88,11 +88,12 @@ class MaskData:
         return cls(terms, [[term.draw(random) for term in terms] for _ in range(steps)])
 
     @torch.no_grad()
-    def look(self, passes: TermPasses, per_pass: int = 16) -> None:
-        """Runs the unedited model on what the steps will draw."""
+    def look(self, passes: TermPasses, max_tokens: int = 512) -> None:
+        """Runs the unedited model on what the steps will draw. max_tokens: of a pass, whose log-probabilities are in memory in fp32."""
         for number, term in enumerate(self.terms):
             values: dict[int, Tensor] = {}
             items = sorted({item for draw in self.draws for item in draw[number]}) if term.compares else []
+            per_pass = max(1, max_tokens // max(sum(len(row.ids) for row in item) for item in term.items))
             for start in range(0, len(items), per_pass):
                 chosen = items[start : start + per_pass]
                 found = values_of(term, passes, chosen, gradients=False)
