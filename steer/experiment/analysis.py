@@ -56,7 +56,8 @@ def analyse(
     )
     guards = [_guardrail(scores, pair, of_name[pair.outcome], question.alpha) for pair in question.guardrails]
     specific = _specificity(scores, question, arms, primary)
-    first, *others = all_trade_offs(scores, arms, primary, outcomes) or [None]
+    of_guardrails = all_trade_offs(scores, arms, primary, outcomes)
+    first = of_guardrails[0] if of_guardrails else None
     return {
         "schema": SCHEMA,
         "question": {**question.to_dict(), "seeds": scores.seeds(question.primary.arm), "items": answered.primary.estimate.items},
@@ -69,7 +70,7 @@ def analyse(
         "items": _items(scores, question.primary, primary),
         "wrong_way": _wrong_way(scores, question.primary, primary),
         "trade_off": undominated(first),
-        "trade_off_others": [undominated(costs) for costs in others],
+        "trade_off_others": [undominated(costs) for costs in of_guardrails[1:]],
         "equal_damage": compared_at_equal_damage(first, arms, question.primary.arm),
         "power": _power(answered),
         "sweep": _sweep(arms, scores, outcomes),

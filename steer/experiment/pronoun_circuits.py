@@ -118,7 +118,7 @@ class PronounCircuits:
     @cached_property
     def scores(self) -> ComponentScores:
         """Edges and nodes of |shift| by EAP-IG, over the occupations of as many tokens as the baseline."""
-        rows = [row for row in self.rows("sentences")][:2]
+        rows = self.rows("sentences")[:2]
         length = len(self.tokenizer(f" {self.baseline}", add_special_tokens=False).input_ids)
         fitting = [word for word in self.occupations if len(self.tokenizer(f" {word}", add_special_tokens=False).input_ids) == length]
         clean = [row["text"].replace(OCCUPATION, word) for row in rows for word in fitting]
@@ -151,7 +151,7 @@ class PronounCircuits:
             ablation=self.ablation,
             steps=settings["steps"],
             lr=settings["lr"],
-            start=0.02,
+            start=0.0,
             sparsity={"head": settings["head_sparsity"], "neuron": settings["neuron_sparsity"]},
             seed=settings["seed"],
         )
@@ -160,15 +160,11 @@ class PronounCircuits:
     def _terms(self, settings: Mapping[str, Any]) -> list[Any]:
         chooser = random.Random(settings["seed"])
         sentences = self.rows("sentences")
-        prompts, partners, first, second = [], [], [], []
-        for word in self.occupations:
-            for row in sentences:
-                prompts.append(row["text"].replace(OCCUPATION, word))
-                partners.append(row["text"].replace(OCCUPATION, self.baseline))
-                first.append(self._token(row["male"]))
-                second.append(self._token(row["female"]))
-        order = chooser.sample(range(len(prompts)), len(prompts))
-        prompts, partners, first, second = ([values[i] for i in order] for values in (prompts, partners, first, second))
+        asked = [(word, row) for word in self.occupations for row in sentences]
+        asked = chooser.sample(asked, len(asked))
+        prompts = [row["text"].replace(OCCUPATION, word) for word, row in asked]
+        partners = [row["text"].replace(OCCUPATION, self.baseline) for _, row in asked]
+        first, second = ([self._token(row[side]) for _, row in asked] for side in ("male", "female"))
         tokenizer, model = self.tokenizer, self.model
         stated, others, male, female = [], [], [], []
         for row in sentences:
