@@ -34,6 +34,7 @@ from steer.model.tokens import Row, plain
 
 OCCUPATION = "{occupation}"
 LENGTH = 128  # tokens of a row of running text
+MOST_WORDS = 20  # occupations that are attributed
 ATTRIBUTION, GATES = BY = ("attribution", "gates")
 GATE_SETTINGS = {
     "steps": 48, "lr": 0.06, "keep": 0.65, "keep_weight": 0.3, "side": 0.5, "kl_weight": 4.0, "shifts": 20, "facts": 8, "texts": 2,
@@ -121,6 +122,7 @@ class PronounCircuits:
         rows = self.rows("sentences")[:2]
         length = len(self.tokenizer(f" {self.baseline}", add_special_tokens=False).input_ids)
         fitting = [word for word in self.occupations if len(self.tokenizer(f" {word}", add_special_tokens=False).input_ids) == length]
+        fitting = random.Random(0).sample(fitting, min(len(fitting), MOST_WORDS))
         clean = [row["text"].replace(OCCUPATION, word) for row in rows for word in fitting]
         corrupted = [row["text"].replace(OCCUPATION, self.baseline) for row in rows for _ in fitting]
         right = [self._token(row["male"]) for row in rows for _ in fitting]

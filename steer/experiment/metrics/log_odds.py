@@ -34,11 +34,14 @@ class LogOdds(Metric):
 
     def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
         scorer = Scorer(model, tokenizer, progress=False)
-        words = [(item["first"], item["second"]) for item in items]
 
         def odds(key: str) -> list[float]:
             prompts = [f"{item['system']}\n\n{item[key]}" if item.get("system") else item[key] for item in items]
-            return scorer.log_odds(prompts, words, what="log-odds").tolist()
+            asked = [(prompt, item["first"], item["second"]) for prompt, item in zip(prompts, items, strict=True)]
+            once = list(dict.fromkeys(asked))  # a baseline is that of many items
+            found = scorer.log_odds([prompt for prompt, *_ in once], [(a, b) for _, a, b in once], what="log-odds").tolist()
+            values = dict(zip(once, found, strict=True))
+            return [values[each] for each in asked]
 
         values = odds("prompt")
         if self.reads == SHIFT:
