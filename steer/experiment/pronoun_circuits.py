@@ -37,7 +37,7 @@ LENGTH = 128  # tokens of a row of running text
 MOST_WORDS = 20  # occupations that are attributed
 ATTRIBUTION, GATES = BY = ("attribution", "gates")
 GATE_SETTINGS = {
-    "steps": 48, "lr": 0.06, "keep": 0.65, "keep_weight": 0.3, "side": 0.5, "kl_weight": 4.0, "shifts": 20, "facts": 8, "texts": 2,
+    "steps": 64, "lr": 0.04, "keep": 0.6, "keep_weight": 0.3, "side": 0.5, "kl_weight": 5.0, "shifts": 20, "facts": 8, "texts": 2,
     "head_sparsity": 0.02, "neuron_sparsity": 0.0005, "seed": 0,
 }  # fmt: skip
 
