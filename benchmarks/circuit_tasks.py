@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,41 +114,36 @@ def circuit_of(model: nn.Module, tokenizer: Any, make: Callable[..., tuple[Pairs
 
 
 def decimals(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """Neurons of the prompt that pull towards the smaller number."""
-    numbers = [(whole, digit, two) for whole in range(2, 10) for digit, two in ((9, 11), (8, 12), (7, 14), (6, 13))]
-    random.Random(0).shuffle(numbers)
-    halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    """Neurons that pull towards the smaller number, found on pairs such as 9.11 and 9.9, whose smaller one has a 1 behind the point.
 
-    def prompts(half: list[tuple[int, int, int]]) -> tuple[list[Row], list[int], list[int]]:
+    In the control, pairs such as 9.11 and 9.04, the larger one does: what only takes the digit 1 away fails there.
+    """
+    numbers = [(whole, f"{digit}", f"{two}") for whole in range(2, 10) for digit, two in ((9, 11), (8, 12), (7, 14), (6, 13))]
+    random.Random(0).shuffle(numbers)
+    control = [(whole, f"{two}", f"0{digit}") for whole in range(2, 10) for digit, two in ((4, 11), (7, 12))]
+
+    def prompts(half: list[tuple[int, str, str]]) -> tuple[list[Row], list[int], list[int]]:
         rows, right, wrong = [], [], []
-        for number, (whole, digit, two) in enumerate(half):
-            both = (f"{whole}.{two}", f"{whole}.{digit}")
+        for number, (whole, larger, smaller) in enumerate(half):
+            both = (f"{whole}.{smaller}", f"{whole}.{larger}")
             said = both if number % 2 else both[::-1]
-            question = f"Which number is larger, {said[0]} or {said[1]}? Answer with the number alone."
-            row = encode(tokenizer, question)
-            begun = tokenizer(f"{whole}.").input_ids
-            rows.append(Row((*row.ids, *begun), 0))
-            right.append(tokenizer(str(digit)).input_ids[-1])
-            wrong.append(tokenizer(str(two)[0]).input_ids[-1])
+            row = encode(tokenizer, f"Which number is larger, {said[0]} or {said[1]}? Answer with the number alone.")
+            rows.append(Row((*row.ids, *tokenizer(f"{whole}.").input_ids), 0))
+            right.append(tokenizer(larger[0]).input_ids[-1])
+            wrong.append(tokenizer(smaller[0]).input_ids[-1])
         return rows, right, wrong
 
-    find, test = prompts(halves[0]), prompts(halves[1])
-    target = LogitDifference(find[1], find[2])
+    find, test, other = prompts(numbers[: len(numbers) // 2]), prompts(numbers[len(numbers) // 2 :]), prompts(control)
     pairs = Pairs.of(model, find[0], find[0])
-    scores = attribute(model, pairs, target, method="eap", edges=False, neurons=True, ablation=zero_ablation())
+    scores = attribute(model, pairs, LogitDifference(find[1], find[2]), method="eap", edges=False, neurons=True, ablation=zero_ablation())
+    flat = torch.cat([of_block.sum(0) for of_block in scores.neurons.values()])
     rows = []
     for size in (10, 100, 1000):
-        flat = torch.cat([of_block.sum(0) for of_block in scores.neurons.values()])
-        lowest = flat.argsort()[:size]  # those with which the larger number is less likely
-        circuit = _neurons(scores.graph, flat, lowest, scores.facts["model"])
+        circuit = _neurons(scores.graph, flat, flat.argsort()[:size], scores.facts["model"])  # without which the larger one is likelier
         drawn = [circuit.random(seed) for seed in range(3)]
-        rows.append({"neurons": size, "ablated": _gap(model, circuit, test), "random": [_gap(model, each, test) for each in drawn]})
-    return {
-        "plain": _gap(model, None, test),
-        "accuracy_plain": _gap(model, None, test, accuracy=True),
-        "found_on": len(find[0]),
-        "rows": rows,
-    }
+        random_gaps = [_gap(model, each, test)["gap"] for each in drawn]
+        rows.append({"neurons": size, "ablated": _gap(model, circuit, test), "control": _gap(model, circuit, other), "random": random_gaps})
+    return {"found_on": len(find[0]), "plain": _gap(model, None, test), "plain_control": _gap(model, None, other), "rows": rows}
 
 
 def _neurons(graph: Any, flat: Tensor, chosen: Tensor, model: Any) -> Circuit:
@@ -161,20 +157,14 @@ def _neurons(graph: Any, flat: Tensor, chosen: Tensor, model: Any) -> Circuit:
 
 
 @torch.no_grad()
-def _gap(model: nn.Module, circuit: Circuit | None, prompts: tuple[list[Row], list[int], list[int]], *, accuracy: bool = False) -> float:
-    """Mean logit of the next digit of the larger number less that of the smaller one's, or the share where it is above 0."""
+def _gap(model: nn.Module, circuit: Circuit | None, prompts: tuple[list[Row], list[int], list[int]]) -> dict[str, float]:
+    """Mean logit of the next digit of the larger number less that of the smaller one's, and the share of prompts where it is above 0."""
     values = []
-    rows, right, wrong = prompts
-    plan = None if circuit is None else circuit.ablation_plan(model)
-    attached = None if plan is None else plan.attach(model)
-    try:
-        for row, a, b in zip(rows, right, wrong, strict=True):
+    with nullcontext() if circuit is None else circuit.ablation_plan(model).attached(model):
+        for row, right, wrong in zip(*prompts, strict=True):
             logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, -1]
-            values.append(float(logits[a] - logits[b]))
-    finally:
-        if attached is not None:
-            attached.detach()
-    return sum(value > 0 for value in values) / len(values) if accuracy else sum(values) / len(values)
+            values.append(float(logits[right] - logits[wrong]))
+    return {"gap": sum(values) / len(values), "accuracy": sum(value > 0 for value in values) / len(values)}
 
 
 def main() -> None:

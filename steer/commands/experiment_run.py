@@ -143,7 +143,15 @@ class ExperimentRun:
         if spec is None:
             return None
         splits = {key: split for key, split in spec.items() if key != "baseline"}
-        return PronounCircuits(self.model, self.tokenizer, self.config.data, splits, spec["baseline"], self.root / "circuits")
+        return PronounCircuits(
+            self.model,
+            self.tokenizer,
+            self.config.data,
+            splits,
+            spec["baseline"],
+            self.root / "circuits",
+            lambda text: self.say("circuit", text),
+        )
 
     @cached_property
     def measured_rows(self) -> list[Row]:

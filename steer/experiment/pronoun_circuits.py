@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,7 @@ class PronounCircuits:
             running text for constants and for learning. What is reported is in none of them.
         baseline: the word that shifts are measured from.
         folder: where finished circuits are kept; None to make them anew.
+        say: told what is being made.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class PronounCircuits:
     splits: Mapping[str, str]
     baseline: str = "person"
     folder: Path | None = None
+    say: Callable[[str], None] = lambda text: None
     _made: dict[str, Circuit] = field(default_factory=dict, repr=False)
 
     def circuit(self, by: str, settings: Mapping[str, Any]) -> Circuit:
@@ -69,9 +71,11 @@ class PronounCircuits:
             if kept is not None and kept.exists():
                 self._made[key] = Circuit.load(kept)
             else:
+                self.say(f"by {by}, on {len(self.occupations)} occupations")
                 self._made[key] = self._found(**settings) if by == ATTRIBUTION else self._learned({**GATE_SETTINGS, **settings})
                 if kept is not None:
                     self._made[key].save(kept)
+                self.say(repr(self._made[key]))
         return self._made[key]
 
     def to_dict(self) -> dict[str, Any]:
