@@ -4,8 +4,12 @@ from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, 
 from steer.circuits.attribute import attribute
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS
 from steer.circuits.circuit import Circuit
+from steer.circuits.component_evaluation import ComponentEvaluation
+from steer.circuits.component_results import Completeness, ComponentFaithfulness, FaithfulnessCurve, Minimality
+from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
+from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
@@ -17,17 +21,25 @@ __all__ = [
     "ATTRIBUTION_METHODS",
     "Ablation",
     "Circuit",
+    "Completeness",
+    "ComponentEvaluation",
+    "ComponentFaithfulness",
     "ComponentGraph",
+    "ComponentRun",
     "ComponentScores",
+    "EdgesAblated",
     "ExactEffects",
     "Faithfulness",
+    "FaithfulnessCurve",
     "FeatureCircuit",
     "FeatureWeights",
     "Graph",
     "LogProbability",
     "LogitDifference",
+    "Minimality",
     "Node",
     "Pairs",
+    "TakenOut",
     "attribute",
     "feature_circuit",
     "feature_weights",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steer import files
 from steer.circuits.ablation import Ablation
 from steer.circuits.components import HEAD, MLP, ComponentGraph
+from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.operators.ablate_components import AblateComponents
 from steer.circuits.stream_readers import stream_readers
 from steer.errors import ConfigError, WrongModelError
@@ -145,6 +146,10 @@ class Circuit:
             operator = AblateComponents(amount.float(), constants(site, len(amount)).float())
             edits.append(Intervention(operator, site, scope, strength, phases, name=f"{site}".replace(".", "_")))
         return Plan(edits)
+
+    def edges_ablated(self, model: nn.Module, strength: float = 1.0) -> EdgesAblated:
+        """The edges of the circuit, cut in every pass of a model while attached, in generation and training: see `EdgesAblated`."""
+        return EdgesAblated(self, model, strength)
 
     def amounts(self, anatomy: Anatomy) -> dict[Site, Tensor]:
         """[width] fp64 how much of each channel is in the circuit, at the sites where some is."""

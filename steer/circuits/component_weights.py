@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
+from steer.model.restoring import restoring_all
 from steer.model.site import Site
 
 
@@ -16,30 +20,53 @@ def linear_rows(module: nn.Module) -> Tensor:
 
     Where that is no plain matrix (adapters, quantised weights) the map is read off by calling it with every unit vector.
     """
+    with torch.no_grad():
+        return live_rows(module).detach()
+
+
+def live_rows(module: nn.Module) -> Tensor:
+    """The same, through which gradients reach the weights."""
     if type(module) is nn.Linear:
-        return module.weight.detach()
+        return module.weight
     if type(module) is Conv1D:
-        return module.weight.detach().T
+        return module.weight.T
     width = int(getattr(module, "in_features", None) or module.nx)  # type: ignore[arg-type]
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    with torch.no_grad():
-        units = torch.eye(width, device=like.device, dtype=like.dtype)
-        return (module(units) - module(torch.zeros_like(units[:1]))).T
+    units = torch.eye(width, device=like.device, dtype=like.dtype)
+    with _without_dropout(module):
+        return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """A dropout of an adapter would take entries out of the unit vectors."""
+    with restoring_all() as stack:
+        for part in module.modules():
+            if isinstance(part, nn.Dropout) and part.training:
+                stack.callback(part.train)
+                part.eval()
+        yield
 
 
 def output_matrix(anatomy: Anatomy, layer: int) -> Tensor:
     """[heads, head_dim, width] fp32, what each head's z is multiplied by."""
+    return by_writing_head(anatomy, layer, linear_rows(anatomy.point(Site("attn.z", layer)).module).float())
+
+
+def by_writing_head(anatomy: Anatomy, layer: int, rows: Tensor) -> Tensor:
+    """[heads, head_dim, width] of the output projection [width, heads * head_dim]."""
     heads = heads_of(anatomy, layer)
-    rows = linear_rows(anatomy.point(Site("attn.z", layer)).module).float()  # [width, heads * head_dim]
     return rows.T.unflatten(0, (heads.n_heads, heads.head_dim))  # a view: transposed factors cost a product nothing
 
 
 def reading_matrix(anatomy: Anatomy, layer: int, part: str) -> Tensor:
     """[heads or groups, head_dim, width] fp32, by which the normed stream becomes `q`, `k` or `v`."""
-    heads = heads_of(anatomy, layer, f"attn.{part}")
-    point = anatomy.point(Site(f"attn.{part}", layer))
-    rows = linear_rows(point.module)
-    columns = point.columns
+    return by_reading_head(anatomy, layer, part, linear_rows(anatomy.point(Site(f"attn.{part}", layer)).module).float())
+
+
+def by_reading_head(anatomy: Anatomy, layer: int, part: str, rows: Tensor) -> Tensor:
+    """[heads or groups, head_dim, width] of the projection that gives `q`, `k` or `v`, among others where it is fused."""
+    columns = anatomy.point(Site(f"attn.{part}", layer)).columns
     if columns is not None:
         rows = rows[columns.to(rows.device) if isinstance(columns, Tensor) else columns]
-    return rows.float().unflatten(0, (-1, heads.head_dim))
+    return rows.unflatten(0, (-1, heads_of(anatomy, layer, f"attn.{part}").head_dim))

@@ -23,6 +23,11 @@ from steer.circuits.texts import NO_ROLE, Batch
 Ablated = Callable[[SplitSite, Batch], tuple[Tensor, Tensor]]
 
 
+def share_of(value: float, full: float, empty: float) -> float:
+    """(value - empty) / (full - empty); NaN where ablating everything changes nothing."""
+    return (value - empty) / (full - empty) if full != empty else float("nan")
+
+
 @dataclass(frozen=True)
 class Faithfulness:
     """Means of the target over prompts, with different nodes ablated; everything else runs as it is.
@@ -50,7 +55,7 @@ class Faithfulness:
 
     def share(self, name: str) -> float:
         """(value - empty) / (full - empty) of one of them: 1 for the model as it is, 0 where everything is ablated."""
-        return (getattr(self, name) - self.empty) / (self.full - self.empty) if self.full != self.empty else float("nan")
+        return share_of(getattr(self, name), self.full, self.empty)
 
     def shares(self) -> dict[str, float]:
         """Of all of them."""
@@ -63,11 +68,13 @@ class ExactEffects:
 
     Attributes:
         names: of the nodes. attributed, exact: [nodes] fp32, the score, and the target less what is left of it without the node.
+        of: what they are, nodes or edges.
     """
 
     names: tuple[str, ...]
     attributed: Tensor
     exact: Tensor
+    of: str = "nodes"
 
     @property
     def correlation(self) -> float:
@@ -82,7 +89,7 @@ class ExactEffects:
         return float(spearmanr(self.attributed, self.exact).statistic) if len(self.names) > 1 else float("nan")
 
     def __repr__(self) -> str:
-        return f"ExactEffects({len(self.names)} nodes, correlation {self.correlation:.3f}, of ranks {self.rank_correlation:.3f})"
+        return f"ExactEffects({len(self.names)} {self.of}, correlation {self.correlation:.3f}, of ranks {self.rank_correlation:.3f})"
 
 
 class Evaluation:

@@ -19,7 +19,8 @@ from steer.model import hooks
 from steer.model.anatomy import Anatomy
 from steer.model.restoring import restoring, restoring_all
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest entry, by dtype of the model
+# of the largest entry, by dtype of the model; norms of llama compute in fp32 whatever the model does
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 COARSE = 0.05  # for halves
 EPSILONS = (1e-5, 1e-6)  # tried for a norm that does not say its own
 

@@ -35,12 +35,15 @@ class BlockReaders:
         attention, mlp: formula of the norm before each; None where the stream is read as it is.
         parallel: the MLP reads the stream before attention adds to it.
         post_norm: formula of the norm that the output of attention goes through before it is added; None for none.
+        attention_norm, mlp_norm: the norms themselves, whose weights may be in training.
     """
 
     attention: NormFormula | None
     mlp: NormFormula | None
     parallel: bool
     post_norm: NormFormula | None
+    attention_norm: nn.Module | None = None
+    mlp_norm: nn.Module | None = None
 
 
 @dataclass(eq=False)
@@ -100,20 +103,22 @@ def _keep_read(seen: _Seen, module: nn.Module, args: tuple[Any, ...]) -> None:
 def _of_block(anatomy: Anatomy, layer: int, seen: _Seen) -> BlockReaders:
     before, added = seen.sites["input"], seen.sites["attn.output"]
     after = before + added.to(before.device)
-    attention, _ = _reading(anatomy, layer, "attention", seen, seen.sites["attn.read"], [before])
-    mlp, place = _reading(anatomy, layer, "the MLP", seen, seen.sites["mlp.input"], [after, before])
-    return BlockReaders(attention, mlp, place == 1, _post_norm(anatomy, layer, seen))
+    attention, norm, _ = _reading(anatomy, layer, "attention", seen, seen.sites["attn.read"], [before])
+    mlp, mlp_norm, place = _reading(anatomy, layer, "the MLP", seen, seen.sites["mlp.input"], [after, before])
+    return BlockReaders(attention, mlp, place == 1, _post_norm(anatomy, layer, seen), norm, mlp_norm)
 
 
-def _reading(anatomy: Anatomy, layer: int, what: str, seen: _Seen, read: Tensor, streams: list[Tensor]) -> tuple[NormFormula | None, int]:
+def _reading(
+    anatomy: Anatomy, layer: int, what: str, seen: _Seen, read: Tensor, streams: list[Tensor]
+) -> tuple[NormFormula | None, nn.Module | None, int]:
     """The norm between one of the streams and what is read, and which stream that is."""
     for place, stream in enumerate(streams):
         if _same(stream, read):
-            return IDENTITY, place
+            return IDENTITY, None, place
     for place, stream in enumerate(streams):
         for module, given, output in seen.norms:
             if _same(output, read) and _same(given, stream):
-                return norm_formula(module, given.reshape(stream.shape), output.reshape(stream.shape)), place
+                return norm_formula(module, given.reshape(stream.shape), output.reshape(stream.shape)), module, place
     raise _unknown_reading(anatomy, layer, what, seen)
 
 

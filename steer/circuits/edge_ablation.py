@@ -1,0 +1,325 @@
+"""Ablation of edges, exactly: a reader that lost edges reads the stream with what takes the place of those writers, and all others read
+the stream as it is.
+
+Of each writer that lost an edge the change (what takes its place less what it writes in the pass that runs) is kept until the last reader.
+A reader's queries, keys, values or MLP input move by the difference that its own corrected stream makes behind the norm, so that readers
+that lost nothing are not touched, and nothing depends on tokens other than the current one: it is the same with a cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from steer.circuits.component_weights import by_reading_head, by_writing_head, live_rows
+from steer.circuits.components import MLP, ComponentGraph
+from steer.circuits.stream_readers import BlockReaders
+from steer.errors import ConfigError
+from steer.model.anatomy import Anatomy
+from steer.model.context import ForwardContext, PassScratch
+from steer.model.hook_registration import AFTER_EDITS
+from steer.model.hooks import HookFunction
+from steer.model.site import Site
+
+# (site, activation [rows, tokens, width]) -> what takes its place, of a shape that fits
+Replacement = Callable[[Site, Tensor], Tensor]
+PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class SiteFunction:
+    """A hook function that runs after the edits of plans, so that it sees what the model goes on with."""
+
+    call: Callable[[Tensor, ForwardContext], Tensor | None]
+    order: int = AFTER_EDITS
+
+    def __call__(self, h: Tensor, context: ForwardContext, /) -> Tensor | None:
+        return self.call(h, context)
+
+
+@dataclass(frozen=True, eq=False)
+class _CutReaders:
+    """Readers that lost an edge and read the stream of one block at the same place.
+
+    Attributes:
+        sets: [sets, writers of the site] fp32 by site, 1 where an edge is cut, of the sites where one is; readers with the same cut edges
+            share a set. Writers are those that lost any edge.
+        readers: [readers] number in their part, and [readers] the set of each, by part.
+    """
+
+    sets: Mapping[Site, Tensor]
+    readers: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """What is kept in one pass.
+
+    Attributes:
+        changes: [writers, rows, tokens, width] of those that lost an edge, of each site in the order of the pass.
+        attended: by block with a norm behind attention, what goes into that norm.
+        streams: by block, what went into it, and what attention added.
+        normed: by block, [sets, rows, tokens, width] how much more the cut readers of its attention get from the norm.
+    """
+
+    changes: dict[Site, Tensor] = field(default_factory=dict)
+    attended: dict[int, Tensor] = field(default_factory=dict)
+    streams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    normed: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter_block(self) -> None:
+        """Drops what only the block before needed, unless gradients are recorded: a checkpointed block may be recomputed from within."""
+        if not torch.is_grad_enabled():
+            self.streams.clear()
+            self.normed.clear()
+
+
+class EdgeAblation:
+    """Functions at sites that cut edges in every pass.
+
+    Args:
+        blocks: how the components of each block read the stream.
+        cut: [writers, readers] bool.
+        replacement: what takes the place of what a writer writes with, at `embed`, `attn.z` and `mlp.output`.
+        strength: 1 cuts, 0 leaves, between and above in proportion to the change.
+
+    Raises:
+        ConfigError: an edge that there is not, or no edge.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        graph: ComponentGraph,
+        blocks: Sequence[BlockReaders],
+        cut: Tensor,
+        replacement: Replacement,
+        strength: float = 1.0,
+    ) -> None:
+        if bool((cut & ~graph.possible).any()):
+            raise _no_such_edge(graph, cut & ~graph.possible)
+        if not bool(cut.any()):
+            raise _no_edges()
+        self.anatomy, self.graph, self.blocks = anatomy, graph, blocks
+        self.replacement, self.strength = replacement, strength
+        self._loses = cut.any(1)  # [writers]
+        self._columns = self._columns_of_sites()
+        self._attention: dict[int, _CutReaders] = {}
+        self._mlp: dict[int, _CutReaders] = {}
+        for layer in range(len(blocks)):
+            places = graph.readers_at(layer)
+            if (readers := self._cut_readers(cut, {part: places[part] for part in PARTS})) is not None:
+                self._attention[layer] = readers
+            if (readers := self._cut_readers(cut, {MLP: places[MLP]})) is not None:
+                self._mlp[layer] = readers
+        self._logits = self._cut_readers(cut, {"logits": slice(len(graph.readers) - 1, len(graph.readers))})
+        self._passes: weakref.WeakKeyDictionary[PassScratch, _Pass] = weakref.WeakKeyDictionary()
+
+    @property
+    def kept_writers(self) -> int:
+        """How many [rows, tokens, width] changes a pass keeps at most."""
+        return int(self._loses.sum())
+
+    def _cut_readers(self, cut: Tensor, places: Mapping[str, slice]) -> _CutReaders | None:
+        columns = torch.cat([cut[self._loses, of_part] for of_part in places.values()], 1).T  # [readers, writers that lost an edge]
+        lost = columns.any(1)
+        if not bool(lost.any()):
+            return None
+        sets, of_reader = columns[lost].unique(dim=0, return_inverse=True)
+        set_of = torch.full((len(columns),), -1)
+        set_of[lost] = of_reader
+        readers, first = {}, 0
+        for part, of_part in places.items():
+            of_this = set_of[first : first + of_part.stop - of_part.start]
+            if bool((of_this >= 0).any()):
+                chosen = (of_this >= 0).nonzero().flatten()
+                readers[part] = (chosen, of_this[chosen])
+            first += len(of_this)
+        by_site = {site: sets[:, of_site].float() for site, of_site in self._columns.items() if bool(sets[:, of_site].any())}
+        return _CutReaders(by_site, readers)
+
+    def _columns_of_sites(self) -> dict[Site, slice]:
+        """Places of each site's writers among those that lost an edge."""
+        found, first = {}, 0
+        sites = [(Site("embed"), slice(0, 1))]
+        for layer in range(len(self.blocks)):
+            mlp = self.graph.mlp_at(layer)
+            sites += [(Site("attn.z", layer), self.graph.heads_at(layer)), (Site("mlp.output", layer), slice(mlp, mlp + 1))]
+        for site, places in sites:
+            count = int(self._loses[places].sum())
+            found[site] = slice(first, first + count)
+            first += count
+        return found
+
+    # ---- functions at sites
+
+    def functions(self) -> dict[Site, HookFunction]:
+        """By site, in the order of the pass; only at writers and readers that lost an edge, and where the stream has to be seen."""
+        found: dict[Site, HookFunction] = {}
+
+        def add(site: Site, call: Callable[[Tensor, ForwardContext], Tensor | None]) -> None:
+            found[site] = SiteFunction(call)
+
+        if self._loses[0]:
+            add(Site("embed"), self._writes(Site("embed"), torch.ones(1, dtype=torch.bool)))
+        for layer, block in enumerate(self.blocks):
+            heads, mlp = self._loses[self.graph.heads_at(layer)], self._loses[self.graph.mlp_at(layer)]
+            attention, of_mlp = self._attention.get(layer), self._mlp.get(layer)
+            if attention is not None or of_mlp is not None:
+                add(Site("input", layer), self._enters(layer, attention))
+            for part in PARTS if attention is not None else ():
+                if part in attention.readers:  # type: ignore[union-attr]
+                    add(Site(f"attn.{part}", layer), self._reads_head(layer, part, attention))  # type: ignore[arg-type]
+            if bool(heads.any()):
+                add(Site("attn.z", layer), self._writes(Site("attn.z", layer), heads))
+            if of_mlp is not None:
+                if not block.parallel:
+                    add(Site("attn.output", layer), self._adds(layer))
+                add(Site("mlp.input", layer), self._reads_mlp(layer, of_mlp))
+            if bool(mlp):
+                add(Site("mlp.output", layer), self._writes(Site("mlp.output", layer), mlp[None]))
+        if self._logits is not None:
+            add(Site("output", len(self.blocks) - 1), self._reads_last(self._logits))
+        return found
+
+    def forget(self) -> None:
+        """Drops what is kept of the last pass."""
+        self._passes.clear()
+
+    def _of(self, context: ForwardContext) -> _Pass:
+        return self._passes.setdefault(context.scratch, _Pass())
+
+    def _writes(self, site: Site, loses: Tensor) -> Callable[[Tensor, ForwardContext], None]:
+        """Keeps what changes where each writer of a site is cut."""
+        places = loses.nonzero().flatten()
+
+        def function(h: Tensor, context: ForwardContext) -> None:
+            change = _wide(self.replacement(site, h)) - _wide(h)  # [rows, tokens, width]
+            kept = self._of(context)
+            if site.part == "attn.z":
+                layer = site.layer or 0
+                module = self.anatomy.point(site).module
+                matrix = by_writing_head(self.anatomy, layer, live_rows(module).to(change.dtype))[places.to(h.device)]
+                by_head = change.unflatten(-1, (len(loses), -1))[..., places.to(h.device), :]  # [rows, tokens, heads, head_dim]
+                kept.changes[site] = torch.einsum("rthd,hdw->hrtw", by_head, matrix)
+                if self.blocks[layer].post_norm is not None:
+                    kept.attended[layer] = module.forward(h)  # before the norm
+            else:
+                kept.changes[site] = change.expand_as(h).unsqueeze(0)
+
+        return function
+
+    def _enters(self, layer: int, attention: _CutReaders | None) -> Callable[[Tensor, ForwardContext], None]:
+        """Sees the stream that a block is given."""
+        block = self.blocks[layer]
+        mlp_needs_it = layer in self._mlp
+
+        def function(h: Tensor, context: ForwardContext) -> None:
+            kept = self._of(context)
+            kept.enter_block()
+            if mlp_needs_it:
+                kept.streams[layer, "input"] = h.clone()  # some models add to it in place (Falcon)
+            if attention is not None:
+                kept.normed[layer] = self._moved(block.attention_norm, h, attention, kept)
+
+        return function
+
+    def _adds(self, layer: int) -> Callable[[Tensor, ForwardContext], None]:
+        def function(h: Tensor, context: ForwardContext) -> None:
+            self._of(context).streams[layer, "attn.output"] = h
+
+        return function
+
+    def _reads_head(self, layer: int, part: str, cut: _CutReaders) -> Callable[[Tensor, ForwardContext], Tensor]:
+        """Moves the queries of heads, or keys or values of groups, that lost an edge."""
+        heads, sets = cut.readers[part]
+
+        def function(h: Tensor, context: ForwardContext) -> Tensor:
+            normed = self._of(context).normed[layer]
+            rows = live_rows(self.anatomy.point(Site(f"attn.{part}", layer)).module)
+            matrix = by_reading_head(self.anatomy, layer, part, rows.to(normed.dtype))[heads.to(rows.device)]  # [readers, head_dim, width]
+            moved = torch.einsum("srtw,shw->rtsh", normed[sets.to(normed.device)].to(matrix.device), matrix)
+            by_head = h.unflatten(-1, (-1, matrix.shape[1]))  # [rows, tokens, heads, head_dim]
+            return by_head.index_add(-2, heads.to(h.device), moved.to(h.device, h.dtype)).flatten(-2)
+
+        return function
+
+    def _reads_mlp(self, layer: int, cut: _CutReaders) -> Callable[[Tensor, ForwardContext], Tensor]:
+        norm, parallel = self.blocks[layer].mlp_norm, self.blocks[layer].parallel
+
+        def function(h: Tensor, context: ForwardContext) -> Tensor:
+            kept = self._of(context)
+            stream = kept.streams[layer, "input"]
+            if not parallel:
+                stream = stream + kept.streams[layer, "attn.output"].to(stream.device)
+            moved = self._moved(norm, stream, cut, kept)[0]
+            return h + moved.to(h.device, h.dtype)
+
+        return function
+
+    def _reads_last(self, cut: _CutReaders) -> Callable[[Tensor, ForwardContext], Tensor]:
+        def function(h: Tensor, context: ForwardContext) -> Tensor:
+            new = h + self._corrections(cut, h, self._of(context))[0].to(h.dtype)
+            if not torch.is_grad_enabled():  # the pass is over, but its context is not
+                self._passes.pop(context.scratch, None)
+            return new
+
+        return function
+
+    # ---- arithmetic
+
+    def _moved(self, norm: nn.Module | None, stream: Tensor, cut: _CutReaders, kept: _Pass) -> Tensor:
+        """[sets, rows, tokens, width] how much more the norm gives of the corrected streams than of the stream."""
+        corrections = self._corrections(cut, stream, kept)
+        if norm is None:
+            return corrections
+        corrected = (stream + corrections).to(stream.dtype)  # [sets, rows, tokens, width]
+        normed = norm.forward(corrected.flatten(0, 1)).unflatten(0, corrected.shape[:2])
+        return _wide(normed) - _wide(norm.forward(stream))
+
+    def _corrections(self, cut: _CutReaders, stream: Tensor, kept: _Pass) -> Tensor:
+        """[sets, rows, tokens, width] what is added to the stream for each set of cut edges."""
+        total: Tensor | None = None
+        for site, sets in cut.sets.items():
+            change = kept.changes[site].to(stream.device)
+            part = self._through_post_norm(site, sets.to(change), change, kept)
+            total = part if total is None else total + part
+        assert total is not None
+        return self.strength * total
+
+    def _through_post_norm(self, site: Site, sets: Tensor, change: Tensor, kept: _Pass) -> Tensor:
+        """[sets, rows, tokens, width] what the writers of one site change together. Behind a norm heads do not add up."""
+        layer = site.layer or 0
+        summed = torch.einsum("sw,wrtd->srtd", sets, change)
+        if site.part != "attn.z" or layer not in kept.attended:
+            return summed
+        norm = self.anatomy.post_norm(layer, self.anatomy.writer(layer, "attn"))
+        assert norm is not None
+        attended = kept.attended[layer].to(change.device)
+        mixed = (attended + summed).to(attended.dtype)
+        normed = norm.forward(mixed.flatten(0, 1)).unflatten(0, mixed.shape[:2])
+        return _wide(normed) - _wide(norm.forward(attended))
+
+
+def _wide(h: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is."""
+    return h if h.dtype == torch.float64 else h.float()
+
+
+# ---- errors
+
+
+def _no_such_edge(graph: ComponentGraph, wrong: Tensor) -> ConfigError:
+    writer, reader = wrong.nonzero()[0].tolist()
+    return ConfigError("an edge to ablate is not in the graph", expected="a writer that comes before the reader",
+                       found=f"{graph.writers[writer].name}->{graph.readers[reader].name}",
+                       remedy="choose among graph.possible")  # fmt: skip
+
+
+def _no_edges() -> ConfigError:
+    return ConfigError("there is no edge to ablate", expected="at least one", found="none",
+                       remedy="choose edges with scores.top_edges(200)")  # fmt: skip
