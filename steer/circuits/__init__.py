@@ -14,6 +14,8 @@ from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
 from steer.circuits.pairs import Pairs
+from steer.circuits.patch_effects import PatchEffects, patch_effects
+from steer.circuits.path_patching import path_patch
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.weights import FeatureWeights, feature_weights
 
@@ -39,11 +41,14 @@ __all__ = [
     "Minimality",
     "Node",
     "Pairs",
+    "PatchEffects",
     "TakenOut",
     "attribute",
     "feature_circuit",
     "feature_weights",
     "mean_ablation",
+    "patch_effects",
+    "path_patch",
     "resample_ablation",
     "zero_ablation",
 ]
