@@ -1,8 +1,10 @@
 """Circuits: graphs of what a target depends on inside a model, and the plans that take them out."""
 
 from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, zero_ablation
+from steer.circuits.acdc import acdc
 from steer.circuits.attribute import attribute
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS
+from steer.circuits.causal_scrubbing import CausalScrubbing, causal_scrubbing
 from steer.circuits.circuit import Circuit
 from steer.circuits.component_evaluation import ComponentEvaluation
 from steer.circuits.component_results import Completeness, ComponentFaithfulness, FaithfulnessCurve, Minimality
@@ -22,6 +24,7 @@ from steer.circuits.weights import FeatureWeights, feature_weights
 __all__ = [
     "ATTRIBUTION_METHODS",
     "Ablation",
+    "CausalScrubbing",
     "Circuit",
     "Completeness",
     "ComponentEvaluation",
@@ -43,7 +46,9 @@ __all__ = [
     "Pairs",
     "PatchEffects",
     "TakenOut",
+    "acdc",
     "attribute",
+    "causal_scrubbing",
     "feature_circuit",
     "feature_weights",
     "mean_ablation",

@@ -198,7 +198,7 @@ class ComponentGraph:
     # ---- pruning
 
     @cached_property
-    def _reads_for(self) -> Tensor:
+    def reads_for(self) -> Tensor:
         """[readers, writers] bool, whether a writer uses what a reader reads: a head its queries and the keys and values of its group."""
         uses = torch.zeros(len(self.readers), len(self.writers), dtype=torch.bool)
         for layer, shape in enumerate(self.layers):
@@ -221,7 +221,7 @@ class ComponentGraph:
         Returns:
             [writers, readers] bool.
         """
-        uses = self._reads_for.float()
+        uses = self.reads_for.float()
         kept = edges & self.possible
         while True:
             reached = (kept.any(0).float() @ uses) > 0  # [writers] something flows into it

@@ -124,7 +124,8 @@ class PatchedRun:
         batch = replace(batch, roles=roles)
         rows = torch.arange(len(prompts)).repeat(len(patches))
         replacement = self.run.replacement(batch, RowsOf(values, rows))
-        functions = self.run.functions(TakenOut.by_row([patch.parts for patch in patches], len(prompts)), replacement)
+        parts = patches[0].parts if len(patches) == 1 else TakenOut.by_row([patch.parts for patch in patches], len(prompts))
+        functions = self.run.functions(parts, replacement)
         for site in {patch.site for patch in patches if patch.site is not None}:
             is_patched = torch.tensor([patch.site == site for patch in patches]).repeat_interleave(len(prompts))
             functions[site] = SiteFunction(_inserted(site, is_patched, replacement))
