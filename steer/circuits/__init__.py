@@ -11,10 +11,12 @@ from steer.circuits.component_results import Completeness, ComponentFaithfulness
 from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
+from steer.circuits.das import DAS, fit_das
 from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
 from steer.circuits.graph import Graph, Node
+from steer.circuits.interchange import Interchange, interchange
 from steer.circuits.pairs import Pairs
 from steer.circuits.patch_effects import PatchEffects, patch_effects
 from steer.circuits.path_patching import path_patch
@@ -32,6 +34,7 @@ __all__ = [
     "ComponentGraph",
     "ComponentRun",
     "ComponentScores",
+    "DAS",
     "EdgesAblated",
     "ExactEffects",
     "Faithfulness",
@@ -39,6 +42,7 @@ __all__ = [
     "FeatureCircuit",
     "FeatureWeights",
     "Graph",
+    "Interchange",
     "LogProbability",
     "LogitDifference",
     "Minimality",
@@ -51,6 +55,8 @@ __all__ = [
     "causal_scrubbing",
     "feature_circuit",
     "feature_weights",
+    "fit_das",
+    "interchange",
     "mean_ablation",
     "patch_effects",
     "path_patch",
