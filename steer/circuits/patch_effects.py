@@ -6,13 +6,14 @@ What each component, edge or activation does to a target when it has its value o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from steer import files
 from steer.checks import of_type
@@ -29,6 +30,7 @@ from steer.reading import check_kinds, damage_of
 
 KIND = "patch effects"
 EACH = "each"
+AT_ONCE = 256  # patches that are made at a time: the mask of one edge has a number for each pair of writer and reader
 ALL_TOKENS = "all"  # name of the one position where tokens are patched together
 _OF_LAYER = re.compile(r"(?:layers\.|a|m)(\d+)(?:[.]|$)")
 
@@ -71,11 +73,15 @@ def patch_effects(
         >>> effects.plot("heads.svg")
     """
     patched = PatchedRun(model, pairs, target, direction=direction, max_tokens=max_tokens)
-    names, patches = _patches(patched, nodes, edges, sites)
+    names, patch_of = _patches(patched, nodes, edges, sites)
     position_names, roles = _positions(pairs, positions)
-    placed = [Patch(patch.parts, patch.site, of_tokens) for of_tokens in roles for patch in patches]
     before, other = patched.ends()
-    values = patched.values(placed, progress=progress).view(len(roles), len(patches), -1)
+    values = torch.zeros(len(roles), len(names), len(pairs), dtype=torch.float64)
+    with tqdm(total=values.numel(), desc="patching", unit="run", disable=None if progress else True) as bar:
+        for position, of_tokens in enumerate(roles):
+            for chosen in torch.arange(len(names)).split(AT_ONCE):
+                patches = [replace(patch_of(i), roles=of_tokens) for i in chosen.tolist()]
+                values[position, chosen] = patched.values(patches, bar)
     clean, corrupted = (before, other) if direction == NOISING else (other, before)
     facts = patching_facts(patched, pairs, "activation patching", direction)
     return PatchEffects(tuple(names), tuple(position_names), values, clean, corrupted, direction, facts)
@@ -209,8 +215,8 @@ def patching_facts(patched: PatchedRun, pairs: Pairs, method: str, direction: st
 
 def _patches(
     patched: PatchedRun, nodes: Sequence[str] | None, edges: Sequence[str] | Circuit | None, sites: Sequence[str | Site] | None
-) -> tuple[list[str], list[Patch]]:
-    """Names and patches. Raises ConfigError."""
+) -> tuple[list[str], Callable[[int], Patch]]:
+    """Names, and the patch of each by its number. Raises ConfigError."""
     given = {name: value for name, value in (("nodes", nodes), ("edges", edges), ("sites", sites)) if value is not None}
     if len(given) > 1:
         raise _several_kinds(list(given))
@@ -225,16 +231,19 @@ def _patches(
     nothing = TakenOut.nothing(graph)
     if sites is not None:
         points = [patched.run.anatomy.point(site) for site in sites]
-        return [str(point.site) for point in points], [Patch(nothing, point.site) for point in points]
+        return [str(point.site) for point in points], lambda i: Patch(nothing, points[i].site)
     if nodes is not None:
-        return list(nodes), [Patch(TakenOut(nodes_mask(graph, [name]))) for name in nodes]
+        masks = [nodes_mask(graph, [name]) for name in nodes]
+        return list(nodes), lambda i: Patch(TakenOut(masks[i]))
     assert edges is not None
     places = _edge_places(graph, edges)
-    masks = [torch.zeros_like(graph.possible) for _ in places]
-    for mask, place in zip(masks, places, strict=True):
-        mask[place] = True
-    names = [f"{graph.writers[writer].name}->{graph.readers[reader].name}" for writer, reader in places]
-    return names, [Patch(TakenOut(nothing.nodes, {}, mask)) for mask in masks]
+
+    def patch_of(i: int) -> Patch:
+        mask = torch.zeros_like(graph.possible)
+        mask[places[i]] = True
+        return Patch(TakenOut(nothing.nodes, {}, mask))
+
+    return [f"{graph.writers[writer].name}->{graph.readers[reader].name}" for writer, reader in places], patch_of
 
 
 def nodes_mask(graph: ComponentGraph, names: Sequence[str]) -> Tensor:

@@ -85,15 +85,15 @@ class PatchedRun:
         return found[0], found[1]
 
     @torch.no_grad()
-    def values(self, patches: Sequence[Patch], *, progress: bool = False, description: str = "patching") -> Tensor:
-        """[patches, prompts] fp64 of the target, each with one patch."""
+    def values(self, patches: Sequence[Patch], bar: tqdm | None = None) -> Tensor:
+        """[patches, prompts] fp64 of the target, each with one patch. bar: counts them."""
         found = torch.zeros(len(patches), len(self), dtype=torch.float64)
         chunks = self.run.batches([patch.parts for patch in patches])
-        with tqdm(total=len(patches) * len(self), desc=description, unit="run", disable=None if progress else True) as bar:
-            for prompts in chunks:
-                values = self.counterfactual(prompts, patches)
-                for chosen in self.groups(patches, prompts):
-                    found[chosen.start : chosen.stop, prompts] = self.values_of(patches[chosen.start : chosen.stop], prompts, values)
+        for prompts in chunks:
+            values = self.counterfactual(prompts, patches)
+            for chosen in self.groups(patches, prompts):
+                found[chosen.start : chosen.stop, prompts] = self.values_of(patches[chosen.start : chosen.stop], prompts, values)
+                if bar is not None:
                     bar.update(len(chosen) * len(prompts))
         return found
 

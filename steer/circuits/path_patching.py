@@ -111,8 +111,9 @@ class _PathRun:
             else:
                 site = Site(f"attn.{reader.kind}", reader.layer)
                 heads = heads_of(anatomy, reader.layer or 0, site.part)
+                assert reader.index is not None
                 count = heads.n_heads if reader.kind == "q" else heads.n_kv_heads
-                mask = (torch.arange(count) == reader.index).repeat_interleave(heads.head_dim)
+                mask = torch.arange(count).eq(reader.index).repeat_interleave(heads.head_dim)
                 self.columns[site] = self.columns.get(site, torch.zeros_like(mask)) | mask
 
     def ends(self, prompts: Sequence[int]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:

@@ -182,7 +182,7 @@ def test_in_a_linear_model_paths_are_known_by_hand(tiny):
         for texts in (both.clean, both.corrupted):
             model(torch.tensor([texts.rows[0].ids]))
     handle.remove()
-    along = model.lm_head.weight[5] - model.lm_head.weight[9]
+    along = (model.lm_head.weight[5] - model.lm_head.weight[9]).detach()
     by_head = [
         float((seen[0] - seen[1])[part] @ model.model.layers[1].self_attn.o_proj.weight.detach()[:, part].T @ along)
         for part in (slice(8), slice(24, 32))
