@@ -10,9 +10,11 @@ _EXPORTS = {
     "SteeringCallback": "steer.callbacks.steering",
     "DriftCallback": "steer.callbacks.drift",
     "LossCallback": "steer.callbacks.losses",
+    "GradientMaskCallback": "steer.callbacks.gradient_mask",
     "HFSteeringCallback": "steer.callbacks.hf_steering",
     "HFDriftCallback": "steer.callbacks.hf_drift",
     "HFLossCallback": "steer.callbacks.hf_losses",
+    "HFGradientMaskCallback": "steer.callbacks.hf_gradient_mask",
 }
 
 __all__ = list(_EXPORTS)

@@ -25,6 +25,7 @@ from steer.model.restoring import replaced, restoring
 from steer.reading import read_json
 from steer.training.drift_run import DriftRun
 from steer.training.loss_run import LossRun
+from steer.training.mask_run import MaskRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -44,7 +45,7 @@ class TrainerRun(TrainerCallback):
 
     kind: str  # of the state file
 
-    def __init__(self, run: SteeringRun | DriftRun | LossRun) -> None:
+    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun) -> None:
         self._run = run
         self._trainer: Any = None
         self._in_train = False  # `train` of its own trainer is running

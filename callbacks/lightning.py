@@ -14,6 +14,7 @@ from steer.checks import of_type
 from steer.errors import ConfigError, did_you_mean
 from steer.training.drift_run import DriftRun
 from steer.training.loss_run import LossRun
+from steer.training.mask_run import MaskRun
 from steer.training.ranks import Ranks
 from steer.training.steering_run import SteeringRun
 
@@ -49,7 +50,7 @@ class LightningRun(Callback):
         submodule: dotted path of the model inside the LightningModule.
     """
 
-    def __init__(self, run: SteeringRun | DriftRun | LossRun, submodule: str) -> None:
+    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun, submodule: str) -> None:
         self._run = run
         self.submodule = submodule
         self._device: torch.device | None = None  # where the model was at the attach

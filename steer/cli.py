@@ -35,6 +35,10 @@ COMMANDS = {
         "train, search, read and measure dictionaries of a model's activations",
         "steer features train data=book.txt 'width=[4096]'",
     ),
+    "bias": (
+        "find the circuit of a bias, ablate it, measure bias and cost beside the standard baselines, on one page",
+        "steer bias experiment=gender_pronoun",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
@@ -44,7 +48,7 @@ USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the use
     "features page": ("settings.", "neuronpedia."),
 }
 RUNS = ("run", "plan", "lock", "report")
-ACTIONS = {"ab": RUNS, "features": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
+ACTIONS = {"ab": RUNS, "features": RUNS, "bias": RUNS}  # of a command, said as a word behind it: steer ab plan experiment=tone
 MULTIRUN = ("-m", "--multirun")
 USAGE = "\n".join(
     [

@@ -60,7 +60,7 @@ def in_short(error: BaseException) -> str:
 
 def constant(kind: str) -> str:
     """Name of the registry of a kind in Python code."""
-    names = {"import format": "IMPORTERS", "drift metric": "METRICS"}
+    names = {"import format": "IMPORTERS", "drift metric": "METRICS", "bias data set": "DATASETS"}
     return names.get(kind, f"{kind.upper()}S")
 
 

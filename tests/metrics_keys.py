@@ -21,7 +21,14 @@ CHOSEN = {
     "artifacts.adapters": "cell",
     "versions": "package",
 }
-WHOLE = ("config", "direction", "arms[].matched_in.draws")  # explained as one
+WHOLE = (
+    "config",
+    "direction",
+    "arms[].matched_in.draws",
+    "trade_off_others",
+    "circuits.graph",
+    *(f"circuits.made[].{key}" for key in ("nodes", "neurons", "terms", "ablation")),
+)  # explained as one
 
 
 def documented() -> set[str]:

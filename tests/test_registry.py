@@ -142,6 +142,16 @@ FILES = {
                 return {}
         """,
     ),
+    "mitigation": (
+        "steer/bias/mitigation",
+        """
+        from steer.bias.debiasing import MITIGATIONS
+
+        @MITIGATIONS.register("new_mitigation")
+        def new_mitigation(model, texts, tokenizer):
+            '''Mitigates nothing so far.'''
+        """,
+    ),
 }
 
 USE = """
@@ -244,6 +254,7 @@ def test_entry_points_of_another_package_are_found(installed, tmp_path):
 
 
 def test_every_kind_of_method_has_a_folder_and_entry_points():
+    import steer.bias
     import steer.directions
     import steer.drift.tracker
     import steer.experiment.metric

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steer.circuits.component_pass import written_sites
 from steer.circuits.pairs import rows_hash
+from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import NO_ROLE, Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError
@@ -50,6 +51,8 @@ class Ablation:
                 return torch.zeros(width)
             if site not in self.values:
                 raise _no_value(site, self.values)
+            if self.values[site].shape != (width,):
+                raise _other_width(site, width, self.values[site])
             return self.values[site]
 
         return constant
@@ -116,7 +119,7 @@ def mean_ablation(
 
         passes.run_batch(batch, {site: add(site) for site in sites}, gradients=False, last_token=True)
         count = count + (is_in.sum(0).unsqueeze(-1).cpu() if per_position else int(is_in.sum()))
-    facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows)}
+    facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows), "windows": window_hashes(rows)}
     return Ablation(MEAN, {site: (total / count).float() for site, total in sums.items()}, facts)
 
 
@@ -139,6 +142,11 @@ def _no_constants(kind: str) -> ConfigError:
 
 def _no_value(site: Site, known: Mapping[Site, Tensor]) -> ConfigError:
     return ConfigError(f"the ablation has no constant for '{site}'", expected=f"one of {len(known)} sites", found=str(site),
+                       remedy="make it with mean_ablation on the same model")  # fmt: skip
+
+
+def _other_width(site: Site, width: int, found: Tensor) -> ConfigError:
+    return ConfigError(f"the constant of the ablation for '{site}' is that of another model", expected=[width], found=list(found.shape),
                        remedy="make it with mean_ablation on the same model")  # fmt: skip
 
 

@@ -16,17 +16,20 @@ from tqdm.auto import tqdm
 from steer.checks import of_type
 from steer.circuits.ablation import RESAMPLE, Ablation, resample_ablation
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS, AttributionMethod, GradientPass, Values
-from steer.circuits.component_pass import Record, differences, record, values_at, written_sites
+from steer.circuits.backward_rule import BACKWARD_RULES, BackwardRule
+from steer.circuits.component_pass import Record, constant_target, differences, record, values_at, written_sites
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
 from steer.circuits.edge_contraction import EdgeContraction
 from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import BlockReaders, stream_readers
 from steer.circuits.targets import Target, target_words
+from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch
-from steer.errors import ConfigError
+from steer.errors import ConfigError, NonFiniteError
 from steer.model.anatomy import Anatomy
+from steer.model.devices import check_weights_are_there
 from steer.model.site import Site
 
 
@@ -39,6 +42,7 @@ def attribute(
     edges: bool = True,
     neurons: bool = False,
     ablation: Ablation | None = None,
+    rule: str | BackwardRule = "plain",
     max_tokens: int = 512,
     progress: bool = True,
 ) -> ComponentScores:
@@ -53,27 +57,35 @@ def attribute(
         edges: edges too; False for nodes alone.
         neurons: neurons of the MLPs, too.
         ablation: what takes the place of a component; the counterfactual prompt for None.
+        rule: name of a backward rule, by which gradients go back: `plain`, `gim` or `relp`.
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: a target that is not differentiable, a method that needs counterfactuals without them. AnatomyError: a model whose
-            reading of the stream is not known, with edges. NonFiniteError: a target that is not finite.
+        ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them. AnatomyError: one
+            whose reading of the stream is not known, with edges, or on which the rule is not proven. DeployError: weights that are
+            offloaded. NonFiniteError: a target or gradients that are not finite.
 
     Example:
         >>> scores = attribute(model, Pairs.of(model, clean, corrupted, tokenizer=tokenizer), LogitDifference(right, wrong))
         >>> circuit = scores.top_edges(200)
     """
+    of_type(model, nn.Module, "the model of an attribution", "pass the model itself")
+    check_weights_are_there(model, "an attribution to components")
     of_type(pairs, Pairs, "the pairs of an attribution", "make them with Pairs.of(model, clean, corrupted)")
     chosen = ATTRIBUTION_METHODS.get(method)() if isinstance(method, str) else method
     of_type(chosen, AttributionMethod, "the method of an attribution", "e.g. 'eap_ig', or EAPIG(steps=10)")
     ablation = resample_ablation() if ablation is None else ablation
+    of_type(ablation, Ablation, "the ablation of an attribution", "e.g. zero_ablation(), or mean_ablation(model, texts)")
     if chosen.needs_pairs and ablation.kind != RESAMPLE:
         raise _needs_pairs(chosen, ablation)
-    run = _Attribution(model, pairs, target, chosen, ablation, edges, neurons, max_tokens)
-    batches = list(run.passes.batches(range(len(pairs))))
-    for prompts in tqdm(batches, desc="attribution", unit="batch", disable=None if progress else True):
-        run.add(prompts)
-    return run.scores()
+    backward = BACKWARD_RULES.get(rule)() if isinstance(rule, str) else rule
+    of_type(backward, BackwardRule, "the backward rule of an attribution", "'plain', 'gim' or 'relp'")
+    with torch.inference_mode(False):  # of the caller, in which nothing has a gradient
+        run = _Attribution(model, pairs, target, chosen, backward, ablation, edges, neurons, max_tokens)
+        batches = list(run.passes.batches(range(len(pairs))))
+        for prompts in tqdm(batches, desc="attribution", unit="batch", disable=None if progress else True):
+            run.add(prompts)
+        return run.scores()
 
 
 class _Attribution:
@@ -85,18 +97,19 @@ class _Attribution:
         pairs: Pairs,
         target: Target,
         method: AttributionMethod,
+        rule: BackwardRule,
         ablation: Ablation,
         edges: bool,
         neurons: bool,
         max_tokens: int,
     ) -> None:
         self.anatomy = Anatomy.find(model)
-        self.pairs, self.target, self.method, self.ablation = pairs, target, method, ablation
+        self.pairs, self.target, self.method, self.rule, self.ablation = pairs, target, method, rule, ablation
         self.passes = TextPasses(model, self.anatomy, pairs.clean, max_tokens=max_tokens)
         self.counterfactuals = TextPasses(model, self.anatomy, pairs.corrupted, max_tokens=max_tokens)
         blocks: tuple[BlockReaders, ...] = stream_readers(model, self.anatomy)
         self.graph = ComponentGraph.of(self.anatomy, [block.parallel for block in blocks])
-        self.contraction = EdgeContraction(self.anatomy, self.graph, blocks) if edges else None
+        self.contraction = EdgeContraction(self.anatomy, self.graph, blocks, rule.constant_denominators) if edges else None
         self.written = written_sites(self.anatomy.n_layers, neurons=neurons)
         roles = len(pairs.clean.role_names)
         writers, readers = len(self.graph.writers), len(self.graph.readers)
@@ -104,6 +117,7 @@ class _Attribution:
         self.edges = torch.zeros(roles, writers, readers, dtype=torch.float64) if edges else None
         self.neurons: dict[int, Tensor] = {}
         self.value = self.corrupted_value = 0.0
+        self.has_gradient = False  # of any component in any pass
 
     def add(self, prompts: list[int]) -> None:
         """Adds the scores of a batch."""
@@ -112,18 +126,25 @@ class _Attribution:
         clean: Values = {} if self.method.starts_clean else values_at(self.passes, batch, self.written, self._clean_value)
         for number, step in enumerate(self.method.passes(clean, corrupted)):
             found = self._record(batch, step)
+            self.has_gradient = self.has_gradient or any(bool(gradient.any()) for gradient in found.gradients.values())
             if self.method.starts_clean and number == 0:
                 clean = found.values
                 self.value += float(found.target.double().sum())
-            change = differences(found.values if step.from_current else clean, corrupted, self.written)
+            if step.into is not None:
+                step.into.values, step.into.gradients, step.into.target = found.values, found.gradients, found.target
+            if step.weight == 0:
+                continue
+            change = differences(clean if step.start is None else step.start, corrupted, self.written)
             self._add_nodes(batch, step, change, found)
             self._add_edges(batch, step, change, found)
+        if not bool(torch.isfinite(self.nodes).all()):
+            raise _not_finite(prompts)
 
     def _clean_value(self, batch: Batch, logits: Tensor) -> None:
-        self.value += float(self.passes.values(self.target, batch, logits).double().sum())
+        self.value += float(self.passes.values(self.target, batch, logits).detach().double().sum())
 
     def _corrupted_value(self, batch: Batch, logits: Tensor) -> None:
-        self.corrupted_value += float(self.counterfactuals.values(self.target, batch, logits).double().sum())
+        self.corrupted_value += float(self.counterfactuals.values(self.target, batch, logits).detach().double().sum())
 
     def _corrupted(self, prompts: list[int], batch: Batch) -> Values:
         """[rows, tokens, width] by site: what takes the place of what is written."""
@@ -142,6 +163,7 @@ class _Attribution:
             values=[*self.written, *(contraction.streams() if contraction else [])],
             gradients=[*self.written, *(contraction.readers() if contraction else [])],
             edit=step.edit,
+            rule=self.rule.applied(self.anatomy),
         )
 
     def _add_nodes(self, batch: Batch, step: GradientPass, change: Mapping[Site, Tensor], found: Record) -> None:
@@ -149,7 +171,8 @@ class _Attribution:
             if step.only not in (None, site):
                 continue
             products = change[site] * found.gradients[site].float()  # [rows, tokens, width]
-            by_role = torch.stack([products[batch.roles == role].double().sum(0) for role in range(len(self.nodes))]).cpu() * step.weight
+            roles = batch.roles.to(products.device)
+            by_role = torch.stack([products[roles == role].double().sum(0) for role in range(len(self.nodes))]).cpu() * step.weight
             layer = site.layer or 0
             if site.part == "mlp.neurons":
                 self.neurons[layer] = self.neurons[layer] + by_role if layer in self.neurons else by_role
@@ -167,16 +190,23 @@ class _Attribution:
             self.edges[role] += step.weight * self.contraction(change, found, batch.roles == role, only=step.only)
 
     def scores(self) -> ComponentScores:
-        """Means over the prompts."""
+        """Means over the prompts. Raises ConfigError where no gradient was other than zero."""
+        if not self.has_gradient:
+            raise constant_target("gradients that are zero at every component, for every prompt")
         count = len(self.pairs)
         facts = {
             "method": {"name": self.method.name, **self.method.facts()},
+            "rule": self.rule.name,
             "target": target_words(self.target),
             "value": self.value / count,
             "corrupted_value": self.corrupted_value / count if self.ablation.kind == RESAMPLE else None,
             "ablation": self.ablation.kind,
             "sign": "positive: the target is higher with it",
-            "pairs": {"count": count, "hash": self.pairs.hash()},
+            "pairs": {
+                "count": count,
+                "hash": self.pairs.hash(),
+                "windows": window_hashes([*self.pairs.clean.rows, *self.pairs.corrupted.rows]),
+            },
             "model": self.anatomy.fingerprint(),
         }
         neurons = {layer: scores / count for layer, scores in sorted(self.neurons.items())}
@@ -193,4 +223,13 @@ def _needs_pairs(method: AttributionMethod, ablation: Ablation) -> ConfigError:
         expected="resample ablation",
         found=f"{ablation.kind} ablation",
         remedy="leave out `ablation`, or take a method that goes from constants, e.g. 'eap' or 'eap_ig_activations'",
+    )
+
+
+def _not_finite(prompts: list[int]) -> NonFiniteError:
+    return NonFiniteError(
+        f"the gradient of the target at prompts {prompts[:8]} is not finite",
+        expected="finite gradients",
+        found="NaN or infinity",
+        remedy="look at the derivative of the target there, e.g. of a root or a logarithm at 0; run the model in float32 or bfloat16",
     )

@@ -12,11 +12,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.circuits.component_pass import Edit
+from steer.circuits.component_pass import Edit, Record
 from steer.model.site import Site
 from steer.registry import Registry
 
 Values = Mapping[Site, Tensor]  # [rows, tokens, width] by site
+PLACES = {"left": 0.0, "midpoint": 0.5, "right": 1.0}  # of a point in its step
+
+
+def shares_of_way(steps: int, points: str) -> list[float]:
+    """Of a way from 0 to 1 in equal steps, a point in each: its `left` end, `midpoint` or `right` end."""
+    return [(step + PLACES[points]) / steps for step in range(steps)]
+
+
+def edit_at(where: Site, value: Tensor) -> Edit:
+    """A constant in place of the activation at one site."""
+    return lambda site, h: value if site == where else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +35,18 @@ class GradientPass:
     """One pass with gradients.
 
     Attributes:
-        weight: of its scores in the sum.
+        weight: of its scores in the sum; 0 for a pass that is only looked at.
         edit: what takes the place of activations; None for the run as it is.
         only: the site whose writers are scored by it; None for all.
-        from_current: a writer's change starts from what it writes in this pass, not in the clean run.
+        start: what a writer's change starts from, filled while the pass runs; None for what it writes in the clean run.
+        into: a record that gets what the pass finds, before the next pass is asked for.
     """
 
     weight: float = 1.0
     edit: Edit | None = None
     only: Site | None = None
-    from_current: bool = False
+    start: Values | None = None
+    into: Record | None = None
 
 
 class AttributionMethod(ABC):

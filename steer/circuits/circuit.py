@@ -54,7 +54,7 @@ class Circuit:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = [("nodes", self.nodes, (len(self.graph.writers),))]
+        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("nodes", self.nodes, (len(self.graph.writers),))]
         if self.edges is not None:
             shapes.append(("edges", self.edges, (len(self.graph.writers), len(self.graph.readers))))
         for name, tensor, shape in shapes:

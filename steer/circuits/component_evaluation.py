@@ -23,7 +23,7 @@ from steer.circuits.components import HEAD, INPUT, MLP
 from steer.circuits.evaluation import ExactEffects
 from steer.circuits.pairs import Pairs, rows_hash
 from steer.circuits.targets import Target, target_words
-from steer.circuits.texts import Texts
+from steer.circuits.texts import Prompts, Texts
 from steer.errors import ConfigError
 
 
@@ -48,9 +48,11 @@ class ComponentEvaluation:
         >>> evaluation.curve(scores).cpr
     """
 
-    def __init__(self, model: nn.Module, prompts: Pairs | Texts, target: Target, ablation: Ablation, *, max_tokens: int = 512) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: Pairs | Texts | Prompts, target: Target, ablation: Ablation, *, max_tokens: int = 512
+    ) -> None:
         self.run = ComponentRun(model, prompts, target, ablation, max_tokens=max_tokens)
-        texts = prompts.clean if isinstance(prompts, Pairs) else prompts
+        texts = self.run.passes.texts
         self._facts = {
             "ablation": {"kind": ablation.kind, "per_position": ablation.per_position, **ablation.facts},
             "target": target_words(target),
@@ -99,8 +101,8 @@ class ComponentEvaluation:
             of_random.append(self._incomplete(drawn, [_half(drawn, generator) for _ in range(knock_outs)]))
         worst, differences = self._greedy(circuit, greedy, candidates, generator)
         facts = self._about(circuit, knock_outs=knock_outs, greedy=greedy, candidates=candidates, draws=draws, seed=seed)
-        of_random = torch.stack(of_random) if of_random else torch.empty(0, knock_outs, dtype=torch.float64)
-        return Completeness(self._incomplete(circuit, sets), of_random, tuple(worst), differences, facts)
+        random = torch.stack(of_random) if of_random else torch.empty(0, knock_outs, dtype=torch.float64)
+        return Completeness(self._incomplete(circuit, sets), random, tuple(worst), differences, facts)
 
     def _incomplete(self, circuit: Circuit, sets: Sequence[Tensor]) -> Tensor:
         """[sets] |M(C without K) - M(model without K)|. sets: places of the items of each K."""

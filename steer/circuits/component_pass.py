@@ -96,17 +96,20 @@ def record(
 
         return function
 
-    sites = sorted({Site("embed"), *values, *gradients}, key=lambda site: site.order)
-    last = bool(getattr(target, "at_last_token", False))
-    logits = passes.run_batch(batch, {site: hook(site) for site in sites}, gradients=True, inside=rule, last_token=last)
-    assert logits is not None
-    with torch.enable_grad():
+    def backward(logits: Tensor) -> None:
         of_rows = passes.values(target, batch, logits)
         if not of_rows.requires_grad:
-            raise _constant_target()
-        grads = torch.autograd.grad(of_rows.sum(), list(kept.values()), allow_unused=True)
-    found.gradients = {site: torch.zeros_like(h) if g is None else g.detach() for (site, h), g in zip(kept.items(), grads, strict=True)}
-    found.target = of_rows.detach()
+            raise constant_target("a value that does not depend on them, or was detached")
+        watched = dict(kept)  # a checkpointed block that runs once more in the backward pass has activations of its own
+        grads = torch.autograd.grad(of_rows.sum(), list(watched.values()), allow_unused=True)
+        found.gradients = {
+            site: torch.zeros_like(h) if g is None else g.detach() for (site, h), g in zip(watched.items(), grads, strict=True)
+        }
+        found.target = of_rows.detach()
+
+    sites = sorted({Site("embed"), *values, *gradients}, key=lambda site: site.order)
+    last = bool(getattr(target, "at_last_token", False))
+    passes.run_batch(batch, {site: hook(site) for site in sites}, gradients=True, inside=rule, last_token=last, then=backward)
     return found
 
 
@@ -123,10 +126,10 @@ def differences(clean: Mapping[Site, Tensor], corrupted: Mapping[Site, Tensor], 
 # ---- errors
 
 
-def _constant_target() -> ConfigError:
+def constant_target(found: str) -> ConfigError:
     return ConfigError(
         "the target of a circuit has no gradient",
         expected="a differentiable function of the logits",
-        found="a value that does not depend on them, or was detached",
+        found=found,
         remedy="use no argmax, item or comparison in it; e.g. LogitDifference(right, wrong)",
     )

@@ -18,7 +18,7 @@ from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import stream_readers
 from steer.circuits.targets import Target
 from steer.circuits.text_passes import TextPasses
-from steer.circuits.texts import NO_ROLE, Batch, Texts
+from steer.circuits.texts import NO_ROLE, Batch, Prompts, Texts, rows_of
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
@@ -105,9 +105,11 @@ class ComponentRun:
         >>> without = run.values([TakenOut.circuit(circuit)])  # [1, prompts]
     """
 
-    def __init__(self, model: nn.Module, prompts: Pairs | Texts, target: Target, ablation: Ablation, *, max_tokens: int = 512) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: Pairs | Texts | Prompts, target: Target, ablation: Ablation, *, max_tokens: int = 512
+    ) -> None:
         self.anatomy = Anatomy.find(model)
-        texts = prompts.clean if isinstance(prompts, Pairs) else prompts
+        texts = texts_of(model, prompts)
         if ablation.kind == RESAMPLE and not isinstance(prompts, Pairs):
             raise _no_pairs()
         if ablation.per_position:
@@ -135,7 +137,7 @@ class ComponentRun:
         return found
 
     def batches(self, taken_out: Sequence[TakenOut]) -> list[list[int]]:
-        """Prompts of each batch, fewer where many writers lose edges."""
+        """Prompts of each batch, small enough for the changes of all writers that lose an edge."""
         writers = max((int(each.edges.any(1).sum()) for each in taken_out if each.edges is not None), default=0)
         fits = CHANGE_BYTES // (4 * writers * self.anatomy.width) if writers else self.max_tokens
         self.passes.max_tokens = max(1, min(self.max_tokens, fits))
@@ -158,6 +160,14 @@ class ComponentRun:
         for site, function in EdgeAblation(self.anatomy, self.graph, self.blocks, taken_out.edges, replacement).functions().items():
             found[site] = SiteFunction(_both(found[site], function)) if site in found else function
         return dict(sorted(found.items(), key=lambda item: item[0].order))
+
+    def replaced(self, taken_out: TakenOut) -> dict[Site, int]:
+        """Width of each site of which something is taken out, nodes or what edges carry."""
+        sites = dict.fromkeys(self._amounts(taken_out))
+        if taken_out.edges is not None:
+            loses = taken_out.edges.any(1).double()
+            sites |= dict.fromkeys(self._amounts(TakenOut(loses)))
+        return {site: self.anatomy.point(site).width or self.anatomy.width for site in sites}
 
     def _amounts(self, taken_out: TakenOut) -> dict[Site, Tensor]:
         """[width], or [rows, 1, width], of the sites where something is."""
@@ -192,6 +202,13 @@ class ComponentRun:
             return {}
         sites = written_sites(self.anatomy.n_layers, neurons=neurons)
         return values_at(self.counterfactuals, self.counterfactuals.batch(prompts), sites)
+
+
+def texts_of(model: nn.Module, prompts: Pairs | Texts | Prompts) -> Texts:
+    """The clean ones of pairs."""
+    if isinstance(prompts, Pairs):
+        return prompts.clean
+    return prompts if isinstance(prompts, Texts) else Texts(rows_of(model, prompts))
 
 
 def constant_at(ablation: Ablation, site: Site, h: Tensor, positions: Tensor | None = None) -> Tensor:

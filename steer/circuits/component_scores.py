@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from steer import files
 from steer.checks import one_of, whole_number
 from steer.circuits.circuit import Circuit
-from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph
+from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph, Writer
+from steer.circuits.graph import COMPONENT, TARGET, Graph, Node
 from steer.errors import ConfigError, WrongModelError
 from steer.reading import check_kinds, damage_of
 
@@ -41,6 +45,20 @@ class ComponentScores:
     roles: tuple[str, ...]
     prompts: int
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        roles, writers, readers = len(self.roles), len(self.graph.writers), len(self.graph.readers)
+        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("nodes", self.nodes, (roles, writers))]
+        if self.edges is not None:
+            shapes.append(("edges", self.edges, (roles, writers, readers)))
+        for layer, scores in self.neurons.items():
+            if not 0 <= layer < len(self.graph.layers):
+                raise _no_such_block(layer, len(self.graph.layers))
+            shapes.append((f"neurons of block {layer}", scores, (roles, scores.shape[-1])))
+        for name, tensor, shape in shapes:
+            if tuple(tensor.shape) != shape:
+                raise _wrong_shape(name, shape, tensor)
+        whole_number(self.prompts, "the number of prompts of scores", least=1)
 
     def __repr__(self) -> str:
         what = f"{self.nodes.shape[-1]} nodes" + ("" if self.edges is None else f", {self.graph.n_edges} edges")
@@ -105,27 +123,81 @@ class ComponentScores:
         nodes = kept.any(1).double()
         return Circuit(self.graph, nodes, edges=kept, facts=self._chosen(edges=count, absolute=absolute))
 
+    def drawing(self, edges: int = 60) -> Graph:
+        """The strongest edges as a graph to draw: components with their scores, and the target.
+
+        An edge into keys or values of a group that several heads share goes to that of them with the highest score.
+        """
+        kept = self.top_edges(edges).edges
+        assert kept is not None
+        scores, weights = self.node_scores, self.edge_scores
+        sizes = scores.abs()
+        joined: dict[tuple[int, int], float] = {}
+        target = len(self.graph.writers)
+        for writer, reader in kept.nonzero().tolist():
+            uses = self.graph.reads_for[reader].nonzero().flatten()
+            receiver = target if not len(uses) else int(uses[sizes[uses].argmax()])
+            joined[(writer, receiver)] = joined.get((writer, receiver), 0.0) + float(weights[writer, reader])
+        places = sorted({place for ends in joined for place in ends})
+        nodes = [Node(TARGET) if place == target else _drawn(self.graph.writers[place]) for place in places]
+        number = {place: i for i, place in enumerate(places)}
+        ends = torch.tensor([[number[a], number[b]] for a, b in joined], dtype=torch.long).view(-1, 2)
+        of_nodes = torch.tensor([0.0 if place == target else float(scores[place]) for place in places])
+        return Graph(tuple(nodes), of_nodes, ends, torch.tensor(list(joined.values())), dict(self.facts))
+
     def _chosen(self, **how: Any) -> dict[str, Any]:
         return {**self.facts, "chosen": how}
 
-    # ---- sums over processes and data
+    # ---- means over more data and processes
 
     def joined(self, other: Self) -> Self:
-        """The means over the prompts of both. Raises ConfigError where they are scores of something else."""
-        if self.graph != other.graph or self.roles != other.roles or (self.edges is None) != (other.edges is None):
-            raise _other_scores(self, other)
-        total = self.prompts + other.prompts
+        """The means over the prompts of both. Raises WrongModelError where they are scores of something else."""
+        return self._mean_of([self._outline, other._outline], lambda of: of(self) + of(other))
 
-        def mean(a: Tensor, b: Tensor) -> Tensor:
-            return (a * self.prompts + b * other.prompts) / total
+    def all_reduced(self, group: dist.ProcessGroup | None = None) -> Self:
+        """The means over the prompts of all processes of a group, each of which calls this; these scores where there is one process.
+
+        Raises:
+            WrongModelError: in every process, where they are scores of something else.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return self
+        outlines: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(outlines, self._outline, group=group)
+        on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+        def total(of: Callable[[ComponentScores], Tensor]) -> Tensor:
+            sums = of(self)
+            reduced = sums.to(on)
+            dist.all_reduce(reduced, group=group)
+            return reduced.to(sums.device)
+
+        return self._mean_of(outlines, total)
+
+    def _mean_of(self, outlines: Sequence[_Outline], total: Callable[[Callable[[ComponentScores], Tensor]], Tensor]) -> Self:
+        """Means over the prompts of several. total: adds up tensors of all of them."""
+        for outline in outlines[1:]:
+            if outline.kind != outlines[0].kind:
+                raise _other_scores(outlines[0], outline)
+        prompts = sum(outline.prompts for outline in outlines)
+
+        def mean(of: Callable[[ComponentScores], Any]) -> Tensor:
+            return total(lambda scores: of(scores).double() * scores.prompts) / prompts
 
         return replace(
             self,
-            nodes=mean(self.nodes, other.nodes),
-            edges=None if self.edges is None or other.edges is None else mean(self.edges, other.edges),
-            neurons={layer: mean(scores, other.neurons[layer]) for layer, scores in self.neurons.items()},
-            prompts=total,
+            nodes=mean(lambda scores: scores.nodes),
+            edges=None if self.edges is None else mean(lambda scores: scores.edges),
+            neurons={layer: mean(partial(_neurons_of, layer)) for layer in self.neurons},
+            prompts=prompts,
+            facts=_facts_of_all(outlines),
         )
+
+    @property
+    def _outline(self) -> _Outline:
+        neurons = tuple((layer, scores.shape[-1]) for layer, scores in self.neurons.items())
+        kind = (self.graph, self.roles, self.edges is not None, neurons)
+        return _Outline(repr(self), kind, self.prompts, self.facts)
 
     # ---- files
 
@@ -148,6 +220,42 @@ class ComponentScores:
             return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, roles, manifest["prompts"], manifest["facts"])
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What has to agree before scores are added up, and what is added up beside them.
+
+    Attributes:
+        kind: graph, roles, whether there are edges, and the sizes of neurons.
+    """
+
+    name: str
+    kind: tuple[Any, ...]
+    prompts: int
+    facts: Mapping[str, Any]
+
+
+def _neurons_of(layer: int, scores: ComponentScores) -> Tensor:
+    return scores.neurons[layer]
+
+
+def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
+    """Those of the first, with mean values of the target and one hash of all pairs."""
+    facts, total = dict(outlines[0].facts), sum(outline.prompts for outline in outlines)
+    for name in ("value", "corrupted_value"):
+        if all(isinstance(outline.facts.get(name), float) for outline in outlines):
+            facts[name] = sum(outline.facts[name] * outline.prompts for outline in outlines) / total
+    for name in ("pairs", "texts"):
+        if all(isinstance(outline.facts.get(name), dict) for outline in outlines):
+            hashes = "\n".join(str(outline.facts[name].get("hash")) for outline in outlines)
+            facts[name] = {"count": total, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
+    return facts
+
+
+def _drawn(writer: Writer) -> Node:
+    site = "embed" if writer.layer is None else f"layers.{writer.layer}.{'mlp.output' if writer.kind == MLP else 'attn.z'}"
+    return Node(COMPONENT, site, writer.name)
+
+
 def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: str) -> Tensor:
     """[scores] bool, the highest of those allowed."""
     found = int(allowed.sum())
@@ -162,6 +270,16 @@ def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: 
 
 
 # ---- errors
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], found: Tensor) -> ConfigError:
+    return ConfigError(f"`{name}` of scores do not fit their graph and roles", expected=list(shape), found=list(found.shape),
+                       remedy="make them with `attribute` on one model")  # fmt: skip
+
+
+def _no_such_block(layer: int, count: int) -> ConfigError:
+    return ConfigError("scores of neurons are of a block that the graph does not have", expected=f"0 to {count - 1}", found=layer,
+                       remedy="make them with `attribute` on one model")  # fmt: skip
 
 
 def _no_edge(name: str) -> ConfigError:
@@ -192,6 +310,6 @@ def _all_zero(what: str) -> ConfigError:
     )
 
 
-def _other_scores(a: ComponentScores, b: ComponentScores) -> WrongModelError:
-    return WrongModelError("scores of different models or kinds cannot be joined", expected=repr(a), found=repr(b),
+def _other_scores(a: _Outline, b: _Outline) -> WrongModelError:
+    return WrongModelError("scores of different models or kinds cannot be joined", expected=a.name, found=b.name,
                            remedy="attribute both with the same model and arguments")  # fmt: skip

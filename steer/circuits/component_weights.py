@@ -29,12 +29,24 @@ def live_rows(module: nn.Module) -> Tensor:
     if type(module) is nn.Linear:
         return module.weight
     if type(module) is Conv1D:
-        return module.weight.T
-    width = int(getattr(module, "in_features", None) or module.nx)  # type: ignore[arg-type]
+        return module.get_parameter("weight").T
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    units = torch.eye(width, device=like.device, dtype=like.dtype)
+    return without_bias(module, torch.eye(in_features(module), device=like.device, dtype=like.dtype)).T
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Its matrix is one of its parameters."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def in_features(module: nn.Module) -> int:
+    return int(getattr(module, "in_features", None) or module.nx)  # type: ignore[arg-type]
+
+
+def without_bias(module: nn.Module, x: Tensor) -> Tensor:
+    """[..., out] what a linear map makes of x, without its bias."""
     with _without_dropout(module):
-        return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
+        return module.forward(x) - module.forward(torch.zeros_like(x[..., :1, :]))
 
 
 @contextmanager
@@ -65,7 +77,7 @@ def reading_matrix(anatomy: Anatomy, layer: int, part: str) -> Tensor:
 
 
 def by_reading_head(anatomy: Anatomy, layer: int, part: str, rows: Tensor) -> Tensor:
-    """[heads or groups, head_dim, width] of the projection that gives `q`, `k` or `v`, among others where it is fused."""
+    """[heads or groups, head_dim, ...] of what the projection has for each output of its own, where it may be fused with others."""
     columns = anatomy.point(Site(f"attn.{part}", layer)).columns
     if columns is not None:
         rows = rows[columns.to(rows.device) if isinstance(columns, Tensor) else columns]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from steer.circuits.component_weights import by_reading_head, by_writing_head, live_rows
+from steer.circuits.component_weights import by_reading_head, by_writing_head, in_features, is_plain, live_rows, without_bias
 from steer.circuits.components import MLP, ComponentGraph
 from steer.circuits.stream_readers import BlockReaders
 from steer.errors import ConfigError
@@ -127,11 +127,6 @@ class EdgeAblation:
         self._logits = self._cut_readers(cut, {"logits": slice(len(graph.readers) - 1, len(graph.readers))})
         self._passes: weakref.WeakKeyDictionary[PassScratch, _Pass] = weakref.WeakKeyDictionary()
 
-    @property
-    def kept_writers(self) -> int:
-        """How many [rows, tokens, width] changes a pass keeps at most."""
-        return int(self._loses.sum())
-
     def _cut_readers(self, cut: Tensor, places: Mapping[str, slice]) -> _CutReaders | None:
         columns = torch.cat([cut[..., of_part] for of_part in places.values()], -1).permute(2, 0, 1)  # [readers, rows, changes]
         lost = columns.flatten(1).any(1)
@@ -216,19 +211,27 @@ class EdgeAblation:
             changes = [(_wide(replacement(site, h)) - _wide(h)).expand(h.shape) for replacement, _ in chosen]  # each [rows, tokens, width]
             if site.part == "attn.z":
                 layer = site.layer or 0
-                module = self.anatomy.point(site).module
-                matrix = by_writing_head(self.anatomy, layer, live_rows(module).to(changes[0].dtype))
                 for number, (_, places) in enumerate(chosen):
-                    heads = places.to(h.device)
-                    by_head = changes[number].unflatten(-1, (loses.shape[1], -1))[..., heads, :]  # [rows, tokens, heads, head_dim]
-                    changes[number] = torch.einsum("rthd,hdw->hrtw", by_head, matrix[heads])
+                    by_head = changes[number].unflatten(-1, (loses.shape[1], -1)).movedim(-2, 0)  # [heads, rows, tokens, head_dim]
+                    changes[number] = self._written(layer, by_head, places.to(h.device))
                 if self.blocks[layer].post_norm is not None:
-                    kept.attended[layer] = module.forward(h)  # before the norm
+                    kept.attended[layer] = self.anatomy.point(site).module.forward(h)  # before the norm
             else:
                 changes = [change.unsqueeze(0) for change in changes]
             kept.changes[site] = changes[0] if len(changes) == 1 else torch.cat(changes)
 
         return function
+
+    def _written(self, layer: int, by_head: Tensor, places: Tensor) -> Tensor:
+        """[heads at the places, rows, tokens, width] what heads write. by_head: [heads, rows, tokens, head_dim] z of all."""
+        module = self.anatomy.point(Site("attn.z", layer)).module
+        if is_plain(module) or len(places) * by_head[0, ..., 0].numel() >= in_features(module):
+            matrix = by_writing_head(self.anatomy, layer, live_rows(module))[places].to(by_head.dtype)  # [heads, head_dim, width]
+            return torch.einsum("hrtd,hdw->hrtw", by_head[places], matrix)
+        # fewer calls than one for each unit vector: the input of each head alone
+        alone = by_head.new_zeros(len(places), len(by_head), *by_head.shape[1:])
+        alone[torch.arange(len(places), device=places.device), places] = by_head[places]
+        return _wide(without_bias(module, alone.movedim(1, -2).flatten(-2).to(_dtype(module))))
 
     def _enters(self, layer: int, attention: _CutReaders | None) -> Callable[[Tensor, ForwardContext], None]:
         """Sees the stream that a block is given."""
@@ -257,13 +260,21 @@ class EdgeAblation:
 
         def function(h: Tensor, context: ForwardContext) -> Tensor:
             normed = self._of(context).normed[layer]
-            rows = live_rows(self.anatomy.point(Site(f"attn.{part}", layer)).module)
-            matrix = by_reading_head(self.anatomy, layer, part, rows.to(normed.dtype))[heads.to(rows.device)]  # [readers, head_dim, width]
-            moved = torch.einsum("srtw,shw->rtsh", normed[sets.to(normed.device)].to(matrix.device), matrix)
-            by_head = h.unflatten(-1, (-1, matrix.shape[1]))  # [rows, tokens, heads, head_dim]
+            moved = self._read(layer, part, normed, heads.to(normed.device), sets.to(normed.device))
+            by_head = h.unflatten(-1, (-1, moved.shape[-1]))  # [rows, tokens, heads, head_dim]
             return by_head.index_add(-2, heads.to(h.device), moved.to(h.device, h.dtype)).flatten(-2)
 
         return function
+
+    def _read(self, layer: int, part: str, normed: Tensor, heads: Tensor, sets: Tensor) -> Tensor:
+        """[rows, tokens, readers, head_dim] what readers make of the normed stream of their sets."""
+        module = self.anatomy.point(Site(f"attn.{part}", layer)).module
+        if is_plain(module) or normed[..., 0].numel() >= in_features(module):
+            matrix = by_reading_head(self.anatomy, layer, part, live_rows(module))[heads].to(normed.dtype)  # [readers, head_dim, width]
+            return torch.einsum("srtw,shw->rtsh", normed[sets], matrix)
+        outputs = _wide(without_bias(module, normed.to(_dtype(module))))  # [sets, rows, tokens, out]
+        by_head = by_reading_head(self.anatomy, layer, part, outputs.movedim(-1, 0))  # [heads, head_dim, sets, rows, tokens]
+        return by_head[heads, :, sets].permute(2, 3, 0, 1)
 
     def _reads_mlp(self, layer: int, cut: _CutReaders) -> Callable[[Tensor, ForwardContext], Tensor]:
         norm, parallel = self.blocks[layer].mlp_norm, self.blocks[layer].parallel
@@ -300,29 +311,41 @@ class EdgeAblation:
 
     def _corrections(self, cut: _CutReaders, stream: Tensor, kept: _Pass) -> Tensor:
         """[sets, rows, tokens, width] what is added to the stream for each set of cut edges."""
-        total: Tensor | None = None
+        width = self.anatomy.width
+        total: Tensor | None = None  # [sets, rows * tokens * width]
         for site, sets in cut.sets.items():
             change = kept.changes[site].to(stream.device)
-            part = self._through_post_norm(site, sets.to(change), change, kept)
-            total = part if total is None else total + part
+            of_sets = self.strength * sets.to(change)  # [sets, rows or 1, changes]
+            if site.part == "attn.z" and (site.layer or 0) in kept.attended:
+                part = self.strength * self._behind_norm(site.layer or 0, _summed(sets.to(change), change), kept).flatten(1)
+                total = part if total is None else total + part
+            elif sets.shape[1] > 1:
+                part = _summed(of_sets, change).flatten(1)
+                total = part if total is None else total + part
+            else:
+                total = of_sets[:, 0] @ change.flatten(1) if total is None else total.addmm_(of_sets[:, 0], change.flatten(1))
         assert total is not None
-        return self.strength * total
+        return total.unflatten(1, (*stream.shape[:2], width))
 
-    def _through_post_norm(self, site: Site, sets: Tensor, change: Tensor, kept: _Pass) -> Tensor:
-        """[sets, rows, tokens, width] what the writers of one site change together. Behind a norm heads do not add up."""
-        layer = site.layer or 0
-        if sets.shape[1] == 1:
-            summed = torch.einsum("sw,wrtd->srtd", sets[:, 0], change)
-        else:
-            summed = torch.einsum("srw,wrtd->srtd", sets, change)
-        if site.part != "attn.z" or layer not in kept.attended:
-            return summed
+    def _behind_norm(self, layer: int, summed: Tensor, kept: _Pass) -> Tensor:
+        """[sets, rows, tokens, width] what heads change together behind a norm, where they do not add up. summed: before it."""
         norm = self.anatomy.post_norm(layer, self.anatomy.writer(layer, "attn"))
         assert norm is not None
-        attended = kept.attended[layer].to(change.device)
+        attended = kept.attended[layer].to(summed.device)
         mixed = (attended + summed).to(attended.dtype)
         normed = norm.forward(mixed.flatten(0, 1)).unflatten(0, mixed.shape[:2])
         return _wide(normed) - _wide(norm.forward(attended))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def _summed(sets: Tensor, change: Tensor) -> Tensor:
+    """[sets, rows, tokens, width]. sets: [sets, rows or 1, changes]. change: [changes, rows, tokens, width]."""
+    if sets.shape[1] == 1:
+        return torch.einsum("sw,wrtd->srtd", sets[:, 0], change)
+    return torch.einsum("srw,wrtd->srtd", sets, change)
 
 
 def _wide(h: Tensor) -> Tensor:

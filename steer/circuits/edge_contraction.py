@@ -103,7 +103,9 @@ class EdgeContraction:
                     _product(by_head, matrix, written[heads])
                 else:
                     attended = self.anatomy.point(z).module(found.values[z].flatten(0, 1)[at].to(matrix.device))  # before the norm
-                    written[heads] = block.post_norm.jvp(attended.float(), by_head @ matrix).to(written.device)
+                    written[heads] = block.post_norm.jvp(
+                        attended.float(), by_head @ matrix, constant_denominator=self.constant_denominator
+                    ).to(written.device)
             if only in (None, mlp):
                 written[self.graph.mlp_at(layer)] = _of(change[mlp], at, written.device)
 

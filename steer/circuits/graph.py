@@ -21,6 +21,7 @@ from steer.reading import check_kinds, damage_of
 
 KIND = "circuit"
 TARGET = "target"
+COMPONENT = "component"  # a head, an MLP or the embedding, by its name
 _NODE_KEYS = {"kind": str, "site": str, "part": str, "index": (int, type(None)), "role": str}
 
 
@@ -29,9 +30,9 @@ class Node:
     """Something in a model whose effect on a target is scored.
 
     Attributes:
-        kind: `feature`, `error`, `embedding` or `target`.
+        kind: `feature`, `error`, `embedding`, `component` or `target`.
         site: of the activation that it is a part of; empty for the target.
-        part: name of the dictionary that it belongs to; empty for none.
+        part: name of the dictionary that it belongs to, or of a component; empty for none.
         index: of a feature.
         role: the tokens at which it is meant, by their label; empty for all of them.
     """

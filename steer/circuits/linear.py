@@ -6,9 +6,10 @@ pass changes, only what gradients flow through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from steer.errors import AnatomyError
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
+from steer.model.hook_registration import BEFORE_EDITS, OwnHook, register_hook, unregister_hook
 from steer.model.restoring import restoring, restoring_all
 
-# of the largest entry, by dtype of the model; norms of llama compute in fp32 whatever the model does
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest entry, by dtype of the model; many norms compute in fp32
 COARSE = 0.05  # for halves
 EPSILONS = (1e-5, 1e-6)  # tried for a norm that does not say its own
 
@@ -37,8 +38,18 @@ def linear_hooks(anatomy: Anatomy, *, active: bool) -> Iterator[None]:
     with restoring_all() as stack:
         stack.enter_context(restoring(installation.remove))
         installation.install()
-        for module in norms_of(anatomy):
-            stack.callback(module.register_forward_hook(_constant_denominator).remove)
+        stack.enter_context(constant_denominators(norms_of(anatomy)))
+        yield
+
+
+@contextmanager
+def constant_denominators(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Passes within have gradients that leave the denominators of these norms alone. Raises AnatomyError in one of an unknown norm."""
+    with restoring_all() as stack:
+        for module in norms:
+            hook = _ConstantDenominator()
+            stack.enter_context(restoring(partial(unregister_hook, module, hook)))
+            register_hook(module, hook, before=False)
         yield
 
 
@@ -50,6 +61,12 @@ def norms_of(anatomy: Anatomy) -> list[nn.Module]:
         for module in block.modules()
         if "norm" in type(module).__name__.lower() and _gain_shape(module) in ((anatomy.width,), None)
     ]
+    return found + ([] if anatomy.final_norm is None else [anatomy.final_norm])
+
+
+def all_norms_of(anatomy: Anatomy) -> list[nn.Module]:
+    """Those of the residual stream, of queries and of keys."""
+    found = [module for block in anatomy.blocks for module in block.modules() if "norm" in type(module).__name__.lower()]
     return found + ([] if anatomy.final_norm is None else [anatomy.final_norm])
 
 
@@ -79,9 +96,12 @@ class NormFormula:
         """[..., 1], positive."""
         return ((x.var(-1, keepdim=True, correction=0) if self.centred else x.square().mean(-1, keepdim=True)) + self.eps).sqrt()
 
-    def jvp(self, x: Tensor, change: Tensor) -> Tensor:
+    def jvp(self, x: Tensor, change: Tensor, *, constant_denominator: bool = False) -> Tensor:
         """[..., width] change of what the norm gives, to first order, when x changes."""
-        return (self.numerator(change) - self._unit(x) * self._along(x, change) * self.gain) / self.denominator(x)
+        by_numerator = self.numerator(change)
+        if not constant_denominator:
+            by_numerator = by_numerator - self._unit(x) * self._along(x, change) * self.gain
+        return by_numerator / self.denominator(x)
 
     def vjp_(self, x: Tensor, gradient: Tensor, *, constant_denominator: bool = False) -> Tensor:
         """Turns the gradient by what the norm gives, [..., width], into that by x, in place."""
@@ -128,9 +148,15 @@ def norm_formula(module: nn.Module, x: Tensor, y: Tensor) -> NormFormula:
     raise _unknown_norm(module)
 
 
-def _constant_denominator(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    made = norm_formula(module, args[0], output).with_constant_denominator(args[0].float()).to(output.dtype)
-    return output.detach() + (made - made.detach())
+class _ConstantDenominator(OwnHook):
+    """On a norm, before what reads or edits its output: gradients go through this formula, and to what was put in the output's place."""
+
+    at_site = True
+    order = BEFORE_EDITS
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        made = norm_formula(module, args[0], output).with_constant_denominator(args[0].float()).to(output.dtype)
+        return output.detach() + (made - made.detach())
 
 
 # ---- errors
@@ -141,5 +167,5 @@ def _unknown_norm(module: nn.Module) -> AnatomyError:
         f"the formula of the norm {type(module).__name__} is not known, so that its denominator cannot be taken as a constant",
         expected="gain * x / sqrt(mean(x^2) + eps), or a layer norm; the gain being the weight, or one more than it",
         found=f"another function; {module}",
-        remedy="attribute with gradient='plain', which follows the model as it is",
+        remedy="attribute with gradient='plain' or rule='plain', which follow the model as it is",
     )

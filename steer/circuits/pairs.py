@@ -11,6 +11,7 @@ from torch import nn
 
 from steer.circuits.texts import Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError
+from steer.model.tokens import Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,12 @@ class Pairs:
 
     def hash(self) -> str:
         """SHA-256 of the tokens of all pairs."""
-        return rows_hash([*self.clean.rows, *self.corrupted.rows])
+        return rows_hash(self.rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Clean ones, then corrupted ones."""
+        return [*self.clean.rows, *self.corrupted.rows]
 
 
 def rows_hash(rows: Sequence[Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.checks import whole_number
 from steer.circuits.targets import Target, checked_value
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
@@ -31,10 +32,11 @@ class TextPasses:
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: token ids beyond the vocabulary.
+        ConfigError: token ids beyond the vocabulary, or `max_tokens` that is no number.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, texts: Texts, *, max_tokens: int) -> None:
+        whole_number(max_tokens, "`max_tokens`", least=1)
         check_vocabulary(anatomy, texts.rows)
         self.model, self.anatomy, self.texts, self.max_tokens = model, anatomy, texts, max_tokens
 
@@ -59,6 +61,8 @@ class TextPasses:
         gradients: bool,
         inside: AbstractContextManager[Any] | None = None,
         last_token: bool = False,
+        places: Tensor | None = None,
+        then: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
         """[rows, tokens, vocabulary] logits, or [rows, 1, vocabulary]; None where a function raised StoppedPass.
 
@@ -67,22 +71,33 @@ class TextPasses:
             gradients: the pass is recorded by autograd.
             inside: entered around the pass, e.g. a backward rule.
             last_token: logits of the last token of each row alone, and no others computed where the model can leave them out.
+            places: [places] of a padded row, in order, at which logits are wanted: [rows, places, vocabulary].
+            then: called with the logits while the functions are still on the model, e.g. for the backward pass, in which checkpointed
+                blocks run once more.
         """
         ends = batch.mask.shape[1] - 1 - batch.mask.flip(1).argmax(1)  # [rows] place of the last token
         kept, which = torch.unique(ends, return_inverse=True)
-        keep = {"logits_to_keep": kept} if last_token and self._may_keep else {}
+        kept = kept if places is None else places.to(kept.device)
+        keep = {"logits_to_keep": kept} if (last_token or places is not None) and self._may_keep else {}
         points = [(self.anatomy.point(site), function) for site, function in functions.items()]
         installation = hooks.Installation(self.model, self.anatomy, points)
         output = None
         with restoring(installation.remove), evaluating(self.model), torch.set_grad_enabled(gradients):
             installation.install()
-            with torch.compiler.set_stance("force_eager"), inside or nullcontext(), suppress(StoppedPass):
-                output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
-        if output is None:
-            return None
-        logits = self._logits(output)
-        rows = torch.arange(len(logits), device=logits.device)
-        return logits[rows, which if keep else ends].unsqueeze(1) if last_token else logits
+            with torch.compiler.set_stance("force_eager"), inside or nullcontext():
+                with suppress(StoppedPass):
+                    output = texts_call(self.model, self.anatomy)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **keep)
+                if output is None:
+                    return None
+                logits = self._logits(output)
+                if places is not None:
+                    logits = logits if logits.shape[1] == len(kept) else logits[:, kept]
+                elif last_token:
+                    rows = torch.arange(len(logits), device=logits.device)
+                    logits = logits[rows, (which if keep else ends).to(logits.device)].unsqueeze(1)
+                if then is not None:
+                    then(logits)
+        return logits
 
     @cached_property
     def _may_keep(self) -> bool:
@@ -95,7 +110,7 @@ class TextPasses:
         values = []
         # rows are taken apart at once: each taken alone would have a gradient as large as all of them
         for of_row, mask, prompt in zip(logits.unbind(0), batch.mask, batch.prompts.tolist(), strict=True):
-            chosen = of_row if is_last else of_row[mask.bool()]  # [tokens, vocabulary]
+            chosen = of_row if is_last else of_row[mask.bool().to(of_row.device)]  # [tokens, vocabulary]
             values.append(checked_value(target(chosen.float(), prompt), prompt))
         return torch.stack(values)
 

@@ -191,6 +191,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "model": {"name": job.config.values.model.name},
         "direction": next(result["direction"] for cell, result in results.items() if cell.arm == BASE),
         "features": next(result.get("features") for cell, result in results.items() if cell.arm == BASE),
+        "circuits": next(result.get("circuits") for cell, result in results.items() if cell.arm == BASE),
         "versions": versions(),
         "command": _command(),
         "started": CellFolder(job.root / "cells").first_begun(),

@@ -56,6 +56,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
             **result,
             "direction": run.direction_quality(),
             "features": None if run.features is None else run.features.to_dict(),
+            "circuits": None if run.circuits is None else run.circuits.to_dict(),
             "timing": {"started": started, "seconds": time.perf_counter() - clock},
             "versions": versions(),
         }

@@ -179,6 +179,7 @@ class ExperimentConfig:
         splits |= {"contrast"} if experiment["trait"] else set()
         splits |= {"probe"} if experiment["drift"] else set()
         splits |= set(self._development)
+        splits |= {split for key, split in (experiment["circuit"] or {}).items() if key != "baseline"}
         read = {key: experiment[key] for key in ("train", "trait", "drift", "completions")}
         for key, idle in (("train", "checkpoint_every"), ("trait", "description")):
             read[key] = {name: value for name, value in read[key].items() if name != idle} if read[key] else None
@@ -187,6 +188,8 @@ class ExperimentConfig:
             if (code := outcome.metric.code_digest()) is not None:
                 measured[outcome.name]["code"] = code
         files = files_digest(self.settings["model"]["name"])
+        if experiment["circuit"]:
+            read["circuit"] = experiment["circuit"]
         if experiment["features"]:
             read["features"] = {**experiment["features"], "dictionary": self.dictionary.source.sha256()}
         return {

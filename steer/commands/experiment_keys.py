@@ -16,6 +16,7 @@ KEYS: dict[str, Any] = {
     "data": REQUIRED,
     "trait": None,
     "features": None,
+    "circuit": None,
     "scope": None,
     "arms": REQUIRED,
     "outcomes": {  # what was measured before experiments said what; a trait and its data are needed for the first
@@ -48,6 +49,14 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "rank": 1,
         "candidates": 4,
         "damage": 0.2,
+    },
+    "circuit": {
+        "occupations": "occupations_find",
+        "sentences": "sentences_find",
+        "gender_words": "gender_words_find",
+        "constants": "constants",
+        "learning": "learning",
+        "baseline": "person",
     },
     "primary": {"arm": REQUIRED, "against": REQUIRED},
     "train": {

@@ -23,6 +23,7 @@ from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.metrics.concept_probability import ConceptProbability
 from steer.experiment.outcome import prepare_all, texts_of
 from steer.experiment.projections import mean_projection, token_projections
+from steer.experiment.pronoun_circuits import PronounCircuits
 from steer.experiment.sft import loader
 from steer.experiment.treatment import Bench, Treatment
 from steer.model.anatomy import Anatomy
@@ -114,7 +115,7 @@ class ExperimentRun:
         directions: dict[str, Directions] = {}
         if self.directions is not None:
             directions[self.directions.name] = _Placed(self.directions, self.chosen_of(self.directions))
-        return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint(), self.features)
+        return Bench(self.model, self.tokenizer, self.measured_rows, directions, self.anatomy.fingerprint(), self.features, self.circuits)
 
     @cached_property
     def features(self) -> ExperimentFeatures | None:
@@ -134,6 +135,15 @@ class ExperimentRun:
             factor = "" if concept.effect is None else f", {math.exp(concept.effect):.3g} x"
             self.say("tried", f"{concept.name}: feature {concept.feature}{factor}{mark}")
         return found
+
+    @cached_property
+    def circuits(self) -> PronounCircuits | None:
+        """What arms of the treatment `circuit` ablate, kept in the folder of the experiment."""
+        spec = self.config.settings["experiment"]["circuit"]
+        if spec is None:
+            return None
+        splits = {key: split for key, split in spec.items() if key != "baseline"}
+        return PronounCircuits(self.model, self.tokenizer, self.config.data, splits, spec["baseline"], self.root / "circuits")
 
     @cached_property
     def measured_rows(self) -> list[Row]:

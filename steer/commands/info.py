@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import steer.bias
+import steer.circuits
 import steer.directions
 import steer.drift
 import steer.experiment.metric

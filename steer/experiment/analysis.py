@@ -21,7 +21,7 @@ from steer.experiment.question import Pair, Question
 from steer.experiment.scores import Scores
 from steer.experiment.specificity import rank_among_controls, wrong_way
 from steer.experiment.stats import ROUNDING
-from steer.experiment.trade_off import compared_at_equal_damage, trade_offs, undominated
+from steer.experiment.trade_off import all_trade_offs, compared_at_equal_damage, undominated
 from steer.experiment.treatment import NEVER
 
 SCHEMA = 2
@@ -56,7 +56,8 @@ def analyse(
     )
     guards = [_guardrail(scores, pair, of_name[pair.outcome], question.alpha) for pair in question.guardrails]
     specific = _specificity(scores, question, arms, primary)
-    costs = trade_offs(scores, arms, primary, outcomes)
+    of_guardrails = all_trade_offs(scores, arms, primary, outcomes)
+    first = of_guardrails[0] if of_guardrails else None
     return {
         "schema": SCHEMA,
         "question": {**question.to_dict(), "seeds": scores.seeds(question.primary.arm), "items": answered.primary.estimate.items},
@@ -68,8 +69,9 @@ def analyse(
         "specificity": specific,
         "items": _items(scores, question.primary, primary),
         "wrong_way": _wrong_way(scores, question.primary, primary),
-        "trade_off": undominated(costs),
-        "equal_damage": compared_at_equal_damage(costs, arms, question.primary.arm),
+        "trade_off": undominated(first),
+        "trade_off_others": [undominated(costs) for costs in of_guardrails[1:]],
+        "equal_damage": compared_at_equal_damage(first, arms, question.primary.arm),
         "power": _power(answered),
         "sweep": _sweep(arms, scores, outcomes),
     }

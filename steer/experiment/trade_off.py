@@ -29,11 +29,18 @@ class TradeOffs(NamedTuple):
 
 
 def trade_offs(scores: Scores, arms: Sequence[Arm], outcome: Outcome, outcomes: Sequence[Outcome]) -> TradeOffs | None:
-    """None in an experiment without an untreated arm or a guardrail."""
+    """In the first guardrail; None in an experiment without an untreated arm or a guardrail."""
+    return next(iter(all_trade_offs(scores, arms, outcome, outcomes)), None)
+
+
+def all_trade_offs(scores: Scores, arms: Sequence[Arm], outcome: Outcome, outcomes: Sequence[Outcome]) -> list[TradeOffs]:
+    """In each guardrail; none in an experiment without an untreated arm."""
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)
-    guardrail = next((each for each in outcomes if each.role == GUARDRAIL), None)
-    if untreated is None or guardrail is None:
-        return None
+    guardrails = [each for each in outcomes if each.role == GUARDRAIL]
+    return [] if untreated is None else [_trade_offs(scores, arms, outcome, guardrail, untreated) for guardrail in guardrails]
+
+
+def _trade_offs(scores: Scores, arms: Sequence[Arm], outcome: Outcome, guardrail: Outcome, untreated: str) -> TradeOffs:
     better = 1 if outcome.better == HIGHER else -1
     worse = -1 if guardrail.better == HIGHER else 1
     others = [arm.name for arm in arms if arm.name != untreated]

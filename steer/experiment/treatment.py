@@ -19,6 +19,7 @@ from steer.directions.direction import Directions
 from steer.errors import ConfigError
 from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.matched import sites_of, states_at
+from steer.experiment.pronoun_circuits import PronounCircuits
 from steer.intervene import Plan
 from steer.model.site import Site
 from steer.model.tokens import Row
@@ -37,6 +38,7 @@ class Bench:
         directions: by the names that plans in text form use.
         fingerprint: of the base.
         features: of a dictionary, that arms edit; None for an experiment without a section `features`.
+        circuits: of pronouns, that arms ablate; None for an experiment without a section `circuit`.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Bench:
     directions: Mapping[str, Directions] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
     features: ExperimentFeatures | None = None
+    circuits: PronounCircuits | None = None
     _states: dict[Site, Tensor] = field(default_factory=dict, repr=False)
 
     def states(self, plan: Plan) -> dict[Site, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from steer.checks import finite_number, of_type
 from steer.intervene.scope import Scope
+from steer.model.context import ForwardContext
 from steer.model.hook_registration import AFTER_EDITS
 from steer.model.site import Site
 
@@ -43,6 +44,10 @@ class TokenLoss:
     def per_token(self, h: Tensor) -> Tensor:
         """[batch, tokens] fp32 or fp64. h: [batch, tokens, width] fp32 or fp64."""
         raise NotImplementedError
+
+    def of_pass(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        """The same for a pass whose texts it may have to know: token ids, attention mask."""
+        return self.per_token(h)
 
     def counts(self, h: Tensor) -> Tensor | None:
         """[batch, tokens] bool, False for tokens that are left out for what their activation is; None when there are none of these."""

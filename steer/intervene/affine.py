@@ -81,7 +81,8 @@ def affine_form(operator: Operator, strength: Tensor) -> Affine | None:
         strength: one number.
 
     Raises:
-        ConfigError: an operator that says that it is affine, and whose edit is another one than an addition or an affine `LowRank`.
+        ConfigError: an operator that says that it is affine, and whose edit is none of an addition, an affine `LowRank`, and an affine
+            function of each channel by itself.
     """
     if not operator.is_affine():
         return None
@@ -107,9 +108,8 @@ def _form_at(operator: Operator, strength: Tensor) -> Affine:
     """strength: [1, 1, 1] fp64."""
     tensors = operator.tensors
     strength = strength.to(_device(operator))
-    if not isinstance(operator, LowRank):  # reads nothing, so that it adds a constant
-        constant = operator.delta(strength.new_zeros(1, 1, operator.width), strength, tensors)
-        return Affine.adding(constant.double().expand(1, 1, operator.width).flatten().cpu())
+    if not isinstance(operator, LowRank):
+        return _form_by_channel(operator, strength)
     right, write = (rows[0].double() for rows in operator.read_and_write(tensors))  # [rank of R, width], [rank of W, width]
     rank = right.shape[0]
     # the change is affine in the coordinates: its value at 0 is the constant, and that at each unit vector gives one row of the matrix
@@ -118,10 +118,19 @@ def _form_at(operator: Operator, strength: Tensor) -> Affine:
     return Affine(right.cpu(), ((change[1:] - change[0]) @ write).cpu(), (change[0] @ write).cpu())
 
 
+def _form_by_channel(operator: Operator, strength: Tensor) -> Affine:
+    """Of an edit that adds a constant, or that changes each channel by itself: one row for each channel that it scales."""
+    points = torch.stack([strength.new_zeros(operator.width), strength.new_ones(operator.width)])[None]  # [1, 2, width]
+    change = operator.delta(points, strength, operator.tensors).double().expand(1, 2, operator.width)[0].cpu()  # [2, width]
+    slope = change[1] - change[0]
+    right = torch.eye(operator.width, dtype=torch.float64)[slope != 0]  # [channels, width]
+    return Affine(right, right * slope, change[0])
+
+
 def _another_edit(operator: Operator, gap: float) -> ConfigError:
     return ConfigError(
         f"operator '{operator.name}' says that it is `is_affine`, and its edit is none that weights and files can carry",
-        expected="strength * a constant, or a `LowRank` whose `change` is an affine function of what it reads",
+        expected="strength * a constant, an affine function of each channel, or a `LowRank` whose `change` is one of what it reads",
         found=f"an edit that differs from such a one by {gap:.3g}",
         remedy="let is_affine() return False in its class, also where a base class says otherwise",
     )

@@ -295,7 +295,7 @@ def _undisturbed(model: nn.Module, keep_hooks: bool) -> Iterator[None]:
         restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         restore.enter_context(_quiet("transformers"))
-        restore.enter_context(_without_hooks(model, _is_ours if keep_hooks else _is_foreign))
+        restore.enter_context(without_hooks(model, _is_ours if keep_hooks else _is_foreign))
         for module in model.modules():
             if module.training:
                 restore.callback(setattr, module, "training", True)
@@ -355,7 +355,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
+def without_hooks(model: nn.Module, leaves_out: Callable[[Any], bool]) -> Iterator[None]:
     """Puts hooks aside, and back in their order."""
     before: list[tuple[Any, dict[int, Any]]] = []
 

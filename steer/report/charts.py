@@ -46,6 +46,19 @@ class Charts:
         return self._svg(draw_trade_off, self.metrics, key="trade-off", title="Effect against damage", description=f"{words}.")
 
     @property
+    def other_trade_offs(self) -> list[dict[str, Any]]:
+        """Effect against damage in every guardrail after the first."""
+        drawn = []
+        for number_, points in enumerate(self.metrics.get("trade_off_others") or [], 2):
+            metrics = {**self.metrics, "trade_off": points}
+            if points := trade_offs(metrics):
+                words = "; ".join(trade_off_words(point) for point in points)
+                title = f"Effect against {readable(str(points[0]['guardrail']))}"
+                svg = self._svg(draw_trade_off, metrics, key=f"trade-off-{number_}", title=title, description=f"{words}.")
+                drawn.append({"title": title, "svg": svg, "words": [trade_off_words(point) for point in points]})
+        return drawn
+
+    @property
     def guardrails(self) -> Any:
         """Harm beside its margin."""
         rows = view.guardrail_rows(self.metrics)

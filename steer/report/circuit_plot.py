@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer.circuits.graph import TARGET, Graph, Node
+from steer.circuits.graph import COMPONENT, TARGET, Graph, Node
+from steer.model.site import Site
 from steer.report.canvas import hover, is_narrow, new_figure, short
 from steer.report.numbers import number
 from steer.report.palette import LIGHT
@@ -37,6 +38,9 @@ def row_of(node: Node) -> str:
     """What a row is called: dictionary and site, or the site alone."""
     if node.kind == TARGET:
         return TARGET
+    if node.kind == COMPONENT:
+        layer = Site.parse(node.site).layer
+        return "embedding" if layer is None else f"block {layer}"
     return f"{node.part} ({node.site})" if node.part else node.site
 
 
@@ -120,6 +124,6 @@ def _draw_nodes(ax: Any, graph: Graph, layout: Layout, said: Sequence[str]) -> N
         )
         hover(drawn, said[place])
         if len(graph.nodes) <= LABELLED:
-            text = str(node.index) if is_feature else {"error": "error", TARGET: ""}.get(node.kind, "")
+            text = str(node.index) if is_feature else {"error": "error", COMPONENT: node.part}.get(node.kind, "")
             ax.annotate(text, layout.at[place], xytext=(0, -11), textcoords="offset points", ha="center", va="top", fontsize=6.5,
                         color=LIGHT["muted"], zorder=3)  # fmt: skip

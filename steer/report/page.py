@@ -10,6 +10,7 @@ from steer.drift.records import DriftRecord
 from steer.report import numbers, view
 from steer.report.caveats import caveats
 from steer.report.charts import Charts
+from steer.report.circuit_view import circuit_content
 from steer.report.completions import completion_rows, largest_projection
 from steer.report.drift_view import drift_content
 from steer.report.items_plot import is_wrong_way, moved
@@ -17,7 +18,7 @@ from steer.report.render import markup, write_page
 from steer.report.schema import read
 from steer.report.trade_off_plot import equal_damage_words, trade_off_words, trade_offs
 
-SECTIONS = ("result", "cost", "dose", "drift", "completions", "items", "contrasts", "training", "reading", "provenance")
+SECTIONS = ("result", "cost", "circuits", "dose", "drift", "completions", "items", "contrasts", "training", "reading", "provenance")
 MOVED_MOST = 4  # items shown on either side
 
 
@@ -59,6 +60,7 @@ def _content(metrics: Mapping[str, Any], drift: Mapping[str, Sequence[DriftRecor
         "guardrails": [{**each, "verdict": view.spoken(metrics, each.get("verdict"))} for each in view.guardrail_rows(metrics)],
         "drift": curves,
         "charts": Charts(metrics, markup),
+        "circuits": circuit_content(metrics, markup),
         "completions": completion_rows(metrics),
         "projections": _projections(metrics),
         "items": _items(metrics),
@@ -71,6 +73,7 @@ def _sections(metrics: Mapping[str, Any], *, has_drift: bool) -> list[str]:
     """Sections in their order. Training and its drift are left out where nothing was trained, doses where nothing was swept."""
     is_trained = (metrics.get("design") or {}).get("trained") is not False
     left_out = set() if metrics.get("sweep") else {"dose"}
+    left_out |= set() if metrics.get("circuits") else {"circuits"}
     left_out |= set() if is_trained or has_drift else {"drift"}
     left_out |= set() if is_trained or metrics.get("training") or view.direction_of(metrics) else {"training"}
     return [name for name in SECTIONS if name not in left_out]

@@ -200,7 +200,7 @@ class LossReader:
             raise _reentrant_checkpointing(self.loss)
         with without_autocast(h):
             wide = widened(h)
-            values = self.loss.per_token(wide)  # [batch, tokens]
+            values = self.loss.of_pass(wide, ctx)  # [batch, tokens]
             weight = self._weight(wide, ctx)
             total = torch.where(weight > 0, values * weight, 0.0).sum()
         if in_backward():  # the same operations as before, whose results a checkpoint looks for

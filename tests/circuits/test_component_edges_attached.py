@@ -137,13 +137,14 @@ def test_gradients_flow_through_it_and_checkpointing_changes_none(tiny):
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_adapters_count_in_what_is_cut(tiny):
+@pytest.mark.parametrize("lengths", [(6, 4), (14, 15, 12)])  # fewer and more tokens than the width
+def test_adapters_count_in_what_is_cut(tiny, lengths):
     from peft import LoraConfig, get_peft_model
 
     model = tiny("llama")
     config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False, lora_dropout=0.5)
     adapted = get_peft_model(model, config).eval()
-    run = run_of(adapted)
+    run = run_of(adapted, lengths=lengths)
     names = [f"a0.h2->{reader.name}" for reader in run.graph.readers if run.graph.possible[3, run.graph.reader_place(reader.name)]]
     by_edges = run.values([TakenOut(TakenOut.nothing(run.graph).nodes, {}, cut(run, *names))])
     amounts = torch.zeros(len(run.graph.writers))

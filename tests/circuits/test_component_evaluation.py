@@ -180,4 +180,4 @@ def test_an_empty_circuit_and_missing_counterfactuals_are_refused(tiny):
             measure(empty)
     with pytest.raises(ConfigError, match="counterfactual"):
         ComponentEvaluation(model, pairs(model).clean, TARGET, resample_ablation())
-    assert ComponentEvaluation(model, pairs(model).clean, TARGET, zero_ablation()).run.values([]).shape == (0, len(rows(1, 1, 1)))
+    assert ComponentEvaluation(model, rows(6, 6, 4), TARGET, zero_ablation()).run.values([]).shape == (0, len(rows(1, 1, 1)))

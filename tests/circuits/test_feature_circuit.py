@@ -394,6 +394,31 @@ def test_norms_without_a_gain_are_constants_too():
     assert sum(graph[node.name] for node in graph.nodes) + float(rest) == pytest.approx(100 * float(logits[-1, 5]), rel=1e-3)
 
 
+def test_linear_gradients_reach_what_a_norm_of_the_block_gives(tiny):
+    """OLMo 2 has a norm between an MLP and the stream: what is put in the place of its output has the gradient of the stream."""
+    model, dictionary = tiny("olmo2"), autoencoder("layers.2.mlp.output")
+    graph = whole(model, {"sae": dictionary}, rows(TOKENS), gradient="linear").graph
+    kept = {}
+    with torch.no_grad():
+        handles = [
+            model.model.norm.register_forward_pre_hook(lambda module, args: kept.update(stream=args[0][0, -1])),
+            model.model.layers[2].post_feedforward_layernorm.register_forward_hook(lambda module, args, y: kept.update(written=y[0, -1])),
+        ]
+        model(torch.tensor([rows(TOKENS)[0].ids]))
+        for handle in handles:
+            handle.remove()
+        norm = model.model.norm
+        by_logits = model.lm_head.weight[5] - model.lm_head.weight[9]
+        by_stream = by_logits * norm.weight / (kept["stream"].square().mean() + norm.variance_epsilon).sqrt()
+        f = dictionary.encode(kept["written"][None])[0]
+    for node in graph.nodes:
+        if node.name.startswith("sae/") and node.name != "sae/error":
+            number = int(node.name.removeprefix("sae/"))
+            expected = float(f[number] * (dictionary.decoder.all(by_stream)[number] @ by_stream))
+            assert graph[node.name] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert any(graph[f"sae/{number}"] for number in range(FEATURES))
+
+
 def test_an_unknown_norm_is_refused_for_linear_gradients(tiny):
     model = tiny("llama")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steer.circuits.operators.ablate_components import AblateComponents
+from steer.circuits.operators.gate_components import GateComponents
 from steer.features import Encoder, InMemory, Origin
 from steer.features.activation import Activation
 from steer.features.activations.gated import Gated
@@ -326,6 +328,17 @@ def adapted_offsets(h: Tensor, strength: float, d: Draw) -> Tensor:
 
 
 CASES: dict[str, Case] = {
+    "ablate_components": Case(
+        lambda d: AblateComponents(d(0, d.width), d(1, d.width)), lambda h, s, d: h + s * d(0, d.width) * (d(1, d.width) - h)
+    ),
+    "gate_components": Case(
+        lambda d: GateComponents(d(0, 3), torch.arange(d.width) % 4, d(1, d.width)),
+        lambda h, s, d: h + s * torch.cat([torch.zeros(1), d(0, 3).sigmoid()]).repeat(d.width // 4) * (d(1, d.width) - h),
+    ),
+    "gate_components, alone": Case(
+        lambda d: GateComponents(d(0, 3), torch.arange(d.width) % 4, d(1, d.width), alone=True),
+        lambda h, s, d: h + s * torch.cat([torch.zeros(1), (-d(0, 3)).sigmoid()]).repeat(d.width // 4) * (d(1, d.width) - h),
+    ),
     "add": Case(lambda d: Add(d(0, d.width)), lambda h, s, d: h + s * d(0, d.width)),
     "ablate": Case(lambda d: Ablate(d(0, 1, d.width)), lambda h, s, d: h - s * projection(h, d(0, 1, d.width)[0])),
     "ablate a span": Case(

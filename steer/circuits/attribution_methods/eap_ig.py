@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from steer.checks import one_of, whole_number
-from steer.circuits.attribution_method import ATTRIBUTION_METHODS, AttributionMethod, GradientPass, Values
-from steer.circuits.component_pass import Edit
+from steer.circuits.attribution_method import (
+    ATTRIBUTION_METHODS,
+    PLACES,
+    AttributionMethod,
+    GradientPass,
+    Values,
+    edit_at,
+    shares_of_way,
+)
 from steer.model.site import Site
 
 EMBED = Site("embed")
-RULES = {"left": 0.0, "midpoint": 0.5, "right": 1.0}
 
 
 @ATTRIBUTION_METHODS.register("eap_ig")
@@ -30,14 +34,9 @@ class EAPIG(AttributionMethod):
     def __init__(self, steps: int = 5, points: str = "left") -> None:
         whole_number(steps, "the steps of 'eap_ig'", least=1)
         self.steps = steps
-        self.points = one_of(points, tuple(RULES), "the points of 'eap_ig'")
+        self.points = one_of(points, tuple(PLACES), "the points of 'eap_ig'")
 
     def passes(self, clean: Values, corrupted: Values) -> Iterator[GradientPass]:
         start, end = corrupted[EMBED], clean[EMBED]
-        for step in range(self.steps):
-            share = (step + RULES[self.points]) / self.steps
-            yield GradientPass(1 / self.steps, _embedding(start + share * (end - start)))
-
-
-def _embedding(value: Tensor) -> Edit:
-    return lambda site, h: value if site == EMBED else None
+        for share in shares_of_way(self.steps, self.points):
+            yield GradientPass(1 / self.steps, edit_at(EMBED, start + share * (end - start)))

@@ -39,6 +39,9 @@ class AblateComponents(Operator):
         amount, constant = (per_row[name].unsqueeze(1) for name in self.parts)  # [batch or 1, 1, width]
         return (strength * amount * (constant - h)).to(h.dtype)
 
+    def is_affine(self) -> bool:
+        return True
+
     def describe(self) -> str:
         amount = self.tensors["amount"]
         return f"ablate {int((amount != 0).any(0).sum())} of {amount.shape[-1]} channels to constants"

@@ -1,0 +1,1 @@
+"""Bias data sets, one file each."""

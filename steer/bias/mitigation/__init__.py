@@ -1,0 +1,1 @@
+"""Debiasing methods, one a file. See `steer.bias.debiasing`."""

@@ -1,0 +1,159 @@
+"""Circuits of pronouns in an experiment: log-odds by hand, treatments and controls, one circuit in every use, `steer bias`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_helpers import command, read_metrics
+from families import FAMILIES
+from metrics_keys import undocumented
+from tiny_experiment import write_model
+from tiny_tokenizer import tiny_tokenizer
+from torch import nn
+
+from steer.circuits import Circuit
+from steer.errors import ConfigError
+from steer.experiment.arms import Arm
+from steer.experiment.data import DataSet
+from steer.experiment.metrics.log_odds import LogOdds
+from steer.experiment.pronoun_circuits import PronounCircuits
+from steer.experiment.treatment import Bench
+from steer.experiment.treatments.circuit import CircuitTreatment
+from steer.experiment.treatments.mitigation import MitigationTreatment
+
+FIND, TEST = ("cat", "dog", "tree", "mat"), ("house", "sun", "moon")
+SENTENCES = ("the {occupation} is good and", "where is the {occupation} and", "a {occupation} ran under")
+SPLITS = {name: name for name in ("occupations", "sentences", "gender_words", "constants", "learning")}
+SHORT = {"steps": 2, "shifts": 3, "facts": 2, "texts": 1}
+ARMS = [
+    "experiment.arms.gates.treatment.settings.steps=2",
+    "experiment.arms.gates.doses=[0.5,1]",
+    "experiment.arms.baked.treatment.settings.steps=2",
+    "experiment.arms.heads.treatment.settings.nodes=2",
+    "experiment.arms.random_gates.draws=1",
+    "experiment.arms.random_heads.draws=1",
+    "experiment.arms.projection.treatment.options.site=layers.1.output",
+    *(f"experiment.arms.{name}=null" for name in ("leace", "inlp", "sentence_debias", "self_debias", "cda", "prompt")),
+]
+
+
+def write_splits(folder: Path) -> Path:
+    """A data set with the splits of `gender_pronoun`, in the words of the tiny tokenizer."""
+    folder.mkdir(parents=True)
+    running = [{"text": " ".join([f"the cat sat on the {place} and the dog ran"] * 10), "source": "cats"} for place in ("mat", "house")]
+    gendered = [{"male": "sun", "female": "moon"}, {"male": "day", "female": "night"}]
+    test = [
+        {"prompt": text.replace("{occupation}", word), "baseline": text.replace("{occupation}", "game"), "first": " he", "second": " she"}
+        for text in SENTENCES[:2]
+        for word in TEST
+    ]
+    splits = {
+        "occupations_find": [{"text": word} for word in FIND],
+        "sentences_find": [{"text": text, "male": " he", "female": " she"} for text in SENTENCES],
+        "gender_words_find": gendered,
+        "constants": running,
+        "learning": running,
+        "occupations_test": test,
+        "sentences_test": test[:3],
+        "facts_test": [{key: row[key] for key in ("prompt", "first", "second")} for row in test[:4]],
+        "damage": running,
+    }
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return FAMILIES["llama"]()
+
+
+@pytest.fixture
+def bench(model: nn.Module, tmp_path: Path) -> Bench:
+    data = DataSet(write_splits(tmp_path / "data"))
+    splits = {"occupations": "occupations_find", "sentences": "sentences_find", "gender_words": "gender_words_find"}
+    circuits = PronounCircuits(
+        model, tiny_tokenizer(), data, {**SPLITS, **splits}, baseline="game", folder=tmp_path / "circuits"
+    )  # fmt: skip
+    return Bench(model, tiny_tokenizer(), [], circuits=circuits)
+
+
+def odds(model: nn.Module, text: str) -> float:
+    tokenizer = tiny_tokenizer()
+    he, she = (tokenizer.convert_tokens_to_ids(word) for word in ("he", "she"))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, -1]
+    return float(logits[he] - logits[she])
+
+
+@pytest.mark.parametrize("reads", ["shift", "odds", "accuracy"])
+def test_log_odds_are_those_of_the_logits(model: nn.Module, reads: str) -> None:
+    text, baseline = "the cat is good and", "the game is good and"
+    item = {"id": "0", "prompt": text, "baseline": baseline, "first": " he", "second": " she"}
+    expected = {"odds": odds(model, text), "shift": abs(odds(model, text) - odds(model, baseline)), "accuracy": odds(model, text) > 0}
+    assert LogOdds(reads).items(model, tiny_tokenizer(), [item])["0"] == pytest.approx(float(expected[reads]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("by", "settings"), [("attribution", {"nodes": 2}), ("gates", SHORT)])
+def test_a_circuit_is_the_same_at_inference_and_baked_and_is_kept(bench: Bench, by: str, settings: dict) -> None:
+    treatment = CircuitTreatment(by, settings=settings).prepare(bench)
+    assert not treatment.circuit.is_empty
+    text = "the house is good and"
+    plain = odds(bench.model, text)
+    with treatment.acting(bench.model):
+        ablated = odds(bench.model, text)
+    with treatment.baked(bench.model):
+        baked = odds(bench.model, text)
+    assert abs(ablated - plain) > 1e-4
+    assert baked == pytest.approx(ablated, abs=1e-4)
+    assert odds(bench.model, text) == plain
+    (kept,) = bench.circuits.folder.iterdir()
+    assert torch.equal(Circuit.load(kept).nodes, treatment.circuit.nodes)
+
+
+def test_a_control_has_as_many_other_components_with_the_same_amounts(bench: Bench) -> None:
+    arm = Arm("random", "", CircuitTreatment("attribution", settings={"nodes": 2}), "inference", control_of="heads", draws=2)
+    wanted = arm.treatment.prepare(bench).circuit
+    for partner in arm.treatments(bench):
+        assert partner.circuit.nodes.sum() == wanted.nodes.sum() and not torch.equal(partner.circuit.nodes, wanted.nodes)
+
+
+def test_a_mitigation_is_fitted_on_the_words_of_the_experiment(bench: Bench) -> None:
+    treatment = MitigationTreatment("projection", {"site": "layers.1.output"}).prepare(bench)
+    plain = odds(bench.model, "the sun is good and")
+    with treatment.acting(bench.model):
+        assert odds(bench.model, "the sun is good and") != plain
+    assert odds(bench.model, "the sun is good and") == plain
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(ConfigError, match="path"):
+        CircuitTreatment("file")
+    with pytest.raises(ConfigError, match="stepz"):
+        CircuitTreatment("gates", settings={"stepz": 3})
+    with pytest.raises(ConfigError, match="experiment"):
+        CircuitTreatment("attribution").prepare(Bench(nn.Identity(), None, []))
+
+
+def test_steer_bias_finds_ablates_and_reports(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command(
+        "bias",
+        f"model.name={write_model(tmp_path / 'model')}",
+        f"experiment.data={write_splits(tmp_path / 'data')}",
+        "experiment.circuit.baseline=game",
+        "trainer.accelerator=cpu",
+        f"folder={folder}",
+        *ARMS,
+    )
+    metrics = read_metrics(folder)
+    assert {made["method"] for made in metrics["circuits"]["made"]} == {"learned gates", "eap_ig"}
+    assert [points[0]["guardrail"] for points in metrics["trade_off_others"]] == ["fact_accuracy"]
+    arms = {arm["name"]: arm["outcomes"]["shift"] for arm in metrics["arms"]}
+    assert arms["baked"]["mean"] == pytest.approx(arms["gates x1"]["mean"], abs=1e-4)
+    page = (folder / "report.html").read_text()
+    assert "The strongest edges" in page and "Effect against fact accuracy" in page
+    assert not undocumented(metrics)
