@@ -1,10 +1,12 @@
 """Circuits: graphs of what a target depends on inside a model, and the plans that take them out."""
 
 from steer.circuits.ablation import Ablation, mean_ablation, resample_ablation, zero_ablation
+from steer.circuits.acdc import acdc
 from steer.circuits.attribute import attribute
 from steer.circuits.attribute_chunks import attribute_chunks
 from steer.circuits.attribution_method import ATTRIBUTION_METHODS
 from steer.circuits.backward_rule import BACKWARD_RULES
+from steer.circuits.causal_scrubbing import CausalScrubbing, causal_scrubbing
 from steer.circuits.circuit import Circuit
 from steer.circuits.circuit_drift import circuit_directions, circuit_effect
 from steer.circuits.circuit_losses import AblatedTeacherLoss, circuit_losses
@@ -14,6 +16,7 @@ from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
 from steer.circuits.damage import Damage, damage
+from steer.circuits.das import DAS, fit_das
 from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.evaluation import ExactEffects, Faithfulness
 from steer.circuits.feature_circuit import FeatureCircuit, feature_circuit
@@ -34,20 +37,24 @@ from steer.circuits.heads import (
     successor_scores,
 )
 from steer.circuits.information_flow import information_flow
+from steer.circuits.interchange import Interchange, interchange
 from steer.circuits.learn import learn_circuit
 from steer.circuits.lora import lora_config
 from steer.circuits.optimal_ablation import optimal_ablation
 from steer.circuits.pairs import Pairs
+from steer.circuits.patch_effects import PatchEffects, patch_effects
+from steer.circuits.path_patching import path_patch
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
 from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
     "ATTRIBUTION_METHODS",
-    "BACKWARD_RULES",
     "AblatedTeacherLoss",
     "Ablation",
     "AttentionPatterns",
+    "BACKWARD_RULES",
+    "CausalScrubbing",
     "Circuit",
     "Completeness",
     "ComponentEvaluation",
@@ -55,6 +62,7 @@ __all__ = [
     "ComponentGraph",
     "ComponentRun",
     "ComponentScores",
+    "DAS",
     "Damage",
     "EdgesAblated",
     "ExactEffects",
@@ -68,6 +76,7 @@ __all__ = [
     "Head",
     "HeadEffects",
     "HeadScores",
+    "Interchange",
     "KeepKL",
     "KeepTarget",
     "LogProbability",
@@ -76,11 +85,14 @@ __all__ = [
     "Minimality",
     "Node",
     "Pairs",
+    "PatchEffects",
     "Shift",
     "TakenOut",
+    "acdc",
     "attention_patterns",
     "attribute",
     "attribute_chunks",
+    "causal_scrubbing",
     "circuit_directions",
     "circuit_effect",
     "circuit_losses",
@@ -88,14 +100,18 @@ __all__ = [
     "damage",
     "feature_circuit",
     "feature_weights",
+    "fit_das",
     "head_effects",
     "head_scores",
     "information_flow",
+    "interchange",
     "learn_circuit",
     "logit_attribution",
     "lora_config",
     "mean_ablation",
     "optimal_ablation",
+    "patch_effects",
+    "path_patch",
     "repeated_tokens",
     "resample_ablation",
     "successor_scores",

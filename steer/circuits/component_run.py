@@ -37,6 +37,8 @@ class TakenOut:
     Attributes:
         nodes: [writers] fp64 amounts, 1 where all of a component is ablated. neurons: [neurons] likewise, by block.
         edges: [writers, readers] bool; None for no edge.
+
+    All of them may have rows before, [rows, writers] and so on, where each row of a batch loses something else.
     """
 
     nodes: Tensor
@@ -46,6 +48,15 @@ class TakenOut:
     @classmethod
     def nothing(cls, graph: ComponentGraph) -> Self:
         return cls(torch.zeros(len(graph.writers), dtype=torch.float64))
+
+    @classmethod
+    def by_row(cls, rows: Sequence[TakenOut], times: int = 1) -> TakenOut:
+        """For each row of a batch something else, nodes and edges; each of them for `times` rows one after the other."""
+        edges = None
+        if any(row.edges is not None for row in rows):
+            none = next(torch.zeros_like(row.edges) for row in rows if row.edges is not None)
+            edges = torch.stack([none if row.edges is None else row.edges for row in rows]).repeat_interleave(times, 0)
+        return cls(torch.stack([row.nodes for row in rows]).repeat_interleave(times, 0), {}, edges)
 
     @classmethod
     def circuit(cls, circuit: Circuit) -> Self:
@@ -120,7 +131,7 @@ class ComponentRun:
         found = torch.zeros(len(taken_out), len(self), dtype=torch.float64)
         for prompts in self.batches(taken_out):
             batch = self.passes.batch(prompts)
-            replacement = self._replacement(batch, taken_out)
+            replacement = self.replacement(batch, self.counterfactual(prompts, neurons=any(each.neurons for each in taken_out)))
             for number, each in enumerate(taken_out):
                 found[number, prompts] = self._run(batch, each, replacement).double().cpu()
         return found
@@ -159,22 +170,23 @@ class ComponentRun:
         return {site: self.anatomy.point(site).width or self.anatomy.width for site in sites}
 
     def _amounts(self, taken_out: TakenOut) -> dict[Site, Tensor]:
-        """[width] of the sites where something is."""
+        """[width], or [rows, 1, width], of the sites where something is."""
         nodes = taken_out.nodes.float()
-        found = {Site("embed"): nodes[:1]}
+        nodes = nodes.unsqueeze(1) if nodes.dim() == 2 else nodes
+        found = {Site("embed"): nodes[..., :1]}
         for layer in range(self.anatomy.n_layers):
-            heads = nodes[self.graph.heads_at(layer)]
-            found[Site("attn.z", layer)] = heads.repeat_interleave(heads_of(self.anatomy, layer).head_dim)
+            heads = nodes[..., self.graph.heads_at(layer)]
+            found[Site("attn.z", layer)] = heads.repeat_interleave(heads_of(self.anatomy, layer).head_dim, -1)
             if layer in taken_out.neurons:
                 found[Site("mlp.neurons", layer)] = taken_out.neurons[layer].float()
             mlp = self.graph.mlp_at(layer)
-            found[Site("mlp.output", layer)] = nodes[mlp : mlp + 1]
+            found[Site("mlp.output", layer)] = nodes[..., mlp : mlp + 1]
         return {site: amount for site, amount in found.items() if bool(amount.any())}
 
     # ---- what takes their place
 
-    def _replacement(self, batch: Batch, taken_out: Sequence[TakenOut]) -> Replacement:
-        values = self._counterfactual(batch, taken_out)
+    def replacement(self, batch: Batch, values: Mapping[Site, Tensor]) -> Replacement:
+        """What takes the place of components in the rows of a batch. values: [rows, tokens, width] of the counterfactuals."""
         leaves = bool(((batch.roles == NO_ROLE) & batch.mask.bool()).any())  # some tokens keep all of their components
         at = (batch.roles != NO_ROLE).unsqueeze(-1)
 
@@ -184,15 +196,12 @@ class ComponentRun:
 
         return replacement
 
-    def _counterfactual(self, batch: Batch, taken_out: Sequence[TakenOut]) -> dict[Site, Tensor]:
+    def counterfactual(self, prompts: Sequence[int], *, neurons: bool = False) -> dict[Site, Tensor]:
+        """[rows, tokens, width] by site, what is written on the counterfactuals of prompts; empty where constants take its place."""
         if self.counterfactuals is None:
             return {}
-        neurons = any(each.neurons for each in taken_out)
-        return values_at(
-            self.counterfactuals,
-            self.counterfactuals.batch(batch.prompts.tolist()),
-            written_sites(self.anatomy.n_layers, neurons=neurons),
-        )
+        sites = written_sites(self.anatomy.n_layers, neurons=neurons)
+        return values_at(self.counterfactuals, self.counterfactuals.batch(prompts), sites)
 
 
 def texts_of(model: nn.Module, prompts: Pairs | Texts | Prompts) -> Texts:

@@ -46,8 +46,8 @@ class _CutReaders:
     """Readers that lost an edge and read the stream of one block at the same place.
 
     Attributes:
-        sets: [sets, writers of the site] fp32 by site, 1 where an edge is cut, of the sites where one is; readers with the same cut edges
-            share a set. Writers are those that lost any edge.
+        sets: [sets, rows or 1, changes of the site] fp32 by site, 1 where an edge is cut, of the sites where one is; readers with the
+            same cut edges share a set. Changes are those of writers that lost any edge.
         readers: [readers] number in their part, and [readers] the set of each, by part.
     """
 
@@ -60,7 +60,8 @@ class _Pass:
     """What is kept in one pass.
 
     Attributes:
-        changes: [writers, rows, tokens, width] of those that lost an edge, of each site in the order of the pass.
+        changes: [writers, rows, tokens, width] of those that lost an edge, of each site in the order of the pass; once for each
+            replacement.
         attended: by block with a norm behind attention, what goes into that norm.
         streams: by block, what went into it, and what attention added.
         normed: by block, [sets, rows, tokens, width] how much more the cut readers of its attention get from the norm.
@@ -83,9 +84,10 @@ class EdgeAblation:
 
     Args:
         blocks: how the components of each block read the stream.
-        cut: [writers, readers] bool.
+        cut: [writers, readers] bool; or [rows, writers, readers], for each row of a batch its own.
         replacement: what takes the place of what a writer writes with, at `embed`, `attn.z` and `mlp.output`.
         strength: 1 cuts, 0 leaves, between and above in proportion to the change.
+        more: further cut edges, each with a replacement of its own.
 
     Raises:
         ConfigError: an edge that there is not, or no edge.
@@ -99,15 +101,21 @@ class EdgeAblation:
         cut: Tensor,
         replacement: Replacement,
         strength: float = 1.0,
+        more: Sequence[tuple[Tensor, Replacement]] = (),
     ) -> None:
-        if bool((cut & ~graph.possible).any()):
-            raise _no_such_edge(graph, cut & ~graph.possible)
-        if not bool(cut.any()):
+        self.replacements = [replacement, *(other for _, other in more)]
+        cuts = [each if each.dim() == 3 else each.unsqueeze(0) for each in (cut, *(edges for edges, _ in more))]
+        wrong = torch.cat(cuts).any(0) & ~graph.possible
+        if bool(wrong.any()):
+            raise _no_such_edge(graph, wrong)
+        self.anatomy, self.graph, self.blocks, self.strength = anatomy, graph, blocks, strength
+        rows = max(len(each) for each in cuts)
+        by_replacement = torch.stack([each.expand(rows, -1, -1) for each in cuts], 1)  # [rows, replacements, writers, readers]
+        self._loses = by_replacement.any(3).any(0)  # [replacements, writers]
+        if not bool(self._loses.any()):
             raise _no_edges()
-        self.anatomy, self.graph, self.blocks = anatomy, graph, blocks
-        self.replacement, self.strength = replacement, strength
-        self._loses = cut.any(1)  # [writers]
-        self._columns = self._columns_of_sites()
+        self._order, self._columns = self._columns_of_sites()
+        cut = by_replacement.flatten(1, 2)[:, self._order]  # [rows, changes, readers]
         self._attention: dict[int, _CutReaders] = {}
         self._mlp: dict[int, _CutReaders] = {}
         for layer in range(len(blocks)):
@@ -120,8 +128,8 @@ class EdgeAblation:
         self._passes: weakref.WeakKeyDictionary[PassScratch, _Pass] = weakref.WeakKeyDictionary()
 
     def _cut_readers(self, cut: Tensor, places: Mapping[str, slice]) -> _CutReaders | None:
-        columns = torch.cat([cut[self._loses, of_part] for of_part in places.values()], 1).T  # [readers, writers that lost an edge]
-        lost = columns.any(1)
+        columns = torch.cat([cut[..., of_part] for of_part in places.values()], -1).permute(2, 0, 1)  # [readers, rows, changes]
+        lost = columns.flatten(1).any(1)
         if not bool(lost.any()):
             return None
         sets, of_reader = columns[lost].unique(dim=0, return_inverse=True)
@@ -134,21 +142,25 @@ class EdgeAblation:
                 chosen = (of_this >= 0).nonzero().flatten()
                 readers[part] = (chosen, of_this[chosen])
             first += len(of_this)
-        by_site = {site: sets[:, of_site].float() for site, of_site in self._columns.items() if bool(sets[:, of_site].any())}
+        by_site = {site: sets[..., of_site].float() for site, of_site in self._columns.items() if bool(sets[..., of_site].any())}
         return _CutReaders(by_site, readers)
 
-    def _columns_of_sites(self) -> dict[Site, slice]:
-        """Places of each site's writers among those that lost an edge."""
-        found, first = {}, 0
+    def _columns_of_sites(self) -> tuple[Tensor, dict[Site, slice]]:
+        """[changes] places among replacements x writers of what is changed, in the order of the pass, and which are those of each site."""
+        order, found, first = [], {}, 0
         sites = [(Site("embed"), slice(0, 1))]
         for layer in range(len(self.blocks)):
             mlp = self.graph.mlp_at(layer)
             sites += [(Site("attn.z", layer), self.graph.heads_at(layer)), (Site("mlp.output", layer), slice(mlp, mlp + 1))]
         for site, places in sites:
-            count = int(self._loses[places].sum())
-            found[site] = slice(first, first + count)
-            first += count
-        return found
+            of_site = [
+                number * len(self.graph.writers) + places.start + loses[places].nonzero().flatten()
+                for number, loses in enumerate(self._loses)
+            ]
+            order += of_site
+            found[site] = slice(first, first + sum(map(len, of_site)))
+            first = found[site].stop
+        return torch.cat(order), found
 
     # ---- functions at sites
 
@@ -159,10 +171,11 @@ class EdgeAblation:
         def add(site: Site, call: Callable[[Tensor, ForwardContext], Tensor | None]) -> None:
             found[site] = SiteFunction(call)
 
-        if self._loses[0]:
-            add(Site("embed"), self._writes(Site("embed"), torch.ones(1, dtype=torch.bool)))
+        if bool(self._loses[:, 0].any()):
+            add(Site("embed"), self._writes(Site("embed"), self._loses[:, :1]))
         for layer, block in enumerate(self.blocks):
-            heads, mlp = self._loses[self.graph.heads_at(layer)], self._loses[self.graph.mlp_at(layer)]
+            mlp_at = self.graph.mlp_at(layer)
+            heads, mlp = self._loses[:, self.graph.heads_at(layer)], self._loses[:, mlp_at : mlp_at + 1]
             attention, of_mlp = self._attention.get(layer), self._mlp.get(layer)
             if attention is not None or of_mlp is not None:
                 add(Site("input", layer), self._enters(layer, attention))
@@ -175,8 +188,8 @@ class EdgeAblation:
                 if not block.parallel:
                     add(Site("attn.output", layer), self._adds(layer))
                 add(Site("mlp.input", layer), self._reads_mlp(layer, of_mlp))
-            if bool(mlp):
-                add(Site("mlp.output", layer), self._writes(Site("mlp.output", layer), mlp[None]))
+            if bool(mlp.any()):
+                add(Site("mlp.output", layer), self._writes(Site("mlp.output", layer), mlp))
         if self._logits is not None:
             add(Site("output", len(self.blocks) - 1), self._reads_last(self._logits))
         return found
@@ -189,20 +202,23 @@ class EdgeAblation:
         return self._passes.setdefault(context.scratch, _Pass())
 
     def _writes(self, site: Site, loses: Tensor) -> Callable[[Tensor, ForwardContext], None]:
-        """Keeps what changes where each writer of a site is cut."""
-        places = loses.nonzero().flatten()
+        """Keeps what changes where each writer of a site is cut. loses: [replacements, writers of the site]."""
+        chosen = [(replacement, of_one.nonzero().flatten()) for replacement, of_one in zip(self.replacements, loses, strict=True)]
+        chosen = [(replacement, places) for replacement, places in chosen if len(places)]
 
         def function(h: Tensor, context: ForwardContext) -> None:
-            change = _wide(self.replacement(site, h)) - _wide(h)  # [rows, tokens, width]
             kept = self._of(context)
+            changes = [(_wide(replacement(site, h)) - _wide(h)).expand(h.shape) for replacement, _ in chosen]  # each [rows, tokens, width]
             if site.part == "attn.z":
                 layer = site.layer or 0
-                by_head = change.unflatten(-1, (len(loses), -1)).movedim(-2, 0)  # [heads, rows, tokens, head_dim]
-                kept.changes[site] = self._written(layer, by_head, places.to(h.device))
+                for number, (_, places) in enumerate(chosen):
+                    by_head = changes[number].unflatten(-1, (loses.shape[1], -1)).movedim(-2, 0)  # [heads, rows, tokens, head_dim]
+                    changes[number] = self._written(layer, by_head, places.to(h.device))
                 if self.blocks[layer].post_norm is not None:
                     kept.attended[layer] = self.anatomy.point(site).module.forward(h)  # before the norm
             else:
-                kept.changes[site] = change.expand_as(h).unsqueeze(0)
+                changes = [change.unsqueeze(0) for change in changes]
+            kept.changes[site] = changes[0] if len(changes) == 1 else torch.cat(changes)
 
         return function
 
@@ -299,13 +315,15 @@ class EdgeAblation:
         total: Tensor | None = None  # [sets, rows * tokens * width]
         for site, sets in cut.sets.items():
             change = kept.changes[site].to(stream.device)
-            of_sets = self.strength * sets.to(change)
+            of_sets = self.strength * sets.to(change)  # [sets, rows or 1, changes]
             if site.part == "attn.z" and (site.layer or 0) in kept.attended:
-                behind = self._behind_norm(site.layer or 0, torch.einsum("sw,wrtd->srtd", sets.to(change), change), kept)
-                part = self.strength * behind.flatten(1)
+                part = self.strength * self._behind_norm(site.layer or 0, _summed(sets.to(change), change), kept).flatten(1)
+                total = part if total is None else total + part
+            elif sets.shape[1] > 1:
+                part = _summed(of_sets, change).flatten(1)
                 total = part if total is None else total + part
             else:
-                total = of_sets @ change.flatten(1) if total is None else total.addmm_(of_sets, change.flatten(1))
+                total = of_sets[:, 0] @ change.flatten(1) if total is None else total.addmm_(of_sets[:, 0], change.flatten(1))
         assert total is not None
         return total.unflatten(1, (*stream.shape[:2], width))
 
@@ -321,6 +339,13 @@ class EdgeAblation:
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def _summed(sets: Tensor, change: Tensor) -> Tensor:
+    """[sets, rows, tokens, width]. sets: [sets, rows or 1, changes]. change: [changes, rows, tokens, width]."""
+    if sets.shape[1] == 1:
+        return torch.einsum("sw,wrtd->srtd", sets[:, 0], change)
+    return torch.einsum("srw,wrtd->srtd", sets, change)
 
 
 def _wide(h: Tensor) -> Tensor:
