@@ -14,6 +14,7 @@ from steer import files
 from steer.circuits.ablation import Ablation
 from steer.circuits.components import HEAD, MLP, ComponentGraph
 from steer.circuits.edge_attachment import EdgesAblated
+from steer.circuits.mib_exchange import chosen_in_mib, mib_shape, no_circuit_in, read_for_model, write_scores
 from steer.circuits.operators.ablate_components import AblateComponents
 from steer.circuits.stream_readers import stream_readers
 from steer.errors import ConfigError, WrongModelError
@@ -187,6 +188,33 @@ class Circuit:
             ablation = None if manifest["ablation"] is None else Ablation.from_file(manifest["ablation"], constants)
             graph = ComponentGraph.from_facts(manifest["layers"])
             return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, ablation, manifest["facts"])
+
+    def export_mib(self, path: str | Path) -> Path:
+        """Writes a circuit file of EAP-IG and MIB, `.json` or `.pt`; without the ablation, for which it has no place.
+
+        What is in the circuit has the score 1 and all else 0; `ComponentScores.export_mib` writes the circuit with its scores.
+
+        Raises:
+            ConfigError: amounts other than 0 and 1, neurons, or blocks of different shape, which the form cannot say.
+        """
+        edges = self.nodes[:, None] * self.graph.possible if self.edges is None else self.edges.double()
+        chosen = chosen_in_mib(self.graph, self.nodes, self.edges, self.n_neurons)
+        return write_scores(path, mib_shape(self.graph, self.facts), self.graph, (chosen[0].double(), edges), chosen, "helps")
+
+    @classmethod
+    def import_mib(cls, path: str | Path, model: nn.Module) -> Self:
+        """The circuit of a file of EAP-IG or MIB, `in_graph` of its edges; a circuit of nodes where all edges of its nodes are in it.
+
+        An edge to some heads of a key-value group becomes one to the whole group, with a warning; `facts` list these.
+
+        Raises:
+            WrongModelError: the file of a model of another shape. ConfigError: nothing in the circuit, or only some channels of a node.
+            Those of `steer.circuits.mib.read_mib`.
+        """
+        found = read_for_model(path, model, "helps")
+        if not bool(found.nodes.any()):
+            raise no_circuit_in(path)
+        return cls(found.graph, found.nodes.double(), found.edges, facts=found.facts)
 
 
 def _draw(into: Tensor, given: Tensor, allowed: Tensor, generator: torch.Generator) -> None:

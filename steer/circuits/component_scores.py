@@ -11,13 +11,14 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer import files
 from steer.checks import one_of, whole_number
 from steer.circuits.circuit import Circuit
 from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph, Writer
 from steer.circuits.graph import COMPONENT, TARGET, Graph, Node
+from steer.circuits.mib_exchange import chosen_in_mib, mib_shape, read_for_model, write_scores
 from steer.errors import ConfigError, WrongModelError
 from steer.reading import check_kinds, damage_of
 
@@ -130,31 +131,18 @@ class ComponentScores:
         """
         kept = self.top_edges(edges).edges
         assert kept is not None
-        scores, weights = self.node_scores, self.edge_scores
-        sizes = scores.abs()
-        joined: dict[tuple[int, int], float] = {}
-        target = len(self.graph.writers)
-        for writer, reader in kept.nonzero().tolist():
-            uses = self.graph.reads_for[reader].nonzero().flatten()
-            receiver = target if not len(uses) else int(uses[sizes[uses].argmax()])
-            joined[(writer, receiver)] = joined.get((writer, receiver), 0.0) + float(weights[writer, reader])
-        places = sorted({place for ends in joined for place in ends})
-        nodes = [Node(TARGET) if place == target else _drawn(self.graph.writers[place]) for place in places]
-        number = {place: i for i, place in enumerate(places)}
-        ends = torch.tensor([[number[a], number[b]] for a, b in joined], dtype=torch.long).view(-1, 2)
-        of_nodes = torch.tensor([0.0 if place == target else float(scores[place]) for place in places])
-        return Graph(tuple(nodes), of_nodes, ends, torch.tensor(list(joined.values())), dict(self.facts))
+        return _drawing(self, kept)
 
     def _chosen(self, **how: Any) -> dict[str, Any]:
         return {**self.facts, "chosen": how}
 
     # ---- means over more data and processes
 
-    def joined(self, other: Self) -> Self:
+    def joined(self, other: ComponentScores) -> ComponentScores:
         """The means over the prompts of both. Raises WrongModelError where they are scores of something else."""
-        return self._mean_of([self._outline, other._outline], lambda of: of(self) + of(other))
+        return _mean_of(self, [self._outline, other._outline], lambda of: of(self) + of(other))
 
-    def all_reduced(self, group: dist.ProcessGroup | None = None) -> Self:
+    def all_reduced(self, group: dist.ProcessGroup | None = None) -> ComponentScores:
         """The means over the prompts of all processes of a group, each of which calls this; these scores where there is one process.
 
         Raises:
@@ -172,26 +160,7 @@ class ComponentScores:
             dist.all_reduce(reduced, group=group)
             return reduced.to(sums.device)
 
-        return self._mean_of(outlines, total)
-
-    def _mean_of(self, outlines: Sequence[_Outline], total: Callable[[Callable[[ComponentScores], Tensor]], Tensor]) -> Self:
-        """Means over the prompts of several. total: adds up tensors of all of them."""
-        for outline in outlines[1:]:
-            if outline.kind != outlines[0].kind:
-                raise _other_scores(outlines[0], outline)
-        prompts = sum(outline.prompts for outline in outlines)
-
-        def mean(of: Callable[[ComponentScores], Any]) -> Tensor:
-            return total(lambda scores: of(scores).double() * scores.prompts) / prompts
-
-        return replace(
-            self,
-            nodes=mean(lambda scores: scores.nodes),
-            edges=None if self.edges is None else mean(lambda scores: scores.edges),
-            neurons={layer: mean(partial(_neurons_of, layer)) for layer in self.neurons},
-            prompts=prompts,
-            facts=_facts_of_all(outlines),
-        )
+        return _mean_of(self, outlines, total)
 
     @property
     def _outline(self) -> _Outline:
@@ -219,6 +188,44 @@ class ComponentScores:
             roles = tuple(manifest["roles"])
             return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, roles, manifest["prompts"], manifest["facts"])
 
+    def export_mib(self, path: str | Path, circuit: Circuit | None = None, *, sign: str = "helps") -> Path:
+        """Writes a file of EAP-IG and MIB, `.json` or `.pt`: scores over all roles of nodes and edges, and what is in a circuit.
+
+        The form has no roles and no neurons of MLPs, which stay behind. A key-value group's score goes to its heads in equal shares.
+
+        Args:
+            sign: `helps`, as here: positive where the target is higher with it, for MIB, and EAP-IG with loss=True; `corruption_raises`,
+                EAP-IG with a metric that returns the target: positive where the corrupted value raises it.
+
+        Raises:
+            ConfigError: what the form cannot say. WrongModelError: the circuit of another graph.
+        """
+        if circuit is None:
+            circuit = Circuit(self.graph, torch.zeros_like(self.node_scores))
+        if circuit.graph != self.graph:
+            raise _other_circuit(self, circuit)
+        shape, chosen = mib_shape(self.graph, self.facts), chosen_in_mib(circuit.graph, circuit.nodes, circuit.edges, circuit.n_neurons)
+        edges = None if self.edges is None else self.edge_scores
+        return write_scores(path, shape, self.graph, (self.node_scores, edges), chosen, sign)
+
+    @classmethod
+    def import_mib(cls, path: str | Path, model: nn.Module, *, sign: str) -> Self:
+        """The scores of a file of EAP-IG or MIB, which count as those of one prompt.
+
+        Keys and values of heads that share a group are added up, which is exact for scores that are linear in the gradient (EAP, EAP-IG).
+
+        Args:
+            sign: of the file, which does not say it: see `export_mib`.
+
+        Raises:
+            WrongModelError: the file of a model of another shape. ConfigError: another sign, or nodes without a score.
+            Those of `steer.circuits.mib.read_mib`.
+        """
+        found = read_for_model(path, model, sign)
+        edges = None if found.edge_scores is None else found.edge_scores[None]
+        facts = {**found.facts, "imported": {**found.facts["imported"], "sign": sign}, "sign": "positive: the target is higher with it"}
+        return cls(found.graph, found.node_scores[None], edges, {}, ("",), 1, facts)
+
 
 @dataclass(frozen=True)
 class _Outline:
@@ -232,6 +239,28 @@ class _Outline:
     kind: tuple[Any, ...]
     prompts: int
     facts: Mapping[str, Any]
+
+
+def _mean_of(
+    own: ComponentScores, outlines: Sequence[_Outline], total: Callable[[Callable[[ComponentScores], Tensor]], Tensor]
+) -> ComponentScores:
+    """Means over the prompts of several. total: adds up tensors of all of them."""
+    for outline in outlines[1:]:
+        if outline.kind != outlines[0].kind:
+            raise _other_scores(outlines[0], outline)
+    prompts = sum(outline.prompts for outline in outlines)
+
+    def mean(of: Callable[[ComponentScores], Any]) -> Tensor:
+        return total(lambda scores: of(scores).double() * scores.prompts) / prompts
+
+    return replace(
+        own,
+        nodes=mean(lambda scores: scores.nodes),
+        edges=None if own.edges is None else mean(lambda scores: scores.edges),
+        neurons={layer: mean(partial(_neurons_of, layer)) for layer in own.neurons},
+        prompts=prompts,
+        facts=_facts_of_all(outlines),
+    )
 
 
 def _neurons_of(layer: int, scores: ComponentScores) -> Tensor:
@@ -249,6 +278,24 @@ def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
             hashes = "\n".join(str(outline.facts[name].get("hash")) for outline in outlines)
             facts[name] = {"count": total, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
     return facts
+
+
+def _drawing(scores: ComponentScores, kept: Tensor) -> Graph:
+    """The graph of chosen edges. kept: [writers, readers] bool."""
+    of_writers, weights = scores.node_scores, scores.edge_scores
+    sizes = of_writers.abs()
+    joined: dict[tuple[int, int], float] = {}
+    target = len(scores.graph.writers)
+    for writer, reader in kept.nonzero().tolist():
+        uses = scores.graph.reads_for[reader].nonzero().flatten()
+        receiver = target if not len(uses) else int(uses[sizes[uses].argmax()])
+        joined[(writer, receiver)] = joined.get((writer, receiver), 0.0) + float(weights[writer, reader])
+    places = sorted({place for ends in joined for place in ends})
+    nodes = [Node(TARGET) if place == target else _drawn(scores.graph.writers[place]) for place in places]
+    number = {place: i for i, place in enumerate(places)}
+    ends = torch.tensor([[number[a], number[b]] for a, b in joined], dtype=torch.long).view(-1, 2)
+    of_nodes = torch.tensor([0.0 if place == target else float(of_writers[place]) for place in places])
+    return Graph(tuple(nodes), of_nodes, ends, torch.tensor(list(joined.values())), dict(scores.facts))
 
 
 def _drawn(writer: Writer) -> Node:
@@ -313,3 +360,8 @@ def _all_zero(what: str) -> ConfigError:
 def _other_scores(a: _Outline, b: _Outline) -> WrongModelError:
     return WrongModelError("scores of different models or kinds cannot be joined", expected=a.name, found=b.name,
                            remedy="attribute both with the same model and arguments")  # fmt: skip
+
+
+def _other_circuit(scores: ComponentScores, circuit: Circuit) -> WrongModelError:
+    return WrongModelError("the circuit is not one of the model that was scored", expected=repr(scores), found=repr(circuit),
+                           remedy="choose it by these scores, or import both with the same model")  # fmt: skip
