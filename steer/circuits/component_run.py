@@ -14,6 +14,7 @@ from steer.circuits.circuit import Circuit
 from steer.circuits.component_pass import values_at, written_sites
 from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph
 from steer.circuits.edge_ablation import EdgeAblation, Replacement, SiteFunction
+from steer.circuits.edge_attachment import check_no_edges_ablated
 from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import stream_readers
 from steer.circuits.targets import Target
@@ -98,7 +99,8 @@ class ComponentRun:
         max_tokens: padded tokens of a batch; fewer where edges of many writers are cut.
 
     Raises:
-        ConfigError: a resample ablation without pairs, or means of fewer positions than the prompts have.
+        ConfigError: a resample ablation without pairs, or means of fewer positions than the prompts have. AttachError: of `values` with
+            edges, where edges of the model are ablated already.
 
     Example:
         >>> run = ComponentRun(model, pairs, target, resample_ablation())
@@ -157,6 +159,7 @@ class ComponentRun:
         found: dict[Site, HookFunction] = {site: SiteFunction(_ablated(site, amount, replacement)) for site, amount in amounts.items()}
         if taken_out.edges is None or not bool(taken_out.edges.any()):
             return found
+        check_no_edges_ablated(self.anatomy)
         for site, function in EdgeAblation(self.anatomy, self.graph, self.blocks, taken_out.edges, replacement).functions().items():
             found[site] = SiteFunction(_both(found[site], function)) if site in found else function
         return dict(sorted(found.items(), key=lambda item: item[0].order))

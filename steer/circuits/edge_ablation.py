@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steer.circuits.component_weights import by_reading_head, by_writing_head, in_features, is_plain, live_rows, without_bias
 from steer.circuits.components import MLP, ComponentGraph
 from steer.circuits.stream_readers import BlockReaders
-from steer.errors import ConfigError
+from steer.errors import ConfigError, ContextError
 from steer.model.anatomy import Anatomy
 from steer.model.context import ForwardContext, PassScratch
 from steer.model.hook_registration import AFTER_EDITS
@@ -62,15 +62,25 @@ class _Pass:
     Attributes:
         changes: [writers, rows, tokens, width] of those that lost an edge, of each site in the order of the pass; once for each
             replacement.
+        recorded: by site, whether autograd recorded what is kept of it.
         attended: by block with a norm behind attention, what goes into that norm.
         streams: by block, what went into it, and what attention added.
         normed: by block, [sets, rows, tokens, width] how much more the cut readers of its attention get from the norm.
     """
 
     changes: dict[Site, Tensor] = field(default_factory=dict)
+    recorded: dict[Site, bool] = field(default_factory=dict)
     attended: dict[int, Tensor] = field(default_factory=dict)
     streams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     normed: dict[int, Tensor] = field(default_factory=dict)
+
+    def note(self, site: Site) -> None:
+        self.recorded[site] = torch.is_grad_enabled()
+
+    def check(self, site: Site) -> None:
+        """Raises ContextError where a gradient would leave out, or go twice through, what is kept of a site."""
+        if self.recorded[site] != torch.is_grad_enabled():
+            raise _other_recording(site)
 
     def enter_block(self) -> None:
         """Drops what only the block before needed, unless gradients are recorded: a checkpointed block may be recomputed from within."""
@@ -208,6 +218,7 @@ class EdgeAblation:
 
         def function(h: Tensor, context: ForwardContext) -> None:
             kept = self._of(context)
+            kept.note(site)
             changes = [(_wide(replacement(site, h)) - _wide(h)).expand(h.shape) for replacement, _ in chosen]  # each [rows, tokens, width]
             if site.part == "attn.z":
                 layer = site.layer or 0
@@ -241,6 +252,7 @@ class EdgeAblation:
         def function(h: Tensor, context: ForwardContext) -> None:
             kept = self._of(context)
             kept.enter_block()
+            kept.note(Site("input", layer))
             if mlp_needs_it:
                 kept.streams[layer, "input"] = h.clone()  # some models add to it in place (Falcon)
             if attention is not None:
@@ -259,7 +271,9 @@ class EdgeAblation:
         heads, sets = cut.readers[part]
 
         def function(h: Tensor, context: ForwardContext) -> Tensor:
-            normed = self._of(context).normed[layer]
+            kept = self._of(context)
+            kept.check(Site("input", layer))
+            normed = kept.normed[layer]
             moved = self._read(layer, part, normed, heads.to(normed.device), sets.to(normed.device))
             by_head = h.unflatten(-1, (-1, moved.shape[-1]))  # [rows, tokens, heads, head_dim]
             return by_head.index_add(-2, heads.to(h.device), moved.to(h.device, h.dtype)).flatten(-2)
@@ -281,6 +295,7 @@ class EdgeAblation:
 
         def function(h: Tensor, context: ForwardContext) -> Tensor:
             kept = self._of(context)
+            kept.check(Site("input", layer))
             stream = kept.streams[layer, "input"]
             if not parallel:
                 stream = stream + kept.streams[layer, "attn.output"].to(stream.device)
@@ -314,6 +329,7 @@ class EdgeAblation:
         width = self.anatomy.width
         total: Tensor | None = None  # [sets, rows * tokens * width]
         for site, sets in cut.sets.items():
+            kept.check(site)
             change = kept.changes[site].to(stream.device)
             of_sets = self.strength * sets.to(change)  # [sets, rows or 1, changes]
             if site.part == "attn.z" and (site.layer or 0) in kept.attended:
@@ -361,6 +377,15 @@ def _no_such_edge(graph: ComponentGraph, wrong: Tensor) -> ConfigError:
     return ConfigError("an edge to ablate is not in the graph", expected="a writer that comes before the reader",
                        found=f"{graph.writers[writer].name}->{graph.readers[reader].name}",
                        remedy="choose among graph.possible")  # fmt: skip
+
+
+def _other_recording(site: Site) -> ContextError:
+    return ContextError(
+        "gradients of ablated edges need writers and readers of one recording",
+        expected="a pass that autograd records as a whole, or not at all",
+        found=f"one that records what is at '{site}' and not what reads it, or the other way round, as reentrant checkpointing does",
+        remedy="model.gradient_checkpointing_enable({'use_reentrant': False})",
+    )
 
 
 def _no_edges() -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -11,12 +12,15 @@ from steer.checks import finite_number
 from steer.circuits.edge_ablation import EdgeAblation
 from steer.circuits.stream_readers import stream_readers
 from steer.errors import AttachError, ConfigError
+from steer.model.anatomy import Anatomy
 from steer.model.hooks import Installation
 from steer.model.restoring import restoring
 from steer.model.site import Site
 
 if TYPE_CHECKING:
     from steer.circuits.circuit import Circuit
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, EdgesAblated] = weakref.WeakKeyDictionary()  # by the first block of its model
 
 
 class EdgesAblated:
@@ -60,6 +64,7 @@ class EdgesAblated:
         finite_number(strength, "the strength of an ablation")
         self.strength = float(strength)
         blocks = stream_readers(model, anatomy)
+        self._anatomy = anatomy
         self._edges = EdgeAblation(anatomy, circuit.graph, blocks, circuit.edges, replacement, self.strength)
         self.readers = [circuit.graph.readers[place].name for place in circuit.edges.any(0).nonzero().flatten().tolist()]
         points = [(anatomy.point(site), function) for site, function in self._edges.functions().items()]
@@ -71,11 +76,13 @@ class EdgesAblated:
         return f"EdgesAblated({state}, {len(self.readers)} readers, strength {self.strength:g})"
 
     def attach(self) -> Self:
-        """Puts the hooks on. Raises AttachError where they are on."""
+        """Puts the hooks on. Raises AttachError where they are on, or those of other edges."""
         if self.is_attached:
             raise _is_attached()
+        check_no_edges_ablated(self._anatomy)
         try:
             self.is_attached = True
+            _ATTACHED[_first_block(self._anatomy)] = self
             self._installation.install()
         except BaseException:
             self.detach()
@@ -87,6 +94,8 @@ class EdgesAblated:
         with restoring(self._installation.remove):
             self._edges.forget()
         self._installation.hooks.clear()
+        if self.is_attached:
+            _ATTACHED.pop(_first_block(self._anatomy), None)
         self.is_attached = False
 
     def __enter__(self) -> Self:
@@ -95,6 +104,16 @@ class EdgesAblated:
     def __exit__(self, *_: Any) -> None:
         with restoring(self.detach):
             pass
+
+
+def check_no_edges_ablated(anatomy: Anatomy) -> None:
+    """Raises AttachError where edges of the model are ablated: behind a norm, two corrections of one reader do not add up."""
+    if (attached := _ATTACHED.get(_first_block(anatomy))) is not None:
+        raise _others_attached(attached)
+
+
+def _first_block(anatomy: Anatomy) -> nn.Module:
+    return anatomy.point(Site("output", 0)).module
 
 
 # ---- errors
@@ -113,3 +132,12 @@ def _no_ablation() -> ConfigError:
 def _is_attached() -> AttachError:
     return AttachError("these edges are ablated already", expected="edges that are not attached", found="attached",
                        remedy="detach first, or use it as a context manager")  # fmt: skip
+
+
+def _others_attached(attached: EdgesAblated) -> AttachError:
+    return AttachError(
+        "edges of this model are ablated already",
+        expected="a model without ablated edges",
+        found=f"ablated edges into {', '.join(attached.readers[:4])}{', ...' if len(attached.readers) > 4 else ''}",
+        remedy="detach those, or ablate the edges of both as one circuit: dataclasses.replace(circuit, edges=circuit.edges | other.edges)",
+    )

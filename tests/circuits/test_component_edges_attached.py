@@ -1,5 +1,7 @@
 """Edges ablated in generation and training: a cache, beams and padding change nothing, and only readers that lost an edge are touched."""
 
+import dataclasses
+
 import pytest
 import torch
 from circuits.component_helpers import TARGET, ablation_of, cut, exact_model, rows, run_of
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from steer.circuits import Circuit, mean_ablation, resample_ablation
 from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.texts import Texts
-from steer.errors import AttachError, ConfigError, WrongModelError
+from steer.errors import AttachError, ConfigError, ContextError, WrongModelError
 from steer.model.anatomy import Anatomy
 
 EDGES = ("input->a0.h1<q>", "a0.h1->m1", "a0.h2->a1.h3<q>", "m0->a2.h0<v>", "a1.h0->logits", "m1->m2")
@@ -183,3 +185,30 @@ def test_what_cannot_be_ablated_in_generation_is_refused(tiny):
         Circuit(circuit.graph, circuit.nodes, edges=circuit.edges).edges_ablated(model)
     with pytest.raises(WrongModelError):
         circuit.edges_ablated(tiny("qwen3"))
+
+
+def test_edges_of_two_circuits_at_once_are_refused_since_behind_a_norm_they_do_not_add_up(tiny):
+    model = tiny("llama")
+    circuit = circuit_of(model)
+    other = dataclasses.replace(circuit, edges=cut(run_of(model), "m0->m1", "m0->a2.g0<v>"))
+    plain = logits_of(model, ids(1, 6))
+    with circuit.edges_ablated(model):
+        with pytest.raises(AttachError, match=r"ablated edges into[\s\S]*as one circuit"):
+            other.edges_ablated(model).attach()
+        with pytest.raises(AttachError, match="ablated already"):
+            run_of(model).values([TakenOut.circuit(other)])
+        assert not torch.equal(logits_of(model, ids(1, 6)), plain)
+    with other.edges_ablated(model):
+        assert not torch.equal(logits_of(model, ids(1, 6)), plain)
+    assert hook_count(model) == 0 and torch.equal(logits_of(model, ids(1, 6)), plain)
+
+
+@pytest.mark.parametrize("edges", [("a1.h0->logits",), ("input->a0.h1<q>",), ("m0->a2.g0<v>",)])
+def test_checkpoints_that_record_nothing_in_the_forward_pass_are_refused(tiny, edges):
+    model = tiny("llama").train()
+    circuit = dataclasses.replace(circuit_of(model), edges=cut(run_of(model), *edges))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    batch = ids(2, 6)
+    with circuit.edges_ablated(model), pytest.raises(ContextError, match=r"use_reentrant': False"):
+        model(batch, labels=batch, use_cache=False).loss.backward()
