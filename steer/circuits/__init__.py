@@ -40,6 +40,7 @@ from steer.circuits.optimal_ablation import optimal_ablation
 from steer.circuits.pairs import Pairs
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
+from steer.circuits.top_parts import top_parts
 from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
@@ -99,5 +100,6 @@ __all__ = [
     "repeated_tokens",
     "resample_ablation",
     "successor_scores",
+    "top_parts",
     "zero_ablation",
 ]
