@@ -111,7 +111,7 @@ class Circuit:
             is_kind = torch.tensor([writer.kind == kind for writer in self.graph.writers])
             _draw(nodes, self.nodes, is_kind & is_whole, generator)
         parts = draw_parts(self.graph, self.nodes, self.parts, nodes, generator)
-        neurons = {}
+        neurons: dict[int, Tensor] = {}
         for layer, amounts in self.neurons.items():
             _draw(neurons.setdefault(layer, torch.zeros_like(amounts)), amounts, torch.ones_like(amounts, dtype=torch.bool), generator)
         edges = None if self.edges is None else torch.zeros_like(self.edges)

@@ -20,15 +20,14 @@ from steer.circuits import (
     GradientMask,
     circuit_directions,
     circuit_losses,
+    damage,
     learn_circuit,
     mean_ablation,
     top_parts,
 )
 from steer.circuits.targets import LogProbability
 from steer.circuits.terms import Shift
-from steer.circuits.top_parts import _squared_gradients
 from steer.errors import ConfigError, WrongModelError
-from steer.model.anatomy import Anatomy
 
 HEADS = ["a0.h1", "a2.h0", "a2.h3"]
 
@@ -108,7 +107,6 @@ def test_the_directions_are_those_of_the_largest_gradient(model: nn.Module, circ
     assert torch.allclose((found @ vectors.T).abs(), torch.eye(2, dtype=torch.float64), atol=1e-3)
     carried = float((g @ found.T).square().sum() / g.square().sum())
     assert circuit.facts["carried"]["a2.h3"] == pytest.approx(carried, rel=1e-4) and circuit.node_names == HEADS
-    assert set(_squared_gradients(model, Anatomy.find(model), both, TARGET, [1], 2048)) == {1}
 
 
 def test_the_control_has_random_directions_of_the_same_rank_in_other_heads(circuit: Circuit) -> None:
@@ -125,6 +123,15 @@ def test_the_control_has_random_directions_of_the_same_rank_in_other_heads(circu
     assert torch.equal(next(iter(beside.random(3).parts.values())), next(iter(beside.random(3).parts.values())))
 
 
+@pytest.mark.filterwarnings("ignore:damage on", "ignore:the constants of the ablation")
+def test_damage_of_parts_stands_beside_random_ones(model: nn.Module, circuit: Circuit) -> None:
+    found = damage(model, circuit, {"a": rows(12, 9, seed=300)}, draws=2)
+    by_hand = damage(model, circuit.ablation_plan(model), {"a": rows(12, 9, seed=300)})
+    assert found.by_source["a"].value == pytest.approx(by_hand.by_source["a"].value, abs=1e-6) and found.by_source["a"].value != 0
+    with pytest.raises(ConfigError, match="are among"):
+        damage(model, circuit, {"a": pairs(model).rows}, draws=1)
+
+
 def test_files_and_bakes_do_the_same(circuit: Circuit, tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     found = Circuit.load(circuit.save(tmp_path / "circuit"))
@@ -135,6 +142,11 @@ def test_files_and_bakes_do_the_same(circuit: Circuit, tmp_path: Path) -> None:
     with steer.bake(found.ablation_plan(model), model, savable=False):
         assert torch.allclose(logits(model), expected, atol=1e-4)
     assert torch.equal(logits(model), plain)
+    mixed = replace(found, parts={"a2.h3": found.parts["a2.h3"]}).ablation_plan(model)  # two edits in front of one map
+    with mixed.attached(model):
+        expected = logits(model)
+    with steer.bake(mixed, model, savable=False):
+        assert torch.allclose(logits(model), expected, atol=1e-4)
 
 
 USES: dict[str, Callable[[nn.Module, Circuit], object]] = {
