@@ -36,6 +36,7 @@ from steer.model.load import load
 from steer.model.site import Site
 
 Run = Callable[..., tuple[int, str, str]]
+EXPERIMENTS = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml")))
 WITH_VERB = [f"{command} {verb}" for command, verbs in VERBS.items() for verb in verbs]
 
 
@@ -84,16 +85,17 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
     assert (status, err) == (0, "")
     assert out.startswith(f"steer {command}: ") and f"usage: steer {command}" in out
     assert "powered by Hydra" not in out
-    assert "$" not in out.replace("outputs/ab/${experiment.name}", "").replace("${oc.select:experiment.name,experiment}", "")
+    assert "$" not in re.sub(r"outputs/(ab|bias)/\$\{experiment\.name\}", "", out).replace("${oc.select:experiment.name,experiment}", "")
     assert not list(tmp_path.iterdir())
     for key in {
         "train": (
             "seed: 0",
             "learning_rate:",
             "every_n_steps:",
-            "experiment: decimals, golden_gate, golden_gate_second, golden_gate_tuned, prompt_vs_vector, strength_sweep, tone",
+            f"experiment: {EXPERIMENTS}",
         ),
         "ab": ("seeds:", "do: run", "draws: null", "folder: outputs/ab/", "[run|plan|lock|report]"),
+        "bias": ("seeds:", "do: run", "folder: outputs/bias/", "[run|plan|lock|report]", "steer bias experiment=gender_pronoun"),
         "generate": ("run: ???", "prompts: null"),
         "features": ("seeds:", "do: run", *(f"steer features {verb} " for verb in VERBS["features"])),
         "features train": ("data: ???", "sparsifier: batchtopk", "dictionary: batchtopk, cross_layer_transcoder"),
@@ -203,7 +205,7 @@ def test_info_says_what_is_there_and_leaves_nothing(steer: Run, tmp_path: Path) 
             ("train", "experiment=tne"),
             (
                 "no experiment is called 'tne'",
-                "one of decimals, golden_gate, golden_gate_second, golden_gate_tuned, prompt_vs_vector, strength_sweep, tone",
+                f"one of {EXPERIMENTS}",
                 "did you mean 'tone'?",
             ),
         ),

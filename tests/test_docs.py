@@ -29,7 +29,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
-import steer.bias  # its registry has to be there before a page adds to it
+import steer.commands.info  # imports every registry, which have to be there before a page adds to one
 from steer.directions.moments import NEEDS
 from steer.drift import METRICS
 from steer.drift.writer import DriftWriter

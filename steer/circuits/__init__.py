@@ -46,6 +46,7 @@ from steer.circuits.patch_effects import PatchEffects, patch_effects
 from steer.circuits.path_patching import path_patch
 from steer.circuits.targets import LogitDifference, LogProbability
 from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
+from steer.circuits.top_parts import top_parts
 from steer.circuits.weights import FeatureWeights, feature_weights
 
 __all__ = [
@@ -115,5 +116,6 @@ __all__ = [
     "repeated_tokens",
     "resample_ablation",
     "successor_scores",
+    "top_parts",
     "zero_ablation",
 ]

@@ -14,6 +14,7 @@ from steer import files
 from steer.circuits.ablation import Ablation
 from steer.circuits.components import HEAD, MLP, ComponentGraph
 from steer.circuits.edge_attachment import EdgesAblated
+from steer.circuits.head_parts import check_parts, draw_parts, in_part, not_whole, parts_beside_edges, parts_by_block
 from steer.circuits.mib_exchange import chosen_in_mib, mib_shape, no_circuit_in, read_for_model, write_scores
 from steer.circuits.operators.ablate_components import AblateComponents
 from steer.circuits.stream_readers import stream_readers
@@ -37,6 +38,7 @@ class Circuit:
         nodes: [writers] fp64 amounts of the embedding, heads and MLPs.
         edges: [writers, readers] bool; None for a circuit of nodes.
         neurons: [neurons] fp64 amounts by block.
+        parts: [rank, head_dim] orthonormal rows by the name of a head in the circuit, of which only these directions are in it.
         ablation: what takes the place of a component; None until `with_ablation`.
         facts: how it was found: method, target, data, sign, model. JSON-able.
 
@@ -53,14 +55,17 @@ class Circuit:
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
     ablation: Ablation | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("nodes", self.nodes, (len(self.graph.writers),))]
-        if self.edges is not None:
-            shapes.append(("edges", self.edges, (len(self.graph.writers), len(self.graph.readers))))
-        for name, tensor, shape in shapes:
-            if tuple(tensor.shape) != shape:
+        shapes = {"nodes": (len(self.graph.writers),), "edges": (len(self.graph.writers), len(self.graph.readers))}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
                 raise _wrong_shape(name, shape, tensor)
+        check_parts(self.graph, self.nodes, self.parts)
+        if self.parts and self.edges is not None:
+            raise parts_beside_edges()
 
     @classmethod
     def of_nodes(cls, model: nn.Module, names: Sequence[str], **facts: Any) -> Self:
@@ -78,6 +83,7 @@ class Circuit:
         parts = [f"{len(self.node_names)} nodes"]
         parts += [] if self.edges is None else [f"{int(self.edges.sum())} edges"]
         parts += [f"{self.n_neurons} neurons"] if self.neurons else []
+        parts += [f"{len(self.parts)} heads in part"] if self.parts else []
         return f"Circuit({', '.join(parts)}{'' if self.ablation is None else f', {self.ablation.kind} ablation'})"
 
     @property
@@ -100,20 +106,18 @@ class Circuit:
     def random(self, seed: int) -> Self:
         """As many components of each kind with the same amounts, and as many edges, drawn from those that are not in it: the control."""
         generator = torch.Generator().manual_seed(seed)
-        nodes = torch.zeros_like(self.nodes)
+        nodes, is_whole = torch.zeros_like(self.nodes), ~in_part(self.graph, self.parts)
         for kind in (HEAD, MLP):
             is_kind = torch.tensor([writer.kind == kind for writer in self.graph.writers])
-            _draw(nodes, self.nodes, is_kind, generator)
-        neurons = {}
+            _draw(nodes, self.nodes, is_kind & is_whole, generator)
+        parts = draw_parts(self.graph, self.nodes, self.parts, nodes, generator)
+        neurons: dict[int, Tensor] = {}
         for layer, amounts in self.neurons.items():
-            neurons[layer] = torch.zeros_like(amounts)
-            _draw(neurons[layer], amounts, torch.ones_like(amounts, dtype=torch.bool), generator)
-        edges = None
-        if self.edges is not None:
-            edges = torch.zeros_like(self.edges, dtype=torch.float64)
-            _draw(edges.view(-1), self.edges.double().view(-1), self.graph.possible.view(-1), generator)
-            edges = edges.bool()
-        return replace(self, nodes=nodes, neurons=neurons, edges=edges, facts={**self.facts, "random": seed})
+            _draw(neurons.setdefault(layer, torch.zeros_like(amounts)), amounts, torch.ones_like(amounts, dtype=torch.bool), generator)
+        edges = None if self.edges is None else torch.zeros_like(self.edges)
+        if self.edges is not None and edges is not None:
+            _draw(edges.view(-1), self.edges.view(-1), self.graph.possible.view(-1), generator)
+        return replace(self, nodes=nodes, neurons=neurons, edges=edges, parts=parts, facts={**self.facts, "random": seed})
 
     # ---- use
 
@@ -126,8 +130,15 @@ class Circuit:
             raise _other_model(known or f"{len(self.graph.layers)} blocks", found)
         return anatomy
 
+    def check_whole(self, use: str) -> None:
+        """Raises ConfigError where it has parts of heads, which `use` does not take."""
+        if self.parts:
+            raise not_whole(list(self.parts), use)
+
     def ablation_plan(self, model: nn.Module, strength: float = 1.0, *, scope: str = "all", phases: Sequence[str] = PHASES) -> Plan:
         """A plan that ablates the nodes and neurons of the circuit: h + strength * amount * (constant - h) at each site.
+
+        Of a head in part the difference to the constant goes along the directions of its part alone.
 
         Args:
             strength: 0 leaves the model as it is, 1 ablates, above 1 goes past the constant.
@@ -143,9 +154,14 @@ class Circuit:
             raise _no_ablation()
         constants = self.ablation.constants()
         edits = []
-        for site, amount in self.amounts(anatomy).items():
+        whole = torch.where(in_part(self.graph, self.parts), 0, self.nodes)
+        for site, amount in replace(self, nodes=whole, parts={}).amounts(anatomy).items():
             operator = AblateComponents(amount.float(), constants(site, len(amount)).float())
             edits.append(Intervention(operator, site, scope, strength, phases, name=f"{site}".replace(".", "_")))
+        for parts in parts_by_block(anatomy, self.graph, self.nodes, self.parts):
+            site = Site("attn.z", parts.layer)
+            erase = parts.operator(constants(site, parts.rows.shape[1]))
+            edits.append(Intervention(erase, site, scope, strength, phases, name=f"parts_{site}".replace(".", "_")))
         return Plan(edits)
 
     def edges_ablated(self, model: nn.Module, strength: float = 1.0) -> EdgesAblated:
@@ -153,7 +169,8 @@ class Circuit:
         return EdgesAblated(self, model, strength)
 
     def amounts(self, anatomy: Anatomy) -> dict[Site, Tensor]:
-        """[width] fp64 how much of each channel is in the circuit, at the sites where some is."""
+        """[width] fp64 how much of each channel is in the circuit, at the sites where some is. Raises ConfigError for parts of heads."""
+        self.check_whole("an amount of each channel")
         found: dict[Site, Tensor] = {}
         if self.nodes[0]:
             found[Site("embed")] = self.nodes[0].expand(anatomy.width)
@@ -171,6 +188,7 @@ class Circuit:
         """Writes manifest and tensors, atomically."""
         tensors = {"nodes": self.nodes, **({} if self.edges is None else {"edges": self.edges})}
         tensors |= {f"neurons.{layer}": amounts for layer, amounts in self.neurons.items()}
+        tensors |= {f"parts.{name}": directions for name, directions in self.parts.items()}
         manifest: dict[str, Any] = {"layers": self.graph.as_facts(), "facts": self.facts, "ablation": None}
         if self.ablation is not None:
             manifest["ablation"], constants = self.ablation.file_form()
@@ -185,9 +203,10 @@ class Circuit:
             check_kinds(manifest, {"layers": list, "facts": dict, "ablation": (dict, type(None))})
             neurons = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("neurons.")}
             constants = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("ablation.")}
+            parts = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("parts.")}
             ablation = None if manifest["ablation"] is None else Ablation.from_file(manifest["ablation"], constants)
             graph = ComponentGraph.from_facts(manifest["layers"])
-            return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, ablation, manifest["facts"])
+            return cls(graph, tensors["nodes"], tensors.get("edges"), neurons, ablation, manifest["facts"], parts)
 
     def export_mib(self, path: str | Path) -> Path:
         """Writes a circuit file of EAP-IG and MIB, `.json` or `.pt`; without the ablation, for which it has no place.
@@ -195,8 +214,9 @@ class Circuit:
         What is in the circuit has the score 1 and all else 0; `ComponentScores.export_mib` writes the circuit with its scores.
 
         Raises:
-            ConfigError: amounts other than 0 and 1, neurons, or blocks of different shape, which the form cannot say.
+            ConfigError: amounts other than 0 and 1, neurons, parts of heads, or blocks of different shape, which the form cannot say.
         """
+        self.check_whole("a circuit file of EAP-IG or MIB")
         edges = self.nodes[:, None] * self.graph.possible if self.edges is None else self.edges.double()
         chosen = chosen_in_mib(self.graph, self.nodes, self.edges, self.n_neurons)
         return write_scores(path, mib_shape(self.graph, self.facts), self.graph, (chosen[0].double(), edges), chosen, "helps")

@@ -55,6 +55,7 @@ def circuit_losses(
     finite_number(weight, "the weight of a circuit's losses", above=0)
     if circuit.ablation is None or circuit.is_empty:
         raise _nothing_to_draw_to(circuit)
+    circuit.check_whole("the loss of a circuit's activations")
     weighted = circuit if scores is None else _times_scores(circuit, scores)
     channels = weighted.amounts(anatomy)
     total = sum(float(of_site.sum()) for of_site in channels.values())

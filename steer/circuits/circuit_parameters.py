@@ -36,6 +36,7 @@ def circuit_masks(model: nn.Module, circuit: Circuit) -> Masks:
     anatomy = circuit.check_model(model)
     if circuit.is_empty:
         raise _empty()
+    circuit.check_whole("a choice of weights")
     masks: Masks = {}
     for layer in range(anatomy.n_layers):
         for module, rows, columns in (*_of_heads(anatomy, circuit, layer), *_of_neurons(anatomy, circuit, layer)):

@@ -224,6 +224,7 @@ class ComponentEvaluation:
 def _flat(circuit: Circuit) -> Tensor:
     if circuit.edges is not None:
         return circuit.edges.flatten()
+    circuit.check_whole("an exact evaluation")
     return torch.cat([circuit.nodes, *(circuit.neurons[layer] for layer in sorted(circuit.neurons))])
 
 

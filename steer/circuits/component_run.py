@@ -64,6 +64,7 @@ class TakenOut:
         """Its own components; its edges where it has edges."""
         if circuit.edges is not None:
             return cls(torch.zeros_like(circuit.nodes), {}, circuit.edges & circuit.graph.possible)
+        circuit.check_whole("taking components out exactly")
         return cls(circuit.nodes, circuit.neurons)
 
     @classmethod
@@ -75,6 +76,7 @@ class TakenOut:
         """
         if circuit.edges is not None:
             return cls(torch.zeros_like(circuit.nodes), {}, circuit.graph.possible & ~circuit.edges)
+        circuit.check_whole("taking components out exactly")
         chosen = kinds_of(circuit) if kinds is None else kinds
         is_kind = torch.tensor([writer.kind in chosen for writer in circuit.graph.writers])
         neurons = {layer: 1 - amounts for layer, amounts in circuit.neurons.items()} if NEURON in chosen else {}

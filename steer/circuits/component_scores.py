@@ -204,6 +204,7 @@ class ComponentScores:
             circuit = Circuit(self.graph, torch.zeros_like(self.node_scores))
         if circuit.graph != self.graph:
             raise _other_circuit(self, circuit)
+        circuit.check_whole("a circuit file of EAP-IG or MIB")
         shape, chosen = mib_shape(self.graph, self.facts), chosen_in_mib(circuit.graph, circuit.nodes, circuit.edges, circuit.n_neurons)
         edges = None if self.edges is None else self.edge_scores
         return write_scores(path, shape, self.graph, (self.node_scores, edges), chosen, sign)

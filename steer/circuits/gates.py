@@ -53,6 +53,7 @@ class CandidateGates:
     def __init__(self, anatomy: Anatomy, candidates: Circuit, ablation: Ablation, *, form: str, start: float) -> None:
         if candidates.is_empty:
             raise _no_candidates()
+        candidates.check_whole("mask learning")
         self.candidates, self.ablation = candidates, ablation
         constants = ablation.constants()
         self.sites = []
