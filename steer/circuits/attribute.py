@@ -137,7 +137,8 @@ class _Attribution:
             change = differences(clean if step.start is None else step.start, corrupted, self.written)
             self._add_nodes(batch, step, change, found)
             self._add_edges(batch, step, change, found)
-        if not bool(torch.isfinite(self.nodes).all()):
+        sums = [self.nodes, *([] if self.edges is None else [self.edges]), *self.neurons.values()]
+        if not all(bool(torch.isfinite(each).all()) for each in sums):
             raise _not_finite(prompts)
 
     def _clean_value(self, batch: Batch, logits: Tensor) -> None:
