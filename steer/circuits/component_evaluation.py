@@ -94,6 +94,7 @@ class ComponentEvaluation:
         """
         whole_number(knock_outs, "the number of knock-out sets", least=1)
         whole_number(greedy, "the size of the greedy knock-out set")
+        whole_number(candidates, "the components tried at each step", least=1)
         generator = torch.Generator().manual_seed(seed)
         sets = [_half(circuit, generator) for _ in range(knock_outs)]
         of_random = []
@@ -135,6 +136,8 @@ class ComponentEvaluation:
         Raises:
             ConfigError: an empty circuit.
         """
+        whole_number(knock_outs, "the number of knock-out sets")
+        whole_number(most, "the components or edges that are tried", least=1)
         found = []
         for number, each in enumerate([circuit, *self._drawn(circuit, draws, seed)]):
             generator = torch.Generator().manual_seed(seed)
@@ -169,7 +172,8 @@ class ComponentEvaluation:
         self._check_model(scores)
         for share in shares:
             number_within(share, "a share of the edges", 0, 1)
-        if list(shares) != sorted(set(shares)):
+        whole_number(draws, "the number of random orders")
+        if not shares or list(shares) != sorted(set(shares)):
             raise _not_ascending(shares)
         generator = torch.Generator().manual_seed(seed)
         graph = self.run.graph
@@ -318,5 +322,5 @@ def _too_many(count: int, known: int) -> ConfigError:
 
 
 def _not_ascending(shares: Sequence[float]) -> ConfigError:
-    return ConfigError("shares of the edges do not ascend", expected="each larger than the one before", found=list(shares),
+    return ConfigError("shares of the edges do not ascend", expected="one or more, each larger than the one before", found=list(shares),
                        remedy=f"e.g. {list(SHARES)}")  # fmt: skip

@@ -165,5 +165,19 @@ def test_ctrl_c_while_gates_are_learned_is_ctrl_c(model):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_nothing_to_try_or_to_draw_is_told(model, scores):
+    evaluation = ComponentEvaluation(model, pairs(model), TARGET, zero_ablation())
+    circuit = scores.top_edges(80)
+    for evaluate in (
+        lambda: evaluation.curve(scores, shares=()),
+        lambda: evaluation.curve(scores, shares=(0.5,), draws=-1),
+        lambda: evaluation.minimality(circuit, most=0),
+        lambda: evaluation.minimality(circuit, knock_outs=-1),
+        lambda: evaluation.completeness(circuit, candidates=0),
+    ):
+        with pytest.raises(ConfigError):
+            evaluate()
+
+
 def _graph(model):
     return Circuit.of_nodes(model, ["input"]).graph
