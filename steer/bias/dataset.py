@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from steer.bias.files import WHEEL, from_hub, in_folder, in_wheel, unique_ids
+from steer.bias.files import WHEEL, empty_file, from_hub, in_folder, in_wheel, unique_ids
 from steer.bias.items import BiasData
 from steer.checks import of_type
 from steer.errors import ConfigError
@@ -103,6 +103,8 @@ def load(
         found = dataset.read_rows(from_hub(said, known[1] if said == known[0] else None, split or known[2], name), said)
     else:
         found, said = dataset.own(words), "own word list" if words is None else "given words"
+    if not found:
+        raise empty_file(said)
     unique_ids(found, said)
     return BiasData(name, tuple(found), said, dataset.notes(found))
 

@@ -91,7 +91,7 @@ def table_rows(path: Path, columns: Iterable[str], *, delimiter: str | None = No
     """Rows of a CSV or TSV file with a head.
 
     Raises:
-        DamagedFileError: a missing column, a row of another length, no UTF-8, or no rows.
+        DamagedFileError: a missing column or one that is there twice, a row of another length, no UTF-8, or no rows.
     """
     text = _text(path)
     delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
@@ -100,6 +100,8 @@ def table_rows(path: Path, columns: Iterable[str], *, delimiter: str | None = No
         head = list(reader.fieldnames or [])
         if missing := [name for name in columns if name not in head]:
             raise _missing_columns(path, missing, head)
+        if twice := [name for name in head if head.count(name) > 1]:
+            raise _columns_twice(path, twice[0])
         rows = list(reader)
     except csv.Error as error:
         raise damaged(path, "a table with one row a line", error) from error
@@ -185,8 +187,8 @@ def _text(path: Path) -> str:
 
 
 def empty_file(path: object) -> DamagedFileError:
-    """The error of a file without a row."""
-    return damaged(path_of(path), "at least one item", "an empty file")
+    """The error of a file without an item."""
+    return damaged(path_of(path), "at least one item", "an empty file, or one that is not of this data set")
 
 
 def no_such_form(path: object, forms: str, found: object) -> DamagedFileError:
@@ -234,6 +236,10 @@ def _missing_columns(path: object, missing: Sequence[str], head: Sequence[str], 
     where = "" if place is None else f" at {place}"
     found = f"{', '.join(map(str, head))}{where}"
     return damaged(path_of(path), f"the column {', '.join(missing)}", found, remedy="give the published file, with its head")
+
+
+def _columns_twice(path: Path, name: str) -> DamagedFileError:
+    return damaged(path, "every column once", f"'{name}' twice", remedy="give the published file, with its head")
 
 
 def _ragged_row(path: Path, number: int, expected: int, found: int) -> DamagedFileError:

@@ -11,8 +11,9 @@ from steer.bias.dataset import DATASETS, load
 from steer.bias.factual import FactualGender, factual_gender_of
 from steer.bias.items import BiasData
 from steer.bias.scoring import Scorer
-from steer.bias.table import BiasTable
+from steer.bias.table import ALL, BiasTable
 from steer.checks import of_type
+from steer.errors import ConfigError
 
 
 def measure(
@@ -43,14 +44,21 @@ def measure(
         **options: of the metric, such as `scoring="mean"`.
 
     Raises:
-        ConfigError: an unknown data set or option. TokenizerError, NonFiniteError; what `steer.bias.load` raises.
+        ConfigError: an unknown data set or option, a source of data that were loaded, or a group called `all`. TokenizerError,
+            NonFiniteError; what `steer.bias.load` raises.
 
     Example:
         >>> steer.bias.measure(model, "crows_pairs", sample=200)
         BiasTable(crows_pairs, n 200: stereotype preferred 54.0, log-ratio ...; factual accuracy ... %)
     """
     of_type(data, (str, BiasData), "the data of a bias measurement", f"pass one of {', '.join(DATASETS)}, or what steer.bias.load gave")
+    of_type(model, nn.Module, "the model of a bias measurement", "pass the first of what steer.load returns")
+    of_type(factual, (FactualGender, type(None)), "what is known of factual gender", "pass what steer.bias.factual_gender gave, or None")
+    if isinstance(data, BiasData) and (path is not None or source is not None):
+        raise _loaded_already(data, path or source)
     items = load(data, path=path, source=source) if isinstance(data, str) else data
+    if ALL in items.groups:
+        raise _group_of_all(items)
     if sample is not None:
         items = items.sample(sample, seed)
     dataset = DATASETS.get(items.name)
@@ -60,3 +68,16 @@ def measure(
     facts = {"source": items.source, "items": len(items), "seed": seed, "model": type(model).__name__}
     facts |= {name: value if isinstance(value, str | int | float | bool | None) else str(value) for name, value in options.items()}
     return BiasTable(items.name, found.columns, found.rows, factual, facts, (*items.notes, *found.notes))
+
+
+# ---- errors
+
+
+def _loaded_already(data: BiasData, source: object) -> ConfigError:
+    return ConfigError("the data of a bias measurement come from two places", expected="loaded data, or a name and path= or source=",
+                       found=f"{data!r}, and {source}", remedy=f"pass '{data.name}', or leave path and source out")  # fmt: skip
+
+
+def _group_of_all(data: BiasData) -> ConfigError:
+    return ConfigError(f"a group of these data has the name of the row of all items, '{ALL}'", expected="groups of other names",
+                       found=", ".join(data.groups[:8]), remedy=f"rename it in the file of {data.source}")  # fmt: skip

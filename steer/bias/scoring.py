@@ -151,7 +151,7 @@ class Scorer:
         Words of one token each are read from one pass over the prompt.
 
         Raises:
-            TokenizerError: two words that are the same tokens.
+            ConfigError: no pair of words. TokenizerError: two words that are the same tokens.
 
         Returns:
             [prompts] fp64.
@@ -159,6 +159,8 @@ class Scorer:
         rows: list[Row] = []
         endings: list[list[tuple[int, ...]]] = []  # of both words, with the prompt
         for prompt, words in zip(prompts, pairs, strict=True):
+            if not isinstance(words, list | tuple) or len(words) != 2 or not all(isinstance(word, str) for word in words):
+                raise _no_pair(words)
             special, ids = self._prompt(prompt)
             both = [self.ids(prompt + word) for word in words]
             if both[0] == both[1]:
@@ -289,6 +291,11 @@ def _other_tokens(text: str) -> TokenizerError:
         found=f"others for {text!r:.60}",
         remedy="pass a tokenizer whose special tokens leave the text alone",
     )
+
+
+def _no_pair(words: object) -> ConfigError:
+    return ConfigError("what comes next is compared of two words", expected="(word, word), each with the space in front of it",
+                       found=repr(words), remedy="e.g. pronouns=(' him', ' her')")  # fmt: skip
 
 
 def _same_words(words: tuple[str, str]) -> TokenizerError:

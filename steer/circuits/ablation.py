@@ -95,7 +95,7 @@ def mean_ablation(
         per_position: a mean for each position, of prompts of one length.
 
     Raises:
-        ConfigError: no texts, or texts of different length with per_position.
+        ConfigError: no texts, or with per_position texts of different length, or a position at which no text has a role.
     """
     anatomy = Anatomy.find(model)
     rows = rows_of(model, texts, tokenizer)
@@ -119,6 +119,8 @@ def mean_ablation(
 
         passes.run_batch(batch, {site: add(site) for site in sites}, gradients=False, last_token=True)
         count = count + (is_in.sum(0).unsqueeze(-1).cpu() if per_position else int(is_in.sum()))
+    if empty := (torch.as_tensor(count).flatten() == 0).nonzero().flatten().tolist():
+        raise _no_tokens_at(empty)
     facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows), "windows": window_hashes(rows)}
     return Ablation(MEAN, {site: (total / count).float() for site, total in sums.items()}, facts)
 
@@ -157,3 +159,8 @@ def _different_lengths(lengths: list[int]) -> ConfigError:
         found=f"{min(lengths)} to {max(lengths)} tokens",
         remedy="leave out per_position, or use prompts of one template",
     )
+
+
+def _no_tokens_at(positions: list[int]) -> ConfigError:
+    return ConfigError("there is no mean at a position where no token has a role", expected="a role for some token of each position",
+                       found=f"none at {positions[:8]}", remedy="give labels there in `positions`, or leave out per_position")  # fmt: skip

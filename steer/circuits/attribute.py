@@ -20,6 +20,7 @@ from steer.circuits.backward_rule import BACKWARD_RULES, BackwardRule
 from steer.circuits.component_pass import Record, constant_target, differences, record, values_at, written_sites
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
+from steer.circuits.edge_attachment import check_no_edges_ablated
 from steer.circuits.edge_contraction import EdgeContraction
 from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import BlockReaders, stream_readers
@@ -62,7 +63,8 @@ def attribute(
 
     Raises:
         ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them. AnatomyError: one
-            whose reading of the stream is not known, with edges, or on which the rule is not proven. DeployError: weights that are
+            whose reading of the stream is not known, with edges, or on which the rule is not proven. AttachError: with edges, a model
+            of which edges are ablated. DeployError: weights that are
             offloaded. NonFiniteError: a target or gradients that are not finite.
 
     Example:
@@ -109,6 +111,8 @@ class _Attribution:
         self.counterfactuals = TextPasses(model, self.anatomy, pairs.corrupted, max_tokens=max_tokens)
         blocks: tuple[BlockReaders, ...] = stream_readers(model, self.anatomy)
         self.graph = ComponentGraph.of(self.anatomy, [block.parallel for block in blocks])
+        if edges:
+            check_no_edges_ablated(self.anatomy)  # the stream that a reader with cut edges reads is none that is seen
         self.contraction = EdgeContraction(self.anatomy, self.graph, blocks, rule.constant_denominators) if edges else None
         self.written = written_sites(self.anatomy.n_layers, neurons=neurons)
         roles = len(pairs.clean.role_names)
@@ -137,7 +141,8 @@ class _Attribution:
             change = differences(clean if step.start is None else step.start, corrupted, self.written)
             self._add_nodes(batch, step, change, found)
             self._add_edges(batch, step, change, found)
-        if not bool(torch.isfinite(self.nodes).all()):
+        sums = [self.nodes, *([] if self.edges is None else [self.edges]), *self.neurons.values()]
+        if not all(bool(torch.isfinite(each).all()) for each in sums):
             raise _not_finite(prompts)
 
     def _clean_value(self, batch: Batch, logits: Tensor) -> None:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from steer import files
+from steer.checks import of_type
 from steer.circuits.ablation import Ablation
-from steer.circuits.components import HEAD, MLP, ComponentGraph
+from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph
 from steer.circuits.edge_attachment import EdgesAblated
 from steer.circuits.head_parts import check_parts, draw_parts, in_part, not_whole, parts_beside_edges, parts_by_block
 from steer.circuits.mib_exchange import chosen_in_mib, mib_shape, no_circuit_in, read_for_model, write_scores
 from steer.circuits.operators.ablate_components import AblateComponents
 from steer.circuits.stream_readers import stream_readers
-from steer.errors import ConfigError, WrongModelError
+from steer.errors import ConfigError, NonFiniteError, WrongModelError
 from steer.intervene import Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
@@ -66,12 +67,21 @@ class Circuit:
         check_parts(self.graph, self.nodes, self.parts)
         if self.parts and self.edges is not None:
             raise parts_beside_edges()
+        if self.edges is not None and self.edges.dtype != torch.bool:
+            raise _no_mask(self.edges)
+        for layer, amounts in self.neurons.items():
+            if not 0 <= layer < len(self.graph.layers) or amounts.dim() != 1:
+                raise _wrong_neurons(layer, amounts, len(self.graph.layers))
+        for name, amounts in (("nodes", self.nodes), *((f"neurons of block {layer}", each) for layer, each in self.neurons.items())):
+            if not bool(torch.isfinite(amounts).all()):
+                raise _not_finite(name)
 
     @classmethod
     def of_nodes(cls, model: nn.Module, names: Sequence[str], **facts: Any) -> Self:
         """The circuit of nodes by name, `a3.h5`, `m7`, `input`. Raises ConfigError for none, or one that the model does not have."""
         anatomy = Anatomy.find(model)
         graph = ComponentGraph.of(anatomy, [block.parallel for block in stream_readers(model, anatomy)])
+        of_type(names, (list, tuple), "the nodes of a circuit", "pass a list of names, e.g. ['a3.h5', 'm7']")
         if not names:
             raise _empty()
         nodes = torch.zeros(len(graph.writers), dtype=torch.float64)
@@ -101,13 +111,14 @@ class Circuit:
 
     def with_ablation(self, ablation: Ablation) -> Self:
         """The same with what takes the place of its components."""
+        of_type(ablation, Ablation, "the ablation of a circuit", "e.g. zero_ablation(), or mean_ablation(model, texts)")
         return replace(self, ablation=ablation)
 
     def random(self, seed: int) -> Self:
         """As many components of each kind with the same amounts, and as many edges, drawn from those that are not in it: the control."""
         generator = torch.Generator().manual_seed(seed)
         nodes, is_whole = torch.zeros_like(self.nodes), ~in_part(self.graph, self.parts)
-        for kind in (HEAD, MLP):
+        for kind in (INPUT, HEAD, MLP):  # of the input there is one alone, which stays
             is_kind = torch.tensor([writer.kind == kind for writer in self.graph.writers])
             _draw(nodes, self.nodes, is_kind & is_whole, generator)
         parts = draw_parts(self.graph, self.nodes, self.parts, nodes, generator)
@@ -126,14 +137,18 @@ class Circuit:
         anatomy = Anatomy.find(model)
         known = self.facts.get("model")
         found = anatomy.fingerprint()
-        if anatomy.n_layers != len(self.graph.layers) or (known is not None and known != found):
-            raise _other_model(known or f"{len(self.graph.layers)} blocks", found)
+        if (known is not None and known != found) or self._shape != _shape_of(anatomy):
+            raise _other_model(known or f"heads and key-value heads {self._shape}", found if known else _shape_of(anatomy))
         return anatomy
 
     def check_whole(self, use: str) -> None:
         """Raises ConfigError where it has parts of heads, which `use` does not take."""
         if self.parts:
             raise not_whole(list(self.parts), use)
+
+    @property
+    def _shape(self) -> list[tuple[int, int]]:
+        return [(layer.heads, layer.groups) for layer in self.graph.layers]
 
     def ablation_plan(self, model: nn.Module, strength: float = 1.0, *, scope: str = "all", phases: Sequence[str] = PHASES) -> Plan:
         """A plan that ablates the nodes and neurons of the circuit: h + strength * amount * (constant - h) at each site.
@@ -237,6 +252,12 @@ class Circuit:
         return cls(found.graph, found.nodes.double(), found.edges, facts=found.facts)
 
 
+def _shape_of(anatomy: Anatomy) -> list[tuple[int, int]]:
+    """Heads and key-value heads of each block."""
+    of_blocks = [heads_of(anatomy, layer, "attn.q") for layer in range(anatomy.n_layers)]
+    return [(heads.n_heads, heads.n_kv_heads) for heads in of_blocks]
+
+
 def _draw(into: Tensor, given: Tensor, allowed: Tensor, generator: torch.Generator) -> None:
     """Gives the amounts of some entries to others of those allowed; to some of its own where too few others are left."""
     amounts = given[allowed & (given != 0)]
@@ -252,6 +273,21 @@ def _draw(into: Tensor, given: Tensor, allowed: Tensor, generator: torch.Generat
 def _wrong_shape(name: str, shape: tuple[int, ...], found: Tensor) -> ConfigError:
     return ConfigError(f"`{name}` of a circuit do not fit its graph", expected=list(shape), found=list(found.shape),
                        remedy="make it with the graph of the same model")  # fmt: skip
+
+
+def _no_mask(found: Tensor) -> ConfigError:
+    return ConfigError("`edges` of a circuit say of each whether it is in the circuit", expected="torch.bool", found=found.dtype,
+                       remedy="e.g. scores.edge_scores > 0.1")  # fmt: skip
+
+
+def _wrong_neurons(layer: int, found: Tensor, blocks: int) -> ConfigError:
+    return ConfigError("`neurons` of a circuit do not fit its graph", expected=f"[neurons] by block, from 0 to {blocks - 1}",
+                       found=f"{list(found.shape)} of block {layer}", remedy="make it with the graph of the same model")  # fmt: skip
+
+
+def _not_finite(name: str) -> NonFiniteError:
+    return NonFiniteError(f"amounts of the {name} of a circuit are not finite", expected="numbers from 0 to 1", found="NaN or infinity",
+                          remedy="look at how they were computed")  # fmt: skip
 
 
 def _empty() -> ConfigError:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.checks import number_within, whole_number
+from steer.checks import number_within, of_type, whole_number
 from steer.circuits.ablation import Ablation
 from steer.circuits.circuit import Circuit
 from steer.circuits.component_results import SHARES, Completeness, ComponentFaithfulness, FaithfulnessCurve, Minimality
@@ -24,7 +24,7 @@ from steer.circuits.evaluation import ExactEffects
 from steer.circuits.pairs import Pairs, rows_hash
 from steer.circuits.targets import Target, target_words
 from steer.circuits.texts import Prompts, Texts
-from steer.errors import ConfigError
+from steer.errors import ConfigError, NonFiniteError, WrongModelError
 
 
 class ComponentEvaluation:
@@ -66,7 +66,7 @@ class ComponentEvaluation:
         """How much of the target a circuit keeps when everything else is ablated, beside `draws` random circuits of the same size.
 
         Raises:
-            ConfigError: an empty circuit.
+            ConfigError: an empty circuit. WrongModelError: one of another model.
         """
         drawn = self._drawn(circuit, draws, seed)
         kinds = kinds_of(circuit)
@@ -94,6 +94,7 @@ class ComponentEvaluation:
         """
         whole_number(knock_outs, "the number of knock-out sets", least=1)
         whole_number(greedy, "the size of the greedy knock-out set")
+        whole_number(candidates, "the components tried at each step", least=1)
         generator = torch.Generator().manual_seed(seed)
         sets = [_half(circuit, generator) for _ in range(knock_outs)]
         of_random = []
@@ -135,6 +136,8 @@ class ComponentEvaluation:
         Raises:
             ConfigError: an empty circuit.
         """
+        whole_number(knock_outs, "the number of knock-out sets")
+        whole_number(most, "the components or edges that are tried", least=1)
         found = []
         for number, each in enumerate([circuit, *self._drawn(circuit, draws, seed)]):
             generator = torch.Generator().manual_seed(seed)
@@ -166,12 +169,16 @@ class ComponentEvaluation:
         Raises:
             ConfigError: scores without edges, or shares that do not ascend within 0 to 1.
         """
+        self._check_model(scores)
         for share in shares:
             number_within(share, "a share of the edges", 0, 1)
-        if list(shares) != sorted(set(shares)):
+        whole_number(draws, "the number of random orders")
+        if not shares or list(shares) != sorted(set(shares)):
             raise _not_ascending(shares)
         generator = torch.Generator().manual_seed(seed)
         graph = self.run.graph
+        if not bool(torch.isfinite(scores.edge_scores[graph.possible]).all()):
+            raise _not_finite()
         orders = [scores.edge_scores.abs() if absolute else scores.edge_scores]
         orders += [torch.rand(graph.possible.shape, generator=generator) for _ in range(draws)]
         nothing = torch.zeros(len(graph.writers), dtype=torch.float64)
@@ -193,6 +200,7 @@ class ComponentEvaluation:
         Raises:
             ConfigError: scores without edges, or more than there are.
         """
+        self._check_model(scores)
         graph = self.run.graph
         possible = graph.possible.flatten() if edges else torch.tensor([writer.kind in (HEAD, MLP, INPUT) for writer in graph.writers])
         whole_number(count, "the number of exact effects", least=1)
@@ -207,7 +215,16 @@ class ComponentEvaluation:
         names = tuple(_name(whole, int(place)) for place in chosen)
         return ExactEffects(names, attributed.float(), (means[0] - means[1:]).float(), "edges" if edges else "nodes")
 
+    def _check_model(self, of: Circuit | ComponentScores) -> None:
+        """Raises WrongModelError for what was found in a model of other sizes or another family; training may have changed it."""
+        known, here = of.facts.get("model"), self.run.anatomy.fingerprint()
+        families = [facts.get("model_type") for facts in (known, here)] if isinstance(known, dict) else []
+        if of.graph != self.run.graph or len(set(families)) > 1:
+            raise _other_model(known or of.graph.layers, here)
+
     def _drawn(self, circuit: Circuit, draws: int, seed: int) -> list[Circuit]:
+        of_type(circuit, Circuit, "the circuit of an evaluation", "e.g. scores.top_edges(200)")
+        self._check_model(circuit)
         if len(_items(circuit)) == 0:
             raise _empty()
         whole_number(draws, "the number of random circuits")
@@ -286,6 +303,16 @@ def _highest(scores: Tensor, possible: Tensor, count: int) -> Tensor:
 # ---- errors
 
 
+def _other_model(known: Any, found: Any) -> WrongModelError:
+    return WrongModelError("what is evaluated was found in another model", expected=found, found=known,
+                           remedy="evaluate it on the model that it was found in, or attribute on this one")  # fmt: skip
+
+
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError("scores of edges are not finite, so that none is higher than another", expected="finite scores",
+                          found="NaN or infinity", remedy="attribute in float32 or bfloat16")  # fmt: skip
+
+
 def _empty() -> ConfigError:
     return ConfigError("the circuit is empty", expected="at least one component or edge", found="none", remedy="choose more of them")
 
@@ -296,5 +323,5 @@ def _too_many(count: int, known: int) -> ConfigError:
 
 
 def _not_ascending(shares: Sequence[float]) -> ConfigError:
-    return ConfigError("shares of the edges do not ascend", expected="each larger than the one before", found=list(shares),
+    return ConfigError("shares of the edges do not ascend", expected="one or more, each larger than the one before", found=list(shares),
                        remedy=f"e.g. {list(SHARES)}")  # fmt: skip

@@ -19,7 +19,7 @@ from steer.circuits.circuit import Circuit
 from steer.circuits.components import HEAD, INPUT, MLP, ComponentGraph, Writer
 from steer.circuits.graph import COMPONENT, TARGET, Graph, Node
 from steer.circuits.mib_exchange import chosen_in_mib, mib_shape, read_for_model, write_scores
-from steer.errors import ConfigError, WrongModelError
+from steer.errors import ConfigError, NonFiniteError, WrongModelError
 from steer.reading import check_kinds, damage_of
 
 KIND = "component scores"
@@ -269,7 +269,7 @@ def _neurons_of(layer: int, scores: ComponentScores) -> Tensor:
 
 
 def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
-    """Those of the first, with mean values of the target and one hash of all pairs."""
+    """Those of the first, with mean values of the target, and one hash and the windows of all pairs."""
     facts, total = dict(outlines[0].facts), sum(outline.prompts for outline in outlines)
     for name in ("value", "corrupted_value"):
         if all(isinstance(outline.facts.get(name), float) for outline in outlines):
@@ -277,7 +277,8 @@ def _facts_of_all(outlines: Sequence[_Outline]) -> dict[str, Any]:
     for name in ("pairs", "texts"):
         if all(isinstance(outline.facts.get(name), dict) for outline in outlines):
             hashes = "\n".join(str(outline.facts[name].get("hash")) for outline in outlines)
-            facts[name] = {"count": total, "hash": hashlib.sha256(hashes.encode()).hexdigest()}
+            windows = sorted({window for outline in outlines for window in outline.facts[name].get("windows", ())})
+            facts[name] = {"count": total, "hash": hashlib.sha256(hashes.encode()).hexdigest(), "windows": windows}
     return facts
 
 
@@ -309,6 +310,8 @@ def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: 
     found = int(allowed.sum())
     if count > found:
         raise _too_many(what, count, found)
+    if not bool(torch.isfinite(scores[allowed]).all()):
+        raise _no_order(what)
     if not bool(scores[allowed].any()):
         raise _all_zero(what)
     sizes = (scores.abs() if absolute else scores).masked_fill(~allowed, -torch.inf)
@@ -347,6 +350,11 @@ def _no_neurons() -> ConfigError:
 
 def _too_many(what: str, count: int, found: int) -> ConfigError:
     return ConfigError(f"more {what} were asked for than there are", expected=f"at most {found}", found=count, remedy="ask for fewer")
+
+
+def _no_order(what: str) -> NonFiniteError:
+    return NonFiniteError(f"scores of {what} are not finite, so that none is higher than another", expected="finite scores",
+                          found="NaN or infinity", remedy="attribute in float32 or bfloat16, or leave these out")  # fmt: skip
 
 
 def _all_zero(what: str) -> ConfigError:

@@ -68,7 +68,7 @@ def damage(
         draws: random circuits of the same size, ablated to the same kind of constants.
 
     Raises:
-        ConfigError: a text shares a stretch with the constants of the ablation, or with the pairs that chose the circuit; no texts; a
+        ConfigError: a text shares a stretch with the constants of the ablation, or with what chose or taught the circuit; no texts; a
             circuit without an ablation; another strength than 1 for a plan, which has its own.
 
     Example:
@@ -118,7 +118,9 @@ def _check_apart(ablated: Circuit | Plan, sources: Mapping[str, Sequence[Row]]) 
     if isinstance(ablated, Plan):
         return checked
     constants = {} if ablated.ablation is None else ablated.ablation.facts
-    for what, facts in (("the constants of the ablation", constants), ("the pairs that chose the circuit", ablated.facts.get("pairs", {}))):
+    chosen = [("the pairs that chose the circuit", "pairs"), ("the texts that chose the circuit", "texts")]
+    seen = [("the constants of the ablation", constants), *((what, ablated.facts.get(name, {})) for what, name in chosen)]
+    for what, facts in seen:
         hashes = facts.get("windows")
         if hashes is None:
             continue

@@ -145,9 +145,9 @@ class GradientMask:
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # below accelerate's and Lightning's
         current = {id(parameter) for parameter in self.model.parameters()}
         in_optimizers = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(masked.parameter) in in_optimizers for masked in self.partial) and self.partial:
-            raise _not_optimised(self.partial[0].name)
         for masked in self.partial:
+            if id(masked.parameter) not in in_optimizers:  # another optimiser may have it, whose weight decay nobody would undo
+                raise _not_optimised(masked.name)
             if id(masked.parameter) not in current or not is_dense(masked.parameter):
                 raise _replaced(masked.name)
         self._empty_adapters()
@@ -219,10 +219,10 @@ def _in_ddp() -> AttachError:
 
 def _not_optimised(name: str) -> ConfigError:
     return ConfigError(
-        "no optimiser has the parameters of the gradient mask",
-        expected=f"an optimiser of this model's parameters, '{name}' among them",
+        f"'{name}' of the gradient mask is in none of these optimisers, so that what another one does to it would not be undone",
+        expected="all optimisers of this model's parameters",
         found="others",
-        remedy="pass the optimiser that trains the model: mask.active(optimizer)",
+        remedy="pass all that train the model: mask.active(first, second); requires_grad_(False) for what none trains",
     )
 
 

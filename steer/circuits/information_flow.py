@@ -19,6 +19,7 @@ from steer.circuits.component_weights import output_matrix
 from steer.circuits.components import MLP, ComponentGraph
 from steer.circuits.pairs import rows_hash
 from steer.circuits.stream_readers import BlockReaders, stream_readers
+from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import Batch, Positions, Prompts, Texts, rows_of
 from steer.model.anatomy import Anatomy
@@ -68,7 +69,7 @@ def information_flow(
     facts = {
         "method": {"name": "information_flow"},
         "sign": "a share of what is read, from 0 to 1",
-        "texts": {"count": len(rows), "hash": rows_hash(rows)},
+        "texts": {"count": len(rows), "hash": rows_hash(rows), "windows": window_hashes(rows)},
         "model": anatomy.fingerprint(),
     }
     nodes = edges.sum(-1) / graph.possible.sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from steer.circuits.ablation import Ablation
 from steer.circuits.circuit import Circuit
 from steer.circuits.gates import KINDS, NEURON, CandidateGates
 from steer.circuits.operators.gate_components import FORMS, LINEAR
+from steer.circuits.pairs import rows_hash
 from steer.circuits.terms import Term
+from steer.circuits.text_overlap import window_hashes
 from steer.errors import ConfigError
 from steer.model.devices import check_weights_are_there, input_device
 from steer.model.restoring import restoring, restoring_all
@@ -99,6 +102,7 @@ def learn_circuit(
         model=anatomy.fingerprint(),
         candidates={"nodes": len(candidates.node_names), "neurons": candidates.n_neurons},
         settings={"gates": gates, "start": start, "steps": steps, "lr": lr, "sparsity": penalties, "least": least, "seed": seed},
+        texts=_texts(terms, candidates),
         terms=_summary(terms, training.history),
         sign="amounts are what is ablated" if not any(term.alone for term in terms) else "amounts are what stays",
     )
@@ -121,7 +125,13 @@ def _fit(training: MaskTraining, steps: int, seed: int, device: torch.device) ->
     )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        trainer.fit(training)
+        try:
+            trainer.fit(training)
+        except SystemExit as ended:  # so Lightning ends after Ctrl-C, and it goes on ignoring the key
+            if isinstance(ended.__context__, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from None
+            raise
 
 
 @contextmanager
@@ -162,6 +172,13 @@ def _summary(terms: Sequence[Term], history: Sequence[Mapping[str, float]]) -> l
         {"name": name, "weight": term.weight, "items": len(term.items), "first": mean(name, history[:n]), "last": mean(name, history[-n:])}
         for name, term in zip(names, ordered, strict=True)
     ]
+
+
+def _texts(terms: Sequence[Term], candidates: Circuit) -> dict[str, Any]:
+    """Number, hash and windows of the texts of the terms, with the windows of what chose the candidates."""
+    rows = list(dict.fromkeys(row for term in terms for item in term.items for row in item))
+    windows = set(window_hashes(rows)).union(*(candidates.facts.get(name, {}).get("windows", ()) for name in ("pairs", "texts")))
+    return {"count": len(rows), "hash": rows_hash(rows), "windows": sorted(windows)}
 
 
 def _checked(terms: Any, candidates: Any, gates: str, start: float, steps: int, lr: float, sparsity: Any, least: float) -> dict[str, float]:

@@ -57,6 +57,17 @@ class LogProbability:
         return logits[-1].log_softmax(-1)[_of(self.token, prompt, logits)]
 
 
+def check_target(target: Target, prompts: int) -> None:
+    """Raises ConfigError for a target that is no function, or whose tokens are those of more or fewer prompts."""
+    if not callable(target):
+        raise _no_function(target)
+    fields = {LogitDifference: ("right", "wrong"), LogProbability: ("token",)}.get(type(target), ())
+    for name in fields:
+        tokens = getattr(target, name)
+        if not isinstance(tokens, int) and len(tokens) != prompts:
+            raise _other_count(len(tokens), prompts)
+
+
 def checked_value(value: object, prompt: int) -> Tensor:
     """Raises ConfigError for a target that gives no number, NonFiniteError for NaN or infinity."""
     if not isinstance(value, Tensor) or value.numel() != 1:
@@ -83,7 +94,7 @@ def _check(tokens: Tokens) -> None:
 
 def _of(tokens: Tokens, prompt: int, logits: Tensor) -> int:
     if not isinstance(tokens, int) and prompt >= len(tokens):
-        raise _too_few(len(tokens), prompt)
+        raise _other_count(len(tokens), f"a number {prompt}")
     token = tokens if isinstance(tokens, int) else tokens[prompt]
     if token >= logits.shape[-1]:
         raise _no_such_token(token, logits.shape[-1])
@@ -112,9 +123,15 @@ def _not_finite(value: Tensor, prompt: int) -> NonFiniteError:
     )
 
 
-def _too_few(count: int, prompt: int) -> ConfigError:
-    return ConfigError("a target has too few tokens", expected="one for each prompt", found=f"{count}, and none for prompt {prompt}",
-                       remedy="pass one token for all prompts, or one for each")  # fmt: skip
+def _other_count(found: int, prompts: int | str) -> ConfigError:
+    expected = f"one for each of {prompts} prompts, or one for all"
+    return ConfigError("the tokens of a target are not those of these prompts", expected=expected,
+                       found=found, remedy="give the tokens of these prompts; of a chunk, those of its own")  # fmt: skip
+
+
+def _no_function(target: object) -> ConfigError:
+    return ConfigError("the target of a circuit is no function", expected="a function of logits and the number of a prompt",
+                       found=type(target).__name__, remedy="e.g. LogitDifference(right, wrong)")  # fmt: skip
 
 
 def _no_such_token(token: int, size: int) -> ConfigError:

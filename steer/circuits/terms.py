@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import finite_number, number_within, of_type, whole_number
-from steer.circuits.targets import Target, checked_value
+from steer.circuits.targets import Target, check_target, checked_value
 from steer.circuits.texts import Prompts, rows_of
 from steer.errors import ConfigError
 from steer.model.tokens import Row, check_rows
@@ -76,6 +76,7 @@ class _OfTarget(Term):
         if others is not None and len(others) != len(rows):
             raise _other_partners(len(rows), len(others))
         super().__init__([(row,) for row in rows] if others is None else list(zip(rows, others, strict=True)), weight, per_step)
+        check_target(target, len(rows))
         self.target = target
 
     @property
@@ -203,6 +204,8 @@ class Faithful(Term):
         tokenizer: object = None,
     ) -> None:
         super().__init__([(row,) for row in rows_of(model, prompts, tokenizer)], weight, per_step)
+        if target is not None:
+            check_target(target, len(self.items))
         self.target = target
 
     @property

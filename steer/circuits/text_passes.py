@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.checks import whole_number
-from steer.circuits.targets import Target, checked_value
+from steer.circuits.targets import Target, check_target, checked_value
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
 from steer.model import hooks
@@ -105,7 +105,8 @@ class TextPasses:
         return call is self.model and any("logits_to_keep" in inspect.signature(module.forward).parameters for module in self.anatomy.chain)
 
     def values(self, target: Target, batch: Batch, logits: Tensor) -> Tensor:
-        """[rows] of the target. Raises ConfigError for a target that gives no number, NonFiniteError for NaN or infinity."""
+        """[rows] of the target. Raises ConfigError for a target of other prompts or no number, NonFiniteError for NaN or infinity."""
+        check_target(target, len(self.texts))
         is_last = logits.shape[1] < batch.ids.shape[1]
         values = []
         # rows are taken apart at once: each taken alone would have a gradient as large as all of them

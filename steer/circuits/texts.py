@@ -53,7 +53,7 @@ class Texts:
         role_names: by number. roles: [tokens] of each prompt.
 
     Raises:
-        ConfigError: other positions, or labels that do not fit the prompts.
+        ConfigError: other positions, labels that do not fit the prompts, or no token with one.
     """
 
     def __init__(self, rows: Sequence[Row], positions: Positions = "sum", *, side: str = "right") -> None:
@@ -64,6 +64,8 @@ class Texts:
         self.lengths = [len(row.ids) for row in rows]
         labels = _labels(self.lengths, positions)
         self.role_names = list(dict.fromkeys(label for of_row in labels for label in of_row if label is not None))
+        if not self.role_names:
+            raise _no_roles()
         numbers = {name: number for number, name in enumerate(self.role_names)}
         self.roles = [torch.tensor([NO_ROLE if label is None else numbers[label] for label in of_row]) for of_row in labels]
 
@@ -127,6 +129,11 @@ def _labels(lengths: Sequence[int], positions: Positions) -> Sequence[Sequence[s
 
 def _no_prompts() -> ConfigError:
     return ConfigError("no prompts to attribute on", expected="at least one", found="none", remedy="pass a list of texts or rows")
+
+
+def _no_roles() -> ConfigError:
+    return ConfigError("no token of the prompts is looked at", expected="a label for at least one token", found="None for all",
+                       remedy="give labels to the tokens that count, or pass positions='sum'")  # fmt: skip
 
 
 def _no_batch(batch: Mapping[str, Any]) -> ConfigError:

@@ -178,7 +178,7 @@ def test_wrong_input_is_told(tiny):
         (ConfigError, "gives no number", {"target": lambda logits, prompt: logits[-1]}),
         (NonFiniteError, "prompt 0 is not finite", {"target": lambda logits, prompt: logits[-1, 5] * float("nan")}),
         (ConfigError, "does not exist", {"target": LogProbability(900)}),
-        (ConfigError, "too few tokens", {"target": LogitDifference([5], 9), "prompts": rows(5, 5)}),
+        (ConfigError, "tokens of a target", {"target": LogitDifference([5], 9), "prompts": rows(5, 5)}),
         (ConfigError, "`baseline`", {"baseline": "median"}),
         (ConfigError, "`gradient`", {"gradient": "gim"}),
         (ConfigError, "`nodes`", {"nodes": 0}),

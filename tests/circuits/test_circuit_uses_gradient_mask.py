@@ -271,8 +271,13 @@ def test_a_mask_without_its_optimiser_or_with_nothing_to_learn_is_refused(tiny) 
     model = tiny("llama")
     circuit = circuit_of(model)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(ConfigError, match="no optimiser"), GradientMask(model, circuit).active(other):
+    with pytest.raises(ConfigError, match="in none of these optimisers"), GradientMask(model, circuit).active(other):
         pass
+    half = torch.optim.AdamW(model.model.layers[1].parameters(), lr=0.1)  # the circuit has neurons of block 0 too
+    with pytest.raises(ConfigError, match=r"layers\.0\.[\s\S]*all that train the model"), GradientMask(model, circuit).active(half):
+        pass
+    with GradientMask(model, circuit).active(half, torch.optim.AdamW(model.model.layers[0].parameters(), lr=0.1)) as mask:
+        assert mask.learning
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would learn"):
         GradientMask(model, circuit)

@@ -111,7 +111,7 @@ def test_gradients_that_are_not_finite_are_refused(model):
     [
         (lambda: LogitDifference(5, 96), ("does not exist", "0 to 95", "96")),
         (lambda: LogProbability(10**9), ("does not exist", "0 to 95")),
-        (lambda: LogitDifference([5], [6]), ("too few tokens", "prompt 1")),
+        (lambda: LogitDifference([5], [6]), ("tokens of a target", "2 prompts")),
         (lambda: LogProbability(-1), ("a token of a target",)),
         (lambda: LogitDifference("a", 3), ("token",)),
     ],

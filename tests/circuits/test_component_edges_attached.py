@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from circuits.component_helpers import TARGET, ablation_of, cut, exact_model, rows, run_of
+from circuits.component_helpers import TARGET, ablation_of, cut, exact_model, pairs, rows, run_of
 from hand import hook_count, ids, padded
 from torch import Tensor, nn
 
-from steer.circuits import Circuit, mean_ablation, resample_ablation
+from steer.circuits import Circuit, attribute, mean_ablation, resample_ablation
 from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.texts import Texts
 from steer.errors import AttachError, ConfigError, ContextError, WrongModelError
@@ -197,6 +197,9 @@ def test_edges_of_two_circuits_at_once_are_refused_since_behind_a_norm_they_do_n
             other.edges_ablated(model).attach()
         with pytest.raises(AttachError, match="ablated already"):
             run_of(model).values([TakenOut.circuit(other)])
+        with pytest.raises(AttachError, match="ablated already"):
+            attribute(model, pairs(model), TARGET, progress=False)
+        assert attribute(model, pairs(model), TARGET, edges=False, progress=False).node_scores.any()
         assert not torch.equal(logits_of(model, ids(1, 6)), plain)
     with other.edges_ablated(model):
         assert not torch.equal(logits_of(model, ids(1, 6)), plain)

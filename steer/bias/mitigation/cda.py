@@ -17,7 +17,7 @@ from steer.bias.debiasing import MITIGATIONS, Mitigation
 from steer.bias.mitigation._lora import lora_on, train_lora
 from steer.bias.texts import rows_digest
 from steer.checks import finite_number, whole_number
-from steer.errors import ConfigError
+from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
 from steer.model.tokens import Row, encode, plain
 
@@ -103,10 +103,12 @@ class Cda(Mitigation):
         """The model with the adapter; the model that is given has it too.
 
         Raises:
-            ConfigError: there was no fine-tune, or the model has adapters already.
+            ConfigError: there was no fine-tune, or the model has adapters already. WrongModelError: another model.
         """
         if not self.adapter:
             raise _not_tuned()
+        if (found := Anatomy.find(model).fingerprint()) != self.facts["model"]:
+            raise _other_model(self.facts["model"], found)
         with lora_on(model, self.rank, adapter=self.adapter) as adapted:
             yield adapted
 
@@ -140,6 +142,11 @@ def _no_answer(row: Mapping[str, Any]) -> ConfigError:
         found=f"a row with the keys {', '.join(map(str, row))}",
         remedy="complete the row, or pass steps=0 for the rows alone",
     )
+
+
+def _other_model(known: Any, found: Any) -> WrongModelError:
+    return WrongModelError("the adapter of this cda was trained on another model", expected=known, found=found,
+                           remedy="fit it on this model")  # fmt: skip
 
 
 def _not_tuned() -> ConfigError:

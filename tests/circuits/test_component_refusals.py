@@ -1,0 +1,183 @@
+"""What would give wrong numbers in silence is refused, or done right: targets of other prompts, other models, texts without roles, NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from circuits.component_helpers import TARGET, ablation_of, pairs, rows
+from families import FAMILIES
+
+from steer.circuits import (
+    Circuit,
+    ComponentEvaluation,
+    ComponentRun,
+    ComponentScores,
+    KeepKL,
+    LogitDifference,
+    LogProbability,
+    Pairs,
+    Shift,
+    TakenOut,
+    attribute,
+    damage,
+    information_flow,
+    learn_circuit,
+    mean_ablation,
+    zero_ablation,
+)
+from steer.errors import ConfigError, NonFiniteError, WrongModelError
+
+LONG = [40, 36]  # tokens: longer than the stretches that overlaps are looked for in
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FAMILIES["llama"]()
+
+
+@pytest.fixture(scope="module")
+def scores(model) -> ComponentScores:
+    return attribute(model, pairs(model), TARGET, method="eap", progress=False)
+
+
+@pytest.mark.parametrize(
+    "target", [LogitDifference([5, 6, 7, 8], 9), LogitDifference(5, [1, 2]), LogProbability([3] * 4), "logit difference", None]
+)
+def test_tokens_of_other_prompts_are_no_target(model, target):
+    uses = [
+        lambda: attribute(model, pairs(model), target, progress=False),  # three pairs
+        lambda: ComponentRun(model, rows(5, 5, 5), target, zero_ablation()).values([TakenOut.nothing(_graph(model))]),
+        lambda: Shift(model, rows(5, 5, 5), rows(4, 4, 4, seed=9), target),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match=r"tokens of a target|is no function"):
+            use()
+
+
+def test_one_token_for_each_prompt_is_a_target(model):
+    of_each = LogitDifference([5, 6, 7], [9, 9, 9])
+    values = ComponentRun(model, rows(5, 6, 4), of_each, zero_ablation()).values([TakenOut.nothing(_graph(model))])[0]
+    for row, right, value in zip(rows(5, 6, 4), of_each.right, values, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0, -1]
+        assert value == pytest.approx((logits[right] - logits[9]).item(), abs=1e-5)
+
+
+def test_texts_of_which_no_token_counts_have_neither_mean_nor_score(model):
+    nothing = [[None] * 4, [None] * 5]
+    with pytest.raises(ConfigError, match="no token of the prompts"):
+        mean_ablation(model, rows(4, 5), positions=nothing)
+    with pytest.raises(ConfigError, match="no token of the prompts"):
+        Pairs.of(model, rows(4, 5), rows(4, 5, seed=9), positions=nothing)
+    with pytest.raises(ConfigError, match=r"no mean at a position[\s\S]*none at \[1\]"):
+        mean_ablation(model, rows(4, 4), positions=[["a", None, "a", "a"]] * 2, per_position=True)
+
+
+def test_scores_that_are_not_finite_choose_nothing(model, scores):
+    nodes, edges = scores.nodes.clone(), scores.edges.clone()
+    nodes[0, 3] = edges[0, 1, -1] = torch.nan
+    damaged = replace(scores, nodes=nodes, edges=edges)
+    evaluation = ComponentEvaluation(model, pairs(model), TARGET, zero_ablation())
+    for choose in (
+        lambda: damaged.top_nodes(2),
+        lambda: damaged.top_edges(2, absolute=False),
+        lambda: evaluation.curve(damaged, shares=(0.5,)),
+    ):
+        with pytest.raises(NonFiniteError, match="none is higher"):
+            choose()
+
+
+def test_a_circuit_of_another_model_is_not_evaluated(model, scores):
+    others = [FAMILIES["mistral"](), FAMILIES["llama"](num_attention_heads=8)]
+    for other in others:
+        evaluation = ComponentEvaluation(other, pairs(other), TARGET, zero_ablation())
+        for evaluate in (evaluation.faithfulness, evaluation.completeness, evaluation.minimality):
+            with pytest.raises(WrongModelError, match="another model"):
+                evaluate(scores.top_edges(80))
+        for evaluate in (evaluation.curve, evaluation.exact_effects):
+            with pytest.raises(WrongModelError, match="another model"):
+                evaluate(scores)
+    trained = FAMILIES["llama"]()
+    trained.get_input_embeddings().weight.data.add_(0.01)
+    assert ComponentEvaluation(trained, pairs(trained), TARGET, zero_ablation()).faithfulness(scores.top_edges(80), draws=0)
+
+
+def test_a_circuit_that_does_not_say_its_model_has_to_have_its_heads():
+    model, other = FAMILIES["llama"](), FAMILIES["llama"](num_attention_heads=8)
+    unnamed = replace(Circuit.of_nodes(model, ["a1.h2"]).with_ablation(zero_ablation()), facts={})
+    assert unnamed.check_model(model)
+    with pytest.raises(WrongModelError, match="another model"):
+        unnamed.ablation_plan(other)
+
+
+def test_amounts_and_masks_have_to_fit(model):
+    circuit = Circuit.of_nodes(model, ["a1.h2"])
+    with pytest.raises(ConfigError, match="`neurons` of a circuit"):
+        replace(circuit, neurons={7: torch.ones(64, dtype=torch.float64)})
+    with pytest.raises(ConfigError, match=r"torch\.bool"):
+        replace(circuit, edges=circuit.graph.possible.double())
+    with pytest.raises(NonFiniteError, match="amounts of the nodes"):
+        replace(circuit, nodes=circuit.nodes * torch.nan)
+    with pytest.raises(ConfigError, match="the ablation of a circuit"):
+        circuit.with_ablation("zero")
+    for names in ("a1.h2", 3):
+        with pytest.raises(ConfigError, match="the nodes of a circuit"):
+            Circuit.of_nodes(model, names)
+
+
+def test_the_control_of_a_circuit_with_the_input_has_the_input(model):
+    drawn = Circuit.of_nodes(model, ["input", "a1.h2", "m0"]).random(0)
+    assert [name[0] for name in drawn.node_names] == ["i", "a", "m"] and drawn.node_names[1:] != ["a1.h2", "m0"]
+
+
+@pytest.mark.filterwarnings("ignore:damage on", "ignore:the constants")
+def test_damage_knows_every_text_that_chose_a_circuit(model):
+    ablation = ablation_of(model, "zero")
+    seen = rows(*LONG, seed=3)
+
+    def of(chosen):
+        return attribute(model, Pairs.of(model, chosen, [row.__class__(row.ids[::-1], 0) for row in chosen]), TARGET, progress=False)
+
+    joined = of(rows(*LONG, seed=70)).joined(of(seen)).top_nodes(2)
+    flowed = information_flow(model, seen, progress=False).top_edges(80)
+    learned = learn_circuit(model, [KeepKL(seen)], Circuit.of_nodes(model, ["a1.h2"]), ablation=ablation, steps=1, least=0, progress=False)
+    again = learn_circuit(model, [KeepKL(rows(9))], joined, ablation=ablation, steps=1, least=0, progress=False)
+    for circuit in (joined, flowed, learned, again):
+        with pytest.raises(ConfigError, match="that chose the circuit"):
+            damage(model, circuit.with_ablation(ablation), {"news": seen}, draws=0)
+        assert damage(model, circuit.with_ablation(ablation), {"news": rows(*LONG, seed=11)}, draws=0).facts["overlap_checked"]
+
+
+def test_ctrl_c_while_gates_are_learned_is_ctrl_c(model):
+    calls = []
+
+    def stopped(logits, prompt):
+        calls.append(prompt)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return logits[-1, 5] - logits[-1, 9]
+
+    candidates = Circuit.of_nodes(model, ["a1.h2"]).with_ablation(zero_ablation())
+    with pytest.raises(KeyboardInterrupt):
+        learn_circuit(model, [Shift(model, rows(5, 5), rows(4, 4), stopped)], candidates, steps=4, progress=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_nothing_to_try_or_to_draw_is_told(model, scores):
+    evaluation = ComponentEvaluation(model, pairs(model), TARGET, zero_ablation())
+    circuit = scores.top_edges(80)
+    for evaluate in (
+        lambda: evaluation.curve(scores, shares=()),
+        lambda: evaluation.curve(scores, shares=(0.5,), draws=-1),
+        lambda: evaluation.minimality(circuit, most=0),
+        lambda: evaluation.minimality(circuit, knock_outs=-1),
+        lambda: evaluation.completeness(circuit, candidates=0),
+    ):
+        with pytest.raises(ConfigError):
+            evaluate()
+
+
+def _graph(model):
+    return Circuit.of_nodes(model, ["input"]).graph
