@@ -82,7 +82,6 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
         "seconds": statistics.median(run["seconds"] for run in runs),
         "forward_passes": statistics.median(forwards),
         "forward_passes_range": [min(forwards), max(forwards)],
-        "MiB": statistics.median(run["bytes"] for run in runs) / 2**20,
     }
 
 
@@ -119,17 +118,21 @@ def main() -> None:
             python, checkout = options.eap_ig
             arms.append(Arm("EAP-IG", [python, peers / "eap_ig.py", folder, checkout]))
         runs: dict[str, dict[str, list[dict[str, float]]]] = {arm.name: {"eap": [], "eap_ig": []} for arm in arms}
-        for number in range(options.rounds + 1):  # the first warms up
+        first: dict[str, dict[str, float]] = {arm.name: {} for arm in arms}
+        # the first round warms up; memory is read in it, since later the process holds what it once had
+        for number in range(options.rounds + 1):
             for method in ("eap", "eap_ig"):
                 for arm in arms:
                     found = arm.run(method)
                     if number:
                         runs[arm.name][method].append(found)
+                    else:
+                        first[arm.name][method] = found["bytes"] / 2**20
                     print(number, method, arm.name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr, flush=True)
         result: dict[str, Any] = {
             "threads": 1, "rounds": options.rounds, "pairs": options.pairs, "batch": options.batch, "steps": options.steps,
             "torch": torch.__version__,
-            "arms": {name: {method: summary(found) for method, found in of.items()} for name, of in runs.items()},
+            "arms": {name: {method: {**summary(found), "MiB": first[name][method]} for method, found in of.items()} for name, of in runs.items()},
         }  # fmt: skip
         if options.eap_ig:
             result["agreement"] = {method: agreement(folder, method) for method in ("eap", "eap_ig")}
