@@ -132,7 +132,10 @@ def main() -> None:
         result: dict[str, Any] = {
             "threads": 1, "rounds": options.rounds, "pairs": options.pairs, "batch": options.batch, "steps": options.steps,
             "torch": torch.__version__,
-            "arms": {name: {method: {**summary(found), "MiB": first[name][method]} for method, found in of.items()} for name, of in runs.items()},
+            "arms": {
+                name: {method: {**summary(found), "MiB": first[name][method]} for method, found in of.items()}
+                for name, of in runs.items()
+            },
         }  # fmt: skip
         if options.eap_ig:
             result["agreement"] = {method: agreement(folder, method) for method in ("eap", "eap_ig")}
