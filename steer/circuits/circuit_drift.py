@@ -22,6 +22,7 @@ from steer.model.site import Site
 DIGEST = "embedding_digest"  # of a model's fingerprint
 
 
+@torch.inference_mode(False)  # of the caller, in which nothing has a gradient
 def circuit_directions(
     model: nn.Module,
     circuit: Circuit,

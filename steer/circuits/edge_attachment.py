@@ -46,6 +46,7 @@ class EdgesAblated:
         >>> handle.detach()
     """
 
+    @torch.inference_mode(False)  # of the caller: training may follow
     def __init__(self, circuit: Circuit, model: nn.Module, strength: float = 1.0) -> None:
         anatomy = circuit.check_model(model)
         if circuit.edges is None:
@@ -58,7 +59,8 @@ class EdgesAblated:
         def replacement(site: Site, h: Tensor) -> Tensor:
             key = (site, h.device, h.dtype)
             if key not in on_device:
-                on_device[key] = constants(site, h.shape[-1]).to(h)
+                with torch.inference_mode(False):
+                    on_device[key] = constants(site, h.shape[-1]).to(h.device, h.dtype)
             return on_device[key]
 
         finite_number(strength, "the strength of an ablation")

@@ -140,6 +140,7 @@ class FeatureCircuit:
             return cls(graph, {name: dictionaries[name] for name in more["dictionaries"]}, more["error_share"], faithfulness)
 
 
+@torch.inference_mode(False)  # of the caller, in which nothing has a gradient
 def feature_circuit(
     model: nn.Module,
     dictionaries: Mapping[str, Dictionary],

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SPARSITY = dict.fromkeys(KINDS, 0.01) | {NEURON: 0.0005}
 
 
+@torch.inference_mode(False)  # of the caller, in which nothing has a gradient
 def learn_circuit(
     model: nn.Module,
     terms: Sequence[Term],

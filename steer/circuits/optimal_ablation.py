@@ -25,6 +25,7 @@ from steer.errors import ConfigError
 from steer.model.site import Site
 
 
+@torch.inference_mode(False)  # of the caller, in which nothing has a gradient
 def optimal_ablation(
     model: nn.Module,
     circuit: Circuit,

@@ -215,3 +215,19 @@ def test_checkpoints_that_record_nothing_in_the_forward_pass_are_refused(tiny, e
     batch = ids(2, 6)
     with circuit.edges_ablated(model), pytest.raises(ContextError, match=r"use_reentrant': False"):
         model(batch, labels=batch, use_cache=False).loss.backward()
+
+
+def test_what_was_made_or_ran_in_inference_mode_is_trained_through(tiny):
+    model = tiny("llama").double()  # constants are converted, and kept
+    circuit = circuit_of(model)
+    batch = ids(2, 6)
+    with torch.inference_mode():
+        handle = circuit.edges_ablated(model).attach()
+        model(batch)
+    model(batch, labels=batch).loss.backward()
+    handle.detach()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with circuit.edges_ablated(model):
+        model(batch, labels=batch).loss.backward()
+    assert all(torch.equal(a, parameter.grad) for a, parameter in zip(found, model.parameters(), strict=True))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from circuits.circuit_helpers import autoencoder
 from circuits.component_helpers import TARGET, ablation_of, pairs, rows
 from families import FAMILIES
 
@@ -21,10 +22,13 @@ from steer.circuits import (
     Shift,
     TakenOut,
     attribute,
+    circuit_directions,
     damage,
+    feature_circuit,
     information_flow,
     learn_circuit,
     mean_ablation,
+    optimal_ablation,
     zero_ablation,
 )
 from steer.errors import ConfigError, NonFiniteError, WrongModelError
@@ -163,6 +167,26 @@ def test_ctrl_c_while_gates_are_learned_is_ctrl_c(model):
     with pytest.raises(KeyboardInterrupt):
         learn_circuit(model, [Shift(model, rows(5, 5), rows(4, 4), stopped)], candidates, steps=4, progress=False)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_needs_gradients_has_them_in_the_inference_mode_of_a_caller(model):
+    circuit = Circuit.of_nodes(model, ["a1.h2"]).with_ablation(mean_ablation(model, rows(6, 5)))
+
+    def found():
+        learned = learn_circuit(model, [Shift(model, rows(5), rows(5, seed=3), TARGET)], circuit, steps=2, progress=False)
+        optimal = optimal_ablation(model, circuit, rows(8), steps=2, progress=False)
+        directions = circuit_directions(model, circuit, rows(6), TARGET)
+        return [learned.nodes, *optimal.values.values(), directions["layers.1.attn.z"].vector]
+
+    expected = found()
+    with torch.inference_mode():
+        inside = found()
+    for a, b in zip(inside, expected, strict=True):
+        assert torch.equal(a, b) and not a.is_inference()
+    features = {"a": autoencoder()}
+    with torch.inference_mode():
+        of_features = feature_circuit(model, features, rows(5, 4), TARGET, evaluate=False)
+    assert repr(of_features) == repr(feature_circuit(model, features, rows(5, 4), TARGET, evaluate=False))
 
 
 def test_nothing_to_try_or_to_draw_is_told(model, scores):
