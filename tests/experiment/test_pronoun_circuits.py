@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from experiment_helpers import command, read_metrics
 from families import FAMILIES
 from metrics_keys import undocumented
+from pronoun_data import pronoun_circuits, write_splits
 from tiny_experiment import write_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -17,16 +17,11 @@ from torch import nn
 from steer.circuits import Circuit
 from steer.errors import ConfigError
 from steer.experiment.arms import Arm
-from steer.experiment.data import DataSet
 from steer.experiment.metrics.log_odds import LogOdds
-from steer.experiment.pronoun_circuits import PronounCircuits
 from steer.experiment.treatment import Bench
 from steer.experiment.treatments.circuit import CircuitTreatment
 from steer.experiment.treatments.mitigation import MitigationTreatment
 
-FIND, TEST = ("cat", "dog", "tree", "mat"), ("house", "sun", "moon")
-SENTENCES = ("the {occupation} is good and", "where is the {occupation} and", "a {occupation} ran under")
-SPLITS = {name: name for name in ("occupations", "sentences", "gender_words", "constants", "learning")}
 SHORT = {"steps": 2, "shifts": 3, "facts": 2, "texts": 1}
 ARMS = [
     "experiment.arms.gates.treatment.settings.steps=2",
@@ -40,32 +35,6 @@ ARMS = [
 ]
 
 
-def write_splits(folder: Path) -> Path:
-    """A data set with the splits of `gender_pronoun`, in the words of the tiny tokenizer."""
-    folder.mkdir(parents=True)
-    running = [{"text": " ".join([f"the cat sat on the {place} and the dog ran"] * 10), "source": "cats"} for place in ("mat", "house")]
-    gendered = [{"male": "sun", "female": "moon"}, {"male": "day", "female": "night"}]
-    test = [
-        {"prompt": text.replace("{occupation}", word), "baseline": text.replace("{occupation}", "game"), "first": " he", "second": " she"}
-        for text in SENTENCES[:2]
-        for word in TEST
-    ]
-    splits = {
-        "occupations_find": [{"text": word} for word in FIND],
-        "sentences_find": [{"text": text, "male": " he", "female": " she"} for text in SENTENCES],
-        "gender_words_find": gendered,
-        "constants": running,
-        "learning": running,
-        "occupations_test": test,
-        "sentences_test": test[:3],
-        "facts_test": [{key: row[key] for key in ("prompt", "first", "second")} for row in test[:4]],
-        "damage": running,
-    }
-    for name, rows in splits.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return folder
-
-
 @pytest.fixture
 def model() -> nn.Module:
     return FAMILIES["llama"]()
@@ -73,12 +42,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def bench(model: nn.Module, tmp_path: Path) -> Bench:
-    data = DataSet(write_splits(tmp_path / "data"))
-    splits = {"occupations": "occupations_find", "sentences": "sentences_find", "gender_words": "gender_words_find"}
-    circuits = PronounCircuits(
-        model, tiny_tokenizer(), data, {**SPLITS, **splits}, baseline="game", folder=tmp_path / "circuits"
-    )  # fmt: skip
-    return Bench(model, tiny_tokenizer(), [], circuits=circuits)
+    return Bench(model, tiny_tokenizer(), [], circuits=pronoun_circuits(model, tmp_path))
 
 
 def odds(model: nn.Module, text: str) -> float:

@@ -15,10 +15,12 @@ from families import FAMILIES, WIDTH
 from features.feature_plans import FEATURES, autoencoder
 from hand import hook_count
 from peft import LoraConfig, PeftModel, get_peft_model
+from pronoun_data import pronoun_circuits
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
 import steer
+from steer.circuits import Circuit, zero_ablation
 from steer.directions import Direction, Directions
 from steer.errors import ConfigError, ModelNotFoundError, SteerError
 from steer.experiment.arms import Arm
@@ -26,8 +28,10 @@ from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.irrelevant import n_tokens
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
 from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment
+from steer.experiment.treatments.circuit import CircuitTreatment
 from steer.experiment.treatments.data import TrainingData
 from steer.experiment.treatments.feature import FeatureTreatment
+from steer.experiment.treatments.mitigation import MitigationTreatment
 from steer.experiment.treatments.plan import PlanTreatment
 from steer.experiment.treatments.prompt import Prompt
 from steer.experiment.treatments.weights import Weights
@@ -61,8 +65,13 @@ def adapter(folder: Path, seed: int = 0, **options: Any) -> Path:
     return folder
 
 
+def circuit(folder: Path, *names: str) -> Path:
+    """A circuit of the tiny llama, zero-ablated."""
+    return Circuit.of_nodes(FAMILIES["llama"](), names).with_ablation(zero_ablation()).save(folder)
+
+
 @pytest.fixture
-def bench() -> Bench:
+def bench(tmp_path: Path) -> Bench:
     tokenizer = tiny_tokenizer()
     entries = [Direction(Site.parse(SITE), vector(), "mean_difference", "response", {"auc": 0.9, "dprime": 1.0})]
     rows = [plain(tokenizer, text) for text in ("the cat is good .", "where is the dog ?", "one two three four")]
@@ -70,7 +79,9 @@ def bench() -> Bench:
     dictionary.maxima, dictionary.density = torch.full((FEATURES,), 3.0), torch.full((FEATURES,), 0.1)
     model = FAMILIES["llama"]()
     features = ExperimentFeatures(model, dictionary, [5, 8])
-    return Bench(model, tokenizer, rows, {"warm": Directions(entries, "warm", {})}, features=features)
+    return Bench(
+        model, tokenizer, rows, {"warm": Directions(entries, "warm", {})}, features=features, circuits=pronoun_circuits(model, tmp_path)
+    )
 
 
 Make = Callable[[Path], Treatment]
@@ -81,6 +92,8 @@ MAKE: dict[str, Make] = {
     "prompt": lambda _: Prompt("be nice and warm"),
     "data": lambda _: TrainingData(without={"style": "loud"}),
     "feature": lambda _: FeatureTreatment("decoder"),
+    "circuit": lambda folder: CircuitTreatment("file", settings={"path": str(circuit(folder / "circuit", "a1.h0", "a2.h3"))}),
+    "mitigation": lambda _: MitigationTreatment("projection", {"site": SITE}),
 }
 OTHER: dict[str, Make] = {
     "plan": lambda _: PlanTreatment(plan(4)),
@@ -88,6 +101,7 @@ OTHER: dict[str, Make] = {
     "prompt": lambda _: Prompt("be nice and cold"),
     "data": lambda _: TrainingData(without={"style": "calm"}),
     "feature": lambda _: FeatureTreatment("decoder", dose=2.0),
+    "circuit": lambda folder: CircuitTreatment("file", settings={"path": str(circuit(folder / "other", "a0.h1", "m1"))}),
 }
 kinds = pytest.mark.parametrize("kind", list(TREATMENTS))
 
@@ -134,7 +148,8 @@ def test_the_model_is_as_it_was_afterwards(kind: str, stop: type[BaseException] 
                     raise stop("no")
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             assert type(error) is stop
-        acts_here = {"plan": way != treatment.trained_from, "feature": way != treatment.trained_from, "weights": True}.get(kind, False)
+        is_edit = kind in ("plan", "feature", "circuit", "mitigation")
+        acts_here = way != treatment.trained_from if is_edit else kind == "weights"
         assert acts is acts_here, way
         after = state(model)
         assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -151,15 +166,18 @@ def test_it_is_known_by_its_content(kind: str, bench: Bench, tmp_path: Path) -> 
         assert json.dumps(OTHER[kind](tmp_path).spec()) != json.dumps(spec)
 
 
-@pytest.mark.parametrize("kind", ["plan", "weights"])
+@pytest.mark.parametrize("kind", ["plan", "weights", "circuit"])
 def test_other_content_under_the_same_path_is_another_treatment(kind: str, tmp_path: Path) -> None:
     def make() -> Treatment:
+        if kind == "circuit":
+            return CircuitTreatment("file", settings={"path": str(tmp_path / "it")})
         return PlanTreatment(str(tmp_path / "it")) if kind == "plan" else Weights(tmp_path / "it")
 
     specs = []
     for seed in (0, 0, 1):
         shutil.rmtree(tmp_path / "it", ignore_errors=True)
-        plan(seed).save(tmp_path / "it") if kind == "plan" else adapter(tmp_path / "it", seed)
+        save = {"plan": lambda: plan(seed).save(tmp_path / "it"), "weights": lambda: adapter(tmp_path / "it", seed)}
+        save.get(kind, lambda: circuit(tmp_path / "it", f"a{seed}.h0"))()
         specs.append(json.dumps(make().spec()))
     assert specs[0] == specs[1] != specs[2]
 

@@ -15,6 +15,7 @@ from steer.errors import ConfigError
 from steer.experiment.pronoun_circuits import ATTRIBUTION, BY, GATE_SETTINGS, PronounCircuits
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
 from steer.experiment.treatments.plan import PlanTreatment
+from steer.files import tensor_hash
 from steer.intervene import Plan
 
 FILE = "file"
@@ -51,7 +52,8 @@ class CircuitTreatment(Treatment):
         self.dose = dose
         self.settings = dict(settings or {})
         self._drawn: int | None = None
-        self._circuit: Circuit | None = None
+        self._circuit = Circuit.load(self.settings["path"]) if by == FILE else None
+        self._content = None if self._circuit is None else _content_hash(self._circuit)
         self._inner: PlanTreatment | None = None
 
     def describe(self) -> str:
@@ -60,7 +62,8 @@ class CircuitTreatment(Treatment):
 
     def spec(self) -> dict[str, Any]:
         drawn = {} if self._drawn is None else {"random": self._drawn}
-        return {"by": self.by, "dose": self.dose, "settings": self.settings, **drawn}
+        content = {} if self._content is None else {"content": self._content}
+        return {"by": self.by, "dose": self.dose, "settings": self.settings, **content, **drawn}
 
     def prepare(self, bench: Bench) -> Self:
         if self._inner is None:
@@ -68,8 +71,8 @@ class CircuitTreatment(Treatment):
         return self
 
     def _found(self, bench: Bench) -> Circuit:
-        if self.by == FILE:
-            return Circuit.load(self.settings["path"])
+        if self._circuit is not None:
+            return self._circuit
         return circuits_of(bench, self).circuit(self.by, self.settings)
 
     def _use(self, circuit: Circuit, bench: Bench) -> None:
@@ -116,6 +119,15 @@ class CircuitTreatment(Treatment):
         partner._drawn = seed
         partner._use(self.circuit.random(seed), bench)
         return partner
+
+
+def _content_hash(circuit: Circuit) -> str:
+    """SHA-256 of what a circuit ablates, and towards what."""
+    tensors = {"nodes": circuit.nodes, **{f"neurons.{layer}": amounts for layer, amounts in circuit.neurons.items()}}
+    tensors |= {f"part.{name}": rows for name, rows in circuit.parts.items()}
+    if circuit.ablation is not None:
+        tensors |= {f"ablation.{site}": constant for site, constant in circuit.ablation.values.items()}
+    return tensor_hash(tensors)
 
 
 def circuits_of(bench: Bench, treatment: Treatment) -> PronounCircuits:
