@@ -79,9 +79,8 @@ def bench(tmp_path: Path) -> Bench:
     dictionary.maxima, dictionary.density = torch.full((FEATURES,), 3.0), torch.full((FEATURES,), 0.1)
     model = FAMILIES["llama"]()
     features = ExperimentFeatures(model, dictionary, [5, 8])
-    return Bench(
-        model, tokenizer, rows, {"warm": Directions(entries, "warm", {})}, features=features, circuits=pronoun_circuits(model, tmp_path)
-    )
+    circuits = pronoun_circuits(model, tmp_path)
+    return Bench(model, tokenizer, rows, {"warm": Directions(entries, "warm", {})}, features=features, circuits=circuits)
 
 
 Make = Callable[[Path], Treatment]
@@ -176,8 +175,10 @@ def test_other_content_under_the_same_path_is_another_treatment(kind: str, tmp_p
     specs = []
     for seed in (0, 0, 1):
         shutil.rmtree(tmp_path / "it", ignore_errors=True)
-        save = {"plan": lambda: plan(seed).save(tmp_path / "it"), "weights": lambda: adapter(tmp_path / "it", seed)}
-        save.get(kind, lambda: circuit(tmp_path / "it", f"a{seed}.h0"))()
+        if kind == "circuit":
+            circuit(tmp_path / "it", f"a{seed}.h0")
+        else:
+            plan(seed).save(tmp_path / "it") if kind == "plan" else adapter(tmp_path / "it", seed)
         specs.append(json.dumps(make().spec()))
     assert specs[0] == specs[1] != specs[2]
 
