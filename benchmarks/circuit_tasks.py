@@ -32,6 +32,10 @@ from steer.model.tokens import Row, encode
 
 NAMES = ("John", "Mary", "Tom", "Anna", "James", "Sarah", "Paul", "Laura", "David", "Emma", "Mark", "Alice")
 PLACES = ("Then, {a} and {b} went to the {p}. {s} gave a {o} to", "When {a} and {b} got to the {p}, {s} handed the {o} to")
+# name movers, negative ones, S2 inhibition, induction, duplicate and previous tokens, backups (Wang et al. 2022, arXiv 2211.00593)
+GPT2_IOI = set(
+    "9.9 10.0 9.6 10.7 11.10 7.3 7.9 8.6 8.10 5.5 5.8 5.9 6.9 0.1 0.10 3.0 2.2 4.11 10.10 10.6 10.2 10.1 11.2 9.7 9.0 11.9".split()
+)
 NOUNS = ("war", "project", "voyage", "reign", "contract", "dispute", "campaign", "strike")
 
 
@@ -170,18 +174,22 @@ def _gap(model: nn.Module, circuit: Circuit | None, prompts: tuple[list[Row], li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("ioi", "greater_than", "decimals"))
+    parser.add_argument("--model", default="smollm2-135m", help="e.g. gpt2, whose published heads of ioi are looked for")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--edges", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    model, tokenizer = steer.load("smollm2-135m")
+    model, tokenizer = steer.load(options.model)
     model = model.float().eval()
     if options.task == "decimals":
         result = decimals(model, tokenizer)
     else:
         make = {"ioi": ioi, "greater_than": greater_than}[options.task]
         result = circuit_of(model, tokenizer, make, options.pairs, options.edges)
-    result = {"task": options.task, **result}
+    if options.task == "ioi" and model.config.model_type == "gpt2" and model.config.n_layer == 12:
+        found = {name.removeprefix("a").replace(".h", ".") for name in result["heads"]}
+        result["published_heads_among_the_strongest"] = sorted(found & GPT2_IOI)
+    result = {"task": options.task, "model": options.model, **result}
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
