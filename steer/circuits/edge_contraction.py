@@ -17,6 +17,7 @@ from steer.circuits.component_pass import Record
 from steer.circuits.component_weights import output_matrix, reading_matrix
 from steer.circuits.components import MLP, ComponentGraph
 from steer.circuits.stream_readers import BlockReaders
+from steer.kernels import edge_scores
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
@@ -119,7 +120,7 @@ class EdgeContraction:
             for layer in layers.tolist():
                 self._read(read, start, layer, found, at)
             before = self.graph.mlp_at(last)  # writers that one of these readers can see
-            scores[:before, start:stop] = (flat[:before] @ read.flatten(1).T).double().cpu()
+            scores[:before, start:stop] = products(written[:before], read).double().cpu()
         last_stream = _of(found.gradients[self._last], at, written.device)  # [tokens, width]
         scores[:, -1] = (flat @ last_stream.flatten()).double().cpu()
         return scores
@@ -142,6 +143,16 @@ class EdgeContraction:
         if block.mlp is not None:
             of_mlp = read[places[MLP].start - start : places[MLP].stop - start]
             block.mlp.vjp_(after, of_mlp, constant_denominator=self.constant_denominator)
+
+
+def products(written: Tensor, read: Tensor) -> Tensor:
+    """[writers, readers] fp32, summed over tokens and width, of [writers, tokens, width] and [readers, tokens, width].
+
+    On a GPU by the kernel, which reads both once; on a CPU one matrix product is 20 % faster than the kernel's reference.
+    """
+    if written.device.type == "cuda":
+        return edge_scores(written.transpose(0, 1), None, read.transpose(0, 1))
+    return written.flatten(1) @ read.flatten(1).T
 
 
 def _of(h: Tensor | None, at: Tokens, device: torch.device) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from steer.circuits import Circuit, ComponentGraph, ComponentScores, attribute, attribute_chunks, mean_ablation
 from steer.circuits.components import LayerShape
+from steer.circuits.edge_contraction import products
 from steer.circuits.stream_readers import stream_readers
 from steer.errors import AnatomyError, ConfigError, DamagedFileError, NonFiniteError, SiteError, SteerError, WrongKindError, WrongModelError
+from steer.kernels import edge_scores
 from steer.model.anatomy import Anatomy
 
 PARALLEL = {"gpt_neox", "falcon"}
@@ -318,3 +320,9 @@ def test_scores_of_other_models_do_not_join(tiny, scores):
     other = tiny("gpt2")
     with pytest.raises(WrongModelError, match="joined"):
         scores.joined(attribute(other, pairs(other), target, method="eap", progress=False))
+
+
+def test_the_kernel_of_edge_scores_gives_the_product_that_a_cpu_takes() -> None:
+    written, read = torch.randn(7, 5, 32), torch.randn(11, 5, 32)
+    by_kernel = edge_scores(written.transpose(0, 1), None, read.transpose(0, 1))
+    assert torch.allclose(products(written, read), by_kernel, atol=1e-4)
