@@ -201,7 +201,7 @@ def _said(circuit: Circuit) -> dict[str, Any]:
     return {
         "method": method if isinstance(method, str) else (method or {}).get("name"),
         "nodes": heads,
-        "neurons": {layer: float(amounts.sum()) for layer, amounts in circuit.neurons.items()},
+        "neurons": {str(layer): float(amounts.sum()) for layer, amounts in circuit.neurons.items()},
         "terms": circuit.facts.get("terms"),
         "ablation": None if circuit.ablation is None else {"kind": circuit.ablation.kind, "tokens": circuit.ablation.facts.get("tokens")},
     }

@@ -46,7 +46,9 @@ def train_lora(
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise _diverged(losses)
-        adapter = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(adapted).items()}
+        adapter = {
+            name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        }
     return adapter, losses
 
 
