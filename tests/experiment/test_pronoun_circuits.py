@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from tiny_experiment import write_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
-from steer.circuits import Circuit
+from steer.circuits import Circuit, ComponentGraph
 from steer.errors import ConfigError
 from steer.experiment.arms import Arm
 from steer.experiment.metrics.log_odds import LogOdds
+from steer.experiment.pronoun_circuits import _said
 from steer.experiment.treatment import Bench
 from steer.experiment.treatments.circuit import CircuitTreatment
 from steer.experiment.treatments.mitigation import MitigationTreatment
@@ -121,3 +123,13 @@ def test_steer_bias_finds_ablates_and_reports(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "The strongest edges" in page and "Effect against fact accuracy" in page
     assert not undocumented(metrics)
+
+
+def test_what_is_said_of_circuits_is_the_same_after_json_for_any_number_of_blocks(bench: Bench) -> None:
+    made = CircuitTreatment("gates", settings=SHORT).prepare(bench).circuit
+    layers = [*made.graph.layers, *made.graph.layers * 4]
+    deep = ComponentGraph(tuple(layers))
+    width = len(next(iter(made.neurons.values())))
+    nodes = torch.ones(len(deep.writers), dtype=torch.float64)
+    said = _said(Circuit(deep, nodes, neurons={layer: torch.ones(width) for layer in (2, 10)}))
+    assert json.dumps(said, sort_keys=True) == json.dumps(json.loads(json.dumps(said)), sort_keys=True)
