@@ -99,7 +99,6 @@ def test_what_cannot_be_learned_is_refused():
     model, direction = planted()
     pairs, labels = sign_pairs(model, 8)
     site = "layers.1.output"
-    no_role = Pairs.of(model, rows(4, 4), rows(4, 4), positions=[[None] * 4] * 2)
     for match, call in (
         ("rank", lambda: fit_das(model, site, pairs, labels, 33, **QUIET)),
         ("one class", lambda: fit_das(model, site, pairs, [5] * 8, **QUIET)),
@@ -108,7 +107,7 @@ def test_what_cannot_be_learned_is_refused():
         ("held", lambda: fit_das(model, site, pairs, labels, held_out=1.5, **QUIET)),
         ("too few pairs", lambda: fit_das(model, site, pairs, labels, held_out=0.0, **QUIET)),
         ("learning rate", lambda: fit_das(model, site, pairs, labels, lr=0.0, **QUIET)),
-        ("no token", lambda: interchange(model, site, no_role, [5, 9])),
+        ("no token", lambda: Pairs.of(model, rows(4, 4), rows(4, 4), positions=[[None] * 4] * 2)),
     ):
         with pytest.raises(ConfigError, match=match):
             call()

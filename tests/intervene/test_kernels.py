@@ -14,7 +14,9 @@ from steer.intervene.active import edited_without_kernel
 from steer.intervene.operator import Operator, tensors_of_rows
 
 WITHOUT = {"k_steering", "k_steering, deep", "reft_r1", "rotate", "rotate towards"}  # no kernel does what they do
-WITHOUT |= {name for name in CASES if "_features" in name or name.startswith(("feature_gains", "feature_adapter", "bound"))}
+WITHOUT |= {
+    name for name in CASES if "_features" in name or "_components" in name or name.startswith(("feature_gains", "feature_adapter", "bound"))
+}
 
 
 def states(*shape: int) -> Tensor:

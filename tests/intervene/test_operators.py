@@ -102,7 +102,7 @@ def test_a_plan_equals_hooks_written_by_hand(family, tiny):
             # a few parts in a million of the largest logit, as far as fp32 itself carries through three blocks
             assert (steered - by_hand).abs().max() <= 1e-5 * max(1.0, float(by_hand.abs().max())), (name, str(point.site))
             unmoved |= {name} if (plain - by_hand).abs().max() < 1e-4 else set()
-    out_of_bounds = {"clamp to a range", "clamp from below", "mirror", "target_projection"}  # no token may be
+    out_of_bounds = {"clamp to a range", "clamp from below", "mirror", "target_projection", "reft_r1"}  # no token may be
     assert unmoved <= out_of_bounds | {"clamp_features by a factor, top-k", "ablate_features"}  # no feature may be on
 
 

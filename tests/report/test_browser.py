@@ -57,7 +57,7 @@ def test_renders_without_network_and_without_complaint(
     assert "<title>synthetic tone: steer report</title>" in dom, "a script of a completion has run"
     assert five_seeds["question"]["text"] in dom
     # the parser has put every picture and row where it belongs, and none outside: 5 charts and 3 of drift, each in two widths
-    assert dom.count('class="plot"') == 2 * 8 and dom.count('class="forest"') == 15 + 5
+    assert dom.count('class="plot"') == 2 * 9 and dom.count('class="forest"') == 15 + 5
     assert re.findall(r'<section id="(\w+)"', dom) == [name for name in SECTIONS if name != "dose"]
     assert re.search(r"</section>\s*</main>\s*</body></html>\s*$", dom)
     assert "CONSOLE" not in log, log
