@@ -11,27 +11,24 @@ Measure the model, measure it again with the mitigation in force, and subtract:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 
-from steer.bias.texts import rows_digest
 from steer.checks import of_type
 from steer.errors import ConfigError
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
-from steer.model.likelihood import response_logprobs, target_logprobs
+from steer.model.likelihood import target_logprobs
 from steer.model.load import tokenizer_of
-from steer.model.tokens import Row, check_tokenizer, collate, plain
+from steer.model.text_loss import ratio_change, text_losses
+from steer.model.tokens import Row, check_tokenizer, collate, plain, rows_hash
 
-LEVEL = 0.95
 LEAST_SOURCES = 3  # what was fitted on text of one kind hides its cost there
 ALL = "all"  # the sources together
 
@@ -146,13 +143,11 @@ def side_effects(
     check_tokenizer(tokenizer)
     rows = _rows_of(sources, tokenizer)
     known, answers, left_out = _answerable(cloze_items() if items is None else items, tokenizer)
-    losses = {}
-    for source, of_source in rows.items():
-        means = response_logprobs(model, of_source, pad=0, max_tokens=max_tokens)  # [texts], nat per token
-        losses[source] = -means * torch.tensor([row.response for row in of_source])
-    tokens = {source: torch.tensor([float(row.response) for row in of_source], dtype=torch.float64) for source, of_source in rows.items()}
+    measured = {source: text_losses(model, of_source, max_tokens=max_tokens) for source, of_source in rows.items()}
+    losses = {source: found.nats for source, found in measured.items()}
+    tokens = {source: found.tokens for source, found in measured.items()}
     completed, logprobs = _next_token(model, answers, max_tokens)
-    digest = rows_digest([*(row for of_source in rows.values() for row in of_source), *answers])
+    digest = rows_hash([*(row for of_source in rows.values() for row in of_source), *answers])
     return SideEffects(losses, tokens, completed, logprobs, known, left_out, digest)
 
 
@@ -223,12 +218,8 @@ def _per_token(changes: Tensor, tokens: Tensor) -> Change:
     Args:
         changes: [texts] in all. tokens: [texts].
     """
-    n = len(changes)
-    value = float(changes.sum() / tokens.sum())
-    residuals = changes - value * tokens  # of a ratio of two sums over texts
-    error = math.sqrt(n / (n - 1) * float(residuals.square().sum())) / float(tokens.sum())
-    half = float(student.ppf((1 + LEVEL) / 2, n - 1)) * error
-    return Change(value, value - half, value + half, n)
+    value, half = ratio_change(changes, tokens)
+    return Change(value, value - half, value + half, len(changes))
 
 
 # ---- errors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +49,6 @@ def running_text(tokenizer: Any, text: str) -> Row:
     check_tokenizer(tokenizer)
     ids = tuple(tokenizer(text).input_ids)
     return Row(ids, min(1, len(ids) - 1) if ids else 0)
-
-
-def rows_digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of the tokens of some texts."""
-    return hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()
 
 
 # ---- errors

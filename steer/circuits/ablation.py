@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from steer.circuits.component_pass import written_sites
-from steer.circuits.pairs import rows_hash
 from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
 from steer.circuits.texts import NO_ROLE, Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
+from steer.model.tokens import rows_hash
 
 ZERO, MEAN, RESAMPLE, OPTIMAL = KINDS = ("zero", "mean", "resample", "optimal")
 

@@ -19,7 +19,6 @@ from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.components import ComponentGraph
 from steer.circuits.edge_ablation import EdgeAblation, Replacement
 from steer.circuits.evaluation import share_of
-from steer.circuits.pairs import rows_hash
 from steer.circuits.patch_effects import edge_place, nodes_mask
 from steer.circuits.patched_run import target_of
 from steer.circuits.targets import Target, target_words
@@ -28,6 +27,7 @@ from steer.errors import ConfigError
 from steer.model.block_sites import heads_of
 from steer.model.hooks import HookFunction
 from steer.model.site import Site
+from steer.model.tokens import rows_hash
 
 # (number of a prompt) -> what a node or edge is said to depend on; or that of each prompt in a list
 Key = Callable[[int], Hashable] | Sequence[Hashable]

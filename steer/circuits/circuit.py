@@ -199,8 +199,8 @@ class Circuit:
 
     # ---- files
 
-    def save(self, path: str | Path) -> Path:
-        """Writes manifest and tensors, atomically."""
+    def file_form(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Manifest and tensors."""
         tensors = {"nodes": self.nodes, **({} if self.edges is None else {"edges": self.edges})}
         tensors |= {f"neurons.{layer}": amounts for layer, amounts in self.neurons.items()}
         tensors |= {f"parts.{name}": directions for name, directions in self.parts.items()}
@@ -208,6 +208,11 @@ class Circuit:
         if self.ablation is not None:
             manifest["ablation"], constants = self.ablation.file_form()
             tensors |= {f"ablation.{site}": tensor for site, tensor in constants.items()}
+        return manifest, tensors
+
+    def save(self, path: str | Path) -> Path:
+        """Writes manifest and tensors, atomically."""
+        manifest, tensors = self.file_form()
         return files.save_artifact(path, KIND, tensors, manifest)
 
     @classmethod

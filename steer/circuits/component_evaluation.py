@@ -21,10 +21,11 @@ from steer.circuits.component_run import ComponentRun, TakenOut, kinds_of
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import HEAD, INPUT, MLP
 from steer.circuits.evaluation import ExactEffects
-from steer.circuits.pairs import Pairs, rows_hash
+from steer.circuits.pairs import Pairs
 from steer.circuits.targets import Target, target_words
 from steer.circuits.texts import Prompts, Texts
 from steer.errors import ConfigError, NonFiniteError, WrongModelError
+from steer.model.tokens import rows_hash
 
 
 class ComponentEvaluation:

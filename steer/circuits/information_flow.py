@@ -17,7 +17,6 @@ from steer.circuits.component_pass import values_at, written_sites
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.component_weights import output_matrix
 from steer.circuits.components import MLP, ComponentGraph
-from steer.circuits.pairs import rows_hash
 from steer.circuits.stream_readers import BlockReaders, stream_readers
 from steer.circuits.text_overlap import window_hashes
 from steer.circuits.text_passes import TextPasses
@@ -25,6 +24,7 @@ from steer.circuits.texts import Batch, Positions, Prompts, Texts, rows_of
 from steer.model.anatomy import Anatomy
 from steer.model.devices import check_weights_are_there
 from steer.model.site import Site
+from steer.model.tokens import rows_hash
 
 CHUNK_BYTES = 2**24  # of what all writers write at the tokens that are looked at together
 

@@ -18,12 +18,12 @@ from steer.circuits.ablation import Ablation
 from steer.circuits.circuit import Circuit
 from steer.circuits.gates import KINDS, NEURON, CandidateGates
 from steer.circuits.operators.gate_components import FORMS, LINEAR
-from steer.circuits.pairs import rows_hash
 from steer.circuits.terms import Term
 from steer.circuits.text_overlap import window_hashes
 from steer.errors import ConfigError
 from steer.model.devices import check_weights_are_there, input_device
 from steer.model.restoring import restoring, restoring_all
+from steer.model.tokens import rows_hash
 
 if TYPE_CHECKING:
     from steer.circuits.mask_training import MaskTraining

@@ -17,12 +17,13 @@ from steer.checks import finite_number, whole_number
 from steer.circuits.ablation import OPTIMAL, Ablation, mean_ablation
 from steer.circuits.circuit import Circuit
 from steer.circuits.component_run import ComponentRun, TakenOut
-from steer.circuits.pairs import Pairs, rows_hash
+from steer.circuits.pairs import Pairs
 from steer.circuits.targets import Target, target_words
 from steer.circuits.text_overlap import window_hashes
 from steer.circuits.texts import Batch, Prompts, Texts, rows_of
 from steer.errors import ConfigError
 from steer.model.site import Site
+from steer.model.tokens import rows_hash
 
 
 @torch.inference_mode(False)  # of the caller, in which nothing has a gradient

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import nn
 
 from steer.circuits.texts import Positions, Prompts, Texts, rows_of
 from steer.errors import ConfigError
-from steer.model.tokens import Row
+from steer.model.tokens import Row, rows_hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +55,6 @@ class Pairs:
     def rows(self) -> list[Row]:
         """Clean ones, then corrupted ones."""
         return [*self.clean.rows, *self.corrupted.rows]
-
-
-def rows_hash(rows: Sequence[Any]) -> str:
-    """SHA-256 of the tokens of rows, in their order."""
-    return hashlib.sha256("\n".join(" ".join(map(str, row.ids)) for row in rows).encode()).hexdigest()
 
 
 # ---- errors

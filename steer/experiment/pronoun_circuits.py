@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer.bias.scoring import Scorer
 from steer.circuits import (
     Ablation,
     Circuit,
@@ -62,6 +63,7 @@ class PronounCircuits:
     folder: Path | None = None
     say: Callable[[str], None] = lambda text: None
     _made: dict[str, Circuit] = field(default_factory=dict, repr=False)
+    _tokens: dict[str, int] = field(default_factory=dict, repr=False)  # of pronouns, asked for in every prompt
 
     def circuit(self, by: str, settings: Mapping[str, Any]) -> Circuit:
         """By attribution (`nodes`, `method`) or learned gates (see `GATE_SETTINGS`); from the folder where it was made before."""
@@ -113,10 +115,12 @@ class PronounCircuits:
         return mean_ablation(self.model, self.running("constants"))
 
     def _token(self, word: str) -> int:
+        if word in self._tokens:
+            return self._tokens[word]
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise _no_token(word, ids)
-        return ids[0]
+        return self._tokens.setdefault(word, ids[0])
 
     # ---- attribution
 
@@ -129,13 +133,13 @@ class PronounCircuits:
         fitting = random.Random(0).sample(fitting, min(len(fitting), MOST_WORDS))
         clean = [row["text"].replace(OCCUPATION, word) for row in rows for word in fitting]
         corrupted = [row["text"].replace(OCCUPATION, self.baseline) for row in rows for _ in fitting]
-        right = [self._token(row["male"]) for row in rows for _ in fitting]
-        wrong = [self._token(row["female"]) for row in rows for _ in fitting]
+        pronouns = [(row["male"], row["female"]) for row in rows for _ in fitting]
+        scorer = Scorer(self.model, self.tokenizer, progress=False)
+        shifts = scorer.log_odds(clean, pronouns) - scorer.log_odds(corrupted, pronouns)
+        # what is attributed is the size of the shift: the pronoun that it leads to comes first
+        ordered = [both if shift > 0 else both[::-1] for both, shift in zip(pronouns, shifts.tolist(), strict=True)]
+        first, second = ([self._token(both[side]) for both in ordered] for side in (0, 1))
         pairs = Pairs.of(self.model, clean, corrupted, tokenizer=self.tokenizer)
-        # the sign of the shift of each prompt, so that what is attributed is its size
-        away = _signs(self.model, pairs, LogitDifference(right, wrong))
-        first = [a if sign > 0 else b for a, b, sign in zip(right, wrong, away, strict=True)]
-        second = [b if sign > 0 else a for a, b, sign in zip(right, wrong, away, strict=True)]
         return attribute(self.model, pairs, LogitDifference(first, second))
 
     def _found(self, nodes: int = 5) -> Circuit:
@@ -147,10 +151,11 @@ class PronounCircuits:
         """Gates on all heads and neurons: shift^2, predictions on running text kept, and what words of a gender say."""
         graph = self.scores.graph
         nodes = torch.tensor([float(writer.kind == "head") for writer in graph.writers], dtype=torch.float64)
-        width = {layer: Anatomy.find(self.model).point(f"layers.{layer}.mlp.neurons").width for layer in range(len(graph.layers))}
+        anatomy = Anatomy.find(self.model)
+        width = {layer: anatomy.point(f"layers.{layer}.mlp.neurons").width for layer in range(len(graph.layers))}
         neurons = {layer: torch.ones(size or 0, dtype=torch.float64) for layer, size in width.items()}
-        candidates = Circuit(graph, nodes, neurons=neurons, facts={"model": Anatomy.find(self.model).fingerprint()})
-        learned = learn_circuit(
+        candidates = Circuit(graph, nodes, neurons=neurons, facts={"model": anatomy.fingerprint()})
+        return learn_circuit(
             self.model,
             self._terms(settings),
             candidates,
@@ -161,7 +166,6 @@ class PronounCircuits:
             sparsity={"head": settings["head_sparsity"], "neuron": settings["neuron_sparsity"]},
             seed=settings["seed"],
         )
-        return learned
 
     def _terms(self, settings: Mapping[str, Any]) -> list[Any]:
         chooser = random.Random(settings["seed"])
@@ -205,23 +209,6 @@ def _said(circuit: Circuit) -> dict[str, Any]:
         "terms": circuit.facts.get("terms"),
         "ablation": None if circuit.ablation is None else {"kind": circuit.ablation.kind, "tokens": circuit.ablation.facts.get("tokens")},
     }
-
-
-def _signs(model: nn.Module, pairs: Pairs, target: LogitDifference) -> Sequence[float]:
-    """Of the target of each clean prompt less that of its counterfactual."""
-    from steer.circuits.text_passes import TextPasses
-
-    anatomy, found = Anatomy.find(model), []
-    for texts in (pairs.clean, pairs.corrupted):
-        passes = TextPasses(model, anatomy, texts, max_tokens=2048)
-        values = torch.zeros(len(texts))
-        for chosen in passes.batches(range(len(texts))):
-            batch = passes.batch(chosen)
-            logits = passes.run_batch(batch, {}, gradients=False, last_token=True)
-            assert logits is not None
-            values[batch.prompts] = passes.values(target, batch, logits).float().cpu()
-        found.append(values)
-    return (found[0] - found[1]).tolist()
 
 
 # ---- errors

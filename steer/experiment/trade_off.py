@@ -28,11 +28,6 @@ class TradeOffs(NamedTuple):
     damages: Mapping[str, Table]
 
 
-def trade_offs(scores: Scores, arms: Sequence[Arm], outcome: Outcome, outcomes: Sequence[Outcome]) -> TradeOffs | None:
-    """In the first guardrail; None in an experiment without an untreated arm or a guardrail."""
-    return next(iter(all_trade_offs(scores, arms, outcome, outcomes)), None)
-
-
 def all_trade_offs(scores: Scores, arms: Sequence[Arm], outcome: Outcome, outcomes: Sequence[Outcome]) -> list[TradeOffs]:
     """In each guardrail; none in an experiment without an untreated arm."""
     untreated = next((arm.name for arm in arms if arm.when == NEVER), None)

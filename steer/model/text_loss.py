@@ -97,9 +97,7 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
 
 def loss_change(before: TextLosses, after: TextLosses) -> LossChange:
     """The change on the same texts. Texts are drawn, not tokens: the interval is that of a ratio of sums over texts."""
-    change, tokens, texts = after.nats - before.nats, before.tokens, len(before.tokens)
-    value = float(change.sum() / tokens.sum())
-    return _with_interval(value, _variance(change, tokens, value), before, texts - 1)
+    return _loss_change(*ratio_change(after.nats - before.nats, before.tokens), before)
 
 
 def pooled_change(before: Sequence[TextLosses], after: Sequence[TextLosses]) -> LossChange:
@@ -113,7 +111,7 @@ def pooled_change(before: Sequence[TextLosses], after: Sequence[TextLosses]) -> 
         value += share * of_source
         variance += share**2 * _variance(new.nats - old.nats, old.tokens, of_source)
         freedom += len(old.tokens) - 1
-    return _with_interval(value, variance, together, freedom)
+    return _loss_change(value, _half(variance, freedom), together)
 
 
 def _variance(change: Tensor, tokens: Tensor, value: float) -> float:
@@ -123,8 +121,17 @@ def _variance(change: Tensor, tokens: Tensor, value: float) -> float:
     return float(left.square().sum() * count / (count - 1) / tokens.sum() ** 2) if count > 1 else math.nan
 
 
-def _with_interval(value: float, variance: float, before: TextLosses, freedom: int) -> LossChange:
-    half = float(student.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) if freedom > 0 else math.nan
+def ratio_change(change: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """A change per token, and half the width of its 95 % interval over texts; NaN for one text. change, tokens: [texts]."""
+    value = float(change.sum() / tokens.sum())
+    return value, _half(_variance(change, tokens, value), len(tokens) - 1)
+
+
+def _half(variance: float, freedom: int) -> float:
+    return float(student.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) if freedom > 0 else math.nan
+
+
+def _loss_change(value: float, half: float, before: TextLosses) -> LossChange:
     return LossChange(value, value - half, value + half, before.per_token, len(before.tokens), int(before.tokens.sum()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Row:
     def starting_at(self, token: int) -> Row:
         """The text without its first tokens."""
         return Row(self.ids[token:], max(self.prompt - token, 0))
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """SHA-256 of the tokens of rows, in their order."""
+    return hashlib.sha256("\n".join(" ".join(map(str, row.ids)) for row in rows).encode()).hexdigest()
 
 
 def check_rows(rows: Any, what: str) -> None:

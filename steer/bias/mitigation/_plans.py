@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steer.bias.debiasing import PlanMitigation, Sites
 from steer.bias.gender_texts import NEUTRAL_SENTENCES
-from steer.bias.texts import rows_digest, running_text
+from steer.bias.texts import running_text
 from steer.checks import of_type, one_of
 from steer.directions.at_words import token_states
 from steer.directions.contrast import ContrastSet
@@ -22,7 +22,7 @@ from steer.intervene.operators.ablate import Ablate
 from steer.intervene.operators.erase import Erase
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
-from steer.model.tokens import Row, check_rows
+from steer.model.tokens import Row, check_rows, rows_hash
 
 DEPTH = 0.87  # share of the blocks before the default site: late, where the pronoun to come is decided
 ABOUT = ("neutral", "pairs", "zero")
@@ -85,7 +85,7 @@ class Origin:
         return states[(places > 0) & (length < SINK * length.median())].mean(0)
 
     def facts(self) -> dict[str, Any]:
-        neutral = {"neutral_texts": len(self.rows), "neutral_sha256": rows_digest(self.rows)} if self.rows else {}
+        neutral = {"neutral_texts": len(self.rows), "neutral_sha256": rows_hash(self.rows)} if self.rows else {}
         return {"about": self.about, **neutral}
 
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from steer.bias.counterfactual import augmented, counterfactuals
 from steer.bias.debiasing import MITIGATIONS, Mitigation
 from steer.bias.mitigation._lora import lora_on, train_lora
-from steer.bias.texts import rows_digest
 from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
-from steer.model.tokens import Row, encode, plain
+from steer.model.tokens import Row, encode, plain, rows_hash
 
 
 @MITIGATIONS.register("cda")
@@ -68,7 +67,7 @@ def cda(
         "swapped": len(counterfactuals(texts, pairs)),
         "texts_sha256": hashlib.sha256(json.dumps(list(texts), sort_keys=True, ensure_ascii=False, default=dict).encode()).hexdigest(),
         "rows": len(rows),
-        "rows_sha256": rows_digest(tokens),
+        "rows_sha256": rows_hash(tokens),
         "training": {"steps": steps},
     }
     adapter: dict[str, Tensor] = {}

@@ -53,7 +53,7 @@ class CircuitTreatment(Treatment):
         self.settings = dict(settings or {})
         self._drawn: int | None = None
         self._circuit = Circuit.load(self.settings["path"]) if by == FILE else None
-        self._content = None if self._circuit is None else _content_hash(self._circuit)
+        self._content = None if self._circuit is None else tensor_hash(self._circuit.file_form()[1])
         self._inner: PlanTreatment | None = None
 
     def describe(self) -> str:
@@ -119,15 +119,6 @@ class CircuitTreatment(Treatment):
         partner._drawn = seed
         partner._use(self.circuit.random(seed), bench)
         return partner
-
-
-def _content_hash(circuit: Circuit) -> str:
-    """SHA-256 of what a circuit ablates, and towards what."""
-    tensors = {"nodes": circuit.nodes, **{f"neurons.{layer}": amounts for layer, amounts in circuit.neurons.items()}}
-    tensors |= {f"part.{name}": rows for name, rows in circuit.parts.items()}
-    if circuit.ablation is not None:
-        tensors |= {f"ablation.{site}": constant for site, constant in circuit.ablation.values.items()}
-    return tensor_hash(tensors)
 
 
 def circuits_of(bench: Bench, treatment: Treatment) -> PronounCircuits:
