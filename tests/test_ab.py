@@ -365,7 +365,11 @@ def test_a_plan_and_a_metric_of_ones_own_without_training(
         "completions: {prompts: [who are you], max_new_tokens: 3}\n"
     )
     arguments = ["--config-dir", str(tmp_path / "conf"), "experiment=mine", f"model.name={parts[0]}", f"folder={tmp_path / 'f'}"]
+    measured: list[str] = []
+    measure = cell_run.measure_all
+    monkeypatch.setattr(cell_run, "measure_all", lambda *args, **kwargs: measured.append("") or measure(*args, **kwargs))
     assert command("ab", *arguments) == 0
+    assert len(measured) == 5, "the base, warm and three draws of noise: an arm that does nothing is the base"
     metrics = read_metrics(tmp_path / "f")
     assert (metrics["contrasts"][0]["a"], metrics["contrasts"][0]["b"]) == ("warm", "noise")
     assert {cell["arm"] for cell in metrics["cells"].values()} == {"base", "warm", "bare", "noise"}

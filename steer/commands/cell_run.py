@@ -31,7 +31,7 @@ from steer.experiment.arms import Arm
 from steer.experiment.cells import Cell, CellFolder
 from steer.experiment.outcome import measure_all
 from steer.experiment.overhead import step_overhead
-from steer.experiment.treatment import BAKED, Treatment
+from steer.experiment.treatment import BAKED, NEVER, Treatment
 from steer.files import contents
 from steer.intervene import Plan
 from steer.model.tokens import Row, collate
@@ -68,13 +68,24 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     cost: dict[str, Any] = {}
     if run.config.trains and cell.needs is None:
         training, cost = train_cell(run, cell, cells, logger)
-    with as_measured(run, cell, cells) as (acting, system):
-        result = _measure(run, acting, system)
+    result = _measured_as_base(run, arm, cells)
+    if result is None:
+        with as_measured(run, cell, cells) as (acting, system):
+            result = _measure(run, acting, system)
     log_result(logger, result)
     # not before: a cell that is killed while it is measured need not be trained again
     shutil.rmtree(cells.of(cell) / _checkpoints_of(run), ignore_errors=True)
     timing = {"started": started, "seconds": time.perf_counter() - clock, **cost}
     return {**result, "size": treatment.size(run.bench), "training": training, "timing": timing, "versions": versions()}
+
+
+def _measured_as_base(run: ExperimentRun, arm: Arm, cells: CellFolder) -> dict[str, Any] | None:
+    """What was measured of the base, where the arm is nothing else: it acts at no time, and nothing is trained."""
+    base = next(cell for cell in run.config.cells() if cell.arm == BASE)
+    if run.config.trains or arm.when != NEVER or not cells.is_done(base):
+        return None
+    known = cells.result(base)
+    return {"scores": known["scores"], "completions": known["completions"]}
 
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
