@@ -90,7 +90,8 @@ class AblatedTeacherLoss(TokenLoss):
         scope, weight, name, rows: as of `FeatureLoss`.
 
     Raises:
-        ConfigError: no ablation with constants. WrongModelError: a circuit of another model.
+        ConfigError: no ablation with constants; when training begins, a teacher that shares weights with the trained model.
+        WrongModelError: a circuit of another model.
 
     Example:
         >>> loss = AblatedTeacherLoss(copy.deepcopy(model), circuit)
@@ -112,6 +113,11 @@ class AblatedTeacherLoss(TokenLoss):
         super().__init__(Site("logits"), scope, weight, name, rows)
         self.teacher, self.anatomy = teacher, circuit.check_model(teacher)
         self.plan: Plan = circuit.ablation_plan(teacher, strength)
+
+    def check_model(self, model: nn.Module) -> None:
+        trained = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in trained for parameter in self.teacher.parameters()):
+            raise _teacher_is_trained(self.name)
 
     def of_pass(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.ids is None:
@@ -157,6 +163,15 @@ def _zero_scores() -> ConfigError:
 def _other_scores(circuit: Circuit, scores: ComponentScores) -> WrongModelError:
     return WrongModelError("circuit and scores are of different models", expected=repr(circuit), found=repr(scores),
                            remedy="attribute on the model of the circuit")  # fmt: skip
+
+
+def _teacher_is_trained(name: str) -> ConfigError:
+    return ConfigError(
+        f"the teacher of '{name}' shares weights with the model that is trained",
+        expected="a model of its own, which stays as it is",
+        found="the trained model, or one with its weights",
+        remedy="AblatedTeacherLoss(copy.deepcopy(model), circuit)",
+    )
 
 
 def _no_ids(name: str) -> ContextError:

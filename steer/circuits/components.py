@@ -253,7 +253,7 @@ def check_heads_share(anatomy: Anatomy) -> None:
                 f"block {layer} of this {anatomy.kind} has heads that its key-value groups do not share evenly",
                 expected=f"a multiple of {heads.n_kv_heads} query heads",
                 found=heads.n_heads,
-                remedy="attribute to nodes alone, edges=False",
+                remedy="keep it in a file of steer's own form, with save(path)",
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.checks import finite_number, of_type
 from steer.intervene.scope import Scope
@@ -40,6 +40,9 @@ class TokenLoss:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}('{self.name}' at {self.site} on {self.scope} tokens, weight {self.weight:.4g})"
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ConfigError for a model that cannot be trained with this loss."""
 
     def per_token(self, h: Tensor) -> Tensor:
         """[batch, tokens] fp32 or fp64. h: [batch, tokens, width] fp32 or fp64."""

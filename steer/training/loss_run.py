@@ -78,8 +78,10 @@ class LossRun:
         return self._installation is not None
 
     def attach(self, model: nn.Module, ranks: Ranks) -> None:
-        """Puts hooks at the sites; anew when they are on already. Raises SiteError, AnatomyError, WidthError."""
+        """Puts hooks at the sites; anew when they are on already. Raises SiteError, AnatomyError, WidthError, ConfigError."""
         self.detach()
+        for loss in self.losses:
+            loss.check_model(model)
         anatomy, points = resolve(model, [loss.site for loss in self.losses])
         self._readers = [LossReader(loss) for loss in self.losses]
         functions = list(zip(points, self._readers, strict=True))

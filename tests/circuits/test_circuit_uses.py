@@ -166,6 +166,13 @@ def test_a_model_learns_to_do_without_the_circuit_from_its_ablated_teacher(tiny)
     assert torch.equal(logits(teacher).log_softmax(-1), logits(tiny("llama")).log_softmax(-1))
 
 
+def test_a_teacher_that_is_trained_itself_is_refused(tiny) -> None:
+    model = tiny("llama")
+    loss = AblatedTeacherLoss(model, circuit_of(model))
+    with pytest.raises(ConfigError, match="shares weights with the model that is trained"):
+        make_trainer(LossCallback([loss]), max_steps=1).fit(Slow(model), loader())
+
+
 # ---- drift
 
 
