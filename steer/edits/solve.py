@@ -144,7 +144,7 @@ def _no_length(number: int, names: Sequence[str] | None) -> EditError:
 def _dependent(cosines: Tensor, names: Sequence[str] | None) -> EditError:
     first, second, cosine = _largest_off_diagonal(cosines)
     return EditError(
-        f"the keys of {_name(first, names)} and {_name(second, names)} are not independent, so that they cannot be given values of their own",
+        f"{_name(first, names)} and {_name(second, names)} cannot be given values of their own: their keys are not independent",
         expected="keys of which none is a combination of the others",
         found=f"a cosine of {cosine:.4f} between these two",
         remedy="edits of one subject share its key: make them one after the other, or give the editor a ridge (MEMIT has one)",

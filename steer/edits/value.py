@@ -137,15 +137,14 @@ def fact_rows(tokenizer: Any, fact: Fact, contexts: Contexts, number: int) -> li
     token of a text hardly depends on it.
     """
     target = target_ids(tokenizer, fact.target)
-    texts = contexts.texts(fact.prompt)
-    located = [locate(tokenizer, text, fact.subject, start=len(text) - len(fact.prompt)) for text in texts]
-    counts = [not (place.at_start and i == 0 and len(texts) > 1) for i, place in enumerate(located)]
+    located = contexts.locate(tokenizer, fact)
+    weights = contexts.weights("mean", plain=not located[0].at_start)[0].tolist()
     rows = [
-        ValueRow((*place.ids, *target[:-1]), place.last, number, target, counts[i] / sum(counts), is_plain=i == 0)
+        ValueRow((*place.ids, *target[:-1]), place.last, number, target, weights[i], is_plain=i == 0)
         for i, place in enumerate(located)
     ]
     essence = f"{fact.subject} is a"
-    text = essence if counts[0] else contexts.texts(essence)[1]
+    text = essence if weights[0] else contexts.texts(essence)[1]
     place = locate(tokenizer, text, fact.subject, start=len(text) - len(essence))
     return [*rows, ValueRow(place.ids[: place.last + 1], place.last, number, (), 0.0)]
 

@@ -97,7 +97,9 @@ class _Optimisation:
             self._record(step, loss.detach().cpu(), terms)
             if step == self.settings.steps - 1 or not self.active:
                 break
-            self._update(step + 1, torch.autograd.grad(loss[self.active].sum(), self.deltas))
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss[self.active].sum(), self.deltas)
+            self._update(step + 1, gradients)
             self.value_pass.keep(set(self.active))
         mlp, block = (norm.tolist() for norm in self.norms[0])
         return [
