@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+
 
 def configured_kv_heads(config: Any, n_heads: int) -> int:
     """Key-value heads by a config of transformers."""
@@ -24,3 +26,8 @@ def embedding_digest(embedding: nn.Module | None) -> str | None:
         return None
     rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
     return hashlib.sha256(weight.detach()[rows.to(weight.device)].float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def sum_of_bits(weight: Tensor) -> int:
+    """A number that changes with a weight: the same on any device, whatever the order in which it is added up."""
+    return int(weight.detach().view(_BITS[weight.element_size()]).sum(dtype=torch.long))
