@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from steer.edits.contexts import Contexts
 from steer.edits.covariance import Covariance
@@ -41,11 +42,13 @@ class Solution:
         deltas: changes of different matrices; of rank 0 where there is nothing to write.
         strength: [n] the share of what was asked that is written, the smallest over layers; None for editors without a solve.
         values: what was asked; None for editors without values.
+        of: [m] the fact that each key and each column of the deltas belongs to, where they have some.
     """
 
     deltas: tuple[WeightDelta, ...]
     strength: Tensor | None = None
     values: tuple[Value, ...] | None = None
+    of: Tensor | None = None
 
 
 class EditBench:
@@ -75,7 +78,7 @@ class EditBench:
         self.covariance = covariance
         self.store = values
         self.progress = progress
-        self._factors: dict[int, Factor] = {}
+        self._powers: dict[int, float] = {}
 
     def values(self, facts: Sequence[Fact], layer: int, settings: ValueSettings) -> list[Value]:
         """What the map of a layer would have to write for each fact, see `steer.edits.solve_values`."""
@@ -86,18 +89,31 @@ class EditBench:
         return read_texts(self.model, self.tokenizer, facts, self.contexts, sites, weighting)
 
     def factor(self, layer: int) -> Factor:
-        """The factor of the covariance of a layer, worked out once. Raises EditError without a covariance."""
-        if layer not in self._factors:
-            if self.covariance is None:
-                raise _no_covariance()
-            self._factors[layer] = self.covariance.factor(layer)
-        return self._factors[layer]
+        """The factor of the covariance of a layer. Raises EditError without a covariance."""
+        if self.covariance is None:
+            raise _no_covariance()
+        return self.covariance.factor(layer)
 
-    def past_keys(self, layer: int) -> Tensor | None:
-        """[p, f] keys of the edits that are in the weights of the model; None for none."""
+    def past_keys(self, layer: int, keys: Tensor) -> Tensor | None:
+        """[p, f] keys of the edits that are in the weights of the model, but for those that are nearly one of `keys`, [m, f], which are
+        written anew: the last one wins. None for none."""
         applied = EditedWeights.of(self.model).applied
-        deltas = [delta for edit in applied for delta in edit.deltas if delta.layer == layer and delta.keys is not None]
-        return torch.cat([delta.keys for delta in deltas if delta.keys is not None]) if deltas else None
+        past = [delta.keys for edit in applied for delta in edit.deltas if delta.layer == layer and delta.keys is not None]
+        if not past:
+            return None
+        earlier = torch.cat(past)
+        cosines = normalize(earlier.double(), dim=-1) @ normalize(keys.double(), dim=-1).mT  # [p, m]
+        return earlier[cosines.abs().amax(1) <= COLLINEAR]
+
+    def output_power(self, layer: int) -> float | None:
+        """tr(W C W^T): mean square of what the map of a layer gives for ordinary keys, without its bias, as it is now. None without a
+        covariance, or for a quantised map."""
+        if self.covariance is None or self.maps[layer].is_quantised:
+            return None
+        if layer not in self._powers:
+            weight = self.maps[layer].weight()
+            self._powers[layer] = float((weight @ self.factor(layer).moment.to(weight) * weight).sum())
+        return self._powers[layer]
 
     def delta(self, layer: int, solved: Solved, keys: Tensor) -> WeightDelta:
         """The change of the map of a layer that was solved from keys [m, f]; dense where its rank is no smaller than the matrix."""

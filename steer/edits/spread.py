@@ -61,7 +61,7 @@ def spread(
         deltas_of_layers.append(bench.delta(layer, solved, keys))
     of_all = torch.ones(len(facts), dtype=torch.float64)
     of_all[wanted] = strength
-    return Solution(tuple(deltas_of_layers), of_all, tuple(values))
+    return Solution(tuple(deltas_of_layers), of_all, tuple(values), torch.tensor(wanted)[of])
 
 
 # ---- errors

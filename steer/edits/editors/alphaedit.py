@@ -57,7 +57,7 @@ class AlphaEdit(Editor):
         def solve_layer(layer: int, keys: Tensor, wanted: Tensor, of: Tensor, chosen: Sequence[Fact]) -> Solved:
             if layer == bench.layers[0]:
                 warn_of_collinear(keys, of, chosen)
-            past = bench.past_keys(layer) if self.keeps_past else None
+            past = bench.past_keys(layer, keys) if self.keeps_past else None
             ridge = _RIDGE * float(keys.double().square().sum(-1).median()) if self.ridge is None else self.ridge
             return solve_keys(keys, wanted, LowEnergySpace.of(bench.factor(layer), self.threshold, layer).projected, ridge, past=past)
 

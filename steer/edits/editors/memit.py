@@ -48,7 +48,7 @@ class MEMIT(Editor):
         def solve_layer(layer: int, keys: Tensor, wanted: Tensor, of: Tensor, chosen: Sequence[Fact]) -> Solved:
             if layer == bench.layers[0]:
                 warn_of_collinear(keys, of, chosen)
-            past = bench.past_keys(layer) if self.keeps_past else None
+            past = bench.past_keys(layer, keys) if self.keeps_past else None
             ridge = float(keys.shape[1]) if self.ridge is None else self.ridge
             return solve_keys(keys, wanted, bench.factor(layer).solve, ridge, past=past)
 

@@ -36,4 +36,4 @@ class RROME(Editor):
                              zip(read.values[edited.value_site], read.weights, strict=True)])  # fmt: skip
         shifts = [(values[i].delta + plain[number] - outputs[number])[None] for number, i in enumerate(wanted)]
         solved = one_by_one(bench, layer, keys, read.of, shifts, [facts[i] for i in wanted])
-        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values))
+        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values), torch.tensor(wanted)[read.of])

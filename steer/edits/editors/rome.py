@@ -48,7 +48,7 @@ class ROME(Editor):
         keys, of = read.combined(site), read.of
         shifts = [values[i].delta.expand(int((of == number).sum()), -1) for number, i in enumerate(wanted)]
         solved = one_by_one(bench, layer, keys, of, shifts, [facts[i] for i in wanted])
-        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values))
+        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values), torch.tensor(wanted)[of])
 
 
 def one_layer(bench: EditBench, name: str) -> int:
