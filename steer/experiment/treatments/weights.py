@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steer.checks import of_type
 from steer.errors import ConfigError
-from steer.experiment.matched import generator_of
+from steer.experiment.matched import generator_of, random_factors
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
 from steer.intervene.deploy.adapter_files import CONFIG, WEIGHTS, check_adds_only, check_is_adapter
 from steer.model.devices import check_weights_are_there
@@ -120,8 +120,8 @@ def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:
     """A random matrix of the same shape, rank and norm."""
     matrix = change.flatten(1)  # [out, in] also of a convolution
     rank = int(torch.linalg.matrix_rank(matrix))
-    made = torch.randn(len(matrix), rank, generator=generator) @ torch.randn(rank, matrix.shape[1], generator=generator)
-    return made.reshape(change.shape) * (change.norm() / made.norm()) if rank else torch.zeros_like(change)
+    left, right = random_factors(*matrix.shape, rank, float(change.norm()), generator)
+    return (left @ right.mT).reshape(change.shape)
 
 
 # ---- errors
