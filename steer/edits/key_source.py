@@ -60,10 +60,8 @@ def check_source(known: dict[str, Any], found: dict[str, Any], what: str) -> Non
         what: that was made of the keys, for the error.
     """
     model, other = known["model"], found["model"]
-    differing = {name: (model[name], other[name]) for name in model if name in other and model[name] != other[name]}
-    if None in (model.get("embedding_digest"), other.get("embedding_digest")):  # sharded
-        differing.pop("embedding_digest", None)
-    if differing:
+    names = [name for name in model if name in other and name != "embedding_digest"]  # the digests of weights have all of the embedding
+    if differing := {name: (model[name], other[name]) for name in names if model[name] != other[name]}:
         raise _other_model(what, differing)
     changed = [layer for layer, digest in known["weights"].items() if found["weights"].get(layer, digest) != digest]
     if changed:
