@@ -11,6 +11,7 @@ from steer.edits.factor import Factor
 from steer.edits.guards import GuardReading, Guards, GuardWarning
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
+from steer.edits.sequence import SequenceResult, apply_in_sequence
 from steer.edits.value import Value, ValueSettings, solve_values
 from steer.edits.value_cache import ValueStore
 
@@ -30,6 +31,7 @@ __all__ = [
     "GuardWarning",
     "Guards",
     "Located",
+    "SequenceResult",
     "Solution",
     "SubjectTokenWarning",
     "Value",
@@ -38,6 +40,7 @@ __all__ = [
     "WEIGHTINGS",
     "WeakValueWarning",
     "already_said",
+    "apply_in_sequence",
     "answer_row",
     "distinct_facts",
     "edit_facts",
