@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from edits.edit_helpers import CONTEXTS, DENSE, FACTS, equal_weights, model_of, running_text, weights_of
 from edits.test_edited_map import Int8
+from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
 from steer.edits import (
@@ -18,16 +20,17 @@ from steer.edits import (
     Covariance,
     EditBench,
     Fact,
+    Guards,
     ValueSettings,
     ValueStore,
     WeakValueWarning,
     already_said,
     answer_row,
     edit_facts,
-    edited_maps,
     editors,
     fact_keys,
 )
+from steer.edits.edited_weights import EditedWeights
 from steer.edits.editors.alphaedit import AlphaEdit, LowEnergySpace
 from steer.edits.editors.constrained_ft import ConstrainedFT
 from steer.edits.editors.emmet import EMMET
@@ -36,11 +39,11 @@ from steer.edits.editors.memit import MEMIT
 from steer.edits.editors.pmet import PMET
 from steer.edits.editors.r_rome import RROME
 from steer.edits.editors.rome import ROME
-from steer.edits.edited_weights import EditedWeights
 from steer.edits.solve import PastKeys, solve_keys
 from steer.errors import ConfigError, ConflictingEditsError, EditError, WrongModelError
 from steer.model.anatomy import Anatomy
 from steer.model.likelihood import response_logprobs
+from steer.model.site import Site
 from steer.model.tied import tied_head
 
 TOKENIZER = tiny_tokenizer()
@@ -50,10 +53,17 @@ TEXTS = running_text(20)
 
 @functools.cache
 def covariance_of(family):
-    """The tiny models of a family all have the same weights."""
-    model = model_of(family)
-    layers = range(len(edited_maps(Anatomy.find(model), [0, 1])))
-    return Covariance.fit(model, TOKENIZER, TEXTS, layers, folder=FOLDER, progress=False)
+    """Of the models of two blocks; those of one family all have the same weights."""
+    return Covariance.fit(model_of(family), TOKENIZER, TEXTS, [0, 1], folder=FOLDER, progress=False)
+
+
+# what the model of three blocks does not say already
+UNSAID = (FACTS[0], FACTS[1].with_target("sun"), FACTS[2])
+
+
+def of_three_blocks():
+    model = FAMILIES["llama"]()
+    return model, Covariance.fit(model, TOKENIZER, TEXTS, [0, 1], folder=FOLDER, progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +75,7 @@ def folder(tmp_path_factory):
 
 
 def edit(model, facts=FACTS, editor="memit", layers=(0,), family="llama", **options):
-    settings = {"contexts": CONTEXTS, "covariance": covariance_of(family), **options}
+    settings = {"contexts": CONTEXTS, "covariance": covariance_of(family), "guards": Guards(drift=None), **options}
     return edit_facts(model, TOKENIZER, list(facts), editor=editor, layers=list(layers), **settings)
 
 
@@ -97,17 +107,17 @@ def close(delta, expected):
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("editor", [ROME(value_settings=STRONG), MEMIT(value_settings=STRONG, ridge=0.01), EMMET(value_settings=STRONG)])
 def test_a_fact_is_written_where_it_was_asked_for_and_nothing_else_changes(family, editor):
-    model = model_of(family)
-    before, said = weights_of(model), probabilities(model, FACTS[:1])
-    made = edit(model, FACTS[:1], editor, family=family)
+    model, fact = model_of(family), FACTS[1:2]
+    before, said = weights_of(model), probabilities(model, fact)
+    made = edit(model, fact, editor, family=family)
     assert equal_weights(model, before)
     (delta,) = made.deltas
-    (wanted,) = values_of(model, facts=FACTS[:1])
+    (wanted,) = values_of(model, facts=fact)
     strength = made.provenance["readings"][0]["strength"]
-    torch.testing.assert_close(keys_of(model, facts=FACTS[:1]) @ delta.change().double().T, strength * wanted[None], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(keys_of(model, facts=fact) @ delta.change().double().T, strength * wanted[None], atol=1e-5, rtol=1e-4)
     with made.applied(model):
         changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
-        assert changed == [f"{delta.path}.weight"] and probabilities(model, FACTS[:1]) > said
+        assert changed == [f"{delta.path}.weight"] and probabilities(model, fact) > said
     assert equal_weights(model, before)
 
 
@@ -268,27 +278,24 @@ def test_r_rome_aims_at_the_plain_output_from_the_mean_key():
 
 
 def test_layers_are_edited_on_what_those_before_them_left():
-    model = model_of("llama")
-    made = edit(model, editor=MEMIT(value_settings=STRONG, ridge=1.0), layers=[0, 1])
+    model, covariance = of_three_blocks()
+    made = edit(model, UNSAID, MEMIT(value_settings=STRONG, ridge=1.0), layers=[0, 1], covariance=covariance)
     first, second = made.deltas
-    stream = "layers.1.output"
+    stream = Site("output", layer=1)
 
     def streams():
-        bench = EditBench(model, TOKENIZER, [0, 1], CONTEXTS)
-        site = Anatomy.find(model).point(stream).site
-        return bench.read(list(FACTS), [site], "plain_half").combined(site).double()
+        return EditBench(model, TOKENIZER, [0, 1], CONTEXTS).read(list(UNSAID), [stream], "plain_half").combined(stream).double()
 
-    before, wanted = streams(), values_of(model, layer=1)
-    moments = [covariance_of("llama").moment(layer) for layer in (0, 1)]
-    solves = [moment + 1e-4 * moment.diagonal().mean() * torch.eye(64) for moment in moments]
-    keys = keys_of(model)
-    close(first, wanted.T / 2 @ keys @ torch.linalg.inv(solves[0] + keys.T @ keys))
-    weight = model.model.layers[0].mlp.down_proj.weight
-    weight.data += first.change()
-    keys, rest = keys_of(model, layer=1), before + wanted - streams()
-    torch.testing.assert_close(second.keys.double(), keys, atol=1e-5, rtol=1e-4)
-    expected = rest.T @ keys @ torch.linalg.inv(solves[1] + keys.T @ keys)
-    torch.testing.assert_close(second.change().double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+    before, wanted = streams(), values_of(model, layer=1, facts=UNSAID)
+    moments = [covariance.moment(layer) for layer in (0, 1)]
+    loaded = [moment + 1e-4 * moment.diagonal().mean() * torch.eye(64) for moment in moments]
+    keys = keys_of(model, facts=UNSAID)
+    close(first, wanted.T / 2 @ keys @ torch.linalg.inv(loaded[0] + keys.T @ keys))
+    model.model.layers[0].mlp.down_proj.weight.data += first.change()
+    keys, rest = keys_of(model, layer=1, facts=UNSAID), before + wanted - streams()
+    torch.testing.assert_close(second.keys.double(), keys, atol=1e-4, rtol=1e-4)
+    expected = rest.T @ keys @ torch.linalg.inv(loaded[1] + keys.T @ keys)
+    torch.testing.assert_close(second.change().double(), expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
 
 
 def test_layers_before_a_post_norm_cannot_share_an_edit():
@@ -296,15 +303,19 @@ def test_layers_before_a_post_norm_cannot_share_an_edit():
         edit(model_of("gemma2"), editor="memit", layers=[0, 1], family="gemma2")
 
 
-def test_pmet_writes_less_than_it_optimised():
-    model = model_of("llama")
-    editor = PMET(value_settings=ValueSettings(steps=10, lr=0.2, clamp=3.0, kl=0.1, with_attention=True))
-    made = edit(model, editor=editor, layers=[0, 1])
-    assert [delta.layer for delta in made.deltas] == [0, 1] and made.settings["value_settings"]["with_attention"]
+def test_pmet_optimises_attention_too_and_leaves_it_out():
+    model, covariance = of_three_blocks()
+    settings = ValueSettings(steps=6, clamp=3.0, kl=0.0, weight_decay=0.0, with_attention=True)
+    made = edit(model, UNSAID, PMET(value_settings=settings, ridge=1.0), layers=[0, 1], covariance=covariance)
+    assert [delta.path.split(".")[-1] for delta in made.deltas] == ["down_proj", "down_proj"]
     bench = EditBench(model, TOKENIZER, [1], CONTEXTS)
-    both = bench.values(list(FACTS), 1, editor.value_settings)
-    alone = bench.values(list(FACTS), 1, ValueSettings(steps=10, lr=0.2, clamp=3.0, kl=0.1))
-    assert all(bool((one.delta != other.delta).any()) for one, other in zip(both, alone, strict=True))
+    both, alone = (bench.values(list(UNSAID), 1, replace(settings, with_attention=on)) for on in (True, False))
+    assert all(bool(one.delta.any()) and bool((one.delta != other.delta).any()) for one, other in zip(both, alone, strict=True))
+    keys = keys_of(model, facts=UNSAID)
+    wanted = torch.stack([value.delta for value in both]).double()
+    moment = covariance.moment(0)
+    loaded = moment + 1e-4 * moment.diagonal().mean() * torch.eye(64)
+    close(made.deltas[0], wanted.T / 2**0.5 @ keys @ torch.linalg.inv(loaded + keys.T @ keys))
     assert PMET().value_settings.stop_kl == 0.01 and PMET().value_settings.argmax_weight == 0.1
 
 
