@@ -82,6 +82,18 @@ class DeployError(SteerError, ValueError):
     """A plan that weights, an adapter or a file of another program cannot carry exactly, or a bake that cannot be undone any more."""
 
 
+class EditError(SteerError, ValueError):
+    """A fact, or an edit of weights, that this model cannot take as it is asked for."""
+
+
+class SubjectNotFoundError(EditError):
+    """A prompt that does not contain its subject."""
+
+
+class ConflictingEditsError(EditError):
+    """Edits that ask for different things at one place."""
+
+
 class FileError(SteerError):
     """Base of everything that can be wrong with a file."""
 
