@@ -1,4 +1,4 @@
-"""Answers scored behind prompts: p = exp(mean log-probability per token), and the token that the model would have said in the place of each."""
+"""Answers scored behind prompts: p = exp(mean log-probability per token), and whether each token of them is the likeliest."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ class EditReader:
         rows = [Row(ids, len(ids)) for ids in map(self.scorer.prompt_ids, prompts)]
         room = [max(WRITTEN - row.prompt, 1) if do_sample else GREEDY for row in rows]
         chance = {"do_sample": True, "top_k": LIKELIEST, "top_p": 1.0, "temperature": 1.0} if do_sample else {"do_sample": False}
-        padding = next((token for token in (self.scorer.tokenizer.pad_token_id, self.scorer.tokenizer.eos_token_id) if token is not None), 0)
+        tokenizer = self.scorer.tokenizer
+        padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
         texts: dict[str, str] = {}
         bar = tqdm(total=len(rows), desc="continuations", disable=None if self.progress else True, leave=False)
         with bar, evaluating(model), _seeded(self.seed, input_device(model)):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from steer.edits.record import FactRecord
-from steer.errors import SubjectNotFoundError
+from steer.errors import EditError
 from steer.registry import Registry
 
 
@@ -33,21 +33,22 @@ class RecordFormat(ABC):
 
     @abstractmethod
     def record(self, row: Mapping[str, Any], source: str, place: str) -> FactRecord:
-        """The record of a row. Raises DamagedFileError, and SubjectNotFoundError where its prompt does not name the subject."""
+        """The record of a row. Raises DamagedFileError, and EditError for one that is no fact, see `Fact`."""
 
     def joined(self, records: list[FactRecord]) -> list[FactRecord]:
         """What records lend one another, where a form keeps one prompt of each kind; all records of a source at once."""
         return records
 
     def read(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[FactRecord]:
-        """A record for each row whose prompt names the subject; a warning says how many do not. Raises DamagedFileError."""
+        """A record for each row that is a fact; a warning says how many are none. Raises DamagedFileError."""
         records = []
         for number, row in enumerate(rows, 1):
-            with suppress(SubjectNotFoundError):
+            with suppress(EditError):
                 records.append(self.record(row, source, f"record {number}"))
         if len(records) < len(rows):
             left_out = len(rows) - len(records)
-            warnings.warn(f"{left_out} of {len(rows)} records of {source} are left out: their prompts do not name the subject", stacklevel=3)
+            why = "the prompt does not name the subject, or there is no target"
+            warnings.warn(f"{left_out} of {len(rows)} records of {source} are left out: {why}", stacklevel=3)
         return self.joined(records)
 
 

@@ -18,13 +18,13 @@ class ZsRE(RecordFormat):
     keys = ("src", "alt", "subject", "answers")
 
     def record(self, row: Mapping[str, Any], source: str, place: str) -> FactRecord:
-        question, target, subject, answers = fields(row, {"src": str, "alt": str, "subject": str, "answers": list}, source, place)
+        question, subject, answers = fields(row, {"src": str, "subject": str, "answers": list}, source, place)
         true = next((answer for answer in answers if isinstance(answer, str) and answer.strip()), None)
         locality = probes_in(row, "locality", source, place)
         if row.get("loc") and row.get("loc_ans"):
             locality = (Probe(*fields(row, {"loc": str, "loc_ans": str}, source, place)), *locality)
         return FactRecord(
-            Fact.of(question, subject, target, true, name_in(row, "case_id")),
+            Fact.of(question, subject, row["alt"], true, name_in(row, "case_id")),
             paraphrases=texts_in(row, "rephrase", source, place),
             portability=probes_in(row, "portability", source, place),
             locality=locality,

@@ -8,7 +8,7 @@ from steer.edits.record import FactRecord
 
 @EDIT_MEASURES.register("locality")
 class Locality(EditMeasure):
-    """Answers to unrelated questions: tokens that are the likeliest (as MEMIT counts), and tokens said as before the edit (as EasyEdit does)."""
+    """Answers to unrelated questions: tokens that are the likeliest (as in MEMIT), and tokens said as before (as in EasyEdit)."""
 
     columns = (
         Column("locality", "locality", SHARE, None, "share of the tokens of right answers to unrelated questions that are the likeliest"),

@@ -8,11 +8,9 @@ from steer.edits.record import FactRecord
 
 @EDIT_MEASURES.register("portability")
 class Portability(EditMeasure):
-    """Answers that follow from the edit, such as one hop further: share of their tokens that are the likeliest, each behind the right ones."""
+    """Answers that follow from the edit, such as one hop further: tokens that are the likeliest, each behind the right ones."""
 
-    columns = (
-        Column("portability", "portability", SHARE, "higher", "share of the tokens of answers that follow from the edit that are the likeliest"),
-    )
+    columns = (Column("portability", "portability", SHARE, "higher", "share of the tokens of answers that follow that are the likeliest"),)
 
     def wanted(self, record: FactRecord) -> Wanted:
         return Wanted(answers=tuple((probe.prompt, probe.answer) for probe in record.portability))
