@@ -14,7 +14,7 @@ def preference_columns(name: str, titles: tuple[str, str, str], wins: str, loses
     return (
         Column(name, titles[0], SHARE, better, f"share of {where} behind which the {wins} object is likelier than the {loses} one"),
         Column(f"{name}_magnitude", titles[1], "", better, f"mean of p({wins}) - p({loses}) behind {where}"),
-        Column(f"{name}_accuracy", titles[2], SHARE, better, f"share of {where} behind which the {wins} object is likeliest in every token"),
+        Column(f"{name}_accuracy", titles[2], SHARE, better, f"share of {where} behind which the {wins} object is the likeliest"),
         Column(f"{name}_probability", f"p({wins}), {name}", "", better, f"mean of p({wins}) behind {where}"),
     )
 
