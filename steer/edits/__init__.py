@@ -6,21 +6,33 @@ from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
+from steer.edits.measure import EDIT_MEASURES, EditMeasure
+from steer.edits.record import FactRecord, Probe
+from steer.edits.record_format import RECORD_FORMATS, RecordFormat
+from steer.edits.records import known_facts, load_records
 
 __all__ = [
+    "EDIT_MEASURES",
+    "RECORD_FORMATS",
     "WEIGHTINGS",
     "Contexts",
+    "EditMeasure",
     "EditedMap",
     "Fact",
     "FactKeys",
+    "FactRecord",
     "FirstTokenSubjectWarning",
     "Located",
+    "Probe",
+    "RecordFormat",
     "SubjectTokenWarning",
     "already_said",
     "answer_row",
     "distinct_facts",
     "edited_maps",
     "fact_keys",
+    "known_facts",
+    "load_records",
     "locate",
     "read_at",
     "read_keys",
