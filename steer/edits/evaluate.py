@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from steer.checks import of_type, one_of
 from steer.edits.base_modules import weight_modules, weight_of
 from steer.edits.edit import Edit
+from steer.edits.edit_facts import edit_facts
 from steer.edits.edited_weights import EditedWeights
-from steer.edits.editor import Editor, edit_facts
+from steer.edits.editor import Editor
 from steer.edits.evaluation import BATCH, MODES, SEQUENCE, SINGLE, EditEvaluation, EditRow
 from steer.edits.evaluation_store import EvaluationStore
 from steer.edits.fact import Fact
@@ -140,6 +141,7 @@ class _Run:
             "neutral_texts": len(neutral),
             "neighbours_left_out": left_out,
             "options": {name: _told(value) for name, value in options.items()},
+            "settings": edit.settings() if isinstance(edit, Editor) else {},
         }
         self.store = None if folder is None else EvaluationStore(folder, self._identity())
 
