@@ -2,8 +2,10 @@
 
 from steer.edits.answers import already_said
 from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
+from steer.edits.covariance import Covariance
 from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.fact import Fact, distinct_facts
+from steer.edits.factor import Factor
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
 from steer.edits.measure import EDIT_MEASURES, EditMeasure
@@ -16,11 +18,13 @@ __all__ = [
     "RECORD_FORMATS",
     "WEIGHTINGS",
     "Contexts",
+    "Covariance",
     "EditMeasure",
     "EditedMap",
     "Fact",
     "FactKeys",
     "FactRecord",
+    "Factor",
     "FirstTokenSubjectWarning",
     "Located",
     "Probe",

@@ -144,6 +144,11 @@ def _plain_name(anatomy: Anatomy, module: nn.Module) -> str:
     """The path of a module in the transformers model, or in the model that was given, without the names of wrappers."""
     root = transformers_model(anatomy) or anatomy.model
     path = next(path for path, other in root.named_modules() if other is module)
+    return without_wrappers(path)
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module or parameter without what PEFT, torch.compile and checkpointing put between its parts."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
