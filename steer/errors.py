@@ -94,6 +94,10 @@ class ConflictingEditsError(EditError):
     """Edits that ask for different things at one place."""
 
 
+class GuardError(EditError):
+    """An edit that a guard stopped, because of what it would do to the rest of the model."""
+
+
 class FileError(SteerError):
     """Base of everything that can be wrong with a file."""
 

@@ -3,9 +3,14 @@
 from steer.edits.answers import already_said
 from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
 from steer.edits.covariance import Covariance
+from steer.edits.edit_facts import edit_facts, editors
 from steer.edits.edited_map import EditedMap, edited_maps
+from steer.edits.editor import EDITORS, CollinearKeysWarning, EditBench, Editor, Solution, WeakValueWarning
+from steer.edits.evaluate import evaluate_edits, readings_before
+from steer.edits.evaluation import EditEvaluation
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.factor import Factor
+from steer.edits.guards import GuardReading, Guards, GuardWarning
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
 from steer.edits.measure import EDIT_MEASURES, EditMeasure
@@ -14,33 +19,51 @@ from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
 
 __all__ = [
+    "EDITORS",
     "EDIT_MEASURES",
     "RECORD_FORMATS",
     "WEIGHTINGS",
+    "CollinearKeysWarning",
     "Contexts",
     "Covariance",
+    "EditBench",
+    "EditEvaluation",
     "EditMeasure",
     "EditedMap",
+    "Editor",
     "Fact",
     "FactKeys",
     "FactRecord",
     "Factor",
     "FirstTokenSubjectWarning",
+    "GuardReading",
+    "GuardWarning",
+    "Guards",
     "Located",
     "Probe",
     "RecordFormat",
+    "Solution",
     "SubjectTokenWarning",
+    "Value",
+    "ValueSettings",
+    "ValueStore",
+    "WeakValueWarning",
     "already_said",
     "answer_row",
     "distinct_facts",
+    "edit_facts",
     "edited_maps",
+    "editors",
+    "evaluate_edits",
     "fact_keys",
     "known_facts",
     "load_records",
     "locate",
     "read_at",
     "read_keys",
+    "readings_before",
     "sample_contexts",
+    "solve_values",
     "target_ids",
     "text_ids",
 ]

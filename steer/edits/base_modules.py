@@ -46,6 +46,14 @@ def find_module(base: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
+def fitting_module(base: nn.Module, path: str, shape: tuple[int, int]) -> nn.Module:
+    """The map at a base path, of a shape [d, f] that is known beforehand. Raises WrongModelError where there is none, or another one."""
+    module = find_module(base, path)
+    if (found := shape_of(module)) != shape:
+        raise _other_shape(path, shape, found)
+    return module
+
+
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """The matrix of a module; None where it has none, or keeps it in a packed form of its own (GPTQ, AWQ)."""
     weight = module._parameters.get("weight")
@@ -102,4 +110,13 @@ def _no_such_matrix(path: str, known: list[str]) -> WrongModelError:
         expected="a linear map, by its path in the model as it was loaded",
         found=f"{len(known)} others",
         remedy=did_you_mean(path, known) or "use the edit with the model that it was made for",
+    )
+
+
+def _other_shape(path: str, shape: tuple[int, int], found: tuple[int, int]) -> WrongModelError:
+    return WrongModelError(
+        f"'{path}' has another shape than the edit was made for",
+        expected=f"{shape[0]} x {shape[1]} (out x in)",
+        found=f"{found[0]} x {found[1]}",
+        remedy="use the edit with the model that it was made for",
     )

@@ -21,8 +21,8 @@ from steer.edits.base_modules import (
     base_model,
     dense_weight,
     find_module,
+    fitting_module,
     matrix_hash,
-    shape_of,
     sharing_modules,
     weight_modules,
     weight_of,
@@ -240,10 +240,7 @@ class EditedWeights:
 
     def _check_model(self, edit: Edit) -> None:
         """Raises for a model whose maps are not there, are of another shape, or cannot be edited."""
-        modules = {delta.path: find_module(self.model, delta.path) for delta in edit.deltas}
-        for delta in edit.deltas:
-            if shape_of(modules[delta.path]) != delta.shape:
-                raise _other_shape(delta, shape_of(modules[delta.path]))
+        modules = {delta.path: fitting_module(self.model, delta.path, delta.shape) for delta in edit.deltas}
         self._check_places(list(modules), modules)
 
     def _check_places(self, paths: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
@@ -319,15 +316,6 @@ def _other_weights(edit: Edit, paths: list[str]) -> WrongModelError:
         expected="the matrices whose hashes it holds, edits aside",
         found=f"other numbers in {', '.join(paths[:3])}",
         remedy="solve it for this model; to try it as it is: apply(edit, on_other_weights=True)",
-    )
-
-
-def _other_shape(delta: WeightDelta, found: tuple[int, int]) -> WrongModelError:
-    return WrongModelError(
-        f"'{delta.path}' has another shape than the edit was made for",
-        expected=f"{delta.shape[0]} x {delta.shape[1]} (out x in)",
-        found=f"{found[0]} x {found[1]}",
-        remedy="use the edit with the model that it was made for",
     )
 
 

@@ -90,12 +90,18 @@ def check_independent(gram: Tensor, names: Sequence[str] | None = None) -> None:
         raise _dependent(cosines, names)
 
 
-def nearest_pair(keys: Tensor) -> tuple[int, int, float]:
-    """The two keys with the largest cosine between them, in size, and that cosine; (0, 0, 0.0) for fewer than two. keys: [n, f]."""
-    if len(keys) < 2:
-        return 0, 0, 0.0
+def nearest_pair(keys: Tensor, of: Tensor | None = None) -> tuple[int, int, float]:
+    """The two keys with the largest cosine between them, in size, and that cosine; (0, 0, 0.0) where there are no two.
+
+    Args:
+        keys: [n, f].
+        of: [n] the fact of each; two keys of one fact are no pair.
+    """
     unit = torch.nn.functional.normalize(keys.double(), dim=-1)
-    return _largest_off_diagonal(unit @ unit.T)
+    cosines = unit @ unit.T
+    if of is not None:
+        cosines = cosines.masked_fill(of[:, None] == of, 0.0)
+    return _largest_off_diagonal(cosines) if len(keys) > 1 else (0, 0, 0.0)
 
 
 def _largest_off_diagonal(cosines: Tensor) -> tuple[int, int, float]:

@@ -85,9 +85,7 @@ def solve_values(
     return [values[i] for i in range(len(facts))]
 
 
-def _solved(
-    problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]
-) -> Iterator[tuple[int, Value]]:
+def _solved(problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]) -> Iterator[tuple[int, Value]]:
     """Values by number of their fact, in halves where memory does not suffice for all at once."""
     try:
         solved = problem.solve([row for i in chunk for row in rows[i]], [facts[i] for i in chunk])
@@ -140,8 +138,7 @@ def fact_rows(tokenizer: Any, fact: Fact, contexts: Contexts, number: int) -> li
     located = contexts.locate(tokenizer, fact)
     weights = contexts.weights("mean", plain=not located[0].at_start)[0].tolist()
     rows = [
-        ValueRow((*place.ids, *target[:-1]), place.last, number, target, weights[i], is_plain=i == 0)
-        for i, place in enumerate(located)
+        ValueRow((*place.ids, *target[:-1]), place.last, number, target, weights[i], is_plain=i == 0) for i, place in enumerate(located)
     ]
     essence = f"{fact.subject} is a"
     text = essence if weights[0] else contexts.texts(essence)[1]

@@ -35,22 +35,16 @@ class ValueProblem:
         rows = [replace(row, fact=numbers.index(row.fact)) for row in rows]
         is_resumed = may_resume(self.model, self.anatomy, self.layer, self.maps, rows)
         value_pass = ValuePass(self.model, self.anatomy, self.layer, self.maps, rows, is_resumed=is_resumed)
-        norms = [self._norms(value_pass, len(facts), written) for written in value_pass.written]
-        return _Optimisation(value_pass, facts, norms, self.settings).run()
+        counted = _counted_rows(value_pass.rows, len(facts))
+        norms = [self._norms(value_pass, counted, written) for written in value_pass.written]
+        written = torch.stack([value_pass.written[0][of_fact].mean(0) for of_fact in counted])
+        return _Optimisation(value_pass, facts, norms, written, self.settings).run()
 
-    def _norms(self, value_pass: ValuePass, count: int, written: Tensor) -> tuple[Tensor, ...]:
-        """[facts] norms of what a map and what the block give at the edited token of the prompt, in the units of the map.
-
-        Where the prompt has no weight in the loss, the mean over the contexts.
-        """
+    def _norms(self, value_pass: ValuePass, counted: list[list[int]], written: Tensor) -> tuple[Tensor, ...]:
+        """[facts] norms of what a map and what the block give at the edited token, in the units of the map. counted: rows of each fact."""
         stream = value_pass.stream.norm(dim=-1).to(written.device)
         norms = torch.stack([written.norm(dim=-1), stream * self._units(written, is_mlp=written is value_pass.written[0])], 1)
-        of_facts = []
-        for fact in range(count):
-            counted = [i for i, row in enumerate(value_pass.rows) if row.fact == fact and row.weight]
-            plain = [i for i in counted if value_pass.rows[i].is_plain]
-            of_facts.append(norms[plain or counted].mean(0))
-        return tuple(torch.stack(of_facts).unbind(1))
+        return tuple(torch.stack([norms[of_fact].mean(0) for of_fact in counted]).unbind(1))
 
     def _units(self, written: Tensor, *, is_mlp: bool) -> Tensor | float:
         """[rows] how much longer what the map gives is than what is added to the stream; 1 without a norm between them."""
@@ -62,6 +56,15 @@ class ValueProblem:
         return written.norm(dim=-1) / post_norm(written.to(dtype)).float().norm(dim=-1)
 
 
+def _counted_rows(rows: Sequence[ValueRow], count: int) -> list[list[int]]:
+    """For each fact the row of its prompt, or its other rows where the prompt has no weight."""
+    of_facts = []
+    for fact in range(count):
+        weighed = [i for i, row in enumerate(rows) if row.fact == fact and row.weight]
+        of_facts.append([i for i in weighed if rows[i].is_plain] or weighed)
+    return of_facts
+
+
 class _Optimisation:
     """Adam on the deltas of some facts, each with a clamp of its own, until each is done.
 
@@ -70,11 +73,19 @@ class _Optimisation:
         active: the facts that are not done.
     """
 
-    def __init__(self, value_pass: ValuePass, facts: Sequence[Fact], norms: list[tuple[Tensor, ...]], settings: ValueSettings) -> None:
+    def __init__(
+        self,
+        value_pass: ValuePass,
+        facts: Sequence[Fact],
+        norms: list[tuple[Tensor, ...]],
+        written: Tensor,
+        settings: ValueSettings,
+    ) -> None:
         self.value_pass = value_pass
         self.facts = facts
         self.settings = settings
         self.norms = norms
+        self.written = written.cpu()
         self.reference = [pair[CLAMPS.index(settings.clamp_of)] for pair in norms]
         count = len(facts)
         self.deltas = [written.new_zeros(count, written.shape[1]).requires_grad_() for written in value_pass.written]
@@ -103,8 +114,8 @@ class _Optimisation:
             self.value_pass.keep(set(self.active))
         mlp, block = (norm.tolist() for norm in self.norms[0])
         return [
-            Value(self.best[i].detach().float().cpu().clone(), mlp[i], block[i], float(self.loss[i]), float(self.probability[i]),
-                  int(self.steps[i]), self.stopped[i] or "steps")
+            Value(self.best[i].detach().float().cpu().clone(), self.written[i], mlp[i], block[i], float(self.loss[i]),
+                  float(self.probability[i]), int(self.steps[i]), self.stopped[i] or "steps")
             for i in range(len(self.facts))
         ]  # fmt: skip
 

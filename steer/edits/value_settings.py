@@ -63,13 +63,16 @@ class Value:
     Attributes:
         delta: [width] fp32 on the CPU, added to the output of the down projection (before a norm that follows it). All zeros where the
             model gives the target already.
-        mlp_norm, block_norm: of what the down projection and the block give there before, the second in the units of the first.
+        written: [width] fp32 on the CPU, what the down projection gives there before, in the prompt itself (where that has no weight beside
+            contexts, the mean over these).
+        mlp_norm, block_norm: of what the down projection and the block give there, the second in the units of the first.
         loss: the lowest one, which `delta` has. probability: of the target per token with it, mean over contexts.
         steps: evaluations of the loss.
         stopped: `loss`, `argmax`, `kl`, `steps`, or `no_op` where the model gives the target already.
     """
 
     delta: Tensor
+    written: Tensor
     mlp_norm: float
     block_norm: float
     loss: float
