@@ -4,9 +4,9 @@
 
 PYTHON is an interpreter with what EasyEdit's ROME imports (torch, transformers, datasets, matplotlib, PyYAML), CHECKOUT a clone of
 zjunlp/EasyEdit. Every arm is a process of its own that keeps the model; they take turns, one round after another, on one thread. `steer`
-edits one fact a call; `steer batched` optimises the values of all facts together and then makes an edit of each. Contexts are those that steer
-draws, 20 and the plain prompt (EasyEdit's own number) and 5 and the plain prompt; drawing them is not timed, nor is the covariance, which
-steer uses and EasyEdit as it ships does not. The first round warms up.
+edits one fact a call; `steer batched` optimises the values of all facts together and then makes an edit of each. Contexts are those that
+steer draws, 20 and the plain prompt (EasyEdit's own number) and 5 and the plain prompt; drawing them is not timed, nor is the covariance,
+which steer uses and EasyEdit as it ships does not. The first round warms up.
 """
 
 from __future__ import annotations

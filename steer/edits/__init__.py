@@ -3,8 +3,11 @@
 from steer.edits.answers import already_said
 from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
 from steer.edits.covariance import Covariance
+from steer.edits.edit import Edit, WeightDelta
+from steer.edits.edit_adapter import from_adapter, to_adapter
 from steer.edits.edit_facts import edit_facts, editors
 from steer.edits.edited_map import EditedMap, edited_maps
+from steer.edits.edited_weights import EditedWeights
 from steer.edits.editor import EDITORS, CollinearKeysWarning, EditBench, Editor, Solution, WeakValueWarning
 from steer.edits.evaluate import evaluate_edits, readings_before
 from steer.edits.evaluation import EditEvaluation
@@ -17,6 +20,8 @@ from steer.edits.measure import EDIT_MEASURES, EditMeasure
 from steer.edits.record import FactRecord, Probe
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
+from steer.edits.value import Value, ValueSettings, solve_values
+from steer.edits.value_cache import ValueStore
 
 __all__ = [
     "EDITORS",
@@ -26,10 +31,12 @@ __all__ = [
     "CollinearKeysWarning",
     "Contexts",
     "Covariance",
+    "Edit",
     "EditBench",
     "EditEvaluation",
     "EditMeasure",
     "EditedMap",
+    "EditedWeights",
     "Editor",
     "Fact",
     "FactKeys",
@@ -48,6 +55,7 @@ __all__ = [
     "ValueSettings",
     "ValueStore",
     "WeakValueWarning",
+    "WeightDelta",
     "already_said",
     "answer_row",
     "distinct_facts",
@@ -56,6 +64,7 @@ __all__ = [
     "editors",
     "evaluate_edits",
     "fact_keys",
+    "from_adapter",
     "known_facts",
     "load_records",
     "locate",
@@ -66,4 +75,5 @@ __all__ = [
     "solve_values",
     "target_ids",
     "text_ids",
+    "to_adapter",
 ]

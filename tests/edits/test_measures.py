@@ -56,7 +56,9 @@ SEEN = Readings(
     sampled={"the cat can": " run a b a b"},
     losses={"the cat sat": 1.0, "a cat ran": 3.0},
 )
-BEFORE = Readings(answers={("seven", "the mat"): answer(0.5, True, True, predicted=(9, 5)), ("eight", "sun"): answer(0.5, True, predicted=(6,))})
+BEFORE = Readings(
+    answers={("seven", "the mat"): answer(0.5, True, True, predicted=(9, 5)), ("eight", "sun"): answer(0.5, True, predicted=(6,))}
+)
 
 # by hand; neighbours prefer the true object: 0.4 > 0.2, but not 0.1 > 0.5
 WORKED_OUT = {
@@ -158,7 +160,12 @@ def test_answers_are_those_of_whole_passes(tiny: Any, tiny_tokenizer: Any, famil
 def test_answers_that_begin_alike_are_read_in_one_row(tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny("llama"), []
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, *args, **given: rows.append(len(given["input_ids"])) or forward(self, *args, **given))
+
+    def counted(self: Any, *args: Any, **given: Any) -> Any:
+        rows.append(len(given["input_ids"]))
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(type(model), "forward", counted)
     scorer = AnswerScorer(model, tiny_tokenizer, progress=False)
     rows.clear()
     scorer.scores([("the cat is a", "dog"), ("the cat is a", "tree"), ("the cat is a", "tree and sun"), ("the cat is a", "dog")])

@@ -27,10 +27,20 @@ FULL = {
     "generation_prompts": ["the cat can"],
 }
 FLAT = [
-    {"case_id": i, "prompt": f"the {subject} is a", "subject": subject, "target_new": "dog", "ground_truth": true, "rephrase_prompt": f"a {subject} is",
-     "locality_prompt": f"your {near} is a", "locality_ground_truth": true}
-    for i, (subject, true, near) in enumerate([("cat", "tree", "sun"), ("mat", "tree", "moon"), ("house", "tree", "cat"), ("star", "song", "sun")])
-]  # fmt: skip
+    {
+        "case_id": number,
+        "prompt": f"the {subject} is a",
+        "subject": subject,
+        "target_new": "dog",
+        "ground_truth": true,
+        "rephrase_prompt": f"a {subject} is",
+        "locality_prompt": f"your {near} is a",
+        "locality_ground_truth": true,
+    }
+    for number, (subject, true, near) in enumerate(
+        [("cat", "tree", "sun"), ("mat", "tree", "moon"), ("house", "tree", "cat"), ("star", "song", "sun")]
+    )
+]
 ZSRE = {"subject": "cat", "src": "what is the cat ?", "alt": "a dog", "answers": ["a tree", "tree"], "rephrase": "what can the cat be ?",
         "loc": "who ran ?", "loc_ans": "the dog",
         "portability": {"Reasoning": [{"prompt": "the cat can", "ground_truth": [["run"]]}]}}  # fmt: skip
