@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import steer
 from steer.commands.edit_inputs import NEUTRAL, RUNNING, SHIPPED, some_texts
@@ -69,7 +70,7 @@ class FolderValues(ValueStore):
         if value is None and (path := self._path(key)).exists():
             manifest, tensors = load_artifact(path, "edit value")
             self.seconds[path.name] = manifest.pop("seconds")
-            value = Value(tensors["delta"], **manifest)
+            value = Value(**tensors, **manifest)
             super().put(key, value)
         self._last = time.process_time()
         return value
@@ -79,8 +80,9 @@ class FolderValues(ValueStore):
         now = time.process_time()
         path = self._path(key)
         self.seconds[path.name] = now - self._last
-        told = {name: x for name, x in vars(value).items() if name != "delta"}
-        save_artifact(path, "edit value", {"delta": value.delta}, {**told, "seconds": now - self._last})
+        tensors = {name: x for name, x in vars(value).items() if isinstance(x, Tensor)}
+        told = {name: x for name, x in vars(value).items() if name not in tensors}
+        save_artifact(path, "edit value", tensors, {**told, "seconds": now - self._last})
         self._last = time.process_time()
 
     def mean_seconds(self) -> float | None:
