@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "edit": (
         "write facts into a model, measured before and after, kept as an edit and as an adapter",
-        "steer edit 'prompt=The mother tongue of {} is' 'subject=Danielle Darrieux' target=English",
+        "steer edit 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English",
     ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }

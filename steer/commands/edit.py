@@ -112,6 +112,9 @@ class _Job:
 
 
 def _write_adapter(edit: Edit, model: nn.Module, folder: Path, console: Console) -> None:
+    if not edit.deltas:
+        console.print(f"{edit.name} changes nothing, and has no adapter", markup=False)
+        return
     try:
         to_adapter(edit, model, folder)
     except DeployError as error:  # an edit of as high a rank as its matrices is no smaller as an adapter

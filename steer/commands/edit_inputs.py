@@ -84,7 +84,7 @@ def _no_fact(said: list[str]) -> ConfigError:
         "'steer edit' has nothing to edit",
         expected=f"{', '.join(OF_ONE)}, or data",
         found=", ".join(said) or "none of them",
-        remedy="e.g. 'prompt=The mother tongue of {} is' 'subject=Danielle Darrieux' target=English, or data=records.json",
+        remedy="e.g. 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English, or data=...",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from steer.checks import of_type
 from steer.edits.edit import Edit
 from steer.edits.evaluation import EditEvaluation
+from steer.errors import ConfigError
 from steer.report.edit_view import continuations, edit_facts_shown, fact_tables, measured_tables, side_by_side
 from steer.report.render import write_page
 
@@ -35,6 +36,8 @@ def write_edits(
     of_type(evaluations, (list, tuple), "the evaluations of a page", "pass a list of what steer.edits.evaluate_edits gives")
     for found in evaluations:
         of_type(found, EditEvaluation, "an evaluation of a page", "make it with steer.edits.evaluate_edits")
+    if not evaluations:
+        raise _no_evaluations()
     first = evaluations[0]
     head = {
         "Facts": str(len(first)),
@@ -53,3 +56,11 @@ def write_edits(
         fact_tables=fact_tables(evaluations),
         edits=edit_facts_shown(edits),
     )
+
+
+# ---- errors
+
+
+def _no_evaluations() -> ConfigError:
+    remedy = "pass what steer.edits.evaluate_edits gives"
+    return ConfigError("a page of edits needs an evaluation", expected="one or more", found="none", remedy=remedy)
