@@ -13,7 +13,6 @@ from steer.edits.evaluation import EditEvaluation, EditRow
 from steer.errors import ConfigError
 from steer.report import write_edits
 
-
 WRITTEN = {"before": " tree", "after": " dog"}
 
 
