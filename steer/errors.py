@@ -95,7 +95,9 @@ class ConflictingEditsError(EditError):
 
 
 class GuardError(EditError):
-    """An edit that a guard stopped, because of what it would do to the rest of the model."""
+    """An edit that a guard stopped, because of what it would do to the rest of the model. `facts` has the names of those facts."""
+
+    facts: tuple[str, ...] = ()
 
 
 class FileError(SteerError):

@@ -20,6 +20,7 @@ from steer.edits.measure import EDIT_MEASURES, EditMeasure
 from steer.edits.record import FactRecord, Probe
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
+from steer.edits.sequence import SequenceResult, apply_in_sequence
 from steer.edits.value import Value, ValueSettings, solve_values
 from steer.edits.value_cache import ValueStore
 
@@ -49,6 +50,7 @@ __all__ = [
     "Located",
     "Probe",
     "RecordFormat",
+    "SequenceResult",
     "Solution",
     "SubjectTokenWarning",
     "Value",
@@ -58,6 +60,7 @@ __all__ = [
     "WeightDelta",
     "already_said",
     "answer_row",
+    "apply_in_sequence",
     "distinct_facts",
     "edit_facts",
     "edited_maps",

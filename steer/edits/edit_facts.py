@@ -14,7 +14,7 @@ from steer.edits.contexts import Contexts, FirstTokenSubjectWarning, SubjectToke
 from steer.edits.covariance import Covariance
 from steer.edits.default_layers import default_layers
 from steer.edits.edit import Edit
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution
+from steer.edits.editor import EDITORS, EditBench, Editor, Solution, no_covariance
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
 from steer.edits.make_edit import make_edit
@@ -71,29 +71,52 @@ def edit_facts(
     """
     chosen = distinct_facts([facts] if isinstance(facts, Fact) else facts)
     method = editor_of(editor)
-    anatomy = Anatomy.find(model)
-    layers = default_layers(anatomy, several=method.several_layers) if layers is None else layers
-    contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in chosen]) if contexts is None else contexts
+    bench = bench_for(model, tokenizer, chosen, method, layers, covariance, contexts, values, progress)
     guards = guards or Guards()
+    neutral = NeutralTexts(bench, guards.neutral_texts) if guards.neutral_texts else None
+    return solve_edit(bench, method, chosen, guards, neutral, name)
+
+
+def bench_for(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    method: Editor,
+    layers: Sequence[int] | None,
+    covariance: Covariance | None,
+    contexts: Contexts | None,
+    values: ValueStore | None,
+    progress: str | None,
+) -> EditBench:
+    """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
+    layers = default_layers(Anatomy.find(model), several=method.several_layers) if layers is None else layers
+    contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
     bench = EditBench(model, tokenizer, layers, contexts, covariance=covariance, values=values, progress=progress)
     if covariance is not None:
         covariance.check(model, bench.layers, tokenizer)
-    for fact in chosen:
-        contexts.locate(tokenizer, fact)  # warns once, where all readings that follow would
+    elif method.needs_covariance:
+        raise no_covariance(method.name)
+    return bench
+
+
+def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None, name: str) -> Edit:
+    """One edit, of the facts within the guards."""
+    for fact in facts:
+        bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FirstTokenSubjectWarning)
         warnings.simplefilter("ignore", SubjectTokenWarning)
-        kept, solution, readings, left_out = _solved(bench, method, chosen, guards)
-    no_op = [fact.name for fact, value in zip(kept, solution.values or (), strict=False) if value.is_no_op]
+        kept, solution, readings, left_out = _within(bench, method, facts, guards, neutral)
+    no_op = [kept[i].name for i in solution.no_op]
     if no_op:
         log.info("%d of %d facts are said already: nothing is written for them", len(no_op), len(kept))
     return make_edit(
-        model,
+        bench.model,
         kept,
         [delta for delta in solution.deltas if delta.rank],
         editor=method.name,
         settings={**method.settings(), "layers": bench.layers, "guards": guards.settings()},
-        contexts=contexts.to_json(),
+        contexts=bench.contexts.to_json(),
         name=name,
         provenance={
             "no_op": no_op,
@@ -114,11 +137,10 @@ def editors() -> list[tuple[str, str]]:
     return EDITORS.table()
 
 
-def _solved(
-    bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards
+def _within(
+    bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None
 ) -> tuple[Sequence[Fact], Solution, list[GuardReading], list[GuardReading]]:
     """The facts within the guards, their solution and readings, and the readings of those left out. Raises GuardError for none left."""
-    neutral = NeutralTexts(bench, guards.neutral_texts) if guards.neutral_texts else None
     if bench.store is None and guards.mode == "roll_back":
         bench.store = ValueStore()  # what is solved again without some facts needs no new values
     left_out: list[GuardReading] = []
@@ -139,9 +161,11 @@ def _solved(
 
 def _none_left(left_out: Sequence[GuardReading]) -> GuardError:
     reading = left_out[0]
-    return GuardError(
+    error = GuardError(
         "no fact is within the guards",
         expected="at least one",
         found=f"'{reading.fact}' beyond {', '.join(reading.beyond)} ({reading}), and {len(left_out) - 1} more",
         remedy="edit another layer, or widen the limits",
     )
+    error.facts = tuple(reading.fact for reading in left_out)
+    return error

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from steer.edits.contexts import Contexts
 from steer.edits.covariance import Covariance
@@ -24,7 +23,7 @@ from steer.edits.edited_weights import EditedWeights
 from steer.edits.fact import Fact
 from steer.edits.factor import Factor
 from steer.edits.keys import ReadTexts, read_texts
-from steer.edits.solve import COLLINEAR, Solved, nearest_pair
+from steer.edits.solve import COLLINEAR, Metric, PastKeys, Solved, nearest_pair
 from steer.edits.value import Value, ValueSettings, solve_values
 from steer.edits.value_cache import ValueStore
 from steer.errors import EditError
@@ -42,12 +41,14 @@ class Solution:
         deltas: changes of different matrices; of rank 0 where there is nothing to write.
         strength: [n] the share of what was asked that is written, the smallest over layers; None for editors without a solve.
         values: what was asked; None for editors without values.
+        no_op: numbers of the facts that the model says already, of which nothing is written.
         of: [m] the fact that each key and each column of the deltas belongs to, where they have some.
     """
 
     deltas: tuple[WeightDelta, ...]
     strength: Tensor | None = None
     values: tuple[Value, ...] | None = None
+    no_op: tuple[int, ...] = ()
     of: Tensor | None = None
 
 
@@ -79,6 +80,7 @@ class EditBench:
         self.store = values
         self.progress = progress
         self._powers: dict[int, float] = {}
+        self._past: dict[tuple[int, str], tuple[list[str], PastKeys | None]] = {}
 
     def values(self, facts: Sequence[Fact], layer: int, settings: ValueSettings) -> list[Value]:
         """What the map of a layer would have to write for each fact, see `steer.edits.solve_values`."""
@@ -91,19 +93,26 @@ class EditBench:
     def factor(self, layer: int) -> Factor:
         """The factor of the covariance of a layer. Raises EditError without a covariance."""
         if self.covariance is None:
-            raise _no_covariance()
+            raise no_covariance()
         return self.covariance.factor(layer)
 
-    def past_keys(self, layer: int, keys: Tensor) -> Tensor | None:
-        """[p, f] keys of the edits that are in the weights of the model, but for those that are nearly one of `keys`, [m, f], which are
-        written anew: the last one wins. None for none."""
-        applied = EditedWeights.of(self.model).applied
-        past = [delta.keys for edit in applied for delta in edit.deltas if delta.layer == layer and delta.keys is not None]
-        if not past:
-            return None
-        earlier = torch.cat(past)
-        cosines = normalize(earlier.double(), dim=-1) @ normalize(keys.double(), dim=-1).mT  # [p, m]
-        return earlier[cosines.abs().amax(1) <= COLLINEAR]
+    def past_keys(self, layer: int, metric: Metric, kind: str, keys: Tensor) -> PastKeys | None:
+        """Keys of the edits that are in the weights of the model, but for those that are nearly one of `keys`, [m, f], which are written
+        anew: the last edit of a fact wins. None for none.
+
+        Args:
+            kind: of metric, under which they are kept for the next solve.
+        """
+        path = self.maps[layer].name
+        applied = [edit for edit in EditedWeights.of(self.model).applied if edit.delta(path) is not None]
+        names = [edit.name for edit in applied]
+        known, past = self._past.get((layer, kind), ([], None))
+        if names[: len(known)] != known:
+            known, past = [], None
+        if more := [delta.keys for edit in applied[len(known) :] if (delta := edit.delta(path)) is not None and delta.keys is not None]:
+            past = PastKeys.of(torch.cat(more), metric) if past is None else past.extended(torch.cat(more), metric)
+        self._past[layer, kind] = names, past
+        return None if past is None else past.unlike(keys)
 
     def output_power(self, layer: int) -> float | None:
         """tr(W C W^T): mean square of what the map of a layer gives for ordinary keys, without its bias, as it is now. None without a
@@ -208,6 +217,15 @@ def warn_of_collinear(keys: Tensor, of: Tensor, facts: Sequence[Fact]) -> None:
         )
 
 
+def solution_of_values(
+    deltas: Sequence[WeightDelta], values: Sequence[Value], strength: Tensor | None = None, of: Tensor | None = None
+) -> Solution:
+    """A solution of an editor with values. strength: 1 for all when None. of: none where nothing is written."""
+    strength = torch.ones(len(values), dtype=torch.float64) if strength is None else strength
+    no_op = tuple(i for i, value in enumerate(values) if value.is_no_op)
+    return Solution(tuple(deltas), strength, tuple(values), no_op, of)
+
+
 def wanted_rows(facts: Sequence[Fact], values: Sequence[Value]) -> list[int]:
     """Numbers of the facts of which there is something to write. Warns of those whose value is zero though the model does not say them."""
     wanted = []
@@ -232,9 +250,9 @@ def smallest(strength: Tensor, of: Tensor, count: int) -> Tensor:
 # ---- errors
 
 
-def _no_covariance() -> EditError:
+def no_covariance(editor: str = "this editor") -> EditError:
     return EditError(
-        "this editor needs the covariance of the keys",
+        f"{editor} needs the covariance of the keys",
         expected="a Covariance of the layers that are edited",
         found="none",
         remedy="pass covariance=Covariance.fit(model, tokenizer, texts, layers), with some tens of thousands of tokens of any text",

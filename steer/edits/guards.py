@@ -240,9 +240,11 @@ def _stopped(guards: Guards, beyond: Sequence[tuple[Fact, GuardReading]]) -> Gua
     fact, reading = beyond[0]
     limits = ", ".join(f"{name} {getattr(guards, name):g}" for name in reading.beyond)
     others = f", and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-    return GuardError(
+    error = GuardError(
         f"a guard stopped the edit '{fact.prompt}' -> '{fact.target}'{others}",
         expected=f"within {limits}",
         found=str(reading),
         remedy="leave the fact out (mode='roll_back' does), edit another layer, or widen the limit",
     )
+    error.facts = tuple(fact.name for fact, _ in beyond)
+    return error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from steer.errors import EditError, NonFiniteError
 
@@ -37,23 +38,58 @@ class Solved:
     strength: Tensor
 
 
+Metric = Callable[[Tensor], Tensor]  # M times a matrix [f, m]
+
+
+@dataclass(frozen=True, eq=False)
+class PastKeys:
+    """Keys of earlier edits with what a solve needs of them, so that a long sequence works nothing out twice.
+
+    Attributes:
+        keys: [f, p]. cheap: [f, p] M times them. gram: [p, p] their inner products under M; fp64.
+    """
+
+    keys: Tensor
+    cheap: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, metric: Metric) -> PastKeys:
+        """keys: [p, f]."""
+        columns = keys.double().T
+        cheap = metric(columns).double()
+        return cls(columns.to(cheap.device), cheap, _symmetric(columns.to(cheap.device).T @ cheap))
+
+    def extended(self, keys: Tensor, metric: Metric) -> PastKeys:
+        """With more of them, [q, f]."""
+        more = PastKeys.of(keys, metric)
+        between = self.keys.T @ more.cheap  # [p, q]
+        gram = torch.cat([torch.cat([self.gram, between], 1), torch.cat([between.T, more.gram], 1)])
+        return PastKeys(torch.cat([self.keys, more.keys], 1), torch.cat([self.cheap, more.cheap], 1), gram)
+
+    def unlike(self, keys: Tensor) -> PastKeys:
+        """Without those that are nearly one of some others, [m, f]."""
+        cosines = normalize(self.keys, dim=0).T @ normalize(keys.to(self.keys), dim=-1).T  # [p, m]
+        kept = cosines.abs().amax(1) <= COLLINEAR
+        return PastKeys(self.keys[:, kept], self.cheap[:, kept], self.gram[kept][:, kept])
+
+
 def solve_keys(
     keys: Tensor,
     wanted: Tensor,
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     ridge: float,
     *,
-    past: Tensor | None = None,
+    past: PastKeys | None = None,
     names: Sequence[str] | None = None,
 ) -> Solved:
     """Solves for the change that gives the keys what is wanted, at the least cost elsewhere.
 
     Args:
         keys: [n, f]. wanted: [n, d] change of the output at each.
-        metric: M times a matrix [f, m]; symmetric and positive (semi-)definite.
+        metric: multiplies with M, which is symmetric and positive (semi-)definite.
         ridge: 0 for exact constraints; more gives up some of what is wanted for a smaller change.
-        past: [p, f] keys of earlier edits, at which the change costs as much as at the new ones (MEMIT_seq, AlphaEdit's K_p). Only with a
-            ridge.
+        past: keys of earlier edits, at which a change costs as much as at the new ones (MEMIT_seq, AlphaEdit's K_p). Only with a ridge.
         names: of the keys, for messages.
 
     Raises:
@@ -64,12 +100,10 @@ def solve_keys(
         raise _not_finite()
     cheap = metric(k).double()  # [f, n]
     gram = _symmetric(k.T @ cheap)  # [n, n]
-    if past is not None and len(past):
-        earlier = past.double().T.to(k.device)  # [f, p]
-        cheap_earlier = metric(earlier).double()
-        between = earlier.T @ cheap  # [p, n]
-        weights = torch.cholesky_solve(between, _cholesky(_symmetric(earlier.T @ cheap_earlier), ridge))
-        cheap = cheap - cheap_earlier @ weights
+    if past is not None and past.keys.shape[1]:
+        between = past.keys.T @ cheap  # [p, n]
+        weights = torch.cholesky_solve(between, _cholesky(past.gram, ridge))
+        cheap = cheap - past.cheap @ weights
         gram = _symmetric(gram - between.T @ weights)
     if ridge == 0:
         check_independent(gram, names)
@@ -97,7 +131,7 @@ def nearest_pair(keys: Tensor, of: Tensor | None = None) -> tuple[int, int, floa
         keys: [n, f].
         of: [n] the fact of each; two keys of one fact are no pair.
     """
-    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    unit = normalize(keys.double(), dim=-1)
     cosines = unit @ unit.T
     if of is not None:
         cosines = cosines.masked_fill(of[:, None] == of, 0.0)

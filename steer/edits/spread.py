@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from steer.edits.editor import EditBench, Solution, smallest, wanted_rows
+from steer.edits.editor import EditBench, Solution, smallest, solution_of_values, wanted_rows
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved
 from steer.edits.value import Value
@@ -34,7 +34,7 @@ def spread(
     """
     wanted = wanted_rows(facts, values)
     if not wanted:
-        return Solution(tuple(bench.no_delta(layer) for layer in bench.layers), torch.ones(len(facts)), tuple(values))
+        return solution_of_values([bench.no_delta(layer) for layer in bench.layers], values)
     if len(bench.layers) > 1 and any(edited.has_post_norm for edited in bench.maps.values()):
         raise _post_norm(bench)
     chosen = [facts[i] for i in wanted]
@@ -61,7 +61,7 @@ def spread(
         deltas_of_layers.append(bench.delta(layer, solved, keys))
     of_all = torch.ones(len(facts), dtype=torch.float64)
     of_all[wanted] = strength
-    return Solution(tuple(deltas_of_layers), of_all, tuple(values), torch.tensor(wanted)[of])
+    return solution_of_values(deltas_of_layers, values, of_all, torch.tensor(wanted)[of])
 
 
 # ---- errors

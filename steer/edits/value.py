@@ -7,7 +7,7 @@ Adam, for all facts at once; the weights of the model have no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 from steer.edits.contexts import Contexts
 from steer.edits.edited_map import edited_maps
 from steer.edits.fact import Fact
+from steer.edits.frozen import frozen
 from steer.edits.locate import locate, target_ids
 from steer.edits.value_cache import ValueStore, weights_digest
 from steer.edits.value_pass import ValueRow
 from steer.edits.value_problem import ValueProblem
 from steer.edits.value_settings import Value, ValueSettings
 from steer.model.anatomy import Anatomy
-from steer.model.capture import batches_of, evaluating
-from steer.model.restoring import restoring
+from steer.model.capture import batches_of
 from steer.model.watcher import watchers_of
 
 
@@ -72,9 +72,7 @@ def solve_values(
     keys = [] if cache is None else _keys(weights_digest(model), edited.layer, settings, rows)
     values = {i: value for i, key in enumerate(keys) if cache is not None and (value := cache.get(key)) is not None}
     missing = [i for i in range(len(facts)) if i not in values]
-    with restoring(_requires_grad_as_before(model)), evaluating(model), torch.compiler.set_stance("force_eager"):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+    with frozen(model):
         with tqdm(total=len(missing), desc=progress, disable=True if progress is None else None, leave=False) as bar:
             for chunk in _chunks(rows, missing, max_tokens):
                 for i, value in _solved(problem, rows, facts, chunk):
@@ -111,16 +109,6 @@ def _chunks(rows: Sequence[list[ValueRow]], missing: Sequence[int], max_tokens: 
 def _keys(weights: str, layer: int, settings: ValueSettings, rows: Sequence[list[ValueRow]]) -> list[Hashable]:
     """Under what the value of each fact is kept: all that it depends on; token ids say more than texts."""
     return [(weights, layer, astuple(settings), tuple((row.ids, row.site, row.targets, row.weight) for row in of_fact)) for of_fact in rows]
-
-
-def _requires_grad_as_before(model: nn.Module) -> Callable[[], None]:
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def put_back() -> None:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
-
-    return put_back
 
 
 def _attention_map(anatomy: Anatomy, layer: int) -> nn.Module:

@@ -57,9 +57,10 @@ class AlphaEdit(Editor):
         def solve_layer(layer: int, keys: Tensor, wanted: Tensor, of: Tensor, chosen: Sequence[Fact]) -> Solved:
             if layer == bench.layers[0]:
                 warn_of_collinear(keys, of, chosen)
-            past = bench.past_keys(layer, keys) if self.keeps_past else None
+            metric = LowEnergySpace.of(bench.factor(layer), self.threshold, layer).projected
+            past = bench.past_keys(layer, metric, f"low energy {self.threshold}", keys) if self.keeps_past else None
             ridge = _RIDGE * float(keys.double().square().sum(-1).median()) if self.ridge is None else self.ridge
-            return solve_keys(keys, wanted, LowEnergySpace.of(bench.factor(layer), self.threshold, layer).projected, ridge, past=past)
+            return solve_keys(keys, wanted, metric, ridge, past=past)
 
         return spread(bench, facts, self.values(bench, facts), self.weighting, solve_layer)
 

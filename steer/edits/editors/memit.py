@@ -48,8 +48,9 @@ class MEMIT(Editor):
         def solve_layer(layer: int, keys: Tensor, wanted: Tensor, of: Tensor, chosen: Sequence[Fact]) -> Solved:
             if layer == bench.layers[0]:
                 warn_of_collinear(keys, of, chosen)
-            past = bench.past_keys(layer, keys) if self.keeps_past else None
+            metric = bench.factor(layer).solve
+            past = bench.past_keys(layer, metric, "covariance", keys) if self.keeps_past else None
             ridge = float(keys.shape[1]) if self.ridge is None else self.ridge
-            return solve_keys(keys, wanted, bench.factor(layer).solve, ridge, past=past)
+            return solve_keys(keys, wanted, metric, ridge, past=past)
 
         return spread(bench, facts, self.values(bench, facts), self.weighting, solve_layer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, wanted_rows
+from steer.edits.editor import EDITORS, EditBench, Editor, Solution, solution_of_values, wanted_rows
 from steer.edits.editors.rome import one_by_one, one_layer
 from steer.edits.fact import Fact
 
@@ -27,7 +27,7 @@ class RROME(Editor):
         wanted = wanted_rows(facts, values)
         layer = one_layer(bench, self.name)
         if not wanted:
-            return Solution((bench.no_delta(layer),), torch.ones(len(facts)), tuple(values))
+            return solution_of_values([bench.no_delta(layer)], values)
         edited = bench.maps[layer]
         read = bench.read([facts[i] for i in wanted], [edited.key_site, edited.value_site], "mean")
         keys, outputs = read.combined(edited.key_site), read.combined(edited.value_site)  # [n, f], [n, d]
@@ -36,4 +36,4 @@ class RROME(Editor):
                              zip(read.values[edited.value_site], read.weights, strict=True)])  # fmt: skip
         shifts = [(values[i].delta + plain[number] - outputs[number])[None] for number, i in enumerate(wanted)]
         solved = one_by_one(bench, layer, keys, read.of, shifts, [facts[i] for i in wanted])
-        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values), torch.tensor(wanted)[read.of])
+        return solution_of_values([bench.delta(layer, solved, keys)], values, of=torch.tensor(wanted)[read.of])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.checks import one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, wanted_rows
+from steer.edits.editor import EDITORS, EditBench, Editor, Solution, solution_of_values, wanted_rows
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved, solve_keys
 from steer.errors import EditError
@@ -42,13 +42,13 @@ class ROME(Editor):
         wanted = wanted_rows(facts, values)
         layer = one_layer(bench, self.name)
         if not wanted:
-            return Solution((bench.no_delta(layer),), torch.ones(len(facts)), tuple(values))
+            return solution_of_values([bench.no_delta(layer)], values)
         site = bench.maps[layer].key_site
         read = bench.read([facts[i] for i in wanted], [site], self.weighting)
         keys, of = read.combined(site), read.of
         shifts = [values[i].delta.expand(int((of == number).sum()), -1) for number, i in enumerate(wanted)]
         solved = one_by_one(bench, layer, keys, of, shifts, [facts[i] for i in wanted])
-        return Solution((bench.delta(layer, solved, keys),), torch.ones(len(facts)), tuple(values), torch.tensor(wanted)[of])
+        return solution_of_values([bench.delta(layer, solved, keys)], values, of=torch.tensor(wanted)[of])
 
 
 def one_layer(bench: EditBench, name: str) -> int:
