@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def _merged(entries: Sequence[Edit], deltas: tuple[WeightDelta, ...], base: dict
     """One edit of what an adapter says that it holds: several edits become one with their facts, none an edit without facts."""
     if len(entries) == 1:
         (edit,) = entries
-        return Edit(edit.facts, edit.editor, deltas, name or edit.name, edit.settings, edit.contexts, base, edit.model, edit.provenance)
+        return replace(edit, deltas=deltas, name=name or edit.name, base=base, of=None)
     facts = tuple(dict.fromkeys(fact for edit in entries for fact in edit.facts))
     editors = list(dict.fromkeys(edit.editor for edit in entries)) or ["lora"]
     provenance = {"merged": [edit.as_json() for edit in entries]} if entries else {}
