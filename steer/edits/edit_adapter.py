@@ -79,7 +79,7 @@ def to_adapter(
     if not on_other_weights:
         for edit in chosen:
             edited.check_weights(edit)
-    factors = {path: _factors([delta for delta in deltas if delta.path == path]) for path in modules}
+    factors = {path: adapter_factors([delta for delta in deltas if delta.path == path]) for path in modules}
     conv1d = any(is_conv1d(module) for module in modules.values())
     kept = {_BASE: {path: digest for edit in chosen for path, digest in edit.base.items()}, _EDITS: [edit.as_json() for edit in chosen]}
     if plan is None:
@@ -127,7 +127,7 @@ def from_adapter(folder: str | Path, model: nn.Module, *, name: str = "", on_oth
 # ---- factors
 
 
-def _factors(deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
+def adapter_factors(deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
     """A [rank, f] and B [d, rank] of the sum of some deltas of one matrix. Raises DeployError where they are no smaller than the matrix."""
     if sum(delta.rank for delta in deltas) >= min(deltas[0].shape):
         raise _too_large(deltas)

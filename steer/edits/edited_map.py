@@ -164,7 +164,9 @@ def _users(model: nn.Module, weight: object) -> list[str]:
 
 
 def _no_layers() -> EditError:
-    return EditError("no layer was named to be edited", expected="at least one", found="none", remedy="pass layers=[8], or a list of several")
+    return EditError(
+        "no layer was named to be edited", expected="at least one", found="none", remedy="pass layers=[8], or a list of several"
+    )
 
 
 def _no_layer(anatomy: Anatomy, layer: int) -> EditError:
@@ -191,7 +193,9 @@ def _no_projection(anatomy: Anatomy, layer: int, writer: Writer) -> EditError:
     return EditError(
         f"block {layer} of this {anatomy.kind} has no single down projection to be edited",
         expected="an MLP that ends in one linear map",
-        found=f"a mixture of experts, '{writer.part}', whose texts go to different maps" if experts else f"'{writer.part}', which ends in none",
+        found=f"a mixture of experts, '{writer.part}', whose texts go to different maps"
+        if experts
+        else f"'{writer.part}', which ends in none",
         remedy="edit a layer with a dense MLP, where the model has one",
     )
 

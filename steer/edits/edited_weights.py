@@ -129,7 +129,7 @@ class EditedWeights:
             of_type(edit, Edit, "an edit", "pass an Edit, as steer.edit_facts makes it")
             if edit.name in on:
                 raise _applied_already(edit)
-            self._check_model(edit)
+            self.check(edit)
             if not on_other_weights:
                 self.check_weights(edit)
             on.add(edit.name)
@@ -148,7 +148,7 @@ class EditedWeights:
         if missing := set(new) - {edit.name for edit in self.applied}:
             raise _not_applied(min(missing), [edit.name for edit in self.applied])
         for edit in edits:
-            self._check_model(edit)
+            self.check(edit)
         self._become(tuple(new.get(edit.name, edit) for edit in self.applied))
 
     def clear(self) -> None:
@@ -177,22 +177,25 @@ class EditedWeights:
         modules = weight_modules(self.model)
         return [path for path, digest in self._state.written.items() if path not in modules or _hash(modules[path]) != digest]
 
-    def rebase(self) -> list[str]:
+    def rebase(self, paths: Sequence[str] = ()) -> list[str]:
         """Takes what training made of the edited weights as the edits on top of a trained W0; no weight changes.
 
         From now on W0 is W - dW, kept in fp64. Reverting an edit then leaves the trained weight without it, rounded once.
+
+        Args:
+            paths: of matrices with edits where W0 is worked out whether something changed or not.
 
         Returns:
             The paths where something had changed.
         """
         changed = self.changed
-        self._work_out(changed, self._state)
+        self._work_out(list(dict.fromkeys([*changed, *paths])), self._state)
         return changed
 
     def adopt(self, edits: Sequence[Edit]) -> None:
         """Takes the weights as they are for weights with these edits and no others, as after a checkpoint of them; no weight changes."""
         for edit in edits:
-            self._check_model(edit)
+            self.check(edit)
         paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
         self._work_out(paths, _State(tuple(edits)))
 
@@ -210,7 +213,12 @@ class EditedWeights:
         """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
         self._state = _State()
 
-    # ---- hashes
+    # ---- checks
+
+    def check(self, edit: Edit) -> None:
+        """Raises EditError or WrongModelError where the maps of an edit are not there, are of another shape, or cannot be edited."""
+        modules = {delta.path: fitting_module(self.model, delta.path, delta.shape) for delta in edit.deltas}
+        self._check_places(list(modules), modules)
 
     def check_weights(self, edit: Edit) -> None:
         """Raises WrongModelError where the matrices, without any edit, are not those that an edit was solved for."""
@@ -260,11 +268,6 @@ class EditedWeights:
         with restoring(put_back):
             _write(modules, new)
             self._state = becomes
-
-    def _check_model(self, edit: Edit) -> None:
-        """Raises for a model whose maps are not there, are of another shape, or cannot be edited."""
-        modules = {delta.path: fitting_module(self.model, delta.path, delta.shape) for delta in edit.deltas}
-        self._check_places(list(modules), modules)
 
     def _check_places(self, paths: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
         """Raises EditError for weights that cannot be edited."""

@@ -124,7 +124,7 @@ def test_keys_belong_to_facts(model: nn.Module) -> None:
 def test_a_saved_edit_is_the_same_edit(model: nn.Module, tmp_path: Path, name: str) -> None:
     edit = random_edit(model, layers=(0, 1))
     edit = Edit(
-        edit.facts, "x", (*edit.deltas[:1], delta()), contexts={"prefixes": ["The"], "seed": 0}, of=None, provenance={"over": ["b"]}
+        edit.facts, "x", (*edit.deltas[:1], delta()), contexts={"prefixes": ["The"], "seed": 0}, of=(0, 0), provenance={"over": ["b"]}
     )
     again = Edit.load(edit.save(tmp_path / name))
     assert again.as_json() == edit.as_json() and again.facts == edit.facts and again.digest == edit.digest
