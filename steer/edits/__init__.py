@@ -2,16 +2,20 @@
 
 from steer.edits.answers import already_said
 from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
+from steer.edits.covariance import Covariance
 from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.fact import Fact, distinct_facts
+from steer.edits.factor import Factor
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
 
 __all__ = [
     "WEIGHTINGS",
     "Contexts",
+    "Covariance",
     "EditedMap",
     "Fact",
+    "Factor",
     "FactKeys",
     "FirstTokenSubjectWarning",
     "Located",

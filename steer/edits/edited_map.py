@@ -144,6 +144,11 @@ def _plain_name(anatomy: Anatomy, module: nn.Module) -> str:
     """The path of a module in the transformers model, or in the model that was given, without the names of wrappers."""
     root = transformers_model(anatomy) or anatomy.model
     path = next(path for path, other in root.named_modules() if other is module)
+    return without_wrappers(path)
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module or parameter without what PEFT, torch.compile and checkpointing put between its parts."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
@@ -189,13 +194,12 @@ def _no_mlp(anatomy: Anatomy, layer: int, found: str) -> EditError:
 
 
 def _no_projection(anatomy: Anatomy, layer: int, writer: Writer) -> EditError:
-    experts = "experts" in dict(anatomy.module_in_block(layer, writer.part).named_children())
+    is_mixture = "experts" in dict(anatomy.module_in_block(layer, writer.part).named_children())
+    mixture = f"a mixture of experts, '{writer.part}', which sends texts to different maps"
     return EditError(
         f"block {layer} of this {anatomy.kind} has no single down projection to be edited",
         expected="an MLP that ends in one linear map",
-        found=f"a mixture of experts, '{writer.part}', whose texts go to different maps"
-        if experts
-        else f"'{writer.part}', which ends in none",
+        found=mixture if is_mixture else f"'{writer.part}', which ends in none",
         remedy="edit a layer with a dense MLP, where the model has one",
     )
 

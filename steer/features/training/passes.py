@@ -18,12 +18,12 @@ from steer.features.training.texts import TokenRows
 from steer.files import atomic_write
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import capture
+from steer.model.fingerprint import sum_of_bits
 from steer.model.site import Site
 from steer.model.tokens import Row
 from steer.tensor_files import read_safetensors
 
 Activations = dict[Site, Tensor]
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 class _Keep:
@@ -110,7 +110,7 @@ class Passes:
             anatomy = Anatomy.find(self.model).fingerprint()
         except Exception:  # a model that is no decoder: its shapes have to do
             anatomy = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
-        sums = [int(p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.long)) for p in self.model.parameters()]
+        sums = [sum_of_bits(parameter) for parameter in self.model.parameters()]
         return hashlib.sha256(json.dumps([anatomy, sums], default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
