@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ from steer.edits import (
 from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import shared_table
+from steer.edits.measure import Readings
 from steer.edits.value_settings import Value
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
+from steer.features.training.texts import documents
 from steer.files import atomic_write, load_artifact, save_artifact
 
 MODES = {"single": "single", "batch": "batch", "sequence": "sequence", "first_token": "single", "sweep": "single"}
@@ -104,18 +107,22 @@ class Bench:
         self.records = self._records()
         self.editors: dict[str, Editor] = {name: EDITORS.get(name)() for name in options.editors}
         self.contexts = self._contexts()
-        texts = list(read_texts(options.text)) if options.text else [
+        self.texts = [piece for text in read_texts(options.text) for piece in documents(text)] if options.text else [
             row.get("text") or f"{row['prompt']} {row['answer']}" for split in RUNNING for row in DataSet(SHIPPED).split(split, ())
         ]  # fmt: skip
-        layers = sorted({*options.layers, *options.depths})
+        layers = sorted({layer for span in spans_of(options) for layer in span})
         needed = any(editor.needs_covariance for editor in self.editors.values())
         self.covariance = (
-            Covariance.fit(self.model, self.tokenizer, texts, layers, max_tokens=options.tokens, folder=self.work / "covariance")
+            Covariance.fit(self.model, self.tokenizer, self.texts, layers, max_tokens=options.tokens, folder=self.work / "covariance")
             if needed else None
         )  # fmt: skip
         neutral = [row["text"] for row in DataSet(SHIPPED).split(NEUTRAL, ("text",))]
         self.neutral = some_texts(self.tokenizer, neutral, 1000 if MODES[options.what] == "single" else None)
-        self.before = readings_before(self.model, self.tokenizer, self.records)
+
+    @cached_property
+    def before(self) -> Readings:
+        """What the model says before any edit."""
+        return readings_before(self.model, self.tokenizer, self.records)
 
     def _records(self) -> list[FactRecord]:
         """Known facts, each prompt once; kept in the working folder."""
@@ -164,6 +171,8 @@ class Bench:
                 print(f"{name}: {min(start + CHUNK, len(facts))} values", flush=True)
         value_seconds = values.mean_seconds() if mode != "sequence" else None
         told = f"{self.options.what}-{name}-{'_'.join(map(str, layers))}-{len(self.records)}"
+        rows = self.work / told / "rows.jsonl"
+        done = rows.read_text().count("\n") - 1 if rows.exists() else 0
         found = evaluate_edits(
             self.model,
             self.tokenizer,
@@ -171,7 +180,7 @@ class Bench:
             editor,
             mode=mode,
             neutral=self.neutral,
-            before=self.before,
+            before=None if done >= len(self.records) and mode == "single" else self.before,
             folder=self.work / told,
             layers=list(layers),
             covariance=self.covariance,
@@ -191,14 +200,12 @@ class Bench:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*MODES])
+def parser_of(text: str) -> argparse.ArgumentParser:
+    """Arguments that all benchmarks of edits take."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--text")
-    parser.add_argument("--editors", nargs="+", default=["memit"])
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 5, 6, 7, 8])
-    parser.add_argument("--depths", nargs="*", type=int, default=[], help="of a sweep: each the last of as many layers as --layers")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--known", type=float, default=0.1)
     parser.add_argument("--contexts", type=int, default=5)
@@ -206,12 +213,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("outputs/edit_results"))
     parser.add_argument("--out", type=Path)
+    parser.set_defaults(depths=[])
+    return parser
+
+
+def spans_of(options: argparse.Namespace) -> list[list[int]]:
+    """Layers of each run: those that are named, or as many that end at each depth of a sweep."""
+    return [list(range(max(0, depth + 1 - len(options.layers)), depth + 1)) for depth in options.depths] or [options.layers]
+
+
+def main() -> None:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("what", choices=[*MODES])
+    parser.add_argument("--editors", nargs="+", default=["memit"])
+    parser.add_argument("--depths", nargs="*", type=int, default=[], help="of a sweep: each the last of as many layers as --layers")
     options = parser.parse_args()
     bench = Bench(options)
-    spans = [list(range(max(0, depth + 1 - len(options.layers)), depth + 1)) for depth in options.depths] or [options.layers]
     results, evaluations = [], []
     for name in options.editors:
-        for span in spans:
+        for span in spans_of(options):
             found, numbers = bench.evaluated(name, bench.layers_of(name, span))
             evaluations.append(found)
             results.append(numbers)

@@ -12,6 +12,7 @@ from steer.edits import Fact, FactRecord, known_facts, load_records
 from steer.errors import ConfigError
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
+from steer.features.training.texts import documents
 from steer.model.tokens import plain
 
 OF_ONE = ("prompt", "subject", "target")
@@ -44,7 +45,7 @@ def records_of(config: DictConfig, model: nn.Module, tokenizer: Any) -> list[Fac
 def running_texts(config: DictConfig) -> list[str]:
     """Ordinary text, of which the covariance of keys is taken: `texts`, else the text that ships with the library."""
     if config.texts is not None:
-        return list(read_texts(str(config.texts), split=config.text.split, field=config.text.field, subset=config.text.subset))
+        return _pieces(config, config.texts)
     rows = [row for split in RUNNING for row in DataSet(SHIPPED).split(split, ())]
     return [row.get("text") or f"{row['prompt']} {row['answer']}" for row in rows]
 
@@ -54,8 +55,14 @@ def neutral_texts(config: DictConfig, tokenizer: Any) -> list[str]:
     if config.neutral is None:
         texts: Sequence[str] = [row["text"] for row in DataSet(SHIPPED).split(NEUTRAL, ("text",))]
     else:
-        texts = list(read_texts(str(config.neutral), split=config.text.split, field=config.text.field, subset=config.text.subset))
+        texts = _pieces(config, config.neutral)
     return some_texts(tokenizer, texts, config.neutral_tokens)
+
+
+def _pieces(config: DictConfig, where: Any) -> list[str]:
+    """The texts of a file, a folder or a data set, cut at blank lines."""
+    texts = read_texts(str(where), split=config.text.split, field=config.text.field, subset=config.text.subset)
+    return [piece for text in texts for piece in documents(text)]
 
 
 def some_texts(tokenizer: Any, texts: Sequence[str], tokens: int | None) -> list[str]:
