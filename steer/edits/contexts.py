@@ -179,7 +179,7 @@ def _continuations(model: nn.Module, tokenizer: Any, starts: Sequence[str], toke
     """Texts, all drawn token by token in one batch. Special tokens are never drawn."""
     ids = [text_ids(tokenizer, start) for start in starts]
     never = sorted(set(tokenizer.all_special_ids))
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled code would be traced for every length
         for _ in range(tokens):
             logits = _next_logits(model, [Row(row, len(row)) for row in ids])
             logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding beyond the vocabulary

@@ -104,7 +104,7 @@ class Covariance:
             if edited.in_width != len(self.sums[edited.layer]):
                 raise _other_width(edited, len(self.sums[edited.layer]))
         digests = weights_digests(anatomy, wanted, with_edited=False)
-        found = {"model": anatomy.fingerprint(), "weights": {str(layer): digest for layer, digest in digests.items()}}
+        found: dict[str, Any] = {"model": anatomy.fingerprint(), "weights": {str(layer): digest for layer, digest in digests.items()}}
         if tokenizer is not None:
             found["tokenizer"] = tokenizer_digest(tokenizer)
         check_source(self.source, found, repr(self))

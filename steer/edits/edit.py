@@ -35,6 +35,7 @@ _MANIFEST = {
     "settings": dict,
     "deltas": list,
     "contexts": (dict, type(None)),
+    "of": (list, type(None)),
     "base": dict,
     "model": dict,
     "provenance": dict,
@@ -138,6 +139,7 @@ class Edit:
         deltas: of different matrices.
         settings: of the method, JSON-able.
         contexts: texts before the prompts, as `Contexts.to_json` has them; None where none were used.
+        of: number of the fact, in `facts`, that each key of the deltas belongs to; None where the keys are those of all facts, in order.
         base: hash of each touched matrix without any edit, by path, of the model that it was solved for.
         model: fingerprint of that model (`Anatomy.fingerprint`).
         provenance: anything else, JSON-able: edits that were on the model when it was solved, readings of guards.
@@ -158,6 +160,7 @@ class Edit:
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     contexts: Mapping[str, Any] | None = None
+    of: tuple[int, ...] | None = None
     base: Mapping[str, str] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -177,6 +180,12 @@ class Edit:
             if value is not None:
                 object.__setattr__(self, name, dict(value))
                 json_value(getattr(self, name), f"`{name}` of an edit")
+        if self.of is not None:
+            object.__setattr__(self, "of", tuple(int(number) for number in self.of))
+            if not set(self.of) <= set(range(len(self.facts))) or any(
+                delta.keys is not None and len(delta.keys) != len(self.of) for delta in self.deltas
+            ):
+                raise _wrong_facts(self)
         if not self.name:
             object.__setattr__(self, "name", f"{self.editor}-{self.digest[:10]}")
 
@@ -263,6 +272,7 @@ class Edit:
             "settings": self.settings,
             "deltas": [{"path": delta.path, "layer": delta.layer, "rank": delta.rank} for delta in self.deltas],
             "contexts": self.contexts,
+            "of": None if self.of is None else list(self.of),
             "base": self.base,
             "model": self.model,
             "provenance": self.provenance,
@@ -272,7 +282,7 @@ class Edit:
     def from_json(cls, content: Mapping[str, Any], deltas: tuple[WeightDelta, ...]) -> Self:
         """The inverse of `as_json`, with the tensors."""
         facts = tuple(Fact.from_json(fact) for fact in content["facts"])
-        kept = {name: content[name] for name in ("settings", "contexts", "base", "model", "provenance")}
+        kept = {name: content[name] for name in ("settings", "contexts", "of", "base", "model", "provenance")}
         return cls(facts, content["editor"], deltas, content["name"], **kept)
 
 
@@ -338,6 +348,15 @@ def _not_finite(path: str, name: str) -> NonFiniteError:
         expected="finite numbers",
         found="NaN or infinity",
         remedy="lower the learning rate of the value, or raise the ridge of the solve",
+    )
+
+
+def _wrong_facts(edit: Edit) -> EditError:
+    return EditError(
+        "`of` does not say to which facts the keys of an edit belong",
+        expected=f"for each key a number from 0 to {len(edit.facts) - 1}",
+        found=f"{len(edit.of or ())} numbers, for {[0 if delta.keys is None else len(delta.keys) for delta in edit.deltas]} keys",
+        remedy="pass the `of` that the keys came with (FactKeys.of)",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def to_adapter(
     if not on_other_weights:
         for edit in chosen:
             edited.check_weights(edit)
-    factors = {path: _factors([delta for delta in deltas if delta.path == path]) for path in modules}
+    factors = {path: adapter_factors([delta for delta in deltas if delta.path == path]) for path in modules}
     conv1d = any(is_conv1d(module) for module in modules.values())
     kept = {_BASE: {path: digest for edit in chosen for path, digest in edit.base.items()}, _EDITS: [edit.as_json() for edit in chosen]}
     if plan is None:
@@ -126,7 +127,7 @@ def from_adapter(folder: str | Path, model: nn.Module, *, name: str = "", on_oth
 # ---- factors
 
 
-def _factors(deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
+def adapter_factors(deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor]:
     """A [rank, f] and B [d, rank] of the sum of some deltas of one matrix. Raises DeployError where they are no smaller than the matrix."""
     if sum(delta.rank for delta in deltas) >= min(deltas[0].shape):
         raise _too_large(deltas)
@@ -207,7 +208,7 @@ def _merged(entries: Sequence[Edit], deltas: tuple[WeightDelta, ...], base: dict
     """One edit of what an adapter says that it holds: several edits become one with their facts, none an edit without facts."""
     if len(entries) == 1:
         (edit,) = entries
-        return Edit(edit.facts, edit.editor, deltas, name or edit.name, edit.settings, edit.contexts, base, edit.model, edit.provenance)
+        return replace(edit, deltas=deltas, name=name or edit.name, base=base, of=None)
     facts = tuple(dict.fromkeys(fact for edit in entries for fact in edit.facts))
     editors = list(dict.fromkeys(edit.editor for edit in entries)) or ["lora"]
     provenance = {"merged": [edit.as_json() for edit in entries]} if entries else {}

@@ -112,8 +112,8 @@ class EditedWeights:
 
     # ---- edits on and off
 
-    def apply(self, edit: Edit, *, on_other_weights: bool = False) -> None:
-        """Adds an edit.
+    def apply(self, *edits: Edit, on_other_weights: bool = False) -> None:
+        """Adds an edit, or several in one step.
 
         Args:
             on_other_weights: of a model like the one that it was solved for, whose matrices hold other numbers (it was fine-tuned). What
@@ -124,13 +124,16 @@ class EditedWeights:
                 something else has changed. WrongModelError: a model of another shape, or matrices that it was not solved for.
             NonFiniteError: a sum beyond the range of the dtype.
         """
-        of_type(edit, Edit, "an edit", "pass an Edit, as steer.edit_facts makes it")
-        if any(other.name == edit.name for other in self.applied):
-            raise _applied_already(edit)
-        self._check_model(edit)
-        if not on_other_weights:
-            self.check_weights(edit)
-        self._become((*self.applied, edit))
+        on = {edit.name for edit in self.applied}
+        for edit in edits:
+            of_type(edit, Edit, "an edit", "pass an Edit, as steer.edit_facts makes it")
+            if edit.name in on:
+                raise _applied_already(edit)
+            self.check(edit)
+            if not on_other_weights:
+                self.check_weights(edit)
+            on.add(edit.name)
+        self._become((*self.applied, *edits))
 
     def revert(self, edit: Edit | str) -> None:
         """Takes an edit out, itself or by name; the others stay. Raises EditError when it is not applied, otherwise as `apply`."""
@@ -138,6 +141,15 @@ class EditedWeights:
         if not any(other.name == name for other in self.applied):
             raise _not_applied(name, [other.name for other in self.applied])
         self._become(tuple(other for other in self.applied if other.name != name))
+
+    def replace(self, edits: Sequence[Edit]) -> None:
+        """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`."""
+        new = {edit.name: edit for edit in edits}
+        if missing := set(new) - {edit.name for edit in self.applied}:
+            raise _not_applied(min(missing), [edit.name for edit in self.applied])
+        for edit in edits:
+            self.check(edit)
+        self._become(tuple(new.get(edit.name, edit) for edit in self.applied))
 
     def clear(self) -> None:
         """Takes all edits out; without any it does nothing."""
@@ -165,29 +177,48 @@ class EditedWeights:
         modules = weight_modules(self.model)
         return [path for path, digest in self._state.written.items() if path not in modules or _hash(modules[path]) != digest]
 
-    def rebase(self) -> list[str]:
+    def rebase(self, paths: Sequence[str] = ()) -> list[str]:
         """Takes what training made of the edited weights as the edits on top of a trained W0; no weight changes.
 
         From now on W0 is W - dW, kept in fp64. Reverting an edit then leaves the trained weight without it, rounded once.
 
+        Args:
+            paths: of matrices with edits where W0 is worked out whether something changed or not.
+
         Returns:
             The paths where something had changed.
         """
-        changed, modules = self.changed, weight_modules(self.model)
-        self._check_places(changed, modules)
-        originals, written = dict(self._state.originals), dict(self._state.written)
-        for path in changed:
-            module = modules[path]
-            originals[path] = exact_sum(dense_weight(module), _deltas(self.applied, path), module, sign=-1)
-            written[path] = _hash(module)
-        self._state = replace(self._state, originals=originals, written=written, rebased=self._state.rebased | set(changed))
+        changed = self.changed
+        self._work_out(list(dict.fromkeys([*changed, *paths])), self._state)
         return changed
+
+    def adopt(self, edits: Sequence[Edit]) -> None:
+        """Takes the weights as they are for weights with these edits and no others, as after a checkpoint of them; no weight changes."""
+        for edit in edits:
+            self.check(edit)
+        paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
+        self._work_out(paths, _State(tuple(edits)))
+
+    def _work_out(self, paths: Sequence[str], state: _State) -> None:
+        """Makes a state with W0 = W - dW at these paths that of the model."""
+        modules = weight_modules(self.model)
+        self._check_places(paths, modules)
+        originals, written = dict(state.originals), dict(state.written)
+        for path in paths:
+            originals[path] = exact_sum(dense_weight(modules[path]), _deltas(state.edits, path), modules[path], sign=-1)
+            written[path] = _hash(modules[path])
+        self._state = replace(state, originals=originals, written=written, rebased=state.rebased | set(paths))
 
     def forget(self) -> None:
         """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
         self._state = _State()
 
-    # ---- hashes
+    # ---- checks
+
+    def check(self, edit: Edit) -> None:
+        """Raises EditError or WrongModelError where the maps of an edit are not there, are of another shape, or cannot be edited."""
+        modules = {delta.path: fitting_module(self.model, delta.path, delta.shape) for delta in edit.deltas}
+        self._check_places(list(modules), modules)
 
     def check_weights(self, edit: Edit) -> None:
         """Raises WrongModelError where the matrices, without any edit, are not those that an edit was solved for."""
@@ -237,11 +268,6 @@ class EditedWeights:
         with restoring(put_back):
             _write(modules, new)
             self._state = becomes
-
-    def _check_model(self, edit: Edit) -> None:
-        """Raises for a model whose maps are not there, are of another shape, or cannot be edited."""
-        modules = {delta.path: fitting_module(self.model, delta.path, delta.shape) for delta in edit.deltas}
-        self._check_places(list(modules), modules)
 
     def _check_places(self, paths: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
         """Raises EditError for weights that cannot be edited."""

@@ -80,6 +80,8 @@ def text_rows(tokenizer: Any, texts: Sequence[str | Row], length: int, max_token
     left = max_tokens
     for text in texts:
         of_type(text, (str, Row), "a text of a covariance", "pass text, or a row of steer.model.tokens")
+        if not left:
+            break
         for ids in _pieces(text.ids if isinstance(text, Row) else text_ids(tokenizer, text), tokenizer.bos_token_id, length):
             if left and len(ids) > 1:
                 rows.append(Row(ids[: left + 1], 0))

@@ -25,6 +25,7 @@ def make_edit(
     editor: str,
     settings: Mapping[str, Any] | None = None,
     contexts: Mapping[str, Any] | None = None,
+    of: Sequence[int] | None = None,
     name: str = "",
     provenance: Mapping[str, Any] | None = None,
 ) -> Edit:
@@ -50,6 +51,7 @@ def make_edit(
         name,
         settings=settings or {},
         contexts=contexts,
+        of=None if of is None else tuple(of),
         base=base,
         model=Anatomy.find(model).fingerprint(),
         provenance={**(provenance or {}), **({"over": over} if over else {})},

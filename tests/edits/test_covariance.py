@@ -16,6 +16,7 @@ from steer.edits.factor import Factor
 from steer.edits.key_sums import KeySums, ordinary_tokens, text_rows
 from steer.errors import DamagedFileError, EditError, NonFiniteError, TokenizerError, WrongModelError
 from steer.model.anatomy import Anatomy
+from steer.model.capture import capture
 from steer.model.tokens import Row
 
 TEXTS = [*running_text(14), *running_text(6, words=9, seed=1)]  # 14 * 19 + 6 * 8 tokens behind the first
@@ -96,6 +97,27 @@ def test_a_massive_first_token_does_not_reach_the_sums_and_padding_may_be_anythi
     ordinary = torch.cat([keys[0, 1:], keys[1, 1:3]]).double()
     torch.testing.assert_close(sums.total, ordinary.T @ ordinary, rtol=1e-5, atol=1e-6)
     assert sums.tokens == 6
+
+
+@pytest.mark.real
+def test_the_massive_first_tokens_of_the_real_model_are_left_out(smollm2):
+    model, tokenizer = smollm2
+    rows = text_rows(
+        tokenizer, ["The Eiffel Tower was built in 1889.\nIt is in Paris, on the Champ de Mars.", "I like warm rain."], 512, 99
+    )
+    (edited,) = edited_maps(Anatomy.find(model), [11])
+    largest = []
+
+    class Watched(KeySums):
+        def update(self, h, weight, rows):
+            largest.append(float(h.norm(dim=-1).max()))
+            super().update(h, weight, rows)
+
+    sums = Watched(1536)
+    capture(model, rows, {edited.key_site: sums}, span="all", share=False)
+    sums.take_in()
+    assert max(largest) > 1000 and sums.tokens >= sum(len(row.ids) - 2 for row in rows)
+    assert float(sums.total.trace()) / sums.tokens < 200  # mean square of a key
 
 
 def test_texts_are_cut_into_rows_that_begin_as_the_text_does():

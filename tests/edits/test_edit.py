@@ -109,13 +109,23 @@ def test_what_two_edits_do_differently(model: nn.Module) -> None:
     assert "facts: 1 only here, 1 only there" in str(difference) and "seed: 0 here, 3 there" in str(difference)
 
 
+def test_keys_belong_to_facts(model: nn.Module) -> None:
+    edit, two = random_edit(model), (fact(target="a"), fact(target="b"))
+    assert Edit(two, "x", edit.deltas, of=[1, 1]).of == (1, 1)  # type: ignore[arg-type]
+    for wrong in ((0,), (0, 2)):
+        with pytest.raises(EditError, match="`of` does not say"):
+            Edit(two, "x", edit.deltas, of=wrong)
+
+
 # ---- files
 
 
 @pytest.mark.parametrize("name", ["edit", "edit.safetensors"])
 def test_a_saved_edit_is_the_same_edit(model: nn.Module, tmp_path: Path, name: str) -> None:
     edit = random_edit(model, layers=(0, 1))
-    edit = Edit(edit.facts, "x", (*edit.deltas[:1], delta()), contexts={"prefixes": ["The"], "seed": 0}, provenance={"over": ["b"]})
+    edit = Edit(
+        edit.facts, "x", (*edit.deltas[:1], delta()), contexts={"prefixes": ["The"], "seed": 0}, of=(0, 0), provenance={"over": ["b"]}
+    )
     again = Edit.load(edit.save(tmp_path / name))
     assert again.as_json() == edit.as_json() and again.facts == edit.facts and again.digest == edit.digest
     for ours, theirs in zip(edit.deltas, again.deltas, strict=True):

@@ -84,7 +84,7 @@ def test_the_factors_are_balanced_and_scaled_by_one(model: nn.Module, tmp_path: 
 def test_what_is_read_back_changes_weights_by_the_same_numbers(model: nn.Module, tmp_path: Path) -> None:
     edit = random_edit(model, layers=(0, 1))
     deltas = (edit.deltas[0], WeightDelta(PATH, 1, torch.cat([edit.deltas[1].u] * 2, 1), torch.cat([edit.deltas[1].v] * 2, 1)))
-    edit = Edit(edit.facts, "memit", deltas, "mine", {"ridge": 1.0}, {"prefixes": ["The"], "seed": 1}, edit.base, edit.model)
+    edit = Edit(edit.facts, "memit", deltas, "mine", {"ridge": 1.0}, {"prefixes": ["The"], "seed": 1}, base=edit.base)
     again = from_adapter(to_adapter(edit, model, tmp_path), model)
     assert (again.name, again.facts, again.editor, again.base, again.contexts, again.settings) == (
         "mine", edit.facts, "memit", edit.base, edit.contexts, {"ridge": 1.0}

@@ -353,6 +353,37 @@ def test_forget_takes_loaded_weights_as_they_are(model: nn.Module) -> None:
     assert equal_weights(model, with_alone(frozenset("a")))
 
 
+def test_adopt_takes_the_edits_of_a_checkpoint_as_applied(model: nn.Module) -> None:
+    edited = EditedWeights.of(model)
+    edited.apply(*EDITS[:2])
+    saved = weights_of(model)
+    again = FAMILIES["llama"](num_hidden_layers=2)
+    again.load_state_dict(saved)
+    other = EditedWeights.of(again)
+    other.adopt(EDITS[:2])
+    assert equal_weights(again, saved) and other.applied == tuple(EDITS[:2]) and len(other.rebased) == 2
+    other.clear()
+    assert (weight(again) - ORIGINAL[f"{PATH}.weight"]).abs().max() < 1e-6
+
+
+def test_replace_is_one_step(model: nn.Module) -> None:
+    edited, other = EditedWeights.of(model), EDITS[2].named("a")
+    edited.apply(*EDITS[:2])
+    edited.replace([other])
+    assert edited.applied == (other, EDITS[1])
+    alone = FAMILIES["llama"](num_hidden_layers=2)
+    EditedWeights.of(alone).apply(EDITS[1], other)
+    assert equal_weights(model, weights_of(alone))
+    with pytest.raises(EditError, match="no edit called 'c'"):
+        edited.replace([EDITS[2]])
+
+
+def test_several_edits_are_applied_together_or_not_at_all(model: nn.Module) -> None:
+    with pytest.raises(EditError, match="called 'a' is on this model already"):
+        EditedWeights.of(model).apply(EDITS[0], EDITS[1], EDITS[0])
+    assert equal_weights(model, ORIGINAL) and not EditedWeights.of(model).applied
+
+
 # ---- making edits
 
 
