@@ -15,6 +15,7 @@ from steer.edits.fact import Fact, distinct_facts
 from steer.edits.factor import Factor
 from steer.edits.guards import GuardReading, Guards, GuardWarning
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
+from steer.edits.layer_sweep import LayerSweep, layer_sweep
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
 from steer.edits.measure import EDIT_MEASURES, EditMeasure
 from steer.edits.record import FactRecord, Probe
@@ -47,6 +48,7 @@ __all__ = [
     "GuardReading",
     "GuardWarning",
     "Guards",
+    "LayerSweep",
     "Located",
     "Probe",
     "RecordFormat",
@@ -69,6 +71,7 @@ __all__ = [
     "fact_keys",
     "from_adapter",
     "known_facts",
+    "layer_sweep",
     "load_records",
     "locate",
     "read_at",

@@ -5,8 +5,17 @@ Hase et al. 2023 (arXiv 2301.04213): where tracing finds a fact says next to not
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+from torch import nn
+
+from steer.edits.covariance import Covariance
+from steer.edits.edited_map import edited_maps
 from steer.errors import EditError
 from steer.model.anatomy import Anatomy
+
+MOST = 5  # layers that an edit is spread over
 
 # (model type, layers, width): the one layer of ROME, and those of MEMIT
 PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
@@ -20,17 +29,37 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
 }
 
 
-def default_layers(anatomy: Anatomy, *, several: bool) -> list[int]:
-    """The layers for a model of a known family and size. several: of an editor that spreads an edit over layers.
+def default_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | None, *, several: bool) -> list[int]:
+    """The layers for a model of a known family and size; for another one a sweep over the layers of a covariance, once in a process.
+
+    Args:
+        several: of an editor that spreads an edit over layers: the best layer and those of the covariance next below it, five at most.
 
     Raises:
-        EditError: another model.
+        EditError: another model without a covariance, or one that says too little of what the sweep edits.
     """
+    anatomy = Anatomy.find(model)
     key = (anatomy.kind, anatomy.n_layers, anatomy.width)
-    if key not in PUBLISHED:
+    if key in PUBLISHED:
+        one, many = PUBLISHED[key]
+        return list(many) if several else [one]
+    if covariance is None:
         raise _not_known(anatomy)
-    one, many = PUBLISHED[key]
-    return list(many) if several else [one]
+    if len(covariance.layers) == 1:
+        return covariance.layers
+    from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
+
+    swept = _SWEPT.setdefault(model, {})
+    layers = tuple(covariance.layers)
+    if layers not in swept:
+        swept[layers] = layer_sweep(model, tokenizer, covariance=covariance).best
+    best = swept[layers]
+    post_norm = any(edited.has_post_norm for edited in edited_maps(anatomy, [best]))
+    below = [layer for layer in layers if layer <= best][-MOST:]
+    return below if several and not post_norm else [best]
+
+
+_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()  # by layers of the covariance
 
 
 # ---- errors
@@ -40,7 +69,7 @@ def _not_known(anatomy: Anatomy) -> EditError:
     depth = anatomy.n_layers
     return EditError(
         f"no layers are known that suit edits of this {anatomy.kind} of {depth} blocks and width {anatomy.width}",
-        expected="layers=[...]",
-        found="none",
-        remedy=f"let steer.edits.layer_sweep choose, on a few facts; layers {depth // 6} to {depth // 3} are where most publications edit",
+        expected="layers=[...], or a covariance of several layers to choose from",
+        found="neither",
+        remedy=f"pass layers; {depth // 6} to {depth // 3} is where most publications edit a model of this depth",
     )

@@ -20,7 +20,6 @@ from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_gu
 from steer.edits.make_edit import make_edit
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
-from steer.model.anatomy import Anatomy
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +41,15 @@ def edit_facts(
     """Works out the change of weights that makes a model say facts. The model itself is left as it was: apply the edit to change it.
 
     A fact that the model says already needs no change: it is named in `edit.provenance["no_op"]`, and an edit of such facts alone has rank
-    0. One for which no value was found is in "not_found", with a warning, and is not written either. What the edit of each fact would do to the rest of the model is in `edit.provenance["readings"]`.
+    0. One for which no value was found is in "not_found", with a warning, and is not written either. What the edit of each fact would do to
+    the rest of the model is in `edit.provenance["readings"]`.
 
     Args:
         model: with the edits that are in its weights; an edit on top of others is solved for what they left.
         facts: one or many, with different prompts.
         editor: a name of `EDITORS`, or one with settings of your own: `MEMIT(ridge=500.0)`.
-        layers: to be edited. None for those of the publications, or that were measured, where the model is one of these; see
-            `steer.edits.default_layers` for others.
+        layers: to be edited. None for those of the publications, or that were measured, where the model is one of these; else the layers of
+            the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`.
         covariance: of the keys of ordinary text, at these layers; all editors with a closed form need it.
         contexts: before the prompts; None draws five from the model, which no target is in.
         guards: None warns of a change that moves the outputs of a layer by more than a quarter.
@@ -89,7 +89,8 @@ def bench_for(
     progress: str | None,
 ) -> EditBench:
     """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
-    layers = default_layers(Anatomy.find(model), several=method.several_layers) if layers is None else layers
+    if layers is None:
+        layers = default_layers(model, tokenizer, covariance, several=method.several_layers)
     contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
     bench = EditBench(model, tokenizer, layers, contexts, covariance=covariance, values=values, progress=progress)
     if covariance is not None:
