@@ -430,9 +430,9 @@ def test_a_covariance_is_needed_and_has_to_be_of_this_model():
         edit(model_of("llama"), editor="rome", layers=[0, 1])
 
 
-def test_layers_have_a_default_only_for_models_that_are_known():
-    with pytest.raises(EditError, match="layer_sweep"):
-        edit_facts(model_of("llama"), TOKENIZER, FACTS[0], contexts=CONTEXTS, covariance=covariance_of("llama"))
+def test_layers_have_no_default_without_a_covariance_of_an_unknown_model():
+    with pytest.raises(EditError, match="layers=..."):
+        edit_facts(model_of("llama"), TOKENIZER, FACTS[0], contexts=CONTEXTS, editor="lora")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,9 +52,8 @@ def test_the_layer_with_the_best_score_is_taken(covariances):
 
 def test_of_equal_layers_the_middle_one_is_taken():
     def scored(**scores):
-        return LayerSweep(
-            {int(layer[1:]): SimpleNamespace(score=lambda value=value: SimpleNamespace(value=value)) for layer, value in scores.items()}
-        )
+        score = {int(layer[1:]): SimpleNamespace(value=value) for layer, value in scores.items()}
+        return LayerSweep({layer: SimpleNamespace(score=lambda value=value: value) for layer, value in score.items()})
 
     assert scored(_2=50.0, _5=80.0, _8=80.0, _11=80.0, _14=10.0).best == 8
     assert scored(_2=90.0, _5=80.0).best == 2
@@ -77,7 +77,9 @@ def test_layers_by_default(covariances, monkeypatch):
     made = edit_facts(model, TOKENIZER, FACTS[1], covariance=last, contexts=CONTEXTS)
     assert made.settings["layers"] == [1]
     swept = []
-    monkeypatch.setattr("steer.edits.layer_sweep.layer_sweep", lambda *args, **options: swept.append(1) or SimpleNamespace(best=1))
+    monkeypatch.setattr(
+        sys.modules["steer.edits.layer_sweep"], "layer_sweep", lambda *args, **options: swept.append(1) or SimpleNamespace(best=1)
+    )
     assert default_layers(model, TOKENIZER, both, several=True) == [0, 1]
     assert default_layers(model, TOKENIZER, both, several=False) == [1] and swept == [1]  # once for a model
     monkeypatch.setitem(PUBLISHED, (anatomy.kind, anatomy.n_layers, anatomy.width), (0, (0, 1)))
