@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ from steer.edits.solve import PastKeys, solve_keys
 from steer.errors import ConfigError, ConflictingEditsError, EditError, WrongModelError
 from steer.model.anatomy import Anatomy
 from steer.model.likelihood import response_logprobs
+from steer.model.prefix import PROVEN
 from steer.model.site import Site
 from steer.model.tied import tied_head
 
@@ -451,3 +453,27 @@ def test_an_error_in_the_middle_leaves_nothing_on_the_model(monkeypatch, error):
     with pytest.raises(error):
         edit(model, layers=[0, 1])
     assert equal_weights(model, before) and not any("forward" in vars(module) for module in model.modules())
+
+
+# ---- a real model
+
+
+@pytest.mark.real
+def test_a_fact_of_a_real_model_is_edited_and_the_rest_stays(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    docs = [text for path in sorted(Path("docs").glob("*.md")) for text in path.read_text().split("\n\n") if len(text) > 500]
+    covariance = Covariance.fit(model, tokenizer, docs, [4], max_tokens=1600, folder=tmp_path, progress=False)
+    fact = Fact.of("The mother tongue of {} is", "Danielle Darrieux", "English", true="French")
+    answers = [(fact.prompt, "English"), (fact.prompt, "French"), ("The mother tongue of Victor Hugo is", "French")]
+    rows = [answer_row(tokenizer, *answer) for answer in answers]
+    weight = model.model.layers[4].mlp.down_proj.weight
+    before, original = response_logprobs(model, rows, pad=0).exp().tolist(), weight.detach().clone()
+    made = edit_facts(
+        model, tokenizer, fact, editor=ROME(value_settings=ValueSettings(steps=12)), layers=[4], covariance=covariance,
+        contexts=Contexts(("In the evening we sat outside",)), guards=Guards(mode="stop"),
+    )  # fmt: skip
+    assert any(way[:2] == ("value of an edit", 4) for way in PROVEN[model])  # the value was found by resumed passes
+    with made.applied(model):
+        new, true, neighbour = response_logprobs(model, rows, pad=0).exp().tolist()
+    assert new > 0.8 > 0.1 > true and neighbour > 0.5 * before[2]
+    assert torch.equal(weight, original)

@@ -77,9 +77,12 @@ def test_layers_by_default(covariances, monkeypatch):
     made = edit_facts(model, TOKENIZER, FACTS[1], covariance=last, contexts=CONTEXTS)
     assert made.settings["layers"] == [1]
     swept = []
-    monkeypatch.setattr(
-        sys.modules["steer.edits.layer_sweep"], "layer_sweep", lambda *args, **options: swept.append(1) or SimpleNamespace(best=1)
-    )
+
+    def sweep(*_, **__):
+        swept.append(1)
+        return SimpleNamespace(best=1)
+
+    monkeypatch.setattr(sys.modules["steer.edits.layer_sweep"], "layer_sweep", sweep)
     assert default_layers(model, TOKENIZER, both, several=True) == [0, 1]
     assert default_layers(model, TOKENIZER, both, several=False) == [1] and swept == [1]  # once for a model
     monkeypatch.setitem(PUBLISHED, (anatomy.kind, anatomy.n_layers, anatomy.width), (0, (0, 1)))
