@@ -106,6 +106,7 @@ class EditRun:
         self._host: EditHost | None = None
         self._protection: Protection | None = None
         self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until the start
+        self._before: tuple[object, dict[str, Tensor]] | None = None  # whose weights, and these before a checkpoint, until the start
         self._last_step = 0
         self._at_application: list[float] = []  # probability of each edit
         self._faded: list[bool] = []
@@ -140,6 +141,8 @@ class EditRun:
         self._model, self.ranks, self._host, self._protection = model, ranks, host, protection
         try:
             host.prepare(self.given)
+            if self._before is None or self._before[0] is not host.edited:
+                self._before = host.edited, host.weights(self.given)
         except BaseException:
             self.detach()
             raise
@@ -178,6 +181,7 @@ class EditRun:
             self._restore(self._loaded)
         elif step != self._last_step and (step > self.at_step or self.on_metric is not None):
             raise _no_state(step, state_place)
+        self._before = None
         self._last_step = step
         protection.hook(optimizers)
         if not self.is_applied and self.on_metric is None and step >= self.at_step:
@@ -311,7 +315,7 @@ class EditRun:
         self.edits = edits_from(state, self.given)
         self._at_application = state["probability"].tolist()
         self._faded, self._resolved = state["faded"].tolist(), int(state["resolved"])
-        host.restore(self.edits, hashes_from(state))
+        host.restore(self.edits, hashes_from(state), {} if self._before is None else self._before[1])
         prefix = "protection/"
         saved = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         protection.load_state_dict(saved, self.edits)
