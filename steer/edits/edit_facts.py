@@ -42,7 +42,7 @@ def edit_facts(
     """Works out the change of weights that makes a model say facts. The model itself is left as it was: apply the edit to change it.
 
     A fact that the model says already needs no change: it is named in `edit.provenance["no_op"]`, and an edit of such facts alone has rank
-    0. What the edit of each fact would do to the rest of the model is in `edit.provenance["readings"]`.
+    0. One for which no value was found is in "not_found", with a warning, and is not written either. What the edit of each fact would do to the rest of the model is in `edit.provenance["readings"]`.
 
     Args:
         model: with the edits that are in its weights; an edit on top of others is solved for what they left.
@@ -120,6 +120,7 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
         name=name,
         provenance={
             "no_op": no_op,
+            "not_found": [kept[i].name for i, value in enumerate(solution.values or ()) if not (value.is_no_op or bool(value.delta.any()))],
             "left_out": [reading.as_json() for reading in left_out],
             "readings": [reading.as_json() for reading in readings],
         },

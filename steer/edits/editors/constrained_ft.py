@@ -14,6 +14,7 @@ from steer.edits.edit import WeightDelta
 from steer.edits.editor import EDITORS, EditBench, Editor, Solution
 from steer.edits.fact import Fact
 from steer.edits.fine_tune import Shift, fine_tune, not_said
+from steer.model.devices import input_device
 
 _SHARE = 0.02  # of the root mean square of a weight
 
@@ -49,7 +50,7 @@ class ConstrainedFT(Editor):
         if not wanted:
             return Solution(tuple(bench.no_delta(layer) for layer in bench.layers), no_op=no_op)
         changes = {
-            layer: torch.zeros(edited.out_width, edited.in_width, device=edited.module.weight.device, requires_grad=True)
+            layer: torch.zeros(edited.out_width, edited.in_width, device=input_device(edited.module), requires_grad=True)
             for layer, edited in bench.maps.items()
         }
         limits = {layer: self._limit(bench, layer) for layer in changes}

@@ -16,6 +16,7 @@ from steer.edits.editor import EDITORS, EditBench, Editor, Solution
 from steer.edits.editors.constrained_ft import check_training
 from steer.edits.fact import Fact
 from steer.edits.fine_tune import Shift, fine_tune, not_said
+from steer.model.devices import input_device
 
 
 @EDITORS.register("lora")
@@ -55,7 +56,7 @@ class LoRA(Editor):
         generator = torch.Generator().manual_seed(self.seed)
         factors: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, edited in bench.maps.items():
-            device = next(edited.module.parameters()).device
+            device = input_device(edited.module)
             bound = 1 / math.sqrt(edited.in_width)
             a = (torch.rand(self.rank, edited.in_width, generator=generator) * 2 - 1) * bound
             factors[layer] = a.to(device).requires_grad_(), torch.zeros(edited.out_width, self.rank, device=device, requires_grad=True)
