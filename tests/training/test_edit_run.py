@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from callback_helpers import examples, loader, same_weights
-from edit_training import FACTS, PATH, TOKENIZER, solved_edit, tiny_model, weight
+from edit_training import CONTEXTS, FACTS, PATH, TOKENIZER, solved_edit, tiny_model, weight
+from edits.edit_helpers import running_text
 from peft import LoraConfig, get_peft_model
+from processes import run_on_ranks
 from torch import Tensor, nn
 
+from steer.edits import Covariance, Fact, edit_facts
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edited_weights import EditedWeights
 from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
 from steer.training.edit_hosts import ADAPTER
 from steer.training.edit_protection import orthonormal
 from steer.training.edit_readings import key_drift, keys_now, target_probability
+from steer.training.edit_resolve import solve_again
 from steer.training.edit_run import EditFadesWarning, EditRun
 from steer.training.metric_crossing import MetricCrossing
 from steer.training.ranks import Ranks
@@ -141,6 +147,30 @@ def test_after_training_the_edit_can_be_taken_out_of_what_was_trained() -> None:
     trained, delta = weight(loop.model).detach().clone(), EDIT.deltas[0]
     EditedWeights.of(loop.model).revert("home")
     assert torch.equal(weight(loop.model), (trained.double() - delta.u.double() @ delta.v.double().T).float())
+
+
+def test_an_edit_of_several_layers_with_a_fact_that_needed_nothing_is_read_and_solved_again() -> None:
+    model = tiny_model(**SIZES)
+    said = int(logits_of(model, "the sun is").argmax())
+    facts = [FACTS[0], Fact.of("the {} is", "sun", TOKENIZER.convert_ids_to_tokens(said)), FACTS[1]]
+    covariance = Covariance.fit(model, TOKENIZER, running_text(60), [0, 1], folder=None, progress=False)
+    edit = edit_facts(model, TOKENIZER, facts, editor="memit", layers=[0, 1], covariance=covariance, contexts=CONTEXTS, name="home")
+    assert edit.of == (0, 2) and edit.provenance["no_op"] == [facts[1].name]
+    loop = Loop(model, edit=edit).train(6)
+    assert loop.metrics[0][DRIFT] < 1e-4 < 0.02 < loop.metrics[6][DRIFT]
+
+    def missed(again: Edit) -> float:
+        keys = keys_now(model, TOKENIZER, again)
+        errors = [keys[delta.layer] @ model.get_submodule(delta.path).weight.T - delta.values for delta in again.deltas]
+        return max(float(error.norm() / delta.values.norm()) for error, delta in zip(errors, again.deltas, strict=True))
+
+    assert missed(edit) > 0.02
+    assert missed(*solve_again(TOKENIZER, loop.run._host, loop.run.edits, Ranks())) < 1e-3
+
+
+def logits_of(model: nn.Module, text: str) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([TOKENIZER(text).input_ids])).logits[0, -1]
 
 
 # ---- LoRA
@@ -316,6 +346,38 @@ def test_a_state_of_other_weights_or_edits_is_refused() -> None:
     Loop(at_step=5).train(0, first=3)  # not applied by then
 
 
+# ---- ranks
+
+
+def on_a_rank(folder: Path) -> None:
+    """Steps with the mean gradient of both ranks; each rank sees other batches, and other metrics."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    loop = Loop(protect="resolve", keep=1.0, on_metric=MetricCrossing("rank", above=0.5))
+    loop.run.attach(loop.model, Ranks())
+    loop.metrics[0] = loop.run.start(0, [loop.optimizer]) or {}
+    wrapped = nn.parallel.DistributedDataParallel(loop.model)
+    for step, batch in enumerate(list(loader())[rank::2], 1):
+        wrapped(**batch, use_cache=False).loss.backward()
+        loop.run.before_step()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.metrics[step] = loop.run.advance(step, {"rank": float(rank == 0 and step == 2)}) or {}
+    torch.save({"weights": loop.model.state_dict(), "state": loop.run.state_dict(), "metrics": loop.metrics}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks_apply_and_solve_the_same_edits(tmp_path: Path) -> None:
+    run_on_ranks(on_a_rank, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["metrics"] == second["metrics"] and PROBABILITY in first["metrics"][2] and not first["metrics"][1]
+    for part in ("weights", "state"):
+        assert first[part].keys() == second[part].keys() and all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    assert float(first["state"]["resolved"]) >= 1
+
+
 # ---- bad input
 
 
@@ -356,8 +418,6 @@ def test_an_edit_without_keys_is_measured_by_its_targets_alone() -> None:
 
 
 def test_keys_that_cannot_be_read_again_are_said() -> None:
-    from dataclasses import replace
-
     unclear = replace(EDIT, of=None, facts=FACTS[:1])
     with pytest.raises(ConfigError, match=r"keys of edit 'home' cannot be read again[\s\S]*2 keys in layer 1"):
         keys_now(tiny_model(**SIZES), TOKENIZER, unclear)
