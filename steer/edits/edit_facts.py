@@ -118,6 +118,7 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
         editor=method.name,
         settings={**method.settings(), "layers": bench.layers, "guards": guards.settings()},
         contexts=bench.contexts.to_json(),
+        of=None if solution.of is None else solution.of.tolist(),
         name=name,
         provenance={
             "no_op": no_op,

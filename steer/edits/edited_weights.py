@@ -177,37 +177,44 @@ class EditedWeights:
         modules = weight_modules(self.model)
         return [path for path, digest in self._state.written.items() if path not in modules or _hash(modules[path]) != digest]
 
-    def rebase(self, paths: Sequence[str] = ()) -> list[str]:
+    def rebase(self) -> list[str]:
         """Takes what training made of the edited weights as the edits on top of a trained W0; no weight changes.
 
         From now on W0 is W - dW, kept in fp64. Reverting an edit then leaves the trained weight without it, rounded once.
-
-        Args:
-            paths: of matrices with edits where W0 is worked out whether something changed or not.
 
         Returns:
             The paths where something had changed.
         """
         changed = self.changed
-        self._work_out(list(dict.fromkeys([*changed, *paths])), self._state)
+        self._work_out(changed, self._state, {})
         return changed
 
-    def adopt(self, edits: Sequence[Edit]) -> None:
-        """Takes the weights as they are for weights with these edits and no others, as after a checkpoint of them; no weight changes."""
+    def adopt(self, edits: Sequence[Edit], originals: Mapping[str, Tensor] | None = None) -> None:
+        """Takes the weights as they are for weights with these edits and no others, as after a checkpoint of them; no weight changes.
+
+        Args:
+            originals: weights that may be W0, by path; one that does not give the weights to the bit with these edits is not used.
+        """
         for edit in edits:
             self.check(edit)
         paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
-        self._work_out(paths, _State(tuple(edits)))
+        self._work_out(paths, _State(tuple(edits)), originals or {})
 
-    def _work_out(self, paths: Sequence[str], state: _State) -> None:
-        """Makes a state with W0 = W - dW at these paths that of the model."""
+    def _work_out(self, paths: Sequence[str], state: _State, likely: Mapping[str, Tensor]) -> None:
+        """Makes a state with W0 = W - dW at these paths that of the model. likely: W0, where it fits."""
         modules = weight_modules(self.model)
         self._check_places(paths, modules)
-        originals, written = dict(state.originals), dict(state.written)
+        originals, written, rebased = dict(state.originals), dict(state.written), set(state.rebased)
         for path in paths:
-            originals[path] = exact_sum(dense_weight(modules[path]), _deltas(state.edits, path), modules[path], sign=-1)
-            written[path] = _hash(modules[path])
-        self._state = replace(state, originals=originals, written=written, rebased=state.rebased | set(paths))
+            weight, deltas, module = dense_weight(modules[path]), _deltas(state.edits, path), modules[path]
+            if path in likely and torch.equal(exact_sum(likely[path], deltas, module).to(weight), weight):
+                originals[path] = likely[path].clone()
+                rebased.discard(path)
+            else:
+                originals[path] = exact_sum(weight, deltas, module, sign=-1)
+                rebased.add(path)
+            written[path] = _hash(module)
+        self._state = replace(state, originals=originals, written=written, rebased=frozenset(rebased))
 
     def forget(self) -> None:
         """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""

@@ -44,8 +44,16 @@ class EditHost(ABC):
         """Puts edits in the place of those of the same names."""
 
     @abstractmethod
-    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str]) -> None:
-        """After a checkpoint was loaded: the edits that were on the model when its matrices had these hashes are on it again."""
+    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str], before: Mapping[str, Tensor]) -> None:
+        """After a checkpoint was loaded: the edits that were on the model when its matrices had these hashes are on it again.
+
+        Args:
+            before: what `weights` gave before the checkpoint was loaded.
+        """
+
+    def weights(self, edits: Sequence[Edit]) -> dict[str, Tensor]:
+        """Copies of the matrices that edits change in place, by path."""
+        return {}
 
     def start(self) -> None:  # noqa: B027 - weights need nothing
         """Before the first step, after the trainer has loaded what it loads."""
@@ -55,8 +63,7 @@ class EditHost(ABC):
 
     def hashes(self, edits: Sequence[Edit]) -> dict[str, str]:
         """Hash of every matrix of the base that has an edit."""
-        paths = dict.fromkeys(delta.path for edit in edits for delta in edit.deltas)
-        return {path: matrix_hash(dense_weight(find_module(self.edited.model, path))) or "" for path in paths}
+        return {path: matrix_hash(dense_weight(find_module(self.edited.model, path))) or "" for path in _paths(edits)}
 
     def lora_layers(self) -> dict[str, Any]:
         """PEFT's LoRA layers around linear maps, by the base paths of these."""
@@ -84,6 +91,9 @@ class BaseHost(EditHost):
         for edit in edits:
             self.edited.check(edit)
 
+    def weights(self, edits: Sequence[Edit]) -> dict[str, Tensor]:
+        return {path: dense_weight(find_module(self.edited.model, path)).clone() for path in _paths(edits)}
+
     def put(self, edits: Sequence[Edit]) -> list[Edit]:
         self.edited.rebase()
         on = {edit.name: edit for edit in self.edited.applied}
@@ -91,13 +101,12 @@ class BaseHost(EditHost):
         return [on.get(edit.name, edit) for edit in edits]
 
     def exchange(self, edits: Sequence[Edit]) -> None:
-        # worked out from the weights of now, as after a resume, also where the weights from before the edits are known
-        self.edited.rebase([delta.path for edit in edits for delta in edit.deltas])
+        self.edited.rebase()
         self.edited.replace(edits)
 
-    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str]) -> None:
+    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str], before: Mapping[str, Tensor]) -> None:
         if self.hashes(edits) == hashes:  # the checkpoint has the weights of the base
-            self.edited.adopt(edits)
+            self.edited.adopt(edits, before)
             return
         if self.edited.changed:
             self.edited.forget()
@@ -186,7 +195,7 @@ class AdapterHost(EditHost):
     def exchange(self, edits: Sequence[Edit]) -> None:
         self._write(self._factors(edits))
 
-    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str]) -> None:
+    def restore(self, edits: Sequence[Edit], hashes: Mapping[str, str], before: Mapping[str, Tensor]) -> None:
         self.put(edits)
 
     def settle(self) -> None:
@@ -236,6 +245,10 @@ class AdapterHost(EditHost):
             for parameter, values in new:
                 parameter.copy_(values)
             is_written = True
+
+
+def _paths(edits: Sequence[Edit]) -> list[str]:
+    return list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
 
 
 HOSTS = {host.name: host for host in (BaseHost, AdapterHost)}

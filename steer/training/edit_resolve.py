@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer.edits.edit import Edit, WeightDelta
 from steer.training.edit_hosts import EditHost
@@ -17,7 +17,7 @@ from steer.training.ranks import Ranks
 _DEPENDENT = 1e-3  # share of the largest singular value below which directions of a delta are not used
 
 
-def solve_again(model: nn.Module, tokenizer: Any, host: EditHost, edits: Sequence[Edit], ranks: Ranks) -> list[Edit]:
+def solve_again(tokenizer: Any, host: EditHost, edits: Sequence[Edit], ranks: Ranks) -> list[Edit]:
     """Solves edits again for the keys of now, puts them in the place of the old ones, and returns them.
 
     One forward pass and one solve for each layer, from below, since an edit moves the keys of those above. In all edits of a matrix
@@ -29,7 +29,7 @@ def solve_again(model: nn.Module, tokenizer: Any, host: EditHost, edits: Sequenc
     edits = list(edits)
     for layer in sorted({delta.layer for edit in edits for delta in edit.deltas}):
         there = [(number, delta) for number, edit in enumerate(edits) for delta in edit.deltas if delta.layer == layer]
-        keys = torch.cat([keys_now(model, tokenizer, edits[number], [layer])[layer] for number, _ in there])  # [n, f]
+        keys = torch.cat([keys_now(host.edited.model, tokenizer, edits[number], [layer])[layer] for number, _ in there])  # [n, f]
         ranks.broadcast(keys)
         deltas = [delta for _, delta in there]
         own_keys = keys.split([len(delta.keys) for delta in deltas if delta.keys is not None])

@@ -102,10 +102,10 @@ class EditRun:
         self.ranks = Ranks()
         self.edits = list(self.given)
         self.is_applied = False
-        self._model: nn.Module | None = None
         self._host: EditHost | None = None
         self._protection: Protection | None = None
         self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until the start
+        self._before: tuple[object, dict[str, Tensor]] | None = None  # whose weights, and these before a checkpoint, until the start
         self._last_step = 0
         self._at_application: list[float] = []  # probability of each edit
         self._faded: list[bool] = []
@@ -137,9 +137,11 @@ class EditRun:
         host = HOSTS[self.into](model)
         protection = PROTECTIONS[self.protect](model, host, self.damping)
         protection.check(self.given)
-        self._model, self.ranks, self._host, self._protection = model, ranks, host, protection
+        self.ranks, self._host, self._protection = ranks, host, protection
         try:
             host.prepare(self.given)
+            if self._before is None or self._before[0] is not host.edited:
+                self._before = host.edited, host.weights(self.given)
         except BaseException:
             self.detach()
             raise
@@ -150,7 +152,7 @@ class EditRun:
             self._protection.detach()
         if self._host is not None:
             self._host.settle()
-        self._protection = self._host = self._model = None
+        self._protection = self._host = None
 
     def renew(self) -> None:
         """Begins another training run of this object, with the edits as they were given."""
@@ -178,6 +180,7 @@ class EditRun:
             self._restore(self._loaded)
         elif step != self._last_step and (step > self.at_step or self.on_metric is not None):
             raise _no_state(step, state_place)
+        self._before = None
         self._last_step = step
         protection.hook(optimizers)
         if not self.is_applied and self.on_metric is None and step >= self.at_step:
@@ -259,9 +262,9 @@ class EditRun:
 
     def _read(self) -> tuple[list[float], list[float]]:
         """Probability and key drift of each edit, those of the first rank on all ranks; NaN where there is none."""
-        assert self._model is not None
-        probabilities = target_probability(self._model, self.tokenizer, self.edits)
-        drifts = [key_drift(edit, keys_now(self._model, self.tokenizer, edit)) if has_keys(edit) else math.nan for edit in self.edits]
+        model = self._attached()[0].edited.model
+        probabilities = target_probability(model, self.tokenizer, self.edits)
+        drifts = [key_drift(edit, keys_now(model, self.tokenizer, edit)) if has_keys(edit) else math.nan for edit in self.edits]
         both = torch.tensor([probabilities, drifts], dtype=torch.float64)
         self.ranks.broadcast(both)
         first, second = both.tolist()
@@ -269,8 +272,7 @@ class EditRun:
 
     def _resolve(self) -> None:
         host, protection = self._attached()
-        assert self._model is not None
-        self.edits = solve_again(self._model, self.tokenizer, host, self.edits, self.ranks)
+        self.edits = solve_again(self.tokenizer, host, self.edits, self.ranks)
         self._resolved += 1
         protection.protect(self.edits)
 
@@ -311,7 +313,7 @@ class EditRun:
         self.edits = edits_from(state, self.given)
         self._at_application = state["probability"].tolist()
         self._faded, self._resolved = state["faded"].tolist(), int(state["resolved"])
-        host.restore(self.edits, hashes_from(state))
+        host.restore(self.edits, hashes_from(state), {} if self._before is None else self._before[1])
         prefix = "protection/"
         saved = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         protection.load_state_dict(saved, self.edits)

@@ -364,6 +364,11 @@ def test_adopt_takes_the_edits_of_a_checkpoint_as_applied(model: nn.Module) -> N
     assert equal_weights(again, saved) and other.applied == tuple(EDITS[:2]) and len(other.rebased) == 2
     other.clear()
     assert (weight(again) - ORIGINAL[f"{PATH}.weight"]).abs().max() < 1e-6
+    again.load_state_dict(saved)
+    other.adopt(EDITS[:2], {PATH: ORIGINAL[f"{PATH}.weight"], DOWN["llama"].format(0): torch.zeros(32, 64)})
+    assert other.rebased == [DOWN["llama"].format(0)]  # zeros cannot have been there
+    other.clear()
+    assert torch.equal(weight(again), ORIGINAL[f"{PATH}.weight"])
 
 
 def test_replace_is_one_step(model: nn.Module) -> None:
