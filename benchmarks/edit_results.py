@@ -117,7 +117,7 @@ class Bench:
             if needed else None
         )  # fmt: skip
         neutral = [row["text"] for row in DataSet(SHIPPED).split(NEUTRAL, ("text",))]
-        self.neutral = some_texts(self.tokenizer, neutral, 1000 if MODES[options.what] == "single" else None)
+        self.neutral = some_texts(self.tokenizer, neutral, 1000 if MODES[options.what] == "single" else 4000)
 
     @cached_property
     def before(self) -> Readings:
