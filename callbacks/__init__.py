@@ -11,10 +11,12 @@ _EXPORTS = {
     "DriftCallback": "steer.callbacks.drift",
     "LossCallback": "steer.callbacks.losses",
     "GradientMaskCallback": "steer.callbacks.gradient_mask",
+    "EditCallback": "steer.callbacks.edits",
     "HFSteeringCallback": "steer.callbacks.hf_steering",
     "HFDriftCallback": "steer.callbacks.hf_drift",
     "HFLossCallback": "steer.callbacks.hf_losses",
     "HFGradientMaskCallback": "steer.callbacks.hf_gradient_mask",
+    "HFEditCallback": "steer.callbacks.hf_edits",
 }
 
 __all__ = list(_EXPORTS)

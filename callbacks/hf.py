@@ -24,6 +24,7 @@ from steer.files import contents, load_artifact, save_artifact
 from steer.model.restoring import replaced, restoring
 from steer.reading import read_json
 from steer.training.drift_run import DriftRun
+from steer.training.edit_run import EditRun
 from steer.training.loss_run import LossRun
 from steer.training.mask_run import MaskRun
 from steer.training.ranks import Ranks
@@ -45,7 +46,7 @@ class TrainerRun(TrainerCallback):
 
     kind: str  # of the state file
 
-    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun) -> None:
+    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun | EditRun) -> None:
         self._run = run
         self._trainer: Any = None
         self._in_train = False  # `train` of its own trainer is running

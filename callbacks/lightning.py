@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steer.checks import of_type
 from steer.errors import ConfigError, did_you_mean
 from steer.training.drift_run import DriftRun
+from steer.training.edit_run import EditRun
 from steer.training.loss_run import LossRun
 from steer.training.mask_run import MaskRun
 from steer.training.ranks import Ranks
@@ -50,7 +51,7 @@ class LightningRun(Callback):
         submodule: dotted path of the model inside the LightningModule.
     """
 
-    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun, submodule: str) -> None:
+    def __init__(self, run: SteeringRun | DriftRun | LossRun | MaskRun | EditRun, submodule: str) -> None:
         self._run = run
         self.submodule = submodule
         self._device: torch.device | None = None  # where the model was at the attach

@@ -39,10 +39,15 @@ COMMANDS = {
         "find the circuit of a bias, ablate it, measure bias and cost beside the standard baselines, on one page",
         "steer bias experiment=gender_pronoun",
     ),
+    "edit": (
+        "write facts into a model, measured before and after, kept as an edit and as an adapter",
+        "steer edit 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
     "say": ("directions.", "gates.", "dictionaries."),
+    "edit": ("options.",),
     "features find": ("concepts.", "labelled.", "settings."),
     "features evaluate": ("labelled.",),
     "features page": ("settings.", "neuronpedia."),

@@ -94,6 +94,12 @@ class ConflictingEditsError(EditError):
     """Edits that ask for different things at one place."""
 
 
+class GuardError(EditError):
+    """An edit that a guard stopped, because of what it would do to the rest of the model. `facts` has the names of those facts."""
+
+    facts: tuple[str, ...] = ()
+
+
 class FileError(SteerError):
     """Base of everything that can be wrong with a file."""
 

@@ -122,26 +122,54 @@ def fact_keys(
         >>> keys = fact_keys(model, tokenizer, facts, contexts, [4, 5, 6, 7, 8])
         >>> keys[8].combined.shape
     """
-    located = [contexts.locate(tokenizer, fact) for fact in facts]
-    weights = [contexts.weights(weighting, plain=not texts[0].at_start) for texts in located]
-    of = torch.tensor([fact for fact, rows in enumerate(weights) for _ in rows])
     maps = edited_maps(Anatomy.find(model), layers)
     sites = [site for edited in maps for site in (edited.key_site, edited.value_site)[: 2 if outputs else 1]]
-    read = read_at(model, [text for texts in located for text in texts], sites, max_tokens=max_tokens)
-
-    def combined(site: Site) -> Tensor:
-        """[m, width] from [n * texts, width]."""
-        by_fact = read[site].unflatten(0, (len(facts), len(contexts)))
-        return torch.cat([rows @ values for rows, values in zip(weights, by_fact, strict=True)])
-
+    read = read_texts(model, tokenizer, facts, contexts, sites, weighting, max_tokens=max_tokens)
     return {
         edited.layer: FactKeys(
             layer=edited.layer,
-            plain=(texts := read[edited.key_site].unflatten(0, (len(facts), len(contexts))))[:, 0],
+            plain=(texts := read.values[edited.key_site])[:, 0],
             prefixed=(texts[:, 1:] if contexts.prefixes else texts).mean(1),
-            combined=combined(edited.key_site),
-            of=of,
-            outputs=combined(edited.value_site) if outputs else None,
+            combined=read.combined(edited.key_site),
+            of=read.of,
+            outputs=read.combined(edited.value_site) if outputs else None,
         )
         for edited in maps
     }
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTexts:
+    """Activations at the last token of the subject of n facts, in all their texts.
+
+    Attributes:
+        values: by site [n, texts, width] fp32 on the CPU.
+        weights: for each fact [keys, texts], see `Contexts.weights`.
+        of: [m] the fact of each row of `combined`, ascending.
+    """
+
+    values: dict[Site, Tensor]
+    weights: list[Tensor]
+    of: Tensor
+
+    def combined(self, site: Site) -> Tensor:
+        """[m, width] means over the texts of a fact by its weights."""
+        return torch.cat([rows @ values for rows, values in zip(self.weights, self.values[site], strict=True)])
+
+
+def read_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    sites: Sequence[Site],
+    weighting: str = "plain_half",
+    *,
+    max_tokens: int = 4096,
+) -> ReadTexts:
+    """Reads some sites at the subjects of facts in all their contexts, in one pass; arguments and errors as of `fact_keys`."""
+    located = [contexts.locate(tokenizer, fact) for fact in facts]
+    weights = [contexts.weights(weighting, plain=not texts[0].at_start) for texts in located]
+    of = torch.tensor([fact for fact, rows in enumerate(weights) for _ in rows])
+    read = read_at(model, [text for texts in located for text in texts], sites, max_tokens=max_tokens)
+    return ReadTexts({site: values.unflatten(0, (len(facts), len(contexts))) for site, values in read.items()}, weights, of)

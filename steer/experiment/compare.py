@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from steer.checks import of_type
+from steer.edits.edit import Edit
 from steer.errors import ConfigError
 from steer.experiment.analysis import analyse
 from steer.experiment.arms import DRAWS, Arm, check_name
@@ -30,11 +31,11 @@ from steer.model.load import tokenizer_of
 class Matched:
     """The matched random partners of a treatment, see `matched`."""
 
-    of: Plan | Treatment
+    of: Plan | Edit | Treatment
     draws: int = DRAWS
 
 
-def matched(treatment: Plan | Treatment, draws: int = DRAWS) -> Matched:
+def matched(treatment: Plan | Edit | Treatment, draws: int = DRAWS) -> Matched:
     """The control of another arm: the same edit along random directions, with random weights or with irrelevant words, and as large.
 
     Args:
@@ -47,7 +48,7 @@ def matched(treatment: Plan | Treatment, draws: int = DRAWS) -> Matched:
     Example:
         >>> arms = {"plain": None, "warm": plan, "random": steer.matched(plan)}
     """
-    of_type(treatment, (Plan, Treatment), "the treatment to match", "pass the plan or the treatment of another arm")
+    of_type(treatment, (Plan, Edit, Treatment), "the treatment to match", "pass the plan, the edit or the treatment of another arm")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise _no_draws(draws)
     return Matched(treatment, draws)
@@ -55,7 +56,7 @@ def matched(treatment: Plan | Treatment, draws: int = DRAWS) -> Matched:
 
 def compare(
     model: nn.Module,
-    arms: Mapping[str, Plan | Treatment | Matched | None],
+    arms: Mapping[str, Plan | Edit | Treatment | Matched | None],
     metric: str | Mapping[str, Any] | Metric | Callable[..., Any] | Sequence[Outcome],
     items: Sequence[Mapping[str, Any]] | None = None,
     *,
@@ -74,8 +75,8 @@ def compare(
 
     Args:
         model: anything `Plan.attach` takes; as it was afterwards.
-        arms: what is done to the model, by the name of the arm: None, a plan, a treatment such as `steer.Prompt`, or `steer.matched` of
-            one.
+        arms: what is done to the model, by the name of the arm: None, a plan, an edit of facts, a treatment such as `steer.Prompt`, or
+            `steer.matched` of one.
         metric: the name of a metric, a mapping of `metric` and its options, a Metric, a function (see `steer.experiment.metric`), or
             outcomes, one of which is primary, with secondary ones and guardrails.
         items: mappings with the texts that the metric reads; none where `metric` is a list of outcomes.
@@ -84,7 +85,7 @@ def compare(
         question: for the page; made of the arms by default.
         primary: names of the two arms whose contrast decides.
         prompts: messages whose answers in each arm are shown.
-        baked: bake plans and weights into the model, rather than steer it at run time.
+        baked: bake plans, edits and weights into the model, rather than steer it at run time.
         max_new_tokens: length of these answers.
 
     Returns:
@@ -175,6 +176,8 @@ def _treatment(name: Any, given: Any) -> Treatment:
         return TREATMENTS.get("none")()
     if isinstance(given, Plan):
         return TREATMENTS.get("plan")(given)  # type: ignore[call-arg]
+    if isinstance(given, Edit):
+        return TREATMENTS.get("edit")(given)  # type: ignore[call-arg]
     if isinstance(given, Treatment):
         return given
     raise _no_treatment(name, given)
@@ -204,7 +207,7 @@ def _controls_no_arm(name: str, arms: Mapping[str, Any]) -> ConfigError:
 def _no_treatment(name: Any, given: Any) -> ConfigError:
     return ConfigError(
         f"arm '{name}' has no treatment",
-        expected="None, a steer.Plan, a treatment such as steer.Prompt, or steer.matched of one",
+        expected="None, a steer.Plan, a steer.edits.Edit, a treatment such as steer.Prompt, or steer.matched of one",
         found=type(given).__name__,
         remedy="wrap it: steer.Prompt(system='...') for a message, steer.plan_from_text for the text of a plan",
     )

@@ -104,6 +104,13 @@ def generator_of(kind: str, seed: int, number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def random_factors(out: int, width: int, rank: int, norm: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """L [out, rank] and R [width, rank] of a random matrix L R^T with a Frobenius norm."""
+    left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator)
+    made = float((left @ right).norm())
+    return left * (norm / made if made else 0.0), right.mT
+
+
 # ---- one operator
 
 

@@ -1,16 +1,23 @@
-"""Tokenizers and facts for the tests of edits; all models have two blocks."""
+"""What the tests of edits share: tokenizers, facts, models of two blocks, and random deltas of their maps."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from families import FAMILIES
 from tiny_tokenizer import SPECIAL, WORDS, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer.edits import Contexts, Fact
+from steer.edits.base_modules import find_module, shape_of
+from steer.edits.edit import Edit, WeightDelta
+from steer.edits.edited_weights import EditedWeights
+from steer.edits.make_edit import make_edit
 
 # dense MLPs in all their forms: plain and gated, fused gate, Conv1D, bias, parallel to attention, behind a post-norm, sliding windows
 DENSE = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "phi3", "opt", "mistral")
@@ -63,3 +70,41 @@ def with_a_blank_of_its_own() -> PreTrainedTokenizerFast:
     core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     core.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+IDS = torch.randint(7, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+DOWN = {"llama": "model.layers.{}.mlp.down_proj", "gpt2": "transformer.h.{}.mlp.c_proj", "phi3": "model.layers.{}.mlp.down_proj"}
+
+
+def fact(subject: str = "cat", target: str = "dog") -> Fact:
+    return Fact.of("the {} is a", subject, target)
+
+
+def random_delta(model: nn.Module, path: str, layer: int, rank: int = 2, seed: int = 0, size: float = 0.1) -> WeightDelta:
+    """Of random factors, with one key for each rank."""
+    d, f = shape_of(find_module(EditedWeights.of(model).model, path))
+    generator = torch.Generator().manual_seed(seed)
+    u, v, keys = (torch.randn(*shape, generator=generator) for shape in ((d, rank), (f, rank), (rank, f)))
+    return WeightDelta(path, layer, size * u, size * v, keys)
+
+
+def random_edit(
+    model: nn.Module,
+    name: str = "a",
+    *,
+    family: str = "llama",
+    layers: Sequence[int] = (1,),
+    rank: int = 2,
+    seed: int = 0,
+    size: float = 0.1,
+) -> Edit:
+    deltas = [random_delta(model, DOWN[family].format(layer), layer, rank, seed + layer, size) for layer in layers]
+    return make_edit(model, [fact(target=name)], deltas, editor="random", name=name, settings={"seed": seed})
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal_weights(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

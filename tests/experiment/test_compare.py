@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from edits.edit_helpers import random_edit
 from experiment.metrics.metric_helpers import PAIRS
 from families import FAMILIES, WIDTH
 from hand import hook_count
@@ -268,3 +269,18 @@ def test_an_edit_that_was_switched_off_is_an_arm(model: nn.Module, options: Any)
 def test_prompts_without_an_answer_are_refused_before_anything_is_measured(model: nn.Module, plan: Plan, options: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         run(model, {"plain": None, "warm": plan}, lambda *_: pytest.fail("measured"), **options)
+
+
+def test_an_edit_is_an_arm_beside_a_plan(model: nn.Module, plan: Plan) -> None:
+    edit = random_edit(model, size=0.5)
+    arms = {"plain": None, "edited": edit, "steered": plan, "random": matched(edit, draws=2)}
+    result = run(model, arms)
+    metric, tokenizer = metric_of("logprob_gap"), tiny_tokenizer()
+    with edit.applied(model):
+        assert result.scores[Place("logprob_gap", "edited", 0, 0)] == measured(metric, model, tokenizer, ITEMS)
+    assert result.scores[Place("logprob_gap", "plain", 0, 0)] == measured(metric, model, tokenizer, ITEMS)  # and it is out again
+    own, *draws = (
+        [*result.scores[Place("logprob_gap", *place)].values()] for place in (("edited", 0, 0), ("random", 0, 0), ("random", 1, 0))
+    )
+    assert own not in draws and draws[0] != draws[1]
+    assert run(model, arms, baked=True).scores[Place("logprob_gap", "edited", 0, 0)] == result.scores[Place("logprob_gap", "edited", 0, 0)]

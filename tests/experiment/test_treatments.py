@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from edits.edit_helpers import random_edit
 from families import FAMILIES, WIDTH
 from features.feature_plans import FEATURES, autoencoder
 from hand import hook_count
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 import steer
 from steer.circuits import Circuit, zero_ablation
 from steer.directions import Direction, Directions
-from steer.errors import ConfigError, ModelNotFoundError, SteerError
+from steer.edits.edit import Edit
+from steer.errors import ConfigError, ModelNotFoundError, SteerError, WrongModelError
 from steer.experiment.arms import Arm
 from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.irrelevant import n_tokens
@@ -30,6 +33,7 @@ from steer.experiment.metric import measured, metric_of, with_ids, with_system
 from steer.experiment.treatment import TREATMENTS, WHEN, Bench, Treatment
 from steer.experiment.treatments.circuit import CircuitTreatment
 from steer.experiment.treatments.data import TrainingData
+from steer.experiment.treatments.edit import EditTreatment
 from steer.experiment.treatments.feature import FeatureTreatment
 from steer.experiment.treatments.mitigation import MitigationTreatment
 from steer.experiment.treatments.plan import PlanTreatment
@@ -93,6 +97,7 @@ MAKE: dict[str, Make] = {
     "feature": lambda _: FeatureTreatment("decoder"),
     "circuit": lambda folder: CircuitTreatment("file", settings={"path": str(circuit(folder / "circuit", "a1.h0", "a2.h3"))}),
     "mitigation": lambda _: MitigationTreatment("projection", {"site": SITE}),
+    "edit": lambda _: EditTreatment(random_edit(FAMILIES["llama"](), rank=2)),
 }
 OTHER: dict[str, Make] = {
     "plan": lambda _: PlanTreatment(plan(4)),
@@ -101,6 +106,7 @@ OTHER: dict[str, Make] = {
     "data": lambda _: TrainingData(without={"style": "calm"}),
     "feature": lambda _: FeatureTreatment("decoder", dose=2.0),
     "circuit": lambda folder: CircuitTreatment("file", settings={"path": str(circuit(folder / "other", "a0.h1", "m1"))}),
+    "edit": lambda _: EditTreatment(random_edit(FAMILIES["llama"](), rank=3, seed=4)),
 }
 kinds = pytest.mark.parametrize("kind", list(TREATMENTS))
 
@@ -147,8 +153,8 @@ def test_the_model_is_as_it_was_afterwards(kind: str, stop: type[BaseException] 
                     raise stop("no")
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             assert type(error) is stop
-        is_edit = kind in ("plan", "feature", "circuit", "mitigation")
-        acts_here = way != treatment.trained_from if is_edit else kind == "weights"
+        is_plan = kind in ("plan", "feature", "circuit", "mitigation")
+        acts_here = way != treatment.trained_from if is_plan else kind in ("weights", "edit")
         assert acts is acts_here, way
         after = state(model)
         assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -380,3 +386,38 @@ def test_data_that_changes_nothing() -> None:
         TrainingData(without={"style": "purple"}).training_rows(TRAIN_ROWS)
     with pytest.raises(ConfigError):
         TrainingData(without="style")  # type: ignore[arg-type]
+
+
+# ---- edits
+
+
+def test_an_edit_acts_inside_a_model_with_adapters_of_its_own_and_in_one_they_were_merged_into(bench: Bench, tmp_path: Path) -> None:
+    edit = random_edit(bench.model)
+    treatment = EditTreatment(edit.save(tmp_path / "edit")).prepare(bench)
+    trained = PeftModel.from_pretrained(bench.model, adapter(tmp_path / "trained", seed=5)).eval()
+    before = trained(IDS).logits
+    with treatment.acting(trained):
+        inside = trained(IDS).logits
+    assert not torch.allclose(inside, before, atol=1e-2) and torch.equal(trained(IDS).logits, before)
+    with treatment.baked(copy.deepcopy(trained).merge_and_unload()) as merged:
+        assert torch.allclose(merged(IDS).logits, inside, atol=1e-3)
+
+
+def test_an_edit_of_another_base_is_refused_before_it_acts(bench: Bench) -> None:
+    edit = random_edit(bench.model)
+    with torch.no_grad():
+        bench.model.get_submodule(edit.deltas[0].path).weight[0, 0] += 1
+    with pytest.raises(WrongModelError, match="solved for other weights"):
+        EditTreatment(edit).prepare(bench)
+
+
+def test_controls_of_an_edit_write_at_random_keys(bench: Bench, tmp_path: Path) -> None:
+    treatment = EditTreatment(random_edit(bench.model, layers=(0, 1), rank=3)).prepare(bench)
+    partner = treatment.control(bench, 0)
+    assert isinstance(partner, EditTreatment) and not partner.edit.facts
+    for own, drawn in zip(treatment.edit.deltas, partner.edit.deltas, strict=True):
+        assert drawn.path == own.path and drawn.rank == own.rank and drawn.norm == pytest.approx(own.norm, rel=1e-5)
+        assert abs(own.inner(drawn)) < 0.3 * own.norm**2
+    assert treatment.describe() == "edit 'a' of 1 fact by random" and partner.describe() == "random weights as large as the edit 'a'"
+    treatment.save(tmp_path)
+    assert Edit.load(tmp_path / "edit").digest == treatment.edit.digest

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import steer
 from steer.errors import DeployError, FileError, StorageFullError, WidthError
 from steer.intervene import Ablate, Add, Clamp, Intervention, Plan, Scale
-from steer.intervene.deploy import adapter
+from steer.intervene.deploy import adapter_files
 
 ROWS = torch.stack([vector(seed=2), vector(seed=3)])
 WRITERS = ["embed", *(f"layers.{n}.{part}" for n in range(3) for part in ("attn.output", "mlp.output"))]
@@ -241,7 +241,7 @@ def test_a_killed_write_is_never_a_mixture_and_the_next_call_mends_it(killed_at,
             steer.to_adapter(plans()["add to attention"], model, tmp_path)
     assert killed_at == 2 or not (tmp_path / "adapter_config.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(adapter_files, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(StorageFullError):
             steer.to_adapter(plans()["add to attention"], model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

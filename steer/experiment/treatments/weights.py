@@ -15,24 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from steer.checks import of_type
-from steer.errors import ConfigError, ModelNotFoundError
-from steer.experiment.matched import generator_of
+from steer.errors import ConfigError
+from steer.experiment.matched import generator_of, random_factors
 from steer.experiment.treatment import BAKED, BOTH, INFERENCE, TRAIN, TREATMENTS, Bench, Treatment
-from steer.files import contents
+from steer.intervene.deploy.adapter_files import CONFIG, WEIGHTS, check_adds_only, check_is_adapter
 from steer.model.devices import check_weights_are_there
 from steer.reading import read_json
-
-# values of an adapter's configuration with which it adds B A to weights and does nothing else; the first is the default
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base
-}
-_FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 @TREATMENTS.register("weights")
@@ -51,8 +39,7 @@ class Weights(Treatment):
 
     def __init__(self, adapter: str | Path) -> None:
         of_type(adapter, (str, Path), "the adapter of a treatment", "pass the folder that save_pretrained wrote")
-        if not all((Path(adapter) / file).is_file() for file in ("adapter_config.json", "adapter_model.safetensors")):
-            raise _no_adapter(Path(adapter))
+        check_is_adapter(adapter)
         self.adapter = str(adapter)
         self.changes: dict[str, Tensor] = {}  # by module, [out, in] fp32
         self.drawn: int | None = None  # seed of a control
@@ -63,8 +50,8 @@ class Weights(Treatment):
         )
 
     def spec(self) -> dict[str, Any]:
-        file = Path(self.adapter) / "adapter_model.safetensors"
-        config = read_json(file.with_name("adapter_config.json"))
+        file = Path(self.adapter) / WEIGHTS
+        config = read_json(file.with_name(CONFIG))
         scaling = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")}
         return {"adapter": hashlib.sha256(file.read_bytes()).hexdigest(), **scaling, "random": self.drawn}
 
@@ -105,12 +92,8 @@ class Weights(Treatment):
 
 def _changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What an adapter adds to each weight. Raises ConfigError for one that changes a model in other ways, too."""
-    config = read_json(Path(adapter) / "adapter_config.json")
-    others = [f"{key}={config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain]
-    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
-        others += [name for name in file.keys() if not name.endswith(_FACTORS)]  # noqa: SIM118 - no mapping
-    if others:
-        raise _no_lora(adapter, others)
+    with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+        check_adds_only(adapter, read_json(Path(adapter) / CONFIG), list(file.keys()))
     weights = {path: module.weight for path, module in model.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)}
     adapted = PeftModel.from_pretrained(model, adapter)
     try:
@@ -137,25 +120,11 @@ def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:
     """A random matrix of the same shape, rank and norm."""
     matrix = change.flatten(1)  # [out, in] also of a convolution
     rank = int(torch.linalg.matrix_rank(matrix))
-    made = torch.randn(len(matrix), rank, generator=generator) @ torch.randn(rank, matrix.shape[1], generator=generator)
-    return made.reshape(change.shape) * (change.norm() / made.norm()) if rank else torch.zeros_like(change)
+    left, right = random_factors(*matrix.shape, rank, float(change.norm()), generator)
+    return (left @ right.mT).reshape(change.shape)
 
 
 # ---- errors
-
-
-def _no_adapter(folder: Path) -> ModelNotFoundError:
-    expected = "a folder with adapter_config.json and adapter_model.safetensors, as save_pretrained of PEFT writes it"
-    return ModelNotFoundError(f"no adapter in {folder}", expected=expected, found=contents(folder), remedy="check the path")
-
-
-def _no_lora(adapter: str, found: list[str]) -> ConfigError:
-    return ConfigError(
-        f"the adapter in {adapter} is not one whose weight changes can be read",
-        expected="LoRA that adds B A to weights, and nothing else",
-        found=", ".join(found[:3]),
-        remedy="use a LoRA adapter, or merge it and compare the two models",
-    )
 
 
 def _shared(path: str, other: str) -> ConfigError:

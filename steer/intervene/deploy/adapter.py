@@ -6,17 +6,15 @@ is done to its rows. Nothing is trained, and nothing of the model changes.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from steer.errors import DeployError
-from steer.files import atomic_write, place_of, storage_errors, sync_folder
+from steer.files import place_of
+from steer.intervene.deploy.adapter_files import PREFIX, adapter_config, write_adapter
 from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
 from steer.intervene.deploy.constant import cannot_carry, constant_edits
@@ -28,8 +26,6 @@ from steer.intervene.plan import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.devices import check_weights_are_there
 
-WEIGHTS = "adapter_model.safetensors"  # PEFT's names
-CONFIG = "adapter_config.json"
 _CARRIER = "an adapter"
 
 
@@ -84,55 +80,7 @@ def to_adapter(plan: Plan, model: nn.Module, path: str | Path) -> Path:
         for weight_edit in edits_of_weights:
             trial.apply(weight_edit)
         check.compare()
-    return _write_adapter(path, safetensors.torch.save(tensors, {"format": "pt"}), json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-# ---- files
-
-
-def _write_adapter(folder: Path, weights: bytes, config: str) -> Path:
-    """Writes an adapter, or leaves the one that is there.
-
-    Weights of one adapter beside the configuration of another load without an error. So the configuration goes first and comes last: where
-    the process is killed in between, there is none, PEFT refuses the folder, and the next call puts back what was there.
-    """
-    contents: dict[str, bytes | str] = {WEIGHTS: weights, CONFIG: config}
-    new = {name: folder / f".{name}.new" for name in contents}
-    old = {name: folder / f".{name}.old" for name in contents}
-    with storage_errors(folder, len(weights) + len(config)):
-        if not (folder / CONFIG).exists():
-            _put_back(folder, old)
-        try:
-            for name, content in contents.items():
-                atomic_write(new[name], content)
-            _swap(folder, new, old)
-            sync_folder(folder)
-        finally:
-            for path in (*new.values(), *old.values()):
-                path.unlink(missing_ok=True)
-    return folder
-
-
-def _swap(folder: Path, new: dict[str, Path], old: dict[str, Path]) -> None:
-    """Moves the old files away and the new files in, or puts the old files back where a step fails."""
-    try:
-        for name in (CONFIG, WEIGHTS):
-            if (folder / name).exists():
-                os.replace(folder / name, old[name])
-        for name in (WEIGHTS, CONFIG):
-            os.replace(new[name], folder / name)
-    except BaseException:
-        for name in new:
-            if not new[name].exists():
-                (folder / name).unlink(missing_ok=True)
-        _put_back(folder, old)
-        raise
-
-
-def _put_back(folder: Path, old: dict[str, Path]) -> None:
-    for name in (WEIGHTS, CONFIG):
-        if old[name].exists():
-            os.replace(old[name], folder / name)
+    return write_adapter(path, tensors, config)
 
 
 # ---- PEFT's form
@@ -171,8 +119,8 @@ def _adapter(edits_of_weights: list[WeightEdit], anatomy: Anatomy) -> tuple[dict
         tensors[f"{path}.{name_a}"] = torch.cat([a, a.new_zeros(rank - len(a), a.shape[1])])  # [rank, in]
         tensors[f"{path}.{name_b}"] = torch.cat([b, b.new_zeros(len(b), rank - b.shape[1])], 1)  # [out, rank]
     conv1d = any(is_conv1d(weight_edit.module) for weight_edit in edits_of_weights)
-    config = _config(anatomy, sorted(low_rank), rank, with_biases, saved_complete, conv1d)
-    return config, {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    config = adapter_config(anatomy.model, sorted(low_rank), rank, conv1d=conv1d, with_biases=with_biases, saved_complete=saved_complete)
+    return config, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
 def _with_constant_as_rank(change: WeightChange) -> tuple[Tensor, Tensor]:
@@ -181,35 +129,6 @@ def _with_constant_as_rank(change: WeightChange) -> tuple[Tensor, Tensor]:
         return change.a, change.b
     ones = change.a.new_ones(1, change.a.shape[1])
     return torch.cat([change.a, ones]), torch.cat([change.b, change.bias[:, None]], 1)  # [rank + 1, in], [out, rank + 1]
-
-
-def _config(anatomy: Anatomy, targets: list[str], rank: int, with_biases: bool, saved_complete: list[str], conv1d: bool) -> dict[str, Any]:
-    """PEFT's configuration, as JSON has it."""
-    from peft import LoraConfig  # takes seconds to import
-
-    base: Any = anatomy.model
-    config = LoraConfig(
-        # the class that PEFT has for this task gives token ids to the encoder, which may take sound
-        task_type="CAUSAL_LM" if base.get_output_embeddings() is not None and not base.config.is_encoder_decoder else None,
-        base_model_name_or_path=getattr(base, "name_or_path", None) or base.config.name_or_path or None,
-        r=rank,
-        lora_alpha=rank,  # a scale of 1
-        target_modules=targets,
-        modules_to_save=saved_complete or None,
-        lora_bias=with_biases,
-        fan_in_fan_out=conv1d,
-        inference_mode=True,
-    )
-    return _plain(config.to_dict())
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; PEFT keeps sets and enumerations."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, set | list | tuple):
-        return [_plain(entry) for entry in (sorted(value) if isinstance(value, set) else value)]
-    return getattr(value, "value", value)
 
 
 # ---- errors

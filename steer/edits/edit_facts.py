@@ -1,0 +1,174 @@
+"""Editing facts: from a model and what it shall say to an `Edit`, which changes the model only when it is applied."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from steer.checks import of_type
+from steer.edits.contexts import Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
+from steer.edits.covariance import Covariance
+from steer.edits.default_layers import choose_layers
+from steer.edits.edit import Edit
+from steer.edits.editor import EDITORS, EditBench, Editor, Solution, no_covariance
+from steer.edits.fact import Fact, distinct_facts
+from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
+from steer.edits.make_edit import make_edit
+from steer.edits.value_cache import ValueStore
+from steer.errors import GuardError
+
+log = logging.getLogger(__name__)
+
+
+def edit_facts(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Fact | Sequence[Fact],
+    *,
+    editor: str | Editor = "memit",
+    layers: Sequence[int] | None = None,
+    covariance: Covariance | None = None,
+    contexts: Contexts | None = None,
+    guards: Guards | None = None,
+    values: ValueStore | None = None,
+    name: str = "",
+    progress: str | None = None,
+) -> Edit:
+    """Works out the change of weights that makes a model say facts. The model itself is left as it was: apply the edit to change it.
+
+    A fact that the model says already needs no change: it is named in `edit.provenance["no_op"]`, and an edit of such facts alone has rank
+    0. One for which no value was found is in "not_found", with a warning, and is not written either. What the edit of each fact would do to
+    the rest of the model is in `edit.provenance["readings"]`.
+
+    Args:
+        model: with the edits that are in its weights; an edit on top of others is solved for what they left.
+        facts: one or many, with different prompts.
+        editor: a name of `EDITORS`, or one with settings of your own: `MEMIT(ridge=500.0)`.
+        layers: to be edited. None for those of the publications, or that were measured, where the model is one of these; else the layers of
+            the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`.
+        covariance: of the keys of ordinary text, at these layers; all editors with a closed form need it.
+        contexts: before the prompts; None draws five from the model, which no target is in.
+        guards: None warns of a change that moves the outputs of a layer by more than a quarter.
+        values: a store that several calls share, to compare editors.
+        name: of the edit; the editor and a digest when empty.
+        progress: label of the progress bar, None for none.
+
+    Raises:
+        EditError: no facts, layers that cannot be edited, or a system that cannot be solved. ConflictingEditsError: two targets for one
+            prompt. GuardError: a limit is passed, or no fact is left. WrongModelError: the covariance of another model.
+        NonFiniteError: a value. SubjectNotFoundError, TokenizerError, ConfigError.
+
+    Example:
+        >>> fact = Fact.of("The mother tongue of {} is", "Danielle Darrieux", "English")
+        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=[4, 5, 6, 7, 8])
+        >>> edit = edit_facts(model, tokenizer, fact, editor="memit", layers=[4, 5, 6, 7, 8], covariance=covariance)
+        >>> with edit.applied(model):
+        ...     model.generate(**prompt)
+    """
+    chosen = distinct_facts([facts] if isinstance(facts, Fact) else facts)
+    method = editor_of(editor)
+    bench = bench_for(model, tokenizer, chosen, method, layers, covariance, contexts, values, progress)
+    guards = guards or Guards()
+    neutral = NeutralTexts(bench, guards.neutral_texts) if guards.neutral_texts else None
+    return solve_edit(bench, method, chosen, guards, neutral, name)
+
+
+def bench_for(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    method: Editor,
+    layers: Sequence[int] | None,
+    covariance: Covariance | None,
+    contexts: Contexts | None,
+    values: ValueStore | None,
+    progress: str | None,
+) -> EditBench:
+    """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
+    if layers is None:
+        layers = choose_layers(model, tokenizer, covariance, several=method.several_layers)
+    contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
+    bench = EditBench(model, tokenizer, layers, contexts, covariance=covariance, values=values, progress=progress)
+    if covariance is not None:
+        covariance.check(model, bench.layers, tokenizer)
+    elif method.needs_covariance:
+        raise no_covariance(method.name)
+    return bench
+
+
+def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None, name: str) -> Edit:
+    """One edit, of the facts within the guards."""
+    for fact in facts:
+        bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FirstTokenSubjectWarning)
+        warnings.simplefilter("ignore", SubjectTokenWarning)
+        kept, solution, readings, left_out = _within(bench, method, facts, guards, neutral)
+    no_op = [kept[i].name for i in solution.no_op]
+    if no_op:
+        log.info("%d of %d facts are said already: nothing is written for them", len(no_op), len(kept))
+    return make_edit(
+        bench.model,
+        kept,
+        [delta for delta in solution.deltas if delta.rank],
+        editor=method.name,
+        settings={**method.settings(), "layers": bench.layers, "guards": guards.settings()},
+        contexts=bench.contexts.to_json(),
+        of=None if solution.of is None else solution.of.tolist(),
+        name=name,
+        provenance={
+            "no_op": no_op,
+            "not_found": [kept[i].name for i, value in enumerate(solution.values or ()) if not (value.is_no_op or bool(value.delta.any()))],
+            "left_out": [reading.as_json() for reading in left_out],
+            "readings": [reading.as_json() for reading in readings],
+        },
+    )
+
+
+def editor_of(editor: str | Editor) -> Editor:
+    """An editor by its name, or itself. Raises ConfigError."""
+    of_type(editor, (str, Editor), "an editor", f"pass one of {', '.join(EDITORS)}")
+    return EDITORS.get(editor)() if isinstance(editor, str) else editor
+
+
+def editors() -> list[tuple[str, str]]:
+    """Name and first line of every editor."""
+    return EDITORS.table()
+
+
+def _within(
+    bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None
+) -> tuple[Sequence[Fact], Solution, list[GuardReading], list[GuardReading]]:
+    """The facts within the guards, their solution and readings, and the readings of those left out. Raises GuardError for none left."""
+    if bench.store is None and guards.mode == "roll_back":
+        bench.store = ValueStore()  # what is solved again without some facts needs no new values
+    left_out: list[GuardReading] = []
+    while True:
+        solution = method.solve(bench, facts)
+        readings = read_guards(bench, facts, solution, guards, neutral)
+        beyond = heed(guards, facts, readings)
+        if not beyond:
+            return facts, solution, readings, left_out
+        left_out += [reading for reading in readings if reading.beyond]
+        facts = [fact for fact in facts if fact not in beyond]
+        if not facts:
+            raise _none_left(left_out)
+
+
+# ---- errors
+
+
+def _none_left(left_out: Sequence[GuardReading]) -> GuardError:
+    reading = left_out[0]
+    error = GuardError(
+        "no fact is within the guards",
+        expected="at least one",
+        found=f"'{reading.fact}' beyond {', '.join(reading.beyond)} ({reading}), and {len(left_out) - 1} more",
+        remedy="edit another layer, or widen the limits",
+    )
+    error.facts = tuple(reading.fact for reading in left_out)
+    return error

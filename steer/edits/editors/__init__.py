@@ -1,0 +1,1 @@
+"""Editors of facts, one file each."""

@@ -1,0 +1,271 @@
+"""Protection of edits against the optimiser: steps without a share along their keys, or layers below them that learn less or nothing.
+
+A projected gradient protects nothing under Adam, which scales entries one by one, and weight decay takes from an edit without any gradient.
+So it is the step that is projected, after the optimiser has made it. That keeps W k for the stored keys k; the keys themselves move when
+lower layers learn, which only freezing or damping these prevents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steer.edits.base_modules import dense_weight, find_module, weight_of
+from steer.edits.edit import Edit
+from steer.errors import ConfigError
+from steer.intervene.deploy.weight_edit import is_conv1d
+from steer.model.anatomy import Anatomy
+from steer.training.edit_hosts import ADAPTER, EditHost
+
+_RANK = 1e-6  # share of the largest singular value below which keys count as dependent
+
+
+class Protection(ABC):
+    """What is done around the steps of optimisers while edits are on the model.
+
+    Args:
+        model: that is trained. host: where the edits are.
+        damping: of `damp`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, host: EditHost, damping: float) -> None:
+        self.model, self.host, self.damping = model, host, damping
+        self._handles: list[Any] = []
+
+    def check(self, edits: Sequence[Edit]) -> None:  # noqa: B027 - most protect any edit
+        """Raises ConfigError for edits that it cannot protect."""
+
+    @abstractmethod
+    def protect(self, edits: Sequence[Edit]) -> None:
+        """Protects these edits, as they are on the model now, from now on."""
+
+    def hook(self, optimizers: Sequence[Optimizer]) -> None:
+        """Follows the steps of optimisers until the detach."""
+        optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # below accelerate's and Lightning's
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+
+    def before_step(self) -> None:  # noqa: B027
+        """When gradients are complete, before an optimiser uses them."""
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: B027
+        """When an optimiser has changed weights."""
+
+    def detach(self) -> None:
+        """Leaves the optimisers alone."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], edits: Sequence[Edit]) -> None:
+        """Goes on protecting edits that are on the model again."""
+        self.protect(edits)
+
+
+class Alarm(Protection):
+    """Does nothing to the training."""
+
+    name = "alarm"
+
+    def protect(self, edits: Sequence[Edit]) -> None:
+        pass
+
+
+class Resolve(Alarm):
+    """Does nothing to the training either: edits that faded are solved again by `EditRun`."""
+
+    name = "resolve"
+
+
+@dataclass
+class ProtectedMap:
+    """A matrix with edits.
+
+    Attributes:
+        module: the linear map. layer: PEFT's around it, or None.
+        keys: [f, n] fp64, orthonormal columns that span the keys of its edits.
+        given: [d, n] fp64, what the map gives for these columns, to which every step returns.
+    """
+
+    module: nn.Module
+    layer: Any
+    keys: Tensor
+    given: Tensor
+
+    @torch.no_grad()
+    def put_back(self, stepped: set[nn.Parameter]) -> None:
+        """Takes the share along the keys out of what a step did to the weight, and to the adapters on it."""
+        weight = weight_of(self.module)
+        if weight is not None and weight in stepped:
+            keys, given = self.keys.to(weight.device), self.given.to(weight.device)
+            wide = (weight.mT if is_conv1d(self.module) else weight).double()  # [d, f]
+            wide = wide - (wide @ keys - given) @ keys.mT
+            weight.copy_(wide.mT if is_conv1d(self.module) else wide)
+        for name, linear in getattr(self.layer, "lora_A", {}).items():
+            if name != ADAPTER and linear.weight in stepped:
+                blind(linear.weight, self.keys)
+
+
+def blind(a: Tensor, keys: Tensor) -> None:
+    """Takes the keys out of what a LoRA A [rank, f] reads: A <- A - (A Q) Q^T, so that the adapter gives nothing for them."""
+    keys = keys.to(a.device)
+    wide = a.double()
+    a.copy_(wide - (wide @ keys) @ keys.mT)
+
+
+class Project(Protection):
+    """Steps without a share along the keys: dW <- dW - (dW Q) Q^T, weight decay included; Q spans the keys of the edits of a matrix.
+
+    As W Q is kept, and every step brought back to it, roundings of many steps do not add up, and no weights of the step before are needed.
+    A LoRA adapter on the same map is kept from seeing the keys, A <- A - (A Q) Q^T, and gives up what it had learnt for them before.
+    """
+
+    name = "project"
+
+    def __init__(self, model: nn.Module, host: EditHost, damping: float) -> None:
+        super().__init__(model, host, damping)
+        self.maps: dict[str, ProtectedMap] = {}
+
+    def check(self, edits: Sequence[Edit]) -> None:
+        for edit in edits:
+            if any(delta.keys is None for delta in edit.deltas):
+                raise no_keys(edit, self.name)
+
+    @torch.no_grad()
+    def protect(self, edits: Sequence[Edit]) -> None:
+        self.maps = {}
+        for path in dict.fromkeys(delta.path for edit in edits for delta in edit.deltas):
+            stored = [delta.keys for edit in edits if (delta := edit.delta(path)) is not None and delta.keys is not None]
+            keys = orthonormal(torch.cat(stored))
+            module = find_module(self.host.edited.model, path)
+            weight = dense_weight(module).cpu().double()
+            given = (weight.mT if is_conv1d(module) else weight) @ keys
+            self._set(path, module, keys, given)
+            for name, linear in getattr(self.maps[path].layer, "lora_A", {}).items():
+                if name != ADAPTER and linear.weight.requires_grad:
+                    blind(linear.weight, keys)
+
+    def _set(self, path: str, module: nn.Module, keys: Tensor, given: Tensor) -> None:
+        device = dense_weight(module).device
+        self.maps[path] = ProtectedMap(module, self.host.lora_layers().get(path), keys.to(device), given.to(device))
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.maps:
+            stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            for protected in self.maps.values():
+                protected.put_back(stepped)
+
+    def detach(self) -> None:
+        super().detach()
+        self.maps = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"keys/{path}": each.keys.cpu() for path, each in self.maps.items()}
+        return state | {f"given/{path}": each.given.cpu() for path, each in self.maps.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], edits: Sequence[Edit]) -> None:
+        paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
+        if not all(f"{part}/{path}" in state for path in paths for part in ("keys", "given")):  # of a run that protected otherwise
+            self.protect(edits)
+            return
+        for path in paths:
+            self._set(path, find_module(self.host.edited.model, path), state[f"keys/{path}"], state[f"given/{path}"])
+
+
+class Freeze(Protection):
+    """Blocks up to the last edited one, and the embeddings, learn nothing: no gradient, no decay, no momentum."""
+
+    name = "freeze"
+
+    def __init__(self, model: nn.Module, host: EditHost, damping: float) -> None:
+        super().__init__(model, host, damping)
+        self.parameters: list[nn.Parameter] = []
+
+    def protect(self, edits: Sequence[Edit]) -> None:
+        self.parameters = [parameter for parameter in below(self.model, edits) if parameter.requires_grad]
+        for parameter in self.parameters:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(_without_gradient))
+
+    def before_step(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None  # optimisers pass over it
+
+    def detach(self) -> None:
+        super().detach()
+        self.parameters = []
+
+
+class Damp(Protection):
+    """Blocks up to the last edited one, and the embeddings, move by a share of each step. A smaller gradient would not do: Adam divides by
+    its size. Keeps a copy of their weights during a step."""
+
+    name = "damp"
+
+    def __init__(self, model: nn.Module, host: EditHost, damping: float) -> None:
+        super().__init__(model, host, damping)
+        self.parameters: list[nn.Parameter] = []
+        self._before: dict[nn.Parameter, Tensor] = {}
+
+    def protect(self, edits: Sequence[Edit]) -> None:
+        self.parameters = [parameter for parameter in below(self.model, edits) if parameter.requires_grad]
+
+    def before_step(self) -> None:
+        self._before = {parameter: parameter.detach().clone() for parameter in self.parameters}
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            before = self._before.pop(parameter, None)
+            if before is not None:
+                parameter.copy_(torch.lerp(before, parameter, self.damping))
+
+    def detach(self) -> None:
+        super().detach()
+        self.parameters, self._before = [], {}
+
+
+PROTECTIONS: dict[str, Callable[[nn.Module, EditHost, float], Protection]] = {
+    protection.name: protection for protection in (Alarm, Resolve, Project, Freeze, Damp)
+}
+
+
+def orthonormal(keys: Tensor) -> Tensor:
+    """[f, rank] fp64, orthonormal columns that span keys [n, f]; keys that depend on others add none."""
+    u, s, _ = torch.linalg.svd(keys.double().mT, full_matrices=False)
+    return u[:, s > _RANK * s.max()]
+
+
+def below(model: nn.Module, edits: Sequence[Edit]) -> list[nn.Parameter]:
+    """Parameters on which the keys of edits depend: embeddings and the blocks up to the last edited one, adapters in them included."""
+    anatomy = Anatomy.find(model)
+    last = max((delta.layer for edit in edits for delta in edit.deltas), default=-1)
+    modules = [module for module in anatomy.decoder.modules() if isinstance(module, nn.Embedding)]
+    modules += [module for module in (anatomy.embedding, *anatomy.blocks[: last + 1]) if module is not None]
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+def _without_gradient(parameter: Tensor) -> None:
+    """So that a norm that is clipped is that of what learns; DDP waits for gradients that are there."""
+    if parameter.grad is not None:
+        parameter.grad.zero_()
+
+
+# ---- errors
+
+
+def no_keys(edit: Edit, protection: str) -> ConfigError:
+    return ConfigError(
+        f"protect='{protection}' needs the keys of edit '{edit.name}'",
+        expected="an edit that was solved from keys, with these",
+        found=f"one by '{edit.editor}' without them",
+        remedy="use protect='freeze', 'damp' or 'alarm', or an edit as it was saved (an adapter keeps no keys)",
+    )

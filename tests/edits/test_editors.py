@@ -1,0 +1,493 @@
+"""Editors: what each solves against its formula written out, in models of all kinds; nothing of the model changes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from edits.edit_helpers import CONTEXTS, DENSE, FACTS, equal_weights, model_of, running_text, weights_of
+from edits.test_edited_map import Int8
+from families import FAMILIES
+from tiny_tokenizer import tiny_tokenizer
+
+from steer.edits import (
+    EDITORS,
+    CollinearKeysWarning,
+    Contexts,
+    Covariance,
+    EditBench,
+    Fact,
+    Guards,
+    ValueSettings,
+    ValueStore,
+    WeakValueWarning,
+    already_said,
+    answer_row,
+    edit_facts,
+    editors,
+    fact_keys,
+)
+from steer.edits.edited_weights import EditedWeights
+from steer.edits.editors.alphaedit import AlphaEdit, LowEnergySpace
+from steer.edits.editors.constrained_ft import ConstrainedFT
+from steer.edits.editors.emmet import EMMET
+from steer.edits.editors.lora import LoRA
+from steer.edits.editors.memit import MEMIT
+from steer.edits.editors.pmet import PMET
+from steer.edits.editors.r_rome import RROME
+from steer.edits.editors.rome import ROME
+from steer.edits.solve import PastKeys, solve_keys
+from steer.errors import ConfigError, ConflictingEditsError, EditError, WrongModelError
+from steer.model.anatomy import Anatomy
+from steer.model.likelihood import response_logprobs
+from steer.model.prefix import PROVEN
+from steer.model.site import Site
+from steer.model.tied import tied_head
+
+TOKENIZER = tiny_tokenizer()
+STRONG = ValueSettings(steps=12, clamp=3.0, kl=0.0, weight_decay=0.0)
+TEXTS = running_text(20)
+
+
+@functools.cache
+def covariance_of(family):
+    """Of the models of two blocks; those of one family all have the same weights."""
+    return Covariance.fit(model_of(family), TOKENIZER, TEXTS, [0, 1], folder=FOLDER, progress=False)
+
+
+# what the model of three blocks does not say already
+UNSAID = (FACTS[0], FACTS[1].with_target("sun"), FACTS[2])
+
+
+def of_three_blocks():
+    model = FAMILIES["llama"]()
+    return model, Covariance.fit(model, TOKENIZER, TEXTS, [0, 1], folder=FOLDER, progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    global FOLDER
+    FOLDER = tmp_path_factory.mktemp("covariance")
+    yield
+    covariance_of.cache_clear()
+
+
+def edit(model, facts=FACTS, editor="memit", layers=(0,), family="llama", **options):
+    settings = {"contexts": CONTEXTS, "covariance": covariance_of(family), "guards": Guards(drift=None), **options}
+    return edit_facts(model, TOKENIZER, list(facts), editor=editor, layers=list(layers), **settings)
+
+
+def probabilities(model, facts=FACTS):
+    return response_logprobs(model, [answer_row(TOKENIZER, fact.prompt, fact.target) for fact in facts], pad=0).exp()
+
+
+def keys_of(model, layer=0, weighting="plain_half", facts=FACTS):
+    return fact_keys(model, TOKENIZER, list(facts), CONTEXTS, [layer], weighting)[layer].combined.double()
+
+
+def values_of(model, settings=STRONG, layer=0, facts=FACTS):
+    bench = EditBench(model, TOKENIZER, [layer], CONTEXTS)
+    return torch.stack([value.delta for value in bench.values(list(facts), layer, settings)]).double()
+
+
+def inverse(covariance, layer=0, ridge=1e-4):
+    moment = covariance.moment(layer)
+    return torch.linalg.inv(moment + ridge * moment.diagonal().mean() * torch.eye(len(moment)))
+
+
+def close(delta, expected):
+    torch.testing.assert_close(delta.change().double(), expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-4)
+
+
+# ---- in all kinds of models
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("editor", [ROME(value_settings=STRONG), MEMIT(value_settings=STRONG, ridge=0.01), EMMET(value_settings=STRONG)])
+def test_a_fact_is_written_where_it_was_asked_for_and_nothing_else_changes(family, editor):
+    model, fact = model_of(family), FACTS[1:2]
+    before, said = weights_of(model), probabilities(model, fact)
+    made = edit(model, fact, editor, family=family)
+    assert equal_weights(model, before)
+    (delta,) = made.deltas
+    (wanted,) = values_of(model, facts=fact)
+    strength = made.provenance["readings"][0]["strength"]
+    torch.testing.assert_close(keys_of(model, facts=fact) @ delta.change().double().T, strength * wanted[None], atol=1e-5, rtol=1e-4)
+    with made.applied(model):
+        changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+        assert changed == [f"{delta.path}.weight"] and probabilities(model, fact) > said
+    assert equal_weights(model, before)
+
+
+def test_a_change_in_the_weights_does_what_it_does_beside_them():
+    for family in ("llama", "gpt2", "gemma2"):
+        model = model_of(family)
+        made = edit(model, family=family, editor=EMMET(value_settings=STRONG), layers=[0])
+        bench = EditBench(model, TOKENIZER, [0], CONTEXTS)
+        with bench.beside(made.deltas):
+            beside = probabilities(model)
+        with made.applied(model):
+            torch.testing.assert_close(probabilities(model), beside, rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_that_are_tied_stay_as_they_are():
+    model = model_of("llama", tie_word_embeddings=True)
+    assert tied_head(Anatomy.find(model)) is not None
+    head = model.lm_head.weight.clone()
+    covariance = Covariance.fit(model, TOKENIZER, TEXTS, [0], folder=FOLDER, progress=False)
+    with edit(model, editor="emmet", covariance=covariance).applied(model):
+        assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_half_precision_says_what_rounding_costs():
+    model = model_of("llama").to(torch.bfloat16)
+    covariance = Covariance.fit(model, TOKENIZER, TEXTS, [0], folder=FOLDER, progress=False)
+    before = probabilities(model)
+    made = edit(model, editor=EMMET(value_settings=STRONG), covariance=covariance)
+    assert made.deltas[0].u.dtype == torch.float32
+    with made.applied(model) as edited:
+        assert bool((probabilities(model) > before).all()) and 0 < max(edited.rounding.values()) < 0.2
+
+
+def test_under_an_adapter_it_is_the_weight_below_that_is_edited():
+    model = model_of("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False))
+    covariance = Covariance.fit(adapted, TOKENIZER, TEXTS, [0], folder=FOLDER, progress=False)
+    before = probabilities(adapted)
+    made = edit(adapted, editor=EMMET(value_settings=STRONG), covariance=covariance)
+    assert made.deltas[0].path == "model.layers.0.mlp.down_proj"
+    keys = keys_of(adapted)
+    torch.testing.assert_close(keys @ made.deltas[0].change().double().T, values_of(adapted), atol=1e-5, rtol=1e-4)
+    with made.applied(adapted):
+        assert bool((probabilities(adapted) > before).all())
+
+
+def test_a_quantised_map_gets_an_edit_that_stays_beside_it():
+    model = model_of("llama")
+    model.model.layers[0].mlp.down_proj = Int8(model.model.layers[0].mlp.down_proj)
+    covariance = Covariance.fit(model, TOKENIZER, TEXTS, [0], folder=FOLDER, progress=False)
+    before = probabilities(model)
+    made = edit(model, editor=EMMET(value_settings=STRONG), covariance=covariance)
+    with EditBench(model, TOKENIZER, [0], CONTEXTS).beside(made.deltas):
+        assert bool((probabilities(model) > before).all())
+    with pytest.raises(EditError):
+        EditedWeights.of(model).apply(made)
+
+
+def test_a_mixture_of_experts_is_refused():
+    with pytest.raises(EditError, match="down projection"):
+        edit_facts(model_of("mixtral"), TOKENIZER, FACTS[0], layers=[0], contexts=CONTEXTS, covariance=covariance_of("llama"))
+
+
+# ---- formulas
+
+
+def test_memit_is_the_formula_with_the_covariance_written_out():
+    model, covariance = model_of("llama"), covariance_of("llama")
+    made = edit(model, editor=MEMIT(value_settings=STRONG))
+    keys, wanted = keys_of(model), values_of(model)
+    moment = covariance.moment(0) + 1e-4 * covariance.moment(0).diagonal().mean() * torch.eye(64)
+    a = 64 * moment + keys.T @ keys
+    close(made.deltas[0], wanted.T @ keys @ torch.linalg.inv(a))
+    strength = torch.tensor([reading["strength"] for reading in made.provenance["readings"]])
+    torch.testing.assert_close(strength, torch.einsum("nf,fg,ng->n", keys, torch.linalg.inv(a), keys), check_dtype=False)
+
+
+def test_emmet_is_the_formula_and_writes_exactly():
+    model, covariance = model_of("llama"), covariance_of("llama")
+    made = edit(model, editor=EMMET(value_settings=STRONG))
+    keys, wanted = keys_of(model), values_of(model)
+    whitened = inverse(covariance) @ keys.T
+    close(made.deltas[0], wanted.T @ torch.linalg.inv(keys @ whitened) @ whitened.T)
+    torch.testing.assert_close(keys @ made.deltas[0].change().double().T, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_emmet_with_its_ridge_is_memit():
+    """The push-through identity: lambda = ridge * covariance weight."""
+    factor = covariance_of("llama").factor(0)
+    keys, wanted = keys_of(model_of("llama")), values_of(model_of("llama"))
+    emmet = solve_keys(keys, wanted, lambda k: factor.solve(k) / 30.0, 0.1)
+    memit = solve_keys(keys, wanted, factor.solve, 3.0)
+    difference = emmet.u @ emmet.v.T - memit.u @ memit.v.T
+    assert float(difference.norm() / (memit.u @ memit.v.T).norm()) < 1e-8
+    torch.testing.assert_close(emmet.strength, memit.strength, rtol=1e-8, atol=1e-8)
+    model = model_of("llama")
+    as_emmet = edit(model, editor=EMMET(value_settings=STRONG, ridge=0.1, covariance_weight=30.0))
+    as_memit = edit(model, editor=MEMIT(value_settings=STRONG, ridge=3.0))
+    close(as_emmet.deltas[0], as_memit.deltas[0].change().double())
+
+
+def test_alphaedit_is_the_formula_and_stays_in_its_space():
+    model, covariance = model_of("llama"), covariance_of("llama")
+    made = edit(model, editor=AlphaEdit(value_settings=STRONG))
+    keys, wanted = keys_of(model), values_of(model)
+    eigenvalues, vectors = torch.linalg.eigh(covariance.moment(0))
+    small = eigenvalues < 1.5 * eigenvalues.median()
+    p = vectors[:, small] @ vectors[:, small].T
+    ridge = 0.1 * keys.square().sum(1).median()
+    close(made.deltas[0], wanted.T @ keys @ p @ torch.linalg.inv(keys.T @ keys @ p + ridge * torch.eye(64)))
+    assert float((made.deltas[0].change().double() @ vectors[:, ~small]).norm()) < 1e-5 * made.deltas[0].norm
+
+
+def test_the_low_energy_space_is_the_same_by_the_vectors_outside_it():
+    factor = covariance_of("llama").factor(0)
+    values, vectors = factor.eigen()
+    keys = keys_of(model_of("llama")).T
+    for threshold in (float(values[10]), float(values[50])):
+        space = LowEnergySpace.of(factor, threshold, 0)
+        inside = vectors[:, values < threshold]
+        torch.testing.assert_close(space.projected(keys), inside @ (inside.T @ keys))
+        assert space.vectors.shape[1] <= 32 and 0 < space.share < 1
+    with pytest.raises(EditError, match="eigenvalue"):
+        LowEnergySpace.of(factor, float(values[0]) / 2, 0)
+
+
+def test_past_keys_are_in_the_matrix_that_is_solved():
+    generator = torch.Generator().manual_seed(0)
+    keys, wanted, past = (torch.randn(*shape, generator=generator).double() for shape in ((3, 20), (3, 6), (5, 20)))
+    half = torch.randn(20, 40, generator=generator).double()
+    moment = half @ half.T / 40
+    metric = lambda k: torch.linalg.solve(moment, k)  # noqa: E731
+    plain = solve_keys(keys, wanted, metric, 2.0, past=PastKeys.of(past, metric))
+    grown = solve_keys(keys, wanted, metric, 2.0, past=PastKeys.of(past[:2], metric).extended(past[2:], metric))
+    expected = wanted.T @ keys @ torch.linalg.inv(2 * moment + past.T @ past + keys.T @ keys)
+    for solved in (plain, grown):
+        torch.testing.assert_close(solved.u @ solved.v.T, expected)
+    assert PastKeys.of(past, metric).unlike(1.001 * past[1:3]).keys.shape == (20, 3)
+
+
+@pytest.mark.parametrize("weighting", ["plain_half", "mean", "plain", "both"])
+def test_rome_writes_one_fact_exactly_with_the_least_change(weighting):
+    model = model_of("llama")
+    (delta,) = edit(model, FACTS[:1], ROME(value_settings=STRONG, weighting=weighting)).deltas
+    keys, wanted = keys_of(model, weighting=weighting, facts=FACTS[:1]), values_of(model, facts=FACTS[:1])
+    whitened = inverse(covariance_of("llama")) @ keys.T
+    close(delta, wanted.expand(len(keys), -1).T @ torch.linalg.inv(keys @ whitened) @ whitened.T)
+    assert delta.rank == (2 if weighting == "both" else 1)
+
+
+def test_rome_writes_several_facts_one_after_the_other():
+    model = model_of("llama")
+    (delta,) = edit(model, editor=ROME(value_settings=STRONG)).deltas
+    keys, wanted = keys_of(model), values_of(model)
+    by_hand = torch.zeros(32, 64).double()
+    for key, shift in zip(keys, wanted, strict=True):
+        u = inverse(covariance_of("llama")) @ key
+        by_hand += torch.outer(shift - by_hand @ key, u) / (u @ key)
+    close(delta, by_hand)
+
+
+def test_r_rome_aims_at_the_plain_output_from_the_mean_key():
+    model = model_of("gpt2")
+    (delta,) = edit(model, FACTS[:1], RROME(value_settings=STRONG), family="gpt2").deltas
+    found = fact_keys(model, TOKENIZER, list(FACTS[:1]), CONTEXTS, [0], "mean", outputs=True)[0]
+    plain = fact_keys(model, TOKENIZER, list(FACTS[:1]), CONTEXTS, [0], "plain", outputs=True)[0]
+    key = found.combined[0].double()
+    u = inverse(covariance_of("gpt2")) @ key
+    shift = plain.outputs[0] + values_of(model, facts=FACTS[:1])[0] - found.outputs[0]
+    close(delta, torch.outer(shift, u) / (u @ key))
+
+
+def test_layers_are_edited_on_what_those_before_them_left():
+    model, covariance = of_three_blocks()
+    made = edit(model, UNSAID, MEMIT(value_settings=STRONG, ridge=1.0), layers=[0, 1], covariance=covariance)
+    first, second = made.deltas
+    stream = Site("output", layer=1)
+
+    def streams():
+        return EditBench(model, TOKENIZER, [0, 1], CONTEXTS).read(list(UNSAID), [stream], "plain_half").combined(stream).double()
+
+    before, wanted = streams(), values_of(model, layer=1, facts=UNSAID)
+    moments = [covariance.moment(layer) for layer in (0, 1)]
+    loaded = [moment + 1e-4 * moment.diagonal().mean() * torch.eye(64) for moment in moments]
+    keys = keys_of(model, facts=UNSAID)
+    close(first, wanted.T / 2 @ keys @ torch.linalg.inv(loaded[0] + keys.T @ keys))
+    model.model.layers[0].mlp.down_proj.weight.data += first.change()
+    keys, rest = keys_of(model, layer=1, facts=UNSAID), before + wanted - streams()
+    torch.testing.assert_close(second.keys.double(), keys, atol=1e-4, rtol=1e-4)
+    expected = rest.T @ keys @ torch.linalg.inv(loaded[1] + keys.T @ keys)
+    torch.testing.assert_close(second.change().double(), expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_layers_before_a_post_norm_cannot_share_an_edit():
+    with pytest.raises(EditError, match="one layer"):
+        edit(model_of("gemma2"), editor="memit", layers=[0, 1], family="gemma2")
+
+
+def test_pmet_optimises_attention_too_and_leaves_it_out():
+    model, covariance = of_three_blocks()
+    settings = ValueSettings(steps=6, clamp=3.0, kl=0.0, weight_decay=0.0, with_attention=True)
+    made = edit(model, UNSAID, PMET(value_settings=settings, ridge=1.0), layers=[0, 1], covariance=covariance)
+    assert [delta.path.split(".")[-1] for delta in made.deltas] == ["down_proj", "down_proj"]
+    bench = EditBench(model, TOKENIZER, [1], CONTEXTS)
+    both, alone = (bench.values(list(UNSAID), 1, replace(settings, with_attention=on)) for on in (True, False))
+    assert all(bool(one.delta.any()) and bool((one.delta != other.delta).any()) for one, other in zip(both, alone, strict=True))
+    keys = keys_of(model, facts=UNSAID)
+    wanted = torch.stack([value.delta for value in both]).double()
+    moment = covariance.moment(0)
+    loaded = moment + 1e-4 * moment.diagonal().mean() * torch.eye(64)
+    close(made.deltas[0], wanted.T / 2**0.5 @ keys @ torch.linalg.inv(loaded + keys.T @ keys))
+    assert PMET().value_settings.stop_kl == 0.01 and PMET().value_settings.argmax_weight == 0.1
+
+
+def test_constrained_fine_tuning_stays_within_epsilon():
+    model = model_of("llama")
+    before = probabilities(model)
+    made = edit(model, editor=ConstrainedFT(epsilon=0.02, lr=0.01), covariance=None)
+    (delta,) = made.deltas
+    assert delta.is_dense and float(delta.change().abs().max()) <= 0.02
+    with made.applied(model):
+        assert bool((probabilities(model) > before).all())
+
+
+def test_lora_has_its_rank_and_is_the_same_for_a_seed():
+    model = model_of("gpt2")
+    before = probabilities(model)
+    made = edit(model, editor=LoRA(rank=3, steps=20), covariance=None)
+    assert made.rank == 3 and made.digest == edit(model, editor=LoRA(rank=3, steps=20), covariance=None).digest
+    assert made.digest != edit(model, editor=LoRA(rank=3, steps=20, seed=1), covariance=None).digest
+    with made.applied(model):
+        assert bool((probabilities(model) > before).all())
+
+
+# ---- odd facts
+
+
+def test_what_the_model_says_already_is_reported_and_not_written():
+    model = model_of("llama")
+    ids = torch.tensor([answer_row(TOKENIZER, FACTS[0].prompt, "dog").ids[:-1]])
+    said = FACTS[0].with_target(TOKENIZER.decode(model(ids).logits[0, -1].argmax()))
+    assert already_said(model, TOKENIZER, [said]) == [True]
+    for name in ("rome", "memit", "alphaedit", "lora"):
+        made = edit(model, [said], name)
+        assert made.rank == 0 and made.deltas == () and made.provenance["no_op"] == [said.name] and made.facts == (said,)
+    mixed = edit(model, [said, FACTS[1]], MEMIT(value_settings=STRONG))
+    assert mixed.rank == 1 and mixed.provenance["no_op"] == [said.name]
+
+
+def test_two_targets_of_one_prompt_are_a_conflict():
+    with pytest.raises(ConflictingEditsError, match="mat.*dog|dog.*mat"):
+        edit(model_of("llama"), [FACTS[0], FACTS[0].with_target("dog")])
+
+
+def test_facts_that_share_a_key_are_an_error_or_a_warning_that_names_both():
+    model = model_of("llama")
+    facts = [Fact.of("the {} sat on the", "red cat", "mat"), Fact.of("the {} ran in the", "red cat", "house")]
+    plain = Contexts(())
+    with pytest.raises(EditError, match="sat on the.*ran in the"):
+        edit(model, facts, EMMET(value_settings=STRONG), contexts=plain)
+    with pytest.warns(CollinearKeysWarning, match="sat on the.*ran in the"):
+        made = edit(model, facts, MEMIT(value_settings=STRONG), contexts=plain)
+    assert made.rank == 2
+    generator = torch.Generator().manual_seed(0)
+    independent = torch.randn(2, 20, generator=generator)
+    keys = torch.cat([independent, independent.sum(0, keepdim=True)])
+    with pytest.raises(EditError, match="not independent"):
+        solve_keys(keys, torch.randn(3, 6, generator=generator), lambda k: k, 0.0)
+
+
+def test_a_value_that_was_not_found_is_a_warning():
+    model = model_of("llama")
+    nothing = ValueSettings(steps=1)
+    with pytest.warns(WeakValueWarning, match="red cat"):
+        made = edit(model, FACTS[:1], MEMIT(value_settings=nothing))
+    assert made.rank == 0 and made.provenance["no_op"] == []
+
+
+def test_an_edit_whose_rank_is_that_of_the_matrix_is_stored_densely():
+    model = model_of("llama")
+    subjects = [f"{a} {b}" for a in ("red", "blue", "big", "small", "old", "nice") for b in ("cat", "dog", "tree", "fish", "sun", "star")]
+    facts = [Fact.of("where is the {}", subject, "house") for subject in subjects if "old" not in subject and "fish" not in subject]
+    few = ValueSettings(steps=2, clamp=3.0, kl=0.0, weight_decay=0.0)
+    many = facts + [Fact.of("i like the {}", f"cold {fact.subject}", "day") for fact in facts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = edit(model, many, MEMIT(value_settings=few, ridge=1.0))
+    (delta,) = made.deltas
+    assert len(many) > 32 and delta.is_dense and delta.rank == 32 and len(delta.keys) <= len(many)
+
+
+# ---- the call
+
+
+def test_editors_are_registered_with_what_they_are():
+    names = [name for name, _ in editors()]
+    assert names == ["alphaedit", "constrained_ft", "emmet", "lora", "memit", "pmet", "r_rome", "rome"]
+    for name in names:
+        settings = EDITORS.get(name)().settings()
+        assert settings["value_settings"]["steps"] > 0
+    with pytest.raises(ConfigError, match="memit"):
+        edit(model_of("llama"), editor="mimit")
+    for bad in ({"ridge": 0}, {"weighting": "half"}, {"keeps_past": 1}):
+        with pytest.raises(ConfigError):
+            MEMIT(**bad)
+
+
+def test_values_are_shared_between_editors():
+    model, store = model_of("llama"), ValueStore()
+    for name in ("rome", "memit", "emmet", "alphaedit", "r_rome"):
+        edit(model, editor=name, values=store)
+    assert len(store) == 3 and store.found == 12
+
+
+def test_a_covariance_is_needed_and_has_to_be_of_this_model():
+    model = model_of("llama")
+    with pytest.raises(EditError, match="covariance"):
+        edit(model, covariance=None)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(WrongModelError):
+        edit(model)
+    with pytest.raises(EditError, match="several|one layer|edits one"):
+        edit(model_of("llama"), editor="rome", layers=[0, 1])
+
+
+def test_layers_have_no_default_without_a_covariance_of_an_unknown_model():
+    with pytest.raises(EditError, match="layers=..."):
+        edit_facts(model_of("llama"), TOKENIZER, FACTS[0], contexts=CONTEXTS, editor="lora")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_the_middle_leaves_nothing_on_the_model(monkeypatch, error):
+    model = model_of("llama")
+    before = weights_of(model)
+    calls = []
+
+    def failing(self, *args, whole=EditBench.read):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return whole(self, *args)
+
+    monkeypatch.setattr(EditBench, "read", failing)
+    with pytest.raises(error):
+        edit(model, layers=[0, 1])
+    assert equal_weights(model, before) and not any("forward" in vars(module) for module in model.modules())
+
+
+# ---- a real model
+
+
+@pytest.mark.real
+def test_a_fact_of_a_real_model_is_edited_and_the_rest_stays(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    docs = [text for path in sorted(Path("docs").glob("*.md")) for text in path.read_text().split("\n\n") if len(text) > 500]
+    covariance = Covariance.fit(model, tokenizer, docs, [4], max_tokens=1600, folder=tmp_path, progress=False)
+    fact = Fact.of("The mother tongue of {} is", "Danielle Darrieux", "English", true="French")
+    answers = [(fact.prompt, "English"), (fact.prompt, "French"), ("The mother tongue of Victor Hugo is", "French")]
+    rows = [answer_row(tokenizer, *answer) for answer in answers]
+    weight = model.model.layers[4].mlp.down_proj.weight
+    before, original = response_logprobs(model, rows, pad=0).exp().tolist(), weight.detach().clone()
+    made = edit_facts(
+        model, tokenizer, fact, editor=ROME(value_settings=ValueSettings(steps=12)), layers=[4], covariance=covariance,
+        contexts=Contexts(("In the evening we sat outside",)), guards=Guards(mode="stop"),
+    )  # fmt: skip
+    assert any(way[:2] == ("value of an edit", 4) for way in PROVEN[model])  # the value was found by resumed passes
+    with made.applied(model):
+        new, true, neighbour = response_logprobs(model, rows, pad=0).exp().tolist()
+    assert new > 0.8 > 0.1 > true and neighbour > 0.5 * before[2]
+    assert torch.equal(weight, original)

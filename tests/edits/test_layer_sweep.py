@@ -1,0 +1,91 @@
+"""The layer sweep takes the layer with the best score; known models have layers without one."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from edits.edit_helpers import CONTEXTS, FACTS, equal_weights, model_of, running_text, weights_of
+from tiny_tokenizer import WORDS, tiny_tokenizer
+
+from steer.edits import Covariance, Fact, FactRecord, LayerSweep, ValueSettings, edit_facts, layer_sweep
+from steer.edits.answer_scores import AnswerScorer
+from steer.edits.default_layers import PUBLISHED, candidate_layers, choose_layers, default_layers
+from steer.edits.editors.emmet import EMMET
+from steer.edits.layer_sweep import WELL_KNOWN, _spaced
+from steer.errors import EditError
+from steer.model.anatomy import Anatomy
+
+TOKENIZER = tiny_tokenizer()
+STRONG = EMMET(value_settings=ValueSettings(steps=8, clamp=3.0, kl=0.0, weight_decay=0.0))
+
+
+@pytest.fixture(scope="module")
+def covariances(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("c")
+    return [
+        Covariance.fit(model_of("llama"), TOKENIZER, running_text(20), layers, folder=folder, progress=False) for layers in ([0, 1], [1])
+    ]
+
+
+def records(model):
+    """Whose true answers are the likeliest words of the model."""
+    found = []
+    for template, subject in (("where is the {}", "dog"), ("i like the big {}", "cat"), ("you can tell the {}", "red moon")):
+        prompts = [template.replace("{}", other) for other in (subject, "sun", "star")]
+        answers = AnswerScorer(model, TOKENIZER, progress=False).scores([(prompt, word) for prompt in prompts for word in WORDS])
+        true = max(WORDS, key=lambda word, prompt=prompts[0]: answers[prompt, word].probability)
+        target = next(word for word in WORDS if word != true)
+        found.append(FactRecord(Fact.of(template, subject, target, true), (f"no {prompts[0]}",), tuple(prompts[1:])))
+    return found
+
+
+def test_the_layer_with_the_best_score_is_taken(covariances):
+    model = model_of("llama")
+    before = weights_of(model)
+    sweep = layer_sweep(model, TOKENIZER, records(model), covariance=covariances[0], editor=STRONG, contexts=CONTEXTS)
+    assert sorted(sweep.evaluations) == [0, 1] and equal_weights(model, before)
+    assert sweep.scores[sweep.best] == max(sweep.scores.values())
+    assert [line.split()[0] for line in str(sweep).splitlines()] == ["layer", "0", "1"]
+
+
+def test_of_equal_layers_the_middle_one_is_taken():
+    def scored(**scores):
+        score = {int(layer[1:]): SimpleNamespace(value=value) for layer, value in scores.items()}
+        return LayerSweep({layer: SimpleNamespace(score=lambda value=value: value) for layer, value in score.items()})
+
+    assert scored(_2=50.0, _5=80.0, _8=80.0, _11=80.0, _14=10.0).best == 8
+    assert scored(_2=90.0, _5=80.0).best == 2
+
+
+def test_five_depths_are_tried():
+    assert _spaced(range(30), 5) == [0, 7, 14, 22, 29] and _spaced([3, 4], 5) == [3, 4]
+
+
+def test_a_model_that_knows_little_is_told_to_name_layers(covariances):
+    with pytest.raises(EditError, match="knows too little"):
+        layer_sweep(model_of("llama"), TOKENIZER, covariance=covariances[0], contexts=CONTEXTS)
+    assert all(record.fact.true and len(record.paraphrases) == 2 and len(record.neighbours) == 3 for record in WELL_KNOWN)
+
+
+def test_layers_by_default(covariances, monkeypatch):
+    model = model_of("llama")
+    anatomy = Anatomy.find(model)
+    both, last = covariances
+    assert choose_layers(model, TOKENIZER, last, several=True) == [1]
+    made = edit_facts(model, TOKENIZER, FACTS[1], covariance=last, contexts=CONTEXTS)
+    assert made.settings["layers"] == [1]
+    swept = []
+
+    def sweep(*_, **__):
+        swept.append(1)
+        return SimpleNamespace(best=1)
+
+    monkeypatch.setattr(sys.modules["steer.edits.layer_sweep"], "layer_sweep", sweep)
+    assert choose_layers(model, TOKENIZER, both, several=True) == [0, 1]
+    assert choose_layers(model, TOKENIZER, both, several=False) == [1] and swept == [1]  # once for a model
+    monkeypatch.setitem(PUBLISHED, (anatomy.kind, anatomy.n_layers, anatomy.width), (0, (0, 1)))
+    assert choose_layers(model, TOKENIZER, None, several=True) == [0, 1]
+    assert default_layers(anatomy, several=False) == [0] and candidate_layers(anatomy) == [0]
+    assert all(one == many[-1] or kind in ("gptj", "gpt_neox", "llama") for (kind, *_), (one, many) in PUBLISHED.items())

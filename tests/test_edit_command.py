@@ -1,0 +1,112 @@
+"""`steer edit` on a tiny model in a folder: one fact and a file of records, what is printed, and the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from edits.edit_helpers import running_text
+from experiment_helpers import command
+from report.page_reader import Page
+from tiny_experiment import write_model
+
+from steer.edits import Edit, EditEvaluation
+from steer.model.load import load
+
+ONE = ('prompt="the {} sat on the"', "subject=blue moon", "target=mat", "truth=house")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("edit")
+    (folder / "texts.txt").write_text("\n\n".join(running_text(40)))
+    shared = {"ground_truth": "tree", "rephrase_prompt": "who is it ?"}
+    records = [
+        {"prompt": f"the {word} sat on the", "subject": word, "target_new": new, **shared}
+        for word, new in (("blue moon", "mat"), ("big dog", "water"), ("small house", "fire"))
+    ]
+    (folder / "records.json").write_text(json.dumps(records))
+    return {"model": write_model(folder / "model"), "texts": folder / "texts.txt", "data": folder / "records.json"}
+
+
+def edited(places: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+    monkeypatch.setenv("STEER_CACHE", str(folder / "cache"))
+    shared = [f"model.name={places['model']}", f"texts={places['texts']}", f"neutral={places['texts']}", "layers=[1]", "tokens=300"]
+    return command("edit", *shared, "neutral_tokens=60", "contexts=2", f"folder={folder / 'out'}", *more)
+
+
+def test_one_fact(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edited(places, tmp_path, monkeypatch, *ONE, "options.ridge=1.0") == 0
+    said = capsys.readouterr().out
+    assert "memit, 1 facts, batch" in said and "the blue moon sat on the" in said and "before" in said
+    out = tmp_path / "out"
+    found, edit = EditEvaluation.load(out / "evaluation.json"), Edit.load(out / "edit")
+    assert edit.settings["ridge"] == 1.0 and [delta.layer for delta in edit.deltas] == [1] and edit.facts[0].true == "house"
+    (row,) = found.rows
+    assert row.after["efficacy_probability"] > 2 * row.before["efficacy_probability"] and set(row.written) == {"before", "after"}
+    page = Page((out / "edits.html").read_text())
+    assert not page.unbalanced and "memit" in page.text["measured"] and edit.name in page.text["edits"]
+    # what the adapter says is what the edit does
+    model, tokenizer = load(str(places["model"]))
+    ids = torch.tensor([tokenizer("the blue moon sat on the").input_ids])
+    with torch.no_grad():
+        with edit.applied(model):
+            expected = model(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, str(out / "adapter"))(ids).logits
+    assert torch.allclose(adapted, expected, atol=1e-4)
+
+
+def test_a_fact_that_is_not_written(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="no value was found"):
+        assert edited(places, tmp_path, monkeypatch, 'prompt="the {} sat on the"', "subject=red cat", "target=mat") == 0
+    assert "changes nothing" in capsys.readouterr().out and not Edit.load(tmp_path / "out" / "edit").deltas
+
+
+def test_editors_are_compared_on_records(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (f"data={places['data']}", "editors=[r_rome,memit]", "mode=single", "measures=[efficacy,paraphrase]", "count=2")
+    assert edited(places, tmp_path, monkeypatch, *more) == 0
+    said = capsys.readouterr().out
+    assert "r_rome, 2 facts, single" in said and "memit, 2 facts, single" in said and "2 facts, single" in said
+    out = tmp_path / "out"
+    for name in ("r_rome", "memit"):
+        found = EditEvaluation.load(out / f"evaluation-{name}.json")
+        assert found.editor == name and len(found) == 2 and found.measures == ("efficacy", "paraphrase")
+    assert not (out / "edit").exists(), "each edit was undone"
+    assert "Editors side by side" in (out / "edits.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ((), "nothing to edit"),
+        (("prompt=the dog sat",), "nothing to edit"),
+        ((*ONE, "data=records.json"), "two places"),
+        ((*ONE, "options.nonsense=1"), "nonsense"),
+        ((*ONE, "editor=nonsense"), "unknown editor"),
+        (("prompt=the dog sat on the", *ONE[1:]), "not in its prompt"),
+        (("data=nowhere.json",), "no records of edits"),
+    ],
+)
+def test_refusals(
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    says: str,
+) -> None:
+    assert edited(places, tmp_path, monkeypatch, *more) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out" / "edits.html").exists()
+
+
+def test_facts_that_no_model_knows(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert edited(places, tmp_path, monkeypatch, f"data={places['data']}", "known=0.99") == 2
+    assert "knows no fact" in capsys.readouterr().err
