@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def joins(self) -> int:
-        """The first block whose input, or whose part, the cell changes: all below it runs as in the corrupted run."""
+        """The first block whose input or part the cell changes: all below it runs as in the corrupted run."""
         return self.layers.stop if self.kind == HIDDEN else self.layers.start
 
 

@@ -224,7 +224,7 @@ class _Tracer:
 
 def _readings(logits: Tensor, known: _Known) -> Tensor:
     """[..., 2] fp64 on the CPU: probability of the answer, and its logit minus that of the other token. logits: [..., vocabulary]."""
-    exact = logits.float()
+    exact = logits if logits.dtype == torch.float64 else logits.float()
     answer, other = exact[..., known.prompt.answer[0]], exact[..., known.other]
     return torch.stack([(answer - exact.logsumexp(-1)).exp(), answer - other], -1).double().cpu()
 
