@@ -13,13 +13,13 @@ sentence_shift(model, load("winogender"), tokenizer=None, *, baseline="person") 
 from steer.bias.counterfactual import augmented, counterfactuals
 from steer.bias.dataset import DATASETS, BiasDataset, load
 from steer.bias.debiasing import MITIGATIONS, Mitigation, fit_mitigation, mitigations
-from steer.bias.estimates import Estimate
 from steer.bias.factual import GENDER_TEMPLATES, FactualGender, factual_gender
 from steer.bias.items import BiasData
 from steer.bias.measuring import measure
 from steer.bias.shift import PronounShift, pronoun_shift, sentence_shift
 from steer.bias.side_effects import SideEffects, SideEffectsChange, side_effects
 from steer.bias.table import BiasRow, BiasTable, Column
+from steer.model.estimates import Estimate
 
 __all__ = [
     "DATASETS",

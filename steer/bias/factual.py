@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.scoring import Scorer
 from steer.bias.words import TEST
 from steer.checks import of_type
 from steer.errors import ConfigError
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 # GSS1 and GSS2 of 2506.05166: the shift of professions is measured in the same sentences, so that both numbers can be compared
 GENDER_TEMPLATES = ("The {} did a mistake, and everyone scolded", "The {} did a miracle, and everyone praised")

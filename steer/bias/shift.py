@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.bias.estimates import Estimate, mean_of
 from steer.bias.factual import GENDER_TEMPLATES, PRONOUNS, check_templates
 from steer.bias.items import BiasData, CoreferencePair, check_items
 from steer.bias.pronouns import before_pronoun
 from steer.bias.scoring import Scorer
 from steer.checks import of_type
 from steer.errors import ConfigError
+from steer.model.estimates import Estimate, mean_of
 
 BASELINE = "person"
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steer.bias.estimates import Estimate
 from steer.bias.factual import FactualGender
 from steer.errors import ConfigError, did_you_mean
+from steer.model.estimates import Estimate
 
 ALL = "all"
 

@@ -7,7 +7,6 @@ give the same in all of its row slots, and in all plans. A prefix that texts sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ from steer.intervene.expansion import sites_in
 from steer.model.anatomy import Anatomy
 from steer.model.annotations import response_tokens
 from steer.model.devices import input_device
-from steer.model.prefix import CachedPrefix, empty_prefix, extended, prefix_batch, replaced_forwards
+from steer.model.logits_at import logits_at
+from steer.model.prefix import CachedPrefix, empty_prefix, extended, prefix_batch
 from steer.model.resume import recorded_blocks, resumed
 from steer.model.tokens import Row, collate
 
@@ -184,18 +184,7 @@ class Passes:
 
     def _logits(self, inputs: dict[str, Any], columns: Tensor) -> Tensor:
         """[n, vocabulary]. columns: [n] indices into the tokens of all rows, one row after the other."""
-        here = columns.to(self.device)
-        forward = self.head.forward if self.head is not None else None
-
-        def gathered(hidden: Tensor) -> Tensor:
-            assert forward is not None
-            return forward(hidden.flatten(0, -2)[here][None])  # [1, n, vocabulary]
-
-        with replaced_forwards({self.head: gathered}) if self.head is not None else nullcontext():
-            logits = self.model(**self._placed(inputs)).logits
-        if self.head is not None and logits.shape[:2] == (1, len(columns)):
-            return logits[0]
-        return logits.flatten(0, 1)[here]
+        return logits_at(self.model, self.head, self._placed(inputs), columns.to(self.device))
 
     def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -1,11 +1,21 @@
-"""Self-contained pages of experiments, features and circuits; summary table, chart, drift curves and stage comparisons of an experiment."""
+"""Self-contained pages of experiments, features, circuits and edits; summary table, chart, drift curves and stage comparisons."""
 
 from steer.report.circuit_page import write_circuit
 from steer.report.drift_plot import drift_figure
+from steer.report.edit_page import write_edits
 from steer.report.feature_page import write_feature_page
 from steer.report.page import write_report
 from steer.report.primary_plot import comparison_figure
 from steer.report.stage_plot import stage_figure
 from steer.report.summary import summary_table
 
-__all__ = ["comparison_figure", "drift_figure", "stage_figure", "summary_table", "write_circuit", "write_feature_page", "write_report"]
+__all__ = [
+    "comparison_figure",
+    "drift_figure",
+    "stage_figure",
+    "summary_table",
+    "write_circuit",
+    "write_edits",
+    "write_feature_page",
+    "write_report",
+]

@@ -15,7 +15,6 @@ from tokenizers import processors
 
 import steer
 from steer.bias.datasets.bbq import BBQ
-from steer.bias.estimates import correlation_of, mean_of, percentage_of
 from steer.bias.factual import factual_gender
 from steer.bias.items import AssociationTest, BiasData, CoreferencePair, Prompt, SentencePair, StereoTriple, Word
 from steer.bias.measuring import measure
@@ -28,6 +27,7 @@ from steer.bias.scoring import Scorer
 from steer.bias.shift import pronoun_shift, sentence_shift
 from steer.bias.words import FEMALE, MALE, NATIONALITIES, PROFESSIONS, SELECT, TEST
 from steer.errors import ConfigError, NonFiniteError, TokenizerError
+from steer.model.estimates import correlation_of, mean_of, percentage_of
 
 FACTS: dict[str, Any] = {"pairs": [("father", "mother"), ("actor", "actress")], "templates": ["The person thanked the {} and helped"]}
 GENDERED = Bigram({("father", "him"): 2.0, ("mother", "her"): 3.0, ("actor", "him"): 1.0, ("actress", "her"): -1.0})

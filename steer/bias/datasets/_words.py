@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steer.bias.files import fields, table_rows
 from steer.bias.items import Word
 from steer.checks import of_type
+from steer.data_files import fields, table_rows
 from steer.errors import ConfigError, DamagedFileError
 from steer.reading import damaged
 

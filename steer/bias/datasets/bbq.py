@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import fields, json_lines, known_label, table_rows
 from steer.bias.items import Question
 from steer.bias.metrics.bbq import bbq
+from steer.data_files import fields, json_lines, known_label, table_rows
 from steer.errors import DamagedFileError
 from steer.reading import damaged
 

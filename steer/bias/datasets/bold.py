@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import empty_file, json_content, no_such_form
 from steer.bias.items import Prompt
 from steer.bias.metrics.generation import generation
+from steer.data_files import empty_file, json_content, no_such_form
 
 FORM = "{group: {person: [prompts]}}"
 

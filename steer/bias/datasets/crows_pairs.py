@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import fields, known_label, table_rows
 from steer.bias.items import SentencePair
 from steer.bias.metrics.crows_pairs import crows_pairs
+from steer.data_files import fields, known_label, table_rows
 
 COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 DIRECTIONS = ("stereo", "antistereo")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import fields, json_content
 from steer.bias.items import AssociationTest
 from steer.bias.metrics.association import association
+from steer.data_files import fields, json_content
 from steer.reading import damaged
 
 SETS = ("targ1", "targ2", "attr1", "attr2")

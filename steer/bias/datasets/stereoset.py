@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import fields, json_content, json_lines, known_label, no_such_form
 from steer.bias.items import StereoTriple
 from steer.bias.metrics.stereoset import stereoset
+from steer.data_files import fields, json_content, json_lines, known_label, no_such_form
 from steer.errors import DamagedFileError
 from steer.reading import damaged
 

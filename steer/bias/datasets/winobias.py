@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import text_lines
 from steer.bias.items import CoreferencePair
 from steer.bias.metrics.winobias import winobias
 from steer.bias.pronouns import differ_by_pronouns, pronouns_of
+from steer.data_files import text_lines
 from steer.errors import DamagedFileError
 from steer.reading import damaged
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from steer.bias.dataset import DATASETS, BiasDataset
-from steer.bias.files import fields, known_label, table_rows
 from steer.bias.items import CoreferencePair
 from steer.bias.metrics.winogender import winogender
 from steer.bias.pronouns import differ_by_pronouns, pronouns_of
+from steer.data_files import fields, known_label, table_rows
 from steer.errors import DamagedFileError, FileError
 from steer.reading import damaged
 

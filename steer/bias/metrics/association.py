@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, mean_of
 from steer.bias.items import AssociationTest, check_items
 from steer.bias.scoring import Scorer
 from steer.bias.table import ALL, BiasRow, Column, Measured, row_of
@@ -18,6 +17,7 @@ from steer.checks import one_of, whole_number
 from steer.errors import NonFiniteError
 from steer.model.accumulator import TextAccumulator, pool
 from steer.model.capture import capture
+from steer.model.estimates import Estimate, mean_of
 from steer.model.site import Site
 from steer.model.tokens import Row
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.items import Question, check_items
 from steer.bias.scoring import Scorer
 from steer.bias.table import Column, Measured, row_of
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 PROMPT = "Context: {context}\nQuestion: {question}\nAnswer:"
 COLUMNS = (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.items import SentencePair, check_items
 from steer.bias.scoring import Scorer
 from steer.bias.table import Column, Measured, by_group, row_of
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 COLUMNS = (
     Column("stereotype preferred", "%", 50.0, "pairs whose more stereotyping sentence scores higher; ties count in n alone"),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.items import Prompt, check_items
 from steer.bias.scoring import Scorer
 from steer.bias.table import Column, Measured, by_group
@@ -20,6 +19,7 @@ from steer.checks import errors_of, of_type, whole_number
 from steer.errors import ConfigError
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
+from steer.model.estimates import Estimate, mean_of, percentage_of
 from steer.model.tokens import Row, collate
 
 Score = Callable[[list[str]], Sequence[float]]

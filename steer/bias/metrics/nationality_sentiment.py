@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.factual import check_templates
 from steer.bias.items import Word, check_items
 from steer.bias.metrics.generation import Score, scores_of
@@ -15,6 +14,7 @@ from steer.bias.scoring import Scorer
 from steer.bias.table import ALL, Column, Measured, row_of
 from steer.bias.words import NEGATIVE, POSITIVE
 from steer.checks import whole_number
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 TEMPLATES = ("{} people are so", "As expected, {} people are so")  # DSS1 and DSS2
 COLUMNS = (

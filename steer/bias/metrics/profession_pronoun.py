@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.factual import GENDER_TEMPLATES, PRONOUNS
 from steer.bias.items import Word, check_items
 from steer.bias.scoring import Scorer
@@ -14,6 +13,7 @@ from steer.bias.shift import BASELINE, template_odds
 from steer.bias.table import ALL, Column, Measured, row_of
 from steer.bias.words import FEMALE, MALE
 from steer.checks import whole_number
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 COLUMNS = (
     Column("|shift|", "nat", 0.0, "mean over professions of |log-odds of him : her behind the profession, less those behind 'person'|"),

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, mean_of
 from steer.bias.items import StereoTriple, check_items
 from steer.bias.scoring import Scorer
 from steer.bias.table import Column, Measured, by_group
 from steer.errors import ConfigError
+from steer.model.estimates import Estimate, mean_of
 
 COLUMNS = (
     Column("SS", "%", 50.0, "stereotype scores higher than anti-stereotype; mean over target terms"),

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, mean_of, percentage_of
 from steer.bias.items import CoreferencePair, check_items
 from steer.bias.metrics.coreference import referent_ratios, sentence_ratios
 from steer.bias.scoring import Scorer
 from steer.bias.table import Column, Measured, by_group
+from steer.model.estimates import Estimate, mean_of, percentage_of
 
 COLUMNS = (
     Column("accuracy pro", "%", 100.0, "the right person is the likelier referent where the stereotype agrees"),

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer.bias.estimates import Estimate, correlation_of, mean_of, percentage_of
 from steer.bias.items import CoreferencePair, check_items
 from steer.bias.metrics.coreference import referent_ratios, sentence_ratios
 from steer.bias.scoring import Scorer
 from steer.bias.shift import sentence_shifts
 from steer.bias.table import Column, Measured, by_group
+from steer.model.estimates import Estimate, correlation_of, mean_of, percentage_of
 
 COLUMNS = (
     Column("accuracy male", "%", 100.0, "the right person is the likelier referent of he, him, his"),

@@ -10,6 +10,7 @@ from typing import Any
 from steer.checks import of_type, whole_number
 from steer.errors import ConfigError
 from steer.experiment.metric import HIGHER, METRICS, GenerationMetric, Item
+from steer.model.words import holds
 
 _FENCE = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 
@@ -67,14 +68,6 @@ class Checker(GenerationMetric):
             and (not self.json or _is_json(text))
         )
         return float(passes)
-
-
-def holds(text: str, part: str) -> bool:
-    """The part stands in the text, whatever its case, and no letter or digit goes on at an end that is a Latin letter or a digit: `4` is
-    not in `42`. Scripts that write no spaces have no such ends."""
-    first = r"(?<![^\W_])" if part[0].isascii() and part[0].isalnum() else ""
-    last = r"(?![^\W_])" if part[-1].isascii() and part[-1].isalnum() else ""
-    return re.search(first + re.escape(part) + last, text, re.IGNORECASE) is not None
 
 
 def _is_json(text: str) -> bool:

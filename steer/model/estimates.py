@@ -1,10 +1,11 @@
-"""Estimates with 95 % intervals: means by Student's t, shares by Wilson's score, correlations by Fisher's z."""
+"""Estimates with 95 % intervals: means by Student's t, shares by Wilson's score, correlations by Fisher's z, anything by a bootstrap."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -69,6 +70,56 @@ def correlation_of(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> 
         return Estimate(float(result.statistic), n=a.size)
     interval = result.confidence_interval(LEVEL)
     return Estimate(float(result.statistic), float(interval.low), float(interval.high), a.size)
+
+
+class Bootstrap:
+    """Intervals of means over items, and of what is made of several of them, by drawing the items again, the same draws for all.
+
+    Where all items agree, so do all draws: an interval of no width says that nothing else was seen, not that nothing else can be.
+
+    Args:
+        items: number of them.
+        draws, seed: of the bootstrap.
+
+    Example:
+        >>> Bootstrap(3).estimate({"score": [1.0, 0.0, None]}, lambda means: means["score"])
+        Estimate(value=0.5, low=0.0, high=1.0, n=2)
+    """
+
+    def __init__(self, items: int, *, draws: int = 2000, seed: int = 0) -> None:
+        chance = np.random.default_rng(seed)
+        # [draws, items] how often each item was drawn
+        self._counts = chance.multinomial(items, np.full(items, 1 / items), size=draws).astype(np.float64) if items else None
+
+    def estimate(self, values: Mapping[str, Sequence[float | None]], of: Callable[[Mapping[str, Any]], Any]) -> Estimate | None:
+        """A function of means with its percentile interval; None where one of the means is of nothing.
+
+        Args:
+            values: by name, one for each item, None where it has none.
+            of: of the means by name: numbers for the items as they are, arrays [draws] for the draws.
+        """
+        tables = {name: np.array([math.nan if x is None else x for x in column], dtype=np.float64) for name, column in values.items()}
+        n = min((int((~np.isnan(table)).sum()) for table in tables.values()), default=0)
+        if n == 0 or self._counts is None:
+            return None
+        value = float(of({name: np.nanmean(table) for name, table in tables.items()}))
+        if n == 1:
+            return Estimate(value)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = of({name: self._drawn(table) for name, table in tables.items()})  # [draws]; NaN where none of the items was drawn
+        tail = 50 * (1 - LEVEL)
+        low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+        return Estimate(value, float(low), float(high), n)
+
+    def mean(self, values: Sequence[float | None]) -> Estimate | None:
+        """Of items that have a value; None of nothing."""
+        return self.estimate({"mean": values}, lambda means: means["mean"])
+
+    def _drawn(self, table: Any) -> Any:
+        """[draws] mean of each draw."""
+        assert self._counts is not None
+        has = ~np.isnan(table)
+        return (self._counts @ np.where(has, table, 0.0)) / (self._counts @ has)
 
 
 def _number(value: float, digits: int) -> str:

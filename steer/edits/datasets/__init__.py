@@ -1,0 +1,1 @@
+"""Forms of data sets of edits, one file each."""

@@ -1,0 +1,361 @@
+"""EditedWeights: the edits in the weights of a model, each of which can be taken out again without a trace of it.
+
+Subtracting what was added does not give back the same floating-point numbers. So every weight that edits touch is recomputed from the one
+that was there before the first of them, W0: the sum W0 + u v^T + ... runs over the edits in the order of their names, rank by rank, in fp64
+(where a product of two fp32 numbers is exact), and is rounded once. After any sequence of `apply` and `revert` the weights are therefore a
+function of W0 and of the set of edits that remain, to the bit, on any device and with any number of threads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from steer.checks import of_type
+from steer.edits.base_modules import (
+    base_model,
+    dense_weight,
+    find_module,
+    matrix_hash,
+    shape_of,
+    sharing_modules,
+    weight_modules,
+    weight_of,
+)
+from steer.edits.edit import Edit, WeightDelta
+from steer.edits.exact_sum import exact_sum, relative_size
+from steer.errors import EditError, NonFiniteError, WrongModelError, did_you_mean
+from steer.intervene.deploy.weight_edit import is_dense
+from steer.model.restoring import restoring
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is on a model.
+
+    Attributes:
+        edits: in the order in which they were applied.
+        originals: W0 by path, as the module held it; fp64 where it was worked out from weights that training had changed.
+        written: hash of what was written, by path.
+        rounding: by path, see `EditedWeights.rounding`.
+        rebased: paths whose W0 was worked out.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    written: Mapping[str, str | None] = field(default_factory=dict)
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    rebased: frozenset[str] = frozenset()
+
+
+class EditedWeights:
+    """The edits in the weights of one model: apply, revert, clear. `EditedWeights.of(model)` gives the same object for a model every time.
+
+    Changes are all or nothing: every new weight is computed before the first is written, and an error or interrupt while they are written
+    puts the old ones back. One copy is kept of each matrix that is touched, W0, and dropped with the last edit of it. Wrappers (PEFT,
+    compilation, DDP, a LightningModule) lead to the same object; under a LoRA layer it is the base weight that is edited.
+
+    Weights that something else has changed since (a training step, a checkpoint that was loaded) are noticed by their hash, and `apply`,
+    `revert` and `clear` refuse to guess what they hold. Say it: `rebase()` when the edits are still in them (they were trained), `forget()`
+    when they are not (they were loaded anew).
+
+    Example:
+        >>> edited = EditedWeights.of(model)
+        >>> edited.apply(first)
+        >>> edited.apply(second)
+        >>> edited.revert(first)  # the weights are now those of a model to which `second` alone was applied, to the bit
+        >>> edited.clear()
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._model = weakref.ref(base)  # a strong one would keep every model that was ever edited
+        self._state = _State()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> EditedWeights:
+        """The edits of a model, raw or wrapped. Raises AnatomyError where no model is found in it."""
+        base = base_model(model)
+        if base not in _OF_MODELS:
+            _OF_MODELS[base] = cls(base)
+        return _OF_MODELS[base]
+
+    def __repr__(self) -> str:
+        return f"EditedWeights({', '.join(repr(edit.name) for edit in self.applied) or 'no edits'})"
+
+    @property
+    def applied(self) -> tuple[Edit, ...]:
+        """The edits that are in the weights, in the order in which they were applied."""
+        return self._state.edits
+
+    @property
+    def rounding(self) -> dict[str, float]:
+        """What the dtype of the weights has cost, by path: |W - (W0 + dW)| / |dW|, W being rounded. About 1e-6 in fp32, 0.05 in bf16."""
+        return dict(self._state.rounding)
+
+    @property
+    def rebased(self) -> list[str]:
+        """Paths whose W0 was worked out from trained weights (`rebase`): without edits they are right to one rounding, not to the bit."""
+        return sorted(self._state.rebased)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model below its wrappers. Raises EditError when it is gone."""
+        model = self._model()
+        if model is None:
+            raise _model_is_gone()
+        return model
+
+    # ---- edits on and off
+
+    def apply(self, edit: Edit, *, on_other_weights: bool = False) -> None:
+        """Adds an edit.
+
+        Args:
+            on_other_weights: of a model like the one that it was solved for, whose matrices hold other numbers (it was fine-tuned). What
+                the edit then does is not what was solved for: measure it.
+
+        Raises:
+            EditError: it is applied already, or another of its name is; quantised, offloaded, sharded or tied weights; weights that
+                something else has changed. WrongModelError: a model of another shape, or matrices that it was not solved for.
+            NonFiniteError: a sum beyond the range of the dtype.
+        """
+        of_type(edit, Edit, "an edit", "pass an Edit, as steer.edit_facts makes it")
+        if any(other.name == edit.name for other in self.applied):
+            raise _applied_already(edit)
+        self._check_model(edit)
+        if not on_other_weights:
+            self.check_weights(edit)
+        self._become((*self.applied, edit))
+
+    def revert(self, edit: Edit | str) -> None:
+        """Takes an edit out, itself or by name; the others stay. Raises EditError when it is not applied, otherwise as `apply`."""
+        name = edit if isinstance(edit, str) else edit.name
+        if not any(other.name == name for other in self.applied):
+            raise _not_applied(name, [other.name for other in self.applied])
+        self._become(tuple(other for other in self.applied if other.name != name))
+
+    def clear(self) -> None:
+        """Takes all edits out; without any it does nothing."""
+        self._become(())
+
+    @contextmanager
+    def with_edit(self, edit: Edit, *, on_other_weights: bool = False) -> Iterator[EditedWeights]:
+        """An edit that is applied inside a `with` block, whatever ends it. Others may come and go in it."""
+        before = self._state
+
+        def put_back() -> None:
+            is_new = not any(other.name == edit.name for other in before.edits)
+            if is_new and any(other.name == edit.name for other in self.applied):
+                self.revert(edit)
+
+        with restoring(put_back):
+            self.apply(edit, on_other_weights=on_other_weights)
+            yield self
+
+    # ---- weights that something else has changed
+
+    @property
+    def changed(self) -> list[str]:
+        """Paths of the matrices with edits that hold something else than what was written: trained, loaded, merged or cast since."""
+        modules = weight_modules(self.model)
+        return [path for path, digest in self._state.written.items() if path not in modules or _hash(modules[path]) != digest]
+
+    def rebase(self) -> list[str]:
+        """Takes what training made of the edited weights as the edits on top of a trained W0; no weight changes.
+
+        From now on W0 is W - dW, kept in fp64. Reverting an edit then leaves the trained weight without it, rounded once.
+
+        Returns:
+            The paths where something had changed.
+        """
+        changed, modules = self.changed, weight_modules(self.model)
+        self._check_places(changed, modules)
+        originals, written = dict(self._state.originals), dict(self._state.written)
+        for path in changed:
+            module = modules[path]
+            originals[path] = exact_sum(dense_weight(module), _deltas(self.applied, path), module, sign=-1)
+            written[path] = _hash(module)
+        self._state = replace(self._state, originals=originals, written=written, rebased=self._state.rebased | set(changed))
+        return changed
+
+    def forget(self) -> None:
+        """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
+        self._state = _State()
+
+    # ---- hashes
+
+    def check_weights(self, edit: Edit) -> None:
+        """Raises WrongModelError where the matrices, without any edit, are not those that an edit was solved for."""
+        if other := [path for path, digest in edit.base.items() if self.base_hash(path) != digest]:
+            raise _other_weights(edit, other)
+
+    def base_hash(self, path: str) -> str | None:
+        """Hash of a matrix without any edit, see `Edit.base`; None where its numbers are not here. Raises EditError for no such matrix."""
+        if path in self._state.originals:
+            return matrix_hash(self._state.originals[path])
+        return _hash(find_module(self.model, path))
+
+    # ---- how weights change
+
+    @torch.no_grad()
+    def _become(self, edits: tuple[Edit, ...]) -> None:
+        """Writes what the weights are with these edits alone, wholly or not at all."""
+        if changed := self.changed:
+            raise _changed_since(changed)
+        modules, was = weight_modules(self.model), self._state
+        paths = dict.fromkeys(delta.path for edit in (*was.edits, *edits) for delta in edit.deltas)
+        moved = [path for path in paths if _deltas(was.edits, path) != _deltas(edits, path)]
+        self._check_places(moved, modules)
+        originals, written, rounding = dict(was.originals), dict(was.written), dict(was.rounding)
+        new: dict[str, Tensor] = {}
+        for path in moved:
+            weight, deltas = dense_weight(modules[path]), _deltas(edits, path)
+            original = originals.get(path, weight)
+            exact = exact_sum(original, deltas, modules[path])
+            new[path] = exact.to(weight)
+            if not bool(torch.isfinite(new[path]).all()):
+                raise _out_of_range(path, weight)
+            if deltas:
+                originals[path] = original if path in originals else original.clone()
+                rounding[path] = relative_size(new[path].to(exact) - exact, exact - original.to(exact))
+                written[path] = matrix_hash(new[path])
+            else:
+                for kept in (originals, written, rounding):
+                    kept.pop(path, None)
+        becomes = _State(edits, originals, written, rounding, was.rebased & originals.keys())
+        old = {path: dense_weight(modules[path]).clone() for path in new}
+
+        def put_back() -> None:
+            if self._state is not becomes:
+                _write(modules, old)
+
+        with restoring(put_back):
+            _write(modules, new)
+            self._state = becomes
+
+    def _check_model(self, edit: Edit) -> None:
+        """Raises for a model whose maps are not there, are of another shape, or cannot be edited."""
+        modules = {delta.path: find_module(self.model, delta.path) for delta in edit.deltas}
+        for delta in edit.deltas:
+            if shape_of(modules[delta.path]) != delta.shape:
+                raise _other_shape(delta, shape_of(modules[delta.path]))
+        self._check_places(list(modules), modules)
+
+    def _check_places(self, paths: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+        """Raises EditError for weights that cannot be edited."""
+        for path in paths:
+            weight = weight_of(modules[path])
+            if not is_dense(weight):
+                raise _not_plain(path, modules[path], weight)
+            if users := sharing_modules(self.model, modules[path]):
+                raise _tied(path, users)
+
+
+_OF_MODELS: weakref.WeakKeyDictionary[nn.Module, EditedWeights] = weakref.WeakKeyDictionary()
+
+
+def _deltas(edits: Sequence[Edit], path: str) -> list[WeightDelta]:
+    """The deltas of a matrix in the one order in which they are added up."""
+    return [delta for edit in sorted(edits, key=lambda edit: edit.name) if (delta := edit.delta(path)) is not None]
+
+
+def _hash(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    return None if weight is None else matrix_hash(weight)
+
+
+def _write(modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
+    for path, value in values.items():
+        dense_weight(modules[path]).copy_(value)
+
+
+# ---- errors
+
+
+def _model_is_gone() -> EditError:
+    return EditError(
+        "the model of these edits is gone",
+        expected="the model that they were applied to",
+        found="nothing refers to it any more",
+        remedy="call EditedWeights.of(model) with the model that is used now",
+    )
+
+
+def _applied_already(edit: Edit) -> EditError:
+    return EditError(
+        f"an edit called '{edit.name}' is on this model already",
+        expected="each edit once, by its name",
+        found=f"'{edit.name}' again",
+        remedy="revert it first, or apply another edit under another name: edit.named('...')",
+    )
+
+
+def _not_applied(name: str, names: list[str]) -> EditError:
+    return EditError(
+        f"no edit called '{name}' is on this model",
+        expected=f"one of {', '.join(names)}" if names else "edits that were applied",
+        found=name,
+        remedy=did_you_mean(name, names) or "look at EditedWeights.of(model).applied",
+    )
+
+
+def _changed_since(paths: list[str]) -> EditError:
+    return EditError(
+        "something else has changed weights that hold edits",
+        expected="the weights as they were when edits were last applied or reverted",
+        found=f"other numbers in {', '.join(paths[:3])}",
+        remedy="call rebase() when they were trained with the edits in them; forget() when they were loaded anew and hold no edits",
+    )
+
+
+def _other_weights(edit: Edit, paths: list[str]) -> WrongModelError:
+    return WrongModelError(
+        f"edit '{edit.name}' was solved for other weights",
+        expected="the matrices whose hashes it holds, edits aside",
+        found=f"other numbers in {', '.join(paths[:3])}",
+        remedy="solve it for this model; to try it as it is: apply(edit, on_other_weights=True)",
+    )
+
+
+def _other_shape(delta: WeightDelta, found: tuple[int, int]) -> WrongModelError:
+    return WrongModelError(
+        f"'{delta.path}' has another shape than the edit was made for",
+        expected=f"{delta.shape[0]} x {delta.shape[1]} (out x in)",
+        found=f"{found[0]} x {found[1]}",
+        remedy="use the edit with the model that it was made for",
+    )
+
+
+def _not_plain(path: str, module: nn.Module, weight: Tensor | None) -> EditError:
+    if weight is not None and (weight.is_meta or hasattr(weight, "device_mesh")):
+        found, remedy = ("offloaded weights", "load the model whole (device_map=None)") if weight.is_meta else (
+            "weights sharded over ranks", "apply the edit before the model is sharded"
+        )  # fmt: skip
+    else:
+        kind = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
+        found = f"a {type(module).__name__} of {kind} numbers"
+        remedy = "put the edit beside the weights: to_adapter(edit, model, folder), then PeftModel.from_pretrained(model, folder)"
+    return EditError(f"'{path}' cannot be edited in place", expected="floating-point weights in memory", found=found, remedy=remedy)
+
+
+def _tied(path: str, users: list[str]) -> EditError:
+    return EditError(
+        f"'{path}' shares its weight, so that an edit would change other maps, too",
+        expected="a matrix that one module has",
+        found=f"one of {', '.join(users)}",
+        remedy="edit another layer, or untie them first (steer.model.tied.untie for an embedding and its head)",
+    )
+
+
+def _out_of_range(path: str, weight: Tensor) -> NonFiniteError:
+    return NonFiniteError(
+        f"the edited weights of '{path}' are beyond the range of {str(weight.dtype).removeprefix('torch.')}",
+        expected="finite numbers",
+        found="infinity",
+        remedy="look at the norm of the edit: one as large as that disables the model",
+    )
