@@ -39,10 +39,15 @@ COMMANDS = {
         "find the circuit of a bias, ablate it, measure bias and cost beside the standard baselines, on one page",
         "steer bias experiment=gender_pronoun",
     ),
+    "trace": (
+        "trace facts: which states bring an answer back when the subject of its prompt is corrupted",
+        "steer trace 'prompt=The Eiffel Tower is in the city of' 'subject=Eiffel Tower'",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
     "say": ("directions.", "gates.", "dictionaries."),
+    "trace": ("settings.",),
     "features find": ("concepts.", "labelled.", "settings."),
     "features evaluate": ("labelled.",),
     "features page": ("settings.", "neuronpedia."),

@@ -6,6 +6,7 @@ from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
+from steer.edits.tracing import TraceResult, causal_trace
 
 __all__ = [
     "WEIGHTINGS",
@@ -16,8 +17,10 @@ __all__ = [
     "FirstTokenSubjectWarning",
     "Located",
     "SubjectTokenWarning",
+    "TraceResult",
     "already_said",
     "answer_row",
+    "causal_trace",
     "distinct_facts",
     "edited_maps",
     "fact_keys",
