@@ -127,7 +127,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
     assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
     assert (jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("book.txt", [4096], "batchtopk")
-    assert (jobs[5].prompt, jobs[5].subject, jobs[5].window) == ("The Eiffel Tower is in the city of", "Eiffel Tower", 10)
+    assert (jobs[-1].prompt, jobs[-1].subject, jobs[-1].window) == ("The Eiffel Tower is in the city of", "Eiffel Tower", 10)
 
 
 def test_features_run_an_experiment_as_ab_does(steer: Run, monkeypatch: pytest.MonkeyPatch) -> None:

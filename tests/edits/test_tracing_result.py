@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from edits.tracing_helpers import FIRST, LATER, TOKENIZER, apart, facts_of, known, traced
+from edits.tracing_helpers import TOKENIZER, apart, facts_of, known, traced
 from scipy import stats
 
 from steer.edits import Fact, TraceResult, causal_trace

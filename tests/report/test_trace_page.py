@@ -42,7 +42,8 @@ def test_as_many_facts_are_drawn_as_are_asked_for(result, tmp_path):
 
 
 def test_figures_for_a_notebook(result, tmp_path):
-    assert [ax.get_title(loc="left") for ax in trace_figure(result, 0).axes] == ["one hidden state", "outputs of MLPs", "outputs of attention"]
+    titles = [ax.get_title(loc="left") for ax in trace_figure(result, 0).axes]
+    assert titles == ["one hidden state", "outputs of MLPs", "outputs of attention"]
     figure = trace_figure(result, measure="logit difference", width=3.0)
     figure.savefig(tmp_path / "averages.png")
     assert figure.axes[0].get_ylabel() == "indirect effect, logit difference" and (tmp_path / "averages.png").stat().st_size > 1000

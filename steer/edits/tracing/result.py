@@ -195,7 +195,8 @@ class TraceResult:
         tensors |= {name: torch.stack([getattr(trace, name) for trace in self]) for name in ("clean", "corrupted")}
         left_out = [{"fact": entry.fact.as_json(), "reason": entry.reason} for entry in self.left_out]
         facts = [{**{name: getattr(trace, name) for name in _FIELDS}, "fact": trace.fact.as_json()} for trace in self]
-        return files.save_artifact(path, KIND, tensors, {"kinds": list(self.kinds), "facts": facts, "left_out": left_out, "about": self.about})
+        manifest = {"kinds": list(self.kinds), "facts": facts, "left_out": left_out, "about": self.about}
+        return files.save_artifact(path, KIND, tensors, manifest)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
