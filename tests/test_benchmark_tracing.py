@@ -1,6 +1,6 @@
 """benchmarks/causal_tracing.py: a dry run on a tiny model, and what it makes of what it measured."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -9,13 +9,12 @@ from edits.tracing_helpers import facts_of
 from families import FAMILIES
 from tiny_experiment import write_model
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "causal_tracing.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_a_dry_run(tmp_path):
-    spec = importlib.util.spec_from_file_location("causal_tracing", PATH)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+def test_a_dry_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("causal_tracing")
     facts = facts_of(FAMILIES["llama"]())
     rows = [{"prompt": fact.prompt, "subject": fact.subject, "attribute": fact.target} for fact in [*facts, facts[0].with_target("please")]]
     (tmp_path / "facts.json").write_text(json.dumps(rows))
