@@ -15,7 +15,7 @@ from steer.commands.config import dtype_named, listed
 from steer.edits.fact import Fact
 from steer.edits.locate import target_ids, text_ids
 from steer.edits.records import load_records
-from steer.edits.tracing import MEASURES, TraceResult, causal_trace
+from steer.edits.tracing import TraceResult, causal_trace
 from steer.edits.tracing.cells import Restoring
 from steer.edits.tracing.corruption import corruption_of
 from steer.errors import ConfigError, EditError
@@ -44,9 +44,7 @@ def run(config: DictConfig) -> TraceResult:
     found = causal_trace(model, tokenizer, facts, kinds=kinds, corruption=corruption, **options)
     console, folder = Console(), Path(config.folder)
     found.save(folder / TRACE)
-    for measure in MEASURES:
-        console.print(found.table(measure), markup=False, highlight=False, soft_wrap=True)
-        console.print()
+    console.print(found.table(), markup=False, highlight=False, soft_wrap=True)
     try:
         write_trace(folder / PAGE, found, measure=config.measure, most=config.drawn)
     except ConfigError as error:  # matplotlib and jinja2 are an extra

@@ -6,6 +6,7 @@ import pytest
 import torch
 from edits.tracing_helpers import FIRST, LATER, TOKENIZER, apart, facts_of, known, traced, traced_plainly
 from interrupts import interrupted, lines_of
+from transformers import BloomConfig, BloomForCausalLM
 
 from steer.edits import Fact, causal_trace
 from steer.edits.tracing import KINDS, fast
@@ -174,6 +175,14 @@ def test_a_plan_that_is_attached_stays_in_force(llama):
     assert found.about["whole_passes"] == 1 and abs(float(found[0].clean[0] - traced(llama, [fact])[0].clean[0])) > 1e-5
 
 
+def test_a_model_whose_blocks_need_as_many_rows_as_it_was_called_with_runs_whole():
+    torch.manual_seed(0)  # ALiBi has a bias for each row and head
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)).eval()
+    facts = facts_of(bloom)
+    found = traced(bloom, facts)
+    assert found.about["whole_passes"] == 2 and apart(found, traced_plainly(bloom, facts)) == 0
+
+
 def test_a_model_on_which_the_fast_passes_fail_runs_whole(tiny, monkeypatch):
     model = tiny("llama")
     facts = facts_of(model)
@@ -232,7 +241,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(tiny):
 def test_the_last_token_carries_the_whole_effect_at_the_top_of_the_embedded_model(smollm2):
     model, tokenizer = smollm2
     fact = Fact.of("{} is in the city of", "The Eiffel Tower", "Paris")
-    found = causal_trace(model, tokenizer, [fact], kinds="hidden", samples=2, progress=False)
+    found = causal_trace(model, tokenizer, [fact], kinds="hidden", samples=1, progress=False)
     effects, total = found.indirect_effects(0, "hidden"), float(found[0].total_effect[0])
     assert found.about["whole_passes"] == 0 and total > 0.5 and found[0].answer == " Paris"
     assert float(effects[-1, -1]) == total and float(effects[-1, 26]) > 0.5 * total > float(effects[-1, 15])

@@ -92,12 +92,13 @@ def test_the_table_names_the_averages_their_intervals_and_what_a_trace_is_no_ans
         layer, mean = result.average_effects("mlp").peak(role)
         assert f"{role} ({n})" in text and f"{mean}, {layer}" in text
     assert "Hase et al. 2023, arXiv 2301.04213" in text and "5 facts, noise of 3 deviations" in text and "2 samples" in text
-    assert "logit difference of the answer" in result.table("logit difference")
+    assert "logit difference of the answer" in text and "logit difference of the answer" not in result.table("probability")
+    assert result.table("logit difference").count("highest indirect effect") == 1
 
 
 def test_one_fact_has_no_interval(model, facts):
     found = traced(model, facts[:1], kinds="hidden")
-    assert found.average("total_effect").low is None and "[" not in found.table().partition("\n")[2].partition("Where")[0]
+    assert found.average("total_effect").low is None and "[" not in found.table()
 
 
 # ---- facts

@@ -84,11 +84,12 @@ class Passes:
         values: dict[Site, Tensor] = {}
         inputs = [Site("input", layer) for layer in range(self.anatomy.n_layers)]
         functions = {site: _keeping(values, site) for site in dict.fromkeys([*inputs, *self.sites])}
-        rows = 1 + len(corrupted)
-        cache = empty_prefix(self.anatomy, rows).cache if with_cache else None
-        kept = _kept_updates(cache) if with_cache else {}
+        if not with_cache:
+            return Record(self.logits(prompt, corrupted, functions), values, None)
+        cache = empty_prefix(self.anatomy, 1 + len(corrupted)).cache
+        kept = _kept_updates(cache)
         logits = self.logits(prompt, corrupted, functions, cache)
-        return Record(logits, values, tuple(kept[layer] for layer in range(len(cache.layers))) if with_cache else None)
+        return Record(logits, values, tuple(kept[layer] for layer in range(len(cache.layers))))
 
     @contextmanager
     def functions_at(self, functions: Mapping[Site, HookFunction]) -> Iterator[None]:

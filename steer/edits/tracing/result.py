@@ -151,19 +151,27 @@ class TraceResult:
 
     # ---- text
 
-    def table(self, measure: str = PROBABILITY) -> str:
-        """Averages as text: for each kind and role the highest effect over layers, and the layer. Raises ConfigError."""
+    def table(self, measure: str | None = None) -> str:
+        """Averages as text: for each kind and role the highest effect over layers, and the layer.
+
+        Args:
+            measure: one of `MEASURES`; None for all. Raises ConfigError for another.
+        """
+        measures = MEASURES if measure is None else (measure,)
+        return "\n".join([self.setting(), *(line for each in measures for line in self._lines(each)), *self.notes()])
+
+    def _lines(self, measure: str) -> list[str]:
+        """The table of one measure."""
         ends = ", ".join(f"{name.replace('_', ' ')} {self.average(name, measure)}" for name in ("clean", "corrupted", "total_effect"))
-        rows = [("", *(f"{kind}, layer" for kind in self.kinds))]
         averages = [self.average_effects(kind, measure) for kind in self.kinds]
+        rows = [("highest indirect effect over layers", *(f"{kind}, layer" for kind in self.kinds))]
         for role, n in zip(averages[0].roles, averages[0].n, strict=True):
             peaks = [average.peak(role) for average in averages]
-            rows.append((f"{role} ({n})", *(f"{mean}, {layer}" for layer, mean in peaks)))
+            rows.append((f"  {role} ({n})", *(f"{mean}, {layer}" for layer, mean in peaks)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         intervals = ", 95 % intervals over facts" if len(self) > 1 else ""
-        head = [self.setting(), f"{measure} of the answer{intervals}: {ends}", f"highest indirect effect over layers{intervals}:"]
-        return "\n".join([*head, *lines, *self.notes()])
+        return ["", f"{measure} of the answer{intervals}: {ends}", *lines, ""]
 
     def setting(self) -> str:
         """How it was traced, in a line."""
@@ -207,9 +215,9 @@ class TraceResult:
             traces = []
             for number, facts in enumerate(manifest["facts"]):
                 check_kinds(facts, _FIELDS)
-                own = {**facts, "fact": Fact.from_json(facts["fact"]), "tokens": tuple(facts["tokens"])}
-                ends = {name: tensors[name][number] for name in ("clean", "corrupted")}
-                traces.append(FactTrace(**own, **ends, restored=tensors[f"restored.{number}"]))
+                own: dict[str, Any] = {**facts, "fact": Fact.from_json(facts["fact"]), "tokens": tuple(facts["tokens"])}
+                own |= {name: tensors[name][number] for name in ("clean", "corrupted")}
+                traces.append(FactTrace(**own, restored=tensors[f"restored.{number}"]))
             left_out = tuple(LeftOut(Fact.from_json(entry["fact"]), entry["reason"]) for entry in manifest["left_out"])
             return cls(tuple(traces), tuple(manifest["kinds"]), left_out, manifest["about"])
 

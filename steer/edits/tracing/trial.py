@@ -29,8 +29,8 @@ def record_for_fast(passes: Passes, prompt: TracedPrompt, corrupted: Tensor, res
     if not is_plain or anatomy.unembedding is None or not may_share(passes.model):
         return None
     proven = PROVEN.setdefault(passes.model, set())
-    way = ("causal trace", restoring.kinds, restoring.severed, structure_of(anatomy), _windows_that_end(passes, prompt))
     try:
+        way = ("causal trace", restoring.kinds, restoring.severed, structure_of(anatomy), _windows_that_end(passes, prompt))
         record = passes.record(prompt, corrupted, with_cache=True)
         agrees = way in proven or _agree(passes, prompt, corrupted, restoring, record, max_tokens)
     except SteerError:
