@@ -91,3 +91,6 @@ class AverageEffects:
         """The layer with the highest mean of a role. Its interval is that of the layer alone, which was chosen among all of them."""
         layer = int(self.mean[self.roles.index(role)].argmax())
         return layer, self.at(role, layer)
+
+    def __repr__(self) -> str:
+        return f"AverageEffects({self.kind}, {self.measure}, {len(self.roles)} roles by {self.mean.shape[1]} layers)"

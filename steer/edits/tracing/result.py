@@ -37,7 +37,7 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class FactTrace:
-    """The runs of one fact; the last or only axis is named where tensors stand, the first is always that of `MEASURES`.
+    """The runs of one fact. The first axis of all tensors is that of `MEASURES`.
 
     Attributes:
         fact: whose answer is traced.
