@@ -23,6 +23,7 @@ from steer.edits.record import FactRecord, Probe
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
 from steer.edits.sequence import SequenceResult, apply_in_sequence
+from steer.edits.tracing import TraceResult, causal_trace
 from steer.edits.value import Value, ValueSettings, solve_values
 from steer.edits.value_cache import ValueStore
 
@@ -61,12 +62,14 @@ __all__ = [
     "ValueStore",
     "WeakValueWarning",
     "WeightDelta",
+    "TraceResult",
     "already_said",
     "candidate_layers",
     "choose_layers",
     "default_layers",
     "answer_row",
     "apply_in_sequence",
+    "causal_trace",
     "distinct_facts",
     "edit_facts",
     "edited_maps",
