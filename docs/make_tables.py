@@ -65,6 +65,7 @@ PLACES = {
     "mitigation": Place("docs/bias_mitigation.md", "mitigations", ("mitigation", "what it does")),
     "attribution method": Place("docs/attribution.md", "attribution_methods", ("method", "where gradients are taken")),
     "backward rule": Place("docs/attribution.md", "backward_rules", ("rule", "what stands for the derivative")),
+    "corruption": Place("docs/causal_tracing.md", "corruptions", ("corruption", "what takes the place of the subject")),
     "sparsifier": Place("docs/features.md", "sparsifiers", ("sparsifier", "what is on in training")),
     "drift metric": Place("docs/drift.md", "metrics", ("metric", "what it says")),
     "metric": Place("docs/experiments.md", "metrics", ("metric", "what it says")),

@@ -43,11 +43,16 @@ COMMANDS = {
         "write facts into a model, measured before and after, kept as an edit and as an adapter",
         "steer edit 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English",
     ),
+    "trace": (
+        "trace facts: which states bring an answer back when the subject of its prompt is corrupted",
+        "steer trace 'prompt=The Eiffel Tower is in the city of' 'subject=Eiffel Tower'",
+    ),
     "info": ("versions, devices, kernels and the registered methods", "steer info"),
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
     "say": ("directions.", "gates.", "dictionaries."),
     "edit": ("options.",),
+    "trace": ("settings.",),
     "features find": ("concepts.", "labelled.", "settings."),
     "features evaluate": ("labelled.",),
     "features page": ("settings.", "neuronpedia."),

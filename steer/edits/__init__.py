@@ -22,6 +22,7 @@ from steer.edits.record import FactRecord, Probe
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
 from steer.edits.sequence import SequenceResult, apply_in_sequence
+from steer.edits.tracing import TraceResult, causal_trace
 from steer.edits.value import Value, ValueSettings, solve_values
 from steer.edits.value_cache import ValueStore
 
@@ -55,6 +56,7 @@ __all__ = [
     "SequenceResult",
     "Solution",
     "SubjectTokenWarning",
+    "TraceResult",
     "Value",
     "ValueSettings",
     "ValueStore",
@@ -63,6 +65,7 @@ __all__ = [
     "already_said",
     "answer_row",
     "apply_in_sequence",
+    "causal_trace",
     "distinct_facts",
     "edit_facts",
     "edited_maps",

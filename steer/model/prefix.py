@@ -119,7 +119,7 @@ class CachedPrefix:
 
     def lend(self, rows: Tensor, *, first_layer: int = 0, below: Any = None) -> CachedPrefix:
         """`select` for the last pass on these rows: it may read them, and nothing is kept of what it adds."""
-        return self._copy(lambda layer: _lend_rows(layer, rows), rows, first_layer, below)
+        return self._copy(lambda layer: lend_rows(layer, rows), rows, first_layer, below)
 
     def _copy(self, change: Callable[[Any], None], rows: Tensor, first_layer: int, below: Any) -> CachedPrefix:
         chosen = copy.copy(self.cache)
@@ -148,7 +148,7 @@ def _select_rows(layer: Any, rows: Tensor) -> None:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 
-def _lend_rows(layer: Any, rows: Tensor) -> None:
+def lend_rows(layer: Any, rows: Tensor) -> None:
     """Rows are copied when the pass gets to their layer, and given up when it leaves it: never those of all layers at a time."""
     if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") or not layer.get_seq_length():
         _select_rows(layer, rows)

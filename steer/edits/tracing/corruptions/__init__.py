@@ -1,0 +1,1 @@
+"""Corruptions of subjects, one file each."""
