@@ -17,7 +17,7 @@ from tiny_experiment import write_model
 from steer.edits import Edit, EditEvaluation
 from steer.model.load import load
 
-ONE = ('prompt="the {} sat on the"', "subject=blue moon", "target=mat", "truth=house")
+ONE = ('prompt="the {} sat on the"', "subject=blue moon", "target=mat", "truth=hate")  # what the model says now
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +40,17 @@ def edited(places: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_fact(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert edited(places, tmp_path, monkeypatch, *ONE, "options.ridge=1.0") == 0
+    assert edited(places, tmp_path, monkeypatch, *ONE, "options.ridge=1.0", "trace=true") == 0
     said = capsys.readouterr().out
     assert "memit, 1 facts, batch" in said and "the blue moon sat on the" in said and "before" in said
     out = tmp_path / "out"
     found, edit = EditEvaluation.load(out / "evaluation.json"), Edit.load(out / "edit")
-    assert edit.settings["ridge"] == 1.0 and [delta.layer for delta in edit.deltas] == [1] and edit.facts[0].true == "house"
+    assert edit.settings["ridge"] == 1.0 and [delta.layer for delta in edit.deltas] == [1] and edit.facts[0].true == "hate"
     (row,) = found.rows
     assert row.after["efficacy_probability"] > 2 * row.before["efficacy_probability"] and set(row.written) == {"before", "after"}
     page = Page((out / "edits.html").read_text())
     assert not page.unbalanced and "memit" in page.text["measured"] and edit.name in page.text["edits"]
+    assert "Before the edit" in page.text["trace"] and "moon" in "".join(page.said) + page.text["trace"]
     # what the adapter says is what the edit does
     model, tokenizer = load(str(places["model"]))
     ids = torch.tensor([tokenizer("the blue moon sat on the").input_ids])
@@ -71,7 +72,7 @@ def test_a_fact_that_is_not_written(
 def test_editors_are_compared_on_records(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = (f"data={places['data']}", "editors=[r_rome,memit]", "mode=single", "measures=[efficacy,paraphrase]", "count=2")
+    more = (f"facts={places['data']}", "editors=[r_rome,memit]", "mode=single", "measures=[efficacy,paraphrase]", "count=2")
     assert edited(places, tmp_path, monkeypatch, *more) == 0
     said = capsys.readouterr().out
     assert "r_rome, 2 facts, single" in said and "memit, 2 facts, single" in said and "2 facts, single" in said
@@ -88,11 +89,13 @@ def test_editors_are_compared_on_records(
     [
         ((), "nothing to edit"),
         (("prompt=the dog sat",), "nothing to edit"),
-        ((*ONE, "data=records.json"), "two places"),
+        ((*ONE, "facts=records.json"), "two places"),
         ((*ONE, "options.nonsense=1"), "nonsense"),
         ((*ONE, "editor=nonsense"), "unknown editor"),
         (("prompt=the dog sat on the", *ONE[1:]), "not in its prompt"),
-        (("data=nowhere.json",), "no records of edits"),
+        (("facts=nowhere.json",), "no records of edits"),
+        ((*ONE[:3], "trace=true"), "nothing to trace"),
+        ((*ONE[:3], "truth=house", "trace=true"), "fact"),
     ],
 )
 def test_refusals(
@@ -108,5 +111,5 @@ def test_refusals(
 
 
 def test_facts_that_no_model_knows(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert edited(places, tmp_path, monkeypatch, f"data={places['data']}", "known=0.99") == 2
+    assert edited(places, tmp_path, monkeypatch, f"facts={places['data']}", "known=0.99") == 2
     assert "knows no fact" in capsys.readouterr().err

@@ -20,11 +20,13 @@ from steer.edits.default_layers import default_layers
 from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import BATCH, shared_table
+from steer.edits.tracing import TraceResult, causal_trace
 from steer.errors import ConfigError, DeployError
 from steer.model.anatomy import Anatomy
 from steer.model.load import load
 from steer.report import write_edits
 
+TRACED = 20  # facts at most
 PAGE, EVALUATION, EDIT, ADAPTER = "edits.html", "evaluation", "edit", "adapter"
 
 
@@ -36,6 +38,7 @@ def run(config: DictConfig) -> list[EditEvaluation]:
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     records = records_of(config, model, tokenizer)
     console, folder = Console(), Path(config.folder)
+    trace = _trace(model, tokenizer, records, config.seed) if config.trace else None
     job = _Job(config, model, tokenizer, records, editors)
     evaluations, edits = [], []
     for name in names:
@@ -52,7 +55,7 @@ def run(config: DictConfig) -> list[EditEvaluation]:
         console.print(shared_table(evaluations))
     if len(records) == 1:
         _print_continuations(console, evaluations)
-    page = write_edits(folder / PAGE, evaluations, edits=edits, facts={"Weights": str(config.model.name)})
+    page = write_edits(folder / PAGE, evaluations, edits=edits, trace=trace, facts={"Weights": str(config.model.name)})
     console.print(f"page, evaluations and edits in {folder}: {page.name}", soft_wrap=True)
     return evaluations
 
@@ -111,6 +114,14 @@ class _Job:
         return found, made[0] if self.mode == BATCH else None
 
 
+def _trace(model: nn.Module, tokenizer: Any, records: Sequence[FactRecord], seed: int) -> TraceResult:
+    """Of what is true before the edit. Raises ConfigError where nobody says what that is."""
+    true = [record.fact for record in records if record.fact.true is not None]
+    if not true:
+        raise _no_truth()
+    return causal_trace(model, tokenizer, true, count=TRACED, seed=seed)
+
+
 def _write_adapter(edit: Edit, model: nn.Module, folder: Path, console: Console) -> None:
     if not edit.deltas:
         console.print(f"{edit.name} changes nothing, and has no adapter", markup=False)
@@ -130,6 +141,11 @@ def _print_continuations(console: Console, evaluations: Sequence[EditEvaluation]
 
 
 # ---- errors
+
+
+def _no_truth() -> ConfigError:
+    remedy = "say truth=..., or give records with true objects"
+    return ConfigError("there is nothing to trace", expected="what is true before the edit", found="none", remedy=remedy)
 
 
 def _unknown_option(name: str, known: list[str], options: Any, error: TypeError) -> ConfigError:

@@ -21,24 +21,24 @@ SHIPPED = "gender_pronoun"
 
 
 def records_of(config: DictConfig, model: nn.Module, tokenizer: Any) -> list[FactRecord]:
-    """The one fact of the command line, or the records of `data`, those that the model knows where that is asked for.
+    """The one fact of the command line, or the records of `facts`, those that the model knows where that is asked for.
 
     Raises:
         ConfigError: neither or both of them, or no record that the model knows. Otherwise as `load_records`.
     """
     said = [key for key in OF_ONE if config[key] is not None]
-    if config.data is None:
+    if config.facts is None:
         if len(said) < len(OF_ONE):
             raise _no_fact(said)
         return [FactRecord(Fact.of(str(config.prompt), str(config.subject), str(config.target), _text(config.truth)))]
     if said:
         raise _two_sources(said)
-    records = load_records(str(config.data), split=config.split, snippets=config.snippets)
+    records = load_records(str(config.facts), split=config.split, snippets=config.snippets)
     if config.known is None:
         return records[: config.count]
     records = known_facts(model, tokenizer, records, float(config.known), count=config.count)
     if not records:
-        raise _none_known(config.data, config.known)
+        raise _none_known(config.facts, config.known)
     return records
 
 
@@ -89,20 +89,20 @@ def _text(value: Any) -> str | None:
 def _no_fact(said: list[str]) -> ConfigError:
     return ConfigError(
         "'steer edit' has nothing to edit",
-        expected=f"{', '.join(OF_ONE)}, or data",
+        expected=f"{', '.join(OF_ONE)}, or facts",
         found=", ".join(said) or "none of them",
-        remedy="e.g. 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English, or data=...",
+        remedy="e.g. 'prompt=The mother tongue of Danielle Darrieux is' 'subject=Danielle Darrieux' target=English, or facts=...",
     )
 
 
 def _two_sources(said: list[str]) -> ConfigError:
-    found, remedy = f"data and {', '.join(said)}", "leave one of them out"
-    return ConfigError("what is edited comes from two places", expected="one fact, or data", found=found, remedy=remedy)
+    found, remedy = f"facts and {', '.join(said)}", "leave one of them out"
+    return ConfigError("what is edited comes from two places", expected="one fact, or facts", found=found, remedy=remedy)
 
 
-def _none_known(data: object, known: float) -> ConfigError:
+def _none_known(facts: object, known: float) -> ConfigError:
     return ConfigError(
-        f"the model knows no fact of '{data}'",
+        f"the model knows no fact of '{facts}'",
         expected=f"true objects whose first token it says with a probability of {known} at least",
         found="none",
         remedy="lower `known`, or set known=null",

@@ -9,9 +9,12 @@ from typing import Any
 from steer.checks import of_type
 from steer.edits.edit import Edit
 from steer.edits.evaluation import EditEvaluation
+from steer.edits.tracing import TraceResult
+from steer.edits.tracing.result import PROBABILITY
 from steer.errors import ConfigError
 from steer.report.edit_view import continuations, edit_facts_shown, fact_tables, measured_tables, side_by_side
 from steer.report.render import write_page
+from steer.report.trace_page import trace_content
 
 
 def write_edits(
@@ -19,6 +22,7 @@ def write_edits(
     evaluations: Sequence[EditEvaluation],
     *,
     edits: Sequence[Edit] = (),
+    trace: TraceResult | None = None,
     title: str | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Path:
@@ -27,6 +31,7 @@ def write_edits(
     Args:
         evaluations: of one or more editors on the same facts.
         edits: that were kept, with their layers and sizes.
+        trace: of the same facts before the edit, which is drawn.
         title: by default the editors and the number of facts.
         facts: what else the head of the page says, by name.
 
@@ -55,6 +60,7 @@ def write_edits(
         continuations=continuations(evaluations),
         fact_tables=fact_tables(evaluations),
         edits=edit_facts_shown(edits),
+        trace=None if trace is None else trace_content(trace, PROBABILITY, 1),
     )
 
 
