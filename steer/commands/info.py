@@ -15,6 +15,7 @@ import steer.bias
 import steer.circuits
 import steer.directions
 import steer.drift
+import steer.edits
 import steer.experiment.metric
 import steer.experiment.treatment
 import steer.features
