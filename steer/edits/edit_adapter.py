@@ -65,6 +65,7 @@ def to_adapter(
         >>> steer.edits.to_adapter(edit, model, "capital")
         >>> edited = peft.PeftModel.from_pretrained(model, "capital")
     """
+    of_type(edits, (Edit, list, tuple), "the edits of an adapter", "pass an Edit, or a list of them")
     chosen = (edits,) if isinstance(edits, Edit) else tuple(edits)
     for edit in chosen:
         of_type(edit, Edit, "an edit", "pass an Edit, or a list of them")
