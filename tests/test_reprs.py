@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edits.edit_helpers import random_edit
 from hand import attachment_of, vector
 from method_tables import own_names
+from tiny_tokenizer import tiny_tokenizer
 
 import steer
-from steer.callbacks import DriftCallback, SteeringCallback
+from steer.callbacks import DriftCallback, EditCallback, SteeringCallback
 from steer.callbacks.hf_steering import HFSteeringCallback
 from steer.directions.dose import DoseCurve, DosePoint
 from steer.directions.erasure import Erasure
 from steer.directions.screening import Screen
 from steer.directions.selection import Candidate, Selection
 from steer.drift.records import DriftRecord
+from steer.edits import EditedWeights
 from steer.experiment.contrasts import contrast
 from steer.experiment.stats import Interval
 from steer.features.refined import Refined
@@ -106,6 +109,17 @@ def test_the_rest_is_one_line_too():
         CallGate(lambda h, ctx: h[..., 0], 32),
     ]
     for shown in map(repr, [*callbacks, *results]):
+        assert_readable(shown)
+
+
+def test_an_edit_and_its_life_on_a_model_are_one_line(tiny):
+    model = tiny("llama")
+    edit = random_edit(model)
+    assert repr(edit) == "Edit('a': 1 facts by random, rank 2 in layers 1)" and repr(EditedWeights.of(model)) == "EditedWeights(no edits)"
+    with edit.applied(model) as edited:
+        assert repr(edited) == "EditedWeights('a')"
+    assert repr(EditCallback(edit, tiny_tokenizer(), at_step=3)) == "EditCallback(EditRun(a at step 3, into base, protect=alarm))"
+    for shown in map(repr, (edit, edit.deltas[0])):
         assert_readable(shown)
 
 

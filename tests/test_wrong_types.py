@@ -9,8 +9,9 @@ from hand import attachment_of
 from tiny_tokenizer import tiny_tokenizer
 
 import steer
-from steer.callbacks import DriftCallback, SteeringCallback
+from steer.callbacks import DriftCallback, EditCallback, SteeringCallback
 from steer.checks import of_type, tensor_of, whole_number
+from steer.edits import Edit, EditedWeights, WeightDelta, to_adapter
 from steer.errors import ConfigError, SteerError
 from steer.intervene import (
     Ablate,
@@ -208,6 +209,12 @@ WRONG = {
     "k_steering without weights": lambda: steer.KSteering(None, [V], [0]),
     "bake None": lambda: steer.bake(None, MODEL),
     "bake into a name": lambda: steer.bake(Plan(intervention()), "m"),
+    "apply a name": lambda: EditedWeights.of(MODEL).apply("capital"),
+    "edits of a number": lambda: Edit(3, "memit", ()),
+    "factors as lists": lambda: WeightDelta("model.layers.1.mlp.down_proj", 1, [[1.0]], [[1.0]]),
+    "adapter of no edit": lambda: to_adapter([None], MODEL, "x"),
+    "callback without edits": lambda: EditCallback(None, TOKENIZER),
+    "callback of edits without a tokenizer": lambda: EditCallback(Edit((), "none", (), "empty"), None),
     "adapter of None": lambda: steer.to_adapter(None, MODEL, "x"),
     "adapter into a number": lambda: steer.to_adapter(Plan(intervention()), MODEL, 3),
     "control vector of text": lambda: steer.to_gguf("p", "x.gguf"),

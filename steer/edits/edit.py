@@ -225,7 +225,9 @@ class Edit:
     def diff(self, other: Edit) -> EditDifference:
         """What another edit does differently."""
         of_type(other, Edit, "the other edit", "pass an Edit")
-        names = (set(self.facts) - set(other.facts), set(other.facts) - set(self.facts))
+        only_here, only_there = (
+            tuple(fact for fact in one.facts if fact not in another.facts) for one, another in ((self, other), (other, self))
+        )
         settings = {
             key: (self.settings.get(key), other.settings.get(key))
             for key in sorted({*self.settings, *other.settings})
@@ -235,7 +237,7 @@ class Edit:
             settings = {"editor": (self.editor, other.editor), **settings}
         paths = dict.fromkeys(delta.path for delta in (*self.deltas, *other.deltas))
         matrices = {path: MatrixDifference.of(self.delta(path), other.delta(path)) for path in paths}
-        return EditDifference(*(tuple(sorted(each, key=lambda fact: fact.name)) for each in names), settings, matrices)
+        return EditDifference(only_here, only_there, settings, matrices)
 
     # ---- files
 
@@ -296,9 +298,9 @@ class MatrixDifference:
 
     @classmethod
     def of(cls, delta: WeightDelta | None, other: WeightDelta | None) -> Self:
-        norms = [0.0 if each is None else each.norm for each in (delta, other)]
-        cosine = delta.inner(other) / (norms[0] * norms[1]) if delta is not None and other is not None and all(norms) else math.nan
-        return cls(*norms, cosine)
+        norm, other_norm = (0.0 if each is None else each.norm for each in (delta, other))
+        both = delta is not None and other is not None and norm and other_norm
+        return cls(norm, other_norm, delta.inner(other) / (norm * other_norm) if both else math.nan)  # type: ignore[arg-type, union-attr]
 
 
 @dataclass(frozen=True)

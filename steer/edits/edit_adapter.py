@@ -65,6 +65,7 @@ def to_adapter(
         >>> steer.edits.to_adapter(edit, model, "capital")
         >>> edited = peft.PeftModel.from_pretrained(model, "capital")
     """
+    of_type(edits, (Edit, list, tuple), "the edits of an adapter", "pass an Edit, or a list of them")
     chosen = (edits,) if isinstance(edits, Edit) else tuple(edits)
     for edit in chosen:
         of_type(edit, Edit, "an edit", "pass an Edit, or a list of them")
@@ -82,9 +83,9 @@ def to_adapter(
     factors = {path: adapter_factors([delta for delta in deltas if delta.path == path]) for path in modules}
     conv1d = any(is_conv1d(module) for module in modules.values())
     kept = {_BASE: {path: digest for edit in chosen for path, digest in edit.base.items()}, _EDITS: [edit.as_json() for edit in chosen]}
-    if plan is None:
-        config, others = adapter_config(base, sorted(factors), 1, conv1d=conv1d), {}
-    else:
+    others: dict[str, Tensor] = {}
+    config = adapter_config(base, sorted(factors), 1, conv1d=conv1d)
+    if plan is not None:
         config, others = _of_plan(plan, chosen, edited, on_other_weights)
     config, tensors = _joined(factors, config, others)
     return write_adapter(folder, tensors, config, kept)

@@ -248,7 +248,7 @@ def below(model: nn.Module, edits: Sequence[Edit]) -> list[nn.Parameter]:
     """Parameters on which the keys of edits depend: embeddings and the blocks up to the last edited one, adapters in them included."""
     anatomy = Anatomy.find(model)
     last = max((delta.layer for edit in edits for delta in edit.deltas), default=-1)
-    modules = [module for module in anatomy.decoder.modules() if isinstance(module, nn.Embedding)]
+    modules: list[nn.Module] = [module for module in anatomy.decoder.modules() if isinstance(module, nn.Embedding)]
     modules += [module for module in (anatomy.embedding, *anatomy.blocks[: last + 1]) if module is not None]
     return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 

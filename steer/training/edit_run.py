@@ -76,9 +76,10 @@ class EditRun:
         keep: float = 0.8,
         damping: float = 0.1,
     ) -> None:
+        of_type(edits, (Edit, list, tuple), "the edits of a callback", "pass a steer.edits.Edit, or a list of them")
         self.given = (edits,) if isinstance(edits, Edit) else tuple(edits)
         for edit in self.given:
-            of_type(edit, Edit, "an edit of a callback", "pass a steer.edits.Edit, or a list of them")
+            of_type(edit, Edit, "one of the edits of a callback", "pass a steer.edits.Edit, or a list of them")
         names = [edit.name for edit in self.given]
         if not names or len(set(names)) < len(names):
             raise _unclear_edits(names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ def edits_from(state: Mapping[str, Tensor], given: Sequence[Edit]) -> list[Edit]
         for edit in given:
             deltas = []
             for delta in edit.deltas:
-                saved = {part: state[f"edit/{edit.name}/{delta.path}/{part}"] for part in _PARTS if getattr(delta, part) is not None}
+                saved: dict[str, Any] = {
+                    part: state[f"edit/{edit.name}/{delta.path}/{part}"] for part in _PARTS if getattr(delta, part) is not None
+                }
                 if any(saved[part].shape != getattr(delta, part).shape for part in saved):
                     raise ValueError(f"other shapes for '{delta.path}'")
                 deltas.append(replace(delta, **saved))

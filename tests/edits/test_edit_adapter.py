@@ -254,3 +254,34 @@ def test_a_quantised_model_gets_its_edit_as_an_adapter(model: nn.Module, tmp_pat
     with pytest.raises(EditError, match=r"cannot be edited in place[\s\S]*to_adapter"):
         EditedWeights.of(model).apply(edit)
     assert from_adapter(to_adapter(edit, model, tmp_path), model).deltas[0].rank == 2
+
+
+@pytest.mark.real
+def test_real_model(smollm2, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Tied embeddings, three edits of one matrix as an adapter of a few kilobytes; the weights come back to the bit."""
+    model, tokenizer = smollm2
+    batch = tokenizer("The mother tongue of Danielle Darrieux is", return_tensors="pt")
+    path = DOWN["llama"].format(8)
+    before = model.get_submodule(path).weight.detach().clone()
+    edits = [random_edit(model, f"e{n}", layers=(8,), rank=1, seed=n, size=0.2) for n in range(3)]
+    edited = EditedWeights.of(model)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        try:
+            edited.apply(*edits)
+            want = model(**batch).logits
+            edited.revert("e1")
+            edited.revert("e0")
+        finally:
+            edited.clear()
+        assert torch.equal(model.get_submodule(path).weight, before) and (want - plain).abs().max() > 1
+        folder = to_adapter(edits, model, tmp_path)
+        assert (folder / WEIGHTS).stat().st_size < 40_000
+        adapted = loaded(model, folder)
+        try:
+            assert (adapted(**batch).logits - want).abs().max() < 1e-4 * (want - plain).abs().max()
+            with adapted.disable_adapter():
+                assert torch.equal(adapted(**batch).logits, plain)
+        finally:
+            adapted.unload()
+    assert torch.equal(model.get_submodule(path).weight, before)

@@ -386,8 +386,8 @@ def test_what_a_run_refuses() -> None:
     for options, said in (
         ({"edits": []}, "names of their own"),
         ({"edits": [EDIT, EDIT]}, "two called 'home'"),
-        ({"edits": "home"}, "an edit of a callback"),
-        ({"tokenizer": tiny_model}, None),
+        ({"edits": "home"}, "the edits of a callback"),
+        ({"tokenizer": None}, "tokenizer"),
         ({"at_step": -1}, "at_step"),
         ({"every_n_steps": 0}, "every_n_steps"),
         ({"protect": "hope"}, "protect"),
@@ -396,9 +396,8 @@ def test_what_a_run_refuses() -> None:
         ({"on_metric": "loss"}, "on_metric"),
         ({"edits": no_keys, "protect": "resolve"}, "needs the keys of edit 'bare'"),
     ):
-        if said is not None:
-            with pytest.raises(ConfigError, match=said):
-                EditRun(**{"edits": EDIT, "tokenizer": TOKENIZER, **options})
+        with pytest.raises(ConfigError, match=said):
+            EditRun(**{"edits": EDIT, "tokenizer": TOKENIZER, **options})
     for wrong in ({}, {"above": 1.0, "below": 0.0}, {"above": math.nan}):
         with pytest.raises(ConfigError):
             MetricCrossing("loss", **wrong)

@@ -120,7 +120,7 @@ def _random_like(change: Tensor, generator: torch.Generator) -> Tensor:
     """A random matrix of the same shape, rank and norm."""
     matrix = change.flatten(1)  # [out, in] also of a convolution
     rank = int(torch.linalg.matrix_rank(matrix))
-    left, right = random_factors(*matrix.shape, rank, float(change.norm()), generator)
+    left, right = random_factors(matrix.shape[0], matrix.shape[1], rank, float(change.norm()), generator)
     return (left @ right.mT).reshape(change.shape)
 
 
