@@ -3,6 +3,7 @@
 from steer.edits.answers import already_said
 from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
 from steer.edits.covariance import Covariance
+from steer.edits.default_layers import candidate_layers, choose_layers, default_layers
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edit_adapter import from_adapter, to_adapter
 from steer.edits.edit_facts import edit_facts, editors
@@ -63,6 +64,9 @@ __all__ = [
     "WeakValueWarning",
     "WeightDelta",
     "already_said",
+    "candidate_layers",
+    "choose_layers",
+    "default_layers",
     "answer_row",
     "apply_in_sequence",
     "causal_trace",

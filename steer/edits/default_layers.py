@@ -29,36 +29,50 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
 }
 
 
-def default_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | None, *, several: bool) -> list[int]:
-    """The layers for a model of a known family and size; for another one a sweep over the layers of a covariance, once in a process.
+def default_layers(anatomy: Anatomy, *, several: bool) -> list[int]:
+    """The layers for a model of a known family and size. Raises EditError for another. several: of an editor that spreads an edit."""
+    key = _size(anatomy)
+    if key not in PUBLISHED:
+        raise _not_known(anatomy)
+    one, many = PUBLISHED[key]
+    return list(many) if several else [one]
+
+
+def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | None, *, several: bool) -> list[int]:
+    """The layers for any model: of one that is not known the best of a covariance, found by a sweep, once in a process.
 
     Args:
         several: of an editor that spreads an edit over layers: the best layer and those of the covariance next below it, five at most.
 
     Raises:
-        EditError: another model without a covariance, or one that says too little of what the sweep edits.
+        EditError: a model that is not known, without a covariance, or which says too little of what the sweep edits.
     """
     anatomy = Anatomy.find(model)
-    key = (anatomy.kind, anatomy.n_layers, anatomy.width)
-    if key in PUBLISHED:
-        one, many = PUBLISHED[key]
-        return list(many) if several else [one]
-    if covariance is None:
-        raise _not_known(anatomy)
-    if len(covariance.layers) == 1:
-        return covariance.layers
-    from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
-
-    swept = _SWEPT.setdefault(model, {})
+    if covariance is None or _size(anatomy) in PUBLISHED:
+        return default_layers(anatomy, several=several)
     layers = tuple(covariance.layers)
+    if len(layers) == 1:
+        return list(layers)
+    swept = _SWEPT.setdefault(model, {})
     if layers not in swept:
+        from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
+
         swept[layers] = layer_sweep(model, tokenizer, covariance=covariance).best
     best = swept[layers]
-    post_norm = any(edited.has_post_norm for edited in edited_maps(anatomy, [best]))
-    below = [layer for layer in layers if layer <= best][-MOST:]
-    return below if several and not post_norm else [best]
+    has_post_norm = edited_maps(anatomy, [best])[0].has_post_norm
+    return [layer for layer in layers if layer <= best][-MOST:] if several and not has_post_norm else [best]
 
 
+def candidate_layers(anatomy: Anatomy) -> list[int]:
+    """Five depths from a tenth to half of a model, at which a covariance is fitted for a sweep; fewer in one of few blocks."""
+    return sorted({round(share * (anatomy.n_layers - 1)) for share in _CANDIDATES})
+
+
+def _size(anatomy: Anatomy) -> tuple[str, int, int]:
+    return anatomy.kind, anatomy.n_layers, anatomy.width
+
+
+_CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 _SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()  # by layers of the covariance
 
 

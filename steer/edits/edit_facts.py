@@ -12,7 +12,7 @@ from torch import nn
 from steer.checks import of_type
 from steer.edits.contexts import Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
 from steer.edits.covariance import Covariance
-from steer.edits.default_layers import default_layers
+from steer.edits.default_layers import choose_layers
 from steer.edits.edit import Edit
 from steer.edits.editor import EDITORS, EditBench, Editor, Solution, no_covariance
 from steer.edits.fact import Fact, distinct_facts
@@ -90,7 +90,7 @@ def bench_for(
 ) -> EditBench:
     """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
     if layers is None:
-        layers = default_layers(model, tokenizer, covariance, several=method.several_layers)
+        layers = choose_layers(model, tokenizer, covariance, several=method.several_layers)
     contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
     bench = EditBench(model, tokenizer, layers, contexts, covariance=covariance, values=values, progress=progress)
     if covariance is not None:

@@ -118,7 +118,7 @@ def layer_sweep(
         EditError: the model prefers the true answer of fewer than two of the facts. Otherwise as `steer.edit_facts`.
 
     Example:
-        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=[2, 5, 8, 11, 14])
+        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=candidate_layers(Anatomy.find(model)))
         >>> layer_sweep(model, tokenizer, covariance=covariance).best
     """
     chosen = [record_of(record) for record in (WELL_KNOWN if records is None else records)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from steer.edits.edit import WeightDelta
 from steer.edits.editor import EditBench, Solution, smallest, solution_of_values, wanted_rows
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved
@@ -41,9 +42,9 @@ def spread(
     deltas = torch.stack([values[i].delta for i in wanted]).double()  # [n, d]
     last = bench.layers[-1]
     stream = Site("output", layer=last)
-    deltas_of_layers = []
+    deltas_of_layers: list[WeightDelta] = []
     strength = torch.ones(len(chosen), dtype=torch.float64)
-    target = None  # [m, d] of the stream behind the last layer
+    target: Tensor | None = None  # [m, d] of the stream behind the last layer
     for number, layer in enumerate(bench.layers):
         left = len(bench.layers) - number
         sites = [bench.maps[layer].key_site] + ([stream] if len(bench.layers) > 1 else [])

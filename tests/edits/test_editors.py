@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from edits.edit_helpers import CONTEXTS, DENSE, FACTS, equal_weights, model_of, running_text, weights_of
@@ -151,6 +152,19 @@ def test_half_precision_says_what_rounding_costs():
     assert made.deltas[0].u.dtype == torch.float32
     with made.applied(model) as edited:
         assert bool((probabilities(model) > before).all()) and 0 < max(edited.rounding.values()) < 0.2
+
+
+def test_under_an_adapter_it_is_the_weight_below_that_is_edited():
+    model = model_of("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False))
+    covariance = Covariance.fit(adapted, TOKENIZER, TEXTS, [0], folder=FOLDER, progress=False)
+    before = probabilities(adapted)
+    made = edit(adapted, editor=EMMET(value_settings=STRONG), covariance=covariance)
+    assert made.deltas[0].path == "model.layers.0.mlp.down_proj"
+    keys = keys_of(adapted)
+    torch.testing.assert_close(keys @ made.deltas[0].change().double().T, values_of(adapted), atol=1e-5, rtol=1e-4)
+    with made.applied(adapted):
+        assert bool((probabilities(adapted) > before).all())
 
 
 def test_a_quantised_map_gets_an_edit_that_stays_beside_it():

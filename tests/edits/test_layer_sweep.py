@@ -11,7 +11,7 @@ from tiny_tokenizer import WORDS, tiny_tokenizer
 
 from steer.edits import Covariance, Fact, FactRecord, LayerSweep, ValueSettings, edit_facts, layer_sweep
 from steer.edits.answer_scores import AnswerScorer
-from steer.edits.default_layers import PUBLISHED, default_layers
+from steer.edits.default_layers import PUBLISHED, candidate_layers, choose_layers, default_layers
 from steer.edits.editors.emmet import EMMET
 from steer.edits.layer_sweep import WELL_KNOWN, _spaced
 from steer.errors import EditError
@@ -73,7 +73,7 @@ def test_layers_by_default(covariances, monkeypatch):
     model = model_of("llama")
     anatomy = Anatomy.find(model)
     both, last = covariances
-    assert default_layers(model, TOKENIZER, last, several=True) == [1]
+    assert choose_layers(model, TOKENIZER, last, several=True) == [1]
     made = edit_facts(model, TOKENIZER, FACTS[1], covariance=last, contexts=CONTEXTS)
     assert made.settings["layers"] == [1]
     swept = []
@@ -83,9 +83,9 @@ def test_layers_by_default(covariances, monkeypatch):
         return SimpleNamespace(best=1)
 
     monkeypatch.setattr(sys.modules["steer.edits.layer_sweep"], "layer_sweep", sweep)
-    assert default_layers(model, TOKENIZER, both, several=True) == [0, 1]
-    assert default_layers(model, TOKENIZER, both, several=False) == [1] and swept == [1]  # once for a model
+    assert choose_layers(model, TOKENIZER, both, several=True) == [0, 1]
+    assert choose_layers(model, TOKENIZER, both, several=False) == [1] and swept == [1]  # once for a model
     monkeypatch.setitem(PUBLISHED, (anatomy.kind, anatomy.n_layers, anatomy.width), (0, (0, 1)))
-    assert default_layers(model, TOKENIZER, None, several=True) == [0, 1]
-    assert default_layers(model, TOKENIZER, None, several=False) == [0]
+    assert choose_layers(model, TOKENIZER, None, several=True) == [0, 1]
+    assert default_layers(anatomy, several=False) == [0] and candidate_layers(anatomy) == [0]
     assert all(one == many[-1] or kind in ("gptj", "gpt_neox", "llama") for (kind, *_), (one, many) in PUBLISHED.items())

@@ -249,6 +249,14 @@ def test_somebody_elses_hook_sees_whole_texts():
     assert max(seen) >= 8  # the longest context and its prompt
 
 
+def test_checkpointing_and_compilation_change_nothing():
+    model = model_of("llama")
+    expected = values(model, FACTS[:2])
+    same(values(torch.compile(model), FACTS[:2]), expected)
+    model.gradient_checkpointing_enable()
+    same(values(model.train(), FACTS[:2]), expected)
+
+
 def test_half_precision_is_optimised_in_single():
     for dtype in (torch.bfloat16, torch.float16):
         model = model_of("llama").to(dtype)

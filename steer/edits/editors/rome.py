@@ -65,7 +65,8 @@ def one_by_one(bench: EditBench, layer: int, keys: Tensor, of: Tensor, shifts: S
         keys: [m, f], of the facts `of`, [m].
         shifts: for each fact [its keys, d], by how much the output shall change.
     """
-    u, v = [], []
+    u: list[Tensor] = []
+    v: list[Tensor] = []
     for number, shift in enumerate(shifts):
         own = keys[of == number].double()  # [1 or 2, f]
         rest = shift.double()
