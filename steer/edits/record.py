@@ -74,9 +74,9 @@ class FactRecord:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FactRecord:
         """What `as_json` gave."""
-        texts = {name: tuple(content.get(name, ())) for name in FIELDS}
-        probes = {name: tuple(Probe(**probe) for probe in content.get(name, ())) for name in PROBES}
-        return cls(Fact.from_json(content["fact"]), **texts, **probes, **{name: content.get(name, "") for name in IDENTIFIERS})
+        told: dict[str, Any] = {name: tuple(content.get(name, ())) for name in FIELDS}
+        told |= {name: tuple(Probe(**probe) for probe in content.get(name, ())) for name in PROBES}
+        return cls(Fact.from_json(content["fact"]), **told, **{name: content.get(name, "") for name in IDENTIFIERS})
 
 
 def record_of(value: Any) -> FactRecord:

@@ -54,8 +54,8 @@ class EditMetric(Metric):
     def _record(self, item: Item) -> FactRecord:
         start = f"{item['system']}\n\n" if item.get("system") else ""
         fact = Fact.of(f"{start}{item['prompt']}", item["subject"], item["target"], item.get("true"))
-        lists = {name: tuple(f"{start}{text}" for text in item.get(name) or ()) for name in ("paraphrases", "neighbours")}
-        return FactRecord(fact, **lists)
+        paraphrases, neighbours = (tuple(f"{start}{text}" for text in item.get(name) or ()) for name in ("paraphrases", "neighbours"))
+        return FactRecord(fact, paraphrases, neighbours)
 
 
 # ---- errors
