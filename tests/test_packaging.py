@@ -248,7 +248,9 @@ def resolve():
 
 def test_every_change_has_to_resolve_on_the_oldest_and_newest_python(resolve):
     assert resolve.python_versions() == ("3.11", "3.13")
-    assert " resolve test" in (ROOT / ".ci" / "run").read_text()
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    started, waited = (next(i for i, line in enumerate(lines) if line.startswith(what)) for what in ("make resolve &", 'wait "$resolving"'))
+    assert "set -euo pipefail" in lines and started < waited < lines.index("make test"), "it fails where that fails"
 
 
 def test_resolving_takes_no_other_place_than_the_public_index(resolve, monkeypatch):
