@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import agreement_tables
 import drift_tables
+import edit_tables
 import experiment_results
 import experiment_tables
 import feature_results
@@ -150,6 +151,7 @@ def tables() -> dict[tuple[str, str], Callable[[], str]]:
             ("docs/results/features.md", name): lambda name=name: getattr(feature_results, name)(markdown)
             for name in ("runs", "tried", "dose_response", "at_equal_loss", "said", "tuned", "spurious", "decimals")
         },
+        **{("docs/results/editing.md", name): lambda name=name: edit_tables.TABLES[name](markdown) for name in edit_tables.available()},
         ("docs/results/steering.md", "command"): lambda: result_tables.command(markdown),
         ("docs/results/steering.md", "effects"): lambda: result_tables.effects(markdown),
         ("docs/results/steering.md", "successor"): lambda: result_tables.successor(markdown),

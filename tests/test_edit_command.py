@@ -42,7 +42,7 @@ def edited(places: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_one_fact(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert edited(places, tmp_path, monkeypatch, *ONE, "options.ridge=1.0", "trace=true") == 0
     said = capsys.readouterr().out
-    assert "memit, 1 facts, batch" in said and "the blue moon sat on the" in said and "before" in said
+    assert "memit, 1 fact, batch" in said and "the blue moon sat on the" in said and "before" in said
     out = tmp_path / "out"
     found, edit = EditEvaluation.load(out / "evaluation.json"), Edit.load(out / "edit")
     assert edit.settings["ridge"] == 1.0 and [delta.layer for delta in edit.deltas] == [1] and edit.facts[0].true == "hate"

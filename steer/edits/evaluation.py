@@ -107,7 +107,7 @@ class EditEvaluation:
 
     def __repr__(self) -> str:
         told = [f"{each.column.title} {each.after.written(each.column.digits)}" for each in self.summary[:3] if each.after is not None]
-        return f"EditEvaluation({self.editor}, {len(self)} facts, {self.mode}: {', '.join(told) or 'nothing measured'})"
+        return f"EditEvaluation({self.editor}, {_facts(len(self))}, {self.mode}: {', '.join(told) or 'nothing measured'})"
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
@@ -208,8 +208,9 @@ class EditEvaluation:
     def __rich__(self) -> Table:
         head, *rows = self.cells()
         problems = self.problems()
-        caption = f"95 % bootstrap intervals over {len(self)} facts" + (f"; {len(problems)} could not be edited" if problems else "")
-        table = Table(title=Text(f"{self.editor}, {len(self)} facts, {self.mode}"), caption=Text(caption))
+        caption = f"95 % bootstrap intervals over {len(self)} facts" if len(self) > 1 else "one fact has no interval"
+        caption += f"; {len(problems)} could not be edited" if problems else ""
+        table = Table(title=Text(f"{self.editor}, {_facts(len(self))}, {self.mode}"), caption=Text(caption))
         for title in head:
             table.add_column(Text(title))
         for cells in rows:
@@ -303,6 +304,10 @@ def comparison_cells(evaluations: Sequence[EditEvaluation]) -> list[list[str]]:
 
     when = "final" if first.mode == SEQUENCE else "after"
     return [head, cells("none", "before", first), *(cells(each.editor, when, each) for each in evaluations)]
+
+
+def _facts(count: int) -> str:
+    return f"{count} fact{'s' * (count != 1)}"
 
 
 def _written(estimate: Estimate | None, digits: int) -> str:

@@ -53,7 +53,7 @@ def write_edits(
     return write_page(
         path,
         "edits.html",
-        title=title or f"{len(first)} facts edited by {', '.join(found.editor for found in evaluations)}",
+        title=title or f"{len(first)} fact{'s' * (len(first) != 1)} edited by {', '.join(found.editor for found in evaluations)}",
         facts=head,
         tables=measured_tables(evaluations),
         comparison=side_by_side(evaluations),

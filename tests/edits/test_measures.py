@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from edits.edit_helpers import with_special_tokens
 from method_tables import check_table
 
 from steer.edits import EDIT_MEASURES, Fact, FactRecord, Probe
@@ -170,6 +171,13 @@ def test_answers_that_begin_alike_are_read_in_one_row(tiny: Any, tiny_tokenizer:
     rows.clear()
     scorer.scores([("the cat is a", "dog"), ("the cat is a", "tree"), ("the cat is a", "tree and sun"), ("the cat is a", "dog")])
     assert rows == [1]
+
+
+def test_a_prompt_begins_and_does_not_end_with_special_tokens(tiny: Any) -> None:
+    tokenizer = with_special_tokens(start=True, end=True)
+    scorer = AnswerScorer(tiny("llama"), tokenizer, progress=False)
+    cat, is_ = tokenizer("cat is", add_special_tokens=False).input_ids
+    assert scorer.prompt_ids("cat is") == (1, cat, is_) and scorer.answer_ids(" cat") == scorer.answer_ids("cat") == (cat,)
 
 
 def test_answers_of_a_chat_are_what_the_assistant_says(tiny: Any, tiny_tokenizer: Any) -> None:
