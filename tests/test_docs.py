@@ -76,7 +76,7 @@ def deep() -> LlamaForCausalLM:
 def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
-    for registry in REGISTRIES.values():  # a page may register a method of its own
+    for registry in list(REGISTRIES.values()):  # a page may register a method of its own; loading one may bring others
         registry.load()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
