@@ -13,6 +13,7 @@ import torch
 from edits.edit_helpers import CONTEXTS, DENSE, FACTS, equal_weights, model_of, running_text, weights_of
 from edits.test_edited_map import Int8
 from families import FAMILIES
+from method_tables import check_table
 from tiny_tokenizer import tiny_tokenizer
 
 from steer.edits import (
@@ -102,6 +103,38 @@ def inverse(covariance, layer=0, ridge=1e-4):
 
 def close(delta, expected):
     torch.testing.assert_close(delta.change().double(), expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-4)
+
+
+# ---- every editor
+
+# with settings under which the tiny model learns a fact
+STRONG_EDITORS = {
+    "alphaedit": AlphaEdit(value_settings=STRONG, ridge=0.01),
+    "constrained_ft": ConstrainedFT(epsilon=0.05, lr=0.01),
+    "emmet": EMMET(value_settings=STRONG),
+    "lora": LoRA(steps=20),
+    "memit": MEMIT(value_settings=STRONG, ridge=0.01),
+    "pmet": PMET(value_settings=replace(STRONG, with_attention=True), ridge=0.01),
+    "r_rome": RROME(value_settings=STRONG),
+    "rome": ROME(value_settings=STRONG),
+}
+
+
+def test_every_editor_has_settings_for_these_tests():
+    check_table(
+        EDITORS, STRONG_EDITORS, "STRONG_EDITORS of tests/edits/test_editors.py", "an editor with which the tiny model learns a fact"
+    )
+
+
+@pytest.mark.parametrize("name", STRONG_EDITORS)
+def test_every_editor_makes_a_fact_likelier_and_leaves_the_model_alone(name):
+    model = model_of("llama")
+    before, said = weights_of(model), probabilities(model, FACTS[1:2])
+    made = edit(model, FACTS[1:2], STRONG_EDITORS[name])
+    assert equal_weights(model, before) and made.editor == name and made.rank
+    with made.applied(model):
+        assert probabilities(model, FACTS[1:2]) > said
+    assert equal_weights(model, before)
 
 
 # ---- in all kinds of models
@@ -416,9 +449,8 @@ def test_an_edit_whose_rank_is_that_of_the_matrix_is_stored_densely():
 
 
 def test_editors_are_registered_with_what_they_are():
-    names = [name for name, _ in editors()]
-    assert names == ["alphaedit", "constrained_ft", "emmet", "lora", "memit", "pmet", "r_rome", "rome"]
-    for name in names:
+    for name, first_line in editors():
+        assert first_line and EDITORS.get(name).name == name
         settings = EDITORS.get(name)().settings()
         assert settings["value_settings"]["steps"] > 0
     with pytest.raises(ConfigError, match="memit"):

@@ -248,5 +248,3 @@ def test_other_bad_input(model, facts):
         causal_trace(model.model, TOKENIZER, facts, progress=False)  # no logits
     with pytest.raises(ConfigError, match="the kind of a trace"):
         traced(model, facts[:1], kinds="hidden").average_effects("mlp")
-
-
