@@ -68,8 +68,10 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     cost: dict[str, Any] = {}
     if run.config.trains and cell.needs is None:
         training, cost = train_cell(run, cell, cells, logger)
-    result = _measured_as_base(run, arm, cells)
-    if result is None:
+    known = _measured_as_base(run, arm, cells)
+    if known is not None:
+        result = known
+    else:
         with as_measured(run, cell, cells) as (acting, system):
             result = _measure(run, acting, system)
     log_result(logger, result)
