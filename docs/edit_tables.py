@@ -28,17 +28,18 @@ def edits(what: str, markdown: Markdown) -> str:
     files = read(what)
     when = "final" if what == "sequence" else "after"
     runs = [run for file in files for run in file["editors"]]
-    head = ["editor", "layers", *(title for title, _ in (*SCORES, *ACCURACIES)), "S", "NS kept"]
+    head = ["editor", "layers", "facts", *(title for title, _ in (*SCORES, *ACCURACIES)), "S", "NS kept"]
     head += ["retained"] if what == "sequence" else []
     head += ["neutral loss per edit, nat per token", "CPU s per edit"]
     first = runs[0]
-    before = ["none", "", *(_estimate(first["summary"][name]["before"]) for _, name in (*SCORES, *ACCURACIES))]
+    before = ["none", "", str(first["records"]), *(_estimate(first["summary"][name]["before"]) for _, name in (*SCORES, *ACCURACIES))]
     before += [_estimate(first["made_of_several"]["score_before"])]
     rows = [before + [""] * (len(head) - len(before))]
     for run in runs:
         several = run["made_of_several"]
         ending = "_final" if when == "final" else ""
-        row = [run["editor"], _layers(run["layers"]), *(_estimate(run["summary"][name][when]) for _, name in (*SCORES, *ACCURACIES))]
+        row = [run["editor"], _layers(run["layers"]), str(run["records"])]
+        row += [*(_estimate(run["summary"][name][when]) for _, name in (*SCORES, *ACCURACIES))]
         row += [_estimate(several[f"score{ending}"]), _estimate(several[f"neighbourhood_kept{ending}"])]
         row += [_estimate(several["retained"])] if what == "sequence" else []
         rows.append([*row, _estimate(several["neutral_per_edit"], 5), _seconds(run)])

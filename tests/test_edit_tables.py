@@ -40,11 +40,11 @@ def markdown(head: Any, rows: Any) -> str:
 def test_rows_of_editors(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.available() == []
     for what in ("single", "sequence"):
-        run = {**figures(what), "layers": [4, 5, 6], "value_seconds_per_edit": None if what == "sequence" else 4.5}
+        run = {**figures(what), "layers": [4, 5, 6], "records": 2, "value_seconds_per_edit": None if what == "sequence" else 4.5}
         (tmp_path / f"2026_cpu_edit_{what}_memit.json").write_text(json.dumps({"editors": [run]}))
     assert tables.available() == ["single", "sequence"]
     head, before, row = (line.split("|") for line in tables.TABLES["single"](markdown).split("\n"))
-    assert before[head.index("NS")] == "100.0 [100.0, 100.0]" and row[:2] == ["memit", "4 to 6"]
+    assert before[head.index("NS")] == "100.0 [100.0, 100.0]" and row[:3] == ["memit", "4 to 6", "2"]
     assert row[head.index("CPU s per edit")] == "4.5 + 0.2"
     assert row[head.index("NS kept")].startswith("80.0") and len(head) == len(before) == len(row)
     head, _, row = (line.split("|") for line in tables.TABLES["sequence"](markdown).split("\n"))
