@@ -157,8 +157,9 @@ def run(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> dict[str
         group: [statistics.mean(getattr(each, name) for each in facts if each.group == group) for name in ("plain_seconds", "fast_seconds")]
         for group in dict.fromkeys(each.group for each in facts)
     }
-    weights = {FIRST: share, LATER: 1 - share}
-    mixed = [sum(weights[group] * pair[part] for group, pair in means.items()) for part in (0, 1)] if len(means) == 2 else None
+    faster = {group: plain / fast for group, (plain, fast) in means.items()}
+    # the plain protocol takes as long for both kinds of prompt of one length, whatever the lengths of the few that ran
+    mix = 1 / (share / faster[FIRST] + (1 - share) / faster[LATER]) if len(faster) == 2 else None
     return {
         "setting": {
             "model": given.model,
@@ -173,7 +174,7 @@ def run(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> dict[str
         "facts": [each.as_json() for each in facts],
         "share_subject_first": share,
         "seconds_a_fact": {group: {"plain": pair[0], "fast": pair[1]} for group, pair in means.items()},
-        "faster": {**{group: pair[0] / pair[1] for group, pair in means.items()}, "mix": mixed[0] / mixed[1] if mixed else None},
+        "faster": {**faster, "mix": mix},
         "goal": GOAL,
         "a_a": sum(each.again for each in facts) / sum(each.fast for each in facts),
         "probability_apart": max(each.apart for each in facts),
