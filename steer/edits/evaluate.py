@@ -66,7 +66,7 @@ def evaluate_edits(
         neutral: texts that no edit is about, whose loss should stay.
         chat: prompts are put through the chat template as messages of a user.
         before: what `readings_before` gave for the same records and measures, where several editors are compared.
-        folder: rows are kept there as they are measured, and not measured again.
+        folder: rows of `single` and `sequence` are kept there as they are measured, and not measured again.
         max_tokens: padded tokens of a batch.
         seed: of texts that are written by chance.
         progress: a bar where the output is a terminal.
@@ -143,7 +143,7 @@ class _Run:
             "options": {name: _told(value) for name, value in options.items()},
             "settings": edit.settings() if isinstance(edit, Editor) else {},
         }
-        self.store = None if folder is None else EvaluationStore(folder, self._identity())
+        self.store = None if folder is None or mode == BATCH else EvaluationStore(folder, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What rows depend on, but for the numbers of the weights and of a covariance: a folder belongs to one model."""
