@@ -20,6 +20,7 @@ from steer.model.capture import batches, check_vocabulary, evaluating
 from steer.model.devices import input_device
 from steer.model.load import tokenizer_of
 from steer.model.logits_at import logits_at
+from steer.model.memory import in_halves
 from steer.model.prefix import may_share
 from steer.model.tokens import Row, check_tokenizer, collate, encode
 
@@ -70,7 +71,7 @@ class AnswerScorer:
     Args:
         tokenizer: None for the one that came with the model.
         chat: prompts are messages of a user, put through the chat template, and answers what the assistant says, without a blank.
-        max_tokens: padded tokens of a batch.
+        max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
         progress: a bar where the output is a terminal.
     """
 
@@ -129,14 +130,20 @@ class AnswerScorer:
         check_vocabulary(self.anatomy, rows)
         found: dict[Question, Answer] = {}
         with tqdm(total=len(rows), desc=what, disable=None if self.progress else True, leave=False) as bar, evaluating(self.model):
-            for chosen in batches(rows, self.max_tokens):
-                places = [(of, at) for of, i in enumerate(chosen) for at in range(rows[i].prompt - 1, len(rows[i].ids))]
-                logits = self._logits([rows[i] for i in chosen], places)  # [places, vocabulary]
-                first = {of: place for place, (of, _) in reversed(list(enumerate(places)))}
-                asked = [(question, ids, first[of]) for of, i in enumerate(chosen) for question, ids in wanted[i]]
-                found |= _answers(logits, asked)
-                bar.update(len(chosen))
+            for batch in batches(rows, self.max_tokens):
+                for chosen, answers in in_halves(batch, lambda part: self._answers(part, rows, wanted)):
+                    found |= answers
+                    bar.update(len(chosen))
         return found
+
+    def _answers(
+        self, chosen: Sequence[int], rows: list[Row], wanted: list[list[tuple[Question, tuple[int, ...]]]]
+    ) -> dict[Question, Answer]:
+        """The answers that some rows hold."""
+        places = [(of, at) for of, i in enumerate(chosen) for at in range(rows[i].prompt - 1, len(rows[i].ids))]
+        logits = self._logits([rows[i] for i in chosen], places)  # [places, vocabulary]
+        first = {of: place for place, (of, _) in reversed(list(enumerate(places)))}
+        return _answers(logits, [(question, ids, first[of]) for of, i in enumerate(chosen) for question, ids in wanted[i]])
 
     def _logits(self, rows: Sequence[Row], places: Sequence[tuple[int, int]]) -> Tensor:
         """[places, vocabulary] fp32. places: (row, token) of each."""

@@ -34,8 +34,9 @@ class KeySums:
 
     def update(self, h: Tensor, weight: Tensor, rows: Tensor) -> None:
         """Takes one batch of whole texts, padded on the right. h: [batch, tokens, f]; weight: [batch, tokens], 0 on padding."""
-        ordinary = ordinary_tokens(torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32), weight > 0)
-        keys = torch.where(ordinary[..., None], h, 0).flatten(0, 1).float()  # [batch * tokens, f]
+        h = h.float()
+        ordinary = ordinary_tokens(torch.linalg.vector_norm(h, dim=-1), weight > 0)
+        keys = torch.where(ordinary[..., None], h, 0).flatten(0, 1)  # [batch * tokens, f]
         if self._block is None or self._count is None:
             self._block = keys.new_zeros(keys.shape[1], keys.shape[1])
             self._count = torch.zeros((), dtype=torch.long, device=h.device)

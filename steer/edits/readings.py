@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -15,7 +13,7 @@ from steer.edits.measure import EditMeasure, Readings, Wanted
 from steer.edits.record import FactRecord
 from steer.errors import ConfigError
 from steer.model.capture import batches, evaluating
-from steer.model.devices import input_device
+from steer.model.devices import input_device, seeded
 from steer.model.text_loss import text_losses
 from steer.model.tokens import Row, collate, plain
 
@@ -86,7 +84,7 @@ class EditReader:
         padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
         texts: dict[str, str] = {}
         bar = tqdm(total=len(rows), desc="continuations", disable=None if self.progress else True, leave=False)
-        with bar, evaluating(model), _seeded(self.seed, input_device(model)):
+        with bar, evaluating(model), seeded(self.seed, input_device(model)):
             for chosen in batches([Row(row.ids + (0,) * most, row.prompt) for row, most in zip(rows, room, strict=True)], self.max_tokens):
                 batch = collate([rows[i] for i in chosen], padding, side="left")
                 inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
@@ -107,13 +105,6 @@ class EditReader:
 def _each(wanted: Iterable[Wanted], what: str) -> list[str]:
     """All texts of a kind, each once."""
     return list(dict.fromkeys(text for each in wanted for text in getattr(each, what)))
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 # ---- errors

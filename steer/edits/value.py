@@ -11,7 +11,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from steer.edits.value_problem import ValueProblem
 from steer.edits.value_settings import Value, ValueSettings
 from steer.model.anatomy import Anatomy
 from steer.model.capture import batches_of
+from steer.model.memory import in_halves
 from steer.model.watcher import watchers_of
 
 
@@ -85,16 +85,8 @@ def solve_values(
 
 def _solved(problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]) -> Iterator[tuple[int, Value]]:
     """Values by number of their fact, in halves where memory does not suffice for all at once."""
-    try:
-        solved = problem.solve([row for i in chunk for row in rows[i]], [facts[i] for i in chunk])
-    except (MemoryError, torch.OutOfMemoryError):
-        if len(chunk) == 1:
-            raise
-        half = len(chunk) // 2
-        yield from _solved(problem, rows, facts, chunk[:half])
-        yield from _solved(problem, rows, facts, chunk[half:])
-        return
-    yield from zip(chunk, solved, strict=True)
+    for part, solved in in_halves(chunk, lambda part: problem.solve([row for i in part for row in rows[i]], [facts[i] for i in part])):
+        yield from zip(part, solved, strict=True)
 
 
 def _chunks(rows: Sequence[list[ValueRow]], missing: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -1,7 +1,9 @@
-"""Where a model computes, which is not where its parameters lie when these are offloaded between calls."""
+"""Where a model computes, which is not where its parameters lie when these are offloaded between calls; and chance on that device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,14 @@ def _execution_device(hook: Any) -> torch.device | None:
         if (device := getattr(part, "execution_device", None)) is not None:
             return torch.device(device)
     return None
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn within depends on a seed alone; the random state of the CPU and of a device is put back on every way out."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_weights_are_there(model: nn.Module, purpose: str) -> None:

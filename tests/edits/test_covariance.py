@@ -63,6 +63,12 @@ def test_it_is_the_mean_of_k_k_over_all_tokens_but_the_first_of_each_text(model,
         torch.testing.assert_close(fitted.moment(layer), keys.T @ keys / TOKENS, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, apart", [(torch.float64, 1e-6), (torch.bfloat16, 0.03)])
+def test_a_model_of_another_precision_has_nearly_the_same(dtype, apart, fitted, tmp_path):
+    other = fit(model_of("llama").to(dtype), tmp_path).moment(1)
+    assert float((other - fitted.moment(1)).norm()) < apart * float(fitted.moment(1).norm())
+
+
 def test_two_covariances_of_disjoint_texts_add_up_to_that_of_all(model, fitted, tmp_path):
     total = fit(model, tmp_path, TEXTS[:7]) + fit(model, tmp_path, TEXTS[7:])
     for layer in (0, 1):

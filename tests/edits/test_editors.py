@@ -107,6 +107,23 @@ def test_a_fact_is_written_where_it_was_asked_for_and_nothing_else_changes(famil
     assert equal_weights(model, before)
 
 
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("name", ["alphaedit", "constrained_ft", "lora", "pmet", "r_rome"])
+def test_the_other_editors_change_the_down_projection_alone_too(family, name):
+    """In few steps: what they write is told by their formulas."""
+    model, editor = model_of(family), STRONG_EDITORS[name]
+    few = {"steps": 3} if hasattr(editor, "steps") else {"value_settings": replace(editor.value_settings, steps=3)}
+    before = weights_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WeakValueWarning)
+        made = edit(model, FACTS[1:2], replace(editor, **few), family=family)
+    assert equal_weights(model, before) and made.rank
+    with made.applied(model):
+        changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+        assert changed == [f"{delta.path}.weight" for delta in made.deltas]
+    assert equal_weights(model, before)
+
+
 def test_a_change_in_the_weights_does_what_it_does_beside_them():
     for family in ("llama", "gpt2", "gemma2"):
         model = model_of(family)

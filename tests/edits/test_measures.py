@@ -173,6 +173,23 @@ def test_answers_that_begin_alike_are_read_in_one_row(tiny: Any, tiny_tokenizer:
     assert rows == [1]
 
 
+def test_want_of_memory_halves_a_batch(tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = AnswerScorer(tiny("llama"), tiny_tokenizer, progress=False)
+    expected, logits, sizes = scorer.scores(QUESTIONS), AnswerScorer._logits, []
+
+    def small(self: AnswerScorer, rows: Any, places: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError
+        return logits(self, rows, places)
+
+    monkeypatch.setattr(AnswerScorer, "_logits", small)
+    found = scorer.scores(QUESTIONS)
+    assert max(sizes) > 1 and list(found) == QUESTIONS
+    for question in QUESTIONS:
+        assert found[question].logprobs == pytest.approx(expected[question].logprobs, abs=1e-5)
+
+
 def test_a_prompt_begins_and_does_not_end_with_special_tokens(tiny: Any) -> None:
     tokenizer = with_special_tokens(start=True, end=True)
     scorer = AnswerScorer(tiny("llama"), tokenizer, progress=False)

@@ -62,6 +62,22 @@ def test_windows_and_sizes_of_batches(llama, options):
     assert apart(traced(llama, facts, **options), traced_plainly(llama, facts, **options)) < 1e-6
 
 
+def test_want_of_memory_halves_a_batch(llama, monkeypatch):
+    facts = facts_of(llama)
+    expected = traced(llama, facts)
+    sizes, logits = [], fast._Batch.logits
+
+    def small(batch):
+        sizes.append(len(batch.joinings))
+        if len(batch.joinings) > 2:
+            raise torch.OutOfMemoryError
+        return logits(batch)
+
+    monkeypatch.setattr(fast._Batch, "logits", small)
+    found = traced(llama, facts)
+    assert max(sizes) > 2 and found.about["whole_passes"] == 0 and apart(found, expected) < 1e-6
+
+
 @pytest.mark.parametrize("corruption", ["replacement", "mean"])
 def test_other_corruptions(llama, corruption):
     facts = facts_of(llama)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from steer.bias.words import FEMALE, MALE
 from steer.checks import errors_of, of_type, whole_number
 from steer.errors import ConfigError
 from steer.model.capture import batches, evaluating
-from steer.model.devices import input_device
+from steer.model.devices import input_device, seeded
 from steer.model.estimates import Estimate, mean_of, percentage_of
 from steer.model.tokens import Row, collate
 
@@ -83,7 +82,7 @@ def continuations(scorer: Scorer, prompts: Sequence[str], *, max_new_tokens: int
     padding = next(token for token in (scorer.tokenizer.pad_token_id, scorer.start) if token is not None)
     texts = [""] * len(rows)
     bar = tqdm(total=len(rows), desc="continuations", disable=None if scorer.progress else True, leave=False)
-    with bar, evaluating(model), _seeded(scorer.seed, input_device(model)):
+    with bar, evaluating(model), seeded(scorer.seed, input_device(model)):
         for chosen in batches([Row(row.ids + (0,) * max_new_tokens, len(row.ids)) for row in rows], scorer.max_tokens):
             batch = collate([rows[i] for i in chosen], padding, side="left")
             inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
@@ -92,13 +91,6 @@ def continuations(scorer: Scorer, prompts: Sequence[str], *, max_new_tokens: int
                 texts[i] = scorer.tokenizer.decode(ids, skip_special_tokens=True)
             bar.update(len(chosen))
     return texts
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 # ---- errors

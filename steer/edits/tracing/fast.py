@@ -23,6 +23,7 @@ from steer.edits.tracing.prompts import TracedPrompt
 from steer.model.anatomy import Anatomy
 from steer.model.context import ForwardContext
 from steer.model.hooks import HookFunction
+from steer.model.memory import in_halves
 from steer.model.prefix import lend_rows, replaced_forwards
 from steer.model.site import Site
 
@@ -34,7 +35,7 @@ class FastPasses:
 
     Args:
         record: with keys and values.
-        max_tokens: of a batch, all its rows together.
+        max_tokens: of a batch, all its rows together; one that does not fit into memory is halved.
     """
 
     def __init__(self, passes: Passes, prompt: TracedPrompt, severed: str | None, record: Record, *, max_tokens: int) -> None:
@@ -47,8 +48,12 @@ class FastPasses:
         size = max(1, min(self.max_tokens // n_tokens, NUMBERS // vocabulary) // self.record.samples)
         ordered = sorted(cells, key=lambda cell: cell.joins)
         for start in range(0, len(ordered), size):
-            batch = _Batch(self, joinings(ordered[start : start + size], self.n_layers))
-            yield [joining.cell for joining in batch.joinings], batch.logits()
+            for _, found in in_halves(ordered[start : start + size], self._batch):
+                yield found
+
+    def _batch(self, cells: Sequence[Cell]) -> tuple[list[Cell], Tensor]:
+        batch = _Batch(self, joinings(cells, self.n_layers))
+        return [joining.cell for joining in batch.joinings], batch.logits()
 
 
 class _Batch:
