@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from edits.edit_helpers import running_text
+from edits.edit_helpers import random_edit, running_text
 from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
@@ -44,8 +44,8 @@ def test_other_things_than_an_edit_takes_are_named(options, name):
 
 
 def test_edits_that_do_nothing_have_names_of_their_own():
-    first, second = (Edit((fact,), (), editor="memit") for fact in (FACT, FACT.with_target("fire")))
-    assert first.name != second.name and first.name == Edit((FACT,), (), editor="memit").name
+    first, second = (Edit((fact,), "memit", ()) for fact in (FACT, FACT.with_target("fire")))
+    assert first.name != second.name and first.name == Edit((FACT,), "memit", ()).name
 
 
 def test_one_fact_is_enough(options):
@@ -67,8 +67,8 @@ def test_text_is_no_list_of_texts(options):
         evaluate_edits(MODEL, TOKENIZER, [FACT], "memit", neutral="the sun is warm")
 
 
-def test_a_copy_of_an_edited_model_is_told_of_its_edit(options):
-    edit = edit_facts(MODEL, TOKENIZER, FACT, **options)
+def test_a_copy_of_an_edited_model_is_told_of_its_edit():
+    edit = random_edit(MODEL, "a", layers=(1,), seed=0)
     with edit.applied(MODEL):
         copied = copy.deepcopy(MODEL)
     edited = EditedWeights.of(copied)
