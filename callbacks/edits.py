@@ -120,6 +120,9 @@ class EditCallback(LightningRun):
         if metrics:
             lightning.log(trainer, pl_module, metrics)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run.end()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not lightning.is_fitting(trainer):
             return

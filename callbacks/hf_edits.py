@@ -98,6 +98,7 @@ class HFEditCallback(TrainerRun):
         self.report(self._run.seen(metrics or {}) or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.end()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is None:
             return

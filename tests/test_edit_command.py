@@ -14,6 +14,7 @@ from experiment_helpers import command
 from report.page_reader import Page
 from tiny_experiment import write_model
 
+from steer.commands.edit import layers_named
 from steer.edits import Edit, EditEvaluation
 from steer.model.load import load
 
@@ -113,3 +114,13 @@ def test_refusals(
 def test_facts_that_no_model_knows(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert edited(places, tmp_path, monkeypatch, f"facts={places['data']}", "known=0.99") == 2
     assert "knows no fact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["layers=[first]", "layers=first", "mode=sequenc"])
+def test_wrong_layers_and_modes_are_refused_before_anything_is_loaded(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("edit", *ONE, "model.name=nowhere", wrong) == 2
+    assert f"`{wrong.split('=')[0]}` of steer edit" in capsys.readouterr().err
+
+
+def test_one_layer_needs_no_brackets() -> None:
+    assert layers_named(5) == [5] and layers_named((4, 5)) == [4, 5] and layers_named(None) is None

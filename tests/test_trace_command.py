@@ -67,5 +67,3 @@ def test_a_replacement(steer, tmp_path):
 def test_errors_are_printed_without_a_traceback(steer, arguments, words):
     status, _, err = steer(*arguments)
     assert status == 2 and words in err and "Traceback" not in err
-
-

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from steer.checks import of_type, one_of
 from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
 from steer.commands.edit_inputs import neutral_texts, records_of, running_texts
@@ -19,7 +20,7 @@ from steer.edits import Covariance, Edit, EditEvaluation, FactRecord, ValueStore
 from steer.edits.default_layers import default_layers
 from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
-from steer.edits.evaluation import BATCH, shared_table
+from steer.edits.evaluation import BATCH, MODES, shared_table
 from steer.edits.tracing import TraceResult, causal_trace
 from steer.errors import ConfigError, DeployError
 from steer.model.anatomy import Anatomy
@@ -35,6 +36,8 @@ def run(config: DictConfig) -> list[EditEvaluation]:
     quieten_libraries()
     names = listed(config.editors) or [str(config.editor)]
     editors = {name: made_editor(name, OmegaConf.to_container(config.options, resolve=True)) for name in names}
+    one_of(str(config.mode), MODES, "`mode` of steer edit")
+    layers_named(config.layers)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     records = records_of(config, model, tokenizer)
     console, folder = Console(), Path(config.folder)
@@ -69,6 +72,17 @@ def made_editor(name: str, options: Any) -> Editor:
         raise _unknown_option(name, list(inspect.signature(editor).parameters), options, error) from error
 
 
+def layers_named(layers: Any) -> list[int] | None:
+    """The layers of a configuration: one number, several, or null. Raises ConfigError for anything else."""
+    if layers is None:
+        return None
+    named = [layers] if isinstance(layers, int) else layers
+    of_type(named, (list, tuple, ListConfig), "`layers` of steer edit", "write layers=[4,5,6], or layers=null for the published ones")
+    for layer in named:
+        of_type(layer, int, "one of `layers` of steer edit", "write layers=[4,5,6], or layers=null for the published ones")
+    return list(named)
+
+
 class _Job:
     """What all editors of a comparison share: covariance, contexts, values, and what the model says before."""
 
@@ -77,7 +91,7 @@ class _Job:
     ) -> None:
         self.config, self.model, self.tokenizer, self.records, self.editors = config, model, tokenizer, list(records), editors
         anatomy = Anatomy.find(model)
-        chosen = None if config.layers is None else [int(layer) for layer in config.layers]
+        chosen = layers_named(config.layers)
         self.layers = {
             name: default_layers(anatomy, several=editor.several_layers) if chosen is None else chosen for name, editor in editors.items()
         }

@@ -187,7 +187,7 @@ class Edit:
             ):
                 raise _wrong_facts(self)
         if not self.name:
-            object.__setattr__(self, "name", f"{self.editor}-{self.digest[:10]}")
+            object.__setattr__(self, "name", f"{self.editor}-{(self.digest if self.deltas else _facts_digest(self.facts))[:10]}")
 
     def __repr__(self) -> str:
         layers = ", ".join(str(delta.layer) for delta in self.deltas)
@@ -324,6 +324,11 @@ class EditDifference:
         lines += [f"{path}: |dW| {each.norm:.4g} here, {each.other_norm:.4g} there, cosine {each.cosine:.3f}"
                   for path, each in self.matrices.items()]  # fmt: skip
         return "\n".join(lines)
+
+
+def _facts_digest(facts: tuple[Fact, ...]) -> str:
+    """Of edits that do nothing, which have no deltas to be told apart by."""
+    return hashlib.sha256(" ".join(fact.name for fact in facts).encode()).hexdigest()
 
 
 def _of_delta(tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import nn
 
 from steer.checks import of_type
@@ -24,6 +26,7 @@ from steer.errors import GuardError
 log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # values are found by gradients
 def edit_facts(
     model: nn.Module,
     tokenizer: Any,
@@ -72,6 +75,7 @@ def edit_facts(
     chosen = distinct_facts([facts] if isinstance(facts, Fact) else facts)
     method = editor_of(editor)
     bench = bench_for(model, tokenizer, chosen, method, layers, covariance, contexts, values, progress)
+    of_type(guards, (Guards, NoneType), "the guards of an edit", "pass steer.edits.Guards(drift=0.3)")
     guards = guards or Guards()
     neutral = NeutralTexts(bench, guards.neutral_texts) if guards.neutral_texts else None
     return solve_edit(bench, method, chosen, guards, neutral, name)
@@ -89,6 +93,8 @@ def bench_for(
     progress: str | None,
 ) -> EditBench:
     """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
+    of_type(contexts, (Contexts, NoneType), "the contexts of an edit", "pass steer.edits.Contexts(('It rains.',)), or leave them out")
+    of_type(covariance, (Covariance, NoneType), "the covariance of an edit", "pass Covariance.fit(model, tokenizer, texts, layers)")
     if layers is None:
         layers = choose_layers(model, tokenizer, covariance, several=method.several_layers)
     contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts

@@ -328,9 +328,10 @@ def _applied_already(edit: Edit) -> EditError:
 def _not_applied(name: str, names: list[str]) -> EditError:
     return EditError(
         f"no edit called '{name}' is on this model",
-        expected=f"one of {', '.join(names)}" if names else "edits that were applied",
-        found=name,
-        remedy=did_you_mean(name, names) or "look at EditedWeights.of(model).applied",
+        expected=f"one of {', '.join(names)}" if names else "edits that were applied to this object",
+        found=name if names else "none",
+        remedy=did_you_mean(name, names)
+        or "look at EditedWeights.of(model).applied; a copy of an edited model does not know of its edits until adopt([edit]) tells it",
     )
 
 

@@ -39,7 +39,7 @@ EditFunction = Callable[[nn.Module, Any, Sequence[Fact]], Edit]
 def evaluate_edits(
     model: nn.Module,
     tokenizer: Any,
-    records: Sequence[FactRecord | Fact],
+    records: FactRecord | Fact | Sequence[FactRecord | Fact],
     edit: str | Editor | Edit | EditFunction = "memit",
     *,
     mode: str = SINGLE,
@@ -58,7 +58,7 @@ def evaluate_edits(
     Args:
         model: edits that are on it stay, and belong to what is measured before.
         tokenizer: None for the one that came with the model.
-        records: facts with the prompts that they are measured on; see `load_records`.
+        records: one or many facts, with the prompts that they are measured on; see `load_records`.
         edit: an editor or its name; a function (model, tokenizer, facts) -> Edit; or an edit that was made of these facts, as one batch.
         mode: `single`, each fact alone and undone; `batch`, all in one edit; `sequence`, one after the other, all measured once more on the
             final weights.
@@ -83,6 +83,8 @@ def evaluate_edits(
         >>> print(steer.edits.evaluate_edits(model, tokenizer, records, "memit", layers=[4, 5, 6, 7, 8]))
     """
     one_of(mode, MODES, "`mode` of an evaluation of edits")
+    records = [records] if isinstance(records, FactRecord | Fact) else records
+    of_type(neutral, (list, tuple), "the neutral texts of an evaluation of edits", "pass a list of texts")
     of_type(records, (list, tuple), "the records of an evaluation of edits", "pass what steer.edits.load_records gives, or facts")
     tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     reader = EditReader(model, tokenizer, measures_of(measures), chat=chat, max_tokens=max_tokens, seed=seed, progress=False)

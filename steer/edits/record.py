@@ -60,6 +60,15 @@ class FactRecord:
     target_id: str = ""
     true_id: str = ""
 
+    def __post_init__(self) -> None:
+        for name in (*FIELDS, *PROBES):
+            kind, values = (str, "texts") if name in FIELDS else (Probe, "probes")
+            told = getattr(self, name)
+            of_type(told, (tuple, list), f"the {name} of a record", f"pass a tuple of {values}, also where there is one alone")
+            for value in told:
+                of_type(value, kind, f"one of the {name} of a record", f"pass a tuple of {values}")
+            object.__setattr__(self, name, tuple(told))  # the dataclass is frozen
+
     @property
     def name(self) -> str:
         return self.fact.name

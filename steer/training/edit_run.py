@@ -31,6 +31,10 @@ class EditFadesWarning(UserWarning):
     """An edit whose targets have become much less likely during training than they were right after it was applied."""
 
 
+class EditNotAppliedWarning(UserWarning):
+    """Training ended before the step or the metric that edits waited for."""
+
+
 class EditRun:
     """Edits in a training run: put into the model at a step or when a metric crosses a value, then measured every so many steps.
 
@@ -87,6 +91,8 @@ class EditRun:
         check_tokenizer(tokenizer)
         whole_number(at_step, "at_step")
         of_type(on_metric, (MetricCrossing, type(None)), "on_metric", "pass MetricCrossing('val_loss', below=2.0)")
+        if on_metric is not None and at_step:
+            raise _step_and_metric(at_step, on_metric)
         number_within(keep, "keep", 0.0, 1.0)
         number_within(damping, "damping", 0.0, 1.0)
         self.tokenizer = tokenizer
@@ -154,6 +160,16 @@ class EditRun:
         if self._host is not None:
             self._host.settle()
         self._protection = self._host = None
+
+    def end(self) -> None:
+        """When training has come to its end: warns where the edits were never applied (EditNotAppliedWarning)."""
+        if not self.is_applied:
+            awaited = f"step {self.at_step}" if self.on_metric is None else f"the metric '{self.on_metric.metric}'"
+            warnings.warn(
+                f"edits {self.name} are not in the model: training ended at step {self._last_step}, and they waited for {awaited}",
+                EditNotAppliedWarning,
+                stacklevel=2,
+            )
 
     def renew(self) -> None:
         """Begins another training run of this object, with the edits as they were given."""
@@ -321,6 +337,15 @@ class EditRun:
 
 
 # ---- errors
+
+
+def _step_and_metric(at_step: int, on_metric: MetricCrossing) -> ConfigError:
+    return ConfigError(
+        "edits wait for a step and for a metric",
+        expected="at_step or on_metric, not both",
+        found=f"at_step={at_step} and on_metric for '{on_metric.metric}'",
+        remedy="leave one of them out",
+    )
 
 
 def _unclear_edits(names: Sequence[str]) -> ConfigError:

@@ -24,6 +24,7 @@ import steer.callbacks.hf as hf
 from steer.callbacks import EditCallback, HFEditCallback
 from steer.edits.edited_weights import EditedWeights
 from steer.errors import ConfigError
+from steer.training.edit_run import EditNotAppliedWarning
 from steer.training.metric_crossing import MetricCrossing
 
 SIZES = {"num_hidden_layers": 2}
@@ -168,8 +169,14 @@ def test_edits_at_the_start_and_on_a_metric(tmp_path: Path) -> None:
         module, callback, logged = lightning(tmp_path / "l", "base", steps=2, **options)
         trainer, twin = hugging_face(tmp_path / "h", "base", steps=2, **options)
         assert same_weights(module.model, trainer.model) and min(logged.metrics) == first and callback._run.is_applied
-    module, callback, logged = lightning(tmp_path / "n", "base", steps=2, on_metric=MetricCrossing("loss", below=-1.0))
+
+
+def test_edits_that_were_never_applied_are_a_warning_at_the_end(tmp_path: Path) -> None:
+    with pytest.warns(EditNotAppliedWarning, match="waited for the metric 'loss'"):
+        callback, logged = lightning(tmp_path / "n", "base", steps=2, on_metric=MetricCrossing("loss", below=-1.0))[1:]
     assert not callback._run.is_applied and not logged.metrics
+    with pytest.warns(EditNotAppliedWarning, match="ended at step 2, and they waited for step 5"):
+        hugging_face(tmp_path / "h", "base", steps=2, at_step=5)
 
 
 def test_a_metric_of_validation_is_enough(tmp_path: Path) -> None:

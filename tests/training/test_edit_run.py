@@ -400,6 +400,7 @@ def test_what_a_run_refuses() -> None:
         ({"into": "head"}, "into"),
         ({"keep": 2.0}, "keep"),
         ({"on_metric": "loss"}, "on_metric"),
+        ({"on_metric": MetricCrossing("loss", below=1.0), "at_step": 3}, "for a step and for a metric"),
         ({"edits": no_keys, "protect": "resolve"}, "needs the keys of edit 'bare'"),
     ):
         with pytest.raises(ConfigError, match=said):

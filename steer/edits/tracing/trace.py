@@ -33,7 +33,7 @@ from steer.model.capture import evaluating
 def causal_trace(
     model: nn.Module,
     tokenizer: Any,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     kinds: str | Sequence[str] = KINDS,
     corruption: str | Corruption = "noise",
@@ -55,6 +55,7 @@ def causal_trace(
 
     Args:
         model: anything `Plan.attach` takes; plans that are attached stay in force.
+        facts: one or many.
         kinds: `hidden` (the output of one block), `mlp`, `attn` (what these add in several layers).
         corruption: `noise`, `replacement`, `mean`, or an object, such as `Noise(deviations=2)`.
         samples: of random corruptions; their probabilities are averaged. The same draws are used for all cells of a fact.
@@ -86,7 +87,7 @@ def causal_trace(
     anatomy = Anatomy.find(model)
     if getattr(anatomy.config, "is_encoder_decoder", False):
         raise _encoder_decoder(anatomy)
-    prompts = traced_prompts(tokenizer, facts, anatomy)
+    prompts = traced_prompts(tokenizer, [facts] if isinstance(facts, Fact) else facts, anatomy)
     subjects = Subjects(model, anatomy, tokenizer, prompts)
     passes = Passes(model, anatomy, restoring.sites(anatomy))
     with evaluating(model), torch.compiler.set_stance("force_eager"):
