@@ -59,7 +59,8 @@ def to_adapter(
     Raises:
         DeployError: a delta that is dense or of a rank so large that an adapter would be no smaller than the matrix; no transformers
             model; a plan that an adapter cannot carry.
-        WrongModelError: matrices that the edits were not solved for. ConfigError: no edits. StorageFullError: no room.
+        WrongModelError: matrices that the edits were not solved for. ConfigError: no edits, or none that changes anything.
+        StorageFullError: no room.
 
     Example:
         >>> steer.edits.to_adapter(edit, model, "capital")
@@ -76,6 +77,8 @@ def to_adapter(
     if base is None:
         raise _no_transformers_model(model)
     deltas = [delta for edit in chosen for delta in edit.deltas]
+    if not deltas and plan is None:
+        raise _no_change(chosen)
     modules = {delta.path: fitting_module(base, delta.path, delta.shape) for delta in deltas}
     if not on_other_weights:
         for edit in chosen:
@@ -151,7 +154,7 @@ def _joined(factors: Factors, config: Mapping[str, Any], others: Mapping[str, Te
             tensors[f"{PREFIX}{path}.lora_B.bias"] = b.new_zeros(len(b))
         tensors[name_a], tensors[name_b] = a, b
     in_rows = (_A, ".lora_embedding_A")
-    rank = max(1, *(len(tensor) for name, tensor in tensors.items() if name.endswith(in_rows)))
+    rank = max([1, *(len(tensor) for name, tensor in tensors.items() if name.endswith(in_rows))])
     for name, tensor in tensors.items():
         if name.endswith(in_rows):
             tensors[name] = torch.cat([tensor, tensor.new_zeros(rank - len(tensor), tensor.shape[1])])
@@ -224,6 +227,15 @@ def _merged(entries: Sequence[Edit], deltas: tuple[WeightDelta, ...], base: dict
 
 def _no_edits() -> ConfigError:
     return ConfigError("there is no edit to write", expected="at least one", found="none", remedy="pass an edit, or a list of them")
+
+
+def _no_change(edits: Sequence[Edit]) -> ConfigError:
+    return ConfigError(
+        "there is nothing to write into an adapter",
+        expected="an edit that changes a matrix",
+        found=f"{', '.join(edit.name for edit in edits)}: the model gave these answers already",
+        remedy="use the model as it is",
+    )
 
 
 def _others_applied(names: list[str]) -> ConfigError:

@@ -16,8 +16,8 @@ class ValueSettings:
     """How values are optimised.
 
     The loss of a fact is the mean over contexts of -log p(target) per token, plus `kl` times KL(p before || p with delta) behind
-    "<subject> is a", plus `weight_decay` |delta| / |v|^2, where v is what `clamp_of` names, in the prompt itself. Equation 4 of ROME and its
-    code have the two sides of the KL the other way round; for small shifts both are the same.
+    "<subject> is a", plus `weight_decay` |delta| / |v|^2, where v is what `clamp_of` names, in the prompt itself. Equation 4 of ROME
+    and its code have the two sides of the KL the other way round; for small shifts both are the same.
 
     Attributes:
         lr: of Adam. steps: most evaluations of the loss; there is one update less.

@@ -19,6 +19,7 @@ import steer
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edit_adapter import from_adapter, to_adapter
 from steer.edits.edited_weights import EditedWeights
+from steer.edits.make_edit import make_edit
 from steer.errors import ConfigError, DeployError, EditError, ModelNotFoundError, StorageFullError, WrongModelError
 from steer.intervene import Ablate, Add, Intervention, Plan
 
@@ -285,3 +286,9 @@ def test_real_model(smollm2, tmp_path: Path) -> None:  # type: ignore[no-untyped
         finally:
             adapted.unload()
     assert torch.equal(model.get_submodule(path).weight, before)
+
+
+def test_an_edit_that_changes_nothing_makes_no_adapter(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to write into an adapter"):
+        to_adapter(make_edit(model, [fact()], [], editor="memit", settings={}), model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
