@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import ab, features_train, generate, info, say, trace, train
+from steer.commands import ab, bias, edit, features_train, generate, info, say, trace, train
 from steer.commands.config import dtype_named, listed
 from steer.commands.verbs import VERBS
 from steer.directions import Direction, Directions
@@ -118,7 +118,8 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     monkeypatch.setattr(say, "run", jobs.append)
     monkeypatch.setattr(ab, "run", jobs.append)
     monkeypatch.setattr(features_train, "run", jobs.append)
-    monkeypatch.setattr(trace, "run", jobs.append)
+    for module in (bias, edit, trace):
+        monkeypatch.setattr(module, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
         assert words[:2] == ["steer", command] and steer(*words[1:])[0] == 0
@@ -127,6 +128,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
     assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
     assert (jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("book.txt", [4096], "batchtopk")
+    assert (jobs[-3].experiment.name, jobs[-2].target, jobs[-2].truth) == ("gender_pronoun", "English", None)
     assert (jobs[-1].prompt, jobs[-1].subject, jobs[-1].window) == ("The Eiffel Tower is in the city of", "Eiffel Tower", 10)
 
 

@@ -6,7 +6,7 @@ from steer.edits.covariance import Covariance
 from steer.edits.default_layers import candidate_layers, choose_layers, default_layers
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edit_adapter import from_adapter, to_adapter
-from steer.edits.edit_facts import edit_facts, editors
+from steer.edits.edit_facts import edit_facts
 from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.editor import EDITORS, CollinearKeysWarning, EditBench, Editor, Solution, WeakValueWarning
@@ -73,7 +73,6 @@ __all__ = [
     "distinct_facts",
     "edit_facts",
     "edited_maps",
-    "editors",
     "evaluate_edits",
     "fact_keys",
     "from_adapter",

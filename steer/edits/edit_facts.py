@@ -141,11 +141,6 @@ def editor_of(editor: str | Editor) -> Editor:
     return EDITORS.get(editor)() if isinstance(editor, str) else editor
 
 
-def editors() -> list[tuple[str, str]]:
-    """Name and first line of every editor."""
-    return EDITORS.table()
-
-
 def _within(
     bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None
 ) -> tuple[Sequence[Fact], Solution, list[GuardReading], list[GuardReading]]:

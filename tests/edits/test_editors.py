@@ -37,7 +37,6 @@ from steer.edits import (
     already_said,
     answer_row,
     edit_facts,
-    editors,
 )
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.editors.alphaedit import AlphaEdit
@@ -245,7 +244,7 @@ def test_an_edit_whose_rank_is_that_of_the_matrix_is_stored_densely():
 
 
 def test_editors_are_registered_with_what_they_are():
-    for name, first_line in editors():
+    for name, first_line in EDITORS.table():
         assert first_line and EDITORS.get(name).name == name
         settings = EDITORS.get(name)().settings()
         assert settings["value_settings"]["steps"] > 0
