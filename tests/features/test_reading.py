@@ -89,7 +89,10 @@ def test_a_few_features_are_read_as_they_are_among_all(model: PreTrainedModel) -
     assert few.features == [7, 3] and len(few) == 2
     for feature in (3, 7):
         ours, theirs = few[feature], whole[feature]
-        assert (ours.density, ours.histogram, ours.promoted) == (theirs.density, theirs.histogram, theirs.promoted)
+        assert (ours.density, ours.histogram) == (theirs.density, theirs.histogram)
+        assert [token for token, _ in ours.promoted] == [token for token, _ in theirs.promoted]
+        # products of few rows and of many round in another order on some processors
+        assert [weight for _, weight in ours.promoted] == pytest.approx([weight for _, weight in theirs.promoted], rel=1e-6)
         assert ours.nearest == theirs.nearest and [e for e in ours.examples if e.is_top] == [e for e in theirs.examples if e.is_top]
 
 

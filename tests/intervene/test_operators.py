@@ -143,12 +143,14 @@ def test_row_slots_equal_single_runs(name):
     case, h, rows, strengths = CASES[name], states(4, 3, 32), [2, 0, 1, 2], [0.5, -1.2, 2.0]
     shared = case.make()
     together = applied(case.make(seeds=(0, 1, 2)), h, strengths, rows=rows)
+    # products of one row and of several round in another order on some processors, by the size of their largest entries
+    rounding = max(1e-5, 1e-6 * float(together.abs().max()))
     for row, slot in enumerate(rows):
         own = case.make(seeds=(slot,)) if "k_steering" not in name else shared  # a probe is shared, its labels need not be
-        assert torch.allclose(together[row : row + 1], applied(own, h[row : row + 1], strengths[slot]), atol=1e-5)
+        assert torch.allclose(together[row : row + 1], applied(own, h[row : row + 1], strengths[slot]), atol=rounding)
     dosed = applied(shared, h, strengths, rows=rows)
     for row, slot in enumerate(rows):
-        assert torch.allclose(dosed[row : row + 1], applied(shared, h[row : row + 1], strengths[slot]), atol=1e-5)
+        assert torch.allclose(dosed[row : row + 1], applied(shared, h[row : row + 1], strengths[slot]), atol=rounding)
 
 
 @pytest.mark.parametrize("name", CASES)
