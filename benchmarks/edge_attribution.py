@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_arm import Arm
 
 import steer
 from steer.circuits import ComponentScores
@@ -49,31 +47,6 @@ def write_task(folder: Path, count: int, batch: int, steps: int) -> None:
         task["right"].append(tokenizer(f" {a}").input_ids[0])
         task["wrong"].append(tokenizer(f" {b}").input_ids[0])
     (folder / "pairs.json").write_text(json.dumps(task))
-
-
-class Arm:
-    """A process that attributes when it is told to."""
-
-    def __init__(self, name: str, command: Sequence[str | Path]) -> None:
-        self.name = name
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.answer()
-
-    def answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{self.name} ended without an answer")
-
-    def run(self, method: str) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{method}\n")
-        self.process.stdin.flush()
-        return self.answer()
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, Any]:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_arm import Arm
 
 import steer
 from steer.commands.edit_inputs import RUNNING, SHIPPED
@@ -61,31 +59,6 @@ def write_task(folder: Path, facts: int, layer: int, steps: int) -> None:
         "contexts": {str(n): list(sample_contexts(model, tokenizer, count=n - 1, seed=0, avoid=targets).prefixes) for n in NUMBERS},
     }
     (folder / "task.json").write_text(json.dumps(task))
-
-
-class Arm:
-    """A process that edits when it is told to."""
-
-    def __init__(self, name: str, command: Sequence[str | Path]) -> None:
-        self.name = name
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{self.name} ended without an answer")
-
-    def run(self, contexts: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{contexts}\n")
-        self.process.stdin.flush()
-        return self.answer()
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
