@@ -61,19 +61,42 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
     Raises:
         NonFiniteError: the model's output is NaN or infinite.
     """
+    sums, tokens = summed_logprobs(model, rows, pad=pad, max_tokens=max_tokens)
+    scores = sums / tokens
+    if not bool(torch.isfinite(scores).all()):
+        raise _scores_error(scores)
+    return scores
+
+
+@torch.no_grad()
+def summed_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Log-probability of each text's response, in nat, and its number of tokens, without a table of log-probabilities.
+
+    Args:
+        rows: without a prompt, all but the first token of a text count.
+
+    Returns:
+        [len(rows)] fp64, and [len(rows)].
+    """
     device = input_device(model)
-    scores = torch.zeros(len(rows), dtype=torch.float64)
+    sums = torch.zeros(len(rows), dtype=torch.float64)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], pad).items()}
             labels = batch.pop("labels")
             with response_tokens(model, labels != -100):
-                logits = model(**batch, use_cache=False).logits
-            total, count = response_sums(logits, labels)
-            scores[chosen] = (total / count).double().cpu()
-    if not bool(torch.isfinite(scores).all()):
-        raise _scores_error(scores)
-    return scores
+                logits = model(**batch, use_cache=False).logits  # [batch, tokens, vocabulary]
+            for i, of_row in zip(chosen, logits, strict=True):
+                start = _first_predicted(rows[i])
+                # a view: what is predicted lies in one piece, and a copy of the logits would cost as much as their softmax
+                predicting = of_row[start - 1 : len(rows[i].ids) - 1]
+                sums[i] = target_logprobs(predicting, torch.tensor(rows[i].ids[start:])).double().sum().cpu()
+    return sums, torch.tensor([len(row.ids) - _first_predicted(row) for row in rows])
+
+
+def _first_predicted(row: Row) -> int:
+    """Place of the first token of the response that something stands before."""
+    return max(row.prompt, 1)
 
 
 def _scores_error(scores: Tensor) -> NonFiniteError:

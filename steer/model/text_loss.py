@@ -12,11 +12,8 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.model.annotations import response_tokens
-from steer.model.capture import batches, evaluating
-from steer.model.devices import input_device
-from steer.model.likelihood import target_logprobs
-from steer.model.tokens import Row, collate
+from steer.model.likelihood import summed_logprobs
+from steer.model.tokens import Row
 
 LEVEL = 0.95
 
@@ -63,7 +60,6 @@ class LossChange:
         return facts if math.isnan(self.low) else {**facts, "low": self.low, "high": self.high}
 
 
-@torch.no_grad()
 def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048) -> TextLosses:
     """Loss of each text's response, all but the first token of a text without a prompt. What is attached to the model stays in force.
 
@@ -76,20 +72,8 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
     for number, row in enumerate(rows):
         if len(row.ids) - max(row.prompt, 1) < 1:
             raise _nothing_to_predict(number, row)
-    device = input_device(model)
-    nats, tokens = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    with evaluating(model):
-        for chosen in batches(rows, max_tokens):
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], 0).items()}
-            labels = batch.pop("labels")
-            with response_tokens(model, labels != -100):
-                logits = model(**batch, use_cache=False).logits
-            targets = labels[:, 1:]
-            predicted = (targets != -100).to(logits.device)  # [rows, tokens - 1]
-            logprobs = target_logprobs(logits[:, :-1][predicted], targets.to(logits.device)[predicted])
-            of_rows = torch.zeros(predicted.shape, device=logits.device).masked_scatter(predicted, logprobs)
-            nats[chosen] = -of_rows.double().sum(1).cpu()
-            tokens[chosen] = predicted.sum(1).cpu()
+    sums, tokens = summed_logprobs(model, rows, pad=0, max_tokens=max_tokens)
+    nats = -sums
     if not bool(torch.isfinite(nats).all()):
         raise _not_finite(nats)
     return TextLosses(nats, tokens)
