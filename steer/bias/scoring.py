@@ -16,6 +16,7 @@ from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
 from steer.model.likelihood import target_logprobs
 from steer.model.load import tokenizer_of
+from steer.model.shared_blocks import Passes, shared_passes
 from steer.model.tokens import Row, check_tokenizer, collate
 
 SCORINGS = ("sum", "mean", "published")
@@ -97,7 +98,7 @@ class Scorer:
     def _after_start(self) -> Tensor:
         """[vocabulary] log-probabilities of the first token of a text."""
         if self._start_logprobs is None:
-            logits = self._logits([Row((self.start,), 1)])[0, 0].float()
+            logits = self._logits([Row((self.start,), 1)], shared_passes(self.model))[0, 0].float()
             self._start_logprobs = (logits - logits.logsumexp(-1)).cpu()
         return self._start_logprobs
 
@@ -208,8 +209,9 @@ class Scorer:
 
     def _last_logits(self, rows: Sequence[Row], what: str) -> Iterator[tuple[list[int], Tensor]]:
         """[batch, vocabulary] behind the last token of each text, with the numbers of the texts."""
+        passes = shared_passes(self.model)
         for chosen in self._batches(rows, what):
-            logits = self._logits([rows[i] for i in chosen])
+            logits = self._logits([rows[i] for i in chosen], passes)
             last = torch.tensor([len(rows[i].ids) - 1 for i in chosen], device=logits.device)
             yield chosen, logits[torch.arange(len(chosen), device=logits.device), last]
 
@@ -221,8 +223,9 @@ class Scorer:
         A plan that acts on the response is told that this is all but the first token of a text, with `is_answer` the response of its row.
         """
         found: list[Tensor] = [torch.empty(0)] * len(rows)
+        passes = shared_passes(self.model)
         for chosen in self._batches(rows, what):
-            logits = self._logits([rows[i] for i in chosen], is_answer)
+            logits = self._logits([rows[i] for i in chosen], passes, is_answer)
             for place, i in enumerate(chosen):
                 row = rows[i]
                 predicting = logits[place, row.prompt - 1 : len(row.ids) - 1]  # [response tokens, vocabulary], a view
@@ -236,14 +239,14 @@ class Scorer:
                 yield chosen
                 bar.update(len(chosen))
 
-    def _logits(self, rows: Sequence[Row], is_answer: bool = False) -> Tensor:
+    def _logits(self, rows: Sequence[Row], passes: Passes, is_answer: bool = False) -> Tensor:
         """[batch, tokens, vocabulary]."""
         batch = {name: tensor.to(input_device(self.model)) for name, tensor in collate(rows, 0).items()}
         said = batch.pop("labels") != -100
         if not is_answer:
             said = batch["attention_mask"].bool()
             said[:, 0] = False  # the token that a text starts with
-        with evaluating(self.model), response_tokens(self.model, said):
+        with evaluating(self.model), passes(batch), response_tokens(self.model, said):
             return self.model(**batch, use_cache=False).logits
 
 

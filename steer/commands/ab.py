@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from steer.experiment.question import Question, question_of
 from steer.experiment.result import Result, drift_records
 from steer.experiment.scores import Place, Scores
 from steer.files import atomic_write
+from steer.model.shared_blocks import sharing_lower_blocks
 from steer.report import summary_table
 
 # Said by libraries about one another; a reader of our output can do nothing about them.
@@ -73,10 +75,12 @@ def _run_all(job: ExperimentRun) -> Result | None:
     forecast = Forecast(done, cells, trains=job.config.trains)
     if len(done) < len(wanted):
         job.say("cells", f"{len(done)} of {len(wanted)} are done{_left(forecast, wanted, done)}")
-    for cell in run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)):
-        forecast.add(cell)
-        done.append(cell)
-        job.say("done", f"{cell.name}: {len(done)} of {len(wanted)}{_left(forecast, wanted, done)}")
+    # arms of models that are not trained differ from the first block on where they act
+    with nullcontext() if job.config.trains else sharing_lower_blocks(job.model):
+        for cell in run_missing(wanted, cells, lambda cell: _announced(job, cell, cells)):
+            forecast.add(cell)
+            done.append(cell)
+            job.say("done", f"{cell.name}: {len(done)} of {len(wanted)}{_left(forecast, wanted, done)}")
     cell_ranks.announce(None)
     with FileLock(cells.root / ".page.lock"):  # of several jobs the last one in sees the cells of all, and its page stays
         return write_page(job, question, cells)

@@ -25,6 +25,7 @@ from steer.experiment.treatment import BAKED, INFERENCE, NEVER, TREATMENTS, Benc
 from steer.intervene import Plan
 from steer.model.anatomy import Anatomy
 from steer.model.load import tokenizer_of
+from steer.model.shared_blocks import sharing_lower_blocks
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,18 @@ def compare(
     scores = Scores()
     completions: dict[str, list[dict[str, str]]] = {}
     runs = [(arm, draw, treatment) for arm in read for draw, treatment in enumerate(treatments[arm.name])]
-    for arm, draw, treatment in tqdm(runs, desc="arms", disable=None, leave=False):
-        acting = nullcontext(model) if arm.when == NEVER else treatment.baked(model) if arm.when == BAKED else treatment.acting(model)
-        system = treatment.system if arm.acts_at_inference else None
-        with acting as treated:
-            for name, values in measure_all(outcomes, treated, tokenizer, system=system).items():
-                scores.add(Place(name, arm.name, draw, 0), values)
-            if prompts and draw == 0:
-                texts = complete(
-                    treated, tokenizer, [{"prompt": prompt, "system": system} for prompt in prompts], max_new_tokens=max_new_tokens
-                )
-                completions[arm.name] = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    with sharing_lower_blocks(model):
+        for arm, draw, treatment in tqdm(runs, desc="arms", disable=None, leave=False):
+            acting = nullcontext(model) if arm.when == NEVER else treatment.baked(model) if arm.when == BAKED else treatment.acting(model)
+            system = treatment.system if arm.acts_at_inference else None
+            with acting as treated:
+                for name, values in measure_all(outcomes, treated, tokenizer, system=system).items():
+                    scores.add(Place(name, arm.name, draw, 0), values)
+                if prompts and draw == 0:
+                    texts = complete(
+                        treated, tokenizer, [{"prompt": prompt, "system": system} for prompt in prompts], max_new_tokens=max_new_tokens
+                    )
+                    completions[arm.name] = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     untreated = next((arm.name for arm in read if arm.when == NEVER), None)
     before = None if untreated is None else {outcome.name: scores[Place(outcome.name, untreated, 0, 0)] for outcome in outcomes}
     analysis = analyse(scores, asked, read, outcomes, before=before, sizes=sizes)

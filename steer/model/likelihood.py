@@ -11,6 +11,7 @@ from steer.errors import NonFiniteError
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
+from steer.model.shared_blocks import shared_passes
 from steer.model.tokens import Row, collate
 
 
@@ -80,11 +81,12 @@ def summed_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_toke
     """
     device = input_device(model)
     sums = torch.zeros(len(rows), dtype=torch.float64)
+    passes = shared_passes(model)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
             batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], pad).items()}
             labels = batch.pop("labels")
-            with response_tokens(model, labels != -100):
+            with passes(batch), response_tokens(model, labels != -100):
                 logits = model(**batch, use_cache=False).logits  # [batch, tokens, vocabulary]
             for i, of_row in zip(chosen, logits, strict=True):
                 start = _first_predicted(rows[i])
