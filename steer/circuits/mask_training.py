@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from steer.circuits.gates import CandidateGates
 from steer.circuits.terms import Term
 from steer.circuits.text_passes import TextPasses
-from steer.circuits.texts import Texts
+from steer.circuits.texts import Batch, Texts
 from steer.errors import NonFiniteError
 from steer.intervene import Attachment
 from steer.model.anatomy import Anatomy
+from steer.model.capture import evaluating
+from steer.model.logits_at import logits_at
+from steer.model.own_calls import texts_call
 from steer.model.tokens import Row
 
 Draw = list[list[int]]  # items of each term in one step
@@ -41,18 +44,32 @@ class TermPasses:
             by_row.setdefault(self.place[row], {})[repr(tokens)] = tokens
         found: dict[tuple[int, str], Tensor] = {}
         for group in self._of_similar_length(list(by_row)):
-            batch = self.passes.batch(group)
             inside = [{name: range(self.passes.texts.lengths[row])[tokens] for name, tokens in by_row[row].items()} for row in group]
-            places = sorted({place for of_row in inside for tokens in of_row.values() for place in tokens})
-            where = {place: number for number, place in enumerate(places)}
-            logits = self.passes.run_batch(batch, {}, gradients=gradients, places=torch.tensor(places))
-            assert logits is not None
-            # rows are taken apart at once: each taken alone would have a gradient as large as all of them
-            for number, of_row, wanted_there in zip(group, logits.unbind(0), inside, strict=True):
-                for name, kept in wanted_there.items():
-                    at = [where[place] for place in kept]
-                    found[number, name] = of_row if at == list(range(len(of_row))) else of_row[at]
+            places = [sorted({place for tokens in of_row.values() for place in tokens}) for of_row in inside]
+            logits = self._at_places(self.passes.batch(group), places, gradients)
+            for number, of_row, kept, wanted_there in zip(group, logits, places, inside, strict=True):
+                for name, tokens in wanted_there.items():
+                    found[number, name] = of_row if list(tokens) == kept else of_row[[kept.index(place) for place in tokens]]
         return found
+
+    def _at_places(self, batch: Batch, places: list[list[int]], gradients: bool) -> Sequence[Tensor]:
+        """[places, vocabulary] of each row of a batch, padded at its right."""
+        passes, width = self.passes, batch.ids.shape[1]
+        head = passes.anatomy.unembedding
+        is_bare = head is not None and not (head._forward_hooks or head._forward_pre_hooks)
+        if is_bare and texts_call(passes.model, passes.anatomy) is passes.model:
+            columns = torch.tensor([row * width + place for row, of_row in enumerate(places) for place in of_row])
+            inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+            with evaluating(passes.model), torch.set_grad_enabled(gradients), torch.compiler.set_stance("force_eager"):
+                logits = logits_at(passes.model, head, inputs, columns)  # [places of all rows, vocabulary]
+        else:
+            at_all = sorted({place for of_row in places for place in of_row})
+            padded = passes.run_batch(batch, {}, gradients=gradients, places=torch.tensor(at_all))
+            assert padded is not None
+            chosen = [row * len(at_all) + at_all.index(place) for row, of_row in enumerate(places) for place in of_row]
+            logits = padded.flatten(0, 1)[chosen]
+        # rows are taken apart at once: each taken alone would have a gradient as large as all of them
+        return logits.split([len(of_row) for of_row in places])
 
     def key(self, row: Row, tokens: slice) -> tuple[int, str]:
         return self.place[row], repr(tokens)
