@@ -47,8 +47,8 @@ def edits(what: str, markdown: Markdown) -> str:
 
 
 def fine_tune(markdown: Markdown) -> str:
-    """A row for each protection: right after the edit, and after the fine-tune."""
-    head = ("arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "PS", "NS", "retained", "neutral loss, nat per token")
+    """A row for each protection in each fine-tune: right after the edit, and after the fine-tune."""
+    head = ("trained on", "arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "PS", "NS", "retained", "neutral loss, nat per token")
     rows = []
     for file in read("fine_tune"):
         for arm, found in file["arms"].items():
@@ -56,6 +56,7 @@ def fine_tune(markdown: Markdown) -> str:
             probability = summary["efficacy_probability"]
             rows.append(
                 [
+                    f"{file['tune']}, {file['steps']} steps at {file['lr']:g}",
                     arm,
                     _estimate(summary["efficacy"]["final"]),
                     "" if arm == "unedited" else _estimate(probability["after"], 3),
