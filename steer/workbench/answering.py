@@ -49,37 +49,33 @@ def answer(
     device = input_device(model)
     inputs = {"input_ids": torch.tensor([row.ids], device=device)}  # [1, tokens]
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    streamer = _Streamer(tokenizer, side, emit, reader, attachment)
+    told = _TokenByToken(tokenizer, side, emit, stop, reader, attachment)
     begin = time.perf_counter()
     with evaluating(model), torch.random.fork_rng(devices=[]):
         model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id(tokenizer),
-            streamer=streamer,
-            stopping_criteria=[_Stopped(stop)],
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id(tokenizer), stopping_criteria=[told]
         )
     totals = {"fired": {} if attachment is None else attachment.fired(), "seconds": round(time.perf_counter() - begin, 3)}
-    emit({"event": "done", "side": side, "tokens": streamer.tokens, "stopped": stop.is_set(), **totals})
+    emit({"event": "done", "side": side, "tokens": told.tokens, "stopped": stop.is_set(), **totals})
 
 
-class _Streamer:
-    """What `generate` hands its tokens to. First come the ids of the prompt, before any pass, then one token after each pass."""
+class _TokenByToken(StoppingCriteria):
+    """Says each token, and ends the answer once an event is set.
 
-    def __init__(self, tokenizer: Any, side: str, emit: Emit, reader: TokenReader | None, attachment: Attachment | None) -> None:
+    `generate` asks its stopping criteria once after each pass; to a streamer it hands tokens a pass later on some devices.
+    """
+
+    def __init__(
+        self, tokenizer: Any, side: str, emit: Emit, stop: Event, reader: TokenReader | None, attachment: Attachment | None
+    ) -> None:
         self._texts = TokenTexts(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
-        self._side, self._emit, self._reader, self._attachment = side, emit, reader, attachment
+        self._side, self._emit, self._stop, self._reader, self._attachment = side, emit, stop, reader, attachment
         self._fired: dict[str, int] = {}
-        self._prompt_came = False
         self.tokens = 0
 
-    def put(self, ids: Tensor) -> None:
-        if not self._prompt_came:
-            self._prompt_came = True
-            return
-        token = int(ids)
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        token = int(input_ids[0, -1])
         self.tokens += 1
         self._emit(
             {
@@ -91,22 +87,10 @@ class _Streamer:
                 "acted": self._acted(),
             }
         )
-
-    def end(self) -> None:
-        """Nothing waits for the end."""
+        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
     def _acted(self) -> dict[str, int]:
         if self._attachment is None:
             return {}
         before, self._fired = self._fired, self._attachment.fired()
         return {name: count - before.get(name, 0) for name, count in self._fired.items()}
-
-
-class _Stopped(StoppingCriteria):
-    """Ends every row once an event is set."""
-
-    def __init__(self, event: Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
-        return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool, device=input_ids.device)

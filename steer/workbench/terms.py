@@ -107,7 +107,8 @@ def _dose(direction: Direction | None) -> float | None:
 def _about(named: Any, direction: Direction | None) -> str:
     if direction is None:
         return repr(named)
-    judged = "".join(f", {word} {direction.metrics[name]:.3g}" for name, word in (("auc", "AUC"), ("dprime", "d'")) if name in direction.metrics)
+    metrics = (("auc", "AUC"), ("dprime", "d'"))
+    judged = "".join(f", {word} {direction.metrics[name]:.3g}" for name, word in metrics if name in direction.metrics)
     return f"{direction.method} of {direction.span}, length {float(direction.vector.norm()):.3g}{judged}"
 
 
