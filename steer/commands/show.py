@@ -10,7 +10,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from steer.checks import of_type
 from steer.commands.config import dtype_named, listed
+from steer.directions.text import plan_from_text
 from steer.experiment.steering import sources_from_config
 from steer.model.load import load
 from steer.workbench import Workbench, WorkbenchServer
@@ -20,8 +22,10 @@ OF_THE_PAGE = ("steer", "prompts", "max_new_tokens", "port", "browser", "folder"
 
 def run(config: DictConfig) -> None:
     """Prints the address of the page, opens it where there is somebody to see it, and serves it until Ctrl-C."""
+    of_type(config.browser, (bool, type(None)), "'browser'", "set browser=true or browser=false, or leave it out")
     sections: Any = OmegaConf.to_container(config, resolve=True)
     names, gates = sources_from_config(*(sections[kind] or {} for kind in ("directions", "gates", "dictionaries")))
+    plan_from_text(str(config.steer), names, gates)  # what is wrong with it is said before the model is loaded, which can take minutes
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     workbench = Workbench(
         *(model, tokenizer, names, gates, str(config.steer)),

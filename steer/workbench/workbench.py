@@ -73,7 +73,7 @@ class Workbench:
     def state(self) -> dict[str, Any]:
         """What the page begins with, JSON-able."""
         return {
-            "model": str(getattr(self._model, "name_or_path", type(self._model).__name__)),
+            "model": str(getattr(self._model, "name_or_path", "") or type(self._model).__name__),
             "prompts": self._prompts,
             "max_new_tokens": self._max_new_tokens,
             "longest": LONGEST,
