@@ -8,13 +8,15 @@ from importlib.resources import files
 
 from steer.report import palette
 
+SCRIPTS = ("requests.js", "plan.js", "answers.js", "controls.js")  # one script, in this order
+
 
 def page() -> tuple[str, str]:
     """The page, and its content security policy: this script, this style, requests to the server that it came from, and nothing else.
 
     It holds nothing of a model or a plan: the script asks for that, and puts it there as text.
     """
-    script = _resource("steer.workbench", "workbench.js")
+    script = "".join(_resource("steer.workbench", name) for name in SCRIPTS)
     style = "\n".join([palette.css(), _resource("steer.report", "style.css"), _resource("steer.workbench", "workbench.css")])
     html = _resource("steer.workbench", "page.html").replace("{{ style }}", style).replace("{{ script }}", script)
     return html, "; ".join(

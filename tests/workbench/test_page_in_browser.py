@@ -61,7 +61,11 @@ class Page:
         WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
 
     def until_answered(self) -> None:
-        self.until(lambda: self["stop"].get_property("disabled") and (self.all("#steered .summary") or not self["error"].get_property("hidden")))
+        def is_answered() -> bool:
+            is_over = self.all("#steered .summary") or not self["error"].get_property("hidden")
+            return bool(self["stop"].get_property("disabled") and is_over)
+
+        self.until(is_answered)
 
     def put(self, name: str, value: object) -> None:
         """What a user's hand does: sets a field and leaves it."""
@@ -194,6 +198,7 @@ def test_nothing_is_wider_than_the_window(driver: Any, width: int) -> None:
         driver.set_window_size(width, 900)
         page = Page(driver, server)
         page.until_answered()
-        assert driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-        assert driver.execute_script("return document.querySelector('.side').scrollWidth - document.querySelector('.side').clientWidth") <= 0
+        for part in ("html", ".side"):
+            box = page.all(part)[0]
+            assert driver.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", box) <= 0
         driver.set_window_size(1280, 1000)

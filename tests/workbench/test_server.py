@@ -42,7 +42,8 @@ def test_the_page_and_its_state_come_under_the_token(bench: Workbench) -> None:
 
 def test_every_answer_forbids_other_sources_frames_and_caches(bench: Workbench) -> None:
     with serving(bench) as server:
-        answers = [ask(server, ""), ask(server, "state"), ask(server, "plan", {"text": "warm"}), ask(server, "no"), ask(server, "", path="/")]
+        answers = [ask(server, name) for name in ("", "state", "no")]
+        answers += [ask(server, "plan", {"text": "warm"}), ask(server, "", path="/")]
     for _, _, headers in answers:
         policy = headers["Content-Security-Policy"].split("; ")
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy
@@ -57,17 +58,23 @@ def test_two_servers_have_two_tokens(bench: Workbench) -> None:
         assert ask(one, "", path=f"/{other.token}/")[0] == 403
 
 
-PATHS = ["/", "", "//", "/state", "/wrong/state", "/{token}", "/{token}/x/state", "/{token}/../{token}/state", "/{token}x/", "/{token}/%2e%2e/etc/passwd"]
+WITHOUT_TOKEN = ["/", "", "//", "/state", "/wrong/state", "/{token}x/"]
+ELSEWHERE = ["/{token}", "/{token}/x/state", "/{token}/../{token}/state", "/{token}/page.html", "/{token}/state?a=b"]
+FILES = ["/{token}/%2e%2e/etc/passwd", "/{token}/../../../../etc/passwd", "/{token}//etc/passwd"]
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/{token}/../../../../etc/passwd", "/{token}//etc/passwd", "/{token}/page.html", "/{token}/state?a=b"])
+@pytest.mark.parametrize("path", [*WITHOUT_TOKEN, *ELSEWHERE, *FILES])
 def test_nothing_else_is_there(bench: Workbench, path: str) -> None:
     with serving(bench) as server:
         status, text, _ = ask(server, "", path=path.replace("{token}", server.token) or "x")
     assert status in (403, 404) and "root:" not in text and server.token not in text
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost", "[::1]:{port}", "0.0.0.0:{port}", ""])
+OTHER_HOSTS = ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost", "[::1]:{port}", "0.0.0.0:{port}", ""]
+OTHER_ORIGINS = ["http://evil.example", "https://127.0.0.1:{port}", "http://127.0.0.1:1", "null", "http://127.0.0.1:{port}.evil.example"]
+
+
+@pytest.mark.parametrize("host", OTHER_HOSTS)
 def test_another_name_of_this_machine_is_refused(bench: Workbench, host: str) -> None:
     """DNS rebinding: a name that resolves to 127.0.0.1 makes a page of another site the page's neighbour."""
     with serving(bench) as server:
@@ -76,7 +83,7 @@ def test_another_name_of_this_machine_is_refused(bench: Workbench, host: str) ->
         assert ask(server, "state", Host=f"localhost:{server.server_port}")[0] == 200
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://127.0.0.1:{port}", "http://127.0.0.1:1", "null", "http://127.0.0.1:{port}.evil.example"])
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
 def test_pages_of_other_origins_are_refused(bench: Workbench, origin: str) -> None:
     with serving(bench) as server:
         origin = origin.replace("{port}", str(server.server_port))
@@ -100,7 +107,10 @@ def test_bodies_that_are_no_json_object_are_refused(bench: Workbench, body: byte
     assert (status, text) == (400, "send a JSON object\n")
 
 
-@pytest.mark.parametrize(("size", "status"), [(str(MOST_BYTES + 1), 413), ("9" * 5000, 413), ("-1", 411), ("", 411), ("1e3", 411), ("\N{SUPERSCRIPT TWO}", 411)])
+SIZES = [(str(MOST_BYTES + 1), 413), ("9" * 5000, 413), ("-1", 411), ("", 411), ("1e3", 411), ("\N{SUPERSCRIPT TWO}", 411)]
+
+
+@pytest.mark.parametrize(("size", "status"), SIZES)
 def test_the_size_of_a_request_is_limited_before_it_is_read(bench: Workbench, size: str, status: int) -> None:
     with serving(bench) as server:
         connection = HTTPConnection("127.0.0.1", server.server_port, timeout=10)

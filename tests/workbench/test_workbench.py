@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from workbench.workbench_helpers import TEXT, answers, asked, tokens, workbench
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from steer.directions.text import plan_from_text
 from steer.errors import AttachError, ConfigError, SiteError
 from steer.experiment.complete import complete
@@ -210,7 +210,10 @@ def test_plans_are_saved_under_names_of_their_own(tmp_path: Path) -> None:
         workbench().save(asked())
 
 
-@pytest.mark.parametrize("prompt", ['say "a, b"', "a\nb", "it's ${x} $HOME `ls` \\", '\\"', "[a]{b: c}=~!&^%", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
+PROMPTS = ['say "a, b"', "a\nb", "it's ${x} $HOME `ls` \\", '\\"', "[a]{b: c}=~!&^%", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_command_says_the_same_to_the_shell_and_to_hydra(prompt: str) -> None:
     words = shlex.split(workbench(command=["steer", "say", "directions.warm=my folder"]).command(asked(prompt=prompt)))
     assert words[:3] == ["steer", "say", "directions.warm=my folder"]

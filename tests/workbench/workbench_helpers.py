@@ -26,10 +26,9 @@ METRICS = {"auc": 0.9, "dprime": 1.0, "gap": 8.0, "mean": 0.5, "activation_norm"
 
 
 def directions(seed: int, metrics: dict[str, float] | None = None) -> Directions:
-    entries = [
-        Direction(Site.parse(f"layers.{layer}.output"), 8 * normalize(vector(seed=seed + layer), dim=0), "mean_difference", "last", metrics or {})
-        for layer in (0, 1)
-    ]
+    vectors = [8 * normalize(vector(seed=seed + layer), dim=0) for layer in (0, 1)]
+    sites = [Site.parse(f"layers.{layer}.output") for layer in (0, 1)]
+    entries = [Direction(site, v, "mean_difference", "last", metrics or {}) for site, v in zip(sites, vectors, strict=True)]
     return Directions(entries, "tiny", {})
 
 
@@ -72,7 +71,9 @@ def serving(bench: Workbench) -> Iterator[WorkbenchServer]:
             thread.join()
 
 
-def ask(server: WorkbenchServer, name: str, request: Any = None, *, path: str | None = None, **headers: str) -> tuple[int, str, dict[str, str]]:
+def ask(
+    server: WorkbenchServer, name: str, request: Any = None, *, path: str | None = None, **headers: str
+) -> tuple[int, str, dict[str, str]]:
     """Status, text and headers of an answer: GET without a request, else POST."""
     connection = HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     path = f"/{server.token}/{name}" if path is None else path
