@@ -162,8 +162,9 @@ function fired() {
   const hasGates = plan.terms.some((term) => term.gate);
   const columns = ["intervention", "tokens of the prompt", "tokens of the answer", ...(hasGates ? ["gate"] : [])];
   const rows = plan.terms.map(({ name, gate }) => {
-    const counts = [`${side.promptActed[name] ?? 0} of ${side.prompt.length}`, `${acted(name)} of ${read}`, ...(hasGates ? [gate ?? ""] : [])];
-    return element("tr", {}, element("th", { scope: "row", text: name }), ...counts.map((text) => element("td", { text })));
+    const ofPrompt = `${side.promptActed[name] ?? 0} of ${side.prompt.length}`;
+    const cells = [ofPrompt, `${acted(name)} of ${read}`, ...(hasGates ? [gate ?? ""] : [])];
+    return element("tr", {}, element("th", { scope: "row", text: name }), ...cells.map((text) => element("td", { text })));
   });
   const caption = element("caption", { text: "On how many tokens each intervention acted, of those that a pass has read" });
   const head = element("tr", {}, ...columns.map((text) => element("th", { scope: "col", text })));

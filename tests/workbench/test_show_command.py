@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -126,3 +127,15 @@ def test_a_port_that_is_taken_is_named(show: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, out, err = show(f"port={taken.getsockname()[1]}")
     assert (status, out) == (2, "") and "cannot listen at port" in err and "leave the port out" in err
+
+
+def test_the_documented_lines_say_what_they_seem_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr("steer.commands.show.run", received.append)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "workbench.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    for line in block.splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["steer", "show"] and main(words[1:]) == 0
+    assert [config.steer for config in received] == ["0.8 gushing@response", "clamp(sae, feature=2969, to=6)@generated"]
+    assert list(received[0].prompts) == ["What does a carpenter do?"] and received[1].dictionaries == {"sae": "smollm2-135m-sae-12"}
