@@ -11,6 +11,7 @@ import errno
 import hmac
 import json
 import secrets
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,6 +72,11 @@ class WorkbenchServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{HOST}:{self.server_port}/{self.token}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints what went wrong in a thread, but not that a page was closed or reloaded before it had read its answer."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     def server_close(self) -> None:
         """Closes the port, stops the answer that is being made, and waits until the model is as it was."""
         super().server_close()
@@ -101,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             "plan": bench.plan,
             "command": lambda request: {"command": bench.command(request)},
             "save": lambda request: {"path": str(bench.save(request))},
-            "stop": lambda request: bench.stop() or {},
+            "stop": lambda request: _stopped(bench),
         }
         name = self._name()
         if name != "answers" and name not in actions:
@@ -139,19 +145,16 @@ class _Handler(BaseHTTPRequestHandler):
         """The JSON object of the body; None where it was refused."""
         size = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json":  # which a form of another page cannot send
-            return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        if not (size.isascii() and size.isdigit()):
-            return self._refuse(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
-        if len(size) > 12 or int(size) > MOST_BYTES:
-            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {MOST_BYTES} bytes")
-        try:
-            request = json.loads(self.rfile.read(int(size)))
-            json.dumps(request, ensure_ascii=False).encode()  # half a character, which JSON can hold, is no text
-        except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):
-            return self._refuse(HTTPStatus.BAD_REQUEST, "send a JSON object")
-        return request
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+        elif not (size.isascii() and size.isdigit()):
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
+        elif len(size) > 12 or int(size) > MOST_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {MOST_BYTES} bytes")
+        elif (request := _json_object(self.rfile.read(int(size)))) is None:
+            self._refuse(HTTPStatus.BAD_REQUEST, "send a JSON object")
+        else:
+            return request
+        return None
 
     # ---- answers
 
@@ -205,6 +208,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """The terminal keeps the one line with the address."""
+
+
+def _stopped(workbench: Workbench) -> dict[str, Any]:
+    workbench.stop()
+    return {}
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    """None for anything else."""
+    try:
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()  # half a character, which JSON can hold, is no text
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _said(error: SteerError) -> dict[str, str]:

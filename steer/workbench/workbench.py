@@ -17,6 +17,7 @@ from steer.directions.text import Gates, Names
 from steer.errors import AttachError, ConfigError
 from steer.experiment.complete import check_completions, turns_announced
 from steer.intervene import Plan
+from steer.intervene.attachment import Attachment
 from steer.model.tokens import encode
 from steer.workbench import readings
 from steer.workbench.answering import Emit, answer
@@ -113,26 +114,24 @@ class Workbench:
         with self._one_at_a_time():
             emit({"event": "reading", "reading": said})
 
-            def ask(side: str, emit: Emit, **more: Any) -> None:
+            def ask(side: str, emit: Emit, attachment: Attachment | None = None) -> None:
                 with readings.tokens_read(self._model, reading) as reader:
-                    answer(
-                        *(self._model, self._tokenizer, row, side, emit, self._stop), max_new_tokens=max_new_tokens, reader=reader, **more
-                    )
+                    asked = (self._model, self._tokenizer, row, side, emit, self._stop)
+                    answer(*asked, max_new_tokens=max_new_tokens, reader=reader, attachment=attachment)
 
-            asked = (prompt, max_new_tokens, choice)
-            if self._plain is None or self._plain[0] != asked:
-                self._plain = None
+            question = (prompt, max_new_tokens, choice)
+            if self._plain is None or self._plain[0] != question:
                 events: list[dict[str, Any]] = []
-                ask("plain", lambda event: (events.append(event), emit(event))[1])
-                if not self._stop.is_set():
-                    self._plain = asked, events
+                self._plain = None
+                ask("plain", _both(events.append, emit))
+                if self._stop.is_set():
+                    return
+                self._plain = question, events
             else:
                 for event in self._plain[1]:
                     emit(event)
-            if self._stop.is_set():
-                return
             with plan.attached(self._model) as attachment, turns_announced(self._model, self._tokenizer, plan, prompt):
-                ask("steered", emit, attachment=attachment)
+                ask("steered", emit, attachment)
 
     def stop(self) -> None:
         """Ends the answer that is being made, if there is one, after the token that is being chosen."""
@@ -183,6 +182,14 @@ class Workbench:
             yield
         finally:
             self._generating.release()
+
+
+def _both(first: Emit, second: Emit) -> Emit:
+    def emit(event: dict[str, Any]) -> None:
+        first(event)
+        second(event)
+
+    return emit
 
 
 def _checked_length(max_new_tokens: Any) -> int:

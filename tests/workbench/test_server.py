@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 from http.client import HTTPConnection
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_a_silent_connection_keeps_nothing_from_ending(bench: Workbench) -> None
         assert ask(server, "state")[0] == 200
     silent.close()
     assert threading.active_count() < 20
+
+
+def test_a_connection_that_breaks_off_is_no_news_and_a_failure_is(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(bench) as server:
+        broken = socket.create_connection(("127.0.0.1", server.server_port))
+        broken.send(b"GET /")
+        broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        broken.close()
+        assert ask(server, "state")[0] == 200
+    assert capsys.readouterr() == ("", "")
+    for error, is_told in ((ConnectionResetError(), False), (RuntimeError("no memory"), True)):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("no memory" in capsys.readouterr().err) is is_told
 
 
 def test_nothing_of_the_model_or_the_plan_is_in_the_page(bench: Workbench) -> None:
