@@ -31,6 +31,10 @@ COMMANDS = {
         "show answers of the plain model and of one steered by a text side by side",
         """steer say 'steer="0.4 warm@response"' directions.warm=<folder> 'prompts=[How do I boil an egg?]'""",
     ),
+    "show": (
+        "open a local page with a plan's sliders, answers side by side and coloured tokens",
+        """steer show 'steer="0.4 warm@response"' directions.warm=<folder>""",
+    ),
     "features": (
         "train, search, read and measure dictionaries of a model's activations",
         "steer features train data=book.txt 'width=[4096]'",
@@ -51,6 +55,7 @@ COMMANDS = {
 }
 USER_NAMED_SECTIONS = {  # sections of a command whose keys are names of the user's own
     "say": ("directions.", "gates.", "dictionaries."),
+    "show": ("directions.", "gates.", "dictionaries."),
     "edit": ("options.",),
     "trace": ("settings.",),
     "features find": ("concepts.", "labelled.", "settings."),

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from steer import __version__
 from steer.cli import COMMANDS, main
-from steer.commands import ab, bias, edit, features_train, generate, info, say, trace, train
+from steer.commands import ab, bias, edit, features_train, generate, info, say, show, trace, train
 from steer.commands.config import dtype_named, listed
 from steer.commands.verbs import VERBS
 from steer.directions import Direction, Directions
@@ -101,6 +101,7 @@ def test_the_help_of_a_command_is_about_steer_and_names_every_key(steer: Run, tm
         "features train": ("data: ???", "sparsifier: batchtopk", "dictionary: batchtopk, cross_layer_transcoder"),
         "trace": ("prompt: null", "facts: null", "window: 10", "corruption: noise", "does not choose the layers of an edit"),
         "say": ("steer: ???", "directions: {}", "gates: {}", "name: smollm2-135m", "docs/scopes.md"),
+        "show": ("steer: ???", "port: 0", "browser: null", "folder: outputs/show", "docs/workbench.md"),
     }.get(command, ()):
         assert key in out
 
@@ -118,7 +119,7 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     monkeypatch.setattr(say, "run", jobs.append)
     monkeypatch.setattr(ab, "run", jobs.append)
     monkeypatch.setattr(features_train, "run", jobs.append)
-    for module in (bias, edit, trace):
+    for module in (bias, edit, show, trace):
         monkeypatch.setattr(module, "run", jobs.append)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(re.sub("<[a-z]+>", "2031-04-05", example))
@@ -127,7 +128,8 @@ def test_the_example_of_each_command_can_be_parsed(steer: Run, jobs: list[Any], 
     assert list(jobs[1].seeds) == [0, 1, 2, 3, 4] and jobs[1].folder == "outputs/ab/tone" and jobs[1].do == "run"
     assert jobs[2].run == "outputs/tone/2031-04-05" and list(jobs[2].prompts) == ["How do I boil an egg?"]
     assert jobs[3].steer == "0.4 warm@response" and jobs[3].directions == {"warm": "2031-04-05"}
-    assert (jobs[4].data, list(jobs[4].width), jobs[4].dictionary.sparsifier) == ("book.txt", [4096], "batchtopk")
+    assert (jobs[4].steer, jobs[4].directions, jobs[4].port) == (jobs[3].steer, jobs[3].directions, 0)
+    assert (jobs[5].data, list(jobs[5].width), jobs[5].dictionary.sparsifier) == ("book.txt", [4096], "batchtopk")
     assert (jobs[-3].experiment.name, jobs[-2].target, jobs[-2].truth) == ("gender_pronoun", "English", None)
     assert (jobs[-1].prompt, jobs[-1].subject, jobs[-1].window) == ("The Eiffel Tower is in the city of", "Eiffel Tower", 10)
 

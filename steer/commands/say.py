@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
@@ -13,12 +12,10 @@ from torch import nn
 from steer.commands.config import dtype_named, listed
 from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError
-from steer.experiment.complete import complete
+from steer.experiment.complete import asks_for_roles, complete, turns_announced
 from steer.experiment.steering import plan_from_config
 from steer.intervene import Plan
-from steer.model.annotations import chat_roles
 from steer.model.load import load
-from steer.model.tokens import encode_chat
 
 
 def run(config: DictConfig) -> None:
@@ -41,11 +38,10 @@ def run(config: DictConfig) -> None:
 
 def _steered(model: nn.Module, tokenizer: Any, prompts: list[str], plan: Plan, max_new_tokens: int) -> list[str]:
     """Answers under an attached plan. Where a scope of it asks whose turn a token is, that is announced, one prompt at a time."""
-    if not any(selector.kind == "role" for intervention in plan.interventions for selector in intervention.scope.selectors):
+    if not asks_for_roles(plan):
         return complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     answers = []
     for prompt in prompts:
-        roles = encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1]
-        with chat_roles(model, torch.tensor([roles])):  # [1, tokens]
+        with turns_announced(model, tokenizer, plan, prompt):
             answers += complete(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)
     return answers

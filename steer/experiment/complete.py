@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from steer.errors import ConfigError
+from steer.intervene import Plan
+from steer.model.annotations import chat_roles
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
-from steer.model.tokens import Row, collate, encode, pad_id
+from steer.model.tokens import Row, collate, encode, encode_chat, pad_id
 
 
 def check_completions(prompts: Sequence[str], max_new_tokens: int | None, *, section: str = "") -> None:
@@ -47,6 +50,22 @@ def complete(
         chosen = by_length[start : start + batch]
         texts |= dict(zip(chosen, _answers(model, tokenizer, [rows[i] for i in chosen], max_new_tokens), strict=True))
     return [texts[i] for i in range(len(rows))]
+
+
+def asks_for_roles(plan: Plan) -> bool:
+    """A scope of the plan asks whose turn a token is."""
+    return any(selector.kind == "role" for intervention in plan.interventions for selector in intervention.scope.selectors)
+
+
+@contextmanager
+def turns_announced(model: nn.Module, tokenizer: Any, plan: Plan, prompt: str) -> Iterator[None]:
+    """Says whose turn each token of one prompt is, where a scope of a plan asks for that, and else nothing."""
+    if not asks_for_roles(plan):
+        yield
+        return
+    roles = encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[1]
+    with chat_roles(model, torch.tensor([roles])):  # [1, tokens]
+        yield
 
 
 def _answers(model: nn.Module, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> list[str]:

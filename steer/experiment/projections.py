@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from steer.directions.direction import Direction
 from steer.model.accumulator import Accumulator
 from steer.model.capture import capture
+from steer.model.token_texts import token_texts
 from steer.model.tokens import Row, encode
 
 
@@ -57,17 +58,8 @@ def token_projections(
         capture(model, rows, {direction.site: read}, span="response")
     for number, i in enumerate(said):
         ids = rows[number].ids[rows[number].prompt :]
-        words = _words(tokenizer, ids)
+        words = token_texts(tokenizer, ids)
         values = [value - offset for value in read.values[number]]
         special = set(tokenizer.all_special_ids)
         tokens[i] = [(word, round(value, 3)) for word, value, token in zip(words, values, ids, strict=True) if token not in special]
     return tokens
-
-
-def _words(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, with its space: what it adds to the tokens before it.
-
-    A tokenizer drops the space before a token that stands alone. A character of several tokens belongs to the last of them.
-    """
-    begun = [tokenizer.decode(list(ids[:count])).rstrip("\N{REPLACEMENT CHARACTER}") for count in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(begun, begun[1:], strict=False)]

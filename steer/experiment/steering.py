@@ -42,16 +42,22 @@ def plan_from_config(
     Raises:
         ConfigError, FileError, WrongModelError.
     """
+    sources, named_gates = sources_from_config(directions, gates, dictionaries)
+    plan = plan_from_text(text, sources, named_gates)
+    return plan, plan_to_text(plan, sources, named_gates)
+
+
+def sources_from_config(
+    directions: Mapping[str, str | Mapping[str, Any]],
+    gates: Mapping[str, Mapping[str, Any]],
+    dictionaries: Mapping[str, str | Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, Directions | OperatorSource], dict[str, Gate]]:
+    """Loads what a plan as text may name: directions and dictionaries, and gates. Arguments and errors as of `plan_from_config`."""
     if twice := sorted(directions.keys() & (dictionaries or {}).keys()):
         raise _named_twice(twice[0])
     loaded = {name: _directions(name, source) for name, source in directions.items()}
     named_gates = {name: _gate(name, spec, loaded) for name, spec in gates.items()}
-    sources: dict[str, Directions | OperatorSource] = {
-        **loaded,
-        **{name: _dictionary(name, source) for name, source in (dictionaries or {}).items()},
-    }
-    plan = plan_from_text(text, sources, named_gates)
-    return plan, plan_to_text(plan, sources, named_gates)
+    return {**loaded, **{name: _dictionary(name, source) for name, source in (dictionaries or {}).items()}}, named_gates
 
 
 def _directions(name: str, source: str | Mapping[str, Any]) -> Directions:
