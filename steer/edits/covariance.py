@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from steer.model.accumulator import Accumulator
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.embedded import cache_folder
+from steer.model.memory import in_halves
 from steer.model.site import Site
 from steer.model.tokens import Row, rows_hash
 from steer.reading import check_kinds, damage_of, place_of
@@ -40,7 +41,7 @@ KIND = "covariance"
 PART = "part of a covariance"
 TOKENS_PER_NEURON = 12
 ROW_TOKENS = 512  # longer texts are cut: attention takes the square of it
-PASS_TOKENS = 4096  # padded tokens of a pass
+PASS_TOKENS = 4096  # padded tokens of a pass; one that does not fit into memory is halved
 SAVE_SECONDS = 60.0  # between two saves of a fit that runs
 
 
@@ -221,16 +222,22 @@ def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part:
     saved = time.monotonic()
     with tqdm(total=len(rows), initial=done, desc="covariance", unit="text", disable=None if progress else True, leave=False) as bar:
         while done < len(rows):
-            chosen = _next_rows(rows, done)
-            capture(model, chosen, by_site, span="all", max_tokens=PASS_TOKENS, share=False)
-            for of_layer in sums.values():
-                of_layer.take_in()
-            done += len(chosen)
-            bar.update(len(chosen))
+            for chosen, _ in in_halves(_next_rows(rows, done), lambda chosen: _add_keys(model, chosen, by_site, sums.values())):
+                done += len(chosen)
+                bar.update(len(chosen))
             if done < len(rows) and time.monotonic() - saved >= SAVE_SECONDS:
                 _save_part(part, done, sums)
                 saved = time.monotonic()
     return sums
+
+
+def _add_keys(model: nn.Module, rows: Sequence[Row], by_site: dict[Site, Accumulator], sums: Iterable[KeySums]) -> None:
+    """Adds the keys of texts to the sums, of all of them or of none."""
+    for of_layer in sums:
+        of_layer.drop()
+    capture(model, rows, by_site, span="all", max_tokens=PASS_TOKENS, share=False)
+    for of_layer in sums:
+        of_layer.take_in()
 
 
 def _next_rows(rows: Sequence[Row], start: int) -> Sequence[Row]:

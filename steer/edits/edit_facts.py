@@ -19,6 +19,7 @@ from steer.edits.edit import Edit
 from steer.edits.editor import EDITORS, EditBench, Editor, Solution, no_covariance
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
+from steer.edits.locate import check_known
 from steer.edits.make_edit import make_edit
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
@@ -109,7 +110,8 @@ def bench_for(
 def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None, name: str) -> Edit:
     """One edit, of the facts within the guards."""
     for fact in facts:
-        bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
+        located = bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
+        check_known(bench.tokenizer, fact, located[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FirstTokenSubjectWarning)
         warnings.simplefilter("ignore", SubjectTokenWarning)

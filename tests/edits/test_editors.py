@@ -188,14 +188,24 @@ def test_a_mixture_of_experts_is_refused():
 
 def test_what_the_model_says_already_is_reported_and_not_written():
     model = model_of("llama")
-    ids = torch.tensor([answer_row(TOKENIZER, FACTS[0].prompt, "dog").ids[:-1]])
-    said = FACTS[0].with_target(TOKENIZER.decode(model(ids).logits[0, -1].argmax()))
+    ids = torch.tensor([answer_row(TOKENIZER, FACTS[2].prompt, "dog").ids[:-1]])
+    said = FACTS[2].with_target(TOKENIZER.decode(model(ids).logits[0, -1].argmax()))
     assert already_said(model, TOKENIZER, [said]) == [True]
     for name in ("rome", "memit", "alphaedit", "lora"):
         made = edit(model, [said], name)
         assert made.rank == 0 and made.deltas == () and made.provenance["no_op"] == [said.name] and made.facts == (said,)
     mixed = edit(model, [said, FACTS[1]], MEMIT(value_settings=STRONG))
     assert mixed.rank == 1 and mixed.provenance["no_op"] == [said.name]
+
+
+@pytest.mark.parametrize("editor", ["memit", "lora"])
+def test_words_that_the_tokenizer_does_not_know_are_refused(editor):
+    model = model_of("llama")
+    with pytest.raises(EditError, match="does not know the target"):
+        edit(model, [FACTS[0].with_target("mat Quito")], editor)
+    with pytest.raises(EditError, match="does not know the end of the subject"):
+        edit(model, [Fact.of("the {} sat on the", "cat Quito", "mat")], editor)
+    edit(model, [Fact.of("the {} sat on the", "Quito cat", "mat")], editor)  # the key is that of a word that it knows
 
 
 def test_two_targets_of_one_prompt_are_a_conflict():
