@@ -33,6 +33,7 @@ from steer.model.embedded import cache_folder
 from steer.model.memory import in_halves
 from steer.model.site import Site
 from steer.model.tokens import Row, rows_hash
+from steer.model.watcher import watchers_of
 from steer.reading import check_kinds, damage_of, place_of
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ class Covariance:
 
         Padding, the first token of each text and tokens like it are left out, see `steer.edits.key_sums.ordinary_tokens`. Each layer is
         kept on disk under a name that changes with the weights, the tokenizer, the texts and the number of tokens, and is read from
-        there the next time. A fit that was killed goes on where it last saved, at most a minute before.
+        there the next time. A fit that was killed goes on where it last saved, at most a minute before. While something is attached to the
+        model, which acts on the keys, nothing is read or kept.
 
         On several ranks, let each fit its own texts and add the results.
 
@@ -188,6 +190,9 @@ class Covariance:
         check_enough(sum(len(row.ids) - 1 for row in rows), widest)
         wanted = [edited.layer for edited in maps]
         source = {**key_source(anatomy, wanted, tokenizer), "data": [rows_hash(rows)]}
+        if watchers_of(model):  # what is attached changes the keys, and no digest knows of it
+            found = _fit(model, maps, rows, None, progress)
+            return cls({layer: sums.total for layer, sums in found.items()}, {layer: sums.tokens for layer, sums in found.items()}, source)
         place = cache_folder() / "covariance" if folder is None else place_of(folder)
         files = _files(place, anatomy, wanted, source)
         fitted = {layer: covariance for layer, file in files.items() if (covariance := _read(file)) is not None}
@@ -215,8 +220,8 @@ def _row_tokens(anatomy: Anatomy) -> int:
     return min(ROW_TOKENS, positions) if isinstance(positions, int) else ROW_TOKENS
 
 
-def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part: Path, progress: bool) -> dict[int, KeySums]:
-    """Sums over all rows, from where an earlier fit saved its part."""
+def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part: Path | None, progress: bool) -> dict[int, KeySums]:
+    """Sums over all rows, from where an earlier fit saved its part; None saves none."""
     done, sums = _begun(part, maps)
     by_site: dict[Site, Accumulator] = {edited.key_site: sums[edited.layer] for edited in maps}
     saved = time.monotonic()
@@ -225,7 +230,7 @@ def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part:
             for chosen, _ in in_halves(_next_rows(rows, done), lambda chosen: _add_keys(model, chosen, by_site, sums.values())):
                 done += len(chosen)
                 bar.update(len(chosen))
-            if done < len(rows) and time.monotonic() - saved >= SAVE_SECONDS:
+            if part is not None and done < len(rows) and time.monotonic() - saved >= SAVE_SECONDS:
                 _save_part(part, done, sums)
                 saved = time.monotonic()
     return sums
@@ -281,9 +286,9 @@ def _save_part(part: Path, done: int, sums: Mapping[int, KeySums]) -> None:
     save_artifact(part, PART, tensors, {"done": done, "tokens": {str(layer): of_layer.tokens for layer, of_layer in sums.items()}})
 
 
-def _begun(part: Path, maps: Sequence[EditedMap]) -> tuple[int, dict[int, KeySums]]:
+def _begun(part: Path | None, maps: Sequence[EditedMap]) -> tuple[int, dict[int, KeySums]]:
     """How many rows an earlier fit has read, and its sums; nothing where there is none, or its file is damaged."""
-    if part.exists():
+    if part is not None and part.exists():
         try:
             manifest, tensors = load_artifact(part, PART)
             with damage_of(part, "the sums of a fit that has begun"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from steer.edits.default_layers import candidate_layers, choose_layers, default_
 from steer.edits.edited_map import edited_maps
 from steer.edits.editor import Editor
 from steer.edits.running_text import shipped_texts
+from steer.errors import TokenizerError, WrongModelError
 from steer.model.anatomy import Anatomy
+from steer.model.watcher import watchers_of
 
 GIVEN, PUBLISHED, COVARIANCE, SWEEP = "given", "published", "covariance", "sweep"
 LAYERS_FROM = {
@@ -51,7 +54,8 @@ def prepare(
 ) -> Preparation:
     """Layers and covariance for editors: those that are given, else the published ones of a known model, else the best ones of a sweep.
 
-    A covariance is fitted once for a model, with a progress bar, and read from the cache folder from then on. A sweep edits a few
+    A covariance is fitted once for a model, with a progress bar, and read from the cache folder from then on; in one process it also serves
+    edits on top of edits, which its files are not kept for. A sweep edits a few
     well-known facts at each of five depths, see `steer.edits.layer_sweep`.
 
     Args:
@@ -69,7 +73,11 @@ def prepare(
     """
 
     def fit(wanted: Sequence[int]) -> Covariance:
-        return Covariance.fit(model, tokenizer, shipped_texts() if texts is None else texts, wanted, max_tokens=max_tokens)
+        key = tuple(wanted), None if texts is None else tuple(texts), max_tokens
+        fitted = _FITTED.setdefault(model, {})
+        if key not in fitted or not _holds(fitted[key], model, tokenizer):
+            fitted[key] = Covariance.fit(model, tokenizer, shipped_texts() if texts is None else texts, wanted, max_tokens=max_tokens)
+        return fitted[key]
 
     anatomy = Anatomy.find(model)
     if layers is not None:
@@ -84,3 +92,17 @@ def prepare(
     if covariance is None and needed:
         covariance = fit(needed)
     return Preparation(tuple(chosen), covariance, layers_from)
+
+
+_FITTED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Covariance]] = weakref.WeakKeyDictionary()  # by layers and texts
+
+
+def _holds(covariance: Covariance, model: nn.Module, tokenizer: Any) -> bool:
+    """It is that of the model as it is now, edits aside; what is attached to a model changes its keys."""
+    if watchers_of(model):
+        return False
+    try:
+        covariance.check(model, None, tokenizer)
+    except (WrongModelError, TokenizerError):
+        return False
+    return True

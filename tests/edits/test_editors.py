@@ -295,6 +295,9 @@ def test_a_covariance_is_fitted_where_none_is_given_and_read_the_next_time(monke
     assert fitted.digest == given.digest and fitted.provenance["layers_from"] == "given" and len(files) == 1
     assert edit(model, UNSAID, covariance=None).digest == given.digest
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "covariance").iterdir()} == files
+    with given.applied(model):  # an edit on top of others needs no other covariance
+        edit(model, UNSAID, covariance=None)
+        assert len([*(tmp_path / "covariance").iterdir()]) == 1
     made = edit_facts(model, TOKENIZER, list(UNSAID), editor="lora", contexts=CONTEXTS)  # the one candidate of two blocks
     assert made.provenance["layers_from"] == "covariance" and made.settings["layers"] == [0]
 
