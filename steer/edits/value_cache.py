@@ -90,7 +90,8 @@ def _read(file: Path) -> dict[str, Value]:
     manifest, tensors = load_artifact(file, KIND)
     with damage_of(file, "values of edits with their numbers"):
         check_kinds(manifest, {"values": dict})
-        return {
-            key: Value(**{name: tensors[f"{key}/{name}"] for name in _TENSORS}, **{name: numbers[name] for name in _NUMBERS})
-            for key, numbers in manifest["values"].items()
-        }
+        found: dict[str, Value] = {}
+        for key, numbers in manifest["values"].items():
+            parts: dict[str, Any] = {name: tensors[f"{key}/{name}"] for name in _TENSORS} | {name: numbers[name] for name in _NUMBERS}
+            found[key] = Value(**parts)
+        return found

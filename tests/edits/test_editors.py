@@ -25,6 +25,7 @@ from edits.editor_helpers import (
 from edits.test_edited_map import Int8
 from method_tables import check_table
 
+import steer
 from steer.edits import (
     EDITORS,
     CollinearKeysWarning,
@@ -300,6 +301,27 @@ def test_a_covariance_is_fitted_where_none_is_given_and_read_the_next_time(monke
         assert len([*(tmp_path / "covariance").iterdir()]) == 1
     made = edit_facts(model, TOKENIZER, list(UNSAID), editor="lora", contexts=CONTEXTS)  # the one candidate of two blocks
     assert made.provenance["layers_from"] == "covariance" and made.settings["layers"] == [0]
+
+
+def test_a_covariance_that_a_plan_acted_on_is_not_kept(tmp_path):
+    model = model_of("llama")
+    plan = steer.Plan(steer.Intervention(steer.Add(torch.ones(32)), "layers.0.input", strength=1.0))
+    with plan.attached(model):
+        steered = Covariance.fit(model, TOKENIZER, TEXTS, [1], folder=tmp_path, progress=False)
+    plain = Covariance.fit(model, TOKENIZER, TEXTS, [1], folder=tmp_path, progress=False)
+    assert torch.equal(plain.sums[1], covariance_of("llama").sums[1]) and not torch.allclose(steered.sums[1], plain.sums[1], rtol=0.01)
+    with plan.attached(model):
+        assert torch.equal(Covariance.fit(model, TOKENIZER, TEXTS, [1], folder=tmp_path, progress=False).sums[1], steered.sums[1])
+
+
+def test_values_are_kept_in_a_folder_and_damaged_files_are_passed_over(tmp_path):
+    model, store = model_of("llama"), ValueStore(tmp_path)
+    made = edit(model, UNSAID, values=store)
+    again = ValueStore(tmp_path)
+    assert edit(model, UNSAID, values=again).digest == made.digest and again.found == len(again) == len(store) == 3
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert not len(ValueStore(tmp_path)) and edit(model, UNSAID, values=ValueStore(tmp_path)).digest == made.digest
 
 
 def test_text_for_a_covariance_ships_with_the_library():

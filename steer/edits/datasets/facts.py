@@ -13,7 +13,7 @@ from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 
 @RECORD_FORMATS.register("facts")
 class Facts(RecordFormat):
-    """Facts of your own: `prompt` (or a template with {}), `subject`, `target`; `true`, `paraphrases`, `neighbours` where there are some."""
+    """Facts of your own: `prompt` (or a template with {}), `subject`, `target`; `true`, `paraphrases`, `neighbours` where there are any."""
 
     keys = ("prompt", "subject", "target")
 
