@@ -11,7 +11,8 @@ from steer.errors import NonFiniteError
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
-from steer.model.shared_blocks import shared_passes
+from steer.model.memory import in_halves
+from steer.model.shared_blocks import Passes, shared_passes
 from steer.model.tokens import Row, collate
 
 
@@ -54,7 +55,7 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
         model: a causal language model.
         rows: texts with at least one response token each.
         pad: any token id.
-        max_tokens: padded tokens per batch.
+        max_tokens: padded tokens per batch; one that does not fit into memory is halved.
 
     Returns:
         [len(rows)] fp64, in the order of `rows`.
@@ -79,21 +80,27 @@ def summed_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_toke
     Returns:
         [len(rows)] fp64, and [len(rows)].
     """
-    device = input_device(model)
     sums = torch.zeros(len(rows), dtype=torch.float64)
     passes = shared_passes(model)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], pad).items()}
-            labels = batch.pop("labels")
-            with passes(batch), response_tokens(model, labels != -100):
-                logits = model(**batch, use_cache=False).logits  # [batch, tokens, vocabulary]
-            for i, of_row in zip(chosen, logits, strict=True):
-                start = _first_predicted(rows[i])
-                # a view: what is predicted lies in one piece, and a copy of the logits would cost as much as their softmax
-                predicting = of_row[start - 1 : len(rows[i].ids) - 1]
-                sums[i] = target_logprobs(predicting, torch.tensor(rows[i].ids[start:])).double().sum().cpu()
+            for part, of_part in in_halves(chosen, lambda part: _sums(model, [rows[i] for i in part], pad, passes)):
+                sums[part] = of_part
     return sums, torch.tensor([len(row.ids) - _first_predicted(row) for row in rows])
+
+
+def _sums(model: nn.Module, rows: Sequence[Row], pad: int, passes: Passes) -> Tensor:
+    """[rows] fp64, of one batch."""
+    batch = {name: tensor.to(input_device(model)) for name, tensor in collate(rows, pad).items()}
+    labels = batch.pop("labels")
+    with passes(batch), response_tokens(model, labels != -100):
+        logits = model(**batch, use_cache=False).logits  # [rows, tokens, vocabulary]
+    sums = []
+    for row, of_row in zip(rows, logits, strict=True):
+        start = _first_predicted(row)
+        # a view: what is predicted lies in one piece, and a copy of the logits would cost as much as their softmax
+        sums.append(target_logprobs(of_row[start - 1 : len(row.ids) - 1], torch.tensor(row.ids[start:])).double().sum())
+    return torch.stack(sums).cpu()
 
 
 def _first_predicted(row: Row) -> int:

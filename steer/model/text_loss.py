@@ -64,7 +64,7 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
     """Loss of each text's response, all but the first token of a text without a prompt. What is attached to the model stays in force.
 
     Args:
-        max_tokens: padded tokens of a batch.
+        max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
 
     Raises:
         ConfigError: a text with no token to predict. NonFiniteError: the output of the model is NaN or infinite.
