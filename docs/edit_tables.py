@@ -48,7 +48,8 @@ def edits(what: str, markdown: Markdown) -> str:
 
 def fine_tune(markdown: Markdown) -> str:
     """A row for each protection in each fine-tune: right after the edit, and after the fine-tune."""
-    head = ("trained on", "arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "PS", "NS", "retained", "neutral loss, nat per token")
+    head = ("trained on", "arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "PS", "NS", "retained")
+    head += ("neutral loss, nat per token",)
     rows = []
     for file in read("fine_tune"):
         for arm, found in file["arms"].items():
