@@ -48,8 +48,8 @@ class TermPasses:
             places = [sorted({place for tokens in of_row.values() for place in tokens}) for of_row in inside]
             logits = self._at_places(self.passes.batch(group), places, gradients)
             for number, of_row, kept, wanted_there in zip(group, logits, places, inside, strict=True):
-                for name, tokens in wanted_there.items():
-                    found[number, name] = of_row if list(tokens) == kept else of_row[[kept.index(place) for place in tokens]]
+                for name, chosen in wanted_there.items():
+                    found[number, name] = of_row if list(chosen) == kept else of_row[[kept.index(place) for place in chosen]]
         return found
 
     def _at_places(self, batch: Batch, places: list[list[int]], gradients: bool) -> Sequence[Tensor]:

@@ -43,7 +43,11 @@ def sharing_lower_blocks(model: nn.Module, most_bytes: int = 1 << 28) -> Iterato
     if model in _SHARED or not may_share(model) or not _can_resume(model, anatomy):
         yield
         return
-    with restoring(lambda: _SHARED.pop(model, None)):
+
+    def forget() -> None:
+        _SHARED.pop(model, None)
+
+    with restoring(forget):
         _SHARED[model] = _LowerBlocks(anatomy, weakref.ref(model), most_bytes)
         yield
 
