@@ -31,6 +31,14 @@ class ContrastSet:
         paired: entry i of both lists answers the same prompt.
         groups: what each pair belongs to (its topic, its template); without pairs one name a text, the positive texts before the negative
             ones. Empty for none. Where they are given, whole groups are held out, so that a direction is judged on groups it has not seen.
+
+    Example:
+        >>> pairs = [
+        ...     {"prompt": "How are you?", "positive": "Wonderful, thanks!", "negative": "Bad."},
+        ...     {"prompt": "How was the day?", "positive": "A joy!", "negative": "It rained."},
+        ... ]
+        >>> steer.ContrastSet.from_pairs(tokenizer, pairs)
+        ContrastSet(2 pairs)
     """
 
     positive: tuple[Row, ...]

@@ -55,6 +55,10 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     Raises:
         ConfigError: what cannot be read, and where; or a name that is not known, and the nearest one.
         WrongModelError: directions of different models.
+
+    Example:
+        >>> read = steer.plan_from_text("0.4 kind@response - ablate kind:layers.16.output", {"kind": directions})
+        >>> print(read.explain())
     """
     of_type(text, str, "a plan as text", "write e.g. '0.4 warm@response'")
     gates = {} if gates is None else gates
@@ -185,6 +189,11 @@ def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
 
     Raises:
         ConfigError: an intervention that has no text form, or whose vector or gate is none of those that are named.
+
+    Example:
+        >>> plan = steer.plan_from_text("0.4 kind@response", {"kind": direction})
+        >>> steer.plan_to_text(plan, {"kind": direction})
+        '0.4 kind:layers.12.output@response'
     """
     texts = []
     for intervention in plan.interventions:

@@ -35,6 +35,10 @@ class Anatomy:
         blocks: the residual blocks, checkpoint wrappers included.
         width: size of the residual stream.
         main: the stack that the tokens of a text go through, which may be this one.
+
+    Example:
+        >>> anatomy = steer.Anatomy.find(model)
+        >>> anatomy.n_layers, anatomy.width, anatomy.sites("layers.1-3.mlp.output")
     """
 
     def __init__(self, model: nn.Module, found: FoundStack, main: Anatomy | None = None) -> None:

@@ -52,6 +52,12 @@ class Handover:
         DeployError: an intervention that the weights cannot carry exactly, or that needs a parameter which the model has not.
         AttachError: something is attached to the model.
         SiteError, WidthError, WrongModelError: the plan does not fit the model.
+
+    Example:
+        >>> ablation = steer.Plan(steer.Intervention(steer.Ablate(vector), "layers.12.mlp.output"))
+        >>> handover = steer.Handover(ablation, model)
+        >>> with ablation.attached(model) as attachment, handover.weights(attachment):
+        ...     engine.load_weights(model.named_parameters())
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
