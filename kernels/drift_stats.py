@@ -274,7 +274,12 @@ def _(
 
 
 class DriftStats(NamedTuple):
-    """What was read; None where it was not asked for."""
+    """What was read; None where it was not asked for.
+
+    Example:
+        >>> stats = steer.kernels.drift_stats(torch.randn(2, 7, 32), torch.randn(4, 32))
+        >>> stats.n, stats.sum.shape, stats.projections.shape, stats.histogram
+    """
 
     n: Tensor  # [] fp64, sum of the weights
     sum: Tensor | None  # [width] fp64

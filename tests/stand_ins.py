@@ -1,7 +1,7 @@
 """What the examples of the documentation take for granted: `model`, `tokenizer`, `direction`, `plan`, ..., tiny and made on first use.
 
 One namespace for the pages of docs/ and for the examples of docstrings. The model has as many blocks and heads as the embedded one, so that
-its sites and heads can be named, and every word of an example is one token.
+its sites and heads can be named, and common words are one token.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import re
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
+from bias.bias_helpers import write_crows
 from callback_helpers import Module, loader
+from callback_helpers import examples as training_rows
 from drift.drift_helpers import batch as training_batch
 from drift.drift_helpers import prompts as some_rows
 from edits.edit_helpers import subwords
@@ -38,7 +41,6 @@ from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.model.load import _TOKENIZERS
 from steer.model.tokens import plain
 
-ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 36
 MODEL_SIZES = {
     "num_hidden_layers": 30,
@@ -47,6 +49,7 @@ MODEL_SIZES = {
     "hidden_size": WIDTH,
     "max_position_embeddings": 512,
 }
+ONE_TOKEN = (*WORDS, *"he she him her said person nurse carpenter tell Paris Rome France".split())  # with the blank before them
 MAKERS: dict[str, Callable[[StandIns], Any]] = {}
 
 
@@ -91,16 +94,8 @@ for shown_as, module_name in {"pl": "pytorch_lightning", "peft": "peft", "np": "
 
 
 @functools.cache
-def _words() -> tuple[str, ...]:
-    """Every word of an example in a docstring, and those of the tiny tokenizer."""
-    files = [file for folder in ("steer", "callbacks", "kernels") for file in sorted((ROOT / folder).rglob("*.py"))]
-    shown = " ".join(line for file in files for line in re.findall(r"^ +(?:>>>|\.\.\.) (.*)$", file.read_text(encoding="utf-8"), re.M))
-    return tuple(sorted({*WORDS, "him", "her", "he", "she", *re.findall(r"[A-Za-z]+", shown)}))
-
-
-@functools.cache
 def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = subwords(*_words(), *(f" {word}" for word in _words()))
+    tokenizer = subwords(*(f" {word}" for word in ONE_TOKEN))
     ends = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer.add_special_tokens({**ends, "additional_special_tokens": SPECIAL[4:]})
     tokenizer.model_max_length = 512
@@ -208,6 +203,14 @@ def module(names: StandIns) -> Any:
 
 
 @stand_in
+def trainer(names: StandIns) -> Any:
+    """Of transformers, for two steps."""
+    options = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments("trained", use_cpu=True, **options)
+    return transformers.Trainer(names["model"], arguments, train_dataset=training_rows())
+
+
+@stand_in
 def batches(names: StandIns) -> Any:
     return loader()
 
@@ -271,10 +274,19 @@ def directions(names: StandIns) -> Any:
 
 @stand_in
 def dictionary(names: StandIns) -> Any:
-    """An autoencoder of 64 features."""
+    return _autoencoder("layers.12.output")
+
+
+@stand_in
+def later_dictionary(names: StandIns) -> Any:
+    return _autoencoder("layers.13.output")
+
+
+def _autoencoder(at: str) -> Any:
+    """Of 64 features."""
     read, bias, write, center = (torch.randn(size, generator=torch.Generator().manual_seed(8)) for size in ((64, WIDTH), 64, (64, WIDTH), WIDTH))
     encoder = steer.features.Encoder(steer.features.InMemory(read), bias - 1, ReLU())
-    site = (steer.Site.parse("layers.12.output"),)
+    site = (steer.Site.parse(at),)
     rows = steer.features.InMemory(torch.nn.functional.normalize(write, dim=1))
     own = SparseAutoencoder(encoder, rows, center, steer.features.Origin(site, site))
     own.density, own.maxima = torch.full((64,), 0.1), torch.full((64,), 4.0)
@@ -314,8 +326,8 @@ def folder_of_pyvene(names: StandIns) -> Path:
 
 @stand_in
 def pairs(names: StandIns) -> Any:
-    clean = [f"the {noun} said that the cat" for noun in _NOUNS]
-    corrupted = [f"the {noun} said that the dog" for noun in _NOUNS]
+    clean = [f"the {noun} said that the cat" for noun in _NOUNS[:4]]
+    corrupted = [f"the {noun} said that the dog" for noun in _NOUNS[:4]]
     return steer.circuits.Pairs.of(names["model"], clean, corrupted)
 
 
@@ -334,6 +346,38 @@ def scores(names: StandIns) -> Any:
 def circuit(names: StandIns) -> Any:
     model = names["model"]
     return names["scores"].top_nodes(5).with_ablation(steer.circuits.mean_ablation(model, names["texts"]))
+
+
+@stand_in
+def labels(names: StandIns) -> list[int]:
+    """The token that should follow each of `pairs` after a swap."""
+    return [names["tokenizer"].encode(word)[0] for word in (" mat", " house") * 2]
+
+
+# ---- files that an example reads
+
+
+def write_crows_pairs(path: Path) -> None:
+    pairs = [("the nurse said her name", "the nurse said his name", "stereo", "gender"), ("she is small", "he is small", "antistereo", "gender")]
+    write_crows(path, pairs)
+
+
+def write_winogender(path: Path) -> None:
+    sentences = [f"nurse.someone.1.{gender}.txt\tthe nurse said that {who} is good" for gender, who in (("male", "he"), ("female", "she"))]
+    path.write_text("\n".join(["sentid\tsentence", *sentences]), encoding="utf-8")
+
+
+def write_counterfact(path: Path) -> None:
+    from edits.test_records import FULL
+
+    path.write_text(json.dumps([FULL]), encoding="utf-8")
+
+
+FILES: dict[str, Callable[[Path], None]] = {
+    "counterfact.json": write_counterfact,
+    "crows_pairs_anonymized.csv": write_crows_pairs,
+    "all_sentences.tsv": write_winogender,
+}
 
 
 # ---- edits
@@ -361,6 +405,20 @@ def covariance(names: StandIns) -> Any:
     return steer.edits.Covariance.fit(names["model"], names["tokenizer"], texts, layers=[4, 5, 6, 7, 8], progress=None)
 
 
+@shared
+def known(names: StandIns) -> Any:
+    """Facts that the model knows: what it says."""
+    model, tokenizer = names["model"], names["tokenizer"]
+    facts = []
+    for noun in _NOUNS:
+        ids = torch.tensor([tokenizer.encode(f"the {noun} sat on the")])
+        said = int(model(ids).logits[0, -1].argmax())
+        word = tokenizer.decode([said]).strip()
+        if tokenizer.encode(f" {word}") == [said]:
+            facts.append(steer.Fact.of("the {} sat on the", noun, word))
+    return facts[:2]
+
+
 @stand_in
 def contexts(names: StandIns) -> Any:
     return steer.edits.Contexts(("the sun is warm", "you and i"))
@@ -370,3 +428,14 @@ def contexts(names: StandIns) -> Any:
 def edit(names: StandIns) -> Any:
     how = {"editor": "rome", "layers": [8], "covariance": names["covariance"], "contexts": names["contexts"]}
     return steer.edit_facts(names["model"], names["tokenizer"], names["fact"], **how)
+
+
+@shared
+def evaluation(names: StandIns) -> Any:
+    how = {"layers": [8], "covariance": names["covariance"], "contexts": names["contexts"]}
+    return steer.edits.evaluate_edits(names["model"], names["tokenizer"], names["records"], "rome", **how)
+
+
+@shared
+def traced(names: StandIns) -> Any:
+    return steer.causal_trace(names["model"], names["tokenizer"], names["known"], samples=2, progress=False)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import StandIns
+from stand_ins import FILES, StandIns
 
 import steer
 from steer.intervene import METHODS
@@ -179,6 +179,9 @@ def run_examples(name: str, value: Any, package: str) -> str:
     names[name] = value  # also where a stand-in is called alike
     test = doctest.DocTest(examples(value), {}, name, inspect.getsourcefile(inspect.unwrap(value)), 0, docstring(value))
     test.globs = names
+    for file in FILES:
+        if file in test.docstring:
+            FILES[file](Path(file))
     said = io.StringIO()
     runner = doctest.DocTestRunner(ShownOutput(), verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(test, out=said.write, clear_globs=False)

@@ -28,6 +28,10 @@ class PronounShift:
     Attributes:
         words: the professions. shifts: of each, mean over templates. magnitudes: of each, mean over templates of |shift|.
         size: mean |shift| over professions. mean: mean shift, which says whom they favour together.
+
+    Example:
+        >>> shift = steer.bias.pronoun_shift(model, ["nurse", "carpenter"], tokenizer)
+        >>> dict(zip(shift.words, shift.shifts)), shift.size.value  # nat
     """
 
     words: tuple[str, ...]
@@ -97,6 +101,10 @@ def sentence_shift(
 
     Raises:
         ConfigError: other items. NonFiniteError.
+
+    Example:
+        >>> data = steer.bias.load("winogender", path="all_sentences.tsv")
+        >>> steer.bias.sentence_shift(model, data, tokenizer)
     """
     check_items(data.items, CoreferencePair, "sentence shift")
     shifts = sentence_shifts(data.items, Scorer(model, tokenizer, max_tokens=max_tokens, progress=progress), baseline)

@@ -47,7 +47,7 @@ class Circuit:
         >>> scores = attribute(model, pairs, target)
         >>> circuit = scores.top_nodes(5).with_ablation(mean_ablation(model, texts))
         >>> with circuit.ablation_plan(model).attached(model):
-        ...     model.generate(**prompt)
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     graph: ComponentGraph

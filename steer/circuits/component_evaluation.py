@@ -45,8 +45,8 @@ class ComponentEvaluation:
 
     Example:
         >>> evaluation = ComponentEvaluation(model, pairs, target, resample_ablation())
-        >>> evaluation.faithfulness(scores.top_edges(200))
-        >>> evaluation.curve(scores).cpr
+        >>> evaluation.faithfulness(scores.top_edges(20), draws=1).faithfulness
+        >>> evaluation.curve(scores, shares=[0.01, 1.0], draws=1).cpr
     """
 
     def __init__(

@@ -40,6 +40,10 @@ class TakenOut:
         edges: [writers, readers] bool; None for no edge.
 
     All of them may have rows before, [rows, writers] and so on, where each row of a batch loses something else.
+
+    Example:
+        >>> run = ComponentRun(model, pairs, target, resample_ablation())
+        >>> run.values([TakenOut.circuit(circuit), TakenOut.all_but(circuit)])  # [2, prompts]
     """
 
     nodes: Tensor

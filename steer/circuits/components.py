@@ -90,8 +90,9 @@ class ComponentGraph:
         layers: shapes of the blocks in order.
 
     Example:
-        >>> graph = ComponentGraph.of(model)
-        >>> graph.n_edges  # 70651 for SmolLM2-135M
+        >>> graph = ComponentGraph.of(steer.Anatomy.find(model))
+        >>> graph.n_edges  # of a model of SmolLM2-135M's depth and heads
+        70651
     """
 
     layers: tuple[LayerShape, ...]

@@ -35,6 +35,9 @@ class Node:
         part: name of the dictionary that it belongs to, or of a component; empty for none.
         index: of a feature.
         role: the tokens at which it is meant, by their label; empty for all of them.
+
+    Example:
+        >>> Node("feature", "layers.12.output", "sae", 371, "2").name #!
     """
 
     kind: str
@@ -62,6 +65,10 @@ class Graph:
         edges: [edges, 2] places of source and receiver in `nodes`. weights: [edges] fp32, the part of the source's score that goes
             through that receiver with no other node between them.
         facts: how it was made, JSON-able.
+
+    Example:
+        >>> graph = scores.drawing(edges=20)
+        >>> [node.name for node in graph.nodes], graph.pruned(5).edges.shape  # [edges, 2]
     """
 
     nodes: tuple[Node, ...]

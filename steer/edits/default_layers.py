@@ -30,7 +30,12 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
 
 
 def default_layers(anatomy: Anatomy, *, several: bool) -> list[int]:
-    """The layers for a model of a known family and size. Raises EditError for another. several: of an editor that spreads an edit."""
+    """The layers for a model of a known family and size. Raises EditError for another. several: of an editor that spreads an edit.
+
+    Example:
+        >>> model, tokenizer = steer.load("smollm2-135m")
+        >>> default_layers(steer.Anatomy.find(model), several=False) #!
+    """
     key = _size(anatomy)
     if key not in PUBLISHED:
         raise _not_known(anatomy)
@@ -46,6 +51,10 @@ def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | Non
 
     Raises:
         EditError: a model that is not known, without a covariance, or which says too little of what the sweep edits.
+
+    Example:
+        >>> model, tokenizer = steer.load("smollm2-135m")
+        >>> choose_layers(model, tokenizer, None, several=True)  # of a model that is known, without a sweep #!
     """
     anatomy = Anatomy.find(model)
     if covariance is None or _size(anatomy) in PUBLISHED:
@@ -64,7 +73,11 @@ def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | Non
 
 
 def candidate_layers(anatomy: Anatomy) -> list[int]:
-    """Five depths from a tenth to half of a model, at which a covariance is fitted for a sweep; fewer in one of few blocks."""
+    """Five depths from a tenth to half of a model, at which a covariance is fitted for a sweep; fewer in one of few blocks.
+
+    Example:
+        >>> candidate_layers(steer.Anatomy.find(model)) #!
+    """
     return sorted({round(share * (anatomy.n_layers - 1)) for share in _CANDIDATES})
 
 

@@ -108,6 +108,11 @@ def from_adapter(folder: str | Path, model: nn.Module, *, name: str = "", on_oth
     Raises:
         ConfigError: an adapter that changes more than weights of linear maps. ModelNotFoundError: no adapter.
         WrongModelError: maps that the model does not have, or matrices that the edit was not solved for. FileError.
+
+    Example:
+        >>> steer.edits.to_adapter(edit, model, "capital")
+        PosixPath('capital')
+        >>> steer.edits.from_adapter("capital", model).facts
     """
     config, tensors, kept = read_adapter(folder)
     check_adds_only(folder, config, list(tensors))

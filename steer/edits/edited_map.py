@@ -40,6 +40,10 @@ class EditedMap:
         is_quantised: the weight is no plain matrix of floating-point numbers, so that only an adapter beside it can carry an edit.
         has_post_norm: a norm follows before the stream gets what the map gives.
         scale: what the output is multiplied by before it is added to the stream, mostly 1.
+
+    Example:
+        >>> (edited_map,) = edited_maps(steer.Anatomy.find(model), [8])
+        >>> edited_map.path, str(edited_map.key_site) #!
     """
 
     layer: int
@@ -96,7 +100,7 @@ def edited_maps(anatomy: Anatomy, layers: Sequence[int]) -> list[EditedMap]:
             a weight that is sharded, offloaded, or used in several places. ConfigError: layers that are no list of integers.
 
     Example:
-        >>> edited_maps(Anatomy.find(model), [8])[0].weight().shape
+        >>> edited_maps(steer.Anatomy.find(model), [8])[0].weight().shape  # [d, f]
     """
     of_type(layers, (list, tuple, range), "the layers of an edit", "pass a list such as [8]")
     for layer in layers:

@@ -65,10 +65,11 @@ class EditedWeights:
     when they are not (they were loaded anew).
 
     Example:
+        >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)
         >>> edited = EditedWeights.of(model)
-        >>> edited.apply(first)
-        >>> edited.apply(second)
-        >>> edited.revert(first)  # the weights are now those of a model to which `second` alone was applied, to the bit
+        >>> edited.apply(edit)
+        >>> edited.apply(other)
+        >>> edited.revert(edit)  # the weights are now those of a model to which `other` alone was applied, to the bit
         >>> edited.clear()
     """
 

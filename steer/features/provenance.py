@@ -20,6 +20,10 @@ class Untrained:
     Attributes:
         first: number of tokens at the start of a text (attention sinks, the template of a chat).
         max_norm: length of an activation above which a token is an outlier; None for no limit.
+
+    Example:
+        >>> untrained = steer.features.Untrained(first=1)
+        >>> untrained.trained_on(torch.ones(1, 3, 8)) #!
     """
 
     first: int = 0
@@ -57,6 +61,10 @@ class Source:
         hooks: names of the hook points in the file.
         folded: what was folded into its matrices.
         notes: what else the file says, JSON-able.
+
+    Example:
+        >>> source = steer.load_dictionary("smollm2-135m-sae-12").source
+        >>> source.format, source.model
     """
 
     format: str | None = None
@@ -97,6 +105,10 @@ class Origin:
         reads, writes: sites that it encodes and that it reconstructs; the same ones for an autoencoder.
         source, untrained: see there.
         models: name of the model at each site that is read, for crosscoders between models; empty for one model.
+
+    Example:
+        >>> site = steer.Site.parse("layers.12.output")
+        >>> steer.features.Origin((site,), (site,)).described()["reads"] #!
     """
 
     reads: tuple[Site, ...]

@@ -24,6 +24,10 @@ class Rows:
     Attributes:
         shape: of all rows together.
         dtype: in which they are stored.
+
+    Example:
+        >>> rows = steer.features.InMemory(torch.randn(100, 32))
+        >>> rows.select(torch.tensor([3, 40]), like=torch.zeros(1)).shape, rows.all(like=torch.zeros(1)).shape #!
     """
 
     shape: tuple[int, ...]
@@ -60,7 +64,12 @@ class Rows:
 
 
 class InMemory(Rows):
-    """Rows of a tensor, which may be in training."""
+    """Rows of a tensor, which may be in training.
+
+    Example:
+        >>> rows = steer.features.InMemory(torch.eye(4))
+        >>> rows.select(torch.tensor([2]), like=torch.zeros(1)) #!
+    """
 
     def __init__(self, tensor: Tensor, what: str = "a matrix") -> None:
         super().__init__(tuple(tensor.shape), tensor.dtype)
@@ -135,6 +144,10 @@ class LowRank(Rows):
 
     Args:
         left: [features, ..., rank]. right: [..., rank, width] with the same axes between.
+
+    Example:
+        >>> rows = steer.features.LowRank(steer.features.InMemory(torch.randn(100, 4)), torch.randn(4, 32))
+        >>> rows.shape #!
     """
 
     def __init__(self, left: Rows, right: Tensor) -> None:

@@ -24,6 +24,10 @@ def write_trace(path: str | Path, result: TraceResult, *, measure: str = PROBABI
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing, or an unknown measure. StorageFullError.
+
+    Example:
+        >>> steer.report.write_trace("trace.html", traced)
+        PosixPath('trace.html')
     """
     of_type(result, TraceResult, "the trace of a page", "make one with steer.edits.causal_trace")
     one_of(measure, MEASURES, "the measure of a trace")

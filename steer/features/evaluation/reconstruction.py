@@ -24,6 +24,10 @@ def reconstruction(model: nn.Module, dictionary: Dictionary, rows: TokenRows, *,
 
     Raises:
         ConfigError, SiteError, WidthError: what does not fit.
+
+    Example:
+        >>> held_out_rows = steer.features.training.token_rows(tokenizer, other_texts, context=16)
+        >>> steer.features.evaluation.reconstruction(model, dictionary, held_out_rows)["fvu"]
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
     of_type(rows, TokenRows, "the rows", "make them with token_rows(tokenizer, texts)")

@@ -37,6 +37,10 @@ class DictionaryConfig:
 
     Raises:
         ConfigError: what does not fit together. SiteError: a site that cannot be parsed.
+
+    Example:
+        >>> config = steer.features.training.DictionaryConfig(["layers.12.output"], width=64, k=4, sparsifier="topk")
+        >>> config.sites #!
     """
 
     reads: Sequence[Site | str]
