@@ -37,7 +37,8 @@ class EditCallback(LightningRun):
     `SteeringCallback` when its readings shall be steered.
 
     Args:
-        edits: one or several, solved for the model before training or during an earlier part of it.
+        edits: one or several, solved for the weights that training begins with, or on the model already. What is compared, before the first
+            step of a run that is not resumed, are the matrices that they touch.
         tokenizer: of the model.
         at_step: optimiser steps before they are applied; 0 for the start.
         on_metric: apply them when a logged metric crosses a value instead: `MetricCrossing("val_loss", below=2.0)`.
@@ -50,7 +51,8 @@ class EditCallback(LightningRun):
 
     Raises:
         ConfigError: a value out of its range; edits without keys where these are needed; a strategy that keeps copies of weights of its
-            own. EditError, WrongModelError: in `setup`, for weights that cannot be edited, or another model.
+            own. EditError, WrongModelError: in `setup`, for weights that cannot be edited, or another model. WrongModelError: when
+            training begins, for edits that were solved for other weights, unless `protect="resolve"` solves them again for these.
 
     Example:
         >>> trainer = pl.Trainer(max_steps=2, callbacks=[EditCallback(edit, tokenizer, at_step=1, protect="freeze")])

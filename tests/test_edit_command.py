@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from experiment_helpers import command
 from report.page_reader import Page
 from tiny_experiment import write_model
 
-from steer.commands.edit import layers_named
-from steer.edits import Edit, EditEvaluation
+from steer.commands.edit import KEPT, layers_named
+from steer.edits import Edit, EditEvaluation, solve_values
+from steer.edits.value_problem import ValueProblem
+from steer.experiment.lease import lease
 from steer.model.load import load
 
 ONE = ('prompt="the {} sat on the"', "subject=blue moon", "target=mat", "truth=hate")  # what the model says now
@@ -116,7 +120,79 @@ def test_facts_that_no_model_knows(places: dict[str, Path], tmp_path: Path, monk
     assert "knows no fact" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", ["layers=[first]", "layers=first", "mode=sequenc"])
+class Killed(BaseException):
+    """Stands for a kill: nothing of the library may catch it."""
+
+
+@pytest.mark.parametrize("mode", ["batch", "sequence"])
+def test_a_run_that_was_killed_goes_on_to_the_same_edits(
+    mode: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values of two facts are found when it is killed; only the third is optimised afterwards."""
+    more = (f"facts={places['data']}", f"mode={mode}", "options.ridge=1.0", "measures=[efficacy]")
+    monkeypatch.setitem(solve_values.__kwdefaults__, "max_tokens", 1)  # a fact at a time
+    solved: list[str] = []
+    solve = ValueProblem.solve
+
+    def counted(self: ValueProblem, rows: Any, facts: Any) -> Any:
+        if len(solved) == dies_at:
+            raise Killed
+        solved.extend(fact.subject for fact in facts)
+        return solve(self, rows, facts)
+
+    monkeypatch.setattr(ValueProblem, "solve", counted)
+    dies_at = 99
+    assert edited(places, tmp_path / "whole", monkeypatch, *more) == 0 and len(solved) == 3
+    solved.clear()
+    dies_at = 2
+    with pytest.raises(Killed):
+        edited(places, tmp_path / "killed", monkeypatch, *more)
+    assert len(solved) == 2 and not (tmp_path / "killed" / "out" / "evaluation.json").exists()
+    dies_at = 99
+    assert edited(places, tmp_path / "killed", monkeypatch, *more) == 0 and len(set(solved)) == len(solved) == 3
+    whole, killed = (EditEvaluation.load(tmp_path / name / "out" / "evaluation.json") for name in ("whole", "killed"))
+    assert [replace(row, seconds=0.0) for row in killed.rows] == [replace(row, seconds=0.0) for row in whole.rows]
+    if mode == "batch":
+        assert Edit.load(tmp_path / "killed" / "out" / "edit").digest == Edit.load(tmp_path / "whole" / "out" / "edit").digest
+        dies_at = 3
+        assert edited(places, tmp_path / "killed", monkeypatch, *more[:2], "options.ridge=2.0") == 0, "the same values with other options"
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lease(tmp_path / "out" / KEPT) as is_mine:
+        assert is_mine and edited(places, tmp_path, monkeypatch, *ONE) == 2
+    assert "another process edits" in capsys.readouterr().err
+
+
+def test_layers_are_swept_where_none_are_known(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["steer.edits.layer_sweep"], "layer_sweep", lambda *_, **__: Swept())
+    assert edited(places, tmp_path, monkeypatch, *ONE, "layers=null", "measures=[efficacy]") == 0
+    said = capsys.readouterr().out
+    assert "the table of the sweep" in said and "layers of memit: 0, 1 (the best of a sweep)" in said
+    assert [delta.layer for delta in Edit.load(tmp_path / "out" / "edit").deltas] == [0, 1]
+
+
+class Swept:
+    best = 1
+
+    def __str__(self) -> str:
+        return "the table of the sweep"
+
+
+@pytest.mark.parametrize("layers", ["[99]", "99", "[0,-4]"])
+def test_layers_that_a_model_does_not_have_are_refused_before_its_weights_are_read(
+    layers: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("steer.commands.edit.load", None)
+    assert edited(places, tmp_path, monkeypatch, *ONE, f"layers={layers}") == 2
+    assert "not in this model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["layers=[first]", "layers=first", "layers=[true]", "layers=true", "mode=sequenc"])
 def test_wrong_layers_and_modes_are_refused_before_anything_is_loaded(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("edit", *ONE, "model.name=nowhere", wrong) == 2
     assert f"`{wrong.split('=')[0]}` of steer edit" in capsys.readouterr().err

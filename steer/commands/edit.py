@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,24 @@ from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
 from steer.commands.edit_inputs import neutral_texts, records_of, running_texts
 from steer.commands.side_by_side import side_by_side
-from steer.edits import Covariance, Edit, EditEvaluation, FactRecord, ValueStore, edit_facts, evaluate_edits, sample_contexts, to_adapter
-from steer.edits.default_layers import default_layers
+from steer.edits import Edit, EditEvaluation, FactRecord, ValueStore, edit_facts, evaluate_edits, sample_contexts, to_adapter
+from steer.edits.default_layers import sweep_of
+from steer.edits.edited_map import check_layer
 from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import BATCH, MODES, shared_table
+from steer.edits.preparation import LAYERS_FROM, SWEEP, prepare
 from steer.edits.tracing import TraceResult, causal_trace
+from steer.edits.value_cache import weights_digest
 from steer.errors import ConfigError, DeployError
-from steer.model.anatomy import Anatomy
-from steer.model.load import load
+from steer.experiment.lease import lease
+from steer.model.load import depth_of, load
 from steer.report import write_edits
 
 TRACED = 20  # facts at most
 PAGE, EVALUATION, EDIT, ADAPTER = "edits.html", "evaluation", "edit", "adapter"
+KEPT = "kept"  # folder of values and rows, with which a run that was stopped goes on
+_LAYERS = "write layers=[4,5,6], or layers=null for the published ones, or those of a sweep"
 
 
 def run(config: DictConfig) -> list[EditEvaluation]:
@@ -37,12 +44,24 @@ def run(config: DictConfig) -> list[EditEvaluation]:
     names = listed(config.editors) or [str(config.editor)]
     editors = {name: made_editor(name, OmegaConf.to_container(config.options, resolve=True)) for name in names}
     one_of(str(config.mode), MODES, "`mode` of steer edit")
-    layers_named(config.layers)
+    if (layers := layers_named(config.layers)) is not None:
+        depth = depth_of(config.model.name)
+        for layer in layers:
+            check_layer(layer, depth)
+    console, folder = Console(), Path(config.folder)
+    with lease(folder / KEPT) as is_mine:
+        if not is_mine:
+            raise _in_use(folder)
+        return _run(config, editors, console, folder)
+
+
+def _run(config: DictConfig, editors: dict[str, Editor], console: Console, folder: Path) -> list[EditEvaluation]:
+    names = list(editors)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
     records = records_of(config, model, tokenizer)
-    console, folder = Console(), Path(config.folder)
     trace = _trace(model, tokenizer, records, config.seed) if config.trace else None
-    job = _Job(config, model, tokenizer, records, editors)
+    job = _Job(config, model, tokenizer, records, editors, folder / KEPT)
+    console.print(job.choice, markup=False, highlight=False, soft_wrap=True)
     evaluations, edits = [], []
     for name in names:
         found, made = job.evaluated(name)
@@ -77,31 +96,37 @@ def layers_named(layers: Any) -> list[int] | None:
     if layers is None:
         return None
     named = [layers] if isinstance(layers, int) else layers
-    of_type(named, (list, tuple, ListConfig), "`layers` of steer edit", "write layers=[4,5,6], or layers=null for the published ones")
+    of_type(named, (list, tuple, ListConfig), "`layers` of steer edit", _LAYERS)
     for layer in named:
-        of_type(layer, int, "one of `layers` of steer edit", "write layers=[4,5,6], or layers=null for the published ones")
+        of_type(str(layer) if isinstance(layer, bool) else layer, int, "one of `layers` of steer edit", _LAYERS)
     return list(named)
 
 
 class _Job:
-    """What all editors of a comparison share: covariance, contexts, values, and what the model says before."""
+    """What all editors of a comparison share: covariance, contexts, values, and what the model says before.
+
+    Attributes:
+        choice: the layers of each editor and where they come from, for the console.
+        kept: folder of values and rows.
+    """
 
     def __init__(
-        self, config: DictConfig, model: nn.Module, tokenizer: Any, records: Sequence[FactRecord], editors: dict[str, Editor]
+        self, config: DictConfig, model: nn.Module, tokenizer: Any, records: Sequence[FactRecord], editors: dict[str, Editor], kept: Path
     ) -> None:
         self.config, self.model, self.tokenizer, self.records, self.editors = config, model, tokenizer, list(records), editors
-        anatomy = Anatomy.find(model)
         chosen = layers_named(config.layers)
-        self.layers = {
-            name: default_layers(anatomy, several=editor.several_layers) if chosen is None else chosen for name, editor in editors.items()
-        }
-        if chosen is not None and len(chosen) > 1:
-            self.layers |= {name: chosen[-1:] for name, editor in editors.items() if not editor.several_layers}
+        if chosen is not None and not any(editor.several_layers for editor in editors.values()):
+            chosen = chosen[-1:]
+        prepared = prepare(model, tokenizer, list(editors.values()), chosen, texts=running_texts(config), max_tokens=config.tokens)
+        self.covariance = prepared.covariance
+        self.layers = dict(zip(editors, prepared.layers, strict=True))
+        if chosen is not None:
+            self.layers |= {name: self.layers[name][-1:] for name, editor in editors.items() if not editor.several_layers}
+        self.choice = self._choice(prepared.layers_from)
+        self.kept = kept
         targets = list(dict.fromkeys(record.fact.target for record in self.records))
         self.contexts = sample_contexts(model, tokenizer, count=config.contexts, seed=config.seed, avoid=targets)
-        needing = sorted({layer for name, editor in editors.items() if editor.needs_covariance for layer in self.layers[name]})
-        self.covariance = Covariance.fit(model, tokenizer, running_texts(config), needing, max_tokens=config.tokens) if needing else None
-        self.values = ValueStore()
+        self.values = ValueStore(kept / "values")
         self.mode = str(config.mode) if len(self.records) > 1 else BATCH
         measures = listed(config.measures)
         if measures is None and len(self.records) == 1:
@@ -109,6 +134,29 @@ class _Job:
         self.shared: dict[str, Any] = {"measures": "all" if measures == ["all"] else measures, "chat": config.chat, "seed": config.seed}
         self.before = readings_before(model, tokenizer, self.records, **self.shared)
         self.neutral = neutral_texts(config, tokenizer)
+
+    def _choice(self, layers_from: str) -> str:
+        """The layers of each editor, where they come from, and the sweep that they were chosen by."""
+        each = "; ".join(f"{name}: {', '.join(map(str, layers))}" for name, layers in self.layers.items())
+        said = f"layers of {each} ({LAYERS_FROM[layers_from]})"
+        if layers_from == SWEEP and self.covariance is not None:
+            said = f"{sweep_of(self.model, self.tokenizer, self.covariance)}\n{said}"
+        return said
+
+    def _rows(self, name: str) -> Path:
+        """Where rows of an editor are kept: another place for everything that they depend on."""
+        facts = [
+            weights_digest(self.model),
+            self.editors[name].settings(),
+            self.layers[name],
+            self.contexts.to_json(),
+            None if self.covariance is None else self.covariance.source,
+            [record.as_json() for record in self.records],
+            self.shared,
+            self.mode,
+            self.neutral,
+        ]
+        return self.kept / f"{name}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def evaluated(self, name: str) -> tuple[EditEvaluation, Edit | None]:
         """What an editor did, and the edit where all facts are one."""
@@ -123,8 +171,9 @@ class _Job:
 
         edit.__name__ = name
         found = evaluate_edits(
-            self.model, self.tokenizer, self.records, edit, mode=self.mode, neutral=self.neutral, before=self.before, **self.shared
-        )
+            self.model, self.tokenizer, self.records, edit, mode=self.mode, neutral=self.neutral, before=self.before,
+            folder=self._rows(name), **self.shared,
+        )  # fmt: skip
         return found, made[0] if self.mode == BATCH else None
 
 
@@ -155,6 +204,15 @@ def _print_continuations(console: Console, evaluations: Sequence[EditEvaluation]
 
 
 # ---- errors
+
+
+def _in_use(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"another process edits in '{folder}'",
+        expected="a folder of one run at a time",
+        found="a lease that somebody holds",
+        remedy="wait for it, or name another folder=...",
+    )
 
 
 def _no_truth() -> ConfigError:

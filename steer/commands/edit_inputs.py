@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from steer.edits import Fact, FactRecord, known_facts, load_records
+from steer.edits.running_text import shipped_texts
 from steer.errors import ConfigError
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
@@ -16,7 +17,7 @@ from steer.features.training.texts import documents
 from steer.model.tokens import plain
 
 OF_ONE = ("prompt", "subject", "target")
-RUNNING, NEUTRAL = ("learning", "train", "constants"), "damage"  # splits of the running text that ships with the library
+NEUTRAL = "damage"  # split of a data set that ships with the library
 SHIPPED = "gender_pronoun"
 
 
@@ -46,8 +47,7 @@ def running_texts(config: DictConfig) -> list[str]:
     """Ordinary text, of which the covariance of keys is taken: `texts`, else the text that ships with the library."""
     if config.texts is not None:
         return _pieces(config, config.texts)
-    rows = [row for split in RUNNING for row in DataSet(SHIPPED).split(split, ())]
-    return [row.get("text") or f"{row['prompt']} {row['answer']}" for row in rows]
+    return shipped_texts()
 
 
 def neutral_texts(config: DictConfig, tokenizer: Any) -> list[str]:

@@ -19,6 +19,7 @@ from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
 from steer.edits.layer_sweep import LayerSweep, layer_sweep
 from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
 from steer.edits.measure import EDIT_MEASURES, EditMeasure
+from steer.edits.preparation import Preparation, prepare
 from steer.edits.record import FactRecord, Probe
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 from steer.edits.records import known_facts, load_records
@@ -50,6 +51,7 @@ __all__ = [
     "Guards",
     "LayerSweep",
     "Located",
+    "Preparation",
     "Probe",
     "RECORD_FORMATS",
     "RecordFormat",
@@ -80,6 +82,7 @@ __all__ = [
     "layer_sweep",
     "load_records",
     "locate",
+    "prepare",
     "read_at",
     "read_keys",
     "readings_before",

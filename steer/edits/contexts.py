@@ -23,6 +23,7 @@ from steer.errors import EditError, NonFiniteError
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
 from steer.model.tokens import Row, collate
+from steer.model.words import holds
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 BETWEEN = ". "
@@ -149,6 +150,7 @@ def sample_contexts(
     whole_number(tokens, "`tokens`, the length of a context", least=1)
     whole_number(seed, "`seed`")
     of_type(avoid, (list, tuple), "`avoid`, the words that contexts may not say", "pass a list of texts")
+    avoided = [word.strip() for word in avoid if word.strip()]
     generator = torch.Generator().manual_seed(seed)
     drawn: list[str | None] = [None] * count
     starts = list(islice(cycle(STARTS), count))
@@ -158,16 +160,11 @@ def sample_contexts(
             break
         for place, text in zip(missing, _continuations(model, tokenizer, [starts[i] for i in missing], tokens, generator), strict=True):
             prefix = _cleaned(text)
-            drawn[place] = prefix if prefix and not any(says(prefix, word) for word in avoid) else None
+            drawn[place] = prefix if prefix and not any(holds(prefix, word) for word in avoided) else None
     prefixes = tuple(prefix for prefix in drawn if prefix is not None)
     if len(prefixes) < count:
         raise _none_without(avoid, starts[drawn.index(None)])
     return Contexts(prefixes, seed)
-
-
-def says(text: str, words: str) -> bool:
-    """The text has these words in it, as whole words, capitals or not."""
-    return bool(words.strip()) and re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _cleaned(text: str) -> str:

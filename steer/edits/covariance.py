@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from steer.model.accumulator import Accumulator
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.embedded import cache_folder
+from steer.model.memory import in_halves
 from steer.model.site import Site
 from steer.model.tokens import Row, rows_hash
+from steer.model.watcher import watchers_of
 from steer.reading import check_kinds, damage_of, place_of
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ KIND = "covariance"
 PART = "part of a covariance"
 TOKENS_PER_NEURON = 12
 ROW_TOKENS = 512  # longer texts are cut: attention takes the square of it
-PASS_TOKENS = 4096  # padded tokens of a pass
+PASS_TOKENS = 4096  # padded tokens of a pass; one that does not fit into memory is halved
 SAVE_SECONDS = 60.0  # between two saves of a fit that runs
 
 
@@ -163,7 +165,8 @@ class Covariance:
 
         Padding, the first token of each text and tokens like it are left out, see `steer.edits.key_sums.ordinary_tokens`. Each layer is
         kept on disk under a name that changes with the weights, the tokenizer, the texts and the number of tokens, and is read from
-        there the next time. A fit that was killed goes on where it last saved, at most a minute before.
+        there the next time. A fit that was killed goes on where it last saved, at most a minute before. While something is attached to the
+        model, which acts on the keys, nothing is read or kept.
 
         On several ranks, let each fit its own texts and add the results.
 
@@ -187,6 +190,9 @@ class Covariance:
         check_enough(sum(len(row.ids) - 1 for row in rows), widest)
         wanted = [edited.layer for edited in maps]
         source = {**key_source(anatomy, wanted, tokenizer), "data": [rows_hash(rows)]}
+        if watchers_of(model):  # what is attached changes the keys, and no digest knows of it
+            found = _fit(model, maps, rows, None, progress)
+            return cls({layer: sums.total for layer, sums in found.items()}, {layer: sums.tokens for layer, sums in found.items()}, source)
         place = cache_folder() / "covariance" if folder is None else place_of(folder)
         files = _files(place, anatomy, wanted, source)
         fitted = {layer: covariance for layer, file in files.items() if (covariance := _read(file)) is not None}
@@ -214,23 +220,29 @@ def _row_tokens(anatomy: Anatomy) -> int:
     return min(ROW_TOKENS, positions) if isinstance(positions, int) else ROW_TOKENS
 
 
-def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part: Path, progress: bool) -> dict[int, KeySums]:
-    """Sums over all rows, from where an earlier fit saved its part."""
+def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part: Path | None, progress: bool) -> dict[int, KeySums]:
+    """Sums over all rows, from where an earlier fit saved its part; None saves none."""
     done, sums = _begun(part, maps)
     by_site: dict[Site, Accumulator] = {edited.key_site: sums[edited.layer] for edited in maps}
     saved = time.monotonic()
     with tqdm(total=len(rows), initial=done, desc="covariance", unit="text", disable=None if progress else True, leave=False) as bar:
         while done < len(rows):
-            chosen = _next_rows(rows, done)
-            capture(model, chosen, by_site, span="all", max_tokens=PASS_TOKENS, share=False)
-            for of_layer in sums.values():
-                of_layer.take_in()
-            done += len(chosen)
-            bar.update(len(chosen))
-            if done < len(rows) and time.monotonic() - saved >= SAVE_SECONDS:
+            for chosen, _ in in_halves(_next_rows(rows, done), lambda chosen: _add_keys(model, chosen, by_site, sums.values())):
+                done += len(chosen)
+                bar.update(len(chosen))
+            if part is not None and done < len(rows) and time.monotonic() - saved >= SAVE_SECONDS:
                 _save_part(part, done, sums)
                 saved = time.monotonic()
     return sums
+
+
+def _add_keys(model: nn.Module, rows: Sequence[Row], by_site: dict[Site, Accumulator], sums: Iterable[KeySums]) -> None:
+    """Adds the keys of texts to the sums, of all of them or of none."""
+    for of_layer in sums:
+        of_layer.drop()
+    capture(model, rows, by_site, span="all", max_tokens=PASS_TOKENS, share=False)
+    for of_layer in sums:
+        of_layer.take_in()
 
 
 def _next_rows(rows: Sequence[Row], start: int) -> Sequence[Row]:
@@ -274,9 +286,9 @@ def _save_part(part: Path, done: int, sums: Mapping[int, KeySums]) -> None:
     save_artifact(part, PART, tensors, {"done": done, "tokens": {str(layer): of_layer.tokens for layer, of_layer in sums.items()}})
 
 
-def _begun(part: Path, maps: Sequence[EditedMap]) -> tuple[int, dict[int, KeySums]]:
+def _begun(part: Path | None, maps: Sequence[EditedMap]) -> tuple[int, dict[int, KeySums]]:
     """How many rows an earlier fit has read, and its sums; nothing where there is none, or its file is damaged."""
-    if part.exists():
+    if part is not None and part.exists():
         try:
             manifest, tensors = load_artifact(part, PART)
             with damage_of(part, "the sums of a fit that has begun"):

@@ -6,7 +6,7 @@ Hase et al. 2023 (arXiv 2301.04213): where tracing finds a fact says next to not
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from steer.edits.covariance import Covariance
 from steer.edits.edited_map import edited_maps
 from steer.errors import EditError
 from steer.model.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from steer.edits.layer_sweep import LayerSweep
 
 MOST = 5  # layers that an edit is spread over
 
@@ -36,11 +39,15 @@ def default_layers(anatomy: Anatomy, *, several: bool) -> list[int]:
         >>> model, tokenizer = steer.load("smollm2-135m")
         >>> default_layers(steer.Anatomy.find(model), several=False) #!
     """
-    key = _size(anatomy)
-    if key not in PUBLISHED:
+    if not is_known(anatomy):
         raise _not_known(anatomy)
-    one, many = PUBLISHED[key]
+    one, many = PUBLISHED[_size(anatomy)]
     return list(many) if several else [one]
+
+
+def is_known(anatomy: Anatomy) -> bool:
+    """Layers of a model of this family and size were published, or measured here."""
+    return _size(anatomy) in PUBLISHED
 
 
 def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | None, *, several: bool) -> list[int]:
@@ -57,19 +64,25 @@ def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | Non
         >>> choose_layers(model, tokenizer, None, several=True)  # of a model that is known, without a sweep #!
     """
     anatomy = Anatomy.find(model)
-    if covariance is None or _size(anatomy) in PUBLISHED:
+    if covariance is None or is_known(anatomy):
         return default_layers(anatomy, several=several)
     layers = tuple(covariance.layers)
     if len(layers) == 1:
         return list(layers)
-    swept = _SWEPT.setdefault(model, {})
-    if layers not in swept:
-        from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
-
-        swept[layers] = layer_sweep(model, tokenizer, covariance=covariance).best
-    best = swept[layers]
+    best = sweep_of(model, tokenizer, covariance).best
     has_post_norm = edited_maps(anatomy, [best])[0].has_post_norm
     return [layer for layer in layers if layer <= best][-MOST:] if several and not has_post_norm else [best]
+
+
+def sweep_of(model: nn.Module, tokenizer: Any, covariance: Covariance) -> LayerSweep:
+    """The sweep over the layers of a covariance, made once in a process. Raises as `layer_sweep`."""
+    from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
+
+    swept = _SWEPT.setdefault(model, {})
+    layers = tuple(covariance.layers)
+    if layers not in swept:
+        swept[layers] = layer_sweep(model, tokenizer, covariance=covariance, progress=True)
+    return swept[layers]
 
 
 def candidate_layers(anatomy: Anatomy) -> list[int]:
@@ -86,7 +99,7 @@ def _size(anatomy: Anatomy) -> tuple[str, int, int]:
 
 
 _CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()  # by layers of the covariance
+_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], LayerSweep]] = weakref.WeakKeyDictionary()  # by layers of the covariance
 
 
 # ---- errors

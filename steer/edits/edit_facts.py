@@ -14,12 +14,13 @@ from torch import nn
 from steer.checks import of_type
 from steer.edits.contexts import Contexts, FirstTokenSubjectWarning, SubjectTokenWarning, sample_contexts
 from steer.edits.covariance import Covariance
-from steer.edits.default_layers import choose_layers
 from steer.edits.edit import Edit
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, no_covariance
+from steer.edits.editor import EDITORS, EditBench, Editor, Solution
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
+from steer.edits.locate import check_known
 from steer.edits.make_edit import make_edit
+from steer.edits.preparation import prepare
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
 
@@ -52,8 +53,10 @@ def edit_facts(
         facts: one or many, with different prompts.
         editor: a name of `EDITORS`, or one with settings of your own: `MEMIT(ridge=500.0)`.
         layers: to be edited. None for those of the publications, or that were measured, where the model is one of these; else the layers of
-            the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`.
-        covariance: of the keys of ordinary text, at these layers; all editors with a closed form need it.
+            the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`. Where they come from is in
+            `edit.provenance["layers_from"]`.
+        covariance: of the keys of ordinary text, at these layers, which all editors with a closed form need. None fits it on text that
+            ships with the library, once for a model: minutes, with a bar; then it is read from the cache folder.
         contexts: before the prompts; None draws five from the model, which no target is in.
         guards: None warns of a change that moves the outputs of a layer by more than a quarter.
         values: a store that several calls share, to compare editors.
@@ -95,21 +98,22 @@ def bench_for(
     """What the facts are edited with: arguments as of `edit_facts`, those left out filled in, the covariance checked."""
     of_type(contexts, (Contexts, NoneType), "the contexts of an edit", "pass steer.edits.Contexts(('It rains.',)), or leave them out")
     of_type(covariance, (Covariance, NoneType), "the covariance of an edit", "pass Covariance.fit(model, tokenizer, texts, layers)")
-    if layers is None:
-        layers = choose_layers(model, tokenizer, covariance, several=method.several_layers)
+    prepared = prepare(model, tokenizer, [method], layers, covariance)
     contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
-    bench = EditBench(model, tokenizer, layers, contexts, covariance=covariance, values=values, progress=progress)
-    if covariance is not None:
-        covariance.check(model, bench.layers, tokenizer)
-    elif method.needs_covariance:
-        raise no_covariance(method.name)
+    bench = EditBench(
+        model, tokenizer, prepared.layers[0], contexts, covariance=prepared.covariance, values=values, progress=progress,
+        layers_from=prepared.layers_from,
+    )  # fmt: skip
+    if prepared.covariance is not None:
+        prepared.covariance.check(model, bench.layers, tokenizer)
     return bench
 
 
 def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: Guards, neutral: NeutralTexts | None, name: str) -> Edit:
     """One edit, of the facts within the guards."""
     for fact in facts:
-        bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
+        located = bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
+        check_known(bench.tokenizer, fact, located[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FirstTokenSubjectWarning)
         warnings.simplefilter("ignore", SubjectTokenWarning)
@@ -127,6 +131,7 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
         of=None if solution.of is None else solution.of.tolist(),
         name=name,
         provenance={
+            "layers_from": bench.layers_from,
             "no_op": no_op,
             "not_found": [kept[i].name for i, value in enumerate(solution.values or ()) if not (value.is_no_op or bool(value.delta.any()))],
             "left_out": [reading.as_json() for reading in left_out],

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steer.checks import of_type
-from steer.errors import EditError, SiteError
+from steer.errors import ConfigError, EditError, SiteError
 from steer.intervene.deploy.transformers_model import transformers_model
 from steer.intervene.deploy.weight_edit import is_conv1d, is_dense
 from steer.model.anatomy import Anatomy
@@ -104,12 +105,22 @@ def edited_maps(anatomy: Anatomy, layers: Sequence[int]) -> list[EditedMap]:
     """
     of_type(layers, (list, tuple, range), "the layers of an edit", "pass a list such as [8]")
     for layer in layers:
-        of_type(layer, int, "a layer of an edit", "pass an integer such as 8")
-        if not -anatomy.n_layers <= layer < anatomy.n_layers:
-            raise _no_layer(anatomy, layer)
+        check_layer(layer, anatomy.n_layers)
     if not layers:
         raise _no_layers()
     return [_edited_map(anatomy, layer) for layer in sorted({layer % anatomy.n_layers for layer in layers})]
+
+
+def check_layer(layer: Any, count: int | None) -> None:
+    """Raises ConfigError for what is no number of a layer, and EditError for one that a model of so many blocks does not have.
+
+    Args:
+        count: None where it is not known yet.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise _no_number(layer)
+    if count is not None and not -count <= layer < count:
+        raise _no_layer(count, layer)
 
 
 def _edited_map(anatomy: Anatomy, layer: int) -> EditedMap:
@@ -178,8 +189,12 @@ def _no_layers() -> EditError:
     )
 
 
-def _no_layer(anatomy: Anatomy, layer: int) -> EditError:
-    last = anatomy.n_layers - 1
+def _no_number(layer: object) -> ConfigError:
+    return ConfigError("wrong value for a layer of an edit", expected="the number of a block", found=repr(layer), remedy="pass layers=[8]")
+
+
+def _no_layer(count: int, layer: int) -> EditError:
+    last = count - 1
     return EditError(
         "a layer to be edited is not in this model",
         expected=f"0 to {last}, or negative from the end",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +27,12 @@ from steer.edits.base_modules import (
     weight_modules,
     weight_of,
 )
-from steer.edits.edit import Edit, WeightDelta
+from steer.edits.edit import Edit
 from steer.edits.exact_sum import exact_sum, relative_size
+from steer.edits.weights_state import WeightsState, deltas_of, hash_of, write
 from steer.errors import EditError, NonFiniteError, WrongModelError, did_you_mean
 from steer.intervene.deploy.weight_edit import is_dense
 from steer.model.restoring import restoring
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is on a model.
-
-    Attributes:
-        edits: in the order in which they were applied.
-        originals: W0 by path, as the module held it; fp64 where it was worked out from weights that training had changed.
-        written: hash of what was written, by path.
-        rounding: by path, see `EditedWeights.rounding`.
-        rebased: paths whose W0 was worked out.
-    """
-
-    edits: tuple[Edit, ...] = ()
-    originals: Mapping[str, Tensor] = field(default_factory=dict)
-    written: Mapping[str, str | None] = field(default_factory=dict)
-    rounding: Mapping[str, float] = field(default_factory=dict)
-    rebased: frozenset[str] = frozenset()
 
 
 class EditedWeights:
@@ -62,7 +44,7 @@ class EditedWeights:
 
     Weights that something else has changed since (a training step, a checkpoint that was loaded) are noticed by their hash, and `apply`,
     `revert` and `clear` refuse to guess what they hold. Say it: `rebase()` when the edits are still in them (they were trained), `forget()`
-    when they are not (they were loaded anew).
+    when they are not (they were loaded anew). A cast of the whole (`model.half()`) is told from these, to the bit, and W0 is cast with it.
 
     Example:
         >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)
@@ -75,7 +57,7 @@ class EditedWeights:
 
     def __init__(self, base: nn.Module) -> None:
         self._model = weakref.ref(base)  # a strong one would keep every model that was ever edited
-        self._state = _State()
+        self._state = WeightsState()
 
     @classmethod
     def of(cls, model: nn.Module) -> EditedWeights:
@@ -174,9 +156,9 @@ class EditedWeights:
 
     @property
     def changed(self) -> list[str]:
-        """Paths of the matrices with edits that hold something else than what was written: trained, loaded, merged or cast since."""
-        modules = weight_modules(self.model)
-        return [path for path, digest in self._state.written.items() if path not in modules or _hash(modules[path]) != digest]
+        """Paths of the matrices with edits that hold something else than what was written, cast or not: trained, loaded or merged since."""
+        modules = self._followed()
+        return [path for path, digest in self._state.written.items() if path not in modules or hash_of(modules[path]) != digest]
 
     def rebase(self) -> list[str]:
         """Takes what training made of the edited weights as the edits on top of a trained W0; no weight changes.
@@ -199,27 +181,27 @@ class EditedWeights:
         for edit in edits:
             self.check(edit)
         paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
-        self._work_out(paths, _State(tuple(edits)), originals or {})
+        self._work_out(paths, WeightsState(tuple(edits)), originals or {})
 
-    def _work_out(self, paths: Sequence[str], state: _State, likely: Mapping[str, Tensor]) -> None:
+    def _work_out(self, paths: Sequence[str], state: WeightsState, likely: Mapping[str, Tensor]) -> None:
         """Makes a state with W0 = W - dW at these paths that of the model. likely: W0, where it fits."""
         modules = weight_modules(self.model)
         self._check_places(paths, modules)
-        originals, written, rebased = dict(state.originals), dict(state.written), set(state.rebased)
+        originals, written, dtypes, rebased = dict(state.originals), dict(state.written), dict(state.dtypes), set(state.rebased)
         for path in paths:
-            weight, deltas, module = dense_weight(modules[path]), _deltas(state.edits, path), modules[path]
+            weight, deltas, module = dense_weight(modules[path]), deltas_of(state.edits, path), modules[path]
             if path in likely and torch.equal(exact_sum(likely[path], deltas, module).to(weight), weight):
                 originals[path] = likely[path].clone()
                 rebased.discard(path)
             else:
                 originals[path] = exact_sum(weight, deltas, module, sign=-1)
                 rebased.add(path)
-            written[path] = _hash(module)
-        self._state = replace(state, originals=originals, written=written, rebased=frozenset(rebased))
+            written[path], dtypes[path] = hash_of(module), weight.dtype
+        self._state = replace(state, originals=originals, written=written, dtypes=dtypes, rebased=frozenset(rebased))
 
     def forget(self) -> None:
         """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
-        self._state = _State()
+        self._state = WeightsState()
 
     # ---- checks
 
@@ -235,11 +217,18 @@ class EditedWeights:
 
     def base_hash(self, path: str) -> str | None:
         """Hash of a matrix without any edit, see `Edit.base`; None where its numbers are not here. Raises EditError for no such matrix."""
+        self._followed()
         if path in self._state.originals:
             return matrix_hash(self._state.originals[path])
-        return _hash(find_module(self.model, path))
+        return hash_of(find_module(self.model, path))
 
     # ---- how weights change
+
+    def _followed(self) -> dict[str, nn.Module]:
+        """The maps of the model, after W0 was cast where its weight was."""
+        modules = weight_modules(self.model)
+        self._state = self._state.after_casts(modules)
+        return modules
 
     @torch.no_grad()
     def _become(self, edits: tuple[Edit, ...]) -> None:
@@ -248,12 +237,12 @@ class EditedWeights:
             raise _changed_since(changed)
         modules, was = weight_modules(self.model), self._state
         paths = dict.fromkeys(delta.path for edit in (*was.edits, *edits) for delta in edit.deltas)
-        moved = [path for path in paths if _deltas(was.edits, path) != _deltas(edits, path)]
+        moved = [path for path in paths if path in was.cast or deltas_of(was.edits, path) != deltas_of(edits, path)]
         self._check_places(moved, modules)
-        originals, written, rounding = dict(was.originals), dict(was.written), dict(was.rounding)
+        originals, written, dtypes, rounding = dict(was.originals), dict(was.written), dict(was.dtypes), dict(was.rounding)
         new: dict[str, Tensor] = {}
         for path in moved:
-            weight, deltas = dense_weight(modules[path]), _deltas(edits, path)
+            weight, deltas = dense_weight(modules[path]), deltas_of(edits, path)
             original = originals.get(path, weight)
             exact = exact_sum(original, deltas, modules[path])
             new[path] = exact.to(weight)
@@ -262,19 +251,19 @@ class EditedWeights:
             if deltas:
                 originals[path] = original if path in originals else original.clone()
                 rounding[path] = relative_size(new[path].to(exact) - exact, exact - original.to(exact))
-                written[path] = matrix_hash(new[path])
+                written[path], dtypes[path] = matrix_hash(new[path]), weight.dtype
             else:
-                for kept in (originals, written, rounding):
+                for kept in (originals, written, dtypes, rounding):
                     kept.pop(path, None)
-        becomes = _State(edits, originals, written, rounding, was.rebased & originals.keys())
+        becomes = WeightsState(edits, originals, written, dtypes, rounding, was.rebased & originals.keys())
         old = {path: dense_weight(modules[path]).clone() for path in new}
 
         def put_back() -> None:
             if self._state is not becomes:
-                _write(modules, old)
+                write(modules, old)
 
         with restoring(put_back):
-            _write(modules, new)
+            write(modules, new)
             self._state = becomes
 
     def _check_places(self, paths: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
@@ -288,21 +277,6 @@ class EditedWeights:
 
 
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, EditedWeights] = weakref.WeakKeyDictionary()
-
-
-def _deltas(edits: Sequence[Edit], path: str) -> list[WeightDelta]:
-    """The deltas of a matrix in the one order in which they are added up."""
-    return [delta for edit in sorted(edits, key=lambda edit: edit.name) if (delta := edit.delta(path)) is not None]
-
-
-def _hash(module: nn.Module) -> str | None:
-    weight = weight_of(module)
-    return None if weight is None else matrix_hash(weight)
-
-
-def _write(modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
-    for path, value in values.items():
-        dense_weight(modules[path]).copy_(value)
 
 
 # ---- errors

@@ -61,6 +61,7 @@ class EditBench:
 
     Attributes:
         layers: to be edited, ascending. maps: their down projections, by layer.
+        layers_from: who chose them, see `steer.edits.preparation`.
 
     Example:
         >>> bench = EditBench(model, tokenizer, [8], contexts, covariance=covariance)
@@ -77,6 +78,7 @@ class EditBench:
         covariance: Covariance | None = None,
         values: ValueStore | None = None,
         progress: str | None = None,
+        layers_from: str = "given",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -87,6 +89,7 @@ class EditBench:
         self.covariance = covariance
         self.store = values
         self.progress = progress
+        self.layers_from = layers_from
         self._powers: dict[int, float] = {}
         self._past: dict[tuple[int, str], tuple[list[str], PastKeys | None]] = {}
 

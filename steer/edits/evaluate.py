@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from steer.checks import of_type, one_of
 from steer.edits.base_modules import weight_modules, weight_of
 from steer.edits.edit import Edit
-from steer.edits.edit_facts import edit_facts
+from steer.edits.edit_facts import edit_facts, editor_of
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.editor import Editor
 from steer.edits.evaluation import BATCH, MODES, SEQUENCE, SINGLE, EditEvaluation, EditRow
 from steer.edits.evaluation_store import EvaluationStore
 from steer.edits.fact import Fact
 from steer.edits.measure import Readings, measures_of
+from steer.edits.preparation import prepare
 from steer.edits.readings import EditReader
 from steer.edits.record import FactRecord, record_of, without_edited_subjects
 from steer.errors import ConfigError, EditError, NonFiniteError
@@ -86,6 +87,9 @@ def evaluate_edits(
     of_type(neutral, (list, tuple), "the neutral texts of an evaluation of edits", "pass a list of texts")
     of_type(records, (list, tuple), "the records of an evaluation of edits", "pass what steer.edits.load_records gives, or facts")
     tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+    if isinstance(edit, str | Editor):  # once, not for every fact
+        prepared = prepare(model, tokenizer, [editor_of(edit)], options.get("layers"), options.get("covariance"))
+        options |= {"layers": prepared.layers[0], "covariance": prepared.covariance}
     reader = EditReader(model, tokenizer, measures_of(measures), chat=chat, max_tokens=max_tokens, seed=seed, progress=False)
     texts = [plain(tokenizer, text) for text in neutral]
     run = _Run(reader, tokenizer, [record_of(record) for record in records], edit, mode, options, texts, folder, progress)

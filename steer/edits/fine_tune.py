@@ -19,10 +19,11 @@ from steer.model.capture import batches
 from steer.model.devices import input_device
 from steer.model.likelihood import target_logprobs
 from steer.model.logits_at import logits_at
+from steer.model.memory import in_halves
 from steer.model.prefix import replaced_forwards
 from steer.model.tokens import Row, collate
 
-MAX_TOKENS = 1024  # padded tokens of a pass with gradients
+MAX_TOKENS = 1024  # padded tokens of a pass with gradients; one that does not fit into memory is halved
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +66,27 @@ def fine_tune(
     forwards = {bench.maps[layer].module: _shifted(bench.maps[layer].module.forward, shift.of) for layer, shift in shifts.items()}
     with frozen(bench.model), replaced_forwards(forwards):
         for step in range(steps):
-            optimiser.zero_grad(set_to_none=True)
-            total = 0.0
+            total, sums = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
             for chosen in batches(rows, MAX_TOKENS):
-                with torch.enable_grad():
-                    loss = _loss(bench, [rows[i] for i in chosen]) / len(rows)
-                    loss.backward(inputs=parameters)
-                total += float(loss.detach())
+                for _, (loss, gradients) in in_halves(chosen, lambda part: _gradients(bench, [rows[i] for i in part], parameters)):
+                    total += loss / len(rows)
+                    for whole, gradient in zip(sums, gradients, strict=True):
+                        whole += gradient / len(rows)
             if not total < float("inf"):
                 raise _not_finite(step)
             if total < stop_loss:
                 return
+            for parameter, whole in zip(parameters, sums, strict=True):
+                parameter.grad = whole
             optimiser.step()
             after_step()
+
+
+def _gradients(bench: EditBench, rows: Sequence[Row], parameters: Sequence[Tensor]) -> tuple[float, tuple[Tensor, ...]]:
+    """Loss of texts and its gradients, which come into the parameters only where memory suffices for all of them."""
+    with torch.enable_grad():
+        loss = _loss(bench, rows)
+        return float(loss.detach()), torch.autograd.grad(loss, parameters)
 
 
 def _loss(bench: EditBench, rows: Sequence[Row]) -> Tensor:

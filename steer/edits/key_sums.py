@@ -43,12 +43,16 @@ class KeySums:
         self._block.addmm_(keys.mT, keys)
         self._count += ordinary.sum()
 
+    def drop(self) -> None:
+        """Forgets what came since the last time, as of a pass that memory did not suffice for."""
+        self._block = self._count = None
+
     def take_in(self) -> None:
         """Adds what came since the last time."""
         if self._block is not None and self._count is not None:
             self.total += self._block.to("cpu", torch.float64)
             self.tokens += int(self._count)
-        self._block = self._count = None
+        self.drop()
 
 
 def ordinary_tokens(norms: Tensor, real: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from steer.edits.fact import Fact
 from steer.edits.locate import Located
 from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy
-from steer.model.capture import capture
+from steer.model.capture import batches, capture
+from steer.model.memory import in_halves
 from steer.model.site import Site
 from steer.model.tokens import Row
 
@@ -73,7 +74,7 @@ def read_at(model: nn.Module, located: Sequence[Located], sites: Sequence[Site],
 
     Args:
         located: texts and places, see `steer.edits.locate.locate`.
-        max_tokens: padded tokens of a batch.
+        max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
 
     Raises:
         SiteError, NonFiniteError. ConfigError: no texts, or tokens that the model does not know.
@@ -84,6 +85,18 @@ def read_at(model: nn.Module, located: Sequence[Located], sites: Sequence[Site],
         >>> read_at(model, located, [site])[site].shape  # [n, width]
     """
     rows = [Row(text.ids[: text.last + 1], text.last + 1) for text in located]
+    read: list[dict[Site, Tensor]] = []
+    order: list[int] = []
+    for chosen in [*batches(rows, max_tokens)] or [[]]:  # capture says that there are none
+        for part, values in in_halves(chosen, lambda part: _captured(model, [rows[i] for i in part], sites, max_tokens)):
+            order += part
+            read.append(values)
+    places = torch.tensor(order).argsort()
+    return {site: torch.cat([values[site] for values in read])[places] for site in sites}
+
+
+def _captured(model: nn.Module, rows: Sequence[Row], sites: Sequence[Site], max_tokens: int) -> dict[Site, Tensor]:
+    """[texts, width] activations at the last token of each text."""
     kept = {site: _AtToken(len(rows)) for site in sites}
     accumulators: dict[Site, Accumulator] = dict(kept)
     capture(model, rows, accumulators, span="last", max_tokens=max_tokens, share=False)

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from steer.edits.fact import Fact
 from steer.errors import EditError, SubjectNotFoundError, TokenizerError
 from steer.model.tokens import Row, check_tokenizer
 
@@ -65,6 +66,18 @@ def target_ids(tokenizer: Any, target: str) -> tuple[int, ...]:
     if not ids:
         raise _no_target_tokens(target)
     return tuple(ids)
+
+
+def check_known(tokenizer: Any, fact: Fact, located: Located) -> None:
+    """Raises EditError where the target of a fact, or the last token of its subject, is the one that stands for all unknown words.
+
+    located: the subject in the prompt.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in target_ids(tokenizer, fact.target):
+        raise _unknown("the target", fact.target, tokenizer)
+    if unknown is not None and located.ids[located.last] == unknown:
+        raise _unknown("the end of the subject", fact.subject, tokenizer)
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -156,6 +169,15 @@ def _empty_target() -> EditError:
 
 def _no_target_tokens(target: str) -> TokenizerError:
     return TokenizerError("the target of a fact gives no tokens", expected="at least one", found=repr(target), remedy="write it otherwise")
+
+
+def _unknown(what: str, words: str, tokenizer: Any) -> EditError:
+    return EditError(
+        f"the tokenizer does not know {what} of a fact",
+        expected="words that have tokens of their own",
+        found=f"'{tokenizer.unk_token}' for a part of '{words}', as for every unknown word",
+        remedy="write it in other words, or use a model whose tokenizer knows it",
+    )
 
 
 def _empty_subject(text: str) -> EditError:

@@ -6,16 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from steer.edits.answer_scores import AnswerScorer
 from steer.edits.measure import EditMeasure, Readings, Wanted
 from steer.edits.record import FactRecord
-from steer.errors import ConfigError
-from steer.model.capture import batches, evaluating
-from steer.model.devices import input_device, seeded
+from steer.model.generation import continuations
 from steer.model.text_loss import text_losses
-from steer.model.tokens import Row, collate, plain
+from steer.model.tokens import Row, plain
 
 GREEDY = 20  # tokens of a greedy continuation
 WRITTEN = 100  # tokens of a text that fluency looks at, prompt included, and of one that is read
@@ -74,26 +71,17 @@ class EditReader:
 
     def _written(self, prompts: list[str], *, do_sample: bool) -> dict[str, str]:
         """What the model writes behind each prompt: up to `WRITTEN` tokens in all by chance, `GREEDY` new ones otherwise."""
-        model: Any = self.model
-        if prompts and not hasattr(model, "generate"):
-            raise _no_generate(model)
-        rows = [Row(ids, len(ids)) for ids in map(self.scorer.prompt_ids, prompts)]
-        room = [max(WRITTEN - row.prompt, 1) if do_sample else GREEDY for row in rows]
+        if not prompts:
+            return {}
+        rows = [self.scorer.prompt_ids(prompt) for prompt in prompts]
+        room = [max(WRITTEN - len(ids), 1) if do_sample else GREEDY for ids in rows]
         chance = {"do_sample": True, "top_k": LIKELIEST, "top_p": 1.0, "temperature": 1.0} if do_sample else {"do_sample": False}
         tokenizer = self.scorer.tokenizer
         padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-        texts: dict[str, str] = {}
-        bar = tqdm(total=len(rows), desc="continuations", disable=None if self.progress else True, leave=False)
-        with bar, evaluating(model), seeded(self.seed, input_device(model)):
-            for chosen in batches([Row(row.ids + (0,) * most, row.prompt) for row, most in zip(rows, room, strict=True)], self.max_tokens):
-                batch = collate([rows[i] for i in chosen], padding, side="left")
-                inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
-                most = max(room[i] for i in chosen)
-                written = model.generate(**inputs, max_new_tokens=most, pad_token_id=padding, **chance)
-                for i, ids in zip(chosen, written[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                    texts[prompts[i]] = self._behind(rows[i].ids, ids[: room[i]])
-                bar.update(len(chosen))
-        return texts
+        written = continuations(
+            self.model, rows, room, pad=padding, max_tokens=self.max_tokens, seed=self.seed, progress=self.progress, **chance
+        )
+        return {prompt: self._behind(ids, new) for prompt, ids, new in zip(prompts, rows, written, strict=True)}
 
     def _behind(self, prompt: tuple[int, ...], ids: Sequence[int]) -> str:
         """The text of tokens behind others: alone, some tokenizers give it without the blank before it."""
@@ -105,11 +93,3 @@ class EditReader:
 def _each(wanted: Iterable[Wanted], what: str) -> list[str]:
     """All texts of a kind, each once."""
     return list(dict.fromkeys(text for each in wanted for text in getattr(each, what)))
-
-
-# ---- errors
-
-
-def _no_generate(model: object) -> ConfigError:
-    expected, remedy = "a model with `generate`, of transformers", "load it with steer.load, or leave measures of generation out"
-    return ConfigError("the model cannot write texts", expected=expected, found=type(model).__name__, remedy=remedy)

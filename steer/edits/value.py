@@ -74,28 +74,30 @@ def solve_values(
     missing = [i for i in range(len(facts)) if i not in values]
     with frozen(model):
         with tqdm(total=len(missing), desc=progress, disable=True if progress is None else None, leave=False) as bar:
-            for chunk in _chunks(rows, missing, max_tokens):
-                for i, value in _solved(problem, rows, facts, chunk):
-                    values[i] = value
+            for chunk in _chunks(rows, max_tokens):  # of all facts, so that those that are found later are found as at first
+                for part, solved in _solved(problem, rows, facts, [i for i in chunk if i not in values]):
+                    values |= zip(part, solved, strict=True)
                     if cache is not None:
-                        cache.put(keys[i], value)
-                    bar.update()
+                        cache.put({keys[i]: value for i, value in zip(part, solved, strict=True)})
+                    bar.update(len(part))
     return [values[i] for i in range(len(facts))]
 
 
-def _solved(problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]) -> Iterator[tuple[int, Value]]:
-    """Values by number of their fact, in halves where memory does not suffice for all at once."""
-    for part, solved in in_halves(chunk, lambda part: problem.solve([row for i in part for row in rows[i]], [facts[i] for i in part])):
-        yield from zip(part, solved, strict=True)
+def _solved(
+    problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]
+) -> Iterator[tuple[Sequence[int], list[Value]]]:
+    """Numbers of facts and their values, in halves where memory does not suffice for all at once."""
+    if chunk:
+        yield from in_halves(chunk, lambda part: problem.solve([row for i in part for row in rows[i]], [facts[i] for i in part]))
 
 
-def _chunks(rows: Sequence[list[ValueRow]], missing: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def _chunks(rows: Sequence[list[ValueRow]], max_tokens: int) -> Iterator[list[int]]:
     """Facts whose texts run together: of similar length behind the edited token, so that little is padded."""
-    if not missing:
+    if not rows:
         return
-    lengths = [max(len(row.ids) - row.site for row in rows[i]) for i in missing]
-    for chunk in batches_of(lengths, max(max_tokens // len(rows[missing[0]]), 1)):
-        yield sorted(missing[place] for place in chunk)
+    lengths = [max(len(row.ids) - row.site for row in of_fact) for of_fact in rows]
+    for chunk in batches_of(lengths, max(max_tokens // len(rows[0]), 1)):
+        yield sorted(chunk)
 
 
 def _keys(weights: str, layer: int, settings: ValueSettings, rows: Sequence[list[ValueRow]]) -> list[Hashable]:

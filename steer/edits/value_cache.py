@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from steer.edits.value_settings import Value
+from steer.errors import DamagedFileError
+from steer.files import load_artifact, save_artifact
 from steer.model.fingerprint import sum_of_bits
+from steer.reading import check_kinds, damage_of, place_of
 
-if TYPE_CHECKING:
-    from steer.edits.value import Value
+log = logging.getLogger(__name__)
+
+KIND = "values of edits"
+_TENSORS = ("delta", "written")
+_NUMBERS = ("mlp_norm", "block_norm", "loss", "probability", "steps", "stopped")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -28,9 +37,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 class ValueStore:
-    """Keeps values in memory, by weights, fact, layer, contexts and settings.
+    """Keeps values by weights, fact, layer, contexts and settings: in memory, and in a folder where one is named.
 
-    Hand one store to several calls of `edit_facts` to compare editors: the optimisation, the larger part of an edit, runs once.
+    Hand one store to several calls of `edit_facts` to compare editors: the optimisation, the larger part of an edit, runs once. With a
+    folder it runs once for a program that is killed and started again, too; the values of a batch of facts are one file, written whole.
+
+    Args:
+        folder: of the files; what is there already is read, and a damaged file is left alone with a warning in the log.
 
     Example:
         >>> store = ValueStore()
@@ -39,18 +52,46 @@ class ValueStore:
         ...     edit = steer.edit_facts(model, tokenizer, fact, editor=editor, **how)
     """
 
-    def __init__(self) -> None:
-        self._values: dict[Hashable, Value] = {}
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else place_of(folder)
+        self._values: dict[str, Value] = {}
         self.found = 0  # how many values were not optimised again
+        for file in [] if self.folder is None else sorted(self.folder.glob("*.safetensors")):
+            try:
+                self._values |= _read(file)
+            except DamagedFileError as error:
+                log.warning("values of edits are found again: %s", error)
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, key: Hashable) -> Value | None:
         """The value under a key, None where there is none."""
-        value = self._values.get(key)
+        value = self._values.get(_digest(key))
         self.found += value is not None
         return value
 
-    def put(self, key: Hashable, value: Value) -> None:
-        self._values[key] = value
+    def put(self, values: Mapping[Hashable, Value]) -> None:
+        """Keeps values under their keys. Raises StorageFullError."""
+        new = {_digest(key): value for key, value in values.items()}
+        self._values |= new
+        if self.folder is None or not new:
+            return
+        tensors = {f"{key}/{name}": getattr(value, name) for key, value in new.items() for name in _TENSORS}
+        manifest = {key: {name: getattr(value, name) for name in _NUMBERS} for key, value in new.items()}
+        save_artifact(self.folder / f"{_digest(tuple(new))}.safetensors", KIND, tensors, {"values": manifest})
+
+
+def _digest(key: Hashable) -> str:
+    """Of a key of numbers and texts, whose repr says all of it."""
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> dict[str, Value]:
+    manifest, tensors = load_artifact(file, KIND)
+    with damage_of(file, "values of edits with their numbers"):
+        check_kinds(manifest, {"values": dict})
+        return {
+            key: Value(**{name: tensors[f"{key}/{name}"] for name in _TENSORS}, **{name: numbers[name] for name in _NUMBERS})
+            for key, numbers in manifest["values"].items()
+        }

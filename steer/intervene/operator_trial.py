@@ -62,7 +62,7 @@ class OperatorTrial:
         copies = {name: tensor if tensor is None else tensor.clone() for name, tensor in given.items()}
         per_row = {name: tensor.clone() for name, tensor in self.per_row.items()}
         own = {name: tensor.clone() for name, tensor in self.operator.tensors.items()}
-        state = seeded(h.device)  # one that draws at random draws the same each time
+        state = seed_draws(h.device)  # one that draws at random draws the same each time
         with errors_of(self.what, f"let it take {in_words(h)}, as a pass will give it"):
             result = function(*copies.values(), per_row)
         self.draws |= not torch.equal(state, random_state(h.device))
@@ -207,7 +207,7 @@ class OperatorTrial:
 # ---- for trials of any kind
 
 
-def seeded(device: torch.device) -> Tensor:
+def seed_draws(device: torch.device) -> Tensor:
     """Seeds what draws at random on a device, and gives the state that this makes."""
     torch.default_generator.manual_seed(0)
     if device.type == "cuda":

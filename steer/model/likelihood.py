@@ -11,6 +11,7 @@ from steer.errors import NonFiniteError
 from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
+from steer.model.memory import in_halves
 from steer.model.tokens import Row, collate
 
 
@@ -53,7 +54,7 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
         model: a causal language model.
         rows: texts with at least one response token each.
         pad: any token id.
-        max_tokens: padded tokens per batch.
+        max_tokens: padded tokens per batch; one that does not fit into memory is halved.
 
     Returns:
         [len(rows)] fp64, in the order of `rows`.
@@ -61,19 +62,24 @@ def response_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_to
     Raises:
         NonFiniteError: the model's output is NaN or infinite.
     """
-    device = input_device(model)
     scores = torch.zeros(len(rows), dtype=torch.float64)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], pad).items()}
-            labels = batch.pop("labels")
-            with response_tokens(model, labels != -100):
-                logits = model(**batch, use_cache=False).logits
-            total, count = response_sums(logits, labels)
-            scores[chosen] = (total / count).double().cpu()
+            for part, means in in_halves(chosen, lambda part: _response_means(model, [rows[i] for i in part], pad)):
+                scores[part] = means
     if not bool(torch.isfinite(scores).all()):
         raise _scores_error(scores)
     return scores
+
+
+def _response_means(model: nn.Module, rows: Sequence[Row], pad: int) -> Tensor:
+    """[rows] fp64 mean log-probability per response token, of one batch."""
+    batch = {name: tensor.to(input_device(model)) for name, tensor in collate(rows, pad).items()}
+    labels = batch.pop("labels")
+    with response_tokens(model, labels != -100):
+        logits = model(**batch, use_cache=False).logits
+    total, count = response_sums(logits, labels)
+    return (total / count).double().cpu()
 
 
 def _scores_error(scores: Tensor) -> NonFiniteError:

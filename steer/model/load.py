@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steer.checks import of_type
@@ -78,6 +78,18 @@ def load(
     model = model.to(device).eval()
     _TOKENIZERS[model] = tokenizer
     return model, tokenizer
+
+
+def depth_of(name_or_path: str | Path) -> int | None:
+    """Number of blocks of a model by its configuration, read before its weights are; None where no folder says it, or it is unclear."""
+    name = str(name_or_path)
+    folder = embedded.converted_folder() if name == embedded.NAME else place_of(name)
+    if not (folder / "config.json").is_file():
+        return None
+    with suppress(OSError, ValueError, KeyError):  # `load` says what is wrong with it
+        depth = getattr(AutoConfig.from_pretrained(str(folder)).get_text_config(), "num_hidden_layers", None)
+        return depth if isinstance(depth, int) else None
+    return None
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from steer.model.annotations import response_tokens
 from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
 from steer.model.likelihood import target_logprobs
+from steer.model.memory import in_halves
 from steer.model.tokens import Row, collate
 
 LEVEL = 0.95
@@ -68,7 +69,7 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
     """Loss of each text's response, all but the first token of a text without a prompt. What is attached to the model stays in force.
 
     Args:
-        max_tokens: padded tokens of a batch.
+        max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
 
     Raises:
         ConfigError: a text with no token to predict. NonFiniteError: the output of the model is NaN or infinite.
@@ -76,23 +77,27 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
     for number, row in enumerate(rows):
         if len(row.ids) - max(row.prompt, 1) < 1:
             raise _nothing_to_predict(number, row)
-    device = input_device(model)
     nats, tokens = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
     with evaluating(model):
         for chosen in batches(rows, max_tokens):
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen], 0).items()}
-            labels = batch.pop("labels")
-            with response_tokens(model, labels != -100):
-                logits = model(**batch, use_cache=False).logits
-            targets = labels[:, 1:]
-            predicted = (targets != -100).to(logits.device)  # [rows, tokens - 1]
-            logprobs = target_logprobs(logits[:, :-1][predicted], targets.to(logits.device)[predicted])
-            of_rows = torch.zeros(predicted.shape, device=logits.device).masked_scatter(predicted, logprobs)
-            nats[chosen] = -of_rows.double().sum(1).cpu()
-            tokens[chosen] = predicted.sum(1).cpu()
+            for part, (of_part, predicted) in in_halves(chosen, lambda part: _losses(model, [rows[i] for i in part])):
+                nats[part], tokens[part] = of_part, predicted
     if not bool(torch.isfinite(nats).all()):
         raise _not_finite(nats)
     return TextLosses(nats, tokens)
+
+
+def _losses(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """[rows] nats in all and tokens that were predicted, of one batch."""
+    batch = {name: tensor.to(input_device(model)) for name, tensor in collate(rows, 0).items()}
+    labels = batch.pop("labels")
+    with response_tokens(model, labels != -100):
+        logits = model(**batch, use_cache=False).logits
+    targets = labels[:, 1:]
+    predicted = (targets != -100).to(logits.device)  # [rows, tokens - 1]
+    logprobs = target_logprobs(logits[:, :-1][predicted], targets.to(logits.device)[predicted])
+    of_rows = torch.zeros(predicted.shape, device=logits.device).masked_scatter(predicted, logprobs)
+    return -of_rows.double().sum(1).cpu(), predicted.sum(1).cpu()
 
 
 def loss_change(before: TextLosses, after: TextLosses) -> LossChange:

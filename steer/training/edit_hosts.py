@@ -51,6 +51,23 @@ class EditHost(ABC):
             before: what `weights` gave before the checkpoint was loaded.
         """
 
+    def solved_elsewhere(self, edits: Sequence[Edit], before: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """By the name of each edit that was solved for other weights, the paths where these differ; one on the model already is no such.
+
+        What an edit has no hash of, or what is not here (sharded weights), is not compared.
+
+        Args:
+            before: what `weights` gave before a checkpoint was loaded; weights that fit these were trained by the run that goes on.
+        """
+        on = {edit.name for edit in self.edited.applied}
+        other: dict[str, list[str]] = {}
+        for edit in edits:
+            for path, digest in edit.base.items() if edit.name not in on else ():
+                found = self.edited.base_hash(path)
+                if found not in (None, digest) and (path not in before or matrix_hash(before[path]) != digest):
+                    other.setdefault(edit.name, []).append(path)
+        return other
+
     def weights(self, edits: Sequence[Edit]) -> dict[str, Tensor]:
         """Copies of the matrices that edits change in place, by path."""
         return {}

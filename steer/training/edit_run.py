@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from steer.checks import number_within, of_type, one_of, whole_number
 from steer.drift.metric_names import check_metric_names, metric_name
 from steer.edits.edit import Edit
-from steer.errors import AttachError, ConfigError
+from steer.errors import AttachError, ConfigError, WrongModelError
 from steer.model.tokens import check_tokenizer
 from steer.training.batches import BatchResponseMask
 from steer.training.edit_hosts import HOSTS, EditHost
@@ -63,6 +63,9 @@ class EditRun:
         edits: as they are now; solved again, they have other factors and keys.
         is_applied: they are in the model.
 
+    When a run begins, the matrices that edits touch have to be those that they were solved for; a resumed one has a state that says what
+    is in its weights. With `resolve`, edits for other weights are solved for these when they are applied.
+
     Raises:
         ConfigError: a value out of its range, two edits of one name, or edits that this protection cannot protect.
     """
@@ -109,6 +112,7 @@ class EditRun:
         self.ranks = Ranks()
         self.edits = list(self.given)
         self.is_applied = False
+        self._solved_elsewhere = False  # some edit, for other weights than training begins with
         self._host: EditHost | None = None
         self._protection: Protection | None = None
         self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until the start
@@ -175,7 +179,7 @@ class EditRun:
         """Begins another training run of this object, with the edits as they were given."""
         self.detach()
         self.edits, self.is_applied = list(self.given), False
-        self._loaded, self._last_step = None, 0
+        self._loaded, self._last_step, self._solved_elsewhere = None, 0, False
         self._at_application, self._faded, self._resolved = [], [], 0
 
     def start(self, step: int, optimizers: Sequence[Optimizer], *, state_place: str = "a state of these edits") -> dict[str, float] | None:
@@ -189,7 +193,8 @@ class EditRun:
 
         Raises:
             ConfigError: the checkpoint does not say whether the edits are in its weights. DamagedFileError: other weights than those that
-            the state belongs to. Otherwise as `EditedWeights.apply`.
+            the state belongs to. WrongModelError: a run begins with weights that edits were not solved for, and does not solve them again.
+            Otherwise as `EditedWeights.apply`.
         """
         host, protection = self._attached()
         host.start()
@@ -197,6 +202,11 @@ class EditRun:
             self._restore(self._loaded)
         elif step != self._last_step and (step > self.at_step or self.on_metric is not None):
             raise _no_state(step, state_place)
+        else:
+            other = host.solved_elsewhere(self.edits, {} if self._before is None else self._before[1])
+            self._solved_elsewhere = bool(other)
+            if other and self.protect != "resolve":
+                raise _other_weights(other)
         self._before = None
         self._last_step = step
         protection.hook(optimizers)
@@ -247,6 +257,8 @@ class EditRun:
         self.edits = host.put(self.edits)
         self.is_applied = True
         protection.protect(self.edits)
+        if self._solved_elsewhere:
+            self._resolve()
         return self._measure()
 
     def _measure(self) -> dict[str, float]:
@@ -301,6 +313,7 @@ class EditRun:
         See `steer.training.edit_state` for the names.
         """
         state = {"step": torch.tensor(self._last_step), "applied": torch.tensor(self.is_applied)}
+        state["solved_elsewhere"] = torch.tensor(self._solved_elsewhere)
         if self._loaded is not None:  # not started yet
             return dict(self._loaded)
         if not self.is_applied or self._host is None or self._protection is None:
@@ -324,6 +337,7 @@ class EditRun:
         self._loaded = None
         self._last_step = int(state["step"])
         self.is_applied = bool(state["applied"])
+        self._solved_elsewhere = bool(state.get("solved_elsewhere", False))  # not in the state of an older version
         self.edits = list(self.given)
         if not self.is_applied:
             return
@@ -355,6 +369,16 @@ def _unclear_edits(names: Sequence[str]) -> ConfigError:
         expected="one or more edits, each of another name",
         found="none" if twice is None else f"two called '{twice}'",
         remedy="pass a list of edits" if twice is None else "rename one: edit.named('...')",
+    )
+
+
+def _other_weights(other: Mapping[str, Sequence[str]]) -> WrongModelError:
+    name, paths = next(iter(other.items()))
+    return WrongModelError(
+        f"edit '{name}' was solved for other weights than training begins with",
+        expected="the matrices whose hashes it holds, in the dtype that they had",
+        found=f"other numbers in {', '.join(paths[:3])}",
+        remedy="solve it for this model, loaded as it is trained; or pass protect='resolve', which solves it again when it is applied",
     )
 
 

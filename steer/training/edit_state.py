@@ -1,7 +1,7 @@
 """State of edits in a checkpoint: flat names and CPU tensors, which every trainer can save.
 
-`step`, `applied`, and once they are: `probability`, `faded`, `resolved` (see `EditRun`), `edit/<name>/<path>/<u, v, keys or values>`,
-`hash/<path>` (of each edited matrix, 32 bytes), `protection/...`.
+`step`, `applied`, `solved_elsewhere` (for other weights than the run began with), and once they are applied: `probability`, `faded`,
+`resolved` (see `EditRun`), `edit/<name>/<path>/<u, v, keys or values>`, `hash/<path>` (of each edited matrix, 32 bytes), `protection/...`.
 """
 
 from __future__ import annotations

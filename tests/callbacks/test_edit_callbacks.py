@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,6 +293,30 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def test_kill_9_and_resume_in_another_process(tmp_path: Path) -> None:
+    options = options_of("resolve", "base")
+    whole, callback, _ = lightning(tmp_path / "whole", "base", steps=8, **options)
+    if (child := os.fork()) == 0:
+        steps, step = iter(range(6)), torch.optim.AdamW.step
+
+        def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if next(steps) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *args, **kwargs)
+
+        try:
+            torch.optim.AdamW.step = killed  # type: ignore[method-assign]
+            lightning(tmp_path / "killed", "base", steps=8, **options)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    saved = sorted((tmp_path / "killed").glob("*.ckpt"))
+    assert [path.name for path in saved] == ["step=2.ckpt", "step=4.ckpt"]
+    resumed, again, _ = lightning(tmp_path / "on", "base", steps=8, resume=saved[-1], **options)
+    assert same_weights(resumed.model, whole.model)
+    assert [edit.digest for edit in again.edits] == [edit.digest for edit in callback.edits]
 
 
 RUN = """

@@ -68,7 +68,7 @@ def test_layers_that_are_not_there_are_refused(layers, message):
         edited_maps(Anatomy.find(model_of("llama")), layers)
 
 
-@pytest.mark.parametrize("layers", [8, ["0"], "01"])
+@pytest.mark.parametrize("layers", [8, ["0"], "01", [True]])
 def test_layers_that_are_no_list_of_numbers_are_refused(layers):
     with pytest.raises(ConfigError):
         edited_maps(Anatomy.find(model_of("llama")), layers)

@@ -162,15 +162,15 @@ def test_an_interrupt_at_any_line_leaves_the_old_weights_or_the_new_ones(action:
 def test_a_failure_while_weights_are_written_puts_the_first_ones_back(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     import steer.edits.edited_weights as module
 
-    write = module._write
+    write = module.write
 
     def failing(modules: dict[str, nn.Module], values: dict[str, Tensor]) -> None:
         first = dict(list(values.items())[:1])
         write(modules, first)
-        monkeypatch.setattr(module, "_write", write)
+        monkeypatch.setattr(module, "write", write)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(module, "_write", failing)
+    monkeypatch.setattr(module, "write", failing)
     with pytest.raises(torch.OutOfMemoryError):
         EditedWeights.of(model).apply(EDITS[1])
     assert equal_weights(model, ORIGINAL) and not EditedWeights.of(model).applied
@@ -301,6 +301,34 @@ def test_names_of_edits(model: nn.Module) -> None:
         edited.apply(EDITS[2].named("a"))
     with pytest.raises(EditError, match=r"no edit called 'b'[\s\S]*one of a"):
         edited.revert(EDITS[1])
+
+
+# ---- weights that were cast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_after_a_cast_edits_come_out_as_if_the_model_had_been_cast_first(model: nn.Module, dtype: torch.dtype) -> None:
+    edited = EditedWeights.of(model)
+    edited.apply(*EDITS)
+    model.to(dtype)
+    plain = FAMILIES["llama"](num_hidden_layers=2).to(dtype)
+    EditedWeights.of(plain).apply(*EDITS[1:], on_other_weights=True)
+    edited.revert("a")
+    assert equal_weights(model, weights_of(plain)) and not edited.changed and edited.rebased == []
+    edited.check_weights(random_edit(plain, "d"))
+    edited.clear()
+    assert equal_weights(model, weights_of(FAMILIES["llama"](num_hidden_layers=2).to(dtype)))
+
+
+def test_a_cast_of_trained_weights_is_no_cast_of_what_was_written(model: nn.Module) -> None:
+    edited = EditedWeights.of(model)
+    edited.apply(EDITS[0])
+    weight(model).data[0, 0] += 1
+    model.to(torch.bfloat16)
+    with pytest.raises(EditError, match="something else has changed"):
+        edited.revert("a")
+    assert edited.rebase() == [PATH]
+    edited.revert("a")
 
 
 # ---- weights that something else has changed

@@ -12,7 +12,9 @@ import torch
 from edits.edit_helpers import CONTEXTS, DENSE, FACTS, equal_weights, model_of, weights_of
 from edits.editor_helpers import (
     STRONG,
+    TEXTS,
     TOKENIZER,
+    UNSAID,
     covariance_of,
     edit,
     fitted,
@@ -37,6 +39,7 @@ from steer.edits import (
     already_said,
     answer_row,
     edit_facts,
+    preparation,
 )
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.editors.alphaedit import AlphaEdit
@@ -47,6 +50,7 @@ from steer.edits.editors.memit import MEMIT
 from steer.edits.editors.pmet import PMET
 from steer.edits.editors.r_rome import RROME
 from steer.edits.editors.rome import ROME
+from steer.edits.running_text import shipped_texts
 from steer.edits.solve import solve_keys
 from steer.errors import ConfigError, ConflictingEditsError, EditError, WrongModelError
 from steer.model.anatomy import Anatomy
@@ -188,14 +192,24 @@ def test_a_mixture_of_experts_is_refused():
 
 def test_what_the_model_says_already_is_reported_and_not_written():
     model = model_of("llama")
-    ids = torch.tensor([answer_row(TOKENIZER, FACTS[0].prompt, "dog").ids[:-1]])
-    said = FACTS[0].with_target(TOKENIZER.decode(model(ids).logits[0, -1].argmax()))
+    ids = torch.tensor([answer_row(TOKENIZER, FACTS[2].prompt, "dog").ids[:-1]])
+    said = FACTS[2].with_target(TOKENIZER.decode(model(ids).logits[0, -1].argmax()))
     assert already_said(model, TOKENIZER, [said]) == [True]
     for name in ("rome", "memit", "alphaedit", "lora"):
         made = edit(model, [said], name)
         assert made.rank == 0 and made.deltas == () and made.provenance["no_op"] == [said.name] and made.facts == (said,)
     mixed = edit(model, [said, FACTS[1]], MEMIT(value_settings=STRONG))
     assert mixed.rank == 1 and mixed.provenance["no_op"] == [said.name]
+
+
+@pytest.mark.parametrize("editor", ["memit", "lora"])
+def test_words_that_the_tokenizer_does_not_know_are_refused(editor):
+    model = model_of("llama")
+    with pytest.raises(EditError, match="does not know the target"):
+        edit(model, [FACTS[0].with_target("mat Quito")], editor)
+    with pytest.raises(EditError, match="does not know the end of the subject"):
+        edit(model, [Fact.of("the {} sat on the", "cat Quito", "mat")], editor)
+    edit(model, [Fact.of("the {} sat on the", "Quito cat", "mat")], editor)  # the key is that of a word that it knows
 
 
 def test_two_targets_of_one_prompt_are_a_conflict():
@@ -262,10 +276,8 @@ def test_values_are_shared_between_editors():
     assert len(store) == 3 and store.found == 12
 
 
-def test_a_covariance_is_needed_and_has_to_be_of_this_model():
+def test_a_covariance_has_to_be_of_this_model():
     model = model_of("llama")
-    with pytest.raises(EditError, match="covariance"):
-        edit(model, covariance=None)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     with pytest.raises(WrongModelError):
         edit(model)
@@ -273,9 +285,26 @@ def test_a_covariance_is_needed_and_has_to_be_of_this_model():
         edit(model_of("llama"), editor="rome", layers=[0, 1])
 
 
-def test_layers_have_no_default_without_a_covariance_of_an_unknown_model():
-    with pytest.raises(EditError, match="layers=..."):
-        edit_facts(model_of("llama"), TOKENIZER, FACTS[0], contexts=CONTEXTS, editor="lora")
+def test_a_covariance_is_fitted_where_none_is_given_and_read_the_next_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(preparation, "shipped_texts", lambda: TEXTS)
+    model = model_of("llama")
+    given = edit(model, UNSAID)
+    fitted = edit(model, UNSAID, covariance=None)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "covariance").iterdir()}
+    assert fitted.digest == given.digest and fitted.provenance["layers_from"] == "given" and len(files) == 1
+    assert edit(model, UNSAID, covariance=None).digest == given.digest
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "covariance").iterdir()} == files
+    with given.applied(model):  # an edit on top of others needs no other covariance
+        edit(model, UNSAID, covariance=None)
+        assert len([*(tmp_path / "covariance").iterdir()]) == 1
+    made = edit_facts(model, TOKENIZER, list(UNSAID), editor="lora", contexts=CONTEXTS)  # the one candidate of two blocks
+    assert made.provenance["layers_from"] == "covariance" and made.settings["layers"] == [0]
+
+
+def test_text_for_a_covariance_ships_with_the_library():
+    texts = shipped_texts()
+    assert len(texts) > 100 and sum(len(text.split()) for text in texts) > 12_000 and all(text.strip() for text in texts)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

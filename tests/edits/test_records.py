@@ -98,6 +98,15 @@ def test_an_answer_that_is_not_the_true_object_is_no_neighbour(tmp_path: Path) -
     assert record.portability == (Probe("the cat can", "run"),)
 
 
+def test_facts_of_ones_own(tmp_path: Path) -> None:
+    row = {"prompt": "the {} sat on the", "subject": "cat", "target": "mat", "true": "tree", "neighbours": ["the dog sat on the"]}
+    full, short = load_records(written(tmp_path / "own.json", [row, {"prompt": "where is the dog", "subject": "dog", "target": "sun"}]))
+    assert full == FactRecord(Fact.of("the {} sat on the", "cat", "mat", "tree"), neighbours=("the dog sat on the",))
+    assert short == FactRecord(Fact("where is the dog", "dog", "sun"))
+    with pytest.raises(DamagedFileError, match="record 1"):
+        load_records(written(tmp_path / "wrong.json", [{**row, "true": 5}]))
+
+
 def test_zsre_and_known_facts(tmp_path: Path) -> None:
     (record,) = load_records(written(tmp_path / "zsre.json", [ZSRE]))
     assert record.fact.target == "a dog" and record.fact.true == "a tree" and record.paraphrases == ("what can the cat be ?",)

@@ -10,9 +10,9 @@ from edits.edit_helpers import FACTS, equal_weights, model_of, weights_of
 from edits.editor_helpers import STRONG, TOKENIZER, covariance_of, edit, probabilities
 
 from steer.edits import Contexts, Fact, Guards, edit_facts
-from steer.edits.contexts import says
 from steer.edits.editors.memit import MEMIT
 from steer.edits.value_problem import ValueProblem
+from steer.model.words import holds
 
 EDITOR = MEMIT(value_settings=STRONG, ridge=0.01)
 
@@ -158,6 +158,6 @@ def test_the_contexts_of_an_edit_are_kept_with_it_and_do_not_say_its_target(tmp_
     made = edit_facts(model, TOKENIZER, fact, **options)
     made.save(tmp_path / "edit")
     kept = Contexts.from_json(type(made).load(tmp_path / "edit").contexts)
-    assert len(kept.prefixes) == 5 and kept.seed == 0 and not any(says(prefix, fact.target) for prefix in kept.prefixes)
+    assert len(kept.prefixes) == 5 and kept.seed == 0 and not any(holds(prefix, fact.target) for prefix in kept.prefixes)
     again = edit_facts(model, TOKENIZER, fact, contexts=kept, **options)
     assert again.digest == made.digest

@@ -122,6 +122,54 @@ def test_edits_wait_for_a_metric(crossing: MetricCrossing) -> None:
     assert not crossing.is_in({"other": 3.0})
 
 
+def moved() -> nn.Module:
+    """A model that was trained since the edit was solved."""
+    model = tiny_model(**SIZES)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("into", ["base", "adapter"])
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_an_edit_for_other_weights_is_refused_or_solved_again(at_step: int, into: str) -> None:
+    def model() -> nn.Module:
+        return moved() if into == "base" else get_peft_model(moved(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    with pytest.raises(WrongModelError, match=r"other weights than training begins with[\s\S]*protect='resolve'"):
+        Loop(model(), at_step=at_step, into=into).train(0)
+    loop = Loop(model(), at_step=at_step, into=into, protect="resolve", keep=0.0, rate=1e-6).train(at_step)
+    delta = loop.run.edits[0].deltas[0]
+    assert loop.metrics[at_step]["edit/resolved"] == 1 and loop.metrics[at_step][DRIFT] < 1e-5
+    assert not torch.equal(delta.u, EDIT.deltas[0].u) and torch.equal(delta.values, EDIT.deltas[0].values)
+    torch.testing.assert_close(loop.run._host.given(PATH, delta.keys), delta.values, atol=1e-3, rtol=1e-3)
+    loop.run.detach()
+
+
+def test_a_run_that_waits_with_an_edit_for_other_weights_goes_on_to_the_same_bits() -> None:
+    options = {"at_step": 4, "protect": "resolve", "keep": 0.0}
+    whole = Loop(moved(), **options).train(6)
+    begun = Loop(moved(), **options).train(2)
+    resumed = Loop(begun.model, **options)
+    resumed.optimizer = begun.optimizer
+    resumed.train(4, first=2, state=begun.run.state_dict())
+    assert same_weights(resumed.model, whole.model) and resumed.metrics[4]["edit/resolved"] == 1
+
+
+def test_weights_that_the_run_has_trained_are_no_others() -> None:
+    """A checkpoint from before the callback was added, at a step before that of the edits."""
+    loop = Loop(at_step=4)
+    loop.run.attach(loop.model, Ranks())
+    weight(loop.model).data.add_(0.01)
+    assert loop.run.start(2, [loop.optimizer]) is None
+    fresh = Loop(moved(), at_step=4)
+    fresh.run.attach(fresh.model, Ranks())
+    with pytest.raises(WrongModelError):
+        fresh.run.start(2, [fresh.optimizer])
+
+
 def test_an_edit_that_is_on_the_model_already_is_taken_as_it_is() -> None:
     model = tiny_model(**SIZES)
     EditedWeights.of(model).apply(EDIT)

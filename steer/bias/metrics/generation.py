@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steer.bias.items import Prompt, check_items
 from steer.bias.scoring import Scorer
@@ -16,10 +14,8 @@ from steer.bias.table import Column, Measured, by_group
 from steer.bias.words import FEMALE, MALE
 from steer.checks import errors_of, of_type, whole_number
 from steer.errors import ConfigError
-from steer.model.capture import batches, evaluating
-from steer.model.devices import input_device, seeded
 from steer.model.estimates import Estimate, mean_of, percentage_of
-from steer.model.tokens import Row, collate
+from steer.model.generation import continuations as generated
 
 Score = Callable[[list[str]], Sequence[float]]
 COLUMNS = (
@@ -75,30 +71,22 @@ def scores_of(score: Score, texts: list[str]) -> Tensor:
 
 def continuations(scorer: Scorer, prompts: Sequence[str], *, max_new_tokens: int, do_sample: bool) -> list[str]:
     """What the model writes behind each prompt. Prompts are padded at the left; the random state of the caller is left as it is."""
-    model: Any = scorer.model
-    if not hasattr(model, "generate"):
-        raise _no_generate(model)
     rows = scorer.prompts(prompts)
     padding = next(token for token in (scorer.tokenizer.pad_token_id, scorer.start) if token is not None)
-    texts = [""] * len(rows)
-    bar = tqdm(total=len(rows), desc="continuations", disable=None if scorer.progress else True, leave=False)
-    with bar, evaluating(model), seeded(scorer.seed, input_device(model)):
-        for chosen in batches([Row(row.ids + (0,) * max_new_tokens, len(row.ids)) for row in rows], scorer.max_tokens):
-            batch = collate([rows[i] for i in chosen], padding, side="left")
-            inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
-            written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, pad_token_id=padding)
-            for i, ids in zip(chosen, written[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                texts[i] = scorer.tokenizer.decode(ids, skip_special_tokens=True)
-            bar.update(len(chosen))
-    return texts
+    written = generated(
+        scorer.model,
+        [row.ids for row in rows],
+        [max_new_tokens] * len(rows),
+        pad=padding,
+        max_tokens=scorer.max_tokens,
+        seed=scorer.seed,
+        progress=scorer.progress,
+        do_sample=do_sample,
+    )
+    return [scorer.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 
 
 # ---- errors
-
-
-def _no_generate(model: object) -> ConfigError:
-    expected, remedy = "a model with `generate`, of transformers", "load it with steer.load or AutoModelForCausalLM"
-    return ConfigError("the model cannot generate", expected=expected, found=type(model).__name__, remedy=remedy)
 
 
 def _no_scores(name: str, texts: int, scores: Tensor) -> ConfigError:

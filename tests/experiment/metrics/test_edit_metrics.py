@@ -10,8 +10,12 @@ import torch
 from edits.edit_helpers import random_edit
 
 import steer
+from steer.edits import Fact, Located, WeightDelta, edited_maps, read_keys
+from steer.edits.make_edit import make_edit
 from steer.errors import ConfigError
 from steer.experiment.metric import check_items, measured, metric_of, with_ids, with_system
+from steer.experiment.scores import Place
+from steer.model.anatomy import Anatomy
 
 ITEMS = with_ids(
     [
@@ -65,6 +69,34 @@ def test_an_edit_is_an_arm_beside_a_plan(tiny: Any, tiny_tokenizer: Any) -> None
     with edit.applied(model):
         expected = [probability(model, tiny_tokenizer, item["prompt"], item["target"]) for item in ITEMS]
     assert means["edited"] == pytest.approx(sum(expected) / 4, abs=1e-6) and len(set(means.values())) == 3
+
+
+def test_an_edit_and_a_plan_that_says_the_same_are_arms_with_the_same_outcomes(tiny: Any, tiny_tokenizer: Any) -> None:
+    """W k + delta at the end of the subject and W k elsewhere, or delta added there by a plan: one is the other to rounding."""
+    model, layer, site = tiny("llama"), 1, "layers.1.mlp.output"
+    prompts = (("where is the cat", "cat"), ("i like the dog", "dog"))
+    items = with_ids([{"prompt": prompt, "subject": subject, "target": "mat", "true": "sun"} for prompt, subject in prompts])
+    facts = [Fact.of(item["prompt"], item["subject"], item["target"], item["true"]) for item in items]
+    ids = [tiny_tokenizer(fact.prompt).input_ids for fact in facts]
+    tokens = [Located(tuple(row), place, place, 1, False, False) for row in ids for place in range(len(row))]
+    keys = read_keys(model, tokens, [layer])[layer].double()  # [tokens, f]
+    ends = torch.tensor([float(place.last == 3) for place in tokens], dtype=torch.float64)
+    target, true = (tiny_tokenizer(word).input_ids[0] for word in ("mat", "sun"))
+    unembedding = model.get_output_embeddings().weight.detach()
+    delta = 3.0 * (unembedding[target] - unembedding[true]) / unembedding[target].norm()
+    (edited,) = edited_maps(Anatomy.find(model), [layer])
+    change = WeightDelta(edited.name, layer, delta[:, None], (torch.linalg.pinv(keys) @ ends)[:, None], keys[ends > 0])
+    edit = make_edit(model, facts, [change], editor="by hand", name="mat")
+    plan = steer.Plan(steer.Intervention(steer.Add(delta), site, scope="positions[3]"))
+    arms = {"plain": None, "edited": edit, "steered": plan}
+    outcomes = {}
+    for reads in ("score", "probability"):
+        metric = {"metric": "edit_efficacy", "reads": reads}
+        result = steer.compare(model, arms, metric, items, tokenizer=tiny_tokenizer)
+        outcomes[reads] = {name: result.scores[Place("edit_efficacy", name, 0, 0)] for name in arms}
+    edited_p, steered_p, plain_p = (outcomes["probability"][name] for name in ("edited", "steered", "plain"))
+    assert edited_p == pytest.approx(steered_p, abs=1e-5) and all(p > 1.5 * plain_p[item] for item, p in edited_p.items())
+    assert outcomes["score"]["edited"] == outcomes["score"]["steered"]
 
 
 def test_items_without_prompts_are_refused() -> None:
