@@ -40,6 +40,13 @@ class HFSteeringCallback(TrainerRun):
 
         HFSteeringCallback(plan, phases=("train", "generate"), bake_rollouts=True).attach(trainer)
 
+    Args:
+        plan, schedule, phases, every_n_steps, learning_rate: as of `SteeringCallback`.
+        bake_rollouts: see above.
+
+    Raises:
+        ConfigError: as of `SteeringCallback`; baked rollouts of a plan that does not act in the phase `generate`.
+
     Example:
         >>> steering = HFSteeringCallback(plan)
         >>> steering.attach(trainer)  # a transformers.Trainer, or one of TRL's

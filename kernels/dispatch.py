@@ -80,6 +80,9 @@ def wanted(h: Tensor) -> bool:
     Yes in compiled code, which the functions are written for, and where a kernel runs and saves more time than its launch costs. No on a
     CPU, and for the few tokens of a decoding step, unless they are captured in a CUDA graph, where a launch costs nothing.
 
+    Args:
+        h: [batch, tokens, width] activation.
+
     Example:
         >>> steer.kernels.wanted(torch.randn(2, 7, 32))  # on a CPU
         False

@@ -50,7 +50,8 @@ class TopFeatures(NamedTuple):
 
     Example:
         >>> top = steer.kernels.topk_encode(torch.randn(2, 7, 32), torch.randn(100, 32), None, k=4)
-        >>> top.values.shape, top.indices.shape #!
+        >>> top.values.shape, top.indices.shape
+        (torch.Size([2, 7, 4]), torch.Size([2, 7, 4]))
     """
 
     values: Tensor  # [..., k]
@@ -255,7 +256,8 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> TopFe
 
     Example:
         >>> values, indices = topk_encode(torch.randn(2, 7, 32), torch.randn(100, 32), None, k=4)
-        >>> values.shape, bool((indices.diff() > 0).all()) #!
+        >>> values.shape, bool((indices.diff() > 0).all())
+        (torch.Size([2, 7, 4]), True)
     """
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise _shape_error(x, weight, bias)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from bias.bias_helpers import write_crows
@@ -40,6 +41,7 @@ from steer.features.activations.relu import ReLU
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
 from steer.model.load import _TOKENIZERS
 from steer.model.tokens import plain
+from steer.registry import REGISTRIES
 
 WIDTH = 36
 MODEL_SIZES = {
@@ -88,6 +90,13 @@ def shared(make: Callable[[StandIns], Any]) -> Callable[[StandIns], Any]:
 
 for shown_as, module_name in {"pl": "pytorch_lightning", "peft": "peft", "np": "numpy"}.items():
     MAKERS[shown_as] = lambda names, module_name=module_name: importlib.import_module(module_name)
+
+
+def keep_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example registers is gone after the test."""
+    for registry in list(REGISTRIES.values()):
+        registry.load()  # one may bring others
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 # ---- model and texts
@@ -142,7 +151,10 @@ def tokenizer(names: StandIns) -> Any:
 
 @stand_in
 def texts(names: StandIns) -> list[str]:
-    return [f"the {noun} is {adjective} and the {other} sat on it" for noun, adjective, other in zip(_NOUNS, _ADJECTIVES, _NOUNS[3:] + _NOUNS, strict=False)]
+    return [
+        f"the {noun} is {adjective} and the {other} sat on it"
+        for noun, adjective, other in zip(_NOUNS, _ADJECTIVES, _NOUNS[3:] + _NOUNS, strict=False)
+    ]
 
 
 @stand_in
@@ -205,7 +217,14 @@ def module(names: StandIns) -> Any:
 @stand_in
 def trainer(names: StandIns) -> Any:
     """Of transformers, for two steps."""
-    options = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    options = {
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
     arguments = transformers.TrainingArguments("trained", use_cpu=True, **options)
     return transformers.Trainer(names["model"], arguments, train_dataset=training_rows())
 
@@ -248,7 +267,8 @@ def _contrast(names: StandIns, question: str) -> Any:
     told = [(noun, good) for noun in _NOUNS for good in ("good", "nice")]
     answers = [{"positive": f"the {noun} is {good}", "negative": f"the {noun} is bad"} for noun, good in told]
     return steer.ContrastSet.from_pairs(
-        names["tokenizer"], [{"prompt": question.format(noun) + f" {good}", **pair} for (noun, good), pair in zip(told, answers, strict=True)]
+        names["tokenizer"],
+        [{"prompt": question.format(noun) + f" {good}", **pair} for (noun, good), pair in zip(told, answers, strict=True)],
     )
 
 
@@ -284,7 +304,9 @@ def later_dictionary(names: StandIns) -> Any:
 
 def _autoencoder(at: str) -> Any:
     """Of 64 features."""
-    read, bias, write, center = (torch.randn(size, generator=torch.Generator().manual_seed(8)) for size in ((64, WIDTH), 64, (64, WIDTH), WIDTH))
+    read, bias, write, center = (
+        torch.randn(size, generator=torch.Generator().manual_seed(8)) for size in ((64, WIDTH), 64, (64, WIDTH), WIDTH)
+    )
     encoder = steer.features.Encoder(steer.features.InMemory(read), bias - 1, ReLU())
     site = (steer.Site.parse(at),)
     rows = steer.features.InMemory(torch.nn.functional.normalize(write, dim=1))
@@ -358,7 +380,10 @@ def labels(names: StandIns) -> list[int]:
 
 
 def write_crows_pairs(path: Path) -> None:
-    pairs = [("the nurse said her name", "the nurse said his name", "stereo", "gender"), ("she is small", "he is small", "antistereo", "gender")]
+    pairs = [
+        ("the nurse said her name", "the nurse said his name", "stereo", "gender"),
+        ("she is small", "he is small", "antistereo", "gender"),
+    ]
     write_crows(path, pairs)
 
 
@@ -396,7 +421,9 @@ def facts(names: StandIns) -> Any:
 @stand_in
 def records(names: StandIns) -> Any:
     neighbours = {"red cat": ("the dog sat on the",), "dog": ("where is the tree",)}
-    return [steer.edits.FactRecord(fact, paraphrases=(f"today {fact.prompt}",), neighbours=neighbours[fact.subject]) for fact in names["facts"]]
+    return [
+        steer.edits.FactRecord(fact, paraphrases=(f"today {fact.prompt}",), neighbours=neighbours[fact.subject]) for fact in names["facts"]
+    ]
 
 
 @shared

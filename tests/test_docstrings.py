@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import FILES, StandIns
+from stand_ins import FILES, StandIns, keep_registries
 
 import steer
 from steer.intervene import METHODS
@@ -54,6 +54,9 @@ def public_callables(package: str) -> dict[str, Callable[..., Any]]:
 
 
 # ---- what a docstring says
+
+# public name -> why nothing is asked of it
+EXCEPTIONS = {"Probe": "`__doc__` is a property: a registered probe is explained by its function; steer.fit_probe has the example"}
 
 # parameters that mean the same everywhere
 SAME_EVERYWHERE = {
@@ -110,7 +113,7 @@ def raised(function: Callable[..., Any]) -> set[str]:
             made_by = source.__globals__.get(node.exc.func.id)
             of = made_by.__annotations__.get("return") if inspect.isfunction(made_by) else getattr(made_by, "__name__", None)
             found |= set(re.findall(r"\w+Error", str(of)))
-    return {name for name in found if hasattr(steer.errors, name)}
+    return {name for name in found - {"SteerError"} if hasattr(steer.errors, name)}  # the base class: whatever was raised below
 
 
 def unlisted_errors(value: Any) -> list[str]:
@@ -154,8 +157,12 @@ def faults(name: str, value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_docstrings_say_what_is_taken_and_raised(package: str) -> None:
-    found = [fault for name, value in public_callables(package).items() for fault in faults(name, value)]
+    found = [fault for name, value in public_callables(package).items() if name not in EXCEPTIONS for fault in faults(name, value)]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_exceptions_are_public() -> None:
+    assert set(EXCEPTIONS) <= {name for package in PACKAGES for name in public_callables(package)}
 
 
 # ---- examples
@@ -190,6 +197,7 @@ def run_examples(name: str, value: Any, package: str) -> str:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_examples_of_docstrings_run(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_registries(monkeypatch)
     failed = []
     for number, (name, value) in enumerate(public_callables(package).items()):
         (tmp_path / str(number)).mkdir()

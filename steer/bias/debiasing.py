@@ -80,7 +80,8 @@ def mitigations() -> list[str]:
     """Names of the debiasing methods.
 
     Example:
-        >>> steer.bias.mitigations() #!
+        >>> steer.bias.mitigations()
+        ['cda', 'inlp', 'leace', 'projection', 'self_debias', 'sentence_debias']
     """
     return list(MITIGATIONS)
 

@@ -130,7 +130,8 @@ class BiasData:
 
     Example:
         >>> data = steer.bias.load("professions", words=["nurse", "carpenter", "judge"])
-        >>> len(data.sample(2).items), data.groups #!
+        >>> len(data.sample(2).items), data.groups
+        (2, ['profession'])
     """
 
     name: str

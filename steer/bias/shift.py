@@ -98,6 +98,7 @@ def sentence_shift(
 
     Args:
         data: what `steer.bias.load("winogender")` gave, or a part of it; a number for each occupation, mean over its sentences.
+        baseline: the word that the occupation is compared with, in its place.
 
     Raises:
         ConfigError: other items. NonFiniteError.

@@ -67,6 +67,7 @@ class Ablation:
 
     @classmethod
     def from_file(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuilds it from what `file_form` gave."""
         return cls(manifest["kind"], {Site.parse(name): tensor for name, tensor in tensors.items()}, manifest["facts"])
 
 

@@ -87,6 +87,9 @@ def circuit_effect(
 
     Call it before and in the course of a training, which may have changed any weight; plans that are attached take part in both.
 
+    Args:
+        strength: of the ablation, 1 for all of it.
+
     Raises:
         ConfigError: as `Circuit.ablation_plan`. WrongModelError: a circuit of a model of other sizes. NonFiniteError: a target that is not
             finite.

@@ -169,6 +169,7 @@ class ComponentEvaluation:
 
         Raises:
             ConfigError: scores without edges, or shares that do not ascend within 0 to 1.
+            NonFiniteError: scores that cannot be ordered.
         """
         self._check_model(scores)
         for share in shares:

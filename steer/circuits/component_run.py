@@ -52,6 +52,7 @@ class TakenOut:
 
     @classmethod
     def nothing(cls, graph: ComponentGraph) -> Self:
+        """The model as it is."""
         return cls(torch.zeros(len(graph.writers), dtype=torch.float64))
 
     @classmethod

@@ -38,6 +38,9 @@ class ComponentScores:
         prompts: number that they are means over.
         facts: method, target, data, values of the target and the model, JSON-able.
 
+    Raises:
+        ConfigError: scores that do not fit the graph and the roles.
+
     Example:
         >>> scores = attribute(model, pairs, target)
         >>> scores.node_scores.shape, scores.edge_scores.shape  # [writers], [writers, readers]

@@ -242,6 +242,7 @@ class ComponentGraph:
 
     @classmethod
     def from_facts(cls, facts: Sequence[dict[str, Any]]) -> Self:
+        """Rebuilds it from the facts of a file."""
         return cls(tuple(LayerShape(int(each["heads"]), int(each["groups"]), bool(each["parallel"])) for each in facts))
 
 

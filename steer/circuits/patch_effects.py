@@ -97,6 +97,9 @@ class PatchEffects:
         direction: `noising` or `denoising`.
         facts: method, target, pairs and model, JSON-able.
 
+    Raises:
+        ConfigError: values that do not fit names, positions and prompts.
+
     Example:
         >>> effects = patch_effects(model, pairs, target, nodes=["a23.h3", "m12"])
         >>> effects.effects.shape, effects.normalised  # [positions, patches]

@@ -73,6 +73,7 @@ def feature_weights(
         earlier: it writes the residual stream, or something that is added to it.
         later: it reads the residual stream, or the input of an MLP.
         heads: also through the heads of each attention between, one at a time.
+        features, receivers: indices in the earlier and in the later dictionary.
 
     Raises:
         SiteError: dictionaries of other sites, or in the other order. AnatomyError: a norm that is none of those known.

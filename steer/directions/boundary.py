@@ -86,6 +86,7 @@ def fit_boundary(
         sites: sites or patterns such as `layers.10-20.output`.
         max_nats: the most that the loss may rise, nat per token.
         widths: that are tried, in parts of the range of harmless text.
+        softness: of the bounds, see `steer.Bound`.
 
     Raises:
         ContrastError: no texts, or a text that is both. ConfigError: no width is wide enough; a budget or a width that is not above 0.

@@ -71,6 +71,16 @@ def extract_all(
 ) -> dict[str, Directions]:
     """`extract` for several methods from the same pass.
 
+    Args:
+        methods: keys of `EXTRACTORS`.
+        contrast, sites, span, holdout: as of `extract`.
+
+    Returns:
+        The directions by method.
+
+    Raises:
+        ConfigError: no sites, no methods. Otherwise as `extract`.
+
     Example:
         >>> by_method = steer.extract_all(model, contrast, ["layers.12.output"], name="kind", methods=["mean_difference", "pca"])
         >>> {method: directions.best().metrics["auc"] for method, directions in by_method.items()}

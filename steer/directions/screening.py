@@ -27,6 +27,7 @@ class Screen:
         slopes: one per pair, nat per token and unit of relative dose.
         steerability: their mean.
         anti_fraction, anti_interval: share of pairs with a negative slope, and its 95 % interval (Wilson 1927).
+        site, method: of the direction.
 
     Example:
         >>> screened = steer.screen(model, direction, held_out, dose=0.3)

@@ -51,6 +51,7 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     Args:
         names: what directions and dictionaries are called.
         gates: what gates are called.
+        text: terms such as `0.4 warm@response - 0.2 verbose`.
 
     Raises:
         ConfigError: what cannot be read, and where; or a name that is not known, and the nearest one.
@@ -186,6 +187,10 @@ def _without_digest(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
     """Writes a plan so that `plan_from_text` gives an equal one, with every site and scope spelt out.
+
+    Args:
+        plan: of interventions that have a text form.
+        names, gates: as of `plan_from_text`.
 
     Raises:
         ConfigError: an intervention that has no text form, or whose vector or gate is none of those that are named.

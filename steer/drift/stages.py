@@ -205,6 +205,13 @@ def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *
 def compare_text_means(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: int = 9999, seed: int = 0) -> StageComparison:
     """Compares what `text_means` gave at two stages; arguments and errors as of `compare_features`.
 
+    Args:
+        a, b: readings of the same texts by the same dictionary.
+        alpha, draws: as of `compare_features`.
+
+    Raises:
+        ConfigError: readings that cannot be compared, too few texts, or no level.
+
     Example:
         >>> before, after = (steer.drift.text_means(dictionary, stage, rows) for stage in (base, tuned))
         >>> print(steer.drift.compare_text_means(before, after, draws=999).summary())

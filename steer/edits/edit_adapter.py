@@ -104,6 +104,7 @@ def from_adapter(folder: str | Path, model: nn.Module, *, name: str = "", on_oth
         model: raw or wrapped; it is left as it is.
         name: by default that of the edit that was written, or one from the content.
         on_other_weights: see `EditedWeights.apply`.
+        folder: of the adapter.
 
     Raises:
         ConfigError: an adapter that changes more than weights of linear maps. ModelNotFoundError: no adapter.

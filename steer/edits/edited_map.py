@@ -44,7 +44,8 @@ class EditedMap:
 
     Example:
         >>> (edited_map,) = edited_maps(steer.Anatomy.find(model), [8])
-        >>> edited_map.path, str(edited_map.key_site) #!
+        >>> edited_map.path, str(edited_map.key_site)
+        ('model.layers.8.mlp.down_proj', 'layers.8.mlp.neurons')
     """
 
     layer: int
@@ -95,6 +96,7 @@ def edited_maps(anatomy: Anatomy, layers: Sequence[int]) -> list[EditedMap]:
 
     Args:
         layers: blocks, counted from 0; negative from the end.
+        anatomy: of the model. layers: of the blocks, from 0.
 
     Raises:
         EditError: no layers, one that the model does not have, a mixture of experts, an MLP that cannot be found or ends in no linear map,

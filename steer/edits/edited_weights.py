@@ -126,7 +126,11 @@ class EditedWeights:
         self._become(tuple(other for other in self.applied if other.name != name))
 
     def replace(self, edits: Sequence[Edit]) -> None:
-        """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`."""
+        """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`.
+
+        Raises:
+            EditError: an edit that is not on the model.
+        """
         new = {edit.name: edit for edit in edits}
         if missing := set(new) - {edit.name for edit in self.applied}:
             raise _not_applied(min(missing), [edit.name for edit in self.applied])

@@ -175,6 +175,7 @@ class Editor(ABC):
     Attributes:
         needs_covariance: it cannot do without one.
         several_layers: it spreads an edit over layers by default.
+        value_settings: how values are optimised, for editors that have some.
 
     Example:
         >>> @EDITORS.register("nothing")

@@ -109,6 +109,9 @@ def readings_before(
 ) -> Readings:
     """What a model says before any edit, to be handed to `evaluate_edits` for several editors. Arguments as there.
 
+    Args:
+        records, measures, chat: as of `evaluate_edits`.
+
     Example:
         >>> before = steer.edits.readings_before(model, tokenizer, records)
         >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts}

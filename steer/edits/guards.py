@@ -95,6 +95,7 @@ class GuardReading:
         fact: its name. The others are as in `Guards`.
         nearest: name of the earlier edit whose key is nearest.
         beyond: the limits that it passes.
+        strength, drift, key_cosine, neutral_kl, value_ratio: see `Guards`.
 
     Example:
         >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts}

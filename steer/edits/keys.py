@@ -75,6 +75,7 @@ def read_at(model: nn.Module, located: Sequence[Located], sites: Sequence[Site],
     Args:
         located: texts and places, see `steer.edits.locate.locate`.
         max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
+        sites: where activations are read.
 
     Raises:
         SiteError, NonFiniteError. ConfigError: no texts, or tokens that the model does not know.
@@ -108,6 +109,9 @@ def read_keys(model: nn.Module, located: Sequence[Located], layers: Sequence[int
 
     Under PEFT it is what the base layer takes. Raises EditError for a layer without a single down projection, and as `read_at`.
 
+    Args:
+        located: as of `read_at`. layers: of the maps.
+
     Example:
         >>> read_keys(model, [locate(tokenizer, fact.prompt, fact.subject)], [8])[8].shape  # [n, f]
     """
@@ -136,6 +140,7 @@ def fact_keys(
         weighting: how the texts of a fact make up its key, see `steer.edits.contexts.WEIGHTINGS`.
         outputs: read what the maps give, too.
         max_tokens: padded tokens of a batch.
+        layers: of the maps whose keys are read.
 
     Raises:
         SubjectNotFoundError, EditError, TokenizerError, NonFiniteError, ConfigError.

@@ -54,7 +54,8 @@ def target_ids(tokenizer: Any, target: str) -> tuple[int, ...]:
         EditError: an empty target. TokenizerError: one that gives no tokens. ConfigError: no tokenizer.
 
     Example:
-        >>> tokenizer.decode(target_ids(tokenizer, "Paris")) #!
+        >>> tokenizer.decode(target_ids(tokenizer, "Paris"))
+        ' Paris'
     """
     check_tokenizer(tokenizer)
     stripped = target.strip()
@@ -84,7 +85,8 @@ def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Tokens of a text as `locate` has them, for texts without a subject. Raises TokenizerError, ConfigError.
 
     Example:
-        >>> tokenizer.decode(text_ids(tokenizer, " the red cat")) #!
+        >>> tokenizer.decode(text_ids(tokenizer, " the red cat"))
+        ' the red cat'
     """
     return _encoded(tokenizer, text)[0]
 

@@ -75,6 +75,9 @@ def apply_in_sequence(
 
     The others are as of `steer.edit_facts`, and so are the errors.
 
+    Raises:
+        EditError: no facts.
+
     Example:
         >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts, "guards": Guards(mode="roll_back")}
         >>> result = apply_in_sequence(model, tokenizer, facts, **how)

@@ -23,7 +23,8 @@ class Activation:
 
     Example:
         >>> from steer.features.activations.jumprelu import JumpReLU
-        >>> JumpReLU(torch.tensor([0.5, 2.0]))(torch.tensor([1.0, 1.0])) #!
+        >>> JumpReLU(torch.tensor([0.5, 2.0]))(torch.tensor([1.0, 1.0]))
+        tensor([1., 0.])
     """
 
     name: ClassVar[str]

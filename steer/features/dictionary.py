@@ -61,8 +61,10 @@ class Dictionary(OperatorSource):
     Example:
         >>> h = torch.randn(2, 7, dictionary.d_in)  # [batch, tokens, d_in]
         >>> features = dictionary.encode(h)  # [batch, tokens, width]
-        >>> dictionary.decode(features).shape == h.shape #!
-        >>> dictionary.encode_selected(h, [3, 40]).shape #!
+        >>> dictionary.decode(features).shape == h.shape
+        True
+        >>> dictionary.encode_selected(h, [3, 40]).shape
+        torch.Size([2, 7, 2])
     """
 
     name: ClassVar[str]

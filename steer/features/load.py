@@ -58,7 +58,8 @@ def load_dictionary(
 
     Example:
         >>> sae = steer.load_dictionary("smollm2-135m-sae-12")
-        >>> sae.reads, sae.width #!
+        >>> sae.reads, sae.width
+        ((Site('layers.12.output'),), 4096)
     """
     of_type(where, (str, Path), "the place of a dictionary", "pass a path, or a repository such as 'google/gemma-scope-2b-pt-res'")
     of_type(folder, (str, type(None)), "`folder`", "pass its path within the repository")

@@ -27,7 +27,8 @@ class Rows:
 
     Example:
         >>> rows = steer.features.InMemory(torch.randn(100, 32))
-        >>> rows.select(torch.tensor([3, 40]), like=torch.zeros(1)).shape, rows.all(like=torch.zeros(1)).shape #!
+        >>> rows.select(torch.tensor([3, 40]), like=torch.zeros(1)).shape, rows.all(like=torch.zeros(1)).shape
+        (torch.Size([2, 32]), torch.Size([100, 32]))
     """
 
     shape: tuple[int, ...]
@@ -66,9 +67,13 @@ class Rows:
 class InMemory(Rows):
     """Rows of a tensor, which may be in training.
 
+    Args:
+        tensor: [features, ...]. what: its name in messages.
+
     Example:
         >>> rows = steer.features.InMemory(torch.eye(4))
-        >>> rows.select(torch.tensor([2]), like=torch.zeros(1)) #!
+        >>> rows.select(torch.tensor([2]), like=torch.zeros(1))
+        tensor([[0., 0., 1., 0.]])
     """
 
     def __init__(self, tensor: Tensor, what: str = "a matrix") -> None:
@@ -145,9 +150,13 @@ class LowRank(Rows):
     Args:
         left: [features, ..., rank]. right: [..., rank, width] with the same axes between.
 
+    Raises:
+        DamagedFileError: factors that do not fit each other.
+
     Example:
         >>> rows = steer.features.LowRank(steer.features.InMemory(torch.randn(100, 4)), torch.randn(4, 32))
-        >>> rows.shape #!
+        >>> rows.shape
+        (100, 32)
     """
 
     def __init__(self, left: Rows, right: Tensor) -> None:

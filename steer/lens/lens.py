@@ -106,7 +106,10 @@ class Lens:
         return self.readout.logits(self.translated(h, site))
 
     def token_vector(self, token: int, site: str | Site) -> Tensor:
-        """[width] fp32, W_U[token] J: the direction along which the stream at a site raises a token, before the final norm."""
+        """[width] fp32, W_U[token] J: the direction along which the stream at a site raises a token, before the final norm.
+
+        Raises ConfigError for a token that there is not.
+        """
         whole_number(token, "a token id")
         rows = self.readout.unembedding
         if token >= len(rows):

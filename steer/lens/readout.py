@@ -35,6 +35,7 @@ class Readout:
     Attributes:
         anatomy: of the model. width, n_layers: of its residual stream.
         scale, cap: what the model multiplies its logits by, and what bounds them (`cap * tanh(logits / cap)`); 1 and None for nothing.
+        head: the unembedding.
 
     Example:
         >>> readout = steer.lens.Readout.of(model)

@@ -21,6 +21,7 @@ def write_trace(path: str | Path, result: TraceResult, *, measure: str = PROBABI
     Args:
         measure: of the drawings and the table of averages, `probability` or `logit difference`; both stand beside each fact.
         most: facts whose heat map is drawn, the first ones.
+        result: what `steer.causal_trace` gave.
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing, or an unknown measure. StorageFullError.

@@ -37,7 +37,8 @@ class LogitAttribution:
 
     Example:
         >>> attribution = steer.logit_attribution(model, texts, tokenizer.encode(" he")[0])
-        >>> torch.allclose(attribution.contributions.sum(1), attribution.total, atol=1e-3) #!
+        >>> torch.allclose(attribution.contributions.sum(1), attribution.total, atol=1e-3)
+        True
     """
 
     names: tuple[str, ...]

@@ -18,7 +18,8 @@ class Head(NamedTuple):
     """A query head. Both numbers count from 0.
 
     Example:
-        >>> Head(18, 6) #!
+        >>> Head(18, 6)
+        Head(layer=18, head=6)
     """
 
     layer: int

@@ -31,7 +31,8 @@ class CorruptedSubject:
         facts: JSON-able, what was chosen for this subject.
 
     Example:
-        >>> CorruptedSubject(torch.zeros(1, 2, 36), {"replaced_by": "nothing"}).embeddings.shape  # [samples, subject tokens, width] #!
+        >>> CorruptedSubject(torch.zeros(1, 2, 36), {"replaced_by": "nothing"}).embeddings.shape  # [samples, subject tokens, width]
+        torch.Size([1, 2, 36])
     """
 
     embeddings: Tensor
@@ -49,7 +50,8 @@ class Corruption(ABC):
         ... class Zeros(Corruption):
         ...     def of(self, number, subjects, samples, generator):
         ...         return CorruptedSubject(torch.zeros_like(subjects.embeddings[number])[None])
-        >>> "zeros" in CORRUPTIONS #!
+        >>> "zeros" in CORRUPTIONS
+        True
     """
 
     name: ClassVar[str]

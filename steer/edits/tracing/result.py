@@ -99,6 +99,9 @@ class TraceResult:
         left_out: facts that were looked at and not traced.
         about: corruption, samples, seed, window, what was severed, model, `whole_passes` (facts traced by the plain protocol); JSON-able.
 
+    Raises:
+        ConfigError: tensors that do not fit tokens, kinds and layers.
+
     Example:
         >>> print(traced.table())
         >>> traced.indirect_effects(0, "hidden").shape  # [tokens, layers]

@@ -34,6 +34,9 @@ def pooled_texts(
 ) -> PooledTexts:
     """Reads texts twice: their activations, and their features, which count as 0 at tokens that the dictionary was not trained on.
 
+    Args:
+        rows: the texts, read at their responses.
+
     Raises:
         SiteError, WidthError: a model that the dictionary does not fit. NonFiniteError. ConfigError: no texts.
 

@@ -21,6 +21,7 @@ def reconstruction(model: nn.Module, dictionary: Dictionary, rows: TokenRows, *,
 
     Args:
         rows: of tokens, see `token_rows`: text that the dictionary was not trained on.
+        tokens_per_pass: of the model.
 
     Raises:
         ConfigError, SiteError, WidthError: what does not fit.

@@ -15,7 +15,8 @@ class Example:
         is_top: among the largest of all texts; the others are spread over the range of values that the feature has.
 
     Example:
-        >>> steer.features.reading.Example(("a", " cat", " sat"), (0.0, 2.5, 0.1), peak=1, is_top=True).text() #!
+        >>> steer.features.reading.Example(("a", " cat", " sat"), (0.0, 2.5, 0.1), peak=1, is_top=True).text()
+        'a<< cat>> sat'
     """
 
     tokens: tuple[str, ...]

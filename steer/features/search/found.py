@@ -117,7 +117,7 @@ class FoundFeatures:
 
     @classmethod
     def load(cls, path: str | Path) -> FoundFeatures:
-        """Reads it. Raises as `load_artifact`."""
+        """Reads it. Raises as `load_artifact`. DamagedFileError: no found features in it."""
         manifest, _ = load_artifact(path, KIND)
         try:
             found = tuple(FoundFeature(**one) for one in manifest["found"])

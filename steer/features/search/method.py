@@ -105,7 +105,8 @@ class FeatureSearch:
         ...     def scores(self, task):
         ...         lengths = task.dictionary.decoder_rows(torch.arange(task.dictionary.width)).norm(dim=-1)  # [width]
         ...         return {concept: {"length": lengths} for concept in task.concepts}
-        >>> "longest_row" in SEARCHES #!
+        >>> "longest_row" in SEARCHES
+        True
     """
 
     name: ClassVar[str]

@@ -40,7 +40,8 @@ class DictionaryConfig:
 
     Example:
         >>> config = steer.features.training.DictionaryConfig(["layers.12.output"], width=64, k=4, sparsifier="topk")
-        >>> config.sites #!
+        >>> config.sites
+        (Site('layers.12.output'),)
     """
 
     reads: Sequence[Site | str]

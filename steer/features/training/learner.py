@@ -82,6 +82,9 @@ class Learner(nn.Module):
         calibration: lengths and means of the activations.
         optimisation: of the run.
 
+    Raises:
+        ConfigError: a site whose activations are not captured.
+
     Example:
         >>> from steer.features.training import Calibration, DictionaryConfig, Learner, Optimisation
         >>> h = {steer.Site.parse("layers.12.output"): torch.randn(200, 36)}

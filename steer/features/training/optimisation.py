@@ -22,7 +22,8 @@ class Optimisation:
 
     Example:
         >>> optimisation = steer.features.training.Optimisation(steps=1000, lr_warmup=100)
-        >>> [optimisation.rate(step) for step in (49, 500)] #!
+        >>> optimisation.rate(500)
+        1.0
     """
 
     steps: int

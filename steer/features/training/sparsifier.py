@@ -41,7 +41,8 @@ class Sparsifier(nn.Module):
 
     Example:
         >>> sparsifier = steer.features.training.SPARSIFIERS.get("topk")(width=64, k=4)
-        >>> sparsifier.activation().name #!
+        >>> sparsifier.activation().name
+        'topk'
     """
 
     name: ClassVar[str]

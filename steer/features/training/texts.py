@@ -58,7 +58,8 @@ def read_texts(where: str | Path, *, split: str = "train", field: str = "text", 
         >>> from pathlib import Path
         >>> file = Path("corpus.txt")
         >>> characters = file.write_text("The cat sat on the mat.")
-        >>> list(steer.features.training.read_texts(file)) #!
+        >>> list(steer.features.training.read_texts(file))
+        ['The cat sat on the mat.']
     """
     path = place_of(where)
     if path.exists() and (said := _said_of_a_data_set(split, field, subset)):

@@ -12,6 +12,9 @@ from steer.intervene.schedule import SCHEDULES, Schedule, check_finite
 class Constant(Schedule):
     """The same factor at every step.
 
+    Args:
+        value: the factor.
+
     Example:
         >>> steer.Constant(0.5)(1000)
         0.5
