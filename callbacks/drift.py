@@ -17,9 +17,6 @@ from steer.training.ranks import Ranks
 class DriftCallback(LightningRun):
     """Measures the drift of named directions and features during `Trainer.fit`: before the first step, every so many steps, at the end.
 
-        tracker = steer.DriftTracker({"cheerful": directions}, probe=probe, store="drift.sqlite")
-        trainer = pl.Trainer(max_steps=100, callbacks=[DriftCallback(tracker, every_n_steps=20)])
-
     What `DriftTracker.log_values` gives goes to the loggers and into `trainer.callback_metrics`, so that
     `ModelCheckpoint(monitor="drift/<direction>/<site>/effect_sd")` and `EarlyStopping` work. Put this callback after a `SteeringCallback`
     when the training tokens shall be read as steered. The records go to the tracker's store, written by rank 0; the tracker's state,
@@ -32,6 +29,12 @@ class DriftCallback(LightningRun):
 
     Raises:
         ConfigError: when training starts and the tracker has measured another run, or there are records but no state that goes with them.
+
+    Example:
+        >>> tracker = steer.DriftTracker({"cheerful": directions}, probe=probe, store="drift.sqlite")
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[DriftCallback(tracker, every_n_steps=1)])
+        >>> trainer.fit(module, batches)
+        >>> trainer.callback_metrics["drift/cheerful/layers.12.output/effect_sd"]
     """
 
     _run: DriftRun

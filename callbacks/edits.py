@@ -21,9 +21,6 @@ from steer.training.ranks import Ranks
 class EditCallback(LightningRun):
     """Puts edits of facts into the model during `Trainer.fit`, measures how well they hold, and keeps them in it.
 
-        edit = steer.edit_facts(model, tokenizer, facts)
-        trainer = pl.Trainer(max_steps=100, callbacks=[EditCallback(edit, tokenizer, at_step=20, protect="freeze")])
-
     Logged from their application on, every so many steps: `edit/<edit>/probability`, the mean probability of the facts' targets on their
     prompts, and `edit/<edit>/key_drift`, the mean of |k' - k| / |k| over the keys k at which the edit was written. An edit whose
     probability falls below `keep` of what it was at first has faded, which is said in a warning (`EditFadesWarning`), and then
@@ -56,6 +53,10 @@ class EditCallback(LightningRun):
         ConfigError: a value out of its range; edits without keys where these are needed; a strategy that keeps copies of weights of its
             own. EditError, WrongModelError: in `setup`, for weights that cannot be edited, or another model. WrongModelError: when
             training begins, for edits that were solved for other weights, unless `protect="resolve"` solves them again for these.
+
+    Example:
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[EditCallback(edit, tokenizer, at_step=1, protect="freeze")])
+        >>> trainer.fit(module, batches)
     """
 
     _run: EditRun

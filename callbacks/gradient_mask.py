@@ -14,8 +14,6 @@ from steer.training.ranks import Ranks
 class GradientMaskCallback(LightningRun):
     """Lets only a circuit learn during `Trainer.fit`, or all but it; everything else stays as it is to the bit (`GradientMask`).
 
-        trainer = pl.Trainer(max_steps=100, callbacks=[GradientMaskCallback(circuit)])
-
     Parameters of which nothing learns have no `requires_grad` from `setup` to `teardown`, before `configure_optimizers` and DDP see them.
     Gradients that are clipped are those of the circuit. It works with accumulation, autocast and any optimiser, several of them too.
 
@@ -25,6 +23,10 @@ class GradientMaskCallback(LightningRun):
 
     Raises:
         ConfigError: in `setup`, for weights that are quantised, offloaded or tied; when training starts, for those that were sharded.
+
+    Example:
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[GradientMaskCallback(circuit)])
+        >>> trainer.fit(module, batches)
     """
 
     _run: MaskRun

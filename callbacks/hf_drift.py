@@ -15,12 +15,15 @@ from steer.training.ranks import Ranks
 class HFDriftCallback(TrainerRun):
     """Measures the drift of named directions and features while a `transformers.Trainer` trains, TRL's SFT, DPO and GRPO trainers included.
 
-        HFDriftCallback(tracker, every_n_steps=20).attach(trainer)
-
     The twin of `DriftCallback`: same arguments, same rules. A measurement asks the trainer for a log entry, which it then joins, so it is
     in `state.log_history` and in every logger. The latest one also joins the metrics of each evaluation under `eval_drift/...`, so that
     `metric_for_best_model="drift/<direction>/<site>/effect_sd"` and `EarlyStoppingCallback` work. Attach it after an
     `HFSteeringCallback` when the training tokens shall be read as steered.
+
+    Example:
+        >>> HFDriftCallback(tracker, every_n_steps=1).attach(trainer)  # a transformers.Trainer, or one of TRL's
+        >>> trainer.train()
+        >>> [entry for entry in trainer.state.log_history if any(key.startswith("drift/") for key in entry)]
     """
 
     kind = "drift_state"

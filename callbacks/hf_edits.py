@@ -22,11 +22,15 @@ from steer.training.ranks import Ranks
 class HFEditCallback(TrainerRun):
     """Puts edits of facts into the model of a `transformers.Trainer`, TRL's included, measures how well they hold, and keeps them in it.
 
-        HFEditCallback(edit, tokenizer, at_step=20, protect="freeze").attach(trainer)
-        trainer.train()
-
     The twin of `EditCallback`: same arguments, same rules. `on_metric` reads what the trainer logs (`loss`, `eval_loss`). The metrics join
     the trainer's next log entry. With `load_best_model_at_end` the edits end as they were in the best checkpoint, too.
+
+    Args:
+        edits, tokenizer, at_step, on_metric, every_n_steps, protect, into, keep, damping: as of `EditCallback`.
+
+    Example:
+        >>> HFEditCallback(edit, tokenizer, at_step=1, protect="freeze").attach(trainer)  # a transformers.Trainer, or one of TRL's
+        >>> trainer.train()
     """
 
     kind = "edit_state"

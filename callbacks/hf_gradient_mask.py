@@ -17,11 +17,12 @@ from steer.training.ranks import Ranks
 class HFGradientMaskCallback(TrainerRun):
     """Lets only a circuit learn in `trainer.train()`, or all but it; see `GradientMaskCallback`.
 
-        HFGradientMaskCallback(circuit).attach(trainer)
-        trainer.train()
-
     Args:
         circuit, only: as of `GradientMaskCallback`.
+
+    Example:
+        >>> HFGradientMaskCallback(circuit).attach(trainer)  # a transformers.Trainer, or one of TRL's
+        >>> trainer.train()
     """
 
     kind = "gradient mask"

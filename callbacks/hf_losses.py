@@ -20,11 +20,16 @@ from steer.training.ranks import Ranks
 class HFLossCallback(TrainerRun):
     """Adds feature losses to the loss of a `transformers.Trainer`, TRL's SFT, DPO and GRPO trainers included.
 
-        HFLossCallback([steer.FeatureLoss(dictionary, [3, 40], scope="response", weight=0.1)]).attach(trainer)
-        trainer.train()
-
     The twin of `LossCallback`: same arguments, same rules. They are added where the trainer hands its loss to `accelerator.backward`;
     `loss` in its log entries stays its own, and `steer/<loss>/loss` joins them.
+
+    Args:
+        losses, every_n_steps: as of `LossCallback`.
+
+    Example:
+        >>> loss = steer.FeatureLoss(dictionary, [3, 40], high=0.0, scope="response", weight=0.1)
+        >>> HFLossCallback([loss]).attach(trainer)  # a transformers.Trainer, or one of TRL's
+        >>> trainer.train()
     """
 
     kind = "loss_state"

@@ -24,10 +24,6 @@ from steer.training.steering_run import SteeringRun
 class HFSteeringCallback(TrainerRun):
     """Steers the model of a `transformers.Trainer`, TRL's SFT, DPO and GRPO trainers included, between its begin and its end.
 
-        trainer = DPOTrainer(model, args=..., train_dataset=..., peft_config=...)
-        HFSteeringCallback(plan).attach(trainer)
-        trainer.train()
-
     The twin of `SteeringCallback`: same arguments, same rules. The reference pass of DPO and GRPO is never steered.
     `phases=("train",)` leaves alone evaluations, the completions that GRPO samples, and the passes without gradients in which GRPO takes
     the old log-probabilities (with several iterations or steps per generation); name `validate` to steer those passes and evaluations.
@@ -43,6 +39,19 @@ class HFSteeringCallback(TrainerRun):
     `steer.Handover` for what they can hold:
 
         HFSteeringCallback(plan, phases=("train", "generate"), bake_rollouts=True).attach(trainer)
+
+    Args:
+        plan, schedule, phases, every_n_steps, learning_rate: as of `SteeringCallback`.
+        bake_rollouts: see above.
+
+    Raises:
+        ConfigError: as of `SteeringCallback`; baked rollouts of a plan that does not act in the phase `generate`.
+
+    Example:
+        >>> steering = HFSteeringCallback(plan)
+        >>> steering.attach(trainer)  # a transformers.Trainer, or one of TRL's
+        >>> trainer.train()
+        >>> steering.attachment.fired()
     """
 
     kind = "steering_state"

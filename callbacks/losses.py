@@ -22,9 +22,6 @@ from steer.training.ranks import Ranks
 class LossCallback(LightningRun):
     """Adds feature losses to the loss that `training_step` returns, or that it hands to `manual_backward`.
 
-        loss = steer.FeatureLoss(dictionary, [3, 40], scope="response", weight=0.1)
-        trainer = pl.Trainer(max_steps=100, callbacks=[LossCallback([loss])])
-
     They are added where Lightning starts the backward pass, so that they share its precision, its accumulation of gradients (the mean
     over the micro-batches) and its averaging over ranks, and `training_step` stays as it is: what it returns and logs is its own loss.
     Logged are `steer/<loss>/loss`, without the weight. Feature losses read the activation as the edits of a `SteeringCallback` leave it.
@@ -38,6 +35,11 @@ class LossCallback(LightningRun):
         ConfigError: a strategy that accumulates gradients by itself; nothing that is trained has an influence on a loss; re-entrant
             gradient checkpointing; after a batch, a backward pass that Lightning did not start.
         HookDidNotRunError: after the first training batch, when no pass of it came to a site.
+
+    Example:
+        >>> loss = steer.FeatureLoss(dictionary, [3, 40], high=0.0, scope="response", weight=0.1)
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[LossCallback([loss])])
+        >>> trainer.fit(module, batches)
     """
 
     _run: LossRun

@@ -20,9 +20,6 @@ from steer.training.steering_run import SteeringRun
 class SteeringCallback(LightningRun):
     """Steers the model of a LightningModule during `Trainer.fit`.
 
-        trainer = pl.Trainer(max_steps=100, callbacks=[SteeringCallback(plan, schedule=steer.Linear(100))])
-        trainer.fit(module, batches)
-
     The hooks are installed in `setup`, or after `configure_model` where the model is made or sharded there, and taken off in `teardown`
     and on an exception. Strengths follow `trainer.global_step`: in the step with global_step = k they are schedule(k), on every
     micro-batch of it, and after a resume too. Logged are `steer/<intervention>/strength` and `/tokens` (steered so far, over all ranks),
@@ -48,6 +45,12 @@ class SteeringCallback(LightningRun):
         ConfigError: a phase or schedule that does not exist; a plan that acts in none of the phases; when training starts, a plan with
             parameters and no learning rate, and after a step, parameters that no gradient reached.
         HookDidNotRunError: after the first training batch, when no pass of it went through the model.
+
+    Example:
+        >>> steering = SteeringCallback(plan, schedule=steer.Linear(100))
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[steering])
+        >>> trainer.fit(module, batches)
+        >>> steering.attachment.fired()  # tokens that were steered, by intervention
     """
 
     _run: SteeringRun

@@ -21,6 +21,10 @@ def status() -> dict[str, Any]:
     Returns:
         `triton`: its version or None; `reason`: why it is missing or None; `device`: name of the GPU or None; `path`: the one that is
         forced, or `auto`; `kernels`: sorted names.
+
+    Example:
+        >>> steer.kernels.status()["path"]
+        'auto'
     """
     try:
         triton, reason = importlib.metadata.version("triton"), None

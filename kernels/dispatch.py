@@ -44,7 +44,12 @@ def _check_path(name: str) -> str:
 
 @contextmanager
 def force(name: str) -> Iterator[None]:
-    """Makes all calls inside take one path: `with force("aten"): ...`. Raises ConfigError for an unknown name."""
+    """Makes all calls inside take one path: `with force("aten"): ...`. Raises ConfigError for an unknown name.
+
+    Example:
+        >>> with steer.kernels.force("aten"):
+        ...     steered = steer.kernels.steer_add(torch.randn(2, 7, 32), torch.randn(1, 32))
+    """
     global _forced
     before, _forced = _forced, _check_path(name)
     try:
@@ -74,6 +79,13 @@ def wanted(h: Tensor) -> bool:
 
     Yes in compiled code, which the functions are written for, and where a kernel runs and saves more time than its launch costs. No on a
     CPU, and for the few tokens of a decoding step, unless they are captured in a CUDA graph, where a launch costs nothing.
+
+    Args:
+        h: [batch, tokens, width] activation.
+
+    Example:
+        >>> steer.kernels.wanted(torch.randn(2, 7, 32))  # on a CPU
+        False
     """
     if torch.compiler.is_compiling() or _forced in ("triton", "op"):
         return True

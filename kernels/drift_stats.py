@@ -274,7 +274,16 @@ def _(
 
 
 class DriftStats(NamedTuple):
-    """What was read; None where it was not asked for."""
+    """What was read; None where it was not asked for.
+
+    Attributes:
+        n: [] fp64 sum of the weights. sum, m2: [width] fp64, of h, and of its squared distance from the mean.
+        norms: [...] fp32. projections: [..., K] fp32. histogram: [K, bins] int64, of the projections.
+
+    Example:
+        >>> stats = steer.kernels.drift_stats(torch.randn(2, 7, 32), torch.randn(4, 32))
+        >>> stats.n, stats.sum.shape, stats.projections.shape, stats.histogram
+    """
 
     n: Tensor  # [] fp64, sum of the weights
     sum: Tensor | None  # [width] fp64

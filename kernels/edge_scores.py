@@ -149,6 +149,10 @@ def writer_outputs(dz: Tensor, w_o: Tensor) -> Tensor:
 
     Raises:
         WidthError: shapes that do not fit.
+
+    Example:
+        >>> steer.kernels.writer_outputs(torch.randn(2, 7, 4, 8), torch.randn(32, 4 * 8)).shape
+        torch.Size([2, 7, 4, 32])
     """
     _check_writers(dz, w_o)
     flat = _as_rows(dz)

@@ -46,7 +46,13 @@ MAX_K = 1024  # the k of a token are held in registers beside the tile
 
 
 class TopFeatures(NamedTuple):
-    """The largest pre-activations of each token."""
+    """The largest pre-activations of each token.
+
+    Example:
+        >>> top = steer.kernels.topk_encode(torch.randn(2, 7, 32), torch.randn(100, 32), None, k=4)
+        >>> top.values.shape, top.indices.shape
+        (torch.Size([2, 7, 4]), torch.Size([2, 7, 4]))
+    """
 
     values: Tensor  # [..., k]
     indices: Tensor  # [..., k] int64, growing

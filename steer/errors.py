@@ -16,6 +16,13 @@ class SteerError(Exception):
         expected: what would have been right.
         found: what is there instead.
         remedy: what the reader can do about it.
+
+    Example:
+        >>> try:
+        ...     steer.Site.parse("layer 12")
+        ... except steer.SteerError as error:
+        ...     print(type(error).__name__)
+        SiteError
     """
 
     def __init__(self, what: str, *, expected: object, found: object, remedy: str) -> None:

@@ -58,6 +58,11 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], manif
         ConfigError: a manifest that JSON cannot hold, or one with a reserved key.
         WrongKindError: `path` holds something that is not an artifact and would be lost.
         StorageFullError: no room; the old artifact is untouched.
+
+    Example:
+        >>> steer.save_artifact("means", "activation means", {"mean": torch.zeros(32)}, {"texts": 200})
+        PosixPath('means')
+        >>> manifest, tensors = steer.load_artifact("means", "activation means")
     """
     path = place_of(path)
     if reserved := [key for key in _RESERVED if key in manifest]:
@@ -87,6 +92,12 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         WrongKindError: another kind, a newer schema, or a safetensors file of another origin.
         NonFiniteError: a tensor with NaN or infinity, by its name.
         FileError: there is nothing at `path`, or it cannot be read.
+
+    Example:
+        >>> plan.save("warm")
+        >>> manifest, tensors = steer.load_artifact("warm", "plan")
+        >>> manifest["interventions"][0]["site"]
+        'layers.12.output'
     """
     path = place_of(path)
     try:

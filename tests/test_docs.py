@@ -24,6 +24,7 @@ from drift.feature_helpers import DENSITY, dictionary
 from experiment_helpers import command, few_rows
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from stand_ins import keep_registries
 from tiny_experiment import SMALL, overrides, write_data, write_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,9 +77,7 @@ def deep() -> LlamaForCausalLM:
 def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
-    for registry in list(REGISTRIES.values()):  # a page may register a method of its own; loading one may bring others
-        registry.load()
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    keep_registries(monkeypatch)  # a page may register a method of its own
 
     def train_one_step() -> None:
         ids = torch.tensor([[9, 8, 7, 6]])

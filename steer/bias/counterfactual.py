@@ -111,6 +111,10 @@ def counterfactuals(rows: Sequence[Rows], pairs: Iterable[tuple[str, str]] | Non
 
     Raises:
         ConfigError: rows without text. ContrastError: no row has a word to swap.
+
+    Example:
+        >>> counterfactuals(["The nurse lost her keys.", "It rained."])
+        ['The nurse lost his keys.']
     """
     swapped = [new for row, new in zip(rows, _swapped(rows, pairs), strict=True) if new != row]
     if not swapped:

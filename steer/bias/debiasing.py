@@ -34,6 +34,10 @@ class Mitigation(ABC):
         name: of the method, see `mitigations`.
         facts: what it was fitted on and how, JSON-able: the model's fingerprint, numbers and digests of texts, sites, options.
         plan: its interventions; None for a method that is no plan.
+
+    Example:
+        >>> fitted = steer.bias.fit_mitigation("projection", model, site="layers.26.output")
+        >>> fitted.describe(), fitted.plan
     """
 
     name: str
@@ -73,7 +77,12 @@ MITIGATIONS: Registry[Callable[..., Mitigation]] = Registry("mitigation", "steer
 
 
 def mitigations() -> list[str]:
-    """Names of the debiasing methods."""
+    """Names of the debiasing methods.
+
+    Example:
+        >>> steer.bias.mitigations()
+        ['cda', 'inlp', 'leace', 'projection', 'self_debias', 'sentence_debias']
+    """
     return list(MITIGATIONS)
 
 

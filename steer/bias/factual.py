@@ -28,6 +28,10 @@ class FactualGender:
         gap: mean over word pairs of the log-odds (male : female pronoun) behind the male word, less those behind the female one, in nat.
         accuracy: percent of words behind which the pronoun of their gender is the likelier.
         pairs: (male, female). gaps: of each pair.
+
+    Example:
+        >>> known = steer.bias.factual_gender(model, tokenizer, pairs=[("father", "mother"), ("uncle", "aunt")])
+        >>> known.gap.value, known.accuracy.value  # nat, percent
     """
 
     gap: Estimate

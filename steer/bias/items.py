@@ -127,6 +127,11 @@ class BiasData:
         items: at least one, of one class.
         source: where they came from.
         notes: what a reader of a table must know of these items.
+
+    Example:
+        >>> data = steer.bias.load("professions", words=["nurse", "carpenter", "judge"])
+        >>> len(data.sample(2).items), data.groups
+        (2, ['profession'])
     """
 
     name: str

@@ -48,8 +48,9 @@ def measure(
             NonFiniteError; what `steer.bias.load` raises.
 
     Example:
-        >>> steer.bias.measure(model, "crows_pairs", sample=200)
-        BiasTable(crows_pairs, n 200: stereotype preferred 54.0, log-ratio ...; factual accuracy ... %)
+        >>> known = steer.bias.factual_gender(model, tokenizer)
+        >>> table = steer.bias.measure(model, "crows_pairs", path="crows_pairs_anonymized.csv", factual=known)
+        >>> table["all"]
     """
     of_type(data, (str, BiasData), "the data of a bias measurement", f"pass one of {', '.join(DATASETS)}, or what steer.bias.load gave")
     of_type(model, nn.Module, "the model of a bias measurement", "pass the first of what steer.load returns")

@@ -28,6 +28,10 @@ class PronounShift:
     Attributes:
         words: the professions. shifts: of each, mean over templates. magnitudes: of each, mean over templates of |shift|.
         size: mean |shift| over professions. mean: mean shift, which says whom they favour together.
+
+    Example:
+        >>> shift = steer.bias.pronoun_shift(model, ["nurse", "carpenter"], tokenizer)
+        >>> dict(zip(shift.words, shift.shifts)), shift.size.value  # nat
     """
 
     words: tuple[str, ...]
@@ -94,9 +98,14 @@ def sentence_shift(
 
     Args:
         data: what `steer.bias.load("winogender")` gave, or a part of it; a number for each occupation, mean over its sentences.
+        baseline: the word that the occupation is compared with, in its place.
 
     Raises:
         ConfigError: other items. NonFiniteError.
+
+    Example:
+        >>> data = steer.bias.load("winogender", path="all_sentences.tsv")
+        >>> steer.bias.sentence_shift(model, data, tokenizer)
     """
     check_items(data.items, CoreferencePair, "sentence shift")
     shifts = sentence_shifts(data.items, Scorer(model, tokenizer, max_tokens=max_tokens, progress=progress), baseline)

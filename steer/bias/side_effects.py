@@ -59,6 +59,12 @@ class SideEffects:
         completed: [items] whether the answer is the likeliest next token. logprobs: [items] of the answer, nat.
         items: the cloze items that this tokenizer can answer with one token; left_out: how many it cannot.
         digest: of all texts and items; two measurements can be compared where it is the same.
+
+    Example:
+        >>> sources = {"news": texts, "stories": other_texts, "web": ["the sun is warm", "you and i"]}
+        >>> items = [{"prompt": "the cat sat on the", "answer": " mat"}, {"prompt": "the sun is", "answer": " warm"}]
+        >>> effects = steer.bias.side_effects(model, sources, items=items)
+        >>> effects.loss["all"], effects.accuracy  # nat per token, share of the cloze items
     """
 
     losses: dict[str, Tensor] = field(repr=False)
@@ -104,6 +110,12 @@ class SideEffectsChange:
         loss: nats per token, by source and under `all`.
         accuracy_before, accuracy_after: share of the cloze items that are completed; accuracy: their difference.
         logprob: of the answers, nat per item.
+
+    Example:
+        >>> sources = {"news": texts, "stories": other_texts, "web": ["the sun is warm", "you and i"]}
+        >>> items = [{"prompt": "the cat sat on the", "answer": " mat"}, {"prompt": "the sun is", "answer": " warm"}]
+        >>> before, after = (steer.bias.side_effects(stage, sources, items=items, tokenizer=tokenizer) for stage in (base, tuned))
+        >>> after.minus(before).loss["all"], after.minus(before).accuracy
     """
 
     loss: dict[str, Change]
@@ -138,6 +150,13 @@ def side_effects(
 
     Raises:
         ConfigError: too few sources, texts or items, or a text in two sources. TokenizerError, NonFiniteError.
+
+    Example:
+        >>> sources = {"news": texts, "stories": other_texts, "web": ["the sun is warm", "you and i"]}
+        >>> items = [{"prompt": "the cat sat on the", "answer": " mat"}, {"prompt": "the sun is", "answer": " warm"}]
+        >>> before = steer.bias.side_effects(model, sources, items=items)
+        >>> with plan.attached(model):
+        ...     cost = steer.bias.side_effects(model, sources, items=items).minus(before)
     """
     tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     check_tokenizer(tokenizer)

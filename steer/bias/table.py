@@ -25,6 +25,9 @@ class Column:
         unit: `%`, `nat`, `p` for a p value, or empty.
         ideal: of a model without bias; None where there is none.
         meaning: in one sentence.
+
+    Example:
+        >>> steer.bias.Column("stereotype preferred", "%", 50.0, "share of pairs whose stereotyping sentence is the likelier").title
     """
 
     name: str
@@ -43,7 +46,12 @@ class Column:
 
 @dataclass(frozen=True)
 class BiasRow:
-    """A group and its numbers by column; a column that has none is left out."""
+    """A group and its numbers by column; a column that has none is left out.
+
+    Example:
+        >>> table = steer.bias.measure(model, "crows_pairs", path="crows_pairs_anonymized.csv")
+        >>> [(row.group, row.n, list(row.values)) for row in table.rows]
+    """
 
     group: str
     n: int
@@ -74,6 +82,10 @@ class BiasTable:
         factual: what the model knows of factual gender, on words that are used in no selection; the same for all rows.
         facts: model, source, options; JSON-able.
         notes: what a reader must know.
+
+    Example:
+        >>> table = steer.bias.measure(model, "crows_pairs", path="crows_pairs_anonymized.csv")
+        >>> table.cells()[0]  # the head; then a row for each group
     """
 
     name: str

@@ -29,6 +29,10 @@ class Ablation:
         kind: `zero`; `mean` over texts; `resample`, the value on the counterfactual prompt; `optimal`, constants that were learned.
         values: [width] fp32 constants by site, or [positions, width] where prompts align; empty for `zero` and `resample`.
         facts: which texts, how many tokens, JSON-able.
+
+    Example:
+        >>> ablation = mean_ablation(model, texts)
+        >>> ablation.kind, ablation.values[steer.Site.parse("layers.12.attn.z")].shape  # [width]
     """
 
     kind: str
@@ -63,16 +67,25 @@ class Ablation:
 
     @classmethod
     def from_file(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuilds it from what `file_form` gave."""
         return cls(manifest["kind"], {Site.parse(name): tensor for name, tensor in tensors.items()}, manifest["facts"])
 
 
 def zero_ablation() -> Ablation:
-    """Components write nothing."""
+    """Components write nothing.
+
+    Example:
+        >>> plan = circuit.with_ablation(zero_ablation()).ablation_plan(model)
+    """
     return Ablation(ZERO)
 
 
 def resample_ablation() -> Ablation:
-    """Components write what they write on the counterfactual prompt."""
+    """Components write what they write on the counterfactual prompt.
+
+    Example:
+        >>> evaluation = ComponentEvaluation(model, pairs, target, resample_ablation())
+    """
     return Ablation(RESAMPLE)
 
 
@@ -96,6 +109,10 @@ def mean_ablation(
 
     Raises:
         ConfigError: no texts, or with per_position texts of different length, or a position at which no text has a role.
+
+    Example:
+        >>> ablated = circuit.with_ablation(mean_ablation(model, other_texts))
+        >>> plan = ablated.ablation_plan(model)
     """
     anatomy = Anatomy.find(model)
     rows = rows_of(model, texts, tokenizer)

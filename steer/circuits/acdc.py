@@ -69,7 +69,7 @@ def acdc(
 
     Example:
         >>> scores = attribute(model, pairs, target)
-        >>> circuit = acdc(model, pairs, 0.01, candidates=scores.top_edges(500))
+        >>> circuit = acdc(model, pairs, 0.01, candidates=scores.top_edges(20))
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
         raise _no_threshold(threshold)

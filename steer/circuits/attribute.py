@@ -68,7 +68,9 @@ def attribute(
             offloaded. NonFiniteError: a target or gradients that are not finite.
 
     Example:
-        >>> scores = attribute(model, Pairs.of(model, clean, corrupted, tokenizer=tokenizer), LogitDifference(right, wrong))
+        >>> pairs = Pairs.of(model, ["The nurse said that"], ["The person said that"], tokenizer=tokenizer)
+        >>> he, she = (tokenizer.encode(word)[0] for word in (" he", " she"))
+        >>> scores = attribute(model, pairs, LogitDifference(he, she))
         >>> circuit = scores.top_edges(200)
     """
     of_type(model, nn.Module, "the model of an attribution", "pass the model itself")

@@ -28,8 +28,8 @@ def attribute_chunks(model: nn.Module, chunks: Iterable[tuple[Pairs, Target]], *
 
     Example:
         >>> def chunks():
-        ...     for clean, corrupted, right, wrong in reader:
-        ...         yield Pairs.of(model, clean, corrupted, tokenizer=tokenizer), LogitDifference(right, wrong)
+        ...     for noun in ("nurse", "dog"):  # as many as there are, one in memory at a time
+        ...         yield Pairs.of(model, [f"The {noun} said that"], ["The person said that"], tokenizer=tokenizer), target
         >>> scores = attribute_chunks(model, chunks(), method="eap_ig").all_reduced()
     """
     total: ComponentScores | None = None

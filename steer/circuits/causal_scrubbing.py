@@ -68,7 +68,8 @@ def causal_scrubbing(
             prompts of different lengths.
 
     Example:
-        >>> found = causal_scrubbing(model, {"a23.h3": [names[0] for names in data]}, prompts, target)
+        >>> lengths = [len(text.split()[1]) for text in texts]  # what the head is said to depend on: the length of the noun
+        >>> found = causal_scrubbing(model, {"a23.h3": lengths}, texts, target, resamplings=2)
         >>> found.recovered, found.interval
     """
     of_type(hypothesis, Mapping, "a hypothesis", "pass {node or edge: key of each prompt}")
@@ -113,6 +114,10 @@ class CausalScrubbing:
         model: [prompts] of the model as it is.
         scrubbed: [resamplings, prompts]. random: [resamplings, prompts] with the logits of a random prompt.
         facts: hypothesis, target, prompts, and `drawn_for_itself`, the share of draws that exchanged nothing; JSON-able.
+
+    Example:
+        >>> found = causal_scrubbing(model, {"a23.h3": [len(text) % 2 for text in texts]}, texts, target, resamplings=2)
+        >>> found.scrubbed.shape, found.facts["drawn_for_itself"]  # [resamplings, prompts], share that exchanged nothing
     """
 
     model: Tensor

@@ -43,11 +43,14 @@ class Circuit:
         ablation: what takes the place of a component; None until `with_ablation`.
         facts: how it was found: method, target, data, sign, model. JSON-able.
 
+    Raises:
+        ConfigError: masks of another shape than the graph, or both edges and parts of heads. NonFiniteError: amounts that are not finite.
+
     Example:
         >>> scores = attribute(model, pairs, target)
         >>> circuit = scores.top_nodes(5).with_ablation(mean_ablation(model, texts))
         >>> with circuit.ablation_plan(model).attached(model):
-        ...     model.generate(**prompt)
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     graph: ComponentGraph

@@ -47,8 +47,8 @@ def circuit_directions(
         ConfigError: an empty circuit, or a target that does not depend on it. WrongModelError.
 
     Example:
-        >>> directions = circuit_directions(model, circuit, prompts, target, tokenizer=tokenizer)
-        >>> tracker = DriftTracker({"gender circuit": directions}, probe=rows, span="last", store="drift.sqlite")
+        >>> directions = circuit_directions(model, circuit, texts, target, tokenizer=tokenizer)
+        >>> tracker = steer.DriftTracker({"gender circuit": directions}, probe=rows, span="last", store="drift.sqlite")
         >>> trainer = pl.Trainer(callbacks=[DriftCallback(tracker)])  # monitor="drift/gender circuit/<site>/effect_sd"
     """
     anatomy = circuit.check_model(model)
@@ -87,9 +87,17 @@ def circuit_effect(
 
     Call it before and in the course of a training, which may have changed any weight; plans that are attached take part in both.
 
+    Args:
+        strength: of the ablation, 1 for all of it.
+
     Raises:
         ConfigError: as `Circuit.ablation_plan`. WrongModelError: a circuit of a model of other sizes. NonFiniteError: a target that is not
             finite.
+
+    Example:
+        >>> before = circuit_effect(model, circuit, texts, target)  # [prompts]
+        >>> train(model, optimizer)
+        >>> circuit_effect(model, circuit, texts, target) - before
     """
     circuit = _of_trained(circuit, model)
     anatomy = circuit.check_model(model)

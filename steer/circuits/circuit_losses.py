@@ -44,6 +44,7 @@ def circuit_losses(
 
     Args:
         scores: of the components, to which weight is in proportion; amounts alone for None.
+        scope: the tokens on which activations count, see `steer.Scope`.
 
     Raises:
         ConfigError: no ablation with constants, an empty circuit, or scores that are all zero in it. WrongModelError.

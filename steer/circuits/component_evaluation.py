@@ -45,8 +45,8 @@ class ComponentEvaluation:
 
     Example:
         >>> evaluation = ComponentEvaluation(model, pairs, target, resample_ablation())
-        >>> evaluation.faithfulness(scores.top_edges(200))
-        >>> evaluation.curve(scores).cpr
+        >>> evaluation.faithfulness(scores.top_edges(20), draws=1).faithfulness
+        >>> evaluation.curve(scores, shares=[0.01, 1.0], draws=1).cpr
     """
 
     def __init__(
@@ -169,6 +169,7 @@ class ComponentEvaluation:
 
         Raises:
             ConfigError: scores without edges, or shares that do not ascend within 0 to 1.
+            NonFiniteError: scores that cannot be ordered.
         """
         self._check_model(scores)
         for share in shares:

@@ -23,6 +23,11 @@ class ComponentFaithfulness:
         circuit: all but the circuit. without_circuit: the circuit alone.
         random, without_random: [draws, prompts] the same for random circuits of its size.
         facts: ablation, nodes or edges, tokens, target, prompts, draws and seed; JSON-able.
+
+    Example:
+        >>> evaluation = ComponentEvaluation(model, pairs, target, resample_ablation())
+        >>> found = evaluation.faithfulness(circuit, draws=1)
+        >>> found.faithfulness, found.random_faithfulness, found.share("without_circuit")
     """
 
     full: Tensor
@@ -79,6 +84,11 @@ class Completeness:
         differences: [sets] of random sets. random: [draws, sets] the same of random circuits.
         worst: names in the greedy set. worst_differences: [steps] at each of its sizes.
         facts: see `ComponentFaithfulness`.
+
+    Example:
+        >>> evaluation = ComponentEvaluation(model, pairs, target, resample_ablation())
+        >>> found = evaluation.completeness(scores.top_nodes(2), draws=1)
+        >>> found.worst, found.worst_differences
     """
 
     differences: Tensor
@@ -99,6 +109,10 @@ class Minimality:
     Attributes:
         names: of its components or edges. changes: [names]. random: [tried] the same of the parts of random circuits.
         facts: see `ComponentFaithfulness`.
+
+    Example:
+        >>> found = ComponentEvaluation(model, pairs, target, resample_ablation()).minimality(scores.top_nodes(2), draws=1)
+        >>> dict(zip(found.names, found.changes.tolist()))
     """
 
     names: tuple[str, ...]
@@ -122,6 +136,10 @@ class FaithfulnessCurve:
         shares: of the edges. sizes: numbers of edges left after pruning.
         full, empty: [prompts] of the target. circuit: [shares, prompts]. random: [draws, shares, prompts] by random orders.
         facts: see `ComponentFaithfulness`; `absolute` says how edges were ordered.
+
+    Example:
+        >>> curve = ComponentEvaluation(model, pairs, target, resample_ablation()).curve(scores, shares=[0.01, 1.0], draws=1)
+        >>> curve.faithfulness, curve.cpr, curve.cmd  # [shares], area under it, area between it and 1
     """
 
     shares: tuple[float, ...]

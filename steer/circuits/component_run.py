@@ -40,6 +40,10 @@ class TakenOut:
         edges: [writers, readers] bool; None for no edge.
 
     All of them may have rows before, [rows, writers] and so on, where each row of a batch loses something else.
+
+    Example:
+        >>> run = ComponentRun(model, pairs, target, resample_ablation())
+        >>> run.values([TakenOut.circuit(circuit), TakenOut.all_but(circuit)])  # [2, prompts]
     """
 
     nodes: Tensor
@@ -48,6 +52,7 @@ class TakenOut:
 
     @classmethod
     def nothing(cls, graph: ComponentGraph) -> Self:
+        """The model as it is."""
         return cls(torch.zeros(len(graph.writers), dtype=torch.float64))
 
     @classmethod

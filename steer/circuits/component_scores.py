@@ -37,6 +37,14 @@ class ComponentScores:
         roles: names of the roles of tokens.
         prompts: number that they are means over.
         facts: method, target, data, values of the target and the model, JSON-able.
+
+    Raises:
+        ConfigError: scores that do not fit the graph and the roles.
+
+    Example:
+        >>> scores = attribute(model, pairs, target)
+        >>> scores.node_scores.shape, scores.edge_scores.shape  # [writers], [writers, readers]
+        >>> heads, edges = scores.top_nodes(5), scores.top_edges(20)
     """
 
     graph: ComponentGraph

@@ -90,8 +90,9 @@ class ComponentGraph:
         layers: shapes of the blocks in order.
 
     Example:
-        >>> graph = ComponentGraph.of(model)
-        >>> graph.n_edges  # 70651 for SmolLM2-135M
+        >>> graph = ComponentGraph.of(steer.Anatomy.find(model))
+        >>> graph.n_edges  # of a model of SmolLM2-135M's depth and heads
+        70651
     """
 
     layers: tuple[LayerShape, ...]
@@ -241,6 +242,7 @@ class ComponentGraph:
 
     @classmethod
     def from_facts(cls, facts: Sequence[dict[str, Any]]) -> Self:
+        """Rebuilds it from the facts of a file."""
         return cls(tuple(LayerShape(int(each["heads"]), int(each["groups"]), bool(each["parallel"])) for each in facts))
 
 

@@ -36,6 +36,10 @@ class Damage:
         by_source: of each source. pooled: over the tokens of all of them.
         random: pooled, of random circuits of the same size; empty for a plan.
         facts: strength, texts and whether an overlap could be looked for; JSON-able.
+
+    Example:
+        >>> found = damage(model, circuit, {"news": neutral[:4], "web": neutral[4:]})
+        >>> found.pooled, found.random[0]  # of a random circuit of the same size
     """
 
     by_source: Mapping[str, LossChange]
@@ -72,7 +76,7 @@ def damage(
             circuit without an ablation; another strength than 1 for a plan, which has its own.
 
     Example:
-        >>> damage(model, circuit, {"news": news, "stories": stories, "web": web})
+        >>> damage(model, circuit, {"news": neutral[:4], "web": neutral[4:]})
     """
     of_type(texts_by_source, Mapping, "the texts of a damage", "pass texts by the name of their source")
     of_type(ablated, (Circuit, Plan), "what is ablated", "pass a circuit or a plan")

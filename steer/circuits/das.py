@@ -70,7 +70,7 @@ def fit_das(
             SiteError: no such site.
 
     Example:
-        >>> das = fit_das(model, "layers.12.output", pairs, labels, rank=2)
+        >>> das = fit_das(model, "layers.12.output", pairs, labels, rank=2, steps=2)
         >>> print(das)  # always with its controls
     """
     whole_number(rank, "the rank of DAS", least=1)
@@ -128,6 +128,11 @@ class DAS:
         accuracies: `train` and `held_out`; `without_swap` and `all_of_the_activation`, the ends between which it lies; controls `placebo`
             (mean over random subspaces), `arbitrary_labels` and `untrained`, held out, the latter two with `_train` too.
         facts: training, pairs and model, JSON-able.
+
+    Example:
+        >>> das = fit_das(model, "layers.12.output", pairs, labels, steps=2)
+        >>> das.accuracy, das.accuracies["placebo"], das.subspace.shape  # [rank, width]
+        >>> plan = das.ablation_plan(model)
     """
 
     site: Site

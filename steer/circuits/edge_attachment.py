@@ -40,9 +40,10 @@ class EdgesAblated:
         WrongModelError: the circuit of another model.
 
     Example:
-        >>> with circuit.edges_ablated(model):
-        ...     model.generate(**prompt)
-        >>> handle = circuit.edges_ablated(model, strength=0.5).attach()
+        >>> edges = scores.top_edges(20).with_ablation(mean_ablation(model, texts))
+        >>> with edges.edges_ablated(model):
+        ...     model.generate(**prompt, max_new_tokens=2)
+        >>> handle = edges.edges_ablated(model, strength=0.5).attach()
         >>> handle.detach()
     """
 

@@ -43,6 +43,12 @@ class FeatureCircuit:
         error_share: by name of the dictionary, the share of the absolute scores at single tokens that its errors carry, all nodes counted.
         faithfulness: see there; None where it was not measured.
         exact: single nodes ablated exactly; None where none were. A file does not keep it.
+
+    Example:
+        >>> found = steer.feature_circuit(model, {"sae": dictionary}, texts, target, nodes=4, edges=4, draws=1)
+        >>> found.features, found.error_share
+        >>> with found.ablation_plan().attached(model):
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     graph: Graph
@@ -186,6 +192,11 @@ def feature_circuit(
     Raises:
         ConfigError, SiteError, WidthError: dictionaries, prompts or a target that do not fit. AnatomyError: no logits, or `linear` on
             a model whose norms are not known.
+
+    Example:
+        >>> found = steer.feature_circuit(model, {"sae": dictionary}, texts, target, nodes=4, edges=4, draws=1)
+        >>> found.save("circuit")
+        >>> steer.report.write_circuit("circuit.html", found)
     """
     for name, number, least in (("nodes", nodes, 1), ("edges", edges, 1), ("steps", steps, 0), ("exact", exact, 0), ("draws", draws, 0)):
         whole_number(number, f"`{name}`", least=least)

@@ -35,6 +35,10 @@ class Node:
         part: name of the dictionary that it belongs to, or of a component; empty for none.
         index: of a feature.
         role: the tokens at which it is meant, by their label; empty for all of them.
+
+    Example:
+        >>> Node("feature", "layers.12.output", "sae", 371, "2").name
+        'sae/371@2'
     """
 
     kind: str
@@ -62,6 +66,13 @@ class Graph:
         edges: [edges, 2] places of source and receiver in `nodes`. weights: [edges] fp32, the part of the source's score that goes
             through that receiver with no other node between them.
         facts: how it was made, JSON-able.
+
+    Raises:
+        ConfigError: tensors that do not fit the nodes, an edge that leads to none, or two nodes of one name.
+
+    Example:
+        >>> graph = scores.drawing(edges=20)
+        >>> [node.name for node in graph.nodes], graph.pruned(5).edges.shape  # [edges, 2]
     """
 
     nodes: tuple[Node, ...]
@@ -151,7 +162,11 @@ class Graph:
 
     @classmethod
     def read(cls, path: str | Path) -> tuple[Self, dict[str, Any]]:
-        """The graph, and the whole manifest. Raises as `load`."""
+        """The graph, and the whole manifest. Raises as `load`.
+
+        Raises:
+            DamagedFileError: a file that holds no consistent graph.
+        """
         manifest, tensors = files.load_artifact(path, KIND)
         with damage_of(path, "a circuit with its nodes, scores, edges and weights"):
             check_kinds({key: manifest[key] for key in ("nodes", "facts")}, {"nodes": list, "facts": dict})

@@ -29,6 +29,10 @@ class Interchange:
     Attributes:
         labels: [pairs] token that it should say. swapped, before: [pairs] token that it says with the swap, and without.
         choices: tokens among which the one with the highest logit is what it says.
+
+    Example:
+        >>> found = interchange(model, "layers.12.output", pairs, labels)
+        >>> found.accuracy, found.accuracy_before
     """
 
     labels: Tensor

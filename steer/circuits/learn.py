@@ -73,8 +73,8 @@ def learn_circuit(
             model. NonFiniteError: a loss that is not finite. DeployError: offloaded weights.
 
     Example:
-        >>> terms = [Shift(model, biased, neutral, odds), KeepKL(rows), KeepTarget(model, factual, odds, share=0.65)]
-        >>> circuit = learn_circuit(model, terms, scores.top_nodes(40), ablation=mean_ablation(model, texts))
+        >>> terms = [Shift(model, ["The nurse said that"], ["The person said that"], target), KeepKL(rows)]
+        >>> circuit = learn_circuit(model, terms, scores.top_nodes(10), ablation=mean_ablation(model, texts), steps=2)
     """
     from steer.circuits.mask_training import MaskData, MaskTraining, TermPasses  # Lightning takes seconds to import
 

@@ -28,7 +28,8 @@ def lora_config(model: nn.Module, circuit: Circuit, *, r: int = 8, **options: An
         ConfigError: options that name other maps or train more than A and B; a circuit that no linear map has a part of.
 
     Example:
-        >>> adapted = get_peft_model(model, lora_config(model, circuit, r=4))
+        >>> adapted = peft.get_peft_model(model, lora_config(model, circuit, r=4))
+        >>> optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
         >>> with GradientMask(adapted, circuit).active(optimizer):
         ...     train(adapted, optimizer)
     """

@@ -55,7 +55,7 @@ def optimal_ablation(
         ConfigError: an empty circuit, or constants to start from that are none.
 
     Example:
-        >>> circuit.with_ablation(optimal_ablation(model, circuit, texts))
+        >>> circuit.with_ablation(optimal_ablation(model, circuit, texts, steps=2))
     """
     whole_number(steps, "the steps of an optimal ablation", least=1)
     finite_number(lr, "the learning rate of an optimal ablation", above=0)

@@ -67,9 +67,8 @@ def patch_effects(
         ConfigError: more than one of nodes, edges and sites, an empty list, or an unknown name. SiteError: no such site.
 
     Example:
-        >>> pairs = Pairs.of(model, clean, corrupted, tokenizer=tokenizer)
-        >>> effects = patch_effects(model, pairs, LogitDifference(right, wrong), direction="denoising")
-        >>> effects.top(5)
+        >>> effects = patch_effects(model, pairs, target, nodes=["a23.h3", "a23.h4", "m12"], direction="denoising")
+        >>> effects.top(2)
         >>> effects.plot("heads.svg")
     """
     patched = PatchedRun(model, pairs, target, direction=direction, max_tokens=max_tokens)
@@ -97,6 +96,13 @@ class PatchEffects:
         clean, corrupted: [prompts] fp64 without a patch.
         direction: `noising` or `denoising`.
         facts: method, target, pairs and model, JSON-able.
+
+    Raises:
+        ConfigError: values that do not fit names, positions and prompts.
+
+    Example:
+        >>> effects = patch_effects(model, pairs, target, nodes=["a23.h3", "m12"])
+        >>> effects.effects.shape, effects.normalised  # [positions, patches]
     """
 
     names: tuple[str, ...]

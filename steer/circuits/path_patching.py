@@ -63,8 +63,8 @@ def path_patch(
         ConfigError: no senders or receivers, an unknown name, or senders of which none comes before a receiver.
 
     Example:
-        >>> heads = [f"a{layer}.h{head}" for layer in range(20) for head in range(9)]
-        >>> path_patch(model, pairs, target, heads, ["a23.h3<q>"]).plot("into_23.3.svg")
+        >>> senders = [f"a20.h{head}" for head in range(9)]
+        >>> path_patch(model, pairs, target, senders, ["a23.h3<q>"]).plot("into_23.3.svg")
     """
     one_of(freeze, FROZEN, "what path patching freezes")
     patched = PatchedRun(model, pairs, target, direction=direction, max_tokens=max_tokens)

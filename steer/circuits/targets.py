@@ -23,6 +23,11 @@ class LogitDifference:
 
     Args:
         right, wrong: token ids, one for all prompts or one for each.
+
+    Example:
+        >>> he, she = (tokenizer.encode(word)[0] for word in (" he", " she"))
+        >>> target = steer.LogitDifference(he, she)
+        >>> scores = attribute(model, pairs, target)
     """
 
     at_last_token: ClassVar[bool] = True  # logits of other tokens need not be computed
@@ -44,6 +49,10 @@ class LogProbability:
 
     Args:
         token: its id, one for all prompts or one for each.
+
+    Example:
+        >>> target = steer.LogProbability(tokenizer.encode(" he")[0])
+        >>> scores = attribute(model, pairs, target)
     """
 
     at_last_token: ClassVar[bool] = True

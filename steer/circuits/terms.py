@@ -96,6 +96,7 @@ class Shift(_OfTarget):
         target: number of a prompt in it counts the prompts; a partner has that of its prompt.
 
     Example:
+        >>> he, she = (tokenizer.encode(word)[0] for word in (" he", " she"))
         >>> Shift(model, ["The nurse said that"], ["The person said that"], LogitDifference(he, she), tokenizer=tokenizer)
     """
 
@@ -125,6 +126,9 @@ class KeepTarget(_OfTarget):
         prompts: partners: with them, it is of the difference between each prompt and its partner, as in `Shift`.
         share: None for the squared change. Else from 0 to 1: max(share * |t0| - t * sign(t0), 0)^2, so that the target may shrink to this
             share of what it was at no cost.
+
+    Example:
+        >>> term = KeepTarget(model, texts, target, share=0.65)  # may fall to 65 % of what it was at no cost
     """
 
     def __init__(
@@ -159,6 +163,9 @@ class KeepKL(Term):
     Args:
         rows: neutral text, used neither for the constants nor for measuring what the ablation costs.
         tokens: which tokens of a row count, e.g. slice(32, None, 2); the last predicts nothing that is known, and counts all the same.
+
+    Example:
+        >>> terms = [Shift(model, ["The nurse said that"], ["The person said that"], target), KeepKL(neutral, weight=3.0)]
     """
 
     def __init__(self, rows: Sequence[Row], *, weight: float = 3.0, per_step: int = 1, tokens: slice = EVERY) -> None:
@@ -189,6 +196,9 @@ class Faithful(Term):
 
     Args:
         target: squared difference of it; None for the KL divergence of the next token.
+
+    Example:
+        >>> circuit = learn_circuit(model, [Faithful(model, texts, target)], scores.top_nodes(10), ablation=zero_ablation(), steps=2)
     """
 
     alone = True

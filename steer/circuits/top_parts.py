@@ -39,7 +39,7 @@ def top_parts(model: nn.Module, pairs: Pairs, target: Target, heads: Sequence[st
         ConfigError: no heads, other names, a higher rank, or a target without a gradient there.
 
     Example:
-        >>> names = attribute(model, pairs, target).top_nodes(20).node_names
+        >>> names = scores.top_nodes(5).node_names
         >>> circuit = top_parts(model, pairs, target, names).with_ablation(mean_ablation(model, texts))
     """
     anatomy = Anatomy.find(model)

@@ -41,6 +41,10 @@ class FeatureWeights:
             gain is folded in, and the number is divided by the norm's denominator at each token, which is positive.
         heads: by layer, [heads, n, m] fp32, the part that a head moves to a token per unit of its attention to the token of the feature;
             to be divided likewise by the denominator of the norm before attention.
+
+    Example:
+        >>> weights = steer.feature_weights(model, dictionary, later_dictionary, [3, 40], [1, 2])
+        >>> weights.direct.shape, {layer: heads.shape for layer, heads in weights.heads.items()}  # [n, m]; [heads, n, m]
     """
 
     features: Tensor
@@ -69,9 +73,14 @@ def feature_weights(
         earlier: it writes the residual stream, or something that is added to it.
         later: it reads the residual stream, or the input of an MLP.
         heads: also through the heads of each attention between, one at a time.
+        features, receivers: indices in the earlier and in the later dictionary.
 
     Raises:
         SiteError: dictionaries of other sites, or in the other order. AnatomyError: a norm that is none of those known.
+
+    Example:
+        >>> weights = steer.feature_weights(model, dictionary, later_dictionary, [3, 40], [1, 2])
+        >>> weights.strongest(2)  # (feature, receiver, weight)
     """
     for dictionary in (earlier, later):
         check_dictionary(dictionary, "feature_weights")

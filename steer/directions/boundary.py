@@ -29,6 +29,11 @@ class Boundary:
     Attributes:
         plan: a `bound` at every site. widths: of the range at each site, in parts of that of harmless text.
         loss, bounded_loss: of the neutral text without and with the plan, nat per token.
+
+    Example:
+        >>> boundary = steer.fit_boundary(model, harmless, neutral, ["layers.12.output"], max_nats=0.5)
+        >>> with boundary.plan.attached(model):
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     plan: Plan
@@ -81,9 +86,14 @@ def fit_boundary(
         sites: sites or patterns such as `layers.10-20.output`.
         max_nats: the most that the loss may rise, nat per token.
         widths: that are tried, in parts of the range of harmless text.
+        softness: of the bounds, see `steer.Bound`.
 
     Raises:
         ContrastError: no texts, or a text that is both. ConfigError: no width is wide enough; a budget or a width that is not above 0.
+
+    Example:
+        >>> boundary = steer.fit_boundary(model, harmless, neutral, ["layers.12.output"], max_nats=0.5)
+        >>> boundary.widths, boundary.bounded_loss - boundary.loss  # at most 0.5 nat per token
     """
     for what, rows in (("the harmless texts", harmless), ("the neutral texts", neutral)):
         check_rows(rows, what)

@@ -31,6 +31,17 @@ class ContrastSet:
         paired: entry i of both lists answers the same prompt.
         groups: what each pair belongs to (its topic, its template); without pairs one name a text, the positive texts before the negative
             ones. Empty for none. Where they are given, whole groups are held out, so that a direction is judged on groups it has not seen.
+
+    Raises:
+        ContrastError: an empty side, pairs that do not match, or a text that is there twice.
+
+    Example:
+        >>> pairs = [
+        ...     {"prompt": "How are you?", "positive": "Wonderful, thanks!", "negative": "Bad."},
+        ...     {"prompt": "How was the day?", "positive": "A joy!", "negative": "It rained."},
+        ... ]
+        >>> steer.ContrastSet.from_pairs(tokenizer, pairs)
+        ContrastSet(2 pairs)
     """
 
     positive: tuple[Row, ...]
@@ -66,7 +77,11 @@ class ContrastSet:
 
     @classmethod
     def from_pairs(cls, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> ContrastSet:
-        """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt), and `group` where whole groups are held out."""
+        """Pairs with the keys `prompt`, `positive`, `negative` (two answers to one prompt), and `group` where whole groups are held out.
+
+        Raises:
+            ContrastError: a pair that lacks a part.
+        """
         of_type(pairs, (list, tuple), "the pairs of a contrast set", "pass a list of {'prompt': ..., 'positive': ..., 'negative': ...}")
         for i, pair in enumerate(pairs):
             of_type(pair, Mapping, f"pair {i} of a contrast set", "pass {'prompt': ..., 'positive': ..., 'negative': ...}")

@@ -32,6 +32,13 @@ class Direction:
             `activation_norm` (mean |h| on the span's tokens), `n_train`, `n_heldout`. Held out by group, also `n_heldout_groups` and
             `auc_worst_group`, the lowest AUC within one of them.
         fitted_on: digests of the texts that had a part in it, which may not judge it.
+
+    Raises:
+        WidthError: not one vector. ConfigError: a vector of length 0.
+
+    Example:
+        >>> direction = steer.Direction(steer.Site.parse("layers.12.output"), vector, "by hand", "all")
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(direction.unit), direction.site, strength=4.0))
     """
 
     site: Site
@@ -102,6 +109,15 @@ class Directions(Mapping[Site, Direction]):
         entries: one direction per site.
         name: what it stands for.
         provenance: model fingerprint, hash of the data, extraction arguments.
+
+    Raises:
+        ConfigError: two directions at one site.
+
+    Example:
+        >>> directions = steer.extract(model, contrast, ["layers.10-20.output"], name="kind")
+        >>> directions.best().metrics["auc"], directions["layers.12.output"].vector.shape
+        >>> directions.save("kind")
+        PosixPath('kind')
     """
 
     def __init__(self, entries: list[Direction], name: str, provenance: dict[str, Any]) -> None:

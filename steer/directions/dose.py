@@ -56,6 +56,12 @@ class DoseCurve:
         max_kl, max_perplexity_ratio: the side-effect budget.
         share: part of the largest effect within the budget that a dose must reach to work well enough.
         gap: the unsteered model's preference for the positive answers, nat per token; perplexity: its perplexity on the neutral text.
+        site, method, scope: where the direction was added, how it was made, and on which tokens it was added.
+        n_pairs, n_neutral: numbers of texts that were measured.
+
+    Example:
+        >>> curve = steer.calibrate(model, direction, held_out, neutral, doses=[0.1, 0.3], max_kl=5.0, max_perplexity_ratio=5.0)
+        >>> len(curve.working), curve.to_dict()["chosen"]
     """
 
     site: str
@@ -126,6 +132,10 @@ def calibrate(
     Raises:
         ContrastError: fewer than two pairs, no neutral text, or texts that the direction was made from.
         ConfigError: no doses, or one that is not above 0; a budget or share that is no number; a scope of decoded tokens.
+
+    Example:
+        >>> curve = steer.calibrate(model, direction, held_out, neutral, doses=[0.1, 0.3])
+        >>> [(point.dose, point.effect, point.kl) for point in curve.points]
     """
     check_direction(direction)
     of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs)")

@@ -31,6 +31,10 @@ class Erasure:
     Attributes:
         left, right: [rank, width] fp32.
         mean: [width] fp32, what an erased activation has along the concept.
+
+    Example:
+        >>> (eraser,) = steer.fit_erasure(model, contrast, ["layers.12.output"]).values()
+        >>> operator = steer.Erase(eraser.left, eraser.right, eraser.mean)
     """
 
     left: Tensor
@@ -126,6 +130,10 @@ def fit_erasure(
 
     Raises:
         ContrastError, ConfigError, SiteError, NonFiniteError.
+
+    Example:
+        >>> erasers = steer.fit_erasure(model, contrast, ["layers.12.output"])
+        >>> plan = steer.Plan([steer.Intervention(steer.Erase(e.left, e.right, e.mean), site) for site, e in erasers.items()])
     """
     extra("concept_erasure")
     chosen = Anatomy.find(model).sites(*map(str, sites))

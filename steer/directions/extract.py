@@ -46,6 +46,11 @@ def extract(
     Raises:
         ContrastError: too few texts or groups, an empty span, classes that do not differ, or no pairs for a method that needs them.
         ConfigError, SiteError, NonFiniteError.
+
+    Example:
+        >>> directions = steer.extract(model, contrast, ["layers.*.output"], name="kind")
+        >>> direction = directions.best()
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(direction.vector), direction.site, strength=direction.strength_of(0.2)))
     """
     return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[
         method
@@ -64,7 +69,22 @@ def extract_all(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Directions]:
-    """`extract` for several methods from the same pass."""
+    """`extract` for several methods from the same pass.
+
+    Args:
+        methods: keys of `EXTRACTORS`.
+        contrast, sites, span, holdout: as of `extract`.
+
+    Returns:
+        The directions by method.
+
+    Raises:
+        ConfigError: no sites, no methods. Otherwise as `extract`.
+
+    Example:
+        >>> by_method = steer.extract_all(model, contrast, ["layers.12.output"], name="kind", methods=["mean_difference", "pca"])
+        >>> {method: directions.best().metrics["auc"] for method, directions in by_method.items()}
+    """
     of_type(contrast, ContrastSet, "the contrast set", "make it with ContrastSet.from_pairs(tokenizer, pairs) or from_sets")
     of_type(sites, (list, tuple), "the sites", "pass a list such as ['layers.*.output']")
     if not sites:

@@ -31,6 +31,11 @@ def import_directions(path: str | Path, format: str | None = None, *, n_layers: 
         FileError: nothing there. WrongKindError: of no known format, with a list of what was looked for, or a plan.
         ConfigError: the file does not say which tensor is meant, and neither did the caller; a site without `{layer}` for several layers.
         UnsafeFileError: a pickle of more than tensors. DamagedFileError, NonFiniteError, WidthError: a broken file.
+
+    Example:
+        >>> steer.to_gguf(plan, "warm.gguf", model_hint="llama")
+        PosixPath('warm.gguf')
+        >>> steer.import_directions("warm.gguf")["layers.12.output"].vector.shape  # [width]
     """
     if n_layers is not None:
         whole_number(n_layers, "n_layers", least=1)
@@ -51,6 +56,10 @@ def import_plan(path: str | Path, format: str | None = None, *, scope: str | Sco
 
     Raises:
         As `import_directions`, and WrongKindError for a file of vectors, or for an intervention that no operator here is equal to.
+
+    Example:
+        >>> imported = steer.import_plan(folder_of_pyvene, scope="prompt[-1:]")
+        >>> print(imported.explain())
     """
     read = _read(_source(path, site, None, str(scope)), format, "plan", "steer.import_directions")
     assert isinstance(read, Plan)

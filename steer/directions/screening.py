@@ -27,6 +27,11 @@ class Screen:
         slopes: one per pair, nat per token and unit of relative dose.
         steerability: their mean.
         anti_fraction, anti_interval: share of pairs with a negative slope, and its 95 % interval (Wilson 1927).
+        site, method: of the direction.
+
+    Example:
+        >>> screened = steer.screen(model, direction, held_out, dose=0.3)
+        >>> len(screened.slopes), screened.anti_interval
     """
 
     site: str
@@ -62,6 +67,10 @@ def screen(
     Raises:
         ContrastError: no pairs, or texts that the direction was made from.
         ConfigError: a dose that is not above 0; a scope of decoded tokens.
+
+    Example:
+        >>> screened = steer.screen(model, direction, held_out, dose=0.3)
+        >>> screened.steerability, screened.anti_fraction  # nat per token and unit of dose; share of pairs that answer the wrong way
     """
     check_direction(direction)
     finite_number(dose, "the dose of a screen", above=0)

@@ -60,6 +60,12 @@ class Selection:
     Attributes:
         candidates: in the order in which they were given; `directions` likewise.
         showing, lacking: score of the unsteered model on prompts that show the behaviour and on those that do not.
+
+    Example:
+        >>> tokens = [tokenizer.encode(" no")[0]]
+        >>> candidates = list(directions.values())
+        >>> selection = steer.select(model, candidates, showing=prompts[:4], lacking=prompts[4:], tokens=tokens, max_kl=50.0)
+        >>> selection.showing - selection.lacking  # how far the unsteered model tells the two kinds of prompts apart
     """
 
     candidates: tuple[Candidate, ...]
@@ -116,6 +122,12 @@ def select(
         ConfigError: no candidates, no tokens, or such as the model does not have; a limit out of its range.
         ContrastError: prompts that a candidate was made from, or none.
         WidthError: a candidate that is no direction of the residual stream.
+
+    Example:
+        >>> tokens = [tokenizer.encode(" no")[0]]
+        >>> candidates = list(directions.values())
+        >>> selection = steer.select(model, candidates, showing=prompts[:4], lacking=prompts[4:], tokens=tokens, max_kl=50.0)
+        >>> [(candidate.bypass, candidate.kl) for candidate in selection.candidates]
     """
     neutral = lacking if neutral is None else neutral
     anatomy = Anatomy.find(model)

@@ -51,10 +51,15 @@ def plan_from_text(text: str, names: Names, gates: Gates | None = None) -> Plan:
     Args:
         names: what directions and dictionaries are called.
         gates: what gates are called.
+        text: terms such as `0.4 warm@response - 0.2 verbose`.
 
     Raises:
         ConfigError: what cannot be read, and where; or a name that is not known, and the nearest one.
         WrongModelError: directions of different models.
+
+    Example:
+        >>> read = steer.plan_from_text("0.4 kind@response - ablate kind:layers.16.output", {"kind": directions})
+        >>> print(read.explain())
     """
     of_type(text, str, "a plan as text", "write e.g. '0.4 warm@response'")
     gates = {} if gates is None else gates
@@ -183,8 +188,17 @@ def _without_digest(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:
     """Writes a plan so that `plan_from_text` gives an equal one, with every site and scope spelt out.
 
+    Args:
+        plan: of interventions that have a text form.
+        names, gates: as of `plan_from_text`.
+
     Raises:
         ConfigError: an intervention that has no text form, or whose vector or gate is none of those that are named.
+
+    Example:
+        >>> plan = steer.plan_from_text("0.4 kind@response", {"kind": direction})
+        >>> steer.plan_to_text(plan, {"kind": direction})
+        '0.4 kind:layers.12.output@response'
     """
     texts = []
     for intervention in plan.interventions:

@@ -164,6 +164,10 @@ def train_direction(
 
     Raises:
         ContrastError: no pairs, or too few. ConfigError, SiteError. NonFiniteError: the training diverged.
+
+    Example:
+        >>> directions = steer.train_direction(model, contrast, "layers.12.output", name="kind", method="bipo", steps=2)
+        >>> directions.best().metrics["loss_last"]
     """
     objective: Objective = OBJECTIVES.get(method)
     of_type(objective, Objective, f"objective '{method}'", f"register its loss with @objective('{method}', runs=...)")

@@ -32,6 +32,10 @@ class TrackedFeatures:
         features: one index or several, each named once.
         density: [width] share of tokens on which each feature is on, by which the random features are matched; what the dictionary recorded
             when None.
+
+    Example:
+        >>> tracked = steer.drift.TrackedFeatures(dictionary, [3, 40])
+        >>> tracker = steer.DriftTracker(features={"praise": tracked}, probe=probe, controls=4)
     """
 
     dictionary: Dictionary

@@ -89,6 +89,10 @@ class StageComparison:
         mean_a, mean_b: [width] mean activation over texts at either stage, texts counting alike.
         tests: what the tests gave, see `StageTests`.
         quality_a, quality_b: how well the dictionary explains either stage.
+
+    Example:
+        >>> comparison = steer.compare_features(dictionary, base, tuned, rows, draws=999)
+        >>> comparison.moved, comparison.change[3], comparison.intervals[:, 3]
     """
 
     dictionary: Dictionary
@@ -182,6 +186,11 @@ def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *
         model: as `Plan.attach` takes it.
         texts: tokenised, the same for both stages.
         span: which tokens are read; those that the dictionary was not trained on are left out.
+
+    Example:
+        >>> before = steer.drift.text_means(dictionary, base, rows)
+        >>> after = steer.drift.text_means(dictionary, tuned, rows)
+        >>> steer.drift.compare_text_means(before, after).moved  # features, the largest effect first
     """
     own = of_one_read_site("a stage comparison", dictionary)
     spans = [span_of(row, span) for row in texts]
@@ -194,7 +203,19 @@ def text_means(dictionary: Dictionary, model: nn.Module, texts: Sequence[Row], *
 
 
 def compare_text_means(a: TextMeans, b: TextMeans, *, alpha: float = 0.05, draws: int = 9999, seed: int = 0) -> StageComparison:
-    """Compares what `text_means` gave at two stages; arguments and errors as of `compare_features`."""
+    """Compares what `text_means` gave at two stages; arguments and errors as of `compare_features`.
+
+    Args:
+        a, b: readings of the same texts by the same dictionary.
+        alpha, draws: as of `compare_features`.
+
+    Raises:
+        ConfigError: readings that cannot be compared, too few texts, or no level.
+
+    Example:
+        >>> before, after = (steer.drift.text_means(dictionary, stage, rows) for stage in (base, tuned))
+        >>> print(steer.drift.compare_text_means(before, after, draws=999).summary())
+    """
     if a.dictionary is not b.dictionary or a.read != b.read:
         raise _unpaired(a, b)
     if not 0 < alpha < 1:
@@ -243,7 +264,7 @@ def compare_features(
         ConfigError: a dictionary of several sites, too few texts, alpha that is no level. Otherwise as `steer.capture`.
 
     Example:
-        >>> comparison = steer.compare_features(dictionary, base, tuned, texts)
+        >>> comparison = steer.compare_features(dictionary, base, tuned, rows)
         >>> print(comparison.summary(), comparison.table(10))
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")

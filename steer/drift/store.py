@@ -50,9 +50,12 @@ class DriftStore:
         store of another schema.
 
     Example:
-        with DriftStore("drift.sqlite") as store:
-            curve = store.series("rude", "layers.12.output")
-            print(curve["step"], curve["effect_sd"])
+        >>> tracker = steer.DriftTracker({"kind": direction}, probe=probe, store="drift.sqlite")
+        >>> with tracker.attached(model):
+        ...     records = tracker.measure(0)
+        >>> with steer.drift.DriftStore("drift.sqlite") as store:
+        ...     curve = store.series("kind", "layers.12.output")
+        ...     print(curve["step"], curve["effect_sd"])
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -74,9 +74,11 @@ class DriftTracker:
         WidthError: directions of one site differ in width.
 
     Example:
-        tracker = DriftTracker({"rude": direction}, probe=prompts, store="drift.sqlite")
-        with tracker.attached(model):
-            tracker.measure(0)
+        >>> tracker = steer.DriftTracker({"kind": directions}, probe=probe, store="drift.sqlite")
+        >>> with tracker.attached(model):
+        ...     records = tracker.measure(0)
+        ...     train(model, optimizer)
+        ...     records = tracker.measure(1)
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class Contexts:
 
     Example:
         >>> contexts = sample_contexts(model, tokenizer, seed=0)
-        >>> contexts.texts("The mother tongue of Danielle Darrieux is")
+        >>> prompts = contexts.texts("The mother tongue of Danielle Darrieux is")
     """
 
     prefixes: tuple[str, ...]

@@ -56,8 +56,8 @@ class Covariance:
         source: where the keys come from: `model`, `weights` by layer, `tokenizer`, and `data`, digests of the texts.
 
     Example:
-        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=[4, 5, 6, 7, 8])
-        >>> covariance.factor(8).solve(keys)
+        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=[7, 8])
+        >>> covariance.factor(8).leverage(read_keys(model, [locate(tokenizer, fact.prompt, fact.subject)], [8])[8])
     """
 
     sums: dict[int, Tensor]

@@ -33,7 +33,16 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
 
 
 def default_layers(anatomy: Anatomy, *, several: bool) -> list[int]:
-    """The layers for a model of a known family and size. Raises EditError for another. several: of an editor that spreads an edit."""
+    """The layers for a model of a known family and size. Raises EditError for another. several: of an editor that spreads an edit.
+
+    Args:
+        anatomy: of the model.
+
+    Example:
+        >>> model, tokenizer = steer.load("smollm2-135m")
+        >>> default_layers(steer.Anatomy.find(model), several=False)
+        [8]
+    """
     if not is_known(anatomy):
         raise _not_known(anatomy)
     one, many = PUBLISHED[_size(anatomy)]
@@ -53,6 +62,11 @@ def choose_layers(model: nn.Module, tokenizer: Any, covariance: Covariance | Non
 
     Raises:
         EditError: a model that is not known, without a covariance, or which says too little of what the sweep edits.
+
+    Example:
+        >>> model, tokenizer = steer.load("smollm2-135m")
+        >>> choose_layers(model, tokenizer, None, several=True)  # of a model that is known, without a sweep
+        [4, 5, 6, 7, 8]
     """
     anatomy = Anatomy.find(model)
     if covariance is None or is_known(anatomy):
@@ -77,7 +91,15 @@ def sweep_of(model: nn.Module, tokenizer: Any, covariance: Covariance) -> LayerS
 
 
 def candidate_layers(anatomy: Anatomy) -> list[int]:
-    """Five depths from a tenth to half of a model, at which a covariance is fitted for a sweep; fewer in one of few blocks."""
+    """Five depths from a tenth to half of a model, at which a covariance is fitted for a sweep; fewer in one of few blocks.
+
+    Args:
+        anatomy: of the model.
+
+    Example:
+        >>> candidate_layers(steer.Anatomy.find(model))
+        [3, 6, 9, 12, 14]
+    """
     return sorted({round(share * (anatomy.n_layers - 1)) for share in _CANDIDATES})
 
 

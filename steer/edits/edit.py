@@ -57,6 +57,10 @@ class WeightDelta:
 
     Raises:
         EditError: shapes that do not fit each other. NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> (delta,) = edit.deltas
+        >>> delta.path, delta.rank, delta.change().shape  # [d, f]
     """
 
     path: str
@@ -148,10 +152,10 @@ class Edit:
         EditError: two deltas of one matrix. ConfigError: something that JSON cannot hold.
 
     Example:
-        >>> edit = steer.edit_facts(model, tokenizer, [fact], editor="memit")
         >>> with edit.applied(model):
-        ...     model.generate(**prompt)
+        ...     model.generate(**prompt, max_new_tokens=2)
         >>> edit.save("capital")
+        PosixPath('capital')
     """
 
     facts: tuple[Fact, ...]

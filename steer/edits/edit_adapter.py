@@ -104,10 +104,16 @@ def from_adapter(folder: str | Path, model: nn.Module, *, name: str = "", on_oth
         model: raw or wrapped; it is left as it is.
         name: by default that of the edit that was written, or one from the content.
         on_other_weights: see `EditedWeights.apply`.
+        folder: of the adapter.
 
     Raises:
         ConfigError: an adapter that changes more than weights of linear maps. ModelNotFoundError: no adapter.
         WrongModelError: maps that the model does not have, or matrices that the edit was not solved for. FileError.
+
+    Example:
+        >>> steer.edits.to_adapter(edit, model, "capital")
+        PosixPath('capital')
+        >>> steer.edits.from_adapter("capital", model).facts
     """
     config, tensors, kept = read_adapter(folder)
     check_adds_only(folder, config, list(tensors))

@@ -69,10 +69,11 @@ def edit_facts(
         NonFiniteError: a value. SubjectNotFoundError, TokenizerError, ConfigError.
 
     Example:
-        >>> fact = Fact.of("The mother tongue of {} is", "Danielle Darrieux", "English")
-        >>> edit = edit_facts(model, tokenizer, fact)
+        >>> fact = steer.Fact.of("The mother tongue of {} is", "Danielle Darrieux", "English")
+        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=[7, 8])
+        >>> edit = steer.edit_facts(model, tokenizer, fact, editor="memit", layers=[7, 8], covariance=covariance)
         >>> with edit.applied(model):
-        ...     model.generate(**prompt)
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
     chosen = distinct_facts([facts] if isinstance(facts, Fact) else facts)
     method = editor_of(editor)

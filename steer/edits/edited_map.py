@@ -41,6 +41,11 @@ class EditedMap:
         is_quantised: the weight is no plain matrix of floating-point numbers, so that only an adapter beside it can carry an edit.
         has_post_norm: a norm follows before the stream gets what the map gives.
         scale: what the output is multiplied by before it is added to the stream, mostly 1.
+
+    Example:
+        >>> (edited_map,) = edited_maps(steer.Anatomy.find(model), [8])
+        >>> edited_map.path, str(edited_map.key_site)
+        ('model.layers.8.mlp.down_proj', 'layers.8.mlp.neurons')
     """
 
     layer: int
@@ -91,13 +96,14 @@ def edited_maps(anatomy: Anatomy, layers: Sequence[int]) -> list[EditedMap]:
 
     Args:
         layers: blocks, counted from 0; negative from the end.
+        anatomy: of the model. layers: of the blocks, from 0.
 
     Raises:
         EditError: no layers, one that the model does not have, a mixture of experts, an MLP that cannot be found or ends in no linear map,
             a weight that is sharded, offloaded, or used in several places. ConfigError: layers that are no list of integers.
 
     Example:
-        >>> edited_maps(Anatomy.find(model), [8])[0].weight().shape
+        >>> edited_maps(steer.Anatomy.find(model), [8])[0].weight().shape  # [d, f]
     """
     of_type(layers, (list, tuple, range), "the layers of an edit", "pass a list such as [8]")
     for layer in layers:

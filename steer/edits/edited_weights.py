@@ -47,10 +47,11 @@ class EditedWeights:
     when they are not (they were loaded anew). A cast of the whole (`model.half()`) is told from these, to the bit, and W0 is cast with it.
 
     Example:
+        >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)
         >>> edited = EditedWeights.of(model)
-        >>> edited.apply(first)
-        >>> edited.apply(second)
-        >>> edited.revert(first)  # the weights are now those of a model to which `second` alone was applied, to the bit
+        >>> edited.apply(edit)
+        >>> edited.apply(other)
+        >>> edited.revert(edit)  # the weights are now those of a model to which `other` alone was applied, to the bit
         >>> edited.clear()
     """
 
@@ -125,7 +126,11 @@ class EditedWeights:
         self._become(tuple(other for other in self.applied if other.name != name))
 
     def replace(self, edits: Sequence[Edit]) -> None:
-        """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`."""
+        """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`.
+
+        Raises:
+            EditError: an edit that is not on the model.
+        """
         new = {edit.name: edit for edit in edits}
         if missing := set(new) - {edit.name for edit in self.applied}:
             raise _not_applied(min(missing), [edit.name for edit in self.applied])

@@ -43,6 +43,10 @@ class Solution:
         values: what was asked; None for editors without values.
         no_op: numbers of the facts that the model says already, of which nothing is written.
         of: [m] the fact that each key and each column of the deltas belongs to, where they have some.
+
+    Example:
+        >>> solution = EDITORS.get("rome")().solve(EditBench(model, tokenizer, [8], contexts, covariance=covariance), [fact])
+        >>> [delta.rank for delta in solution.deltas], solution.strength
     """
 
     deltas: tuple[WeightDelta, ...]
@@ -58,6 +62,10 @@ class EditBench:
     Attributes:
         layers: to be edited, ascending. maps: their down projections, by layer.
         layers_from: who chose them, see `steer.edits.preparation`.
+
+    Example:
+        >>> bench = EditBench(model, tokenizer, [8], contexts, covariance=covariance)
+        >>> solution = EDITORS.get("rome")().solve(bench, [fact])
     """
 
     def __init__(
@@ -167,6 +175,16 @@ class Editor(ABC):
     Attributes:
         needs_covariance: it cannot do without one.
         several_layers: it spreads an edit over layers by default.
+        value_settings: how values are optimised, for editors that have some.
+
+    Example:
+        >>> @EDITORS.register("nothing")
+        ... class Nothing(Editor):
+        ...     needs_covariance = False
+        ...
+        ...     def solve(self, bench, facts):
+        ...         return Solution(tuple(bench.no_delta(layer) for layer in bench.layers))
+        >>> edit = steer.edit_facts(model, tokenizer, [fact], editor="nothing", layers=[8], contexts=contexts)
     """
 
     name: ClassVar[str]

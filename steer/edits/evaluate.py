@@ -80,8 +80,7 @@ def evaluate_edits(
         Otherwise as `edit_facts`; but a fact that cannot be edited in `single` and `sequence` is recorded with its reason.
 
     Example:
-        >>> records = steer.edits.known_facts(model, tokenizer, steer.edits.load_records("counterfact"), count=50)
-        >>> print(steer.edits.evaluate_edits(model, tokenizer, records, "memit", layers=[4, 5, 6, 7, 8]))
+        >>> print(steer.edits.evaluate_edits(model, tokenizer, records, "rome", layers=[8], covariance=covariance, contexts=contexts))
     """
     one_of(mode, MODES, "`mode` of an evaluation of edits")
     records = [records] if isinstance(records, FactRecord | Fact) else records
@@ -108,7 +107,16 @@ def readings_before(
     seed: int = 0,
     progress: bool = True,
 ) -> Readings:
-    """What a model says before any edit, to be handed to `evaluate_edits` for several editors. Arguments as there."""
+    """What a model says before any edit, to be handed to `evaluate_edits` for several editors. Arguments as there.
+
+    Args:
+        records, measures, chat: as of `evaluate_edits`.
+
+    Example:
+        >>> before = steer.edits.readings_before(model, tokenizer, records)
+        >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts}
+        >>> evaluated = steer.edits.evaluate_edits(model, tokenizer, records, "rome", before=before, **how)
+    """
     reader = EditReader(model, tokenizer, measures_of(measures), chat=chat, max_tokens=max_tokens, seed=seed, progress=progress)
     return reader.read([record_of(record) for record in records], what="before the edit")
 

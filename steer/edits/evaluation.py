@@ -84,7 +84,6 @@ class EditEvaluation:
 
     Example:
         >>> evaluation["efficacy"].after
-        Estimate(value=99.5, low=98.5, high=100.0, n=200)
         >>> print(evaluation)
     """
 

@@ -35,7 +35,7 @@ class Fact:
         SubjectNotFoundError: the subject is not in the prompt. EditError: an empty subject or answer. ConfigError: no text.
 
     Example:
-        >>> Fact("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English", true="French")
+        >>> steer.Fact("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English", true="French")
     """
 
     prompt: str
@@ -93,6 +93,10 @@ def distinct_facts(facts: Sequence[Fact]) -> tuple[Fact, ...]:
 
     Raises:
         ConflictingEditsError: the same prompt with different targets. EditError: no facts. ConfigError: something else.
+
+    Example:
+        >>> len(steer.edits.distinct_facts([fact, fact]))
+        1
     """
     of_type(facts, (list, tuple), "the facts of an edit", "pass a list of facts")
     answers: dict[str, Fact] = {}

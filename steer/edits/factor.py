@@ -26,7 +26,7 @@ class Factor:
 
     Example:
         >>> factor = covariance.factor(8)
-        >>> factor.leverage(keys[8].combined)
+        >>> factor.leverage(read_keys(model, [locate(tokenizer, fact.prompt, fact.subject)], [8])[8])
     """
 
     def __init__(self, moment: Tensor, ridge: float = 1e-4, name: str = "this layer") -> None:

@@ -48,8 +48,9 @@ class Guards:
         mode: `stop` raises GuardError (`apply_in_sequence` ends there), `roll_back` leaves out the facts beyond a limit, `warn` warns.
 
     Example:
-        >>> edit = steer.edit_facts(model, tokenizer, facts, guards=Guards(drift=0.1, neutral_texts=texts, mode="roll_back"))
-        >>> edit.provenance["left_out"]
+        >>> guards = Guards(drift=0.5, value_ratio=20.0, neutral_texts=tuple(texts), mode="roll_back")
+        >>> edit = steer.edit_facts(model, tokenizer, fact, layers=[8], covariance=covariance, contexts=contexts, guards=guards)
+        >>> edit.provenance["readings"]
     """
 
     strength: float | None = None
@@ -94,6 +95,12 @@ class GuardReading:
         fact: its name. The others are as in `Guards`.
         nearest: name of the earlier edit whose key is nearest.
         beyond: the limits that it passes.
+        strength, drift, key_cosine, neutral_kl, value_ratio: see `Guards`.
+
+    Example:
+        >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts}
+        >>> edit = steer.edit_facts(model, tokenizer, fact, guards=Guards(neutral_texts=tuple(texts)), **how)
+        >>> edit.provenance["readings"][0]  # as JSON
     """
 
     fact: str

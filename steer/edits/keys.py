@@ -33,6 +33,10 @@ class FactKeys:
         of: [m] the fact that each row of `combined` belongs to, ascending.
         outputs: [m, d] what the map itself gives for the same texts, combined alike: W k, and the bias where there is one; None unless
             they were asked for.
+
+    Example:
+        >>> keys = fact_keys(model, tokenizer, facts, contexts, [8], outputs=True)[8]
+        >>> keys.plain.shape, keys.outputs.shape  # [n, f], [m, d]
     """
 
     layer: int
@@ -71,9 +75,15 @@ def read_at(model: nn.Module, located: Sequence[Located], sites: Sequence[Site],
     Args:
         located: texts and places, see `steer.edits.locate.locate`.
         max_tokens: padded tokens of a batch; one that does not fit into memory is halved.
+        sites: where activations are read.
 
     Raises:
         SiteError, NonFiniteError. ConfigError: no texts, or tokens that the model does not know.
+
+    Example:
+        >>> located = [locate(tokenizer, fact.prompt, fact.subject)]
+        >>> site = steer.Site.parse("layers.8.output")
+        >>> read_at(model, located, [site])[site].shape  # [n, width]
     """
     rows = [Row(text.ids[: text.last + 1], text.last + 1) for text in located]
     read: list[dict[Site, Tensor]] = []
@@ -99,8 +109,11 @@ def read_keys(model: nn.Module, located: Sequence[Located], layers: Sequence[int
 
     Under PEFT it is what the base layer takes. Raises EditError for a layer without a single down projection, and as `read_at`.
 
+    Args:
+        located: as of `read_at`. layers: of the maps.
+
     Example:
-        >>> read_keys(model, [locate(tokenizer, fact.prompt, fact.subject)], [8])[8]
+        >>> read_keys(model, [locate(tokenizer, fact.prompt, fact.subject)], [8])[8].shape  # [n, f]
     """
     sites = {edited.layer: edited.key_site for edited in edited_maps(Anatomy.find(model), layers)}
     read = read_at(model, located, list(sites.values()), max_tokens=max_tokens)
@@ -127,13 +140,14 @@ def fact_keys(
         weighting: how the texts of a fact make up its key, see `steer.edits.contexts.WEIGHTINGS`.
         outputs: read what the maps give, too.
         max_tokens: padded tokens of a batch.
+        layers: of the maps whose keys are read.
 
     Raises:
         SubjectNotFoundError, EditError, TokenizerError, NonFiniteError, ConfigError.
 
     Example:
         >>> keys = fact_keys(model, tokenizer, facts, contexts, [4, 5, 6, 7, 8])
-        >>> keys[8].combined.shape
+        >>> keys[8].combined.shape  # [m, f]
     """
     maps = edited_maps(Anatomy.find(model), layers)
     sites = [site for edited in maps for site in (edited.key_site, edited.value_site)[: 2 if outputs else 1]]

@@ -61,7 +61,7 @@ class LayerSweep:
         evaluations: by layer, ascending.
 
     Example:
-        >>> sweep = layer_sweep(model, tokenizer, covariance=covariance)
+        >>> sweep = layer_sweep(model, tokenizer, records[:1], covariance=covariance, layers=[7, 8], contexts=contexts)
         >>> print(sweep, sweep.best)
     """
 
@@ -118,8 +118,8 @@ def layer_sweep(
         EditError: the model prefers the true answer of fewer than two of the facts. Otherwise as `steer.edit_facts`.
 
     Example:
-        >>> covariance = Covariance.fit(model, tokenizer, texts, layers=candidate_layers(Anatomy.find(model)))
-        >>> layer_sweep(model, tokenizer, covariance=covariance).best
+        >>> layer_sweep(model, tokenizer, records[:1], covariance=covariance, layers=[8], contexts=contexts).best
+        8
     """
     chosen = [record_of(record) for record in (WELL_KNOWN if records is None else records)]
     tried = _spaced(covariance.layers, DEPTHS) if layers is None else list(layers)

@@ -28,6 +28,10 @@ class Located:
         spans_past: the last token reaches over the end of the subject ("Paris" in "Parisian").
         at_start: the subject is one token and nothing is before it, not even a start-of-text token. The key of such a token hardly depends
             on the subject, since much attention rests on the first token of a text, whatever it is.
+
+    Example:
+        >>> located = locate(tokenizer, "the red cat sat", "red cat")
+        >>> located.ids[located.first : located.last + 1], located.occurrences
     """
 
     ids: tuple[int, ...]
@@ -48,6 +52,10 @@ def target_ids(tokenizer: Any, target: str) -> tuple[int, ...]:
 
     Raises:
         EditError: an empty target. TokenizerError: one that gives no tokens. ConfigError: no tokenizer.
+
+    Example:
+        >>> tokenizer.decode(target_ids(tokenizer, "Paris"))
+        ' Paris'
     """
     check_tokenizer(tokenizer)
     stripped = target.strip()
@@ -74,12 +82,22 @@ def check_known(tokenizer: Any, fact: Fact, located: Located) -> None:
 
 
 def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Tokens of a text as `locate` has them, for texts without a subject. Raises TokenizerError, ConfigError."""
+    """Tokens of a text as `locate` has them, for texts without a subject. Raises TokenizerError, ConfigError.
+
+    Example:
+        >>> tokenizer.decode(text_ids(tokenizer, " the red cat"))
+        ' the red cat'
+    """
     return _encoded(tokenizer, text)[0]
 
 
 def answer_row(tokenizer: Any, text: str, target: str) -> Row:
-    """A text and an answer to it, which is the response of the row. Raises as `target_ids`."""
+    """A text and an answer to it, which is the response of the row. Raises as `target_ids`.
+
+    Example:
+        >>> answer_row(tokenizer, fact.prompt, fact.target).response  # tokens of the answer
+        1
+    """
     ids = text_ids(tokenizer, text)
     return Row((*ids, *target_ids(tokenizer, target)), len(ids))
 
@@ -97,7 +115,8 @@ def locate(tokenizer: Any, text: str, subject: str, *, start: int = 0) -> Locate
         ConfigError: no tokenizer.
 
     Example:
-        >>> locate(tokenizer, "The mother tongue of Danielle Darrieux is", "Danielle Darrieux").last
+        >>> located = locate(tokenizer, "The mother tongue of Danielle Darrieux is", "Danielle Darrieux")
+        >>> located.last  # of the tokens of the subject
     """
     subject = subject.strip()
     if not subject:

@@ -83,6 +83,10 @@ class EditMeasure(ABC):
         name: under which it is registered.
         columns: the numbers that it gives.
         needs: `forward` passes, or `generation`, which is dearer and only measured when it is asked for.
+
+    Example:
+        >>> measure = EDIT_MEASURES.get("efficacy")
+        >>> measure.columns, measure.needs
     """
 
     name: ClassVar[str]

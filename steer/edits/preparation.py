@@ -35,6 +35,11 @@ class Preparation:
         layers: of each editor, in their order.
         covariance: of all these layers, None where no editor needs one.
         layers_from: one of `LAYERS_FROM`.
+
+    Example:
+        >>> editors = [EDITORS.get("rome")(), EDITORS.get("memit")()]
+        >>> prepared = steer.edits.prepare(model, tokenizer, editors, layers=[8], covariance=covariance)
+        >>> prepared.layers, prepared.layers_from
     """
 
     layers: tuple[list[int], ...]

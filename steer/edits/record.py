@@ -22,6 +22,10 @@ class Probe:
 
     Attributes:
         kind: of a portability probe, such as `alias`, `one hop` or `reverse`; of a locality probe, what it is about.
+
+    Example:
+        >>> probe = steer.edits.Probe("The city in which the Louvre is lies in", "Italy", "one hop")
+        >>> record = steer.edits.FactRecord(fact, portability=(probe,))
     """
 
     prompt: str
@@ -44,8 +48,8 @@ class FactRecord:
         relation, target_id, true_id: identifiers of Wikidata, by which texts about an object are found; empty where a data set has none.
 
     Example:
-        >>> fact = Fact.of("{} is in the city of", "The Eiffel Tower", "Rome", true="Paris")
-        >>> FactRecord(fact, neighbours=("The Louvre is in the city of",))
+        >>> fact = steer.Fact.of("{} is in the city of", "The Eiffel Tower", "Rome", true="Paris")
+        >>> record = steer.edits.FactRecord(fact, neighbours=("The Louvre is in the city of",))
     """
 
     fact: Fact

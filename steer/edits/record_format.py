@@ -20,6 +20,10 @@ class RecordFormat(ABC):
         name: under which it is registered.
         keys: that every row of this form has.
         hub: (name, configuration, split) on the hub, by which `name` alone can be loaded; None where it is on none.
+
+    Example:
+        >>> counterfact = RECORD_FORMATS.get("counterfact")
+        >>> counterfact.keys, counterfact.hub
     """
 
     name: ClassVar[str]

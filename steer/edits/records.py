@@ -37,8 +37,7 @@ def load_records(source: str | Path, *, split: str | None = None, snippets: str 
 
     Example:
         >>> records = steer.edits.load_records("counterfact.json")
-        >>> records[0].fact
-        Fact(prompt='The mother tongue of Danielle Darrieux is', subject='Danielle Darrieux', target='English', true='French', name='0')
+        >>> fact = records[0].fact
     """
     of_type(source, (str, Path), "the source of records", "pass a path, or the name of a data set of the hub")
     rows = _rows(source, split)
@@ -121,7 +120,7 @@ def known_facts(
         Records in their order; none that say no true object.
 
     Example:
-        >>> known = steer.edits.known_facts(model, tokenizer, records, count=200)
+        >>> known = steer.edits.known_facts(model, tokenizer, records, least=0.0)
     """
     number_within(least, "`least`, the probability of a true object", 0, 1)
     if count is not None:

@@ -30,6 +30,11 @@ class SequenceResult:
         left_out: facts that `roll_back` left out, in order.
         stopped: why the sequence ended before its end, with the names of the facts that ended it; None where it did not.
         not_reached: facts that were not written because of that, those that ended it included.
+
+    Example:
+        >>> how = {"editor": "rome", "layers": [8], "covariance": covariance, "contexts": contexts}
+        >>> result = apply_in_sequence(model, tokenizer, [fact], **how)
+        >>> result.edits, result.left_out, result.stopped
     """
 
     edits: tuple[Edit, ...]
@@ -70,8 +75,12 @@ def apply_in_sequence(
 
     The others are as of `steer.edit_facts`, and so are the errors.
 
+    Raises:
+        EditError: no facts.
+
     Example:
-        >>> result = apply_in_sequence(model, tokenizer, facts, covariance=covariance, guards=Guards(mode="roll_back"))
+        >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts, "guards": Guards(mode="roll_back")}
+        >>> result = apply_in_sequence(model, tokenizer, facts, **how)
         >>> result.left_out
     """
     of_type(facts, (list, tuple), "the facts of a sequence", "pass a list of facts")

@@ -58,7 +58,7 @@ def solve_values(
         SubjectNotFoundError, TokenizerError: by `steer.edits.locate`.
 
     Example:
-        >>> value, = solve_values(model, tokenizer, [fact], sample_contexts(model, tokenizer), layer=8)
+        >>> (value,) = solve_values(model, tokenizer, [fact], contexts, layer=8)
         >>> value.probability
     """
     settings = settings or ValueSettings()

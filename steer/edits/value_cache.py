@@ -47,8 +47,9 @@ class ValueStore:
 
     Example:
         >>> store = ValueStore()
-        >>> for editor in ("rome", "memit", "alphaedit"):
-        ...     edit = edit_facts(model, tokenizer, facts, editor=editor, layers=[8], values=store)
+        >>> how = {"layers": [8], "covariance": covariance, "contexts": contexts, "values": store}
+        >>> for editor in ("rome", "memit"):  # the second takes the values that the first has solved
+        ...     edit = steer.edit_facts(model, tokenizer, fact, editor=editor, **how)
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

@@ -30,6 +30,10 @@ class ValueSettings:
         argmax_weight: while that is so, its log-probability counts this much (PMET, arXiv 2308.08742, section 4.2, has 0.1).
         stop_kl: and it is done when the KL is at most this. None for never.
         with_attention: a second delta of what the attention of the block gives is optimised beside, and left out of the edit (PMET).
+
+    Example:
+        >>> quick = ValueSettings(steps=5, lr=1.0)
+        >>> (value,) = solve_values(model, tokenizer, [fact], contexts, 8, quick)
     """
 
     lr: float = 0.5
@@ -70,6 +74,10 @@ class Value:
         loss: the lowest one, which `delta` has. probability: of the target per token with it, mean over contexts.
         steps: evaluations of the loss.
         stopped: `loss`, `argmax`, `kl`, `steps`, or `no_op` where the model gives the target already.
+
+    Example:
+        >>> (value,) = solve_values(model, tokenizer, [fact], contexts, layer=8)
+        >>> value.delta.shape, value.stopped  # [width]
     """
 
     delta: Tensor

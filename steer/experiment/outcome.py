@@ -55,6 +55,10 @@ class Outcome:
 
     Raises:
         ConfigError: a role without what it needs, items that the metric cannot read, and what `metric_of` and `with_ids` refuse.
+
+    Example:
+        >>> gap = steer.Outcome("gap", "logprob_gap", items, better="higher")
+        >>> steer.compare(model, {"plain": None, "warm": plan}, [gap]).verdict
     """
 
     name: str

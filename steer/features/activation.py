@@ -20,6 +20,11 @@ class Activation:
             (top-k) the whole encoder is computed.
         tensors: [features] each, or [1] for one number that all share.
         settings: what else it takes, JSON-able.
+
+    Example:
+        >>> from steer.features.activations.jumprelu import JumpReLU
+        >>> JumpReLU(torch.tensor([0.5, 2.0]))(torch.tensor([1.0, 1.0]))
+        tensor([1., 0.])
     """
 
     name: ClassVar[str]

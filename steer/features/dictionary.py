@@ -57,6 +57,14 @@ class Dictionary(OperatorSource):
         width: number of features. d_in, d_out: size of the activations that it reads and writes.
         maxima: [width] fp32, the largest value that each feature was seen with; None where nobody recorded it. `save` keeps it.
         density: [width] fp32, the share of tokens on which each feature was on; likewise.
+
+    Example:
+        >>> h = torch.randn(2, 7, dictionary.d_in)  # [batch, tokens, d_in]
+        >>> features = dictionary.encode(h)  # [batch, tokens, width]
+        >>> dictionary.decode(features).shape == h.shape
+        True
+        >>> dictionary.encode_selected(h, [3, 40]).shape
+        torch.Size([2, 7, 2])
     """
 
     name: ClassVar[str]

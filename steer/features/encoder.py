@@ -59,6 +59,12 @@ class Encoder:
         rows: [features, width], or [features, sites, width] for several sites that are read together.
         bias: [features] or None. shift: as one token of h, or None.
         norm: a name of `NORMS`, applied to each token at run time.
+
+    Example:
+        >>> from steer.features.activations.relu import ReLU
+        >>> encoder = steer.features.Encoder(steer.features.InMemory(torch.randn(64, 36)), torch.zeros(64), ReLU())
+        >>> encoder.encode(torch.randn(2, 7, 36)).shape
+        torch.Size([2, 7, 64])
     """
 
     def __init__(self, rows: Rows, bias: Tensor | None, activation: Activation, *, shift: Tensor | None = None, norm: str = "none") -> None:

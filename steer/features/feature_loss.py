@@ -44,7 +44,7 @@ class FeatureLoss(TokenLoss):
             or named twice; a dictionary of several sites.
 
     Example:
-        >>> silent = steer.features.feature_statistics(model, dictionary, other_texts, [3, 40])
+        >>> silent = steer.features.feature_statistics(model, dictionary, rows, [3, 40])
         >>> loss = steer.FeatureLoss(dictionary, [3, 40], high=silent.mean_pre, scope="response", weight=0.1)
         >>> trainer = pl.Trainer(callbacks=[steer.callbacks.LossCallback([loss])])
     """

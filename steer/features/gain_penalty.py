@@ -29,6 +29,8 @@ class GainPenalty(TokenLoss):
         ConfigError: no such operator, or several; an earlier edit of the plan at its site, which changes what it reads; row slots.
 
     Example:
+        >>> gains = steer.FeatureGains(dictionary, [5, 7, 40]).train()
+        >>> plan = steer.Plan(steer.Intervention(gains, dictionary.writes[0]))
         >>> penalty = steer.features.GainPenalty(plan, l1=0.02)
         >>> callbacks = [SteeringCallback(plan, learning_rate=1e-2), LossCallback([penalty])]
     """

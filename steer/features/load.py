@@ -55,6 +55,11 @@ def load_dictionary(
         FileError: nothing there, or a hub that cannot be reached. WrongKindError: of no known format, or of an architecture that none here
             is equal to. ConfigError: the file does not say something that the caller has to say, or an argument changes nothing of it.
         UnsafeFileError: a pickle of more than tensors. DamagedFileError, NonFiniteError: a broken file, with the tensor and its shape.
+
+    Example:
+        >>> sae = steer.load_dictionary("smollm2-135m-sae-12")
+        >>> sae.reads, sae.width
+        ((Site('layers.12.output'),), 4096)
     """
     of_type(where, (str, Path), "the place of a dictionary", "pass a path, or a repository such as 'google/gemma-scope-2b-pt-res'")
     of_type(folder, (str, type(None)), "`folder`", "pass its path within the repository")

@@ -20,6 +20,11 @@ class Untrained:
     Attributes:
         first: number of tokens at the start of a text (attention sinks, the template of a chat).
         max_norm: length of an activation above which a token is an outlier; None for no limit.
+
+    Example:
+        >>> untrained = steer.features.Untrained(first=1)
+        >>> untrained.trained_on(torch.ones(1, 3, 8), torch.tensor([[0, 1, 2]]))
+        tensor([[False,  True,  True]])
     """
 
     first: int = 0
@@ -57,6 +62,11 @@ class Source:
         hooks: names of the hook points in the file.
         folded: what was folded into its matrices.
         notes: what else the file says, JSON-able.
+        hashes: SHA-256 by file, where they are known already.
+
+    Example:
+        >>> source = steer.load_dictionary("smollm2-135m-sae-12").source
+        >>> source.format, source.model
     """
 
     format: str | None = None
@@ -85,6 +95,7 @@ class Source:
 
     @classmethod
     def from_described(cls, described: dict[str, Any]) -> Source:
+        """Rebuilds it from its JSON form."""
         lists = {name: tuple(described[name]) for name in ("hooks", "folded")}
         return cls(**{**described, **lists})
 
@@ -97,6 +108,11 @@ class Origin:
         reads, writes: sites that it encodes and that it reconstructs; the same ones for an autoencoder.
         source, untrained: see there.
         models: name of the model at each site that is read, for crosscoders between models; empty for one model.
+
+    Example:
+        >>> site = steer.Site.parse("layers.12.output")
+        >>> steer.features.Origin((site,), (site,)).described()["reads"]
+        ['layers.12.output']
     """
 
     reads: tuple[Site, ...]
@@ -121,5 +137,6 @@ class Origin:
 
     @classmethod
     def from_described(cls, described: dict[str, Any]) -> Origin:
+        """Rebuilds it from its JSON form."""
         source, untrained = Source.from_described(described["source"]), Untrained(**described["untrained"])
         return cls(described["reads"], described["writes"], source, untrained, tuple(described["models"]))

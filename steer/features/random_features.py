@@ -65,6 +65,7 @@ def random_features(
 
     Example:
         >>> controls = steer.features.random_features(dictionary, [3, 40], draws=5, seed=0)
+        >>> site = dictionary.writes[0]
         >>> plans = [steer.Plan(steer.Intervention(steer.AblateFeatures(dictionary, drawn), site)) for drawn in controls]
     """
     whole_number(draws, "`draws` of random features", least=1)

@@ -93,6 +93,9 @@ def sae_refined(
     Raises:
         SiteError: the dictionary belongs to another site. WidthError: it has another width. ConfigError: `top` below 1, no dictionary.
         ContrastError: other texts than those of the extraction are held out, or no feature accounts for the direction.
+
+    Example:
+        >>> refined = steer.sae_refined(model, contrast, direction, dictionary, top=4)
     """
     of_type(dictionary, Dictionary, "the dictionary of a refined direction", "load one with steer.load_dictionary")
     if dictionary.reads != (direction.site,) or dictionary.writes != (direction.site,):

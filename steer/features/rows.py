@@ -24,6 +24,11 @@ class Rows:
     Attributes:
         shape: of all rows together.
         dtype: in which they are stored.
+
+    Example:
+        >>> rows = steer.features.InMemory(torch.randn(100, 32))
+        >>> rows.select(torch.tensor([3, 40]), like=torch.zeros(1)).shape, rows.all(like=torch.zeros(1)).shape
+        (torch.Size([2, 32]), torch.Size([100, 32]))
     """
 
     shape: tuple[int, ...]
@@ -60,7 +65,16 @@ class Rows:
 
 
 class InMemory(Rows):
-    """Rows of a tensor, which may be in training."""
+    """Rows of a tensor, which may be in training.
+
+    Args:
+        tensor: [features, ...]. what: its name in messages.
+
+    Example:
+        >>> rows = steer.features.InMemory(torch.eye(4))
+        >>> rows.select(torch.tensor([2]), like=torch.zeros(1))
+        tensor([[0., 0., 1., 0.]])
+    """
 
     def __init__(self, tensor: Tensor, what: str = "a matrix") -> None:
         super().__init__(tuple(tensor.shape), tensor.dtype)
@@ -135,6 +149,14 @@ class LowRank(Rows):
 
     Args:
         left: [features, ..., rank]. right: [..., rank, width] with the same axes between.
+
+    Raises:
+        DamagedFileError: factors that do not fit each other.
+
+    Example:
+        >>> rows = steer.features.LowRank(steer.features.InMemory(torch.randn(100, 4)), torch.randn(4, 32))
+        >>> rows.shape
+        (100, 32)
     """
 
     def __init__(self, left: Rows, right: Tensor) -> None:

@@ -29,6 +29,10 @@ class FeatureStatistics:
         maximum: [chosen] its largest value.
         mean_pre: [chosen] mean pre-activation.
         tokens: number of tokens.
+
+    Example:
+        >>> statistics = steer.features.feature_statistics(model, dictionary, rows)
+        >>> statistics.density.shape, statistics.tokens
     """
 
     density: Tensor
@@ -59,6 +63,10 @@ def feature_statistics(
 
     Raises:
         ConfigError: no dictionary, or texts whose tokens it was all not trained on. Otherwise as `steer.capture`.
+
+    Example:
+        >>> statistics = steer.features.feature_statistics(model, dictionary, rows, [3, 40])
+        >>> statistics.density, statistics.maximum  # [chosen]
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
     indices = None if features is None else chosen(features, dictionary.width)

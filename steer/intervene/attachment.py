@@ -28,6 +28,9 @@ class Attachment:
 
     Once it is detached it can be read and takes over a state, and driving it raises AttachError.
 
+    Args:
+        by_name, events: what was attached; `Plan.attach` makes the attachment.
+
     Attributes:
         plan: as it was attached; nothing of it changes.
         interventions: the plan's, with the buffers that drive their hooks; of one at several sites, each site as `<name>@<site>`. They are

@@ -31,7 +31,13 @@ _NUMBERS = itertools.count()  # tells the gates of a process apart
 
 
 class Gate:
-    """A gate that reads one site, or a combination of gates."""
+    """A gate that reads one site, or a combination of gates.
+
+    Example:
+        >>> from steer.intervene import CosineGate, ProbeGate
+        >>> gate = ProbeGate(vector) & ~CosineGate(-vector, 0.3)
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", gate=gate))
+    """
 
     def __and__(self, other: Gate) -> Gate:
         return And(self, _checked_gate(other))

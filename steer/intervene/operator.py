@@ -131,6 +131,19 @@ class Operator(TensorHolder):
 
     Raises:
         ConfigError: tensors with different numbers of row slots; `parts` that it does not have.
+
+    Example:
+        >>> from steer.intervene.operator import slotted
+        >>> @steer.intervene.OPERATORS.register("tilt")
+        ... class Tilt(steer.intervene.Operator):  # h + strength * |h| v
+        ...     parts = ("vector",)
+        ...
+        ...     def __init__(self, vector):
+        ...         super().__init__({"vector": slotted(vector, 2, "a vector to tilt along")}, vector.shape[-1])
+        ...
+        ...     def delta(self, h, strength, per_row):
+        ...         return strength * h.norm(dim=-1, keepdim=True) * per_row["vector"]
+        >>> plan = steer.Plan(steer.Intervention(Tilt(vector), "layers.12.output"))
     """
 
     parts: ClassVar[tuple[str, ...]]

@@ -18,7 +18,13 @@ from steer.registry import Registry
 
 
 class Schedule:
-    """A pure function of the optimiser step, counted from 0. A new one is a file of `steer.intervene.schedules` with one dataclass."""
+    """A pure function of the optimiser step, counted from 0. A new one is a file of `steer.intervene.schedules` with one dataclass.
+
+    Example:
+        >>> schedule = steer.intervene.SCHEDULES.get("linear")(steps=100)
+        >>> [schedule(step) for step in (0, 50, 200)]
+        [0.0, 0.5, 1.0]
+    """
 
     name: ClassVar[str]
 

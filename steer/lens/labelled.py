@@ -35,6 +35,14 @@ class LabelledTexts:
     Attributes:
         groups: what each text belongs to (topic, template); empty for none. Where they are given, whole groups are held out.
         token: which tokens of an answer these texts end in, a key of `ANSWER_TOKENS`; empty where they were not chosen.
+        rows: the texts. labels: one for each.
+
+    Raises:
+        ContrastError: labels that are no numbers or do not match the texts, or a text that is there twice.
+
+    Example:
+        >>> texts = ["the cat sat on the mat", "we want food"]
+        >>> labelled = steer.LabelledTexts.from_texts(tokenizer, texts, [True, False])
     """
 
     rows: tuple[Row, ...]

@@ -34,6 +34,10 @@ class Lens:
 
     Attributes:
         name: registered name. parts: names of the tensors that a fitted depth has.
+
+    Example:
+        >>> lens = steer.LogitLens.of(model)
+        >>> lens.sites[-1], lens.token_vector(tokenizer.encode(" he")[0], "layers.12.output").shape  # [width]
     """
 
     name: ClassVar[str]
@@ -102,7 +106,10 @@ class Lens:
         return self.readout.logits(self.translated(h, site))
 
     def token_vector(self, token: int, site: str | Site) -> Tensor:
-        """[width] fp32, W_U[token] J: the direction along which the stream at a site raises a token, before the final norm."""
+        """[width] fp32, W_U[token] J: the direction along which the stream at a site raises a token, before the final norm.
+
+        Raises ConfigError for a token that there is not.
+        """
         whole_number(token, "a token id")
         rows = self.readout.unembedding
         if token >= len(rows):
@@ -182,6 +189,10 @@ def load_lens(model: nn.Module, path: str | Path, *, revision: str | None = None
         FileError: nothing there, a hub that cannot be reached, or a folder of it without a lens.
         WrongModelError: it belongs to a model of another shape. DamagedFileError, WrongKindError, UnsafeFileError,
             NonFiniteError: the files. WidthError, AnatomyError.
+
+    Example:
+        >>> steer.TunedLens.fit(model, harmless, sites=["layers.12.output"], steps=2, held_out=2).save("lens")
+        >>> lens = steer.load_lens(model, "lens")
     """
     place_of(path)  # what is no path at all
     place = _on_disk(Place.find(path, revision=revision, what="lens"))

@@ -93,6 +93,10 @@ def fit_probe(
 
     Raises:
         ContrastError: too few texts, groups or classes, or a probe without any direction. ConfigError, SiteError, NonFiniteError.
+
+    Example:
+        >>> probes = steer.fit_probe(model, labelled, ["layers.12.output"], name="it or us", method="logistic", controls=2)
+        >>> probes.best().metrics["selectivity"]
     """
     of_type(texts, LabelledTexts, "the labelled texts of a probe", "make them with LabelledTexts(rows, labels), from_texts or from_answers")
     of_type(sites, (list, tuple), "the sites", "pass a list such as ['layers.*.output']")

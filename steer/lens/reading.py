@@ -29,6 +29,10 @@ class Reading:
         ids: [tokens] of the text.
         top: [sites, tokens, k] token ids, the likeliest first. probabilities: [sites, tokens, k].
         entropy: [sites, tokens] of the next token, in nat. kl: [sites, tokens], KL(model || lens) in nat.
+
+    Example:
+        >>> reading = steer.lens_reading(steer.LogitLens.of(model), rows[0], sites=["layers.12.output"])
+        >>> reading.words(tokenizer)[0][-1]  # the likeliest next tokens behind block 12, at the last token
     """
 
     lens: str
@@ -77,6 +81,10 @@ def lens_reading(lens: Lens, row: Row, *, sites: Sequence[str | Site] | None = N
 
     Raises:
         SiteError: a site that the lens does not read. ConfigError.
+
+    Example:
+        >>> reading = steer.lens_reading(steer.LogitLens.of(model), rows[0])
+        >>> reading.top.shape, reading.kl.shape  # [sites, tokens, k], [sites, tokens]
     """
     of_type(lens, Lens, "the lens of a reading", "make one with LogitLens.of(model), or load it with load_lens")
     check_rows([row], "the text of a reading")

@@ -35,6 +35,11 @@ class Readout:
     Attributes:
         anatomy: of the model. width, n_layers: of its residual stream.
         scale, cap: what the model multiplies its logits by, and what bounds them (`cap * tanh(logits / cap)`); 1 and None for nothing.
+        head: the unembedding.
+
+    Example:
+        >>> readout = steer.lens.Readout.of(model)
+        >>> readout.logits(torch.randn(3, readout.width)).shape  # [..., vocabulary]
     """
 
     def __init__(self, anatomy: Anatomy, head: nn.Module, scale: float, cap: float | None) -> None:

@@ -35,6 +35,11 @@ class Anatomy:
         blocks: the residual blocks, checkpoint wrappers included.
         width: size of the residual stream.
         main: the stack that the tokens of a text go through, which may be this one.
+        found: where the blocks lie; `Anatomy.find` finds it and makes the anatomy.
+
+    Example:
+        >>> anatomy = steer.Anatomy.find(model)
+        >>> anatomy.n_layers, anatomy.width, anatomy.sites("layers.1-3.mlp.output")
     """
 
     def __init__(self, model: nn.Module, found: FoundStack, main: Anatomy | None = None) -> None:
@@ -209,6 +214,7 @@ class Anatomy:
         return writer_of(self, layer, part)
 
     def module_in_block(self, layer: int, path: str) -> nn.Module:
+        """A module by its path within a block."""
         return self.blocks[layer].get_submodule(path)
 
     def post_norm(self, layer: int, writer: Writer) -> nn.Module | None:

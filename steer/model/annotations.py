@@ -52,6 +52,12 @@ def chat_roles(model: nn.Module, roles: Tensor) -> Iterator[None]:
 
     Raises:
         ConfigError: indices of no role.
+
+    Example:
+        >>> from steer.model.tokens import encode_chat
+        >>> ids, roles = encode_chat(tokenizer, [{"role": "user", "content": "How are you?"}])
+        >>> with steer.chat_roles(model, torch.tensor([roles])):  # [batch, tokens]
+        ...     logits = model(torch.tensor([ids])).logits
     """
     with _annotated(model, "turns", _checked_roles(roles)):
         yield

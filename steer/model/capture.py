@@ -208,6 +208,13 @@ def capture(
 
     Raises:
         SiteError, ContrastError (no texts, empty span), NonFiniteError. ConfigError: no rows, or tokens outside the vocabulary.
+
+    Example:
+        >>> from steer.directions.moments import ContrastMoments
+        >>> site = steer.Site.parse("layers.12.output")
+        >>> moments = ContrastMoments(torch.tensor([True] * 4 + [False] * 4), paired=False)
+        >>> steer.capture(model, rows, {site: moments}, span="all")
+        >>> moments.positive.mean.shape  # [width]
     """
     check_rows(rows, "the texts")
     if not rows:

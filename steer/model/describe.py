@@ -38,7 +38,7 @@ def describe(
         AnatomyError: there is no such module, or a pass shows that it is none of the kind.
 
     Example:
-        >>> steer.describe(model, layers="blocks", embed="tok", norm="ln_f", attn="attn", mlp="mlp")
+        >>> steer.describe(own_model, layers="transformer.h", embed="transformer.wte", norm="transformer.ln_f", attn="mix", mlp="think")
     """
     check_model(model)
     said = {"layers": layers, "embed": embed, "norm": norm, "attn": attn, "mlp": mlp, "example": example}

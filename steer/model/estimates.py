@@ -20,6 +20,11 @@ class Estimate:
 
     Attributes:
         n: what it is a mean over.
+        value: the number itself.
+
+    Example:
+        >>> steer.bias.Estimate(54.0, 51.5, 56.5, n=200).written(1)
+        '54.0 [51.5, 56.5]'
     """
 
     value: float

@@ -269,6 +269,11 @@ def prepare_compile() -> None:
 
     Attaching does this by itself. Call it before the first compiled call when plans will come and go: the first attach then costs no
     more than the trace of the steered code, and later ones find it ready.
+
+    Example:
+        >>> steer.prepare_compile()
+        >>> compiled = torch.compile(model)  # plans may be attached after its first call
+        >>> steer.undo_prepare_compile()
     """
     import torch._dynamo.config as dynamo
 
@@ -282,7 +287,12 @@ def prepare_compile() -> None:
 
 
 def undo_prepare_compile() -> None:
-    """Gives dynamo its default back: compiled code does not look at hooks. Only safe when nothing will be attached any more."""
+    """Gives dynamo its default back: compiled code does not look at hooks. Only safe when nothing will be attached any more.
+
+    Example:
+        >>> steer.prepare_compile()
+        >>> steer.undo_prepare_compile()
+    """
     import torch._dynamo.config as dynamo
 
     dynamo.skip_nnmodule_hook_guards = True

@@ -46,6 +46,10 @@ def load(
         DamagedFileError: a file is truncated or altered.
         TokenizerError: the folder holds a model but no tokenizer.
         ConfigError: no name or path, or a device that is not there.
+
+    Example:
+        >>> model, tokenizer = steer.load("smollm2-135m")
+        >>> model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=8)
     """
     of_type(name_or_path, (str, Path), "the model", f"give a name or a path, such as '{embedded.NAME}'")
     _check_device(device)

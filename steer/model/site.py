@@ -67,6 +67,11 @@ class Site:
         layer: index of the block (negative counts from the end), else None.
         module: dotted path of an `nn.Module`, for models that are not decoders.
         stack: name of a stack of blocks (`encoder`, `vision`, a path); None for the one that the tokens of a text go through.
+
+    Example:
+        >>> site = steer.Site.parse("layers.12.attn.z")
+        >>> site.layer, site.part
+        (12, 'attn.z')
     """
 
     part: str

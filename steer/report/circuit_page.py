@@ -38,6 +38,11 @@ def write_circuit(path: str | Path, circuit: FeatureCircuit, *, tokenizer: Any =
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing. StorageFullError.
+
+    Example:
+        >>> found = steer.feature_circuit(model, {"sae": dictionary}, texts, target, nodes=4, edges=4, draws=1)
+        >>> steer.report.write_circuit("circuit.html", found)
+        PosixPath('circuit.html')
     """
     of_type(circuit, FeatureCircuit, "the circuit of a page", "make one with steer.feature_circuit")
     graph, examples = circuit.graph, examples or {}

@@ -42,6 +42,14 @@ def drift_figure(
 
     Raises:
         ConfigError: another suffix, no such curve, or matplotlib is missing.
+
+    Example:
+        >>> with tracker.attached(model):
+        ...     records = tracker.measure(0)
+        ...     train(model, optimizer)
+        ...     records = [*records, *tracker.measure(1)]
+        >>> steer.report.drift_figure({"fine-tune": records}, "drift.svg")
+        PosixPath('drift.svg')
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):

@@ -37,6 +37,10 @@ def write_edits(
 
     Raises:
         ConfigError: jinja2 is missing, or no evaluations. StorageFullError.
+
+    Example:
+        >>> steer.report.write_edits("edits.html", [evaluation], edits=[edit])
+        PosixPath('edits.html')
     """
     of_type(evaluations, (list, tuple), "the evaluations of a page", "pass a list of what steer.edits.evaluate_edits gives")
     for found in evaluations:

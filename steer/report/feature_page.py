@@ -37,6 +37,12 @@ def write_feature_page(
 
     Raises:
         ConfigError: jinja2 is missing; a feature that was not read. StorageFullError.
+
+    Example:
+        >>> from steer.report.feature_page import write_feature_page
+        >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3], context=16)
+        >>> write_feature_page("features.html", reading)
+        PosixPath('features.html')
     """
     jinja, markup = extra("jinja2"), extra("markupsafe").Markup
     environment = jinja.Environment(loader=jinja.PackageLoader("steer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)

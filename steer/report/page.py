@@ -32,6 +32,10 @@ def write_report(path: str | Path, metrics: Mapping[str, Any], drift: Mapping[st
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing. WrongKindError: metrics of another schema. StorageFullError.
+
+    Example:
+        >>> steer.report.write_report("report.html", result.metrics, drift={})
+        PosixPath('report.html')
     """
     return write_page(path, "page.html", **_content(read(metrics), drift, markup()))
 

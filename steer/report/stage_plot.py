@@ -21,6 +21,11 @@ def stage_figure(comparison: StageComparison, path: str | Path, *, most: int = 2
 
     Raises:
         ConfigError: another suffix, or matplotlib is missing.
+
+    Example:
+        >>> comparison = steer.compare_features(dictionary, base, tuned, rows, draws=999)
+        >>> steer.report.stage_figure(comparison, "stages.svg")
+        PosixPath('stages.svg')
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):

@@ -26,6 +26,9 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
 
     Raises:
         WrongKindError: metrics of another schema.
+
+    Example:
+        >>> print(steer.report.summary_table(result.metrics))
     """
     tree = read(metrics)
     outcome = primary_outcome(tree)

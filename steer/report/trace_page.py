@@ -21,9 +21,14 @@ def write_trace(path: str | Path, result: TraceResult, *, measure: str = PROBABI
     Args:
         measure: of the drawings and the table of averages, `probability` or `logit difference`; both stand beside each fact.
         most: facts whose heat map is drawn, the first ones.
+        result: what `steer.causal_trace` gave.
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing, or an unknown measure. StorageFullError.
+
+    Example:
+        >>> steer.report.write_trace("trace.html", traced)
+        PosixPath('trace.html')
     """
     of_type(result, TraceResult, "the trace of a page", "make one with steer.edits.causal_trace")
     one_of(measure, MEASURES, "the measure of a trace")

@@ -25,6 +25,7 @@ def trace_figure(result: TraceResult, number_of_fact: int | None = None, *, meas
         number_of_fact: None for the averages.
         measure: `probability` or `logit difference`.
         width: in inches.
+        result: what `steer.causal_trace` gave.
 
     Raises:
         ConfigError: matplotlib is missing, or an unknown measure.

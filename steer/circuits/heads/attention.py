@@ -37,8 +37,7 @@ class AttentionPatterns:
     Example:
         >>> patterns = attention_patterns(model, ["The cat sat. The cat"], ["18.6"])
         >>> patterns["18.6"][-1]  # [tokens] weights from the last token of the first text
-        >>> patterns.effects.of("18.6")
-        {'zero': -0.41, 'mean': -0.39, 'uniform_pattern': -0.37}
+        >>> effects = patterns.effects.of("18.6")
     """
 
     def __init__(
@@ -122,6 +121,10 @@ def attention_patterns(
 
     Raises:
         ConfigError: an unknown head, no texts, or patterns that are larger than `max_bytes`. AnatomyError: patterns that cannot be proven.
+
+    Example:
+        >>> patterns = steer.attention_patterns(model, texts, ["18.6"])
+        >>> patterns["18.6"].shape, patterns.effects.of("18.6")  # [tokens, tokens] of the first text; what ablating the head changes
     """
     chosen = heads_named(Anatomy.find(model), heads)
     judged = texts_of(model, texts, tokenizer)

@@ -38,6 +38,10 @@ class HeadEffects:
         changes: by ablation, [groups, texts] fp64: target ablated less clean.
         groups: the heads ablated together in each row.
         facts: target, texts, and those that means were taken over.
+
+    Example:
+        >>> effects = steer.head_effects(model, ["18.6", "20.1"], texts, ablations=["zero"])
+        >>> effects.changes["zero"].shape  # [groups, texts]
     """
 
     clean: Tensor
@@ -89,6 +93,10 @@ def head_effects(
 
     Raises:
         ConfigError: an unknown head or ablation, or too few texts for a mean pattern. AnatomyError: patterns that cannot be proven.
+
+    Example:
+        >>> effects = steer.head_effects(model, ["18.6", ["20.1", "20.2"]], texts, target, ablations=["zero", "mean"])
+        >>> effects.of("18.6"), effects.mean("mean")  # by ablation; [groups]
     """
     anatomy = Anatomy.find(model)
     groups = tuple(tuple(heads_named(anatomy, [*entry] if isinstance(entry, list) else entry)) for entry in _listed(heads))

@@ -34,6 +34,11 @@ class LogitAttribution:
         contributions: [texts, parts] fp64.
         total: [texts] fp64, the model's own logit (difference), before a cap where it has one; rows of `contributions` add up to it.
         facts: readout and scale of the final norm.
+
+    Example:
+        >>> attribution = steer.logit_attribution(model, texts, tokenizer.encode(" he")[0])
+        >>> torch.allclose(attribution.contributions.sum(1), attribution.total, atol=1e-3)
+        True
     """
 
     names: tuple[str, ...]
@@ -88,6 +93,11 @@ def logit_attribution(
     Raises:
         AnatomyError: contributions do not add up to the model's own logits, or its final norm or readout is not known.
         SiteError: something that writes to the stream has no site. ConfigError: a token that there is not.
+
+    Example:
+        >>> he, she = (tokenizer.encode(word)[0] for word in (" he", " she"))
+        >>> attribution = steer.logit_attribution(model, texts, he, she)
+        >>> attribution.top(5)  # (part, mean share of the logit difference)
     """
     readout = Readout.of(model)
     passes = TextPasses(model, readout.anatomy, texts_of(model, texts, tokenizer), max_tokens=max_tokens)

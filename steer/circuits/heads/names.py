@@ -15,7 +15,12 @@ _NAME = re.compile(r"a?(\d+)\.h?(\d+)")
 
 
 class Head(NamedTuple):
-    """A query head. Both numbers count from 0."""
+    """A query head. Both numbers count from 0.
+
+    Example:
+        >>> Head(18, 6)
+        Head(layer=18, head=6)
+    """
 
     layer: int
     head: int

@@ -48,6 +48,11 @@ def successor_scores(
     Raises:
         TokenizerError: no task is made of single tokens. ConfigError: tasks without a succession.
         AnatomyError: no attention, or a final norm that is not known.
+
+    Example:
+        >>> numbers = [tokenizer.encode(f" {word}")[0] for word in "one two three four".split()]
+        >>> scores = steer.successor_scores(model, {"numbers": numbers}, tokenizer=tokenizer)
+        >>> scores.top("successor", 3)
     """
     one_of(start, STARTS, "`start` of OV scores")
     chosen = ordinal_tasks(tokenizer_of(model) if tokenizer is None else tokenizer) if tasks is None else tasks
@@ -88,6 +93,10 @@ def copy_scores(
 
     Raises:
         ConfigError: fewer than two tokens, or one that there is not. AnatomyError: as `successor_scores`.
+
+    Example:
+        >>> scores = steer.copy_scores(model, n=16)
+        >>> scores.top("copy", 3)
     """
     one_of(start, STARTS, "`start` of OV scores")
     whole_number(n, "the number of tokens", least=2)

@@ -54,6 +54,10 @@ class HeadScores:
         scores: by kind, [layers, heads] fp64; NaN in layers without attention, and where a layer has fewer heads than another.
         errors: standard errors of these over texts, likewise, where there are several.
         facts: what they were measured on.
+
+    Example:
+        >>> scores = steer.head_scores(model, "previous_token")
+        >>> scores.scores["previous_token"].shape  # [layers, heads]
     """
 
     scores: Mapping[str, Tensor]
@@ -104,9 +108,8 @@ def head_scores(
         AnatomyError: a model without attention, or patterns that cannot be proven. SiteError: heads or values that are not known.
 
     Example:
-        >>> scores = head_scores(model, "induction")
-        >>> scores.top("induction", 3)
-        [(Head(layer=5, head=5), 0.94), ...]
+        >>> scores = steer.head_scores(model, "induction")
+        >>> strongest = scores.top("induction", 3)
     """
     names = [kinds] if isinstance(kinds, str) else list(kinds)
     for name in names:
@@ -154,6 +157,10 @@ def repeated_tokens(model: nn.Module, n: int = 8, length: int = 32, *, seed: int
 
     Raises:
         ConfigError: a vocabulary that is smaller than one half.
+
+    Example:
+        >>> repeated = repeated_tokens(model, n=4, length=16)
+        >>> scores = steer.head_scores(model, "induction", repeated)
     """
     whole_number(n, "the number of texts", least=1)
     whole_number(length, "the tokens of one half", least=2)

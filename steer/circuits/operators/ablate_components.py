@@ -22,6 +22,10 @@ class AblateComponents(Operator):
 
     Raises:
         ConfigError: all amounts are 0. WidthError: another width of the constant.
+
+    Example:
+        >>> amount = (torch.arange(vector.shape[0]) < 4).float()  # the first four channels, which are those of head 0
+        >>> plan = steer.Plan(steer.Intervention(steer.AblateComponents(amount, torch.zeros_like(amount)), "layers.12.attn.z"))
     """
 
     parts = ("amount", "constant")

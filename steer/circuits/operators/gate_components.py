@@ -39,7 +39,10 @@ class GateComponents(Operator):
         ConfigError: no component, one without a gate, or another form. WidthError.
 
     Example:
-        >>> operator = GateComponents(torch.full((9,), -2.0), 1 + torch.arange(576) // 64, mean).train()
+        >>> heads, channels = 9, 36
+        >>> component = 1 + torch.arange(channels) // (channels // heads)  # which head each channel of z belongs to, from 1
+        >>> gates = steer.GateComponents(torch.full((heads,), -2.0), component, torch.zeros(channels)).train()
+        >>> plan = steer.Plan(steer.Intervention(gates, "layers.12.attn.z"))
     """
 
     parts = ("constant", "component", "gates")

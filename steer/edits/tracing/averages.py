@@ -42,7 +42,12 @@ def role_of(token: int, first: int, last: int, n_tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over n facts with Student's interval, whose ends are None for one fact."""
+    """A mean over n facts with Student's interval, whose ends are None for one fact.
+
+    Example:
+        >>> mean = traced.average("total_effect")
+        >>> mean.value, mean.low, mean.high
+    """
 
     value: float
     low: float | None
@@ -72,6 +77,10 @@ class AverageEffects:
         roles: those that some fact has, in the order of a prompt.
         n: [roles] facts that have a token of it.
         mean: [roles, layers]. half: [roles, layers] half the width of the 95 % interval, NaN for one fact.
+
+    Example:
+        >>> effects = traced.average_effects("hidden")
+        >>> effects.roles, effects.mean.shape, effects.peak(effects.roles[0])  # [roles, layers]
     """
 
     kind: str

@@ -29,6 +29,10 @@ class CorruptedSubject:
     Attributes:
         embeddings: [samples, subject tokens, width]; one sample where there is nothing random.
         facts: JSON-able, what was chosen for this subject.
+
+    Example:
+        >>> CorruptedSubject(torch.zeros(1, 2, 36), {"replaced_by": "nothing"}).embeddings.shape  # [samples, subject tokens, width]
+        torch.Size([1, 2, 36])
     """
 
     embeddings: Tensor
@@ -40,6 +44,14 @@ class Corruption(ABC):
 
     Attributes:
         name: under which it is registered.
+
+    Example:
+        >>> @CORRUPTIONS.register("zeros")
+        ... class Zeros(Corruption):
+        ...     def of(self, number, subjects, samples, generator):
+        ...         return CorruptedSubject(torch.zeros_like(subjects.embeddings[number])[None])
+        >>> "zeros" in CORRUPTIONS
+        True
     """
 
     name: ClassVar[str]

@@ -29,7 +29,11 @@ _FIELDS = {"tokens": list, "first": int, "last": int, "answer": str, "answer_tok
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A fact that was not traced, and why."""
+    """A fact that was not traced, and why.
+
+    Example:
+        >>> [(left_out.fact.prompt, left_out.reason) for left_out in traced.left_out]
+    """
 
     fact: Fact
     reason: str
@@ -47,6 +51,10 @@ class FactTrace:
         clean, corrupted: [measures] of the run as it is, and with the subject corrupted (a mean over samples).
         restored: [measures, kinds, tokens, layers] of the corrupted run with one thing set back to its clean value.
         corruption: what was chosen for this subject, such as `replaced_by`.
+
+    Example:
+        >>> (trace, *others) = traced.traces
+        >>> trace.tokens, trace.total_effect, trace.effects.shape  # [measures, kinds, tokens, layers]
     """
 
     fact: Fact
@@ -90,6 +98,13 @@ class TraceResult:
         kinds: what was restored, in the order of the tensors.
         left_out: facts that were looked at and not traced.
         about: corruption, samples, seed, window, what was severed, model, `whole_passes` (facts traced by the plain protocol); JSON-able.
+
+    Raises:
+        ConfigError: tensors that do not fit tokens, kinds and layers.
+
+    Example:
+        >>> print(traced.table())
+        >>> traced.indirect_effects(0, "hidden").shape  # [tokens, layers]
     """
 
     traces: tuple[FactTrace, ...]

@@ -71,10 +71,9 @@ def causal_trace(
             does not have. AnatomyError: no logits. ConfigError: an unknown kind, a window below 1. NonFiniteError: NaN in a run.
 
     Example:
-        >>> facts = [Fact.of("{} is located in the city of", "The Eiffel Tower", "Paris")]
-        >>> traced = causal_trace(model, tokenizer, facts)
+        >>> traced = steer.causal_trace(model, tokenizer, known, samples=2, kinds=["hidden"])
         >>> print(traced.table())
-        >>> traced.indirect_effects(0, "hidden")  # [tokens, layers]
+        >>> traced.indirect_effects(0, "hidden").shape  # [tokens, layers]
     """
     restoring = Restoring.of(kinds, window, severed)
     samples, seed, max_tokens = integer(samples), integer(seed), integer(max_tokens)

@@ -21,6 +21,9 @@ class Prompt(Treatment):
     Args:
         system: the message.
 
+    Raises:
+        ConfigError: an empty message.
+
     Example:
         >>> arms = {"plain": None, "steered": plan, "prompted": steer.Prompt("Answer soberly, without praise.")}
     """

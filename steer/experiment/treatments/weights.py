@@ -32,6 +32,11 @@ class Weights(Treatment):
 
     Args:
         adapter: folder of a LoRA adapter of PEFT for the base model.
+
+    Example:
+        >>> steer.edits.to_adapter(edit, model, "edited")
+        PosixPath('edited')
+        >>> steer.compare(model, {"plain": None, "adapter": steer.Weights("edited")}, "logprob_gap", items, better="higher").verdict
     """
 
     when = (TRAIN, INFERENCE, BOTH, BAKED)

@@ -31,6 +31,11 @@ class Perturbation:
         intended, unintended: the two parts of the score.
         accuracy: of each class's probe before anything is ablated.
         features: of each class, the most first.
+
+    Example:
+        >>> classes = {"about it": texts, "about us": other_texts}
+        >>> found = steer.features.evaluation.targeted_perturbation(model, dictionary, classes, tokenizer=tokenizer, counts=[2])
+        >>> found.accuracy["about it"], found.features["about it"]
     """
 
     score: dict[int, float]
@@ -73,6 +78,11 @@ def targeted_perturbation(
     Raises:
         ConfigError: fewer than two classes; a dictionary that does not write the site that it reads. ContrastError: too few texts, or
             one of them twice.
+
+    Example:
+        >>> classes = {"about it": texts, "about us": other_texts}
+        >>> found = steer.features.evaluation.targeted_perturbation(model, dictionary, classes, tokenizer=tokenizer, counts=[2, 5])
+        >>> found.score, found.random  # drop of accuracy by number of features; of random ones
     """
     of_type(classes, Mapping, "the classes", "pass {'name': [texts]}")
     number_within(holdout, "`holdout`", 0.05, 0.95)

@@ -18,7 +18,12 @@ from steer.model.tokens import Row
 
 @dataclass(frozen=True, eq=False)
 class PooledTexts:
-    """Means over the response tokens of texts. h: [texts, width], sites side by side. f: [texts, features]. Both fp32."""
+    """Means over the response tokens of texts. h: [texts, width], sites side by side. f: [texts, features]. Both fp32.
+
+    Example:
+        >>> pooled = steer.features.evaluation.pooled_texts(model, dictionary, neutral)
+        >>> pooled.f.argmax(1)  # of each text the feature that is largest on average
+    """
 
     h: Tensor
     f: Tensor
@@ -29,8 +34,15 @@ def pooled_texts(
 ) -> PooledTexts:
     """Reads texts twice: their activations, and their features, which count as 0 at tokens that the dictionary was not trained on.
 
+    Args:
+        rows: the texts, read at their responses.
+
     Raises:
         SiteError, WidthError: a model that the dictionary does not fit. NonFiniteError. ConfigError: no texts.
+
+    Example:
+        >>> pooled = steer.features.evaluation.pooled_texts(model, dictionary, neutral)
+        >>> pooled.h.shape, pooled.f.shape  # [texts, width], [texts, features]
     """
     means = {site: _Means(len(rows)) for site in dictionary.reads}
     accumulators: dict[Site, TextAccumulator] = dict(means)

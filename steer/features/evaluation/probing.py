@@ -29,6 +29,10 @@ class SparseProbe:
         dense: of a probe on the whole activation. random_labels: of the largest sparse probe, chosen and fitted on labels that were
             shuffled, against shuffled labels: how much choosing among all features reaches on nothing.
         majority: share of the commoner class. texts: held out.
+
+    Example:
+        >>> probe = steer.features.evaluation.sparse_probing(model, dictionary, {"it or us": labelled}, k=[2])["it or us"]
+        >>> probe.accuracy[2], probe.dense, probe.majority
     """
 
     accuracy: dict[int, float]
@@ -68,6 +72,10 @@ def sparse_probing(
 
     Raises:
         ConfigError: no tasks, or scikit-learn is missing. ContrastError: texts that cannot be split.
+
+    Example:
+        >>> probes = steer.features.evaluation.sparse_probing(model, dictionary, {"it or us": labelled}, k=[1, 2])
+        >>> probes["it or us"].accuracy  # by number of features
     """
     of_type(tasks, Mapping, "the tasks", "pass {'name': LabelledTexts}")
     if not tasks:

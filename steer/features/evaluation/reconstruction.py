@@ -21,9 +21,14 @@ def reconstruction(model: nn.Module, dictionary: Dictionary, rows: TokenRows, *,
 
     Args:
         rows: of tokens, see `token_rows`: text that the dictionary was not trained on.
+        tokens_per_pass: of the model.
 
     Raises:
         ConfigError, SiteError, WidthError: what does not fit.
+
+    Example:
+        >>> held_out_rows = steer.features.training.token_rows(tokenizer, other_texts, context=16)
+        >>> steer.features.evaluation.reconstruction(model, dictionary, held_out_rows)["fvu"]
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
     of_type(rows, TokenRows, "the rows", "make them with token_rows(tokenizer, texts)")

@@ -33,6 +33,11 @@ class SyntheticFeatures:
 
     Raises:
         ConfigError: numbers that cannot be these. WidthError: shapes that do not fit.
+
+    Example:
+        >>> truth = steer.features.evaluation.SyntheticFeatures.random(64, 36, frequency=0.1)
+        >>> h, f = truth.sample(1000, torch.Generator().manual_seed(0))  # [tokens, width], [tokens, features]
+        >>> truth.compare(dictionary, tokens=1000)
     """
 
     def __init__(

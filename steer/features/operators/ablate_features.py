@@ -19,6 +19,9 @@ class AblateFeatures(FeatureEdit):
 
     Raises:
         ConfigError: features that are none or named twice; a dictionary of other sites.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.AblateFeatures(dictionary, [3, 40]), dictionary.writes[0]))
     """
 
     def __init__(self, dictionary: Dictionary, features: Features) -> None:

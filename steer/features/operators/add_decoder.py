@@ -34,6 +34,9 @@ class AddDecoder(Add):
 
     Raises:
         ConfigError: features that are none or named twice; no recorded maximum; no or an unknown site; a norm that is put back at run time.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.AddDecoder(dictionary, 3, amount=2.0), dictionary.writes[0]))
     """
 
     learnable = ()

@@ -34,6 +34,10 @@ class ClampFeatures(FeatureEdit):
 
     Raises:
         ConfigError: no or several kinds of clamp, an empty range, features that are none or named twice, no recorded maximum.
+
+    Example:
+        >>> clamp = steer.ClampFeatures(dictionary, [3, 40], to=1.5, of_maximum=True)
+        >>> plan = steer.Plan(steer.Intervention(clamp, dictionary.writes[0]))
     """
 
     def __init__(

@@ -48,8 +48,8 @@ class FeatureAdapter(FeatureEdit):
         ConfigError: features that are none or named twice; a dictionary of several sites; matrices of another shape.
 
     Example:
-        >>> plan = steer.Plan(steer.Intervention(steer.FeatureAdapter(dictionary, [5, 7, 40]).train(), dictionary.writes[0]))
-        >>> plan.interventions[0].operator.table(model, rows)  # afterwards, the features that it changes most first
+        >>> learned = steer.Plan(steer.Intervention(steer.FeatureAdapter(dictionary, [5, 7, 40]).train(), dictionary.writes[0]))
+        >>> learned.interventions[0].operator.table(model, rows)  # afterwards, the features that it changes most first
     """
 
     learnable = ("adapter", "bias")

@@ -35,8 +35,8 @@ class FeatureGains(FeatureEdit):
 
     Example:
         >>> gains = steer.FeatureGains(dictionary, [5, 7, 40]).train()
-        >>> plan = steer.Plan(steer.Intervention(gains, dictionary.writes[0]))  # for a callback, or plan.parameters() for an optimiser
-        >>> plan.interventions[0].operator.table()
+        >>> learned = steer.Plan(steer.Intervention(gains, dictionary.writes[0]))  # for a callback, or its parameters() for an optimiser
+        >>> learned.interventions[0].operator.table()
     """
 
     learnable = ("gain", "offset")

@@ -24,6 +24,9 @@ class KeepOnlyFeatures(FeatureEdit):
 
     Raises:
         ConfigError: features that are none or named twice; a dictionary of other sites.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.KeepOnlyFeatures(dictionary, [3, 40]), dictionary.writes[0]))
     """
 
     def __init__(self, dictionary: Dictionary, features: Features) -> None:

@@ -13,6 +13,10 @@ class Example:
         tokens: as text, around the token where the feature is largest within its row. values: of the feature at each of them.
         peak: place of that token.
         is_top: among the largest of all texts; the others are spread over the range of values that the feature has.
+
+    Example:
+        >>> steer.features.reading.Example(("a", " cat", " sat"), (0.0, 2.5, 0.1), peak=1, is_top=True).text()
+        'a<< cat>> sat'
     """
 
     tokens: tuple[str, ...]
@@ -42,6 +46,10 @@ class FeatureCard:
         promoted, suppressed: (token, logit) of its logit weights; empty where it does not write the residual stream.
         nearest: (feature, cosine) of the decoder rows that are most alike.
         name: that an explainer gave; None without.
+
+    Example:
+        >>> card = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3], context=16)[3]
+        >>> card.maximum, card.promoted[:3]  # largest value; (token, logit)
     """
 
     feature: int

@@ -18,6 +18,15 @@ class Explainer:
 
     Attributes:
         name: under which it is registered.
+
+    Example:
+        >>> from steer.features.reading import EXPLAINERS, Explainer
+        >>> @EXPLAINERS.register("first_example")
+        ... class FirstExample(Explainer):
+        ...     def explain(self, card):
+        ...         return card.examples[0].text() if card.examples else "never on"
+        >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3], context=16)
+        >>> reading.explain("first_example")[3].name
     """
 
     name: ClassVar[str]

@@ -79,6 +79,11 @@ def to_neuronpedia(
 
     Raises:
         ConfigError: a site without a layer; a name that cannot be one of a folder.
+
+    Example:
+        >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3], context=16)
+        >>> release = {"title": "SAE of block 12", "creator": "me", "creator_id": "me"}
+        >>> steer.features.reading.to_neuronpedia(reading, "upload", model="smollm2-135m", source_set="res-64", **release)
     """
     for what, name in (("model", model), ("source_set", source_set)):
         of_type(name, str, f"`{what}`", "pass a name such as 'res-8k'")

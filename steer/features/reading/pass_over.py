@@ -60,6 +60,10 @@ def read_features(
 
     Raises:
         ConfigError, WidthError, SiteError: what does not fit. TokenizerError: no text, or a slow tokenizer.
+
+    Example:
+        >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3, 40], context=16)
+        >>> reading[3].density, [example.text() for example in reading[3].examples]
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
     sizes = (("top", top, 0), ("spread", spread, 0), ("before", before, 0), ("after", after, 0), ("tokens", tokens, 1))

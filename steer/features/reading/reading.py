@@ -27,6 +27,11 @@ class FeatureReading:
         tensors: a row for each feature that was read. pieces: text of every token that is shown.
         facts: dictionary, model, sizes of the texts; JSON-able.
         names: of features, from an explainer. named_by: its description.
+
+    Example:
+        >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3, 40], context=16)
+        >>> reading.explain("peak_words").save("reading")
+        >>> steer.FeatureReading.load("reading")[3].name
     """
 
     tensors: Mapping[str, Tensor]

@@ -62,6 +62,11 @@ def find_features(
     Raises:
         ConfigError: no concepts, no texts, too few tokens of a concept, an unknown search. WidthError, SiteError: another model's.
         TokenizerError: no text, or a slow tokenizer. ContrastError: labelled texts that cannot be split.
+
+    Example:
+        >>> concepts = {"animals": ["cat", "dog"]}
+        >>> found = steer.find_features(model, dictionary, concepts, tokenizer=tokenizer, texts=texts, least=1, context=16)
+        >>> found.best("animals"), found.of("animals")[0].report
     """
     of_type(dictionary, Dictionary, "the dictionary", "load one with steer.load_dictionary")
     whole_number(top, "`top`, the features of each concept", least=1)

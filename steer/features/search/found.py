@@ -29,6 +29,11 @@ class FoundFeature:
     Attributes:
         rank: among the chosen ones of its concept, from 1, by development text.
         development, report: scores by column, on the text that it was chosen by and on other text; None where there is none.
+
+    Example:
+        >>> found = steer.find_features(model, dictionary, {"it or us": labelled}, tokenizer=tokenizer)
+        >>> best = found.of("it or us")[0]
+        >>> best.feature, best.development, best.report  # its scores on the text it was chosen by, and on other text
     """
 
     concept: str
@@ -52,6 +57,10 @@ class FoundFeatures:
         concepts: all that were tried, in the order in which they were given.
         features: of all concepts.
         facts: sizes of the texts, number of features that were compared, the dictionary and the model; JSON-able.
+
+    Example:
+        >>> found = steer.find_features(model, dictionary, {"it or us": labelled}, tokenizer=tokenizer)
+        >>> found.best("it or us")  # a feature
     """
 
     by: str
@@ -108,7 +117,7 @@ class FoundFeatures:
 
     @classmethod
     def load(cls, path: str | Path) -> FoundFeatures:
-        """Reads it. Raises as `load_artifact`."""
+        """Reads it. Raises as `load_artifact`. DamagedFileError: no found features in it."""
         manifest, _ = load_artifact(path, KIND)
         try:
             found = tuple(FoundFeature(**one) for one in manifest["found"])

@@ -30,6 +30,10 @@ class SearchTask:
         features: of each concept, those that are scored; all features where it is None.
         maxima: [width] the largest value of each feature, as far as it is known.
         progress: label of progress bars, None for none.
+
+    Example:
+        >>> task = steer.features.search.SearchTask(model, dictionary, tokenizer, {"animals": ["cat", "dog"]}, {}, None)
+        >>> task.concepts, task.ids("animals")
     """
 
     model: nn.Module
@@ -91,6 +95,18 @@ class FeatureSearch:
         name: under which it is registered.
         columns: of its scores, in the order in which they are shown. The first one ranks features, larger is better.
         needs: what it cannot do without: `texts` (running text or labelled texts), `words`.
+
+    Example:
+        >>> from steer.features.search import SEARCHES, FeatureSearch
+        >>> @SEARCHES.register("longest_row")
+        ... class LongestRow(FeatureSearch):
+        ...     columns, needs = ("length",), ()
+        ...
+        ...     def scores(self, task):
+        ...         lengths = task.dictionary.decoder_rows(torch.arange(task.dictionary.width)).norm(dim=-1)  # [width]
+        ...         return {concept: {"length": lengths} for concept in task.concepts}
+        >>> "longest_row" in SEARCHES
+        True
     """
 
     name: ClassVar[str]

@@ -26,6 +26,10 @@ class MarkedTexts:
         rows: of tokens.
         marks: [tokens of all rows, one after the other, concepts] True at the last token of a word.
         starts: [rows] where each row begins in `marks`.
+
+    Example:
+        >>> marked = steer.features.search.MarkedTexts.read(tokenizer, texts, {"animals": ["cat", "dog"]}, context=16)
+        >>> marked.marks.shape, marked.marked()  # [tokens, concepts], marks of each concept
     """
 
     rows: tuple[Row, ...]

@@ -32,6 +32,11 @@ class Calibration:
         scale: what activations are multiplied with to have the mean length sqrt(width).
         mean: [width] of the activations. max_norm: length above which a token is an outlier.
         first: tokens at the start of each row that are left out.
+
+    Example:
+        >>> site = steer.Site.parse("layers.12.output")
+        >>> calibration = steer.features.training.Calibration.of({site: torch.randn(1000, 36)}, outlier=5.0)
+        >>> calibration.scale[site], calibration.mean[site].shape
     """
 
     scale: dict[Site, float]
@@ -77,6 +82,13 @@ class ActivationData(pl.LightningDataModule):
 
     Raises:
         ConfigError: sizes that do not fit. SiteError: a site that the model does not have.
+
+    Example:
+        >>> from steer.features.training import ActivationData, token_rows
+        >>> tokens = token_rows(tokenizer, texts * 9, context=16)
+        >>> data = ActivationData(model, tokens, ["layers.12.output"], batch=64, buffer=256, held_out=2)
+        >>> calibration = data.calibrate(tokens=256)
+        >>> next(iter(data.batches()))  # by site, [tokens, width]
     """
 
     def __init__(

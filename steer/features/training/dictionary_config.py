@@ -37,6 +37,11 @@ class DictionaryConfig:
 
     Raises:
         ConfigError: what does not fit together. SiteError: a site that cannot be parsed.
+
+    Example:
+        >>> config = steer.features.training.DictionaryConfig(["layers.12.output"], width=64, k=4, sparsifier="topk")
+        >>> config.sites
+        (Site('layers.12.output'),)
     """
 
     reads: Sequence[Site | str]

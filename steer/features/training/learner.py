@@ -81,6 +81,15 @@ class Learner(nn.Module):
         config: what it shall be.
         calibration: lengths and means of the activations.
         optimisation: of the run.
+
+    Raises:
+        ConfigError: a site whose activations are not captured.
+
+    Example:
+        >>> from steer.features.training import Calibration, DictionaryConfig, Learner, Optimisation
+        >>> h = {steer.Site.parse("layers.12.output"): torch.randn(200, 36)}
+        >>> learner = Learner(DictionaryConfig(["layers.12.output"], width=64, k=4), Calibration.of(h, outlier=5.0), Optimisation(steps=10))
+        >>> learner.dead_share()
     """
 
     def __init__(self, config: DictionaryConfig, calibration: Calibration, optimisation: Optimisation) -> None:

@@ -26,11 +26,6 @@ FACTS = "dictionaries"  # of a checkpoint: what the run was made of
 class DictionaryModule(pl.LightningModule):
     """Trains dictionaries on the activations of `ActivationData`, each as if it were alone.
 
-        data = ActivationData(model, rows, ["layers.12.output"])
-        module = DictionaryModule([DictionaryConfig(["layers.12.output"])], data.calibrate(), Optimisation(steps=1000))
-        pl.Trainer(max_steps=1000).fit(module, data)
-        dictionary = module.dictionaries()[0]
-
     Nothing in a step is random: a run that goes on from a checkpoint ends with the same bits. Decoder rows have length 1, and the part of
     their gradient along them is taken off. Held-out text is measured whenever Lightning validates; `val/fvu` is the mean of all.
 
@@ -42,6 +37,15 @@ class DictionaryModule(pl.LightningModule):
 
     Raises:
         ConfigError: no dictionaries, two of one name, or a site that is not captured.
+
+    Example:
+        >>> from steer.features.training import ActivationData, DictionaryConfig, DictionaryModule, Optimisation, token_rows
+        >>> tokens = token_rows(tokenizer, texts * 9, context=16)
+        >>> data = ActivationData(model, tokens, ["layers.12.output"], batch=64, buffer=256, held_out=2)
+        >>> config = DictionaryConfig(["layers.12.output"], width=64, k=4)
+        >>> module = DictionaryModule([config], data.calibrate(tokens=256), Optimisation(steps=2, lr_warmup=1, sparsity_warmup=1))
+        >>> pl.Trainer(max_steps=2).fit(module, data)
+        >>> (dictionary,) = module.dictionaries()
     """
 
     def __init__(

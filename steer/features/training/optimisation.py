@@ -19,6 +19,11 @@ class Optimisation:
         aux: weight of the loss by which dead features learn what the others leave over (Gao et al. 2024); 0 for none.
         dead_after: tokens without being on after which a feature is dead.
         seed: of the first weights and of the order of tokens.
+
+    Example:
+        >>> optimisation = steer.features.training.Optimisation(steps=1000, lr_warmup=100)
+        >>> optimisation.rate(500)
+        1.0
     """
 
     steps: int

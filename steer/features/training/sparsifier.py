@@ -38,6 +38,11 @@ class Sparsifier(nn.Module):
         name: under which it is registered.
         has_bias: the encoder has a bias of its own.
         k: features per token at the end of training.
+
+    Example:
+        >>> sparsifier = steer.features.training.SPARSIFIERS.get("topk")(width=64, k=4)
+        >>> sparsifier.activation().name
+        'topk'
     """
 
     name: ClassVar[str]

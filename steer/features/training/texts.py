@@ -22,7 +22,12 @@ ENDINGS = (".txt", ".md")
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Rows of tokens in random order. ids: [rows, context]."""
+    """Rows of tokens in random order. ids: [rows, context].
+
+    Example:
+        >>> rows = steer.features.training.token_rows(tokenizer, texts, context=16)
+        >>> rows.ids.shape, rows.context
+    """
 
     ids: Tensor
 
@@ -48,6 +53,13 @@ def read_texts(where: str | Path, *, split: str = "train", field: str = "text", 
 
     Raises:
         FileError: nothing there, or no text in it. ConfigError: a split, field or subset of files, which have none.
+
+    Example:
+        >>> from pathlib import Path
+        >>> file = Path("corpus.txt")
+        >>> characters = file.write_text("The cat sat on the mat.")
+        >>> list(steer.features.training.read_texts(file))
+        ['The cat sat on the mat.']
     """
     path = place_of(where)
     if path.exists() and (said := _said_of_a_data_set(split, field, subset)):
@@ -104,6 +116,10 @@ def token_rows(tokenizer: Any, texts: Iterable[str], *, context: int = 128, seed
 
     Raises:
         TokenizerError: texts that are too short for one row. ConfigError: no tokenizer, no texts, or a row without room.
+
+    Example:
+        >>> rows = steer.features.training.token_rows(tokenizer, texts, context=16)
+        >>> rows.ids.shape  # [rows, context]
     """
     check_tokenizer(tokenizer)
     whole_number(context, "`context`, the tokens of a row", least=4)

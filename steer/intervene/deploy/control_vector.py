@@ -40,6 +40,7 @@ def to_gguf(plan: Plan, path: str | Path, *, model_hint: str | None = None) -> P
         DeployError: anything but constants at the outputs of blocks 1 to the last.
         ConfigError: no model hint; the package `gguf` is missing.
         StorageFullError: no room; a file that was there is untouched.
+        WidthError: a vector that does not fit the model.
 
     Example:
         >>> steer.to_gguf(plan, "happy.gguf", model_hint=model.config.model_type)

@@ -31,14 +31,6 @@ _PHASE = "generate"
 class Handover:
     """Gives an engine that samples rollouts from copied weights what an attached plan does in the phase `generate`.
 
-        handover = steer.Handover(plan, model)
-        with plan.attached(model) as attachment:
-            for step in range(steps):
-                with handover.weights(attachment):
-                    engine.load_weights(model.named_parameters())
-                rollouts = engine.generate(prompts)
-                ...
-
     The engine keeps the parameters that it was made with. So an edit has to fit into weights and biases that the model has already: a
     constant at a block whose last map has no bias is refused, and so is an edit of an embedding that shares its weight with the head.
     Otherwise the conditions are those of `steer.bake`, except that a schedule is allowed: the strengths are those of the moment.
@@ -52,6 +44,12 @@ class Handover:
         DeployError: an intervention that the weights cannot carry exactly, or that needs a parameter which the model has not.
         AttachError: something is attached to the model.
         SiteError, WidthError, WrongModelError: the plan does not fit the model.
+
+    Example:
+        >>> ablation = steer.Plan(steer.Intervention(steer.Ablate(vector), "layers.12.mlp.output"))
+        >>> handover = steer.Handover(ablation, model)
+        >>> with ablation.attached(model) as attachment, handover.weights(attachment):
+        ...     engine.load_weights(model.named_parameters())
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:

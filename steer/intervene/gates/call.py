@@ -22,6 +22,10 @@ class CallGate(SiteGate):
         function: takes h [batch, tokens, width] and the forward context, returns [batch, tokens]; booleans count as 1 and -1.
         width: of the activation it reads.
         options: site, per, over, pool, sharpness, see `SiteGate`.
+
+    Example:
+        >>> gate = steer.CallGate(lambda h, ctx: h.norm(dim=-1) - 6.0, width=vector.shape[0])  # [batch, tokens]
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", gate=gate))
     """
 
     is_tried = False  # its function may go by what only a real pass has; what it gives is looked at in each

@@ -29,6 +29,10 @@ class CosineGate(SiteGate):
 
     Raises:
         ConfigError: a zero vector, which has no direction; a threshold that no cosine reaches.
+
+    Example:
+        >>> gate = steer.CosineGate(vector, 0.2, per="row", over="prompt")
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", gate=gate))
     """
 
     learnable = ("vector", "threshold")

@@ -22,6 +22,10 @@ class FeatureGate(SiteGate):
         threshold: activation above which it counts as active; at least the feature's own JumpReLU threshold.
         center: [width] b_dec where the dictionary subtracts it first, else None.
         options: site, per, over, pool, sharpness, see `SiteGate`.
+
+    Example:
+        >>> gate = steer.FeatureGate(dictionary.encoder_rows([3])[0], bias=-1.0, threshold=0.5)
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", gate=gate))
     """
 
     learnable = ("encoder", "bias")

@@ -20,6 +20,10 @@ class ProbeGate(SiteGate):
         vector: [width] w.
         bias: b; minus the threshold.
         options: site, per, over, pool, sharpness, see `SiteGate`.
+
+    Example:
+        >>> gate = steer.ProbeGate(vector, bias=-0.5)
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", gate=gate))
     """
 
     learnable = ("vector", "bias")

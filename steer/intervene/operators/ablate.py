@@ -19,6 +19,11 @@ class Ablate(LinearLowRank):
 
     Raises:
         ConfigError: directions that are zero or linearly dependent.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.Ablate(vector), ["layers.*.output"]))
+        >>> with plan.attached(model):
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     parts = ("directions",)

@@ -22,6 +22,9 @@ class AblateThenAdd(LowRank):
 
     Raises:
         ConfigError: a vector of length 0.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.AblateThenAdd(vector), "layers.12.output"))
     """
 
     parts: ClassVar[tuple[str, ...]] = ("direction", "step")

@@ -25,6 +25,10 @@ class Ace(AblateThenAdd):
 
     Raises:
         ConfigError: a vector of length 0. WidthError: a reference of another width.
+
+    Example:
+        >>> reference = torch.zeros_like(vector)  # the mean activation without the concept
+        >>> plan = steer.Plan(steer.Intervention(steer.Ace(vector, reference, alpha=1.0), "layers.12.output"))
     """
 
     parts = ("direction", "step", "origin")

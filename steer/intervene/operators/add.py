@@ -16,6 +16,11 @@ class Add(Operator):
 
     Args:
         vector: [width], or [slots, width] when rows of one batch carry different vectors.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(vector), "layers.12.output", scope="response", strength=4.0))
+        >>> with plan.attached(model):
+        ...     model.generate(**prompt, max_new_tokens=2)
     """
 
     parts = ("vector",)

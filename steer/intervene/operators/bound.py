@@ -24,6 +24,10 @@ class Bound(Operator):
 
     Raises:
         ConfigError: an empty range, a negative softness.
+
+    Example:
+        >>> low, high = torch.full_like(vector, -2.0), torch.full_like(vector, 2.0)
+        >>> plan = steer.Plan(steer.Intervention(steer.Bound(low, high), "layers.12.output"))
     """
 
     parts = ("low", "high")

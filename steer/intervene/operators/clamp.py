@@ -24,6 +24,10 @@ class Clamp(LowRank):
 
     Raises:
         ConfigError: a direction of length 0; both a value and a range, or neither; an empty range.
+
+    Example:
+        >>> clamp = steer.Clamp(direction.vector, direction.metric("mean"))
+        >>> plan = steer.Plan(steer.Intervention(clamp, direction.site))
     """
 
     parts = ("direction",)

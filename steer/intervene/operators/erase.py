@@ -26,6 +26,10 @@ class Erase(LowRank):
 
     Raises:
         WidthError, ConfigError: tensors that do not fit together.
+
+    Example:
+        >>> (eraser,) = steer.fit_erasure(model, contrast, ["layers.12.output"]).values()
+        >>> plan = steer.Plan(steer.Intervention(steer.Erase(eraser.left, eraser.right, eraser.mean), "layers.12.output"))
     """
 
     parts = ("left", "right", "origin")

@@ -30,6 +30,11 @@ class HeadShift(Add):
     Raises:
         ConfigError: a head that does not exist or is named twice, another number of heads than directions, or than the model has.
         SiteError: an intervention with it at another site.
+
+    Example:
+        >>> anatomy = steer.Anatomy.find(model)
+        >>> shift = steer.HeadShift(torch.ones(2, anatomy.head_dim), heads=[1, 7], n_heads=anatomy.n_heads)
+        >>> plan = steer.Plan(steer.Intervention(shift, "layers.12.attn.z"))
     """
 
     settings = ("heads", "n_heads")

@@ -34,6 +34,11 @@ class KSteering(Operator):
 
     Raises:
         ConfigError: no hidden layer, no label, a label that does not exist, no step. WidthError: layers that do not fit.
+
+    Example:
+        >>> hidden, logits = torch.nn.Linear(vector.shape[0], 16), torch.nn.Linear(16, 3)  # a probe of three labels
+        >>> climb = steer.KSteering([hidden.weight, logits.weight], [hidden.bias], targets=[2], avoid=[0])
+        >>> plan = steer.Plan(steer.Intervention(climb, "layers.12.output"))
     """
 
     parts = ("weight0", "bias0", "readout")

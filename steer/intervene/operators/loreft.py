@@ -27,6 +27,10 @@ class LoReFT(LowRank):
 
     Raises:
         ConfigError: dependent rows, or shapes that do not fit. WidthError: different widths.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.LoReFT.initial(vector.shape[0], rank=4).train(), "layers.12.output"))
+        >>> optimizer = torch.optim.AdamW(plan.parameters(), lr=1e-3)
     """
 
     parts = learnable = ("rotation", "weight", "bias")

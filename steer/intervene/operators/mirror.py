@@ -25,6 +25,9 @@ class Mirror(LowRank):
 
     Raises:
         ConfigError: a direction of length 0.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.Mirror(vector, boundary=0.5), "layers.12.output"))
     """
 
     parts = ("direction", "boundary", "threshold")

@@ -27,6 +27,10 @@ class ReftR1(LowRank):
 
     Raises:
         ConfigError: a vector of length 0, or k below 1.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.ReftR1(vector, k=2).train(), "layers.12.output"))
+        >>> optimizer = torch.optim.AdamW(plan.parameters(), lr=1e-3)
     """
 
     parts = learnable = ("vector",)

@@ -23,6 +23,10 @@ class Replace(LinearLowRank):
 
     Raises:
         ConfigError: a source of length 0. WidthError: vectors of different widths.
+
+    Example:
+        >>> other = torch.roll(vector, 1)
+        >>> plan = steer.Plan(steer.Intervention(steer.Replace(vector, other), "layers.12.output"))
     """
 
     parts = ("reader", "turn")

@@ -32,6 +32,10 @@ class Rotate(LowRank):
 
     Raises:
         ConfigError: anything but two vectors that span a plane.
+
+    Example:
+        >>> plane = torch.stack([vector, torch.roll(vector, 1)])  # [2, width]
+        >>> plan = steer.Plan(steer.Intervention(steer.Rotate(plane, angle=torch.pi / 4), "layers.12.output"))
     """
 
     parts = ("plane", "angle")

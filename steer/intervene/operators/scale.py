@@ -20,6 +20,9 @@ class Scale(LinearLowRank):
 
     Raises:
         ConfigError: a direction of length 0.
+
+    Example:
+        >>> plan = steer.Plan(steer.Intervention(steer.Scale(vector, factor=0.5), "layers.12.output"))
     """
 
     parts = ("direction", "factor")

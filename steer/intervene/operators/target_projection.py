@@ -24,6 +24,10 @@ class TargetProjection(LowRank):
 
     Raises:
         ConfigError: a direction of length 0.
+
+    Example:
+        >>> lift = steer.TargetProjection(vector, target=2.0, threshold=0.5)
+        >>> plan = steer.Plan(steer.Intervention(lift, "layers.12.output"))
     """
 
     parts = ("direction", "target", "threshold")

@@ -10,7 +10,15 @@ from steer.intervene.schedule import SCHEDULES, Schedule, check_finite
 @SCHEDULES.register("constant")
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same factor at every step."""
+    """The same factor at every step.
+
+    Args:
+        value: the factor.
+
+    Example:
+        >>> steer.Constant(0.5)(1000)
+        0.5
+    """
 
     value: float = 1.0
 

@@ -11,7 +11,12 @@ from steer.intervene.schedule import SCHEDULES, Schedule, check_finite, check_po
 @SCHEDULES.register("cosine")
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """From `start` to `end` along half a cosine over `steps` optimiser steps, `end` afterwards."""
+    """From `start` to `end` along half a cosine over `steps` optimiser steps, `end` afterwards.
+
+    Example:
+        >>> [round(steer.Cosine(steps=100)(step), 2) for step in (0, 50, 100)]
+        [1.0, 0.5, 0.0]
+    """
 
     steps: int
     start: float = 1.0

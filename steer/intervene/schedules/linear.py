@@ -10,7 +10,12 @@ from steer.intervene.schedule import SCHEDULES, Schedule, check_finite, check_po
 @SCHEDULES.register("linear")
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From `start` to `end` in a straight line over `steps` optimiser steps, `end` afterwards."""
+    """From `start` to `end` in a straight line over `steps` optimiser steps, `end` afterwards.
+
+    Example:
+        >>> [steer.Linear(steps=100)(step) for step in (0, 50, 100)]
+        [0.0, 0.5, 1.0]
+    """
 
     steps: int
     start: float = 0.0

@@ -11,7 +11,15 @@ from steer.intervene.schedule import SCHEDULES, Schedule, check_positive
 @SCHEDULES.register("warmup_decay")
 @dataclass(frozen=True)
 class WarmupDecay(Schedule):
-    """Linear rise from 0 to 1 over `warmup` steps, level until `total - decay`, linear fall to 0 at `total`."""
+    """Linear rise from 0 to 1 over `warmup` steps, level until `total - decay`, linear fall to 0 at `total`.
+
+    Raises:
+        ConfigError: warm-up and decay overlap.
+
+    Example:
+        >>> [steer.WarmupDecay(warmup=10, decay=20, total=100)(step) for step in (0, 5, 50, 90, 100)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
 
     warmup: int
     decay: int

@@ -34,7 +34,12 @@ ENDINGS = (".pt", ".pth")
 
 @LENSES.register("jacobian")
 class JacobianLens(Lens):
-    """Jacobian lens: the mean Jacobian of the last block's output, fitted by backward passes; published `.pt` files."""
+    """Jacobian lens: the mean Jacobian of the last block's output, fitted by backward passes; published `.pt` files.
+
+    Example:
+        >>> lens = steer.JacobianLens.fit(model, harmless[:2], sites=["layers.26.output"], skip=2)
+        >>> lens.token_vector(tokenizer.encode(" he")[0], "layers.26.output").shape  # [width]
+    """
 
     parts = ("matrix",)
 

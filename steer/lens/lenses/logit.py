@@ -10,7 +10,12 @@ from steer.lens.readout import Readout
 
 @LENSES.register("logit")
 class LogitLens(Lens):
-    """Logit lens: the stream itself, by the model's final norm and unembedding; nothing is fitted."""
+    """Logit lens: the stream itself, by the model's final norm and unembedding; nothing is fitted.
+
+    Example:
+        >>> reading = steer.lens_reading(steer.LogitLens.of(model), rows[0], top=1)
+        >>> reading.words(tokenizer)[-1]  # behind the last block, by token
+    """
 
     reads_every_depth = True
 

@@ -37,7 +37,12 @@ KIND = "linear_tuned_lens"
 
 @LENSES.register("tuned")
 class TunedLens(Lens):
-    """Tuned lens: an affine map a depth, fitted by KL to the model's own prediction; files of the package tuned-lens."""
+    """Tuned lens: an affine map a depth, fitted by KL to the model's own prediction; files of the package tuned-lens.
+
+    Example:
+        >>> lens = steer.TunedLens.fit(model, harmless, sites=["layers.12.output"], steps=2, held_out=2)
+        >>> lens.metrics, lens.save("lens")
+    """
 
     parts = ("weight", "bias")
 
