@@ -18,7 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 def executed(path: Path) -> NotebookNode:
     """The notebook after a run of all its cells in this folder. Raises nbclient.exceptions.CellExecutionError with the cell that failed."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
+    place = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place, coalesce_streams=True).execute()
     return without_volatile_parts(notebook)
 
 

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SAID = {  # of each a line that would not be there if it had shown nothing
     "01_steer_and_calibrate": "chosen",
     "02_watch_a_fine_tune": "standard deviations",
-    "03_features": "war:",
+    "03_features": "(random):",
     "04_edits_and_circuits": "undone to the bit: True",
 }
 

@@ -124,7 +124,7 @@ class Calibration:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110, force_jupyter=False).print(self)
+        Console(file=text, width=110, force_jupyter=False, force_terminal=False).print(self)
         return text.getvalue()
 
     def _test(self) -> str:
