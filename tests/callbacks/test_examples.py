@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = {"plain_loop": ["--store", "drift.sqlite"], "lightning_sft": ["--out", "."], "trl_dpo": ["--out", "."]}
 OTHERS = {  # name -> options that make it short, and what it says
     "calibrate": (["--sites", "layers.20.output", "--tokens", "8"], ["chosen", "steered:", "saved: plan"]),
-    "edit_in_training": (["--steps", "1", "--texts", "4"], ["edit/", "after training: The Eiffel Tower", "reverted:"]),
+    "edit_in_training": (["--steps", "1"], ["edit/", "after training: The Eiffel Tower", "reverted:"]),
     "feature": (["--tokens", "4", "--features", "1"], ["(the concept):", "(random):"]),
     "pronoun_circuit": (["--words", "teacher", "plumber"], ["|shift|:", "factual gap:"]),
 }
