@@ -4,6 +4,7 @@
 - `Raises:` may end in a bare list, `ConfigError, SiteError.`, of errors that need no further words: each gets the first line of its class.
   It may also refer to another function, `As steer.capture.`: those are errors of the library, whichever they are.
 - `Example:` is the section that griffe calls `Examples:`.
+- A formula such as `<dz, r>` is no tag of HTML.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ def _section(text: str) -> str:
     title, _, body = text.partition(":\n")
     if title == "Example":
         return f"Examples:\n{body}"
+    body, text = without_tags(body), without_tags(text)
     if title in ("Args", "Attributes"):
         return _with_items(title, body, _argument)
     if title == "Raises":
         return _with_items(title, body, _error)
     return text
+
+
+def without_tags(text: str) -> str:
+    """The text with `<` escaped outside code font."""
+    return re.sub(r"`[^`]*`|<", lambda found: "&lt;" if found[0] == "<" else found[0], text)
 
 
 def _with_items(title: str, body: str, rewritten: Any) -> str:

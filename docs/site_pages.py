@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from docstring_sections import without_tags
 from error_pages import error_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -118,7 +119,7 @@ def api_index(source: Source, pages: dict[str, str]) -> str:
     rooms = by_room(source)
     for room, title in ROOMS.items():
         text += f"\n## {title}\n\n| name | what it is |\n| --- | --- |\n"
-        text += "\n".join(f"| [`{name.title}`][{name.path}] | {first_line(source, name)} |" for name in rooms[room] if name.exports)
+        text += "\n".join(f"| [`{name.title}`][{name.path}] | {without_tags(first_line(source, name))} |" for name in rooms[room] if name.exports)
         text += f"\n\n[{title}]({room}.md)" + (f", [methods by name]({room}_methods.md)" if f"api/{room}_methods.md" in pages else "") + "\n"
     return text
 
