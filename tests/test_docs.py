@@ -40,7 +40,11 @@ from steer.registry import REGISTRIES, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def name_in_repository(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def script(name: str) -> ModuleType:
@@ -72,7 +76,7 @@ def deep() -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != README and blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != README and blocks(page)], ids=name_in_repository)
 def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
@@ -285,7 +289,7 @@ def cited(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"`((?:steer|callbacks|kernels|conf)/[\w/]+\.py)(?:: ([\w.]+))?`", text)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if cited(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if cited(page)], ids=name_in_repository)
 def test_cited_functions_are_in_the_cited_files(page: Path) -> None:
     for file, name in cited(page):
         assert (ROOT / file).is_file(), f"{page.name} cites {file}"
@@ -310,7 +314,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_in_repository)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -322,7 +326,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(place), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "demo.json"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "demo.json"], ids=name_in_repository)
 def test_no_path_of_a_machine_and_no_address_of_a_registry(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w.])/(work|tmp|root|home|Users)\b", text)
