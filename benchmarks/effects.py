@@ -29,7 +29,7 @@ from torch import Tensor
 
 import steer
 from steer.commands.info import versions
-from steer.directions.dose import DoseCurve, DosePoint, calibrate, side_effects
+from steer.directions.dose import DoseCurve, DosePoint, dose_curve, side_effects
 from steer.directions.sweep import pair_gaps
 from steer.errors import ConfigError
 from steer.experiment.stats import interval
@@ -78,7 +78,7 @@ def concept_row(
     parts = parts_of(pairs, tokenizer, seed)
     directions = steer.extract(model, parts["extract"], ["layers.*.output"], name=name, method=method, seed=seed)
     candidates = spread(list(directions.values()))
-    curves = [calibrate(model, candidate, parts["calibrate"], neutral["calibrate"], doses=DOSES) for candidate in candidates]
+    curves = [dose_curve(model, candidate, parts["calibrate"], neutral["calibrate"], doses=DOSES) for candidate in candidates]
     row: dict[str, Any] = {
         "concept": name,
         "pairs": {part: len(contrast.positive) for part, contrast in parts.items()},

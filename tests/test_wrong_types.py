@@ -53,8 +53,8 @@ def extract(contrast=CONTRAST, **options):
     return steer.extract(MODEL, contrast, ["layers.1.output"], name="t", progress=False, **options)
 
 
-def calibrate(of=WARM, neutral=(), **options):
-    return steer.calibrate(MODEL, of, CONTRAST, neutral or NEUTRAL, progress=False, **options)
+def dose_curve(of=WARM, neutral=(), **options):
+    return steer.dose_curve(MODEL, of, CONTRAST, neutral or NEUTRAL, progress=False, **options)
 
 
 def select(candidates=(WARM,), tokens=(5,), showing=(), **options):
@@ -127,18 +127,18 @@ WRONG = {
     "tokens outside the vocabulary": lambda: extract(UNKNOWN),
     "pairs outside the vocabulary": lambda: steer.screen(MODEL, WARM, UNKNOWN),
     "capture text": lambda: steer.capture(MODEL, ["hello"], {}),
-    "calibrate at one number": lambda: calibrate(doses=0.1),
-    "calibrate at text": lambda: calibrate(doses="0.1"),
-    "calibrate at NaN": lambda: calibrate(doses=[NAN]),
-    "calibrate Directions": lambda: calibrate(WARMS),
-    "calibrate a vector": lambda: calibrate(V),
-    "calibrate pairs": lambda: steer.calibrate(MODEL, WARM, PAIRS, NEUTRAL),
-    "neutral text": lambda: calibrate(neutral=["hello"]),
-    "neutral text of one token": lambda: calibrate(neutral=[Row((5,), 0)]),
-    "budget as text": lambda: calibrate(max_kl="a"),
-    "budget below 0": lambda: calibrate(max_kl=-1),
-    "budget of perplexity NaN": lambda: calibrate(max_perplexity_ratio=NAN),
-    "share above 1": lambda: calibrate(share=2.0),
+    "dose curve at one number": lambda: dose_curve(doses=0.1),
+    "dose curve at text": lambda: dose_curve(doses="0.1"),
+    "dose curve at NaN": lambda: dose_curve(doses=[NAN]),
+    "dose curve Directions": lambda: dose_curve(WARMS),
+    "dose curve a vector": lambda: dose_curve(V),
+    "dose curve pairs": lambda: steer.dose_curve(MODEL, WARM, PAIRS, NEUTRAL),
+    "neutral text": lambda: dose_curve(neutral=["hello"]),
+    "neutral text of one token": lambda: dose_curve(neutral=[Row((5,), 0)]),
+    "budget as text": lambda: dose_curve(max_kl="a"),
+    "budget below 0": lambda: dose_curve(max_kl=-1),
+    "budget of perplexity NaN": lambda: dose_curve(max_perplexity_ratio=NAN),
+    "share above 1": lambda: dose_curve(share=2.0),
     "screen at 0": lambda: screen(dose=0),
     "screen at text": lambda: screen(dose="a"),
     "screen at a list": lambda: screen(dose=[0.1]),
@@ -233,7 +233,7 @@ def test_the_call_names_it(case):
     assert caught.value.remedy and caught.value.found and caught.value.expected
 
 
-@pytest.mark.parametrize("call", [lambda: calibrate(WARMS), lambda: screen(WARMS), lambda: select([WARMS])])
+@pytest.mark.parametrize("call", [lambda: dose_curve(WARMS), lambda: screen(WARMS), lambda: select([WARMS])])
 def test_directions_where_a_single_direction_is_expected(call):
     with pytest.raises(ConfigError, match=r"directions\.best\(\)"):
         call()

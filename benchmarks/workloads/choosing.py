@@ -81,7 +81,8 @@ class Workload:
         return [number for candidate in selection.candidates for number in (candidate.bypass, candidate.induce, candidate.kl)]
 
     def _calibrate(self, judged: Any, neutral: list[Row]) -> list[float]:
-        curve = steer.calibrate(self.model, self.middle, judged, neutral, progress=False)
+        dose_curve = steer.dose_curve if hasattr(steer, "dose_curve") else steer.calibrate  # its name in older checkouts
+        curve = dose_curve(self.model, self.middle, judged, neutral, progress=False)
         return [number for point in curve.points for number in (point.effect, point.kl, point.perplexity_ratio)]
 
     def _extract(self, contrast: Any, site: str) -> list[float]:

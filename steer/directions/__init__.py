@@ -3,7 +3,7 @@
 from steer.directions.boundary import Boundary, fit_boundary
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Direction, Directions
-from steer.directions.dose import DoseCurve, calibrate
+from steer.directions.dose import DoseCurve, dose_curve
 from steer.directions.erasure import Erasure, fit_erasure
 from steer.directions.extract import extract, extract_all
 from steer.directions.extractor import EXTRACTORS
@@ -25,7 +25,7 @@ __all__ = [
     "Erasure",
     "Screen",
     "Selection",
-    "calibrate",
+    "dose_curve",
     "extract",
     "extract_all",
     "fit_boundary",

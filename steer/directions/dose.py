@@ -1,4 +1,4 @@
-"""Dose calibration: how strongly to steer.
+"""Dose-response curves: how strongly to steer.
 
 The relative dose is |strength x v| / mean |h| at the site. The curve over a range of doses tells how far the edit shifts the answers of
 pairs that the direction was not read from, and what it breaks in neutral text. The dose with the largest effect usually lies where the
@@ -99,7 +99,7 @@ class DoseCurve:
         return {**asdict(self), "points": [asdict(point) for point in self.points], "chosen": asdict(self.chosen) if self.working else None}
 
 
-def calibrate(
+def dose_curve(
     model: nn.Module,
     direction: Direction,
     contrast: ContrastSet,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steer.errors import ConfigError
 from steer.model.capture import evaluating
@@ -50,12 +50,17 @@ def complete(
 
 
 def _answers(model: nn.Module, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+    answers = greedy_tokens(model, tokenizer, rows, max_new_tokens)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def greedy_tokens(model: nn.Module, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> Tensor:
+    """[rows, up to max_new_tokens] what greedy decoding adds to each row, in one left-padded batch; padding stands behind an answer."""
     device = input_device(model)
     inputs = {name: tensor.to(device) for name, tensor in collate(rows, pad_id(tokenizer), side="left").items() if name != "labels"}
     with evaluating(model), torch.random.fork_rng(devices=[]):
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id(tokenizer))  # type: ignore[operator]
-    answers = generated[:, inputs["input_ids"].shape[1] :]  # [prompts, up to max_new_tokens]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return generated[:, inputs["input_ids"].shape[1] :]
 
 
 # ---- errors

@@ -8,7 +8,7 @@ import torch
 from directions.direction_helpers import SITE, controlled, pairs, running_text
 from hand import hook_count
 
-from steer.directions import ContrastSet, DoseCurve, calibrate, extract
+from steer.directions import ContrastSet, DoseCurve, dose_curve, extract
 from steer.directions.dose import DosePoint, side_effects
 from steer.directions.sweep import pair_gaps, sweep, sweep_plan
 from steer.errors import ConfigError, ContrastError, NonFiniteError
@@ -22,7 +22,7 @@ DOSES = (0.25, 1.0, 4.0)
 def test_a_curve_equals_one_strength_at_a_time():
     model, direction = controlled()
     contrast, neutral = pairs(), running_text()
-    curve = calibrate(model, direction, contrast, neutral, doses=DOSES, progress=False)
+    curve = dose_curve(model, direction, contrast, neutral, doses=DOSES, progress=False)
 
     def measured(strength: float) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Gap of each pair, next-token log-probabilities and loss of the neutral texts, one text at a time."""
@@ -118,12 +118,12 @@ def test_texts_that_made_the_direction_may_not_calibrate_it(tmp_path):
     directions = extract(model, contrast, [SITE], name="x", holdout=0.25, seed=0, progress=False)
     directions.save(tmp_path / "x")
     for direction in (directions[SITE], type(directions).load(tmp_path / "x")[SITE]):
-        calibrate(model, direction, held, running_text(), doses=(0.1,), progress=False)
+        dose_curve(model, direction, held, running_text(), doses=(0.1,), progress=False)
         with pytest.raises(ContrastError, match=r"these pairs use texts that the direction was made from[\s\S]*found: 2 that it has"):
             overlapping = ContrastSet((*held.positive, made_of.positive[0]), (*held.negative, made_of.negative[0]), True)
-            calibrate(model, direction, overlapping, running_text(), doses=(0.1,), progress=False)
+            dose_curve(model, direction, overlapping, running_text(), doses=(0.1,), progress=False)
         with pytest.raises(ContrastError, match="the neutral texts"):
-            calibrate(model, direction, held, [made_of.positive[0]], doses=(0.1,), progress=False)
+            dose_curve(model, direction, held, [made_of.positive[0]], doses=(0.1,), progress=False)
 
 
 def test_bad_input_is_named():
@@ -138,9 +138,9 @@ def test_bad_input_is_named():
         (pairs(1), {}, ContrastError, "one pair has no standard error"),
     ]:
         with pytest.raises(error, match=message):
-            calibrate(model, direction, contrast, running_text(), progress=False, **options)
+            dose_curve(model, direction, contrast, running_text(), progress=False, **options)
     with pytest.raises(ContrastError, match="no neutral text"):
-        calibrate(model, direction, pairs(), [], progress=False)
+        dose_curve(model, direction, pairs(), [], progress=False)
     with pytest.raises(NonFiniteError, match="logits are not finite"):
         with torch.no_grad():
             model.get_output_embeddings().weight[0, 0] = float("nan")
@@ -151,6 +151,6 @@ def test_bad_input_is_named():
 def test_the_model_is_left_as_it_was():
     model, direction = controlled()
     model.train()
-    calibrate(model, direction, pairs(), running_text(), doses=(0.1,), progress=False)
+    dose_curve(model, direction, pairs(), running_text(), doses=(0.1,), progress=False)
     assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert hook_count(model) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steer.directions import ContrastSet, calibrate, extract_all, fit_erasure
+from steer.directions import ContrastSet, dose_curve, extract_all, fit_erasure
 from steer.directions.heldout import auc
 from steer.directions.sweep import pair_gaps
 from steer.experiment.data import DataSet
@@ -33,7 +33,7 @@ def test_a_real_direction_reads_steers_and_is_erased(smollm2):
     assert all(directions[SITE].metrics["auc"] >= 0.8 for directions in by_method.values())
     direction = by_method["caa"][SITE]
     neutral = [Row(plain(tokenizer, row["text"]).ids[:12], 1) for row in data.split("neutral_text")[:2]]
-    curve = calibrate(model, direction, choosing, neutral, doses=(0.3,), progress=False)
+    curve = dose_curve(model, direction, choosing, neutral, doses=(0.3,), progress=False)
     (strong,) = curve.points
     assert strong.kl > curve.max_kl and strong.perplexity_ratio > 1 and not curve.working  # far too strong
     noise = torch.randn(576, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from directions.direction_helpers import controlled, pairs, running_text
 
-from steer.directions import ContrastSet, calibrate, extract, screen
+from steer.directions import ContrastSet, dose_curve, extract, screen
 from steer.directions.dose import side_effects
 from steer.directions.screening import wilson
 from steer.directions.sweep import pair_gaps
@@ -53,7 +53,7 @@ def test_decoded_tokens_are_not_measured_where_none_are(scope):
     model, direction = controlled()
     for measure in (
         lambda: screen(model, direction, pairs(4), scope=scope, progress=False),
-        lambda: calibrate(model, direction, pairs(4), running_text(), scope=scope, progress=False),
+        lambda: dose_curve(model, direction, pairs(4), running_text(), scope=scope, progress=False),
         lambda: side_effects(model, direction, running_text(), direction.vector[None], scope=scope),
     ):
         with pytest.raises(ConfigError, match="means decoded tokens"):

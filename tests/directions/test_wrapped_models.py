@@ -9,7 +9,7 @@ from hand import hook_count
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from steer.directions import calibrate, screen, select, train_direction
+from steer.directions import dose_curve, screen, select, train_direction
 from steer.directions.sweep import pair_gaps
 from steer.intervene import Add, Intervention, Plan
 from steer.model.tokens import Row
@@ -35,7 +35,7 @@ def measured(wrap: Callable[[nn.Module], nn.Module]) -> list[float]:
     raw, direction = controlled()
     model, contrast, neutral = wrap(raw), pairs(8), running_text()
     before, hooks = [(parameter, parameter.requires_grad) for parameter in model.parameters()], hook_count(raw)
-    curve = calibrate(model, direction, contrast, neutral, doses=(0.5, 2.0), progress=False)
+    curve = dose_curve(model, direction, contrast, neutral, doses=(0.5, 2.0), progress=False)
     screening = screen(model, direction, contrast, progress=False)
     prompts = [Row(row.ids, len(row.ids)) for row in neutral]
     chosen = select(model, [direction], showing=prompts, lacking=prompts, tokens=[GOOD], max_kl=9.0, progress=False)
