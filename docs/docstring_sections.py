@@ -3,7 +3,7 @@
 - `low, high: ...` describes several arguments at once; each gets the words.
 - `Raises:` may end in a bare list, `ConfigError, SiteError.`, of errors that need no further words: each gets the first line of its class.
   It may also refer to another function, `As steer.capture.`: those are errors of the library, whichever they are.
-- `Example:` is the section that griffe calls `Examples:`.
+- `Example:` is the section that griffe calls `Examples:`; its code may do without prompts.
 - A formula such as `<dz, r>` is no tag of HTML.
 """
 
@@ -37,7 +37,7 @@ def in_google_style(docstring: str) -> str:
 def _section(text: str) -> str:
     title, _, body = text.partition(":\n")
     if title == "Example":
-        return f"Examples:\n{body}"
+        return f"Examples:\n{body}" if ">>>" in body else f"Examples:\n    ```python\n{body.rstrip()}\n    ```"
     body, text = without_tags(body), without_tags(text)
     if title in ("Args", "Attributes"):
         return _with_items(title, body, _argument)

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
-from public_names import PublicName, Source
+from public_names import PublicName, Source, package
 from site_pages import first_line
 
 TAG = re.compile(r"<(script|link|img|iframe|source|video|audio|object|embed|a)\b[^>]*>", re.I)
@@ -30,7 +30,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     site = Path(config.site_dir)
     pages = {file.relative_to(site).as_posix(): file.read_text(encoding="utf-8") for file in sorted(site.rglob("*.html"))}
     styles = {file.relative_to(site).as_posix(): file.read_text(encoding="utf-8") for file in sorted(site.rglob("*.css"))}
-    faults = [*missing_names(Source(), pages), *outside_hosts(pages, styles), *dead_links(pages, site), *unwanted_files(site)]
+    faults = [*missing_names(package(), pages), *outside_hosts(pages, styles), *dead_links(pages, site), *unwanted_files(site)]
     if faults:
         raise PluginError(f"{len(faults)} faults of the built site:\n" + "\n".join(faults))
 
@@ -38,7 +38,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 def missing_names(source: Source, pages: dict[str, str]) -> Iterator[str]:
     """Public names without an entry of their own, or whose entry lacks the first line of the docstring."""
     reference = {address: (anchors(text), words(text)) for address, text in pages.items() if address.startswith(("api/", "errors/"))}
-    for name in source.public():
+    for name in source.public:
         entries = [text for ids, text in reference.values() if name.path in ids]
         if not entries:
             yield f"{name.title}: no page of the reference has it"

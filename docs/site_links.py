@@ -9,7 +9,7 @@ from functools import cache
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
-from public_names import Source
+from public_names import package
 
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ *:::.*?(?=^\S|\Z)|^#.*?$|`[^`\n]+`", re.M | re.S)
@@ -56,4 +56,4 @@ def with_reference(markdown: str) -> str:
 
 @cache
 def public_paths() -> dict[str, str]:
-    return {path: name.path for name in Source().public() for path in (*name.exports, name.path)}
+    return {path: name.path for name in package().public for path in (*name.exports, name.path)}

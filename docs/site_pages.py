@@ -10,7 +10,6 @@ import ast
 import fnmatch
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from docstring_sections import without_tags
@@ -19,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from notebook_pages import notebook_page
-from public_names import ROOT, PublicName, Source
+from public_names import ROOT, PublicName, Source, package
 
 ROOMS = {
     "model": "Models and sites",
@@ -41,7 +40,7 @@ ROOMS = {
 
 @event_priority(100)  # before autorefs and search look at the files
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = generated_pages(Source())
+    pages = generated_pages(package())
     for address, text in pages.items():
         files.append(File.generated(config, address, content=text))
     written = {file.src_uri for file in files.documentation_pages()}
@@ -119,14 +118,16 @@ def api_index(source: Source, pages: dict[str, str]) -> str:
     rooms = by_room(source)
     for room, title in ROOMS.items():
         text += f"\n## {title}\n\n| name | what it is |\n| --- | --- |\n"
-        text += "\n".join(f"| [`{name.title}`][{name.path}] | {without_tags(first_line(source, name))} |" for name in rooms[room] if name.exports)
-        text += f"\n\n[{title}]({room}.md)" + (f", [methods by name]({room}_methods.md)" if f"api/{room}_methods.md" in pages else "") + "\n"
+        exported = [name for name in rooms[room] if name.exports]
+        text += "\n".join(f"| [`{name.title}`][{name.path}] | {without_tags(first_line(source, name))} |" for name in exported)
+        methods = f", [methods by name]({room}_methods.md)" if f"api/{room}_methods.md" in pages else ""
+        text += f"\n\n[{title}]({room}.md){methods}\n"
     return text
 
 
 def by_room(source: Source) -> dict[str, list[PublicName]]:
     rooms = defaultdict(list)
-    for name in source.public():
+    for name in source.public:
         rooms[name.room].append(name)
     return rooms
 
