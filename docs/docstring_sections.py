@@ -64,9 +64,16 @@ def _argument(item: str) -> list[str]:
 
 def _error(item: str) -> list[str]:
     if ERROR_NAMES.fullmatch(item):
-        return [f"{name}: {_meaning().get(name, 'see its class.')}" for name in re.findall(r"\w+(?:Error|Warning)", item)]
-    named = re.match(r"[\w.]+(?:, [\w.]+)*:", item)
-    return [f"SteerError: {item}"] if named is None else _argument(item)
+        names = re.findall(r"\w+(?:Error|Warning)", item)
+        return [f"{_path(name)}: {_meaning().get(name, 'see its class.')}" for name in names]
+    if re.match(r"[\w.]+(?:, [\w.]+)*:", item) is None:
+        return [f"{_path('SteerError')}: {item}"]
+    return [re.sub(r"^\w+", lambda name: _path(name[0]), line) for line in _argument(item)]
+
+
+def _path(error: str) -> str:
+    """The path by which the reference knows an error, whether or not the module that names it imports it."""
+    return f"steer.errors.{error}" if error in _meaning() else error
 
 
 @cache

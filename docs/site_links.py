@@ -17,6 +17,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.src_uri == "index.md":
+        page.meta.setdefault("hide", ["navigation"])  # it has no neighbours
     return with_reference(within_the_site(markdown, page.file.src_uri))
 
 
