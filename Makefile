@@ -12,7 +12,7 @@ OLDEST_TESTS := tests/training tests/intervene/test_untouched.py tests/drift/tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest lint types imports resolve bench clean
+.PHONY: help demo test oldest lint types imports docs resolve bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -40,6 +40,9 @@ types: build/types  ## mypy, on an installed copy: it does not know that callbac
 imports: build/types  ## the floors of the house: who may import whom
 	cd build/types && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
+docs: build/types  ## the documentation site, into site/: open site/index.html, no server needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 resolve: $(BIN)/python  ## whether what is installed here can be had from the public index alone, on the oldest and newest Python
 	$(BIN)/python .ci/resolve.py
 
@@ -47,7 +50,7 @@ bench: $(VENV)/.dev  ## what a hook costs in a decode step, beside hooks written
 	$(BIN)/python benchmarks/overhead.py
 
 clean:  ## removes what these targets made, but for the model in the user's cache folder
-	rm -rf $(VENV) $(OLDEST) build torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build site torchsteer.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # setuptools never forgets a deleted module that still lies in build/, hence the fresh start
 build/types: $(VENV)/.dev $(shell find steer callbacks kernels conf -not -path '*__pycache__*')

@@ -1,9 +1,9 @@
-"""Makes the picture and the numbers of the README from a finished run of the demo; nothing there is written by hand.
+"""Makes the picture of the README and the page docs/results/demo.md from a finished run of the demo; nothing there is written by hand.
 
     make demo
     python docs/make_figures.py --run outputs/tone/<date>
 
-Writes docs/images/drift.svg, docs/demo.json (what is quoted of metrics.json) and the section `demo` of README.md. A test fails
+Writes docs/images/drift.svg, docs/demo.json (what is quoted of metrics.json) and the section `demo` of docs/results/demo.md. A test fails
 when the section does not follow from docs/demo.json, or when that was measured with another experiment than the one that ships.
 """
 
@@ -22,7 +22,7 @@ from steer.report import drift_figure
 from steer.report.curves import natural
 from steer.report.numbers import common_digits, duration, interval, number
 
-PICTURE, QUOTED, README = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "README.md"
+PICTURE, QUOTED, PAGE = ROOT / "docs" / "images" / "drift.svg", ROOT / "docs" / "demo.json", ROOT / "docs" / "results" / "demo.md"
 FACTS = ("schema", "experiment", "started", "seconds", "verdict", "direction", "outcomes")
 OF_CONTRAST = ("metric", "a", "b", "role", "shown", "verdict")
 NOTES = {"train": "steered here in training", "inference": "steered here at inference"}
@@ -87,8 +87,8 @@ def main() -> None:
     drift_figure(drift, PICTURE, direction=direction["name"], site=site, labels=labels, notes=steered)
     demo = quoted(metrics)
     QUOTED.write_text(json.dumps(demo, indent=1) + "\n", encoding="utf-8")
-    README.write_text(between(README.read_text(encoding="utf-8"), "demo", section(demo)), encoding="utf-8")
-    for path in (PICTURE, QUOTED, README):
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "demo", section(demo)), encoding="utf-8")
+    for path in (PICTURE, QUOTED, PAGE):
         print(path.relative_to(ROOT))
 
 

@@ -3,7 +3,7 @@
     python docs/make_tables.py
 
 Each table stands between `<!-- <name>:begin -->` and `<!-- <name>:end -->`; a test fails when one is out of date. A method is described by
-the first line of its docstring, so a new one needs nothing here. Nor does a new kind of method, which the README lists until a page has
+the first line of its docstring, so a new one needs nothing here. Nor does a new kind of method, which docs/methods.md lists until a page has
 its markers.
 """
 
@@ -118,7 +118,7 @@ def overview_table() -> str:
     for kind, entries in sorted(methods().items()):
         page = PLACES[kind].page if kind in listed_kinds() else None
         names = ", ".join(f"`{name}`" for name, _ in entries)
-        rows.append((kind, names, f"[{Path(page).stem}]({page})" if page else "below"))
+        rows.append((kind, names, f"[{Path(page).stem}]({Path(page).name})" if page else "below"))
     return markdown(("kind", "methods", "described in"), rows)
 
 
@@ -139,8 +139,8 @@ def sites_table() -> str:
 def tables() -> dict[tuple[str, str], Callable[[], str]]:
     """(file, name of the table) -> what makes it."""
     return {
-        ("README.md", "kinds"): overview_table,
-        ("README.md", "methods"): methods_table,
+        ("docs/methods.md", "kinds"): overview_table,
+        ("docs/methods.md", "methods"): methods_table,
         **{(PLACES[kind].page, PLACES[kind].table): lambda kind=kind: kind_table(kind) for kind in listed_kinds()},
         ("docs/drift.md", "metrics"): lambda: drift_tables.metrics(markdown),  # with units, modes and directions
         ("docs/experiments.md", "metrics"): lambda: experiment_tables.metrics(markdown),  # with units and directions

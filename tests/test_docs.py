@@ -40,8 +40,14 @@ from steer.model.site import LAYER_PARTS
 from steer.registry import REGISTRIES, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+README, METHODS = ROOT / "README.md", ROOT / "docs" / "methods.md"
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+SHOWN = {README, ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "coming_from").glob("*.md")}  # run in test_shown.py
+
+
+def name_in_repository(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def script(name: str) -> ModuleType:
@@ -73,7 +79,7 @@ def deep() -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != README and blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in SHOWN and blocks(page)], ids=name_in_repository)
 def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other, with the names that its text takes for granted."""
     monkeypatch.chdir(tmp_path)
@@ -102,38 +108,6 @@ def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, m
         exec(compile(block, str(page), "exec"), names)
 
 
-def test_the_examples_of_the_readme_are_short() -> None:
-    generation, comparison, training = blocks(README)
-    assert code_lines(generation) <= 11 and code_lines(comparison) <= 3 and code_lines(training) <= 15
-
-
-@pytest.mark.real
-def test_the_examples_of_the_readme_run(
-    smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    few_rows(monkeypatch, probe=4, train=16)  # what the README says of the direction and of the arms rests on the other splits
-    names: dict[str, Any] = {}
-    generation, comparison, training = blocks(README)
-    exec(compile(generation, "README.md", "exec"), names)
-    said = capsys.readouterr().out
-    model, tokenizer, chat = names["model"], names["tokenizer"], names["chat"]
-    plain = tokenizer.decode(model.generate(**chat, max_new_tokens=40, do_sample=False)[0])
-    assert "boil an egg" in said and plain not in said, "the plan changed nothing"
-    assert names["attachment"].fired() == {"add@layers.22.output": chat["input_ids"].shape[1] + 39}
-    exec(compile(comparison, "README.md", "exec"), names)
-    assert (
-        "logprob gap" in capsys.readouterr().out
-        and names["result"].verdict.startswith("Yes: gushing has higher")
-        and set(names["result"].scores.arms) == set(names["arms"])
-    )
-    exec(compile(training, "README.md", "exec"), names)
-    assert names["trainer"].global_step == names["tracker"].last_step == 4
-    with steer.drift.DriftStore("drift.sqlite") as store:
-        assert sorted({record.step for record in store.records(mode="probe", kind="named")}) == [0, 2, 4]
-    assert "drift/gushing/layers.22.output/effect_sd" in capsys.readouterr().out
-
-
 # ---- tables and numbers
 
 
@@ -142,7 +116,7 @@ def test_generated_tables_are_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/make_tables.py"
 
 
-def test_a_new_method_is_in_the_table_of_its_kind_and_a_new_kind_in_that_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_method_is_in_the_table_of_its_kind_and_a_new_kind_in_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = script("make_tables")
     operators = steer.intervene.OPERATORS
     operators.load()
@@ -157,8 +131,8 @@ def test_a_new_method_is_in_the_table_of_its_kind_and_a_new_kind_in_that_of_the_
         kind.register("a_method")(type("Method", (), {"__doc__": "What it is."}))
         texts = tables.updated()
         assert "| `of_a_test` | `steer.OfATest` | `h + 1` | adds one. |" in texts[ROOT / "docs" / "operators.md"]
-        assert "| kind of a test | `a_method` | What it is. |" in texts[README]
-        assert "| kind of a test | `a_method` | below |" in texts[README] and "`of_a_test`" in texts[README]
+        assert "| kind of a test | `a_method` | What it is. |" in texts[METHODS]
+        assert "| kind of a test | `a_method` | below |" in texts[METHODS] and "`of_a_test`" in texts[METHODS]
     finally:
         del REGISTRIES["kind of a test"]
 
@@ -170,7 +144,7 @@ def test_every_kind_with_a_page_is_listed_there() -> None:
 
 def test_the_demo_section_follows_from_its_measurement() -> None:
     figures = script("make_figures")
-    demo, text = json.loads(figures.QUOTED.read_text()), README.read_text(encoding="utf-8")
+    demo, text = json.loads(figures.QUOTED.read_text()), figures.PAGE.read_text(encoding="utf-8")
     assert script("make_tables").between(text, "demo", figures.section(demo)) == text, "run python docs/make_figures.py --run <folder>"
     assert figures.PICTURE.is_file()
 
@@ -184,13 +158,13 @@ def test_the_demo_was_measured_with_the_experiment_that_ships() -> None:
 
 def test_the_figures_can_be_made_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
     figures = script("make_figures")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
-    for name, path in {"ROOT": tmp_path, "README": readme, "QUOTED": tmp_path / "demo.json", "PICTURE": tmp_path / "drift.svg"}.items():
+    page = tmp_path / "demo_page.md"
+    page.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    for name, path in {"ROOT": tmp_path, "PAGE": page, "QUOTED": tmp_path / "demo.json", "PICTURE": tmp_path / "drift.svg"}.items():
         monkeypatch.setattr(figures, name, path)
     monkeypatch.setattr(sys, "argv", ["make_figures.py", "--run", str(tiny_run)])
     figures.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| plain fine-tuning |" in text and "No effect shown" in text and "4 items" in text
     assert "layers.2.output" in (tmp_path / "drift.svg").read_text(), "the last tracked site that is not steered"
@@ -284,7 +258,7 @@ def cited(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"`((?:steer|callbacks|kernels|conf)/[\w/]+\.py)(?:: ([\w.]+))?`", text)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if cited(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if cited(page)], ids=name_in_repository)
 def test_cited_functions_are_in_the_cited_files(page: Path) -> None:
     for file, name in cited(page):
         assert (ROOT / file).is_file(), f"{page.name} cites {file}"
@@ -309,7 +283,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_in_repository)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -321,7 +295,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(place), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "demo.json"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "demo.json"], ids=name_in_repository)
 def test_no_path_of_a_machine_and_no_address_of_a_registry(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w.])/(work|tmp|root|home|Users)\b", text)

@@ -58,7 +58,7 @@ def random_features(
         without: further features that are not drawn, those of another question, say.
 
     Returns:
-        [draws][chosen]
+        `[draws][chosen]` features
 
     Raises:
         ConfigError: no density is known, or a feature that was never on; too few features within a factor of 3 in density and norm.

@@ -10,7 +10,8 @@ from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
 from steer.model.site import Site
 
-HIDDEN, MLP, ATTENTION = KINDS = ("hidden", "mlp", "attn")
+KINDS = ("hidden", "mlp", "attn")
+HIDDEN, MLP, ATTENTION = KINDS
 SEVERABLE = (MLP, ATTENTION)
 _PARTS = {HIDDEN: "output", MLP: "mlp.output", ATTENTION: "attn.output"}
 

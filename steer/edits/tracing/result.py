@@ -19,7 +19,8 @@ from steer.errors import ConfigError
 from steer.reading import check_kinds, damage_of
 
 KIND = "causal trace"
-PROBABILITY, LOGIT_DIFFERENCE = MEASURES = ("probability", "logit difference")
+MEASURES = ("probability", "logit difference")
+PROBABILITY, LOGIT_DIFFERENCE = MEASURES
 NOT_A_CHOICE = (
     "Where a fact can be restored does not say where it is best edited: over layers the two hardly go together "
     "(Hase et al. 2023, arXiv 2301.04213). Choose the layers of an edit by a sweep."
