@@ -118,11 +118,25 @@ def _model() -> LlamaForCausalLM:
     return FAMILIES["llama"](**MODEL_SIZES, **ids, vocab_size=len(_tokenizer()))
 
 
+_last: list[Any] = []  # the model of the example before, whose sites are proven already
+
+
 @stand_in
 def model(names: StandIns) -> Any:
-    made = copy.deepcopy(_model())
-    _TOKENIZERS[made] = names["tokenizer"]  # as `steer.load` does
-    return made
+    if not _last or not _is_as_new(_last[0]):
+        _last[:] = [copy.deepcopy(_model())]
+    _TOKENIZERS[_last[0]] = names["tokenizer"]  # as `steer.load` does
+    return _last[0]
+
+
+def _is_as_new(model: Any) -> bool:
+    """No example has changed, wrapped or hooked it."""
+    new, state = _model().state_dict(), model.state_dict()
+    if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return False
+    if any(parameter.grad is not None or not parameter.requires_grad for parameter in model.parameters()):
+        return False
+    return new.keys() == state.keys() and all(torch.equal(new[name], state[name]) for name in new)
 
 
 @stand_in

@@ -73,8 +73,9 @@ def prepare(
             sweep edits. Otherwise as `Covariance.fit` and `choose_layers`.
 
     Example:
-        >>> prepared = prepare(model, tokenizer, [MEMIT()])
-        >>> edit_facts(model, tokenizer, fact, layers=prepared.layers[0], covariance=prepared.covariance)
+        >>> editors = [EDITORS.get("memit")()]
+        >>> prepared = prepare(model, tokenizer, editors, layers=[7, 8], covariance=covariance)
+        >>> edit = steer.edit_facts(model, tokenizer, fact, layers=prepared.layers[0], covariance=prepared.covariance, contexts=contexts)
     """
 
     def fit(wanted: Sequence[int]) -> Covariance:
