@@ -21,7 +21,7 @@ import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
 from drift.feature_helpers import DENSITY, dictionary
-from experiment_helpers import command, few_rows
+from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from stand_ins import keep_registries
