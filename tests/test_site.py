@@ -75,7 +75,10 @@ def test_the_reference_has_every_public_name_once() -> None:
     ("house", "google"),
     [
         ("Clamps.\n\nArgs:\n    low, high: bounds of\n        the values.", "low: bounds of\n        the values.\n    high: bounds of"),
-        ("Loads.\n\nRaises:\n    FileError: nothing there.\n    ConfigError, SiteError.", "steer.errors.SiteError: A site that cannot be parsed"),
+        (
+            "Loads.\n\nRaises:\n    FileError: nothing there.\n    ConfigError, SiteError.",
+            "steer.errors.SiteError: A site that cannot be parsed",
+        ),
         ("Reads.\n\nRaises:\n    As `steer.capture`.", "Raises:\n    steer.errors.SteerError: As `steer.capture`."),
         ("Adds.\n\nExample:\n    >>> 1 < 2\n    True", "Examples:\n    >>> 1 < 2"),
         ("Adds.\n\nExample:\n    steer.load()", "```python\n    steer.load()\n    ```"),
