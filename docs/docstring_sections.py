@@ -3,7 +3,8 @@
 - `low, high: ...` describes several arguments at once; each gets the words.
 - `Raises:` may end in a bare list, `ConfigError, SiteError.`, of errors that need no further words: each gets the first line of its class.
   It may also refer to another function, `As steer.capture.`: those are errors of the library, whichever they are.
-- `Example:` is the section that griffe calls `Examples:`.
+- `Example:` is the section that griffe calls `Examples:`; its code may do without prompts.
+- A formula such as `<dz, r>` is no tag of HTML.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ def in_google_style(docstring: str) -> str:
 def _section(text: str) -> str:
     title, _, body = text.partition(":\n")
     if title == "Example":
-        return f"Examples:\n{body}"
+        return f"Examples:\n{body}" if ">>>" in body else f"Examples:\n    ```python\n{body.rstrip()}\n    ```"
+    body, text = without_tags(body), without_tags(text)
     if title in ("Args", "Attributes"):
         return _with_items(title, body, _argument)
     if title == "Raises":
         return _with_items(title, body, _error)
     return text
+
+
+def without_tags(text: str) -> str:
+    """The text with `<` escaped outside code font."""
+    return re.sub(r"`[^`]*`|<", lambda found: "&lt;" if found[0] == "<" else found[0], text)
 
 
 def _with_items(title: str, body: str, rewritten: Any) -> str:
@@ -57,9 +64,16 @@ def _argument(item: str) -> list[str]:
 
 def _error(item: str) -> list[str]:
     if ERROR_NAMES.fullmatch(item):
-        return [f"{name}: {_meaning().get(name, 'see its class.')}" for name in re.findall(r"\w+(?:Error|Warning)", item)]
-    named = re.match(r"[\w.]+(?:, [\w.]+)*:", item)
-    return [f"SteerError: {item}"] if named is None else _argument(item)
+        names = re.findall(r"\w+(?:Error|Warning)", item)
+        return [f"{_path(name)}: {_meaning().get(name, 'see its class.')}" for name in names]
+    if re.match(r"[\w.]+(?:, [\w.]+)*:", item) is None:
+        return [f"{_path('SteerError')}: {item}"]
+    return [re.sub(r"^\w+", lambda name: _path(name[0]), line) for line in _argument(item)]
+
+
+def _path(error: str) -> str:
+    """The path by which the reference knows an error, whether or not the module that names it imports it."""
+    return f"steer.errors.{error}" if error in _meaning() else error
 
 
 @cache

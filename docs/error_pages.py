@@ -1,4 +1,4 @@
-"""Pages of the error classes: what each means, what helps, which functions say that they raise it, and every message that the code can give.
+"""Pages of the error classes: what each means, what helps, which functions raise it, and every message that the code can give.
 
 The messages are read from the calls that build the errors: words are as they stand in the code, `{...}` is what a call fills in.
 """
@@ -14,6 +14,10 @@ from typing import NamedTuple
 from public_names import ROOT, Source
 
 PARTS = ("expected", "found", "remedy")
+INTRODUCTION = (
+    "Every error that the library raises on purpose says what is wrong, what was expected, what was found and what to do. "
+    "It derives from `steer.SteerError`."
+)
 
 
 class Message(NamedTuple):
@@ -46,24 +50,44 @@ def error_classes(source: Source) -> dict[str, tuple[str, ast.ClassDef]]:
 
 def messages(source: Source) -> list[Message]:
     """Every message, in the order of the files."""
-    known = error_classes(source)
-    return [
-        Message(ast.unparse(node.func), source.file_of(module), template(node.args[0]), *(template(parts[part]) for part in PARTS))
-        for module, tree in source.modules.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in known and node.args
-        for parts in [{keyword.arg: keyword.value for keyword in node.keywords}]
-        if set(PARTS) <= set(parts)
-    ]
+    known, found = error_classes(source), []
+    for module, tree in source.modules.items():
+        for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]:
+            texts = _local_texts(scope)
+            for node in _own_nodes(scope):
+                parts = {keyword.arg: keyword.value for keyword in node.keywords} if isinstance(node, ast.Call) else {}
+                if set(PARTS) <= set(parts) and node.args and ast.unparse(node.func) in known:
+                    values = [node.args[0], *(parts[part] for part in PARTS)]
+                    found.append(Message(ast.unparse(node.func), source.file_of(module), *(template(value, texts) for value in values)))
+    return found
 
 
-def template(value: ast.expr) -> str:
-    """The text of a string or f-string with `{expression}` for what is filled in."""
+def template(value: ast.expr, texts: dict[str, ast.expr]) -> str:
+    """The text of a string or f-string with `{expression}` for what is filled in; `texts` are those that local names stand for."""
+    if isinstance(value, ast.Name) and value.id in texts:
+        return template(texts[value.id], {})
     if isinstance(value, ast.Constant):
         return str(value.value)
     if isinstance(value, ast.JoinedStr):
-        return "".join(template(part.value if isinstance(part, ast.FormattedValue) else part) for part in value.values)
+        return "".join(template(part.value if isinstance(part, ast.FormattedValue) else part, texts) for part in value.values)
     return f"{{{ast.unparse(value)}}}"
+
+
+def _local_texts(scope: ast.AST) -> dict[str, ast.expr]:
+    """The strings that a function gives a name once."""
+    given = defaultdict(list)
+    for node in _own_nodes(scope):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            given[node.targets[0].id].append(node.value)
+    return {name: values[0] for name, values in given.items() if len(values) == 1 and isinstance(values[0], ast.Constant | ast.JoinedStr)}
+
+
+def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
+    """Everything in a module or function but what is in functions within it."""
+    for node in ast.iter_child_nodes(scope):
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            yield from _own_nodes(node)
 
 
 def error_pages(source: Source) -> dict[str, str]:
@@ -72,11 +96,8 @@ def error_pages(source: Source) -> dict[str, str]:
     for message in messages(source):
         built[message.error].append(message)
     rows = "\n".join(f"| [{name}]({name}.md) | {first_line(node)} |" for name, (_, node) in sorted(classes.items()))
-    pages = {
-        "errors/index.md": "# Errors\n\nEvery error that the library raises on purpose says what is wrong, what was expected, what was found and what "
-        f"to do. It derives from `steer.SteerError`.\n\n| error | when |\n| --- | --- |\n{rows}\n"
-    }
-    for name, (module, node) in sorted(classes.items()):
+    pages = {"errors/index.md": f"# Errors\n\n{INTRODUCTION}\n\n| error | when |\n| --- | --- |\n{rows}\n"}
+    for name, (module, _) in sorted(classes.items()):
         pages[f"errors/{name}.md"] = "\n\n".join(
             [f"# {name}", f"::: {module}.{name}\n    options: {{show_root_heading: false, heading_level: 2}}", _helps(name)]
             + _raisers(raisers[name])
@@ -92,7 +113,7 @@ def first_line(node: ast.ClassDef) -> str:
 def raised_by(source: Source) -> dict[str, list[str]]:
     """Error -> paths of the public callables, and of methods of public classes, whose docstring lists it."""
     found = defaultdict(list)
-    for name in source.public():
+    for name in source.public:
         module, _, short = name.path.rpartition(".")
         for path, docstring in _docstrings(source.modules[module], short):
             block = docstring.partition("Raises:\n")[2].partition("\n\n")[0]

@@ -18,7 +18,7 @@ def notebook_page(file: Path) -> str:
 def _cell(cell: dict[str, Any]) -> Iterator[str]:
     text = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        yield text.replace("](../docs/", "](../")
+        yield re.sub(r"\]\(([\w-]+)\.ipynb\)", r"](\1.md)", text).replace("](../docs/", "](../")
     elif cell["cell_type"] == "code" and text.strip():
         yield _fenced("python", text)
         for output in cell["outputs"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +106,7 @@ class Source:
                         found[f"{module}.{node.name}"] = ast.unparse(registry), names
         return found
 
+    @cached_property
     def public(self) -> list[PublicName]:
         """Everything public, each object once."""
         registered, exports = self.registered(), {}
@@ -120,6 +121,12 @@ class Source:
             paths = sorted(set(exports.get(definition, ())), key=lambda path: (path.count("."), path))
             found.append(PublicName(definition, tuple(paths), names, registry))
         return sorted(found, key=lambda name: name.title)
+
+
+@cache
+def package() -> Source:
+    """The source of this repository, read once."""
+    return Source()
 
 
 def _exported(tree: ast.Module) -> list[str]:
@@ -141,4 +148,5 @@ def _assigned(tree: ast.Module, name: str) -> ast.expr | None:
 
 
 def _registers(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Attribute) and call.func.attr == "register" and bool(call.args) and isinstance(call.args[0], ast.Constant)
+    of_registry = isinstance(call.func, ast.Attribute) and call.func.attr == "register"
+    return of_registry and bool(call.args) and isinstance(call.args[0], ast.Constant)

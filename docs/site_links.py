@@ -9,7 +9,7 @@ from functools import cache
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
-from public_names import Source
+from public_names import package
 
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|^ *:::.*?(?=^\S|\Z)|^#.*?$|`[^`\n]+`", re.M | re.S)
@@ -17,6 +17,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.src_uri == "index.md":
+        page.meta.setdefault("hide", ["navigation"])  # it has no neighbours
     return with_reference(within_the_site(markdown, page.file.src_uri))
 
 
@@ -56,4 +58,4 @@ def with_reference(markdown: str) -> str:
 
 @cache
 def public_paths() -> dict[str, str]:
-    return {path: name.path for name in Source().public() for path in (*name.exports, name.path)}
+    return {path: name.path for name in package().public for path in (*name.exports, name.path)}

@@ -10,15 +10,16 @@ import ast
 import fnmatch
 import re
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
+from docstring_sections import without_tags
 from error_pages import error_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from notebook_pages import notebook_page
-from public_names import ROOT, PublicName, Source
+from public_names import ROOT, PublicName, Source, package
 
 ROOMS = {
     "model": "Models and sites",
@@ -40,7 +41,7 @@ ROOMS = {
 
 @event_priority(100)  # before autorefs and search look at the files
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = generated_pages(Source())
+    pages = generated_pages(package())
     for address, text in pages.items():
         files.append(File.generated(config, address, content=text))
     written = {file.src_uri for file in files.documentation_pages()}
@@ -66,15 +67,18 @@ def api_pages(source: Source) -> dict[str, str]:
     """A page for each room: what it exports; and one for its methods that are known by a registered name."""
     pages = {}
     rooms = by_room(source)
-    for room, title in ROOMS.items():
-        names = rooms.pop(room)
-        exported, methods = [name for name in names if name.exports], [name for name in names if not name.exports]
+    for room, title in titles(rooms).items():
+        exported, methods = [name for name in rooms[room] if name.exports], [name for name in rooms[room] if not name.exports]
         pages[f"api/{room}.md"] = f"# {title}\n\n{introduction(source, room)}\n\n" + "\n".join(entry(source, name) for name in exported)
         if methods:
             pages[f"api/{room}_methods.md"] = methods_page(source, title, methods)
-    unknown = sorted(set(rooms) - {"errors"})
-    assert not unknown, f"rooms without a title in docs/site_pages.py: {unknown}"
     return pages
+
+
+def titles(rooms: Iterable[str]) -> dict[str, str]:
+    """Room -> title, in the order of the navigation; errors have pages of their own."""
+    further = {room: room.capitalize() for room in sorted(rooms) if room not in ROOMS and room != "errors"}
+    return {room: title for room, title in (ROOMS | further).items() if room in rooms}
 
 
 def methods_page(source: Source, title: str, methods: list[PublicName]) -> str:
@@ -116,16 +120,18 @@ def api_index(source: Source, pages: dict[str, str]) -> str:
     """Every public name with the first line of its docstring."""
     text = "# Reference\n\nEvery public name. What `steer` exports itself is imported as `import steer`; the rest as its path says.\n"
     rooms = by_room(source)
-    for room, title in ROOMS.items():
+    for room, title in titles(rooms).items():
         text += f"\n## {title}\n\n| name | what it is |\n| --- | --- |\n"
-        text += "\n".join(f"| [`{name.title}`][{name.path}] | {first_line(source, name)} |" for name in rooms[room] if name.exports)
-        text += f"\n\n[{title}]({room}.md)" + (f", [methods by name]({room}_methods.md)" if f"api/{room}_methods.md" in pages else "") + "\n"
+        exported = [name for name in rooms[room] if name.exports]
+        text += "\n".join(f"| [`{name.title}`][{name.path}] | {without_tags(first_line(source, name))} |" for name in exported)
+        methods = f", [methods by name]({room}_methods.md)" if f"api/{room}_methods.md" in pages else ""
+        text += f"\n\n[{title}]({room}.md){methods}\n"
     return text
 
 
 def by_room(source: Source) -> dict[str, list[PublicName]]:
     rooms = defaultdict(list)
-    for name in source.public():
+    for name in source.public:
         rooms[name.room].append(name)
     return rooms
 

@@ -18,6 +18,8 @@ from steer.model.site import Site
 from steer.model.tokens import Row
 from steer.reading import check_kinds, damage_of
 
+SUGGESTED_DOSE = 0.2
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -76,6 +78,21 @@ class Direction:
     def strength_of(self, dose: float) -> float:
         """The strength that gives a relative dose, with its sign."""
         return dose * self.metric("activation_norm") / float(self.vector.norm())
+
+    @property
+    def suggested_strength(self) -> float:
+        """The strength of the relative dose 0.2, a start that costs nothing to find; `steer.calibrate` finds the one for a model.
+
+        What it does to three concepts on SmolLM2-135M is in docs/directions.md. A vector that was trained has a strength of its own, 1.
+
+        Raises:
+            ConfigError: nothing is known of the activations at the site, as for vectors from elsewhere.
+
+        Example:
+            >>> gushing = steer.extract(model, contrast, ["layers.16.output"], name="gushing").best()
+            >>> plan = steer.Plan(steer.Intervention(steer.Add(gushing.vector), gushing.site, strength=gushing.suggested_strength))
+        """
+        return self.strength_of(SUGGESTED_DOSE)
 
     def metric(self, name: str) -> float:
         """One of the metrics. Raises ConfigError when it was not measured, as for vectors from elsewhere."""

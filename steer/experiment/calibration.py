@@ -14,6 +14,7 @@ from steer.intervene import Intervention, Plan
 from steer.intervene.operators.add import Add
 from steer.model.estimates import Estimate
 from steer.model.site import Site
+from steer.report.calibration_plot import calibration_figure
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Calibration:
         table = Table(title=f"{self!r}", title_justify="left", caption=self._test(), caption_justify="left")
         for column in ("site", "dose", "strength", "answers move by", "loops", "perplexity", ""):
             table.add_column(column, justify="left" if column in ("site", "") else "right")
-        for point in sorted(self.tried, key=lambda point: (point.site.layer or 0, point.dose)):
+        order = list(self.directions)
+        for point in sorted(self.tried, key=lambda point: (order.index(point.site), point.dose)):
             chosen = (point.site, point.dose) == (self.site, self.dose)
             numbers = (f"{point.dose:g}", f"{point.strength:.2f}", point.reading.written(2), f"{point.loops}/{point.answers}")
             table.add_row(str(point.site), *numbers, f"x{point.perplexity_ratio:.2f}", "chosen" if chosen else point.rejected)
@@ -122,7 +124,7 @@ class Calibration:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110).print(self)
+        Console(file=text, width=110, force_jupyter=False, force_terminal=False).print(self)
         return text.getvalue()
 
     def _test(self) -> str:
@@ -133,6 +135,10 @@ class Calibration:
             f"({self.over_random.written(2)} over random directions), own answers move by {self.reading.written(2)}, "
             f"{loops} of {len(self.answers)} loop (unsteered {plain})"
         )
+
+    def plot(self) -> Any:
+        """A matplotlib figure of what was tried, with intervals; hollow points were rejected. Raises ConfigError without matplotlib."""
+        return calibration_figure(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -54,7 +54,7 @@ class Result:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=100).print(self)
+        Console(file=text, width=100, force_jupyter=False, force_terminal=False).print(self)
         return text.getvalue()
 
     def _repr_html_(self) -> str:
