@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, METHODS = ROOT / "README.md", ROOT / "docs" / "methods.md"
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
-SHOWN = {README, ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "coming_from").glob("*.md")}  # run in test_shown.py
+SHOWN = {README, ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md")}  # run in test_shown.py
 
 
 def name_in_repository(page: Path) -> str:
