@@ -21,7 +21,7 @@ import torch
 from callback_helpers import vector
 from drift.drift_helpers import direction, prompts
 from drift.feature_helpers import DENSITY, dictionary
-from experiment_helpers import command, few_rows
+from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tiny_experiment import SMALL, overrides, write_data, write_model
@@ -42,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README, METHODS = ROOT / "README.md", ROOT / "docs" / "methods.md"
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
-SHOWN = {README, ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "coming_from").glob("*.md")}  # run in test_shown.py
+FOLDERS = (ROOT / "docs" / "guides", ROOT / "docs" / "coming_from")
+SHOWN = {README, ROOT / "docs" / "index.md", *(page for folder in FOLDERS for page in folder.glob("*.md"))}  # run in test_shown.py
 
 
 def name_in_repository(page: Path) -> str:
