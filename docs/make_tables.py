@@ -3,8 +3,8 @@
     python docs/make_tables.py
 
 Each table stands between `<!-- <name>:begin -->` and `<!-- <name>:end -->`; a test fails when one is out of date. A method is described by
-the first line of its docstring, so a new one needs nothing here. Nor does a new kind of method, which docs/methods.md lists until a page has
-its markers.
+the first line of its docstring, so a new one needs nothing here. Nor does a new kind of method, which docs/methods.md lists
+until a page has its markers.
 """
 
 from __future__ import annotations

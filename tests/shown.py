@@ -1,8 +1,8 @@
 """Runs the fenced blocks of a page one after the other, and compares what they print with the block `text` that stands behind them.
 
 - A block `python`, `yaml` or `json` whose first line is a comment with a file's name (`# train.py`) is that file, and is written, not run.
-- A block `python` runs in the names of the page; a block `bash` line by line: `steer ...` and `python <file> ...` in this process, after which
-  the folder is as that command left it. Lines of other programs (pip, make) are not run.
+- A block `python` runs in the names of the page; a block `bash` line by line: `steer ...` and `python <file> ...` in this process. Lines of
+  other programs (pip, make) are not run.
 - A line `...` of a block `text` stands for any lines. Words have to be the same; numbers may differ by what the processors of two machines
   make of the same sums: 2 %, or two units of the last digit shown.
 """
@@ -89,15 +89,15 @@ def run(line: str) -> None:
 
 def alike(shown: str, printed: str) -> bool:
     """Whether an output is the one shown, up to rounding, and to the lines that `...` stands for."""
-    return _lines_alike([line.split() for line in shown.splitlines() if line.strip()], [line for line in printed.splitlines() if line.strip()])
+    return _lines_alike(*([line for line in text.splitlines() if line.strip()] for text in (shown, printed)))
 
 
-def _lines_alike(shown: list[list[str]], printed: list[str]) -> bool:
+def _lines_alike(shown: list[str], printed: list[str]) -> bool:
     if not shown:
         return not printed
-    if shown[0] == ["..."]:
+    if shown[0].strip() == "...":
         return any(_lines_alike(shown[1:], printed[skipped:]) for skipped in range(len(printed) + 1))
-    return bool(printed) and line_alike(" ".join(shown[0]), printed[0]) and _lines_alike(shown[1:], printed[1:])
+    return bool(printed) and line_alike(shown[0], printed[0]) and _lines_alike(shown[1:], printed[1:])
 
 
 def line_alike(shown: str, printed: str) -> bool:

@@ -1,4 +1,4 @@
-"""The README, the guides and the pages for those who come from other libraries run on the embedded model, and print what they show."""
+"""The README and the guides run on the embedded model, and print what they show."""
 
 from __future__ import annotations
 
