@@ -32,7 +32,7 @@ def _output(output: dict[str, Any]) -> Iterator[str]:
     elif "image/svg+xml" in data:
         yield f"<div>{re.sub(r'^.*?(?=<svg)', '', ''.join(data['image/svg+xml']), flags=re.S)}</div>".replace("\n\n", "\n")
     elif "text/plain" in data or "text" in output:
-        yield _fenced("text", "".join(data.get("text/plain") or output["text"]))
+        yield _fenced("", "".join(data.get("text/plain") or output["text"]))
 
 
 def _fenced(language: str, text: str) -> str:
