@@ -57,6 +57,7 @@ def public_callables(package: str) -> dict[str, Callable[..., Any]]:
 
 # public name -> why nothing is asked of it
 EXCEPTIONS = {"Probe": "`__doc__` is a property: a registered probe is explained by its function; steer.fit_probe has the example"}
+NOT_RUN = {"calibrate": "needs a model that speaks: examples/calibrate.py, a guide and a notebook run it on the embedded one"}
 
 # parameters that mean the same everywhere
 SAME_EVERYWHERE = {
@@ -162,7 +163,7 @@ def test_docstrings_say_what_is_taken_and_raised(package: str) -> None:
 
 
 def test_exceptions_are_public() -> None:
-    assert set(EXCEPTIONS) <= {name for package in PACKAGES for name in public_callables(package)}
+    assert {*EXCEPTIONS, *NOT_RUN} <= {name for package in PACKAGES for name in public_callables(package)}
 
 
 # ---- examples
@@ -200,6 +201,8 @@ def test_examples_of_docstrings_run(package: str, tmp_path: Path, monkeypatch: p
     keep_registries(monkeypatch)
     failed = []
     for number, (name, value) in enumerate(public_callables(package).items()):
+        if name in NOT_RUN:
+            continue
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
         torch.manual_seed(0)

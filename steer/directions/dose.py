@@ -60,7 +60,7 @@ class DoseCurve:
         n_pairs, n_neutral: numbers of texts that were measured.
 
     Example:
-        >>> curve = steer.calibrate(model, direction, held_out, neutral, doses=[0.1, 0.3], max_kl=5.0, max_perplexity_ratio=5.0)
+        >>> curve = steer.dose_curve(model, direction, held_out, neutral, doses=[0.1, 0.3], max_kl=5.0, max_perplexity_ratio=5.0)
         >>> len(curve.working), curve.to_dict()["chosen"]
     """
 
@@ -134,7 +134,7 @@ def dose_curve(
         ConfigError: no doses, or one that is not above 0; a budget or share that is no number; a scope of decoded tokens.
 
     Example:
-        >>> curve = steer.calibrate(model, direction, held_out, neutral, doses=[0.1, 0.3])
+        >>> curve = steer.dose_curve(model, direction, held_out, neutral, doses=[0.1, 0.3])
         >>> [(point.dose, point.effect, point.kl) for point in curve.points]
     """
     check_direction(direction)

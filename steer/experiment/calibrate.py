@@ -87,6 +87,7 @@ def calibrate(
             chosen does not move the pairs kept for the test; an argument that cannot be. SiteError, NonFiniteError, TokenizerError.
 
     Example:
+        >>> pairs = [{"prompt": "How was the day?", "positive": "I loved it!", "negative": "I hated it."}, ...]  # twenty of them
         >>> calibration = steer.calibrate(model, tokenizer, pairs, name="cheerful")
         >>> print(calibration)
         >>> with calibration.plan.attached(model):

@@ -180,17 +180,18 @@ async function run() {
   const wanted = { ...request(), reading: chosenReading() };
   if (running) {
     again = JSON.stringify(wanted) !== asked;
-    if (again) await post("stop").catch(show);
+    if (again) await post("stop", { number: count }).catch(show);
     return;
   }
   running = hasAnswered = true;
   asked = JSON.stringify(wanted);
+  count += 1; // a stop that is late must not end the next answer
   byId("stop").disabled = false;
   byId("answers").setAttribute("aria-busy", "true");
   forget();
   scale = { reading: null, most: 0 };
   try {
-    for await (const event of events("answers", wanted)) {
+    for await (const event of events("answers", { ...wanted, number: count })) {
       if (event.event === "reading") {
         scale.reading = event.reading;
         legend();

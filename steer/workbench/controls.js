@@ -32,7 +32,7 @@ byId("asking").addEventListener("submit", (event) => {
 });
 byId("stop").addEventListener("click", () => {
   again = false;
-  post("stop").catch(show);
+  post("stop", { number: count }).catch(show);
 });
 for (const id of ["prompt", "text"])
   byId(id).addEventListener("keydown", (event) => {

@@ -5,6 +5,7 @@ let gates = {};
 let readings = [];
 let running = false;
 let asked = ""; // the request that is being answered
+let count = 0; // how many were asked
 let refused = null; // the error of the field that is marked as invalid
 let again = false; // something changed while an answer was being made
 let hasAnswered = false;

@@ -12,7 +12,7 @@ import hmac
 import json
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -42,9 +42,11 @@ class WorkbenchServer(ThreadingHTTPServer):
         ConfigError: the port is taken, is no port, or may not be used.
 
     Example:
+        >>> from steer.workbench import Workbench
+        >>> workbench = Workbench(model, tokenizer, {"warm": direction}, {}, "0.5 warm")
         >>> with WorkbenchServer(workbench) as server:
-        ...     print(server.url)
-        ...     server.serve_forever()
+        ...     print(server.url)  # server.serve_forever() answers what the page asks
+        http://127.0.0.1:...
     """
 
     daemon_threads = True  # a connection that says nothing must not keep the process from ending; `server_close` waits for answers
@@ -107,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             "plan": bench.plan,
             "command": lambda request: {"command": bench.command(request)},
             "save": lambda request: {"path": str(bench.save(request))},
-            "stop": lambda request: _stopped(bench),
+            "stop": lambda request: _stopped(bench, request),
         }
         name = self._name()
         if name != "answers" and name not in actions:
@@ -210,8 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
         """The terminal keeps the one line with the address."""
 
 
-def _stopped(workbench: Workbench) -> dict[str, Any]:
-    workbench.stop()
+def _stopped(workbench: Workbench, request: Mapping[str, Any]) -> dict[str, Any]:
+    workbench.stop(request.get("number"))
     return {}
 
 

@@ -67,6 +67,7 @@ class Workbench:
         self._folder = None if folder is None else Path(folder)
         self._command = list(command)
         self._generating, self._stop = Lock(), Event()
+        self._answered: Any = None  # number of the request that is being answered, or was last
         self._plain: tuple[Any, list[dict[str, Any]]] | None = None  # what was asked, and the whole answer of the plain model to it
         plan, self._text = spelt_out(text, names, gates)
         plan.validate(model)
@@ -99,7 +100,8 @@ class Workbench:
         """The answers of the plain and of the steered model to a prompt, as events (see `answering.answer`).
 
         Args:
-            request: `text` of the plan, `prompt`, `max_new_tokens`, and `reading` (one of those in `state`, or None).
+            request: `text` of the plan, `prompt`, `max_new_tokens`, `reading` (one of those in `state`, or None), and perhaps
+                a `number` by which `stop` may name it.
             emit: called with each event, in this thread.
 
         Raises:
@@ -111,7 +113,7 @@ class Workbench:
         reading = readings.reading_of(choice, self._names)
         row = encode(self._tokenizer, prompt)
         said = {"site": str(reading.site), "unit": reading.unit, "zero": reading.zero, "signed": reading.is_signed} if reading else None
-        with self._one_at_a_time():
+        with self._one_at_a_time(request.get("number")):
             emit({"event": "reading", "reading": said})
 
             def ask(side: str, emit: Emit, attachment: Attachment | None = None) -> None:
@@ -133,9 +135,14 @@ class Workbench:
             with plan.attached(self._model) as attachment, turns_announced(self._model, self._tokenizer, plan, prompt):
                 ask("steered", emit, attachment)
 
-    def stop(self) -> None:
-        """Ends the answer that is being made, if there is one, after the token that is being chosen."""
-        self._stop.set()
+    def stop(self, number: Any = None) -> None:
+        """Ends the answer that is being made, if there is one, after the token that is being chosen.
+
+        Args:
+            number: of the request that is meant; a stop that comes when the next one is answered already does nothing. None for any.
+        """
+        if number is None or number == self._answered:
+            self._stop.set()
 
     def close(self) -> None:
         """Stops the answer that is being made and waits until the model is as it was."""
@@ -174,10 +181,11 @@ class Workbench:
         return request["prompt"], max_new_tokens
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def _one_at_a_time(self, number: Any) -> Iterator[None]:
         if not self._generating.acquire(blocking=False):
             raise _busy()
         try:
+            self._answered = number
             self._stop.clear()
             yield
         finally:

@@ -133,6 +133,21 @@ def test_an_answer_is_stopped_and_the_model_left_as_it_was() -> None:
     assert len(tokens(answers(bench), "steered")) == 5  # the stop is over, and the half of an answer was not kept
 
 
+def test_a_stop_that_is_late_does_not_end_the_next_answer() -> None:
+    bench = workbench()
+    events: list[dict[str, Any]] = []
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append(event)
+        bench.stop(1)  # of the answer before
+        if len(tokens(events, "steered")) == 3:
+            bench.stop(2)
+
+    bench.answers({**asked(), "number": 1}, lambda event: None)
+    bench.answers({**asked(), "number": 2}, emit)
+    assert len(tokens(events, "plain")) == 5 and len(tokens(events, "steered")) == 3
+
+
 def test_one_answer_at_a_time_and_closing_waits_for_it() -> None:
     bench = workbench()
     begun, more = threading.Event(), threading.Event()
