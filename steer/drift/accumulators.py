@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import WidthError
+from steer.model.devices import accumulation_dtype
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -20,11 +21,6 @@ Reduce = Callable[[Tensor], Tensor]
 def identity(tensor: Tensor) -> Tensor:
     """Sum over ranks where there is a single one."""
     return tensor
-
-
-def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """fp64, or fp32 on devices without it (mps)."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 class ProjectionMoments:

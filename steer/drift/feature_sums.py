@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steer.drift.accumulators import ProjectionMoments, Reduce, accumulation_dtype
+from steer.drift.accumulators import ProjectionMoments, Reduce
 from steer.features.architectures.sparse_autoencoder import SparseAutoencoder
+from steer.model.devices import accumulation_dtype
 
 TILE = 2**22  # features times tokens of a whole dictionary at a time: 16 MiB
 

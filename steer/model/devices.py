@@ -46,6 +46,11 @@ def check_weights_are_there(model: nn.Module, purpose: str) -> None:
         raise _offloaded(purpose, missing)
 
 
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
+    """fp64, or fp32 on devices without it (mps)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 # ---- errors
 
 

@@ -86,7 +86,7 @@ def summed_logprobs(model: nn.Module, rows: Sequence[Row], *, pad: int, max_toke
         for chosen in batches(rows, max_tokens):
             for part, of_part in in_halves(chosen, lambda part: _sums(model, [rows[i] for i in part], pad, passes)):
                 sums[part] = of_part
-    return sums, torch.tensor([len(row.ids) - _first_predicted(row) for row in rows])
+    return sums, torch.tensor([len(row.ids) - first_predicted(row) for row in rows])
 
 
 def _sums(model: nn.Module, rows: Sequence[Row], pad: int, passes: Passes) -> Tensor:
@@ -97,13 +97,13 @@ def _sums(model: nn.Module, rows: Sequence[Row], pad: int, passes: Passes) -> Te
         logits = model(**batch, use_cache=False).logits  # [rows, tokens, vocabulary]
     sums = []
     for row, of_row in zip(rows, logits, strict=True):
-        start = _first_predicted(row)
+        start = first_predicted(row)
         # a view: what is predicted lies in one piece, and a copy of the logits would cost as much as their softmax
         sums.append(target_logprobs(of_row[start - 1 : len(row.ids) - 1], torch.tensor(row.ids[start:])).double().sum())
     return torch.stack(sums).cpu()
 
 
-def _first_predicted(row: Row) -> int:
+def first_predicted(row: Row) -> int:
     """Place of the first token of the response that something stands before."""
     return max(row.prompt, 1)
 

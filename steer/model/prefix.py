@@ -191,7 +191,12 @@ def may_share(model: nn.Module) -> bool:
     if watchers_of(model) or is_sharded(model):
         return False
     hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-    return all(isinstance(hook, OwnHook) or (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+    return not any(map(is_foreign, hooks))
+
+
+def is_foreign(hook: Any) -> bool:
+    """True for a hook that is neither ours nor of transformers, which may do anything."""
+    return not isinstance(hook, OwnHook) and not (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
+from steer.model.devices import accumulation_dtype, input_device
 from steer.model.hook_registration import OwnHook
 from steer.model.own_calls import texts_call
-from steer.model.prefix import agree, may_share, replaced_forwards
+from steer.model.prefix import agree, is_foreign, may_share, replaced_forwards
 from steer.model.restoring import restoring
 from steer.model.resume import recorded_blocks, resumed
 
@@ -119,9 +120,10 @@ class _LowerBlocks:
         assert model is not None  # it was found by it
         modules = [module for module in model.modules() if id(module) not in above]
         tensors = [tensor for module in modules for each in (module._parameters, module._buffers) for tensor in each.values()]
-        sums = [(id(each), each._version, float(each.detach().sum(dtype=torch.float64))) for each in tensors if each is not None]
-        device = next(model.parameters()).device.type
-        return (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *sums)
+        here = [each for each in tensors if each is not None]
+        sums = [(id(each), each._version, float(each.detach().sum(dtype=accumulation_dtype(each.device)))) for each in here]
+        kind = input_device(model).type
+        return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), *sums)
 
 
 def untouched_blocks(model: nn.Module, anatomy: Anatomy) -> int:
@@ -142,7 +144,7 @@ def untouched_blocks(model: nn.Module, anatomy: Anatomy) -> int:
 
 def _looks(hook: Any) -> bool:
     """It edits or reads an activation; whoever only follows the passes of a model does not mind a block that is skipped."""
-    return hook.at_site if isinstance(hook, OwnHook) else not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+    return hook.at_site if isinstance(hook, OwnHook) else is_foreign(hook)
 
 
 def _can_resume(model: nn.Module, anatomy: Anatomy) -> bool:
@@ -150,8 +152,7 @@ def _can_resume(model: nn.Module, anatomy: Anatomy) -> bool:
     n = len(anatomy.blocks)
     if n < 2 or texts_call(model, anatomy) is not model:
         return False
-    device = next(model.parameters()).device
-    ids = torch.arange(2 * _TRIAL_TOKENS, device=device).reshape(2, _TRIAL_TOKENS) % 7
+    ids = torch.arange(2 * _TRIAL_TOKENS, device=input_device(model)).reshape(2, _TRIAL_TOKENS) % 7
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(model):
         whole = model(**batch, use_cache=False)

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from steer.errors import ConfigError, NonFiniteError
-from steer.model.likelihood import summed_logprobs
+from steer.model.likelihood import first_predicted, summed_logprobs
 from steer.model.tokens import Row
 
 LEVEL = 0.95
@@ -70,7 +70,7 @@ def text_losses(model: nn.Module, rows: Sequence[Row], *, max_tokens: int = 2048
         ConfigError: a text with no token to predict. NonFiniteError: the output of the model is NaN or infinite.
     """
     for number, row in enumerate(rows):
-        if len(row.ids) - max(row.prompt, 1) < 1:
+        if len(row.ids) <= first_predicted(row):
             raise _nothing_to_predict(number, row)
     sums, tokens = summed_logprobs(model, rows, pad=0, max_tokens=max_tokens)
     nats = -sums

@@ -48,7 +48,7 @@ def write_feature_page(
     environment = jinja.Environment(loader=jinja.PackageLoader("steer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     cards = [reading[feature] for feature in (reading.features if features is None else features)]
     style = "\n".join([palette.css(), _resource("style.css"), _resource("features.css")])
-    script = _resource("features.js")
+    script = _resource("element.js") + _resource("features.js")
     facts = reading.facts
     sites = ", ".join(facts["reads"]) + ("" if facts["reads"] == facts["writes"] else f" to {', '.join(facts['writes'])}")
     page = environment.get_template("features.html").render(

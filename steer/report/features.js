@@ -1,4 +1,3 @@
-"use strict";
 // Everything is built with text nodes: no token of a text is ever read as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 200;
@@ -11,16 +10,6 @@ const card = document.getElementById("card");
 const byNumber = new Map(data.features.map((feature) => [feature.i, feature]));
 let found = [];
 let shown = 0;
-
-function element(tag, options = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(options)) {
-    if (name === "text") made.textContent = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
 
 function visible(token) {
   return token.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5");

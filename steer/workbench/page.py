@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from steer.report import palette
 
-SCRIPTS = ("requests.js", "plan.js", "answers.js", "controls.js")  # one script, in this order
+SCRIPTS = ("requests.js", "plan.js", "answers.js", "controls.js")  # one script, in this order, behind that of the reports
 
 
 def page() -> tuple[str, str]:
@@ -16,7 +16,7 @@ def page() -> tuple[str, str]:
 
     It holds nothing of a model or a plan: the script asks for that, and puts it there as text.
     """
-    script = "".join(_resource("steer.workbench", name) for name in SCRIPTS)
+    script = _resource("steer.report", "element.js") + "".join(_resource("steer.workbench", name) for name in SCRIPTS)
     style = "\n".join([palette.css(), _resource("steer.report", "style.css"), _resource("steer.workbench", "workbench.css")])
     html = _resource("steer.workbench", "page.html").replace("{{ style }}", style).replace("{{ script }}", script)
     return html, "; ".join(

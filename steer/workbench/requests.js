@@ -1,17 +1,6 @@
-"use strict";
 // What a model says, and what is asked of it, is put on the page as text nodes: nothing of it is ever read as HTML.
 const byId = (id) => document.getElementById(id);
 const MINUS = "\u2212";
-function element(tag, options = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(options)) {
-    if (name === "text") made.textContent = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
 function number(value, signed = false) {
   const size = Math.abs(value);
   const text = size !== 0 && (size < 0.001 || size >= 1e6) ? size.toExponential(1) : String(Number(size.toPrecision(3)));
