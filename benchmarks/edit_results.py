@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 import steer
-from steer.commands.edit_inputs import NEUTRAL, RUNNING, SHIPPED, some_texts
+from steer.commands.edit_inputs import NEUTRAL, SHIPPED, some_texts
 from steer.edits import (
     Contexts,
     Covariance,
@@ -49,6 +49,7 @@ from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import shared_table
 from steer.edits.measure import Readings
+from steer.edits.running_text import shipped_texts
 from steer.edits.value_settings import Value
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
@@ -107,9 +108,7 @@ class Bench:
         self.records = self._records()
         self.editors: dict[str, Editor] = {name: EDITORS.get(name)() for name in options.editors}
         self.contexts = self._contexts()
-        self.texts = [piece for text in read_texts(options.text) for piece in documents(text)] if options.text else [
-            row.get("text") or f"{row['prompt']} {row['answer']}" for split in RUNNING for row in DataSet(SHIPPED).split(split, ())
-        ]  # fmt: skip
+        self.texts = [piece for text in read_texts(options.text) for piece in documents(text)] if options.text else shipped_texts()
         layers = sorted({layer for span in spans_of(options) for layer in span})
         needed = any(editor.needs_covariance for editor in self.editors.values())
         self.covariance = (

@@ -23,9 +23,8 @@ import torch
 from peer_arm import Arm
 
 import steer
-from steer.commands.edit_inputs import RUNNING, SHIPPED
 from steer.edits import Covariance, Fact, sample_contexts
-from steer.experiment.data import DataSet
+from steer.edits.running_text import shipped_texts
 
 HERE = Path(__file__).resolve().parent
 FACTS = (
@@ -48,9 +47,7 @@ def write_task(folder: Path, facts: int, layer: int, steps: int) -> None:
     tokenizer.save_pretrained(folder)
     chosen = [Fact.of(*fact) for fact in FACTS[:facts]]
     targets = [fact.target for fact in chosen]
-    rows = [row for split in RUNNING for row in DataSet(SHIPPED).split(split, ())]
-    texts = [row.get("text") or f"{row['prompt']} {row['answer']}" for row in rows]
-    Covariance.fit(model, tokenizer, texts, [layer]).save(folder / "covariance")
+    Covariance.fit(model, tokenizer, shipped_texts(), [layer]).save(folder / "covariance")
     task: dict[str, Any] = {
         "facts": [{"prompt": prompt, "subject": subject, "target": target} for prompt, subject, target in FACTS[:facts]],
         "layer": layer,
