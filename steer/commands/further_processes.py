@@ -36,7 +36,7 @@ def further_processes(config: ExperimentConfig, root: Path) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     may_share = not config.trains and cell_ranks.world_size() == 1
-    count = config.values.get("processes", 1)  # `steer train` has no such key: it trains
+    count = config.values.processes
     if count is None:
         count = 2 if may_share and threads > 1 and not torch.cuda.is_available() else 1
     whole_number(count, "processes", least=1)
