@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,9 +21,7 @@ from steer.commands.cell_run import ADAPTER, STORE, run_cell, train_cell
 from steer.commands.experiment_config import BASE, ExperimentConfig
 from steer.commands.experiment_run import ExperimentRun
 from steer.commands.forecast import Forecast
-from steer.commands.further_processes import further_processes
 from steer.commands.info import versions
-from steer.commands.noise import quieten_libraries
 from steer.commands.side_by_side import side_by_side
 from steer.errors import ConfigError, did_you_mean
 from steer.experiment.analysis import analyse
@@ -34,6 +34,13 @@ from steer.files import atomic_write
 from steer.model.shared_blocks import sharing_lower_blocks
 from steer.report import summary_table
 
+# Said by libraries about one another; a reader of our output can do nothing about them.
+NOISE = (
+    "`isinstance\\(treespec",
+    "`is_gradient_checkpointing` is deprecated",
+    "The 'train_dataloader' does not have many workers",
+    "Checkpoint directory .* exists and is not empty",
+)
 ACTIONS = ("run", "plan", "lock", "report")
 
 
@@ -58,13 +65,8 @@ def _run_all(job: ExperimentRun) -> Result | None:
     question = asked(job.config)
     if cell_ranks.is_first():
         write_config(job)
-    cells = CellFolder(job.root / "cells")
-    with further_processes(job.config, job.root):
-        return _all_cells(job, question, cells)
-
-
-def _all_cells(job: ExperimentRun, question: Question, cells: CellFolder) -> Result | None:
     job.prepare()
+    cells = CellFolder(job.root / "cells")
     wanted = job.config.cells()
     if not cell_ranks.is_first():
         cell_ranks.follow(wanted, lambda cell: train_cell(job, cell, cells))
@@ -262,6 +264,14 @@ def _left(forecast: Forecast, wanted: Sequence[Cell], done: Sequence[Cell]) -> s
 def write_config(job: ExperimentRun) -> None:
     """The resolved configuration, beside the cells."""
     atomic_write(job.root / "config" / "config.yaml", OmegaConf.to_yaml(job.config.values, resolve=True))
+
+
+def quieten_libraries() -> None:
+    """Keeps from the output what libraries say about one another."""
+    for package in ("pytorch_lightning", "lightning.pytorch"):  # where both are installed, one speaks by the logger of the other
+        logging.getLogger(package).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _command() -> str:

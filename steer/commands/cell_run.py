@@ -61,7 +61,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
             "versions": versions(),
         }
     arm = run.config.arm_of(cell)
-    treatment = run.treatments(arm)[cell.draw]
+    treatment = run.treatments[arm.name][cell.draw]
     treatment.save(cells.of(cell))
     logger = tracker_of(run.config.settings.get("tracker"), run.config.experiment.name, cell)
     training: dict[str, Any] | None = None
@@ -100,7 +100,7 @@ def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[s
 def as_measured(run: ExperimentRun, cell: Cell, cells: CellFolder) -> Iterator[tuple[nn.Module, str | None]]:
     """The model of a trained cell with what acts in it, as it is measured, and the system message that it is asked behind."""
     arm = run.config.arm_of(cell)
-    treatment = run.treatments(arm)[cell.draw]
+    treatment = run.treatments[arm.name][cell.draw]
     model = run.model
     if run.config.trains:
         model = _with_adapter(run.model, cell.needs or cell, cells)
@@ -149,7 +149,7 @@ def _acting(arm: Arm, treatment: Treatment, model: nn.Module) -> Iterator[nn.Mod
 def train_cell(run: ExperimentRun, cell: Cell, cells: CellFolder, logger: Logger | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains the adapters of the arm and saves them. What that was like, and what it cost; the model is as it was afterwards."""
     arm = run.config.arm_of(cell)
-    treatment = run.treatments(arm)[cell.draw]
+    treatment = run.treatments[arm.name][cell.draw]
     folder = cells.of(cell)
     pl.seed_everything(cell.seed, verbose=False)
     plan = treatment.training_plan() if arm.acts_in_training else None

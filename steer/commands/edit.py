@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from steer.checks import of_type, one_of
+from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
 from steer.commands.edit_inputs import neutral_texts, records_of, running_texts
-from steer.commands.noise import quieten_libraries
 from steer.commands.side_by_side import side_by_side
 from steer.edits import Edit, EditEvaluation, FactRecord, ValueStore, edit_facts, evaluate_edits, sample_contexts, to_adapter
 from steer.edits.default_layers import sweep_of

@@ -18,7 +18,6 @@ from steer.commands.experiment_config import ExperimentConfig
 from steer.commands.train_checks import lora_config, tracked_sites
 from steer.directions import ContrastSet, Direction, Directions, extract
 from steer.drift.tracker import DriftTracker
-from steer.experiment.arms import Arm
 from steer.experiment.complete import complete
 from steer.experiment.experiment_features import ExperimentFeatures
 from steer.experiment.metrics.concept_probability import ConceptProbability
@@ -44,7 +43,6 @@ class ExperimentRun:
         self.config = config
         self.root = root
         self.console = Console(quiet=not cell_ranks.is_first())
-        self._treatments: dict[str, list[Treatment]] = {}
 
     def say(self, step: str, text: str) -> None:
         """Prints what is being done."""
@@ -160,18 +158,13 @@ class ExperimentRun:
         """Texts of the outcomes, on which the sizes of edits are measured."""
         return texts_of(self.config.outcomes, self.tokenizer)
 
-    def treatments(self, arm: Arm) -> list[Treatment]:
-        """Of an arm, one for each draw of a control; matched to what it controls."""
-        if arm.name not in self._treatments:
-            self._treatments[arm.name] = arm.treatments(self.bench)
-        return self._treatments[arm.name]
+    @cached_property
+    def treatments(self) -> dict[str, list[Treatment]]:
+        """Of every arm, one for each draw of a control; matched to what it controls."""
+        return {arm.name: arm.treatments(self.bench) for arm in self.config.arms}
 
-    def prepare(self, *, treatments: bool = True) -> None:
-        """Makes all that the cells need, so that faults are found before the first of them runs.
-
-        Args:
-            treatments: those of all arms; without, each is made when its arm is run.
-        """
+    def prepare(self) -> None:
+        """Makes all that the cells need, so that faults are found before the first of them runs."""
         if self.config.trains:
             self.lora = lora_config(self.anatomy, self.config.values.peft)
             self.batches(self.training_rows(None), self.config.seeds[0])  # raises for a prompt that is too long
@@ -179,8 +172,7 @@ class ExperimentRun:
         for outcome in self.config.outcomes:
             if isinstance(outcome.metric, ConceptProbability) and self.features is not None and self.features.concept is not None:
                 outcome.metric.choose(list(self.features.concept.words))
-        for arm in self.config.arms if treatments else ():
-            self.treatments(arm)
+        _ = self.treatments  # matched to what they control
         if self.directions is not None:
             _ = self.neutral_projection  # of the base, before an arm acts
         prepare_all(self.config.outcomes, self.model, self.tokenizer)

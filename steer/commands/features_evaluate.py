@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named
 from steer.commands.features_texts import labelled_texts, texts_by_class
-from steer.commands.noise import quieten_libraries
 from steer.errors import ConfigError
 from steer.features.evaluation import Perturbation, SparseProbe, reconstruction, sparse_probing, targeted_perturbation
 from steer.features.load import load_dictionary

@@ -8,9 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
 from steer.commands.features_texts import labelled_texts
-from steer.commands.noise import quieten_libraries
 from steer.errors import ConfigError
 from steer.features.load import load_dictionary
 from steer.features.search import SEARCHES, FoundFeatures, find_features

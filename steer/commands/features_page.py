@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named
-from steer.commands.noise import quieten_libraries
 from steer.errors import ConfigError
 from steer.features.load import load_dictionary
 from steer.features.reading import EXPLAINERS, FeatureReading, read_features, to_neuronpedia

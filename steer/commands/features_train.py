@@ -16,9 +16,9 @@ from rich.table import Table
 
 from steer.checks import whole_number
 from steer.commands import cell_ranks
+from steer.commands.ab import quieten_libraries
 from steer.commands.cell_run import fit
 from steer.commands.config import dtype_named, listed
-from steer.commands.noise import quieten_libraries
 from steer.errors import ConfigError
 from steer.features.formats.own import check_dtype
 from steer.features.training import ActivationData, DictionaryConfig, DictionaryModule, Optimisation, read_texts, token_rows

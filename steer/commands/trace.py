@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
-from steer.commands.noise import quieten_libraries
 from steer.edits.fact import Fact
 from steer.edits.locate import target_ids, text_ids
 from steer.edits.records import load_records

@@ -136,16 +136,13 @@ class CellFolder:
         atomic_write(self.of(cell) / DONE, json.dumps(sealed(content), indent=1, allow_nan=False))
 
 
-def run_missing(
-    cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell], dict[str, Any]], is_ready: Callable[[Cell], bool] = lambda cell: True
-) -> Iterator[Cell]:
+def run_missing(cells: Sequence[Cell], folder: CellFolder, run: Callable[[Cell], dict[str, Any]]) -> Iterator[Cell]:
     """Runs the cells that are not finished, those that others need first, and gives each as soon as it is finished.
 
     A cell that another process works on is left to it; when nothing else is to be done, this waits for it.
 
     Args:
         run: makes the result of a cell, JSON-able, in its folder.
-        is_ready: what a cell is made with is at hand; one that is not ready is passed over until it is.
     """
     missing = [cell for cell in in_order(cells) if not folder.is_done(cell)]
     while missing:
@@ -155,7 +152,7 @@ def run_missing(
                 missing.remove(cell)
                 yield cell
                 continue
-            if (cell.needs is not None and not folder.is_done(cell.needs)) or not is_ready(cell):
+            if cell.needs is not None and not folder.is_done(cell.needs):
                 continue
             with lease(folder.of(cell)) as is_mine:
                 if not is_mine:

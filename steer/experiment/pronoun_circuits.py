@@ -69,7 +69,7 @@ class PronounCircuits:
         """By attribution (`nodes`, `method`) or learned gates (see `GATE_SETTINGS`); from the folder where it was made before."""
         key = self._key(by, settings)
         if key not in self._made:
-            kept = self._kept(by, key)
+            kept = None if self.folder is None else self.folder / f"{by}-{key[:12]}"
             if kept is not None and kept.exists():
                 self._made[key] = Circuit.load(kept)
             else:
@@ -79,12 +79,6 @@ class PronounCircuits:
                     self._made[key].save(kept)
                 self.say(repr(self._made[key]))
         return self._made[key]
-
-    def is_made(self, by: str, settings: Mapping[str, Any]) -> bool:
-        """Whether `circuit` has it, or reads it from the folder."""
-        key = self._key(by, settings)
-        kept = self._kept(by, key)
-        return key in self._made or (kept is not None and kept.exists())
 
     def to_dict(self) -> dict[str, Any]:
         """What is said of them in metrics.json: what each ablates, and the strongest edges of the attribution as a graph."""
@@ -96,9 +90,6 @@ class PronounCircuits:
     def digest(self) -> str:
         """SHA-256 of all that circuits are made from but the model."""
         return self.data.digest(*sorted(self.splits.values()))
-
-    def _kept(self, by: str, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{by}-{key[:12]}"
 
     def _key(self, by: str, settings: Mapping[str, Any]) -> str:
         made_of = {"by": by, "settings": dict(settings), "data": self.digest(), "model": Anatomy.find(self.model).fingerprint()}

@@ -85,10 +85,6 @@ class Treatment(ABC):
         """Reads what it is made of, and finds fault with it, on the base model. Called once, before it acts."""
         return self
 
-    def is_ready(self, bench: Bench) -> bool:
-        """Whether `prepare` finds what another process may still be making."""
-        return True
-
     def check_when(self, when: str, arm: str) -> None:
         """Raises ConfigError when it cannot act then. arm: named by the error."""
         if when not in WHEN:

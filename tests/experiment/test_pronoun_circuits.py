@@ -113,7 +113,6 @@ def test_steer_bias_finds_ablates_and_reports(tmp_path: Path) -> None:
         "experiment.circuit.baseline=game",
         "trainer.accelerator=cpu",
         f"folder={folder}",
-        "processes=1",
         *ARMS,
     )
     metrics = read_metrics(folder)

@@ -70,9 +70,6 @@ class CircuitTreatment(Treatment):
             self._use(self._found(bench), bench)
         return self
 
-    def is_ready(self, bench: Bench) -> bool:
-        return self._circuit is not None or circuits_of(bench, self).is_made(self.by, self.settings)
-
     def _found(self, bench: Bench) -> Circuit:
         if self._circuit is not None:
             return self._circuit
