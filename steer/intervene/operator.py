@@ -175,7 +175,7 @@ class Operator(TensorHolder):
         raise NotImplementedError
 
     def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, per_row: RowTensors) -> Tensor:
-        """The edited activation, in its own dtype.
+        """[batch, tokens, width] the edited activation, in its own dtype.
 
         Args:
             h, strength, per_row: as in `delta`; strength 0 leaves h exactly as it is.
@@ -191,7 +191,9 @@ class Operator(TensorHolder):
         Asked where `steer.kernels.wanted` says so: in eager code on a GPU, and in compiled code.
 
         Args:
+            h, strength, mask: as in `apply`.
             rows: [batch] row slot of each row; None when all rows share one.
+            preserve_norm: give each token the norm that it had.
         """
         return None
 
