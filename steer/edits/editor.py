@@ -59,6 +59,8 @@ class Solution:
 class EditBench:
     """A model with what editors need of it: maps, keys, values, factors. Nothing that is read here changes the model.
 
+    `steer.edit_facts` makes one for an editor; an editor of your own is tried on one that you make.
+
     Attributes:
         layers: to be edited, ascending. maps: their down projections, by layer.
         layers_from: who chose them, see `steer.edits.preparation`.

@@ -188,7 +188,7 @@ class Operator(TensorHolder):
     def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, preserve_norm: bool) -> Tensor | None:
         """The same edit by a kernel of `steer.kernels`, which can also keep the norm of each token; None where there is no such kernel.
 
-        Asked where `steer.kernels.wanted` says so: in eager code on a GPU, and in compiled code.
+        Asked in compiled code, and in eager code on a GPU where tokens are many enough (`steer.kernels.dispatch.wanted`).
 
         Args:
             h, strength, mask: as in `apply`.
