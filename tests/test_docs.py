@@ -19,7 +19,7 @@ from callback_helpers import vector
 from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from stand_ins import StandIns, keep_registries
+from stand_ins import PAGE_MAKERS, StandIns, keep_registries
 from tiny_experiment import SMALL, overrides, write_data, write_model
 
 import steer
@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README, METHODS = ROOT / "README.md", ROOT / "docs" / "methods.md"
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
-TAKEN_FOR_GRANTED = ("model", "tokenizer", "vector", "direction", "prompts", "dictionary", "tuned", "train_one_step")
 SHOWN = {README, ROOT / "docs" / "index.md", *(ROOT / "docs" / "guides").glob("*.md")}  # run in test_shown.py
 
 
@@ -69,8 +68,7 @@ def test_code_in_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """A page's blocks run one after the other, with the names that its text takes for granted; whatever else they say, they import."""
     monkeypatch.chdir(tmp_path)
     keep_registries(monkeypatch)  # a page may register a method of its own
-    code, stand_ins = "\n".join(blocks(page)), StandIns()
-    names = {name: stand_ins[name] for name in TAKEN_FOR_GRANTED if re.search(rf"\b{name}\b", code)}
+    names = StandIns(makers=PAGE_MAKERS)
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
 

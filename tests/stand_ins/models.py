@@ -156,11 +156,6 @@ MAKERS["train"] = lambda names: train
 
 
 @stand_in
-def train_one_step(names: StandIns) -> Any:
-    return functools.partial(train, names["model"])
-
-
-@stand_in
 def optimizer(names: StandIns) -> Any:
     return torch.optim.SGD(names["model"].parameters(), lr=0.01)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from steer.registry import REGISTRIES
 
 MAKERS: dict[str, Callable[[StandIns], Any]] = {}
+PAGE_MAKERS: dict[str, Callable[[StandIns], Any]] = {}  # of the pages of docs/, whose model and tokenizer are simpler still
 
 
 class StandIns(dict[str, Any]):
@@ -19,16 +20,17 @@ class StandIns(dict[str, Any]):
 
     Args:
         packages: whose public names an example may say without an import.
+        makers: of the stand-ins.
         names: what it has already.
     """
 
-    def __init__(self, *packages: ModuleType, **names: Any) -> None:
+    def __init__(self, *packages: ModuleType, makers: Mapping[str, Callable[[StandIns], Any]] = MAKERS, **names: Any) -> None:
         super().__init__(names)
-        self._packages = packages
+        self._packages, self._makers = packages, makers
 
     def __missing__(self, name: str) -> Any:
-        if name in MAKERS:
-            self[name] = MAKERS[name](self)
+        if name in self._makers:
+            self[name] = self._makers[name](self)
             return self[name]
         for package in self._packages:
             if name in package.__all__:
@@ -39,6 +41,12 @@ class StandIns(dict[str, Any]):
 def stand_in(make: Callable[[StandIns], Any]) -> Callable[[StandIns], Any]:
     """Makes the name of a function one of the namespace."""
     MAKERS[make.__name__] = make
+    return make
+
+
+def in_pages(make: Callable[[StandIns], Any]) -> Callable[[StandIns], Any]:
+    """Makes the name of a function one that a page may take for granted."""
+    PAGE_MAKERS[make.__name__] = make
     return make
 
 
