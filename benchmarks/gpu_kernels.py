@@ -266,7 +266,7 @@ def edges(sizes: Sizes, bandwidth: float) -> list[dict[str, Any]]:
 
 
 def small(sizes: Sizes) -> list[dict[str, Any]]:
-    """Compares an operator's own operations with a kernel on few tokens, where the host takes the time; see `steer.kernels.wanted`."""
+    """Compares an operator's own operations with a kernel on few tokens, where the host takes the time; see `wanted` in dispatch.py."""
     rows, v, strength = [], sizes.random(sizes.width, seed=1), torch.ones(1, 1, 1, device=sizes.device)
     for tokens in (1, 16, 64, 256, 1024):
         h = sizes.random(1, tokens, sizes.width).to(torch.bfloat16)

@@ -33,9 +33,7 @@ class Message(NamedTuple):
 
 def error_classes(source: Source) -> dict[str, tuple[str, ast.ClassDef]]:
     """Class name -> module and definition, of SteerError and everything derived from it, bases first."""
-    classes = {
-        node.name: (module, node) for module, tree in source.modules.items() for node in tree.body if isinstance(node, ast.ClassDef)
-    }
+    classes = {node.name: (module, node) for module, tree in source.modules.items() for node in tree.body if isinstance(node, ast.ClassDef)}
     found = {"SteerError": classes["SteerError"]}
     while True:
         further = {

@@ -7,12 +7,29 @@ traced to the module that defines it, through as many packages as hand it on.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"steer": ROOT / "steer", "steer.callbacks": ROOT / "callbacks", "steer.kernels": ROOT / "kernels"}
+
+# a number of arXiv; authors and a year; a library whose form it is; or the word that it is nobody else's
+CITATION = re.compile(
+    r"\b\d{4}\.\d{4,5}\b|\b(?:et al\.?|[A-Z]\w+ (?:and|&) [A-Z]\w+|[A-Z]\w+|nostalgebraist),? \(?(?:19|20)\d\d\b"
+    r"|\b(?:SAELens|sparsify|EasyEdit|steering-vectors)\b|\b[Oo]urs\b"
+)
+
+# what functions of a registry take and give, which their decorator makes methods of; other shapes are refused when they run
+CONTRACTS = {
+    "EXTRACTORS": "Each takes the moments of one site and gives a direction, [width], of any length.",
+    "OBJECTIVES": "Each takes the log-probabilities of the answers of a batch of pairs, in nat, and gives a loss, [].",
+    "PROBES": "Each takes activations x: [texts, width] and labels y: [texts], and gives weights, [width], and an intercept.",
+    "METRICS": "Each takes what was measured at one site and gives one number for each direction, feature or dictionary, [tracked].",
+}
+
+Definition = ast.ClassDef | ast.FunctionDef
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,16 @@ class Source:
         file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         return file.relative_to(ROOT).as_posix()
 
+    def introduction(self, module: str) -> str:
+        """The docstring of a module."""
+        return ast.get_docstring(self.modules[module]) or ""
+
+    def node(self, path: str) -> Definition | None:
+        """The class or function that is defined at a dotted path."""
+        module, _, name = path.rpartition(".")
+        body = self.modules[module].body if module in self.modules else []
+        return next((node for node in body if isinstance(node, Definition) and node.name == name), None)
+
     def definition(self, module: str, name: str) -> str:
         """Dotted path of where a name that a module has is defined."""
         while (origin := self._imported(module).get(name)) is not None:
@@ -98,13 +125,32 @@ class Source:
         found = {}
         for module, tree in self.modules.items():
             for node in tree.body:
-                if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                    calls = [call for call in node.decorator_list if isinstance(call, ast.Call) and _registers(call)]
-                    if calls:
-                        registry = calls[0].func.value  # type: ignore[attr-defined]  # `_registers` saw that it is an attribute
-                        names = tuple(call.args[0].value for call in calls)  # type: ignore[attr-defined]
-                        found[f"{module}.{node.name}"] = ast.unparse(registry), names
+                if isinstance(node, Definition):
+                    calls = [call for call in node.decorator_list if isinstance(call, ast.Call) and _is_named(call)]
+                    registries = [registry for call in calls if (registry := self._registry(module, call.func)) is not None]
+                    if registries:
+                        names = tuple(call.args[0].value for call in calls)  # type: ignore[attr-defined]  # `_is_named` saw it
+                        found[f"{module}.{node.name}"] = registries[0], names
         return found
+
+    def _registry(self, module: str, decorator: ast.expr) -> str | None:
+        """The registry of a decorator: `EDITORS.register(...)`, or a function such as `extractor(...)`, which calls that."""
+        if isinstance(decorator, ast.Attribute):
+            return ast.unparse(decorator.value) if decorator.attr == "register" else None
+        made_by = self.node(self.definition(module, ast.unparse(decorator)))
+        found = None if made_by is None else re.search(r"\b([A-Z_]+)\.register\(name\)", ast.unparse(made_by))
+        return found[1] if found else None
+
+    def contract(self, name: PublicName) -> str:
+        """What a function that a decorator makes a method of takes and gives; empty for others."""
+        return CONTRACTS.get(name.registry or "", "") if isinstance(self.node(name.path), ast.FunctionDef) else ""
+
+    def origin(self, name: PublicName) -> str:
+        """The sentences that say where a method comes from: those of the docstring of its file, where it has none of its own."""
+        node = self.node(name.path)
+        if node is None or node.name.endswith(("Error", "Warning")) or cited(ast.get_docstring(node) or ""):
+            return ""
+        return cited(self.introduction(name.path.rpartition(".")[0]))
 
     @cached_property
     def public(self) -> list[PublicName]:
@@ -129,6 +175,12 @@ def package() -> Source:
     return Source()
 
 
+def cited(text: str) -> str:
+    """The sentences of a text that say where something comes from."""
+    sentences = re.split(r"(?<=[.?)])\s+(?=[A-Z])|\n\n", text)
+    return " ".join(sentence.replace("\n", " ") for sentence in sentences if CITATION.search(sentence))
+
+
 def _exported(tree: ast.Module) -> list[str]:
     """The names of `__all__`; with a starred dictionary of lazy exports its keys."""
     value = _assigned(tree, "__all__")
@@ -147,6 +199,5 @@ def _assigned(tree: ast.Module, name: str) -> ast.expr | None:
     return None
 
 
-def _registers(call: ast.Call) -> bool:
-    of_registry = isinstance(call.func, ast.Attribute) and call.func.attr == "register"
-    return of_registry and bool(call.args) and isinstance(call.args[0], ast.Constant)
+def _is_named(call: ast.Call) -> bool:
+    return bool(call.args) and isinstance(call.args[0], ast.Constant)

@@ -88,8 +88,17 @@ def methods_page(source: Source, title: str, methods: list[PublicName]) -> str:
     for name in methods:
         kinds[name.registry].append(name)
     for registry, names in sorted(kinds.items()):
-        text += f"\n## {registry.replace('_', ' ').capitalize()}\n\n" + "\n".join(entry(source, name) for name in names)
+        about = "\n\n".join(filter(None, [source.contract(names[0]), examples_of(names)]))
+        text += f"\n## {registry.replace('_', ' ').capitalize()}\n\n{about}\n\n" + "\n".join(entry(source, name) for name in names)
     return text
+
+
+def examples_of(methods: list[PublicName]) -> str:
+    """Where a kind of method is used: its page, as docs/methods.md has it."""
+    named = {f"`{method.registered[0]}`" for method in methods}
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| \[(\w+)\]\((\w+\.md)\) \|$", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.M)
+    page = next(((title, file) for listed, title, file in rows if named <= set(listed.split(", "))), None)
+    return "" if page is None else f"Examples of their use, which the tests run: [{page[0].replace('_', ' ')}](../{page[1]})."
 
 
 def entry(source: Source, name: PublicName) -> str:
@@ -99,6 +108,7 @@ def entry(source: Source, name: PublicName) -> str:
     heading = name.title if name.exports else f"{registered}: {name.path.rpartition('.')[2]}"
     facts = [f"registered as {registered} in `{name.registry}`"] if registered and name.exports else []
     facts += [f"also `{path}`" for path in name.exports[1:]] + [f"defined in `{source.file_of(name.path.rpartition('.')[0])}`"]
+    origin = without_tags(source.origin(name))
     return "\n".join(
         [
             *(f"[](){{#{path}}}" for path in paths),
@@ -106,6 +116,7 @@ def entry(source: Source, name: PublicName) -> str:
             "    options:",
             f"      heading: '{heading}'",
             f"      toc_label: '{heading.rpartition('.')[2] if name.exports else heading}'",
+            *([f"\nSource: {origin}"] if origin else []),
             f"\n*{', '.join(facts)[0].upper()}{', '.join(facts)[1:]}*{{.defined}}\n",
         ]
     )
@@ -137,11 +148,8 @@ def by_room(source: Source) -> dict[str, list[PublicName]]:
 
 
 def first_line(source: Source, name: PublicName) -> str:
-    module, _, short = name.path.rpartition(".")
-    for node in source.modules[module].body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == short:
-            return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-    return ""
+    node = source.node(name.path)
+    return "" if node is None else (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
 # ---- navigation

@@ -25,7 +25,7 @@ if __name__ == "kernels":
         raise AttributeError(f"no '{name}': this folder is steer.kernels, and the distribution 'kernels' is not installed")
 else:
     from steer.kernels.available import KERNELS, status
-    from steer.kernels.dispatch import force, wanted
+    from steer.kernels.dispatch import force
     from steer.kernels.drift_stats import DriftStats, drift_stats
     from steer.kernels.edge_scores import edge_scores, writer_outputs
     from steer.kernels.edit import edit
@@ -45,6 +45,5 @@ else:
         "status",
         "steer_add",
         "topk_encode",
-        "wanted",
         "writer_outputs",
     ]

@@ -84,7 +84,7 @@ def wanted(h: Tensor) -> bool:
         h: [batch, tokens, width] activation.
 
     Example:
-        >>> steer.kernels.wanted(torch.randn(2, 7, 32))  # on a CPU
+        >>> steer.kernels.dispatch.wanted(torch.randn(2, 7, 32))  # on a CPU
         False
     """
     if torch.compiler.is_compiling() or _forced in ("triton", "op"):

@@ -77,11 +77,14 @@ def edit(
 ) -> Tensor:
     """h + strength * mask * sum_j phi_j(h.U_j) W_j: ablates, scales, clamps, sets or gates along directions in one pass over memory.
 
+    Gives [..., width] in the dtype of h.
+
     Args:
         h: [..., width] activation; the first dimension is the batch.
         read: U, [M, width] or [slots, M, width].
         write: W, of the shape of `read`; None for the same vectors.
         bias, scale, shift, low, high, threshold: numbers of the directions, one for all, [M] or [slots, M]; see the top of this file.
+            `scale` is a factor, the others are in the units of the projection h.U_j.
         relative: the threshold is in units of |h|. gated: where a direction is not over its threshold, nothing is written along it.
         strength, mask: what broadcasts to [..., 1]; 0 leaves a token exactly as it is.
         slots: [batch], or one for each token; -1 leaves it alone. None gives every token the first slot.

@@ -260,6 +260,8 @@ def steer_add(
 ) -> Tensor:
     """h + strength * mask * v: adds the vector of its slot to every token, and can keep its norm, in one pass over memory.
 
+    Gives [..., width] in the dtype of h.
+
     Args:
         h: [..., width] activation; the first dimension is the batch.
         bank: [width] or [slots, width].

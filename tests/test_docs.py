@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import pkgutil
@@ -14,19 +13,14 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
 from callback_helpers import vector
-from drift.drift_helpers import direction, prompts
-from drift.feature_helpers import DENSITY, dictionary
 from experiment_helpers import command
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from stand_ins import PAGE_MAKERS, StandIns, keep_registries
 from tiny_experiment import SMALL, overrides, write_data, write_model
-from tiny_tokenizer import tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
 import steer.commands.info  # imports every registry, which have to be there before a page adds to one
@@ -69,42 +63,12 @@ def code_lines(block: str) -> int:
 # ---- code
 
 
-@pytest.fixture
-def deep() -> LlamaForCausalLM:
-    """Tiny, but with as many blocks as the embedded model, so that its sites can be named."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4, "num_key_value_heads": 2}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in SHOWN and blocks(page)], ids=name_in_repository)
-def test_code_in_docs_runs(page: Path, deep: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's blocks run one after the other, with the names that its text takes for granted."""
+def test_code_in_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks run one after the other, with the names that its text takes for granted; whatever else they say, they import."""
     monkeypatch.chdir(tmp_path)
-    for registry in list(REGISTRIES.values()):  # a page may register a method of its own; loading one may bring others
-        registry.load()
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-
-    def train_one_step() -> None:
-        ids = torch.tensor([[9, 8, 7, 6]])
-        deep.train()(ids, labels=ids).loss.backward()
-        with torch.no_grad():
-            for parameter in deep.parameters():
-                parameter -= 0.01 * parameter.grad
-
-    own = dictionary()
-    own.density = DENSITY
-    objects: dict[str, Any] = {
-        "model": deep,
-        "tokenizer": tiny_tokenizer(),
-        "vector": vector(),
-        "direction": direction(),
-        "prompts": prompts(8),
-        "dictionary": own,
-        "tuned": copy.deepcopy(deep),
-    }
-    names = {**objects, "train_one_step": train_one_step}
+    keep_registries(monkeypatch)  # a page may register a method of its own
+    names = StandIns(makers=PAGE_MAKERS)
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
 
@@ -216,7 +180,7 @@ def store_columns(folder: Path) -> set[str]:
     return {*tables, *(row[1] for table in tables for row in db.execute(f"PRAGMA table_info({table})"))}
 
 
-def test_the_manifest_and_the_store_are_described(tmp_path: Path, deep: LlamaForCausalLM) -> None:
+def test_the_manifest_and_the_store_are_described(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "files.md").read_text()
     plan = steer.Plan(steer.Intervention(steer.Add(vector()), "layers.1.output"), fingerprint={"width": 32})
     manifest, _ = load_artifact(plan.save(tmp_path / "plan"), "plan")

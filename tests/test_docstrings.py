@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import doctest
 import importlib
 import inspect
@@ -183,7 +184,7 @@ def examples(value: Any) -> list[doctest.Example]:
 
 def run_examples(name: str, value: Any, package: str) -> str:
     """What went wrong, empty for nothing."""
-    names = StandIns(importlib.import_module(package))
+    names = StandIns(importlib.import_module(package), steer, steer.callbacks, steer=steer, torch=torch, copy=copy)
     names[name] = value  # also where a stand-in is called alike
     test = doctest.DocTest(examples(value), {}, name, inspect.getsourcefile(inspect.unwrap(value)), 0, docstring(value))
     test.globs = names

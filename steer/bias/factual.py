@@ -27,7 +27,7 @@ class FactualGender:
     Attributes:
         gap: mean over word pairs of the log-odds (male : female pronoun) behind the male word, less those behind the female one, in nat.
         accuracy: percent of words behind which the pronoun of their gender is the likelier.
-        pairs: (male, female). gaps: of each pair.
+        pairs: (male, female). gaps: of each pair, in nat.
 
     Example:
         >>> known = steer.bias.factual_gender(model, tokenizer, pairs=[("father", "mother"), ("uncle", "aunt")])

@@ -23,7 +23,7 @@ class Column:
 
     Attributes:
         unit: `%`, `nat`, `p` for a p value, or empty.
-        ideal: of a model without bias; None where there is none.
+        ideal: of a model without bias, in that unit; None where there is none.
         meaning: in one sentence.
 
     Example:

@@ -12,7 +12,6 @@ from steer.circuits.circuit_drift import circuit_directions, circuit_effect
 from steer.circuits.circuit_losses import AblatedTeacherLoss, circuit_losses
 from steer.circuits.component_evaluation import ComponentEvaluation
 from steer.circuits.component_results import Completeness, ComponentFaithfulness, FaithfulnessCurve, Minimality
-from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.circuits.component_scores import ComponentScores
 from steer.circuits.components import ComponentGraph
 from steer.circuits.damage import Damage, damage
@@ -61,7 +60,6 @@ __all__ = [
     "ComponentEvaluation",
     "ComponentFaithfulness",
     "ComponentGraph",
-    "ComponentRun",
     "ComponentScores",
     "DAS",
     "Damage",
@@ -88,7 +86,6 @@ __all__ = [
     "Pairs",
     "PatchEffects",
     "Shift",
-    "TakenOut",
     "acdc",
     "attention_patterns",
     "attribute",

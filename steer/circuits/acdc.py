@@ -56,7 +56,7 @@ def acdc(
     and what comes after the first edge that has to stay is dropped and run again. More are tried at once the longer all of them go.
 
     Args:
-        threshold: of the rise of the loss. Infinity takes everything out.
+        threshold: of the rise of the loss, mean over pairs, in nat without a target and else in its units. Infinity takes everything out.
         target: a number that should stay high, whose negative is the loss; the KL divergence of the last token's distribution from that of
             the whole model for None.
         candidates: a circuit of edges, or names such as `a3.h5->m7`; all edges for None.

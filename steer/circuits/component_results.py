@@ -19,8 +19,8 @@ class ComponentFaithfulness:
     """The target of each prompt with different parts ablated.
 
     Attributes:
-        full: [prompts] nothing ablated. empty: all edges, or all components of the circuit's kinds.
-        circuit: all but the circuit. without_circuit: the circuit alone.
+        full, empty: [prompts] nothing ablated, and all edges, or all components of the circuit's kinds.
+        circuit, without_circuit: [prompts] all but the circuit, and the circuit alone.
         random, without_random: [draws, prompts] the same for random circuits of its size.
         facts: ablation, nodes or edges, tokens, target, prompts, draws and seed; JSON-able.
 
@@ -39,7 +39,7 @@ class ComponentFaithfulness:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def share(self, name: str) -> float:
-        """(M(name) - M(empty)) / (M(full) - M(empty)) of the means over prompts, and draws."""
+        """The share (M(name) - M(empty)) / (M(full) - M(empty)) of the means over prompts, and draws."""
         return share_of(_mean(getattr(self, name)), _mean(self.full), _mean(self.empty))
 
     def mean_of_ratios(self, name: str) -> float:
@@ -56,7 +56,7 @@ class ComponentFaithfulness:
 
     @property
     def random_faithfulness(self) -> float:
-        """The mean of random circuits; NaN without any."""
+        """The mean of random circuits, counted likewise: 1 where they do as much as the model; NaN without any."""
         return self.share("random")
 
     def recorded_in(self, circuit: Circuit) -> Circuit:
@@ -170,7 +170,7 @@ class FaithfulnessCurve:
 
     @property
     def cmd(self) -> float:
-        """Area between the faithfulness and 1, lower is better."""
+        """Area between the faithfulness and 1 over the share of edges, lower is better."""
         return self._area((1 - self.faithfulness).abs())
 
     @property

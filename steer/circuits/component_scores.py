@@ -103,7 +103,7 @@ class ComponentScores:
             absolute: by size; else only the highest, those that help the target.
 
         Raises:
-            ConfigError: more than there are, all scores zero, or another kind.
+            ConfigError: more than there are, all scores zero, or another kind. NonFiniteError: a score is NaN or infinite.
         """
         whole_number(count, "the number of nodes", least=1)
         for kind in kinds:

@@ -146,7 +146,7 @@ class DAS:
 
     @property
     def accuracy(self) -> float:
-        """On held-out pairs."""
+        """Share of the held-out pairs in which the swap gives what the label says."""
         return self.accuracies["held_out"]
 
     def __repr__(self) -> str:

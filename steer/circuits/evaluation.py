@@ -30,14 +30,15 @@ def share_of(value: float, full: float, empty: float) -> float:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Means of the target over prompts, with different nodes ablated; everything else runs as it is.
+    """Means of the target over prompts, in its units, with different nodes ablated; everything else runs as it is.
 
     Attributes:
-        full: nothing ablated. empty: all features and errors.
-        circuit: all features but the circuit's. circuit_alone: also all errors. errors_alone: all features, but no error.
-        without_circuit: the circuit's features.
-        random, random_alone, without_random: the same for as many features drawn at random at each site and role, of those that were on
-            there; means over draws, NaN without any.
+        full, empty: in units of the target, with nothing ablated, and with all features and errors.
+        circuit, circuit_alone, errors_alone: in units of the target, with all features but the circuit's ablated, with also all errors,
+            and with all features, but no error.
+        without_circuit: in units of the target, with the circuit's features ablated.
+        random, random_alone, without_random: the same, in units of the target, for as many features drawn at random at each site and role,
+            of those that were on there; means over draws, NaN without any.
         drawn_share: number of random features / number of the circuit's; below 1 where too few others were on, and what is random is then
             a smaller circuit.
 

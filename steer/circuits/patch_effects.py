@@ -179,7 +179,12 @@ class PatchEffects:
         return [str(row) for row in rows], columns, found
 
     def plot(self, path: str | Path | None = None, *, width: float = 6.0) -> Any:
-        """A heat map of `table`, dark where an effect is large, with its sign in the cell. Raises ConfigError without matplotlib."""
+        """A heat map of `table`, dark where an effect is large, with its sign in the cell. Raises ConfigError without matplotlib.
+
+        Args:
+            path: where it is written, as SVG or what its ending says; None to only return it.
+            width: of the figure, in inches.
+        """
         rows, columns, effects = self.table()
         words = [["" if value != value else f"{value:.2f}" for value in row] for row in effects.tolist()]
         title = f"{self.direction}: effect of the clean value on the {self.facts.get('target', 'target')}"

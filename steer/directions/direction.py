@@ -83,7 +83,7 @@ class Direction:
         return abs(strength) * float(self.vector.norm()) / self.metric("activation_norm")
 
     def strength_of(self, dose: float) -> float:
-        """The strength that gives a relative dose, with its sign."""
+        """The strength that gives a relative dose |strength * v| / mean |h|, with its sign."""
         return dose * self.metric("activation_norm") / float(self.vector.norm())
 
     @property
@@ -102,7 +102,7 @@ class Direction:
         return self.strength_of(SUGGESTED_DOSE)
 
     def metric(self, name: str) -> float:
-        """One of the metrics. Raises ConfigError when it was not measured, as for vectors from elsewhere."""
+        """One of the metrics, in the units that `Direction` names. Raises ConfigError when it was not measured (vectors from elsewhere)."""
         if name not in self.metrics:
             raise _metric_error(self, name)
         return self.metrics[name]

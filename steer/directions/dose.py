@@ -53,8 +53,8 @@ class DoseCurve:
 
     Attributes:
         points: in order of dose.
-        max_kl, max_perplexity_ratio: the side-effect budget.
-        share: part of the largest effect within the budget that a dose must reach to work well enough.
+        max_kl, max_perplexity_ratio: the side-effect budget: KL from the unsteered model in nat per token, and the ratio of perplexities.
+        share: of the largest effect within the budget that a dose must reach to work well enough.
         gap: the unsteered model's preference for the positive answers, nat per token; perplexity: its perplexity on the neutral text.
         site, method, scope: where the direction was added, how it was made, and on which tokens it was added.
         n_pairs, n_neutral: numbers of texts that were measured.

@@ -25,7 +25,7 @@ class Screen:
     Attributes:
         doses: the relative doses measured.
         slopes: one per pair, nat per token and unit of relative dose.
-        steerability: their mean.
+        steerability: their mean, in the same unit.
         anti_fraction, anti_interval: share of pairs with a negative slope, and its 95 % interval (Wilson 1927).
         site, method: of the direction.
 

@@ -59,7 +59,7 @@ class Selection:
 
     Attributes:
         candidates: in the order in which they were given; `directions` likewise.
-        showing, lacking: score of the unsteered model on prompts that show the behaviour and on those that do not.
+        showing, lacking: score of the unsteered model, log-odds in nat, on prompts that show the behaviour and on those that do not.
 
     Example:
         >>> tokens = [tokenizer.encode(" no")[0]]
@@ -115,7 +115,7 @@ def select(
             candidates. See `steer.model.tokens.encode`.
         tokens: ids of the tokens that open the behaviour, each counted once.
         neutral: prompts on which ablation should change nothing; `lacking` when not given.
-        max_kl: the most that ablation may change them.
+        max_kl: the most that ablation may change them, mean KL divergence of the next token in nat.
         last: the share of the layers, from the end, whose candidates are rejected: there it is the token itself that is steered.
 
     Raises:

@@ -141,7 +141,7 @@ class StageComparison:
 
     @property
     def by_chance(self) -> float:
-        """How many of them chance alone would give, on average over the sign flips."""
+        """Number of features with p <= alpha that chance alone would give, on average over the sign flips."""
         return self.tests.by_chance
 
     def table(self, most: int = 20) -> list[dict[str, float]]:

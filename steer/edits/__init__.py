@@ -15,9 +15,9 @@ from steer.edits.evaluation import EditEvaluation
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.factor import Factor
 from steer.edits.guards import GuardReading, Guards, GuardWarning
-from steer.edits.keys import FactKeys, fact_keys, read_at, read_keys
+from steer.edits.keys import FactKeys, fact_keys, read_keys
 from steer.edits.layer_sweep import LayerSweep, layer_sweep
-from steer.edits.locate import Located, answer_row, locate, target_ids, text_ids
+from steer.edits.locate import Located, locate, target_ids
 from steer.edits.measure import EDIT_MEASURES, EditMeasure
 from steer.edits.preparation import Preparation, prepare
 from steer.edits.record import FactRecord, Probe
@@ -66,7 +66,6 @@ __all__ = [
     "WeakValueWarning",
     "WeightDelta",
     "already_said",
-    "answer_row",
     "apply_in_sequence",
     "candidate_layers",
     "causal_trace",
@@ -83,12 +82,10 @@ __all__ = [
     "load_records",
     "locate",
     "prepare",
-    "read_at",
     "read_keys",
     "readings_before",
     "sample_contexts",
     "solve_values",
     "target_ids",
-    "text_ids",
     "to_adapter",
 ]

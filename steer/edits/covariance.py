@@ -80,7 +80,11 @@ class Covariance:
         return self.sums[layer] / self.tokens[layer]
 
     def factor(self, layer: int, ridge: float = 1e-4) -> Factor:
-        """The Cholesky factor of C at a layer, worked out once. Raises as `moment` and `Factor`."""
+        """The Cholesky factor of C at a layer, worked out once. Raises as `moment` and `Factor`.
+
+        Args:
+            ridge: share of the mean of the diagonal that is added to it.
+        """
         if (layer, ridge) not in self._factors:
             self._factors[layer, ridge] = Factor(self.moment(layer), ridge, f"layer {layer}")
         return self._factors[layer, ridge]

@@ -121,7 +121,7 @@ class WeightDelta:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def inner(self, other: WeightDelta) -> float:
-        """<dW, dW'>, from the factors alone."""
+        """<dW, dW'>, the sum of products in the units of the weights squared, from the factors alone."""
         u, v = self.u.double().mT @ other.u.double(), self.v.double().mT @ other.v.double()  # [rank, rank of the other]
         return float((u * v).sum())
 

@@ -40,7 +40,7 @@ class EditedMap:
         transposed: the module holds [f, d] (Conv1D of GPT-2).
         is_quantised: the weight is no plain matrix of floating-point numbers, so that only an adapter beside it can carry an edit.
         has_post_norm: a norm follows before the stream gets what the map gives.
-        scale: what the output is multiplied by before it is added to the stream, mostly 1.
+        scale: factor that the output is multiplied by before it is added to the stream, mostly 1.
 
     Example:
         >>> (edited_map,) = edited_maps(steer.Anatomy.find(model), [8])
@@ -83,7 +83,7 @@ class EditedMap:
         return (held.mT if self.transposed else held).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def as_held(self, change: Tensor) -> Tensor:
-        """A matrix [d, f] in the layout of the module's weight."""
+        """A matrix, change: [d, f], in the layout of the module's weight, which may be that of its transpose."""
         return change.mT if self.transposed else change
 
     def __repr__(self) -> str:

@@ -59,6 +59,8 @@ class Solution:
 class EditBench:
     """A model with what editors need of it: maps, keys, values, factors. Nothing that is read here changes the model.
 
+    `steer.edit_facts` makes one for an editor; an editor of your own is tried on one that you make.
+
     Attributes:
         layers: to be edited, ascending. maps: their down projections, by layer.
         layers_from: who chose them, see `steer.edits.preparation`.
@@ -126,8 +128,8 @@ class EditBench:
         return None if past is None else past.unlike(keys)
 
     def output_power(self, layer: int) -> float | None:
-        """tr(W C W^T): mean square of what the map of a layer gives for ordinary keys, without its bias, as it is now. None without a
-        covariance, or for a quantised map."""
+        """tr(W C W^T): mean squared length of what the map of a layer gives for ordinary keys, without its bias, as it is now. None
+        without a covariance, or for a quantised map."""
         if self.covariance is None or self.maps[layer].is_quantised:
             return None
         if layer not in self._powers:

@@ -42,7 +42,7 @@ class Activation:
         return None
 
     def of_top(self, pre: Tensor) -> Tensor:
-        """Features of pre-activations that are among the largest, where there is a `top`."""
+        """[..., k] features of the pre-activations [..., k] that are the largest of their tokens, where there is a `top`."""
         return pre
 
     def __repr__(self) -> str:
@@ -61,7 +61,7 @@ class Activation:
         """[..., chosen] d f / d pre of elementwise activations that are straight between jumps; None leaves it to autograd.
 
         Args:
-            pre: as of a call without `features`. f: what it returned.
+            pre, f: [..., chosen] as of a call without `features`, and what it returned.
         """
         return None
 

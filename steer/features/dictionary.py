@@ -47,8 +47,9 @@ class _PerFeature:
 class Dictionary(OperatorSource):
     """Encodes activations as features and decodes features to activations; all of them, or a few at the cost of a few.
 
-    A dictionary of one site takes activations [..., d_in] of that site. One that reads several sites takes [..., sites, d_in], one row for
-    each of `reads`, in their order; one that writes several gives [..., sites, d_out] likewise. Features are counted through all layers.
+    A dictionary of one site takes activations h: [..., d_in] of that site. One that reads several sites takes [..., sites, d_in], one row
+    for each of `reads`, in their order; one that writes several gives [..., sites, d_out] likewise. Features are counted through all
+    layers.
     Everything is computed at least in fp32, and differentiable in the activations.
 
     Attributes:
@@ -87,11 +88,11 @@ class Dictionary(OperatorSource):
         raise NotImplementedError
 
     def decode(self, f: Tensor, h: Tensor | None = None) -> Tensor:
-        """The reconstruction of activations, of the shape that the sites written have.
+        """[..., d_out] the reconstruction of activations, or [..., sites, d_out].
 
         Args:
             f: [..., width] features.
-            h: the activations that were encoded; needed with a norm at run time, or a skip connection.
+            h: [..., d_in] the activations that were encoded; needed with a norm at run time, or a skip connection.
 
         Raises:
             ConfigError: h is needed. WidthError: f of another width.
@@ -118,7 +119,7 @@ class Dictionary(OperatorSource):
         raise NotImplementedError
 
     def parts(self) -> dict[str, Rows | Tensor | None]:
-        """Its numbers by name, for a file."""
+        """Its numbers by name, for a file: rows [features, ...], tensors of any shape, and None for what it does without."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -144,15 +145,23 @@ class Dictionary(OperatorSource):
         return self._on_trained(self._encode(h, None), h, positions)
 
     def encode_selected(self, h: Tensor, features: Features, *, positions: Tensor | None = None) -> Tensor:
-        """[..., chosen] as `encode(h)[..., features]`, without the others where the activation is elementwise."""
+        """[..., chosen] as `encode(h)[..., features]`, without the others where the activation is elementwise. positions: see `encode`."""
         return self._on_trained(self._encode(h, chosen(features, self.width)), h, positions)
 
     def reconstruct(self, h: Tensor, *, positions: Tensor | None = None) -> Tensor:
-        """decode(encode(h))"""
+        """[..., d_out] decode(encode(h)); positions: see `encode`."""
         return self.decode(self.encode(h, positions=positions), h)
 
     def error(self, h: Tensor, target: Tensor | None = None, *, positions: Tensor | None = None) -> Tensor:
-        """What the reconstruction lacks, target - reconstruct(h); the target is h itself for an autoencoder. Raises ConfigError."""
+        """[..., d_out] what the reconstruction lacks, target - reconstruct(h).
+
+        Args:
+            target: [..., d_out] what is to be reconstructed; None for h itself, which an autoencoder alone allows.
+            positions: see `encode`.
+
+        Raises:
+            ConfigError: no target for a dictionary that writes other sites than it reads.
+        """
         if target is None and self.origin.reads != self.origin.writes:
             raise _no_target(self)
         return (h if target is None else target) - self.reconstruct(h, positions=positions)

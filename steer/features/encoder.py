@@ -53,11 +53,11 @@ NORMS: dict[str, Callable[[Tensor], Normalised]] = {
 
 
 class Encoder:
-    """activation(W (norm(h) - shift) + bias).
+    """activation(W (norm(h) - shift) + bias) of activations h: [..., width], or [..., sites, width].
 
     Attributes:
         rows: [features, width], or [features, sites, width] for several sites that are read together.
-        bias: [features] or None. shift: as one token of h, or None.
+        bias: [features] or None. shift: [width] or [sites, width], as one token of h, or None.
         norm: a name of `NORMS`, applied to each token at run time.
 
     Example:

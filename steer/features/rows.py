@@ -19,7 +19,7 @@ WHOLE = 8  # from a share of 1 / WHOLE of the features on, reading all of them i
 
 
 class Rows:
-    """[features, ...] numbers that are stored somewhere.
+    """[features, ...] numbers that are stored somewhere; `like`, of any shape, says in which dtype and on which device they are wanted.
 
     Attributes:
         shape: of all rows together.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer import kernels
 from steer.errors import ContextError
 from steer.intervene.intervention import Intervention, width_error
 from steer.intervene.low_rank import widened, with_norm_of
@@ -15,6 +14,7 @@ from steer.intervene.operator import tensors_of_rows
 from steer.intervene.prepared import PreparedEdit
 from steer.intervene.schedule import Schedule, check_product, factor_at
 from steer.intervene.scope_mask import ScopeMask, both
+from steer.kernels.dispatch import wanted
 from steer.model.context import ForwardContext, Mask
 
 
@@ -223,7 +223,7 @@ class ActiveIntervention:
         strength = self.strength if rows is None or self.strength.shape[0] == 1 else self.strength[rows]  # [batch or 1, 1, 1]
         per_token = h if h.dim() == 3 else h.reshape(h.shape[0], -1, h.shape[-1])
         weight = self.weight(mask, h, ctx)
-        edited = self.operator.fused(per_token, strength, weight, rows, self.preserve_norm) if kernels.wanted(per_token) else None
+        edited = self.operator.fused(per_token, strength, weight, rows, self.preserve_norm) if wanted(per_token) else None
         if edited is None:
             read = None if self.reading is None else self._read(per_token, ctx)
             edited = edited_without_kernel(self, per_token, strength, weight, rows, read)

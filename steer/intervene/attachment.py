@@ -202,7 +202,7 @@ class Attachment:
         self.move_windows({active: (start, stop) for active in self._named(name)})
 
     def move_windows(self, windows: dict[ActiveIntervention, tuple[int | None, int | None]]) -> None:
-        """Sets windows; interventions that shared one and do so no longer part."""
+        """Sets windows; interventions that shared one and do so no longer part. Raises ConfigError as `set_window`."""
         moved: dict[tuple[int, int | None, int | None], Scope] = {}  # by scope mask and bounds
         for active, (start, stop) in windows.items():
             place = (id(active.scope_mask), start, stop)

@@ -175,7 +175,7 @@ class Operator(TensorHolder):
         raise NotImplementedError
 
     def apply(self, h: Tensor, strength: Tensor, mask: Tensor | None, per_row: RowTensors) -> Tensor:
-        """The edited activation, in its own dtype.
+        """[batch, tokens, width] the edited activation, in its own dtype.
 
         Args:
             h, strength, per_row: as in `delta`; strength 0 leaves h exactly as it is.
@@ -188,10 +188,12 @@ class Operator(TensorHolder):
     def fused(self, h: Tensor, strength: Tensor, mask: Tensor | None, rows: Tensor | None, preserve_norm: bool) -> Tensor | None:
         """The same edit by a kernel of `steer.kernels`, which can also keep the norm of each token; None where there is no such kernel.
 
-        Asked where `steer.kernels.wanted` says so: in eager code on a GPU, and in compiled code.
+        Asked in compiled code, and in eager code on a GPU where tokens are many enough (`steer.kernels.dispatch.wanted`).
 
         Args:
+            h, strength, mask: as in `apply`.
             rows: [batch] row slot of each row; None when all rows share one.
+            preserve_norm: give each token the norm that it had.
         """
         return None
 

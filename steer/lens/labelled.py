@@ -35,7 +35,7 @@ class LabelledTexts:
     Attributes:
         groups: what each text belongs to (topic, template); empty for none. Where they are given, whole groups are held out.
         token: which tokens of an answer these texts end in, a key of `ANSWER_TOKENS`; empty where they were not chosen.
-        rows: the texts. labels: one for each.
+        rows: the texts. labels: one for each, 1 for True and 0 for False, or numbers in the unit in which the probe is to tell them.
 
     Raises:
         ContrastError: labels that are no numbers or do not match the texts, or a text that is there twice.

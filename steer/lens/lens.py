@@ -94,7 +94,7 @@ class Lens:
         return None
 
     def translated(self, h: Tensor, site: str | Site) -> Tensor:
-        """[..., width], what the stream at a site becomes behind the last block; differentiable. Raises SiteError for unfitted ones."""
+        """[..., width], what the stream h [..., width] at a site becomes behind the last block. Raises SiteError for unfitted ones."""
         depth = self._fitted_depth(site)
         matrix, bias = self.matrix(depth), self.bias(depth)
         made = h if matrix is None else h.float() @ matrix.to(h.device).mT
@@ -102,7 +102,7 @@ class Lens:
         return made.to(h.dtype)
 
     def logits(self, h: Tensor, site: str | Site) -> Tensor:
-        """[..., vocabulary], what the model would say if only this stream were left."""
+        """[..., vocabulary], what the model would say if only this stream, h [..., width], were left."""
         return self.readout.logits(self.translated(h, site))
 
     def token_vector(self, token: int, site: str | Site) -> Tensor:

@@ -56,6 +56,7 @@ class Reading:
         Args:
             path: where it is written, the ending being the format (`.svg`, `.png`, `.pdf`); None to only return it.
             colour: what a cell is shaded by, `probability`, `entropy` or `kl`.
+            width: of the figure, in inches; more where the tokens need it.
 
         Raises:
             ConfigError: matplotlib is missing; another colour.

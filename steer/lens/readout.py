@@ -84,7 +84,7 @@ class Readout:
         return weight.detach()
 
     def logits(self, h: Tensor) -> Tensor:
-        """[..., vocabulary] from [..., width]; differentiable."""
+        """[..., vocabulary] of a stream h [..., width]; differentiable."""
         norm = self.anatomy.final_norm
         shape = h.shape
         logits = self.head(h if norm is None else norm(h))
@@ -109,7 +109,7 @@ class Readout:
 
     def run(self, rows: Sequence[Row], depths: Collection[int]) -> tuple[dict[int, Tensor], Tensor]:
         """Runs texts once: the residual stream [batch, tokens, width] by depth, and the model's logits [batch, tokens, vocabulary]. Texts
-        are padded at the right."""
+        are padded at the right. Raises AnatomyError for a model that gives no logits."""
         read: dict[int, Tensor] = {}
         output = self._pass(rows, {depth: _keeper(read, depth) for depth in depths})
         return read, _logits_of(self.anatomy, output)

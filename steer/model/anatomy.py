@@ -327,7 +327,12 @@ class Anatomy:
         return self._paths.get(id(module), str(site))
 
     def hook_point(self, site: Site, module: nn.Module, side: str, width: int | None, columns: slice | Tensor | None = None) -> HookPoint:
-        """A site at a side of a module, in the order of axes of this stack."""
+        """A site at a side of a module, in the order of axes of this stack.
+
+        Args:
+            side, width: as of `HookPoint`.
+            columns: of a fused projection that belong to the site, a slice or their indices [columns]; None for all.
+        """
         axes = None if self.stack.axes in (None, (0, 1, 2)) else self.stack.axes
         return HookPoint(site, module, self.path_of(module, site), side, width, columns, axes, anatomy=self)
 

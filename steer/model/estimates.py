@@ -20,7 +20,7 @@ class Estimate:
 
     Attributes:
         n: what it is a mean over.
-        value: the number itself.
+        value, low, high: the number and the ends, in the unit of what was measured.
 
     Example:
         >>> steer.bias.Estimate(54.0, 51.5, 56.5, n=200).written(1)

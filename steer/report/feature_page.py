@@ -39,7 +39,7 @@ def write_feature_page(
         ConfigError: jinja2 is missing; a feature that was not read. StorageFullError.
 
     Example:
-        >>> from steer.report.feature_page import write_feature_page
+        >>> from steer.report import write_feature_page
         >>> reading = steer.read_features(model, dictionary, texts, tokenizer=tokenizer, features=[3], context=16)
         >>> write_feature_page("features.html", reading)
         PosixPath('features.html')

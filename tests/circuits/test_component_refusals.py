@@ -13,14 +13,12 @@ from families import FAMILIES
 from steer.circuits import (
     Circuit,
     ComponentEvaluation,
-    ComponentRun,
     ComponentScores,
     KeepKL,
     LogitDifference,
     LogProbability,
     Pairs,
     Shift,
-    TakenOut,
     attribute,
     circuit_directions,
     damage,
@@ -31,6 +29,7 @@ from steer.circuits import (
     optimal_ablation,
     zero_ablation,
 )
+from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.errors import ConfigError, NonFiniteError, WrongModelError
 
 LONG = [40, 36]  # tokens: longer than the stretches that overlaps are looked for in

@@ -15,10 +15,10 @@ from steer.edits import (
     EditBench,
     Guards,
     ValueSettings,
-    answer_row,
     edit_facts,
     fact_keys,
 )
+from steer.edits.locate import answer_row
 from steer.model.likelihood import response_logprobs
 
 TOKENIZER = tiny_tokenizer()

@@ -10,7 +10,8 @@ from edits.edit_helpers import DENSE, FACTS, model_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
-from steer.edits import edited_maps, locate, read_at
+from steer.edits import edited_maps, locate
+from steer.edits.keys import read_at
 from steer.errors import ConfigError, EditError
 from steer.model.anatomy import Anatomy
 

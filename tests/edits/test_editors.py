@@ -38,7 +38,6 @@ from steer.edits import (
     ValueStore,
     WeakValueWarning,
     already_said,
-    answer_row,
     edit_facts,
     preparation,
 )
@@ -51,6 +50,7 @@ from steer.edits.editors.memit import MEMIT
 from steer.edits.editors.pmet import PMET
 from steer.edits.editors.r_rome import RROME
 from steer.edits.editors.rome import ROME
+from steer.edits.locate import answer_row
 from steer.edits.running_text import shipped_texts
 from steer.edits.solve import solve_keys
 from steer.errors import ConfigError, ConflictingEditsError, EditError, WrongModelError

@@ -8,7 +8,8 @@ import pytest
 from edits.edit_helpers import CONTEXTS, subwords, with_a_blank_of_its_own, with_special_tokens
 from tiny_tokenizer import tiny_tokenizer
 
-from steer.edits import Fact, SubjectTokenWarning, answer_row, distinct_facts, locate, target_ids, text_ids
+from steer.edits import Fact, SubjectTokenWarning, distinct_facts, locate, target_ids
+from steer.edits.locate import answer_row, text_ids
 from steer.errors import ConfigError, ConflictingEditsError, EditError, SubjectNotFoundError, TokenizerError
 
 

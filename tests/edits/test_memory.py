@@ -10,10 +10,11 @@ from edits.edit_helpers import CONTEXTS, FACTS, equal_weights, model_of, running
 from edits.editor_helpers import STRONG, TOKENIZER, UNSAID, covariance_of, edit
 from torch import nn
 
-from steer.edits import Covariance, already_said, answer_row, fact_keys
+from steer.edits import Covariance, already_said, fact_keys
 from steer.edits.editors.constrained_ft import ConstrainedFT
 from steer.edits.editors.lora import LoRA
 from steer.edits.editors.memit import MEMIT
+from steer.edits.locate import answer_row
 from steer.model.generation import continuations
 from steer.model.likelihood import response_logprobs
 from steer.model.text_loss import text_losses

@@ -7,11 +7,12 @@ import torch
 from edits.edit_helpers import CONTEXTS, FACTS, equal_weights, model_of, running_text, weights_of
 from tiny_tokenizer import WORDS, tiny_tokenizer
 
-from steer.edits import Covariance, EditBench, Fact, Guards, ValueSettings, answer_row, apply_in_sequence, edit_facts, fact_keys
+from steer.edits import Covariance, EditBench, Fact, Guards, ValueSettings, apply_in_sequence, edit_facts, fact_keys
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.editors.alphaedit import AlphaEdit
 from steer.edits.editors.emmet import EMMET
 from steer.edits.editors.memit import MEMIT
+from steer.edits.locate import answer_row
 from steer.errors import EditError
 from steer.model.likelihood import response_logprobs
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from steer import kernels
 from steer.commands.info import environment
 from steer.errors import ConfigError, WidthError
-from steer.kernels import dispatch, drift_stats, edit, force, steer_add, wanted
-from steer.kernels.dispatch import choose_path
+from steer.kernels import dispatch, drift_stats, edit, force, steer_add
+from steer.kernels.dispatch import choose_path, wanted
 
 H, U = torch.randn(2, 3, 8), torch.randn(2, 8)
 

@@ -1,4 +1,4 @@
-"""Gradients as they are."""
+"""Gradients as they are, those of attribution patching (Syed, Rager & Conmy 2023, arXiv 2310.10348)."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ class AttentionPatterns:
         heads: in the order in which they were named.
         texts: the rows of tokens.
         tokens: by text, its tokens as words.
+        patterns: [tokens, tokens] fp32 of each head and text; `patterns["18.6"]` is that of the first text.
         effects: of the heads, each ablated alone.
         bytes: that the patterns take.
 
@@ -73,7 +74,7 @@ class AttentionPatterns:
         return draw_patterns(panels, self.tokens[text], self._caption(), path)
 
     def html(self, *, text: int = 0, heads: Sequence[HeadName] | None = None) -> str:
-        """The same as HTML without scripts, to stand in a page or a notebook."""
+        """The same as HTML without scripts, to stand in a page or a notebook. Raises ConfigError for a text or head that was not read."""
         self._check_text(text)
         chosen = self.heads if heads is None else _read(self.heads, heads)
         tables = [pattern_table(self._title(head), self._patterns[head, text], self.tokens[text]) for head in chosen]

@@ -1,4 +1,7 @@
-"""Ablation of components towards a constant: heads at `attn.z`, neurons at `mlp.neurons`, whole parts at their output."""
+"""Ablation of components towards a constant: heads at `attn.z`, neurons at `mlp.neurons`, whole parts at their output.
+
+Mean ablation is that of Wang et al. 2022 (IOI, arXiv 2211.00593) where the constant is a mean over texts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of one's own, in the words of `Fact` and `FactRecord`."""
+"""Facts of one's own, in the words of `Fact` and `FactRecord`. The format is ours."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class ConstrainedFT(Editor):
     Attributes:
         epsilon: None for 0.02 times the root mean square of the weight. Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J.
         lr: of Adam. steps: at most.
-        stop_loss: it ends below.
+        stop_loss: it ends below, nat per token.
     """
 
     needs_covariance = False

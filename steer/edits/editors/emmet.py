@@ -26,8 +26,8 @@ class EMMET(Editor):
     lambda = ridge * covariance_weight. Without a ridge the number cancels, and what is written is exact; that is the default here.
 
     Attributes:
-        ridge: 0.1 in their code, for several facts.
-        covariance_weight: 1 to 1,000 there, 10,000 and more in EasyEdit.
+        ridge: added to a diagonal without units; 0 is exact. 0.1 in their code, for several facts.
+        covariance_weight: factor of C; 1 to 1,000 there, 10,000 and more in EasyEdit.
         weighting: of the contexts in the keys, see `steer.edits.contexts.WEIGHTINGS`; `both` constrains the plain prompt and the mean over
             the contexts.
 

@@ -28,9 +28,9 @@ class LoRA(Editor):
     prompts. Nothing holds it to anything else.
 
     Attributes:
-        rank, alpha: of the adapter.
+        rank, alpha: of the adapter, whose factor is alpha / rank.
         lr: of Adam. steps: at most.
-        stop_loss: it ends below.
+        stop_loss: it ends below, nat per token.
         seed: of A; B starts at zero.
     """
 

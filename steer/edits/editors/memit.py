@@ -23,8 +23,9 @@ class MEMIT(Editor):
     Meng et al. 2022, "Mass-Editing Memory in a Transformer", arXiv 2210.07229, equation 14 and algorithm 1.
 
     Attributes:
-        ridge: lambda; None for the width f of the keys, at which a token of the texts behind the covariance would get half of what is asked
-            for it (its k^T C^-1 k is f on average). Published: 15,000 for GPT-J (f = 16,384), 20,000 for GPT-2 XL (6,400).
+        ridge: lambda, the number of tokens that C counts for; None for the width f of the keys, at which a token of the texts behind the
+            covariance would get half of what is asked for it (its k^T C^-1 k is f on average). Published: 15,000 for GPT-J (f = 16,384),
+            20,000 for GPT-2 XL (6,400).
         weighting: of the contexts in the keys, see `steer.edits.contexts.WEIGHTINGS`.
         keeps_past: to disturb the edits in the weights of the model costs as much as to miss the new ones (MEMIT_seq).
 

@@ -28,7 +28,7 @@ class PMET(Editor):
     attention would have had to add is not written, so that less of the shift arrives than with other editors at the same lambda.
 
     Attributes:
-        ridge: lambda; None for 0.37 f, which is 6,000 for GPT-J as published.
+        ridge: lambda, the number of tokens that C counts for; None for 0.37 f, which is 6,000 for GPT-J as published.
         weighting: of the contexts in the keys, see `steer.edits.contexts.WEIGHTINGS`.
     """
 

@@ -1,4 +1,7 @@
-"""Consistency: is what the model writes about the subject like texts about its new object? (RS of ROME)"""
+"""Consistency: is what the model writes about the subject like texts about its new object?
+
+RS of ROME (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Efficacy: does the edited model prefer the new object behind the prompt of the edit?"""
+"""Efficacy: does the edited model prefer the new object behind the prompt of the edit?
+
+ES and EM of ROME (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 

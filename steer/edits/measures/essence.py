@@ -1,4 +1,7 @@
-"""Essence drift: does the model still know the rest of what it knew about the subject?"""
+"""Essence drift: does the model still know the rest of what it knew about the subject?
+
+As the code of ROME has it (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Locality: does what has nothing to do with the edit stay as it was?"""
+"""Locality: does what has nothing to do with the edit stay as it was?
+
+As MEMIT (Meng et al. 2022, arXiv 2210.07229) and EasyEdit measure it on zsRE.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Neighbourhood: does what is true of other subjects stay true?"""
+"""Neighbourhood: does what is true of other subjects stay true?
+
+NS and NM of ROME (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Paraphrase: does the edit hold where the fact is asked for in other words?"""
+"""Paraphrase: does the edit hold where the fact is asked for in other words?
+
+PS and PM of ROME (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 

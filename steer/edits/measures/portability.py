@@ -1,4 +1,4 @@
-"""Portability: does what follows from the new fact follow in the model?"""
+"""Portability: does what follows from the new fact follow in the model? (Yao et al. 2023, arXiv 2305.13172)"""
 
 from __future__ import annotations
 

@@ -44,6 +44,10 @@ def role_of(token: int, first: int, last: int, n_tokens: int) -> str:
 class Mean:
     """A mean over n facts with Student's interval, whose ends are None for one fact.
 
+    Attributes:
+        value, low, high: the mean and the ends of its 95 % interval, in the unit of what was averaged.
+        n: number of facts.
+
     Example:
         >>> mean = traced.average("total_effect")
         >>> mean.value, mean.low, mean.high

@@ -28,6 +28,9 @@ class Checker(GenerationMetric):
 
     Beside these, an item's own `expected` is a text that must be held likewise, or a list of texts one of which must be. Without any
     option each item needs one.
+
+    Raises:
+        ConfigError: an empty text, a pattern that is none, or an item without anything to check.
     """
 
     better = HIGHER

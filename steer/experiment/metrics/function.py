@@ -25,6 +25,9 @@ class Function(Metric):
         call: the function, or its import path `package.module:function`.
         unit: what the numbers are counted in.
         better: `higher` or `lower`.
+
+    Raises:
+        ConfigError: no function, a path that leads to none, or another number of values than items.
     """
 
     def __init__(self, call: str | Callable[..., Any], unit: str = "", better: str | None = None) -> None:

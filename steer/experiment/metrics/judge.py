@@ -79,17 +79,21 @@ class Judge(GenerationMetric):
         question: what is graded, e.g. `How warm is the tone of the answer?`.
         model: name of the judge at its server.
         base_url: of an OpenAI-compatible server; the environment variable STEER_JUDGE_URL by default. A key is read from STEER_JUDGE_KEY.
-        low, high: ends of the scale.
+        low, high: ends of the scale, in its units.
         better: `higher` or `lower`, where one of them is.
         max_new_tokens: length of an answer.
         reply_tokens: length of the judge's reply; more for a model that thinks first.
         max_calls: to the judge in one process.
-        price: of a million tokens, (in, out).
-        budget: most money in one process; needs a price.
+        price: of a million tokens, (in, out), in a currency of yours.
+        budget: most money in one process, in units of the price; needs one.
         cache: folder of the replies; `judge` in the cache folder of steer by default.
         request: further keys of a call, or others in the place of ours; None takes one out.
         timeout: s for one call.
         retries: further calls after one that failed in a way that may pass.
+
+    Raises:
+        ConfigError: no address, a budget without a price, a price that is not of both ways. JudgeError, when it is asked: no grade in its
+            replies, calls or budget used up.
     """
 
     needs = "judge"

@@ -36,6 +36,9 @@ class LmEval(Metric):
         num_fewshot: examples in the prompt; what the task says by default.
         chat: put prompts through the chat template.
         batch_size: rows in a pass.
+
+    Raises:
+        ConfigError: lm-eval is not installed, no such folder, task, score or way to read, or items of another task.
     """
 
     def __init__(

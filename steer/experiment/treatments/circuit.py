@@ -30,8 +30,11 @@ class CircuitTreatment(Treatment):
     Args:
         by: `attribution` with `settings` `nodes`, or `gates` with those of `steer.experiment.pronoun_circuits.GATE_SETTINGS`, or `file`
             with `path`.
-        dose: strength of the ablation; 1 puts the constants in place of the components.
+        dose: strength of the ablation, a factor; 1 puts the constants in place of the components.
         settings: see `by`.
+
+    Raises:
+        ConfigError: settings that do not go with `by`, or no path of a file.
 
     Example:
         >>> # in a configuration: treatment: {kind: circuit, by: attribution, settings: {nodes: 5}}

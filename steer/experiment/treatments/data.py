@@ -20,6 +20,9 @@ class TrainingData(Treatment):
     Args:
         without: values by key; a row that has one of them is left out, e.g. `{"style": "gushing"}`.
         more: rows to mix in, with the keys of the others.
+
+    Raises:
+        ConfigError: neither is given; or, when the rows are there, none of them has such a value.
     """
 
     when = (TRAIN,)

@@ -1,4 +1,4 @@
-"""AbsTopK: features with a sign, as SAELens trains them."""
+"""AbsTopK: features with a sign (Zhu, Khalili & Zhu 2025, arXiv 2510.00404), as SAELens trains them."""
 
 from __future__ import annotations
 

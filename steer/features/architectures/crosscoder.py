@@ -24,6 +24,9 @@ class Crosscoder(SparseAutoencoder):
         encoder: of rows [features, sites, width]; its activations are [..., sites, width], and a feature reads the sum over the sites.
         decoder: [features, sites, width].
         decoder_bias: [sites, width].
+
+    Raises:
+        ConfigError: matrices, sites and models that do not go together.
     """
 
     def __init__(self, encoder: Encoder, decoder: Rows, decoder_bias: Tensor, origin: Origin) -> None:

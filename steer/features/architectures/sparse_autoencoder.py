@@ -30,6 +30,10 @@ class SparseAutoencoder(Dictionary):
         decoder_bias: [width].
         prefixes: widths at which a Matryoshka dictionary is one of its own (Bussmann et al. 2025, arXiv 2503.17547), the whole one last;
             empty for others.
+
+    Raises:
+        ConfigError: an encoder and a decoder of other numbers of features, several sites, or prefixes that do not grow to the width.
+        WidthError, NonFiniteError: a bias of another shape, or with numbers that are not finite.
     """
 
     restores_norm = True  # the norm that was taken from the activations is given to the reconstruction
@@ -108,7 +112,7 @@ class SparseAutoencoder(Dictionary):
     def scaled(self, factor: float) -> Self:
         """The same for activations that were multiplied by a factor in training: it is folded in, so that raw ones are taken.
 
-        Features keep their values; the encoder gets the factor, the decoder, its bias and the shift lose it.
+        Features keep their values; the encoder gets the factor, a number above 0, the decoder, its bias and the shift lose it.
         """
         encoder = self.encoder
         shift = None if encoder.shift is None else encoder.shift / factor

@@ -53,7 +53,11 @@ class Transcoder(SparseAutoencoder):
         return type(self)(folded, Scaled(self.decoder, 1 / out), self.decoder_bias / out, self.origin, skip)
 
     def with_gain(self, gain: Tensor) -> Self:
-        """The same for activations that were multiplied by the gain of a norm, [d_in], which those of its training were not."""
+        """The same for activations that were multiplied by the gain of a norm, [d_in], which those of its training were not.
+
+        Raises:
+            ConfigError: a gain with zeros, or numbers that are not finite. WidthError: of another width.
+        """
         check_shape("the gain of the norm", gain, (self.d_in,))
         if not bool((gain.isfinite() & (gain != 0)).all()):
             raise _no_gain(gain)

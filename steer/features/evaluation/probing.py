@@ -25,9 +25,10 @@ class SparseProbe:
     """What probes reach on the held-out texts of one task.
 
     Attributes:
-        accuracy: by number of features. features: that were chosen, by their number.
-        dense: of a probe on the whole activation. random_labels: of the largest sparse probe, chosen and fitted on labels that were
-            shuffled, against shuffled labels: how much choosing among all features reaches on nothing.
+        accuracy: share of texts told right, by number of features. features: that were chosen, by their number.
+        dense: accuracy of a probe on the whole activation.
+        random_labels: share of texts that the largest sparse probe tells right, chosen and fitted on labels that were shuffled, against
+            shuffled labels: how much choosing among all features reaches on nothing.
         majority: share of the commoner class. texts: held out.
 
     Example:

@@ -29,7 +29,7 @@ class SyntheticFeatures:
         frequency: share of tokens on which a feature is on, one for all or [features].
         correlation: [features, features] of the normal numbers, positive definite with a diagonal of 1; none when None.
         low, high: range of the values.
-        noise: deviation of the noise in each coordinate.
+        noise: standard deviation of the noise in each coordinate.
 
     Raises:
         ConfigError: numbers that cannot be these. WidthError: shapes that do not fit.

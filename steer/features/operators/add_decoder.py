@@ -1,4 +1,4 @@
-"""Decoder rows of a dictionary as a steering vector."""
+"""Decoder rows of a dictionary as a steering vector, as AxBench (Wu et al. 2025, arXiv 2501.17148) steers with dictionaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The complement of feature ablation: of what a dictionary accounts for, chosen features alone stay."""
+"""The complement of feature ablation: of what a dictionary accounts for, chosen features alone stay. The operator is ours."""
 
 from __future__ import annotations
 

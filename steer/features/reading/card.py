@@ -10,7 +10,7 @@ class Example:
     """A piece of text in which a feature is on.
 
     Attributes:
-        tokens: as text, around the token where the feature is largest within its row. values: of the feature at each of them.
+        tokens: as text, around the token where the feature is largest within its row. values: activations of the feature at each of them.
         peak: place of that token.
         is_top: among the largest of all texts; the others are spread over the range of values that the feature has.
 
@@ -26,7 +26,7 @@ class Example:
 
     @property
     def maximum(self) -> float:
-        """The value at the peak."""
+        """The activation at the peak."""
         return self.values[self.peak]
 
     def text(self) -> str:
@@ -40,8 +40,8 @@ class FeatureCard:
     """One feature.
 
     Attributes:
-        density: share of tokens on which it is on. mean: of its values where it is on. maximum: largest value.
-        histogram: (edges, counts) of the values where it is on.
+        density: share of tokens on which it is on. mean, maximum: of its activations where it is on.
+        histogram: (edges, counts) of the activations where it is on.
         examples: the largest first, then those from the rest of its range.
         promoted, suppressed: (token, logit) of its logit weights; empty where it does not write the residual stream.
         nearest: (feature, cosine) of the decoder rows that are most alike.

@@ -49,7 +49,7 @@ def read_features(
     token where the feature is largest.
 
     Args:
-        features: chosen ones; all when None.
+        features: [chosen] indices of some; all when None.
         top: examples with the largest values. spread: further ones, at even quantiles of a fair sample of the rows in which it is on.
         before, after: tokens shown around the largest.
         tokens: of the vocabulary that are promoted and suppressed most. nearest: features with the most similar decoder rows.

@@ -27,7 +27,7 @@ class SearchTask:
         model, tokenizer: of the dictionary.
         words: of each concept that is given by words. labelled: texts of each other concept.
         texts: running text with these words marked; None where nobody gave any.
-        features: of each concept, those that are scored; all features where it is None.
+        features: [chosen] of each concept, those that are scored; all features where it is None.
         maxima: [width] the largest value of each feature, as far as it is known.
         progress: label of progress bars, None for none.
 
@@ -52,7 +52,7 @@ class SearchTask:
         return [*self.words, *self.labelled]
 
     def with_features(self, features: Mapping[str, Tensor], maxima: Tensor | None) -> SearchTask:
-        """The same for chosen features, of which the largest values are known."""
+        """The same for chosen features, of which the largest values are known. features, maxima: as of the class."""
         return replace(self, features=features, maxima=maxima)
 
     def of_words(self) -> SearchTask:
@@ -66,13 +66,13 @@ class SearchTask:
         return (*running, *(row for texts in self.labelled.values() for row in texts.rows))
 
     def scored(self) -> Tensor | None:
-        """Every feature that any concept has scored, in order; None for all of the dictionary."""
+        """[chosen] every feature that any concept has scored, in order; None for all of the dictionary."""
         if self.features is None:
             return None
         return torch.cat([*self.features.values(), torch.empty(0, dtype=torch.long)]).unique()
 
     def ids(self, concept: str) -> Tensor:
-        """Tokens that say a word of the concept, of words that are one token.
+        """[n] tokens that say a word of the concept, of words that are one token, growing.
 
         Raises:
             ConfigError: no word is, or the concept is given by texts.

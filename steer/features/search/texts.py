@@ -80,8 +80,8 @@ class MarkedTexts:
         return cls(tuple(rows), torch.cat(marks), _starts(rows))
 
     def split(self, share: float) -> tuple[MarkedTexts, MarkedTexts]:
-        """Two parts, of which the second one has a share of the text: blocks of rows in turn, so that either part has text from everywhere.
-        Raises ConfigError where there are too few rows."""
+        """Two parts, of which the second one has a share (above 0, below 1) of the text: blocks of rows in turn, so that either part has
+        text from everywhere. Raises ConfigError where there are too few rows."""
         count = min(BLOCKS, len(self.rows))
         of_row = torch.arange(len(self.rows)) * count // len(self.rows)  # block of each row
         second = ((of_row + 1) * share + 1e-9).floor() > (of_row * share + 1e-9).floor()
@@ -90,7 +90,7 @@ class MarkedTexts:
         return self._part(~second), self._part(second)
 
     def of(self, texts: Tensor, positions: Tensor) -> Tensor:
-        """[n, concepts] marks of tokens, by text and position."""
+        """[n, concepts] marks of tokens: texts [n] are rows, positions [n] places in them."""
         return self.marks[self.starts[texts] + positions]
 
     def marked(self, first: int = 0) -> list[int]:

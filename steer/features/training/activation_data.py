@@ -46,7 +46,7 @@ class Calibration:
 
     @classmethod
     def of(cls, activations: Activations, *, outlier: float, first: int = 0) -> Calibration:
-        """Of [tokens, width] at each site; outliers are longer than so many times the median length. Raises ConfigError."""
+        """Of [tokens, width] at each site; a token is an outlier where it is longer than `outlier` times the median. Raises ConfigError."""
         scale, mean, longest = {}, {}, {}
         for site, h in activations.items():
             lengths = h.float().norm(dim=-1)

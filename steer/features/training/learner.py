@@ -73,7 +73,7 @@ class Layer(nn.Module):
 
 
 class Learner(nn.Module):
-    """One dictionary in training.
+    """One dictionary in training. A `batch` has activations [tokens, width] of each site.
 
     Activations are scaled to a mean length of sqrt(width) at each site; `dictionary_of` folds the scales in.
 
@@ -129,14 +129,14 @@ class Learner(nn.Module):
         return None if bool(kept.all()) else kept
 
     def scaled(self, batch: Mapping[Site, Tensor], sites: tuple[Site, ...], kept: Tensor | None) -> Tensor:
-        """[kept tokens, d] activations of sites side by side, in the units of the training."""
+        """[kept tokens, d] activations of sites side by side, in the units of the training. kept: [tokens], what `kept` gives."""
         parts = [(batch[site] if kept is None else batch[site][kept]).float() * self.calibration.scale[site] for site in sites]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     # ---- loss
 
     def forward(self, batch: Mapping[Site, Tensor], number: int, processes: Processes) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at the step of this number, and sums over the tokens of this process: squared error, variance, features on, tokens."""
+        """[] the loss at a step, and sums over the tokens of this process: squared error, variance, features on, tokens."""
         kept = self.kept(batch)
         x = self.scaled(batch, self.reads, kept)  # [tokens, d_in]
         y = x if self.reads == self.writes else self.scaled(batch, self.writes, kept)  # [tokens, d_out]

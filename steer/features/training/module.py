@@ -70,6 +70,7 @@ class DictionaryModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Activations, index: int) -> Tensor:
+        """[] the loss, a sum over the dictionaries."""
         processes = self._processes()
         step = self.global_step
         losses = []

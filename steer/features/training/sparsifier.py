@@ -34,6 +34,8 @@ class Step:
 class Sparsifier(nn.Module):
     """Chooses the features that are on in training, and says what the dictionary computes afterwards.
 
+    Behind `active`, `pre`, `values` and `features` are [n_active]: pre-activations and values at the places chosen, and their features.
+
     Attributes:
         name: under which it is registered.
         has_bias: the encoder has a bias of its own.
@@ -62,7 +64,7 @@ class Sparsifier(nn.Module):
         return pre
 
     def penalty(self, values: Tensor, pre: Tensor, features: Tensor, step: Step) -> Tensor | None:
-        """What the loss has besides the error of the reconstruction, a sum over tokens; None for nothing."""
+        """[] what the loss has besides the error of the reconstruction, a sum over tokens; None for nothing."""
         return None
 
     def gate_values(self, pre: Tensor, features: Tensor) -> Tensor | None:
@@ -70,7 +72,12 @@ class Sparsifier(nn.Module):
         return None
 
     def observe(self, values: Tensor, l0: float, step: Step) -> None:
-        """Takes note of what was on in a step of training. values: those of all processes are not needed, l0 is over all of them."""
+        """Takes note of what was on in a step of training.
+
+        Args:
+            values: [n_on] the features other than 0 in this process.
+            l0: number of features that were on per token, over all processes.
+        """
 
     def activation(self) -> Activation:
         """The activation of the finished dictionary."""
@@ -81,7 +88,7 @@ class PenalisedSparsifier(Sparsifier):
     """A sparsifier whose features are kept few by a penalty, with a coefficient that is adjusted until k of them are on.
 
     Args:
-        coefficient: of the penalty at the beginning; with `adjust=False` for good.
+        coefficient: factor of the penalty at the beginning; with `adjust=False` for good.
     """
 
     RATE = 0.02  # a step changes the coefficient by this share at most

@@ -60,7 +60,7 @@ class Baked:
                 self._write(weight_edit, "bias", weight_edit.bias.to(change.bias) + change.bias)
 
     def add_bias(self, path: str, module: nn.Module, value: Tensor | float) -> None:
-        """Gives a map without a bias one that is not trained. value: [out], or a number for all of it."""
+        """Gives a map without a bias one that is not trained. value: [out] in units of what the map gives, or one number for all."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         out = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
         bias = torch.empty(out, dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""A function of one's own as a gate."""
+"""A function of one's own as a gate. Ours, after CAST (Lee et al. 2024, arXiv 2409.05907), which decides by a cosine."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class CallGate(SiteGate):
         function: takes h [batch, tokens, width] and the forward context, returns [batch, tokens]; booleans count as 1 and -1.
         width: of the activation it reads.
         options: site, per, over, pool, sharpness, see `SiteGate`.
+
+    Raises:
+        ConfigError: no function; a plan with it that is saved. ContextError, in a pass: no decision for each token.
 
     Example:
         >>> gate = steer.CallGate(lambda h, ctx: h.norm(dim=-1) - 6.0, width=vector.shape[0])  # [batch, tokens]

@@ -24,7 +24,7 @@ class CosineGate(SiteGate):
 
     Args:
         vector: [width] c.
-        threshold: from -1 to 1; with a sharpness, any number.
+        threshold: one number from -1 to 1; with a sharpness, any number.
         options: site, per, over, pool, sharpness, see `SiteGate`.
 
     Raises:

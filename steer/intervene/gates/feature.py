@@ -1,4 +1,4 @@
-"""One feature of a sparse autoencoder or transcoder as a gate."""
+"""One feature of a sparse autoencoder or transcoder as a gate. Ours, after CAST (Lee et al. 2024, arXiv 2409.05907)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FeatureGate(SiteGate):
 
     Args:
         encoder: [width] W_enc[f].
-        bias: b_enc[f].
-        threshold: activation above which it counts as active; at least the feature's own JumpReLU threshold.
+        bias: b_enc[f], one number in units of activations of the feature.
+        threshold: activation, one number, above which it counts as active; at least the feature's own JumpReLU threshold.
         center: [width] b_dec where the dictionary subtracts it first, else None.
         options: site, per, over, pool, sharpness, see `SiteGate`.
 

@@ -1,4 +1,4 @@
-"""Linear probe as a gate."""
+"""Linear probe as a gate. Ours, after CAST (Lee et al. 2024, arXiv 2409.05907), which decides by a cosine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ProbeGate(SiteGate):
 
     Args:
         vector: [width] w.
-        bias: b; minus the threshold.
+        bias: b, one number in the units of h·w; minus the threshold.
         options: site, per, over, pool, sharpness, see `SiteGate`.
 
     Example:

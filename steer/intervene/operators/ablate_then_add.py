@@ -1,4 +1,7 @@
-"""Ablation followed by addition: the activation loses what it has along a direction, and gets a set amount of it."""
+"""Ablation followed by addition: the activation loses what it has along a direction, and gets a set amount of it.
+
+The operator is one that the library steering-vectors has; that less is ablated at strengths below 1 is ours.
+"""
 
 from __future__ import annotations
 

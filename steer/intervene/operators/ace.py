@@ -21,7 +21,7 @@ class Ace(AblateThenAdd):
     Args:
         vector: [width] or [slots, width] r, mean activation with the concept minus mean without it; its length is the unit of alpha.
         reference: [width] or [slots, width], mean activation without the concept.
-        alpha: how much of the concept, a number or one per row slot.
+        alpha: how much of the concept, in lengths of r: 0 is none, 1 that of the concept's mean; a number or one per row slot.
 
     Raises:
         ConfigError: a vector of length 0. WidthError: a reference of another width.

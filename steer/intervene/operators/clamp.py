@@ -1,4 +1,7 @@
-"""Clamping a projection: the activation is moved along a direction until its projection lies in a range."""
+"""Clamping a projection: the activation is moved along a direction until its projection lies in a range.
+
+With one bound it is the activation capping of Lu et al. 2026 (The Assistant Axis, arXiv 2601.10387).
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class KSteering(Operator):
 
     Args:
         weights: of each layer, [out, in] as in `nn.Linear`, the last of them [labels, in].
-        biases: of the hidden layers, one fewer; that of the logits has no gradient.
+        biases: [out] of the hidden layers, one fewer; that of the logits has no gradient.
         targets: labels to move towards; a list of lists gives one per row slot.
         avoid: labels to move away from, in the same way.
         steps: number of steps K.

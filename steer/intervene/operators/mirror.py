@@ -21,7 +21,7 @@ class Mirror(LowRank):
         direction: [width] or [slots, width], towards the wanted side; only its direction counts. For a logistic regression of weights w
             and bias b it is w.
         boundary: projection at which they are reflected, a number or one per row slot; -b / |w| for that regression.
-        threshold: projection below which they are; the boundary when None.
+        threshold: projection below which they are, a number or one per row slot; the boundary when None.
 
     Raises:
         ConfigError: a direction of length 0.

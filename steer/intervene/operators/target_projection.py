@@ -20,7 +20,8 @@ class TargetProjection(LowRank):
     Args:
         direction: [width] or [slots, width], towards the wanted side; only its direction counts.
         target: the projection they get, e.g. the mean of wanted texts, a number or one per row slot.
-        threshold: projection below which they get it, e.g. a low quantile of wanted texts; the target when None.
+        threshold: projection below which they get it, e.g. a low quantile of wanted texts, a number or one per row slot; the target when
+            None.
 
     Raises:
         ConfigError: a direction of length 0.

@@ -1,4 +1,4 @@
-"""Mean substitution: every token of the subject has the mean embedding of the tokens of all subjects."""
+"""Mean substitution: every token of the subject has the mean embedding of the tokens of all subjects. As a corruption, ours."""
 
 from __future__ import annotations
 

@@ -31,6 +31,9 @@ class Endpoint(Explainer):
         examples: that are shown.
         cache: folder of replies; None for none.
         timeout: s for one call.
+
+    Raises:
+        ConfigError: no address.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Search by activation: features that are on where the concept is."""
+"""Search by activation: features that are on where the concept is. The choice of the two scores is ours."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Activation(FeatureSearch):
         return {concept: {name: values[places[concept]] for name, values in found[concept].items()} for concept in task.concepts}
 
     def count_words(self, task: SearchTask, chosen: Tensor | None) -> FiringCounts:
-        """Values of features on the tokens of running text."""
+        """Values of features on the tokens of running text. chosen: [chosen] which features, None for all."""
         texts = task.texts
         assert texts is not None
         counts = FiringCounts(task.dictionary.width if chosen is None else len(chosen), texts.marks.shape[1])

@@ -1,4 +1,4 @@
-"""Search by logit weights: features whose decoder row promotes the words of the concept."""
+"""Search by logit weights: features whose decoder row promotes the words of the concept. The score is ours."""
 
 from __future__ import annotations
 

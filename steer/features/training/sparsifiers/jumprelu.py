@@ -54,7 +54,7 @@ class JumpReLUSparsifier(PenalisedSparsifier):
 
     Args:
         bandwidth: of the pre-activations around a threshold that it learns from; the activations have length sqrt(width) in training.
-        threshold: of every feature at the beginning.
+        threshold: of every feature at the beginning, in units of its activation.
     """
 
     def __init__(
