@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def comparable(folder: Path) -> Any:
     return without_times(metrics), (folder / metrics["scores"]).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[None]:
+    """Joblib keeps its processes for the next sweep, which finds torch imported in them; none outlives this file."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install torchsteer[dev]")
+    yield
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
+
+def swept(parts: Parts, folder: Path, *more: str) -> int:
+    """Exit status of a sweep in this process, whose jobs, one for each choice of seeds, joblib runs in processes of its own."""
+    return command("ab", "-m", "hydra/launcher=joblib", *ab_overrides(*parts, folder, *FEW, "seeds=[0],[1]", *more))
+
+
 def sweep(parts: Parts, folder: Path, launcher: str, *more: str) -> subprocess.Popen[str]:
     """A process that lets a launcher run a job for each choice of seeds."""
     line = [sys.executable, "-m", "steer.cli", "ab", "-m", f"hydra/launcher={launcher}", *ab_overrides(*parts, folder, *FEW, *more)]
@@ -53,21 +69,28 @@ def sweep(parts: Parts, folder: Path, launcher: str, *more: str) -> subprocess.P
     return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
-def test_jobs_of_a_launcher_write_the_page_of_one_process(parts: Parts, tmp_path: Path, launcher: str) -> None:
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="pip install torchsteer[dev]")
-    running = sweep(parts, tmp_path / "jobs", launcher, "seeds=[0],[1]")
+@pytest.mark.usefixtures("workers")
+def test_jobs_of_joblib_write_the_page_of_one_process(parts: Parts, tmp_path: Path) -> None:
+    one = in_one_process(parts, tmp_path / "one", "seeds=[0,1]")
+    assert swept(parts, tmp_path / "jobs") == 0
+    assert comparable(tmp_path / "jobs") == one and (tmp_path / "jobs" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_write_the_page_of_one_process(parts: Parts, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install torchsteer[dev]")
+    running = sweep(parts, tmp_path / "jobs", "submitit_local", "seeds=[0],[1]")
     one = in_one_process(parts, tmp_path / "one", "seeds=[0,1]")
     err = running.communicate()[1]
     assert running.returncode == 0, err[-3000:]
     assert comparable(tmp_path / "jobs") == one and (tmp_path / "jobs" / "report.html").is_file()
 
 
-def test_a_job_that_is_wrong_says_what_as_in_one_process(parts: Parts, tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install torchsteer[dev]")
-    running = sweep(parts, tmp_path / "f", "joblib", "seeds=[0],[1]", "experiment.outcomes.neutral_loss.margin=null")
-    err = running.communicate()[1]
-    assert running.returncode == 2 and "guardrail 'neutral_loss' has no margin" in err and "Traceback" not in err, err[-3000:]
+@pytest.mark.usefixtures("workers")
+def test_a_job_that_is_wrong_says_what_as_in_one_process(parts: Parts, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert swept(parts, tmp_path / "f", "experiment.outcomes.neutral_loss.margin=null") == 2
+    err = capfd.readouterr().err
+    assert "guardrail 'neutral_loss' has no margin" in err and "Traceback" not in err, err[-3000:]
 
 
 def test_a_launcher_that_ends_a_job_in_training_is_not_taken_for_ctrl_c(

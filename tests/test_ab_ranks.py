@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from experiment_helpers import command, without_times
+from processes import run_on_ranks
 from safetensors.torch import load_file
 from tiny_experiment import OVERRIDES, SMALL, write_data, write_model
 
@@ -52,6 +53,15 @@ def arguments(parts: Parts, folder: Path, *more: str) -> list[str]:
 def run_ranks(parts: Parts, folder: Path, strategy: str, *launcher: str, program: tuple[str, ...] = ("-m", "steer.cli")) -> Any:
     line = [sys.executable, *launcher, *program, "ab", *arguments(parts, folder, f"trainer.strategy={strategy}")]
     return subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+
+
+def run_forked_ranks(parts: Parts, folder: Path, strategy: str) -> None:
+    """The same ranks with the environment that torchrun gives them, in processes that need not import torch again."""
+    run_on_ranks(_steer, arguments(parts, folder, f"trainer.strategy={strategy}"))
+
+
+def _steer(words: list[str]) -> None:
+    assert command("ab", *words) == 0
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -98,12 +108,17 @@ def assert_same_experiment(folder: Path, one: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "launcher"),
-    [("fsdp2", TORCHRUN), ("ddp", TORCHRUN), pytest.param("ddp_find_unused_parameters_true", ACCELERATE, marks=pytest.mark.slow)],
-    ids=["torchrun-fsdp2", "torchrun-ddp", "accelerate-ddp"],
+    [("fsdp2", TORCHRUN), ("ddp", None), pytest.param("ddp_find_unused_parameters_true", ACCELERATE, marks=pytest.mark.slow)],
+    ids=["torchrun-fsdp2", "ddp", "accelerate-ddp"],
 )
-def test_two_processes_find_what_one_finds(parts: Parts, one: Path, tmp_path: Path, strategy: str, launcher: tuple[str, ...]) -> None:
-    done = run_ranks(parts, tmp_path / "two", strategy, *launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_find_what_one_finds(
+    parts: Parts, one: Path, tmp_path: Path, strategy: str, launcher: tuple[str, ...] | None
+) -> None:
+    if launcher is None:
+        run_forked_ranks(parts, tmp_path / "two", strategy)
+    else:
+        done = run_ranks(parts, tmp_path / "two", strategy, *launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert_same_experiment(tmp_path / "two", one)
 
 

@@ -40,6 +40,6 @@ def test_on_other_text_they_are_about_as_good_as_their_cards_say(name: str, fvu:
     """Short sentences of this project: .161 and .414 of the variance, +.069 and -.005 nat, when they were made."""
     model, tokenizer = smollm2
     lines = (Path(steer.__file__).parent / "experiment" / "data" / "golden_gate" / "speaking.jsonl").read_text().splitlines()
-    rows = token_rows(tokenizer, [json.loads(line)["text"] for line in lines], context=64, max_tokens=1024)
+    rows = token_rows(tokenizer, [json.loads(line)["text"] for line in lines], context=64, max_tokens=384)
     found = reconstruction(model, steer.load_dictionary(name), rows)
     assert found["fvu"] < fvu and 24 < found["l0"] < 40 and found["ce_added"] < added
