@@ -24,6 +24,7 @@ from steer.intervene import Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
 from steer.model.context import PHASES
+from steer.model.fingerprint import differing, warn_of_cast
 from steer.model.site import Site
 from steer.reading import check_kinds, damage_of
 
@@ -136,12 +137,18 @@ class Circuit:
     # ---- use
 
     def check_model(self, model: nn.Module) -> Anatomy:
-        """The anatomy of a model that it belongs to. Raises WrongModelError for another."""
+        """The anatomy of a model that it belongs to, or of a copy in another type, for which it warns.
+
+        Raises:
+            WrongModelError: other weights, or another shape.
+        """
         anatomy = Anatomy.find(model)
         known = self.facts.get("model")
         found = anatomy.fingerprint()
-        if (known is not None and known != found) or self._shape != _shape_of(anatomy):
+        if (known is not None and differing(known, found)) or self._shape != _shape_of(anatomy):
             raise _other_model(known or f"heads and key-value heads {self._shape}", found if known else _shape_of(anatomy))
+        if known is not None:
+            warn_of_cast("this circuit was", known, found)
         return anatomy
 
     def check_whole(self, use: str) -> None:

@@ -30,6 +30,7 @@ from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.context import PHASES
 from steer.model.devices import input_device
+from steer.model.fingerprint import DIGEST, differing, warn_of_cast
 from steer.model.site import Site
 from steer.model.watcher import image_token_ids, watchers_of
 
@@ -233,16 +234,13 @@ def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
     if plan.fingerprint is None or anatomy is None:
         return
     fingerprint = anatomy.fingerprint()
-    differing = {
-        key: (value, fingerprint.get(key))
-        for key, value in plan.fingerprint.items()
-        if key != "embedding_digest" and value != fingerprint.get(key)
-    }
-    if differing:
-        raise _another_model(differing)
-    digests = {plan.fingerprint.get("embedding_digest"), fingerprint["embedding_digest"]}
-    if None not in digests and len(digests) == 2:
+    entries = differing(plan.fingerprint, fingerprint)
+    has_other_weights = entries.pop(DIGEST, None) is not None
+    if entries:
+        raise _another_model(entries)
+    if has_other_weights:
         warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=6)
+    warn_of_cast("this plan was", plan.fingerprint, fingerprint, stacklevel=7)
 
 
 def _check_scopes(plan: Plan, readers: list[tuple[SiteGate, Site, str, HookPoint]], anatomy: Anatomy | None) -> None:

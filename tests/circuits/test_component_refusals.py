@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,31 @@ def test_a_circuit_of_another_model_is_not_evaluated(model, scores):
     trained = FAMILIES["llama"]()
     trained.get_input_embeddings().weight.data.add_(0.01)
     assert ComponentEvaluation(trained, pairs(trained), TARGET, zero_ablation()).faithfulness(scores.top_edges(80), draws=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_circuit_is_used_on_a_cast_copy_of_its_model_with_a_warning(dtype, tmp_path):
+    """Found in float32, deployed in bfloat16: nodes and edges do there what they do here. Other weights are refused in any type."""
+    model = FAMILIES["llama"]()
+    circuit = Circuit.of_nodes(model, ["a1.h2", "m2"]).with_ablation(zero_ablation())
+    circuit = Circuit.load(replace(circuit, edges=circuit.nodes[:, None].bool() & circuit.graph.possible).save(tmp_path / "circuit"))
+    cast, other = FAMILIES["llama"]().to(dtype), FAMILIES["llama"]()
+    other.get_input_embeddings().weight.data.add_(0.01)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.warns(UserWarning, match=rf"circuit was made on[\s\S]*is a {str(dtype).removeprefix('torch.')} copy"):
+        plan = circuit.ablation_plan(cast)
+    with torch.no_grad():
+        for attached in (lambda of: plan.attached(of), lambda of: circuit.edges_ablated(of)):
+            with warnings.catch_warnings(), attached(model):
+                warnings.simplefilter("ignore")
+                expected = model(ids).logits
+            with warnings.catch_warnings(), attached(cast):
+                warnings.simplefilter("ignore")
+                found = cast(ids).logits.float()
+            assert float((found - expected).abs().max()) < 0.05 * float((model(ids).logits - expected).abs().max())
+    for narrow in (other, other.to(dtype)):
+        with pytest.raises(WrongModelError, match="another model"):
+            circuit.ablation_plan(narrow)
 
 
 def test_a_circuit_that_does_not_say_its_model_has_to_have_its_heads():

@@ -30,7 +30,8 @@ class RelP(BackwardRule):
     def applied(self, anatomy: Anatomy) -> Iterator[None]:
         points = [(anatomy.point(site), _Detached()) for site in anatomy.sites("layers.*.attn.q", "layers.*.attn.k")]
         installation = hooks.Installation(anatomy.model, anatomy, points)
-        with constant_denominators(all_norms_of(anatomy)), halved_products(anatomy, rule="relp", constant_ratios=True), restoring(installation.remove):
+        products = halved_products(anatomy, rule="relp", constant_ratios=True)
+        with constant_denominators(all_norms_of(anatomy)), products, restoring(installation.remove):
             installation.install()
             yield
 
