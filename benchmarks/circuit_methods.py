@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/circuit_methods.py curves|rules|acdc|scrubbing|das [--task ioi|greater_than] [--out FILE]
 
 curves: CPR and CMD of MIB, edges by EAP and by EAP-IG (5 steps, found on 16 pairs), in the order of their size and of their value, beside
-random orders, on 16 other pairs. rules: attribution methods and backward rules beside exact patching of 39 nodes. acdc: the 150 best edges
+random orders, on 16 other pairs. rules: attribution methods and backward rules beside exact patching of 39 nodes. acdc: the 100 best edges
 of EAP-IG thinned out by ACDC, beside as many edges of EAP-IG alone, on other pairs. scrubbing: causal scrubbing of hypotheses on which
 heads depend on who is named where, other heads reading another prompt. das: the subspace that carries whether the first or the second name
 is asked for, with its controls.
@@ -114,7 +114,7 @@ def rules(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> dict[s
 
 
 def acdc_circuit(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> dict[str, Any]:
-    pairs, target = ioi(model, tokenizer, 6, 0)
+    pairs, target = ioi(model, tokenizer, 4, 0)
     scores = attribute(model, pairs, target, method=EAPIG(5))
     candidates = scores.top_edges(given.candidates)
     others, other_target = ioi(model, tokenizer, given.pairs, 1)
@@ -162,7 +162,7 @@ def scrubbing(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> di
     chooser = random.Random(1)
     names = NAMES[:3]
     texts, keys, right, wrong = [], [], [], []
-    for number in range(48):
+    for number in range(32):
         a, b = chooser.sample(names, 2)
         s, io = (b, a) if number % 2 else (a, b)
         texts.append(
@@ -247,12 +247,12 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS), default="ioi", help="of curves")
     parser.add_argument("--pairs", type=int, default=16, help="to find on, and as many others to measure on")
     parser.add_argument("--draws", type=int, default=1, help="random orders of the edges")
-    parser.add_argument("--candidates", type=int, default=150, help="edges that ACDC tries")
+    parser.add_argument("--candidates", type=int, default=100, help="edges that ACDC tries")
     parser.add_argument("--threshold", type=float, default=0.02, help="of ACDC, in logits")
-    parser.add_argument("--resamplings", type=int, default=5, help="of causal scrubbing")
-    parser.add_argument("--das-pairs", type=int, default=64)
+    parser.add_argument("--resamplings", type=int, default=4, help="of causal scrubbing")
+    parser.add_argument("--das-pairs", type=int, default=40)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])
-    parser.add_argument("--steps", type=int, default=30, help="of DAS")
+    parser.add_argument("--steps", type=int, default=20, help="of DAS")
     parser.add_argument("--batch", type=int, default=8, help="of DAS")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -119,7 +119,10 @@ def _of_trained(circuit: Circuit, model: nn.Module) -> Circuit:
     """The circuit for a model that is its own by all but the values of its embedding, which training changes."""
     known, now = circuit.facts.get("model"), Anatomy.find(model).fingerprint()
     if isinstance(known, dict) and differing(known, now).keys() <= {DIGEST}:
-        return replace(circuit, facts={**circuit.facts, "model": now})
+        ablation = circuit.ablation
+        if ablation is not None and ablation.facts.get("model") == known:
+            ablation = replace(ablation, facts={**ablation.facts, "model": now})
+        return replace(circuit, ablation=ablation, facts={**circuit.facts, "model": now})
     return circuit
 
 

@@ -168,7 +168,7 @@ class DAS:
     def ablation_plan(self, model: nn.Module, strength: float = 1.0, *, scope: str = "all") -> Plan:
         """A plan that takes the subspace out of the activation, h - strength * (h Q^T) Q. Raises WrongModelError for another model."""
         self._check_model(model)
-        return Plan([Intervention(Ablate(self.subspace), self.site, scope, strength)])
+        return Plan([Intervention(Ablate(self.subspace), self.site, scope, strength)], fingerprint=Anatomy.find(model).fingerprint())
 
     def _check_model(self, model: nn.Module) -> None:
         known, found = self.facts.get("model"), Anatomy.find(model).fingerprint()

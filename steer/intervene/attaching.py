@@ -91,7 +91,7 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     """See `Plan.attach`."""
     allowed = PHASES if phases is None else checked_names(phases, PHASES, "phase")
     replacement = None if schedule is None else schedules.from_dict(schedule)
-    stacked = _stacked_edits(model)
+    stacked = attached_edits(model)
     if stacked and not stack:
         raise _another_plan(stacked)
     plan_number = 1 + max((edits.plan_number for edits in stacked), default=-1)
@@ -118,7 +118,8 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
         raise
 
 
-def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
+def attached_edits(model: nn.Module) -> list[SiteEdits]:
+    """Those of all plans that are attached to a model."""
     hooks_at_sites = [hook for watcher in watchers_of(model) for hook in watcher.site_hooks]
     return [hook.function for hook in hooks_at_sites if isinstance(hook.function, SiteEdits)]
 
@@ -239,8 +240,8 @@ def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
     if entries:
         raise _another_model(entries)
     if has_other_weights:
-        warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=6)
-    warn_of_cast("this plan was", plan.fingerprint, fingerprint, stacklevel=7)
+        warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=5)
+    warn_of_cast("this plan was", plan.fingerprint, fingerprint, stacklevel=6)
 
 
 def _check_scopes(plan: Plan, readers: list[tuple[SiteGate, Site, str, HookPoint]], anatomy: Anatomy | None) -> None:
