@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from steer.circuits.component_pass import written_sites
 from steer.circuits.text_overlap import window_hashes
-from steer.circuits.text_passes import TextPasses
+from steer.circuits.text_passes import TextPasses, warn_of_plan
 from steer.circuits.texts import NO_ROLE, Positions, Prompts, Texts, rows_of
-from steer.errors import ConfigError
+from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
+from steer.model.fingerprint import differing
 from steer.model.site import Site
 from steer.model.tokens import rows_hash
 
@@ -42,6 +43,12 @@ class Ablation:
     @property
     def per_position(self) -> bool:
         return any(value.dim() == 2 for value in self.values.values())
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises WrongModelError where its constants are what another model writes; those of a cast copy are taken."""
+        known = self.facts.get("model")  # constants of one's own and older files do not say it
+        if known is not None and differing(known, found := anatomy.fingerprint()):
+            raise _other_model(self.kind, known, found)
 
     def constants(self) -> Callable[[Site, int], Tensor]:
         """(site, width) -> [width]. Raises ConfigError for `resample`, and for means of positions, which a text of any length lacks."""
@@ -115,6 +122,7 @@ def mean_ablation(
         >>> plan = ablated.ablation_plan(model)
     """
     anatomy = Anatomy.find(model)
+    warn_of_plan(model, "means are those of")
     rows = rows_of(model, texts, tokenizer)
     passes = TextPasses(model, anatomy, Texts(rows, positions), max_tokens=max_tokens)
     if per_position and len(set(passes.texts.lengths)) > 1:
@@ -138,7 +146,8 @@ def mean_ablation(
         count = count + (is_in.sum(0).unsqueeze(-1).cpu() if per_position else int(is_in.sum()))
     if empty := (torch.as_tensor(count).flatten() == 0).nonzero().flatten().tolist():
         raise _no_tokens_at(empty)
-    facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows), "windows": window_hashes(rows)}
+    texts_facts = {"texts": len(rows), "tokens": sum(passes.texts.lengths), "hash": rows_hash(rows), "windows": window_hashes(rows)}
+    facts = {**texts_facts, "model": anatomy.fingerprint()}
     return Ablation(MEAN, {site: (total / count).float() for site, total in sums.items()}, facts)
 
 
@@ -148,6 +157,11 @@ def _has(anatomy: Anatomy, site: Site) -> bool:
 
 
 # ---- errors
+
+
+def _other_model(kind: str, known: Any, found: Any) -> WrongModelError:
+    return WrongModelError(f"the constants of this {kind} ablation are those of another model", expected=known, found=found,
+                           remedy="make them on this model, e.g. mean_ablation(model, texts)")  # fmt: skip
 
 
 def _no_constants(kind: str) -> ConfigError:

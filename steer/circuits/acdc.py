@@ -25,6 +25,7 @@ from steer.circuits.patched_run import Patch, PatchedRun
 from steer.circuits.targets import Target, target_words
 from steer.circuits.texts import Batch
 from steer.errors import ConfigError, WrongModelError
+from steer.model.fingerprint import differing, warn_of_cast
 
 KIND = "acdc progress"
 KL = "KL divergence from the model"
@@ -259,8 +260,10 @@ def _candidates(graph: ComponentGraph, candidates: Circuit | Sequence[str] | Non
         return graph.possible.clone()
     mask = torch.zeros_like(graph.possible)
     if isinstance(candidates, Circuit):
-        if candidates.graph != graph or candidates.facts.get("model", fingerprint) != fingerprint:
-            raise _other_model(candidates.facts.get("model"), fingerprint)
+        known = candidates.facts.get("model", fingerprint)
+        if candidates.graph != graph or differing(known, fingerprint):
+            raise _other_model(known, fingerprint)
+        warn_of_cast("the candidates of acdc were", known, fingerprint, stacklevel=5)
         if candidates.edges is not None:
             mask = candidates.edges & graph.possible
     else:

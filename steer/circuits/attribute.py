@@ -26,7 +26,7 @@ from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import BlockReaders, stream_readers
 from steer.circuits.targets import Target, target_words
 from steer.circuits.text_overlap import window_hashes
-from steer.circuits.text_passes import TextPasses
+from steer.circuits.text_passes import TextPasses, warn_of_plan
 from steer.circuits.texts import Batch
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.anatomy import Anatomy
@@ -80,10 +80,12 @@ def attribute(
     of_type(chosen, AttributionMethod, "the method of an attribution", "e.g. 'eap_ig', or EAPIG(steps=10)")
     ablation = resample_ablation() if ablation is None else ablation
     of_type(ablation, Ablation, "the ablation of an attribution", "e.g. zero_ablation(), or mean_ablation(model, texts)")
+    ablation.check_model(Anatomy.find(model))
     if chosen.needs_pairs and ablation.kind != RESAMPLE:
         raise _needs_pairs(chosen, ablation)
     backward = BACKWARD_RULES.get(rule)() if isinstance(rule, str) else rule
     of_type(backward, BackwardRule, "the backward rule of an attribution", "'plain', 'gim' or 'relp'")
+    warn_of_plan(model, "scores are those of")
     with torch.inference_mode(False):  # of the caller, in which nothing has a gradient
         run = _Attribution(model, pairs, target, chosen, backward, ablation, edges, neurons, max_tokens)
         batches = list(run.passes.batches(range(len(pairs))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from steer.intervene import Intervention, Plan
 from steer.model.anatomy import Anatomy
 from steer.model.block_sites import heads_of
 from steer.model.context import PHASES
+from steer.model.fingerprint import differing, warn_of_cast
 from steer.model.site import Site
 from steer.reading import check_kinds, damage_of
 
@@ -136,12 +138,20 @@ class Circuit:
     # ---- use
 
     def check_model(self, model: nn.Module) -> Anatomy:
-        """The anatomy of a model that it belongs to. Raises WrongModelError for another."""
+        """The anatomy of a model that it belongs to, or of a copy in another type, for which it warns.
+
+        Raises:
+            WrongModelError: other weights, or another shape; constants of the ablation that are those of other weights.
+        """
         anatomy = Anatomy.find(model)
         known = self.facts.get("model")
         found = anatomy.fingerprint()
-        if (known is not None and known != found) or self._shape != _shape_of(anatomy):
+        if (known is not None and differing(known, found)) or self._shape != _shape_of(anatomy):
             raise _other_model(known or f"heads and key-value heads {self._shape}", found if known else _shape_of(anatomy))
+        if known is not None:
+            warn_of_cast("this circuit was", known, found)
+        if self.ablation is not None:
+            self.ablation.check_model(anatomy)
         return anatomy
 
     def check_whole(self, use: str) -> None:
@@ -170,6 +180,10 @@ class Circuit:
             raise _empty()
         if self.ablation is None:
             raise _no_ablation()
+        if self.edges is not None:
+            warnings.warn(
+                "of a circuit of edges this plan ablates the nodes, all of their edges: edges_ablated cuts its own alone", stacklevel=2
+            )
         constants = self.ablation.constants()
         edits = []
         whole = torch.where(in_part(self.graph, self.parts), 0, self.nodes)
@@ -180,7 +194,7 @@ class Circuit:
             site = Site("attn.z", parts.layer)
             erase = parts.operator(constants(site, parts.rows.shape[1]))
             edits.append(Intervention(erase, site, scope, strength, phases, name=f"parts_{site}".replace(".", "_")))
-        return Plan(edits)
+        return Plan(edits, fingerprint=anatomy.fingerprint())
 
     def edges_ablated(self, model: nn.Module, strength: float = 1.0) -> EdgesAblated:
         """The edges of the circuit, cut in every pass of a model while attached, in generation and training: see `EdgesAblated`."""

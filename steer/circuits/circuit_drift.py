@@ -17,9 +17,8 @@ from steer.circuits.texts import Batch, Prompts, Texts, rows_of
 from steer.directions import Direction, Directions
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
+from steer.model.fingerprint import DIGEST, differing
 from steer.model.site import Site
-
-DIGEST = "embedding_digest"  # of a model's fingerprint
 
 
 @torch.inference_mode(False)  # of the caller, in which nothing has a gradient
@@ -119,8 +118,11 @@ def circuit_effect(
 def _of_trained(circuit: Circuit, model: nn.Module) -> Circuit:
     """The circuit for a model that is its own by all but the values of its embedding, which training changes."""
     known, now = circuit.facts.get("model"), Anatomy.find(model).fingerprint()
-    if isinstance(known, dict) and {**known, DIGEST: None} == {**now, DIGEST: None}:
-        return replace(circuit, facts={**circuit.facts, "model": now})
+    if isinstance(known, dict) and differing(known, now).keys() <= {DIGEST}:
+        ablation = circuit.ablation
+        if ablation is not None and ablation.facts.get("model") == known:
+            ablation = replace(ablation, facts={**ablation.facts, "model": now})
+        return replace(circuit, ablation=ablation, facts={**circuit.facts, "model": now})
     return circuit
 
 

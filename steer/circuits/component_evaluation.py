@@ -18,13 +18,13 @@ from steer.circuits.ablation import Ablation
 from steer.circuits.circuit import Circuit
 from steer.circuits.component_results import SHARES, Completeness, ComponentFaithfulness, FaithfulnessCurve, Minimality
 from steer.circuits.component_run import ComponentRun, TakenOut, kinds_of
-from steer.circuits.component_scores import ComponentScores
+from steer.circuits.component_scores import ComponentScores, check_order
 from steer.circuits.components import HEAD, INPUT, MLP
 from steer.circuits.evaluation import ExactEffects
 from steer.circuits.pairs import Pairs
 from steer.circuits.targets import Target, target_words
 from steer.circuits.texts import Prompts, Texts
-from steer.errors import ConfigError, NonFiniteError, WrongModelError
+from steer.errors import ConfigError, WrongModelError
 from steer.model.tokens import rows_hash
 
 
@@ -168,7 +168,7 @@ class ComponentEvaluation:
             draws: random orders of the edges beside it.
 
         Raises:
-            ConfigError: scores without edges, or shares that do not ascend within 0 to 1.
+            ConfigError: scores without edges, or all zero; shares that do not ascend within 0 to 1.
             NonFiniteError: scores that cannot be ordered.
         """
         self._check_model(scores)
@@ -179,8 +179,7 @@ class ComponentEvaluation:
             raise _not_ascending(shares)
         generator = torch.Generator().manual_seed(seed)
         graph = self.run.graph
-        if not bool(torch.isfinite(scores.edge_scores[graph.possible]).all()):
-            raise _not_finite()
+        check_order(scores.edge_scores[graph.possible], "edges")
         orders = [scores.edge_scores.abs() if absolute else scores.edge_scores]
         orders += [torch.rand(graph.possible.shape, generator=generator) for _ in range(draws)]
         nothing = torch.zeros(len(graph.writers), dtype=torch.float64)
@@ -308,11 +307,6 @@ def _highest(scores: Tensor, possible: Tensor, count: int) -> Tensor:
 def _other_model(known: Any, found: Any) -> WrongModelError:
     return WrongModelError("what is evaluated was found in another model", expected=found, found=known,
                            remedy="evaluate it on the model that it was found in, or attribute on this one")  # fmt: skip
-
-
-def _not_finite() -> NonFiniteError:
-    return NonFiniteError("scores of edges are not finite, so that none is higher than another", expected="finite scores",
-                          found="NaN or infinity", remedy="attribute in float32 or bfloat16")  # fmt: skip
 
 
 def _empty() -> ConfigError:

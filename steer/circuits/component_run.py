@@ -18,7 +18,7 @@ from steer.circuits.edge_attachment import check_no_edges_ablated
 from steer.circuits.pairs import Pairs
 from steer.circuits.stream_readers import stream_readers
 from steer.circuits.targets import Target
-from steer.circuits.text_passes import TextPasses
+from steer.circuits.text_passes import TextPasses, warn_of_plan
 from steer.circuits.texts import NO_ROLE, Batch, Prompts, Texts, rows_of
 from steer.errors import ConfigError
 from steer.model.anatomy import Anatomy
@@ -121,6 +121,7 @@ class ComponentRun:
         texts = texts_of(model, prompts)
         if ablation.kind == RESAMPLE and not isinstance(prompts, Pairs):
             raise _no_pairs()
+        ablation.check_model(self.anatomy)
         if ablation.per_position:
             _check_positions(ablation, max(texts.lengths))
         self.target, self.ablation, self.max_tokens = target, ablation, max_tokens
@@ -137,6 +138,7 @@ class ComponentRun:
     @torch.no_grad()
     def values(self, taken_out: Sequence[TakenOut]) -> Tensor:
         """[runs, prompts] fp64 of the target, each with something else taken out."""
+        warn_of_plan(self.passes.model, "values are those of")
         found = torch.zeros(len(taken_out), len(self), dtype=torch.float64)
         for prompts in self.batches(taken_out):
             batch = self.passes.batch(prompts)

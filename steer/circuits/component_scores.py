@@ -313,15 +313,20 @@ def _drawn(writer: Writer) -> Node:
     return Node(COMPONENT, site, writer.name)
 
 
+def check_order(scores: Tensor, what: str) -> None:
+    """Raises NonFiniteError, or ConfigError where all are zero: by such scores none is higher than another."""
+    if not bool(torch.isfinite(scores).all()):
+        raise _no_order(what)
+    if not bool(scores.any()):
+        raise _all_zero(what)
+
+
 def _highest(scores: Tensor, allowed: Tensor, count: int, absolute: bool, what: str) -> Tensor:
     """[scores] bool, the highest of those allowed."""
     found = int(allowed.sum())
     if count > found:
         raise _too_many(what, count, found)
-    if not bool(torch.isfinite(scores[allowed]).all()):
-        raise _no_order(what)
-    if not bool(scores[allowed].any()):
-        raise _all_zero(what)
+    check_order(scores[allowed], what)
     sizes = (scores.abs() if absolute else scores).masked_fill(~allowed, -torch.inf)
     chosen = torch.zeros_like(allowed)
     chosen[sizes.topk(count).indices] = True

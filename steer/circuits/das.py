@@ -25,6 +25,7 @@ from steer.circuits.pairs import Pairs
 from steer.errors import ConfigError, WrongModelError
 from steer.intervene import Ablate, Intervention, Plan
 from steer.model.anatomy import Anatomy
+from steer.model.fingerprint import differing, warn_of_cast
 from steer.model.site import Site
 from steer.reading import check_kinds, damage_of
 
@@ -167,12 +168,15 @@ class DAS:
     def ablation_plan(self, model: nn.Module, strength: float = 1.0, *, scope: str = "all") -> Plan:
         """A plan that takes the subspace out of the activation, h - strength * (h Q^T) Q. Raises WrongModelError for another model."""
         self._check_model(model)
-        return Plan([Intervention(Ablate(self.subspace), self.site, scope, strength)])
+        return Plan([Intervention(Ablate(self.subspace), self.site, scope, strength)], fingerprint=Anatomy.find(model).fingerprint())
 
     def _check_model(self, model: nn.Module) -> None:
         known, found = self.facts.get("model"), Anatomy.find(model).fingerprint()
-        if known is not None and known != found:
+        if known is None:
+            return
+        if differing(known, found):
             raise _other_model(known, found)
+        warn_of_cast("this subspace was", known, found, stacklevel=4)
 
     def save(self, path: str | Path) -> Path:
         """Writes manifest and tensors, atomically."""

@@ -36,8 +36,12 @@ class _Seen:
 
 
 @contextmanager
-def constant_ratios(anatomy: Anatomy) -> Iterator[None]:
-    """Passes within have gradients that take act(x) / x as a constant and share those of products out in halves.
+def halved_products(anatomy: Anatomy, *, rule: str, constant_ratios: bool = False) -> Iterator[None]:
+    """Passes within have gradients that products of gated MLPs share out to their two factors in halves.
+
+    Args:
+        rule: name of the backward rule that asks for it.
+        constant_ratios: act(x) is x times a constant too.
 
     Raises:
         AnatomyError: neurons that are neither act(x) nor act(x) * other, of modules of the MLP.
@@ -47,10 +51,10 @@ def constant_ratios(anatomy: Anatomy) -> Iterator[None]:
         for layer in range(anatomy.n_layers):
             writer, seen = anatomy.writer(layer, "mlp"), _Seen()
             if writer.projection is None:
-                raise _no_neurons(anatomy, layer)
+                raise _no_neurons(anatomy, layer, rule)
             for module in _modules_of_mlp(anatomy, layer):
                 stack.callback(module.register_forward_hook(partial(_keep, seen)).remove)
-            points.append((anatomy.point(Site("mlp.neurons", layer)), _Rule(anatomy, layer, seen)))
+            points.append((anatomy.point(Site("mlp.neurons", layer)), _Product(anatomy, layer, seen, rule, constant_ratios)))
         installation = hooks.Installation(anatomy.model, anatomy, points)
         stack.enter_context(restoring(installation.remove))
         installation.install()
@@ -80,13 +84,13 @@ def _keep(seen: _Seen, module: nn.Module, args: tuple[Any, ...], output: Any) ->
         seen.outputs.append(output)
 
 
-class _Rule:
+class _Product:
     """At the neurons of one block: their value, with the gradient of the rule."""
 
     order = BEFORE_EDITS  # whoever reads the neurons reads what comes out of it
 
-    def __init__(self, anatomy: Anatomy, layer: int, seen: _Seen) -> None:
-        self.anatomy, self.layer, self.seen = anatomy, layer, seen
+    def __init__(self, anatomy: Anatomy, layer: int, seen: _Seen, rule: str, constant_ratios: bool) -> None:
+        self.anatomy, self.layer, self.seen, self.rule, self.constant_ratios = anatomy, layer, seen, rule, constant_ratios
 
     def __call__(self, h: Tensor, ctx: Any) -> Tensor | None:
         activations, outputs = self.seen.activations, self.seen.outputs
@@ -97,12 +101,13 @@ class _Rule:
     def _made(self, h: Tensor, activations: list[tuple[nn.Module, Tensor, Tensor]], outputs: list[Tensor]) -> Tensor:
         """[rows, tokens, neurons] the same values."""
         for module, x, y in activations:
+            activation = x * _ratio(module, x, y) if self.constant_ratios else y
             if _same(y, h):
-                return x * _ratio(module, x, y)
+                return activation
             for other in _parts(outputs, h.shape[-1]):
                 if other.shape == y.shape and _same(y * other, h):
-                    return 0.5 * (x * _ratio(module, x, y) * other.detach() + y.detach() * other)
-        raise _unknown_product(self.anatomy, self.layer, activations)
+                    return 0.5 * (activation * other.detach() + y.detach() * other)
+        raise _unknown_product(self.anatomy, self.layer, activations, self.rule)
 
 
 def _parts(outputs: list[Tensor], width: int) -> Iterator[Tensor]:
@@ -134,19 +139,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # ---- errors
 
 
-def _no_neurons(anatomy: Anatomy, layer: int) -> AnatomyError:
+def _no_neurons(anatomy: Anatomy, layer: int, rule: str) -> AnatomyError:
     return AnatomyError(
-        f"rule 'relp' needs the product of each MLP, which block {layer} of this {anatomy.kind} does not have as one tensor",
+        f"rule '{rule}' needs the product of each MLP, which block {layer} of this {anatomy.kind} does not have as one tensor",
         expected="an MLP that ends in one linear map",
         found="experts",
-        remedy="attribute with rule='gim' or rule='plain'",
+        remedy="attribute with rule='plain'",
     )
 
 
-def _unknown_product(anatomy: Anatomy, layer: int, activations: list[tuple[nn.Module, Tensor, Tensor]]) -> AnatomyError:
+def _unknown_product(anatomy: Anatomy, layer: int, activations: list[tuple[nn.Module, Tensor, Tensor]], rule: str) -> AnatomyError:
     return AnatomyError(
-        f"what the neurons in block {layer} of this {anatomy.kind} are a product of is not known",
+        f"rule '{rule}': what the neurons in block {layer} of this {anatomy.kind} are a product of is not known",
         expected="act(x), or act(x) * other, of outputs of the modules of the MLP",
         found=f"activation functions {[type(module).__name__ for module, _, _ in activations]}, none of which gives the neurons",
-        remedy="attribute with rule='gim' or rule='plain'",
+        remedy="attribute with rule='plain'",
     )

@@ -84,6 +84,7 @@ class GradientMask:
         self.model, self.only = model, only
         self.partial: list[MaskedParameter] = []
         self.frozen: list[nn.Parameter] = []
+        self.whole: list[nn.Parameter] = []  # of which all learns
         self.learning = self.total = 0
         masks = circuit_masks(model, circuit)
         for name, parameter in model.named_parameters():
@@ -106,6 +107,8 @@ class GradientMask:
             assert inside is not None
             stays = (~inside if self.only else inside).expand(parameter.shape).contiguous()
             self.partial.append(MaskedParameter(name, parameter, stays.to(parameter.device)))
+        else:
+            self.whole.append(parameter)
 
     def __repr__(self) -> str:
         return f"GradientMask({'only' if self.only else 'all but'} the circuit: {self.learning} of {self.total} numbers learn)"
@@ -150,6 +153,8 @@ class GradientMask:
                 raise _not_optimised(masked.name)
             if id(masked.parameter) not in current or not is_dense(masked.parameter):
                 raise _replaced(masked.name)
+        if in_optimizers.isdisjoint(id(parameter) for parameter in (*self.whole, *(masked.parameter for masked in self.partial))):
+            raise _nothing_optimised(self.learning)
         self._empty_adapters()
         for masked in self.partial:
             masked.before = masked.parameter.detach().clone()
@@ -223,6 +228,15 @@ def _not_optimised(name: str) -> ConfigError:
         expected="all optimisers of this model's parameters",
         found="others",
         remedy="pass all that train the model: mask.active(first, second); requires_grad_(False) for what none trains",
+    )
+
+
+def _nothing_optimised(learning: int) -> ConfigError:
+    return ConfigError(
+        "these optimisers train nothing of what the gradient mask lets learn",
+        expected=f"some of the {learning} numbers that learn",
+        found="others",
+        remedy="pass the optimiser of this model, made of model.parameters()",
     )
 
 

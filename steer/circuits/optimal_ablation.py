@@ -76,6 +76,7 @@ def optimal_ablation(
         "ablated": "all but the circuit" if all_but else "the circuit",
         "steps": steps,
         "lr": lr,
+        "model": learning.run.anatomy.fingerprint(),
         "before": before,
         "after": min(after, before),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
@@ -15,6 +16,7 @@ from steer.checks import whole_number
 from steer.circuits.targets import Target, check_target, checked_value
 from steer.circuits.texts import Batch, Texts
 from steer.errors import AnatomyError
+from steer.intervene.attaching import attached_edits
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
 from steer.model.capture import batches_of, check_vocabulary, evaluating
@@ -23,6 +25,14 @@ from steer.model.own_calls import needs_equal_lengths, texts_call
 from steer.model.restoring import restoring
 from steer.model.resume import StoppedPass
 from steer.model.site import Site
+
+
+def warn_of_plan(model: nn.Module, what: str) -> None:
+    """Warns where a plan acts on a model that is looked at: what is found is found in the model that it steers."""
+    names = [each.name for edits in attached_edits(model) for each in edits.interventions if each.enabled]
+    if names:
+        some = ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(f"a plan is attached to this model ({some}): {what} the model as it is steered", stacklevel=4)
 
 
 class TextPasses:

@@ -38,6 +38,7 @@ from steer.intervene.schedules.constant import Constant
 from steer.intervene.scope import decimal
 from steer.intervene.source import OperatorSource
 from steer.model.context import PHASES
+from steer.model.fingerprint import CASTS, DIGEST
 from steer.model.site import Site
 from steer.model.sites import Sites, examples_of, parse_sites
 
@@ -182,7 +183,7 @@ def _fingerprint(used: Names) -> dict[str, Any] | None:
 
 
 def _without_digest(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fingerprint.items() if key != "embedding_digest"}
+    return {key: value for key, value in fingerprint.items() if key not in (DIGEST, CASTS)}
 
 
 def plan_to_text(plan: Plan, names: Names, gates: Gates | None = None) -> str:

@@ -17,6 +17,7 @@ from steer.drift.records import DriftRecord
 from steer.drift.site_directions import KINDS, TrackedDirection
 from steer.drift.store import DriftStore, StoreInUseError, check_files, typed_errors
 from steer.errors import ConfigError, WrongModelError
+from steer.model.fingerprint import CASTS
 from steer.reading import place_of
 
 
@@ -80,7 +81,8 @@ class DriftWriter(DriftStore):
     def _check_model(self, fingerprint: Mapping[str, Any]) -> None:
         known = self.fingerprint
         own = json.loads(json.dumps(dict(fingerprint)))
-        if differing := sorted(key for key in known.keys() | own.keys() if known.get(key) != own.get(key)):
+        names = (known.keys() | own.keys()) - {CASTS}  # follow from the digest, and older stores do not have them
+        if differing := sorted(key for key in names if known.get(key) != own.get(key)):
             raise _another_model(self.path, {key: known.get(key) for key in differing}, {key: own.get(key) for key in differing})
 
     def _register(self, tracked: Iterable[TrackedDirection]) -> None:

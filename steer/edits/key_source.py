@@ -12,7 +12,7 @@ from torch import nn
 from steer.edits.edited_map import edited_maps, without_wrappers
 from steer.errors import EditError, TokenizerError, WrongModelError
 from steer.model.anatomy import Anatomy
-from steer.model.fingerprint import sum_of_bits
+from steer.model.fingerprint import CASTS, DIGEST, sum_of_bits
 from steer.model.tokens import check_tokenizer
 
 _SAMPLE = "The Eiffel Tower, built in 1889, isn't in \u00c5rhus; \u6771\u4eac has one, too.\n"
@@ -60,7 +60,7 @@ def check_source(known: dict[str, Any], found: dict[str, Any], what: str) -> Non
         what: that was made of the keys, for the error.
     """
     model, other = known["model"], found["model"]
-    names = [name for name in model if name in other and name != "embedding_digest"]  # the digests of weights have all of the embedding
+    names = [name for name in model if name in other and name not in (DIGEST, CASTS)]  # the digests of weights have all of the embedding
     if differing := {name: (model[name], other[name]) for name in names if model[name] != other[name]}:
         raise _other_model(what, differing)
     changed = [layer for layer, digest in known["weights"].items() if found["weights"].get(layer, digest) != digest]

@@ -30,6 +30,7 @@ from steer.model import hooks
 from steer.model.anatomy import Anatomy, HookPoint, resolve
 from steer.model.context import PHASES
 from steer.model.devices import input_device
+from steer.model.fingerprint import DIGEST, differing, warn_of_cast
 from steer.model.site import Site
 from steer.model.watcher import image_token_ids, watchers_of
 
@@ -90,7 +91,7 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
     """See `Plan.attach`."""
     allowed = PHASES if phases is None else checked_names(phases, PHASES, "phase")
     replacement = None if schedule is None else schedules.from_dict(schedule)
-    stacked = _stacked_edits(model)
+    stacked = attached_edits(model)
     if stacked and not stack:
         raise _another_plan(stacked)
     plan_number = 1 + max((edits.plan_number for edits in stacked), default=-1)
@@ -117,7 +118,8 @@ def attach(plan: Plan, model: nn.Module, *, stack: bool, phases: Sequence[str] |
         raise
 
 
-def _stacked_edits(model: nn.Module) -> list[SiteEdits]:
+def attached_edits(model: nn.Module) -> list[SiteEdits]:
+    """Those of all plans that are attached to a model."""
     hooks_at_sites = [hook for watcher in watchers_of(model) for hook in watcher.site_hooks]
     return [hook.function for hook in hooks_at_sites if isinstance(hook.function, SiteEdits)]
 
@@ -233,16 +235,13 @@ def _check_fingerprint(plan: Plan, anatomy: Anatomy | None) -> None:
     if plan.fingerprint is None or anatomy is None:
         return
     fingerprint = anatomy.fingerprint()
-    differing = {
-        key: (value, fingerprint.get(key))
-        for key, value in plan.fingerprint.items()
-        if key != "embedding_digest" and value != fingerprint.get(key)
-    }
-    if differing:
-        raise _another_model(differing)
-    digests = {plan.fingerprint.get("embedding_digest"), fingerprint["embedding_digest"]}
-    if None not in digests and len(digests) == 2:
-        warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=6)
+    entries = differing(plan.fingerprint, fingerprint)
+    has_other_weights = entries.pop(DIGEST, None) is not None
+    if entries:
+        raise _another_model(entries)
+    if has_other_weights:
+        warnings.warn("this plan was made on other weights of the same architecture (the embeddings differ)", stacklevel=5)
+    warn_of_cast("this plan was", plan.fingerprint, fingerprint, stacklevel=6)
 
 
 def _check_scopes(plan: Plan, readers: list[tuple[SiteGate, Site, str, HookPoint]], anatomy: Anatomy | None) -> None:

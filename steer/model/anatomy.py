@@ -18,7 +18,7 @@ from steer.errors import AnatomyError, SiteError
 from steer.model.block_sites import AS_MODULE, heads_of, part_point, writer_of
 from steer.model.description import described_parts
 from steer.model.find_stack import FoundStack, check_model, find_stack, path_of_decoder
-from steer.model.fingerprint import configured_kv_heads, embedding_digest
+from steer.model.fingerprint import configured_kv_heads, embedding_digests
 from steer.model.heads import Heads
 from steer.model.hook_points import HookPoint, module_point, out_width
 from steer.model.other_stacks import stack_named
@@ -183,7 +183,7 @@ class Anatomy:
         return {id(module): path for path, module in self.model.named_modules()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What makes this model itself: its shape, and a digest of 16 embedding rows (stable under LoRA, moved by full training)."""
+        """What makes this model itself: its shape, and digests of 16 embedding rows (stable under LoRA, moved by full training)."""
         config = self.config if any(getattr(module, "config", None) is not None for module in self.chain) else None
         n_heads = getattr(config, "num_attention_heads", None)
         return {
@@ -193,7 +193,7 @@ class Anatomy:
             "n_heads": n_heads if isinstance(n_heads, int) else None,
             "n_kv_heads": configured_kv_heads(config, n_heads) if isinstance(n_heads, int) else None,
             "vocabulary": getattr(config, "vocab_size", getattr(self.embedding, "num_embeddings", None)),
-            "embedding_digest": embedding_digest(self.embedding),
+            **embedding_digests(self.embedding),
         }
 
     # ---- parts of blocks

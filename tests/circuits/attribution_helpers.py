@@ -114,10 +114,11 @@ class MaskedLlama:
 
     def mlp(self, module: torch.nn.Module, x: Tensor) -> Tensor:
         gate, up = module.gate_proj(x), module.up_proj(x)
-        if self.rule != "relp":
+        if self.rule == "plain":
             return module.down_proj(torch.nn.functional.silu(gate) * up)
-        share = gate.sigmoid().detach()  # silu(gate) / gate
-        return module.down_proj(PartOfGradient.apply(gate * share, 0.5) * PartOfGradient.apply(up, 0.5))
+        # silu(gate) / gate is a constant of relp
+        active = gate * gate.sigmoid().detach() if self.rule == "relp" else torch.nn.functional.silu(gate)
+        return module.down_proj(PartOfGradient.apply(active, 0.5) * PartOfGradient.apply(up, 0.5))
 
     def gradient(self, prompt: list[int], other: list[int], number: int, at: float = 0.0) -> Tensor:
         """[writers, readers] of -target by the masks, which are all `at`."""

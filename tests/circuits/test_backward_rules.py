@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
 
 from steer.circuits import BACKWARD_RULES, LogitDifference, attribute, zero_ablation
-from steer.circuits.attention_backward import _REPLACEMENTS
+from steer.circuits.attention_backward import _REPLACEMENTS, Attended, attention_as
 from steer.errors import AnatomyError, ConfigError
 from steer.model.anatomy import Anatomy
 
 RULES = ("gim", "relp")
-REFUSED = {("falcon", "gim"), ("mixtral", "relp"), ("qwen3_moe", "relp")}
+REFUSED = {("falcon", "gim"), *((family, rule) for family in ("mixtral", "qwen3_moe") for rule in RULES)}
 
 
 def scored(model, rule, **how):
@@ -140,11 +140,12 @@ class OtherMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).tanh() * 2)
 
 
-def test_a_product_that_is_not_proven_is_refused(tiny):
+@pytest.mark.parametrize("rule", RULES)
+def test_a_product_that_is_not_proven_is_refused(tiny, rule):
     model = tiny("llama")
     model.model.layers[1].mlp = OtherMLP(model.model.layers[1].mlp)
-    with pytest.raises(AnatomyError, match=r"neurons in block 1[\s\S]*act\(x\) \* other[\s\S]*rule='gim'"):
-        scored(model, "relp")
+    with pytest.raises(AnatomyError, match=rf"'{rule}'[\s\S]*neurons in block 1[\s\S]*act\(x\) \* other[\s\S]*rule='plain'"):
+        scored(model, rule)
 
 
 def test_attention_with_sinks_is_refused():
@@ -154,8 +155,15 @@ def test_attention_with_sinks_is_refused():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GptOssForCausalLM(config).eval()
-    with pytest.raises(AnatomyError, match=r"attention of GptOssAttention[\s\S]*rule='plain'"):
-        scored(model, "gim", edges=False)
+
+    def softmax_attention(of: Attended) -> torch.Tensor:
+        return of.mixed(of.scores(of.query, of.key).softmax(-1), of.value)
+
+    with (
+        pytest.raises(AnatomyError, match=r"attention of GptOssAttention[\s\S]*rule='plain'"),
+        attention_as(Anatomy.find(model), softmax_attention),
+    ):
+        model(ids())
 
 
 def test_an_attention_function_of_ones_own_is_refused(tiny):

@@ -273,6 +273,9 @@ def test_a_mask_without_its_optimiser_or_with_nothing_to_learn_is_refused(tiny) 
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ConfigError, match="in none of these optimisers"), GradientMask(model, circuit).active(other):
         pass
+    whole = Circuit.of_nodes(model, ["m1"])  # nothing of it is learned in part, so that no parameter misses its optimiser
+    with pytest.raises(ConfigError, match="train nothing of what"), GradientMask(model, whole).active(other):
+        pass
     half = torch.optim.AdamW(model.model.layers[1].parameters(), lr=0.1)  # the circuit has neurons of block 0 too
     with pytest.raises(ConfigError, match=r"layers\.0\.[\s\S]*all that train the model"), GradientMask(model, circuit).active(half):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,7 @@ from steer.circuits import (
 )
 from steer.circuits.component_run import ComponentRun, TakenOut
 from steer.errors import ConfigError, NonFiniteError, WrongModelError
+from steer.intervene import Plan
 
 LONG = [40, 36]  # tokens: longer than the stretches that overlaps are looked for in
 
@@ -90,6 +92,9 @@ def test_scores_that_are_not_finite_choose_nothing(model, scores):
     ):
         with pytest.raises(NonFiniteError, match="none is higher"):
             choose()
+    same = attribute(model, Pairs.of(model, rows(5), rows(5)), TARGET, method="eap", progress=False)
+    with pytest.raises(ConfigError, match="all scores of edges are zero"):
+        evaluation.curve(same, shares=(0.5,))
 
 
 def test_a_circuit_of_another_model_is_not_evaluated(model, scores):
@@ -105,6 +110,81 @@ def test_a_circuit_of_another_model_is_not_evaluated(model, scores):
     trained = FAMILIES["llama"]()
     trained.get_input_embeddings().weight.data.add_(0.01)
     assert ComponentEvaluation(trained, pairs(trained), TARGET, zero_ablation()).faithfulness(scores.top_edges(80), draws=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_circuit_is_used_on_a_cast_copy_of_its_model_with_a_warning(dtype, tmp_path):
+    """Found in float32, deployed in bfloat16: nodes and edges do there what they do here. Other weights are refused in any type."""
+    model = FAMILIES["llama"]()
+    circuit = Circuit.of_nodes(model, ["a1.h2", "m2"]).with_ablation(zero_ablation())
+    circuit = Circuit.load(replace(circuit, edges=circuit.nodes[:, None].bool() & circuit.graph.possible).save(tmp_path / "circuit"))
+    cast, other = FAMILIES["llama"]().to(dtype), FAMILIES["llama"]()
+    other.get_input_embeddings().weight.data.add_(0.01)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.warns(UserWarning, match=rf"circuit was made on[\s\S]*is a {str(dtype).removeprefix('torch.')} copy"):
+        plan = circuit.ablation_plan(cast)
+    with torch.no_grad():
+        for attached in (lambda of: plan.attached(of), lambda of: circuit.edges_ablated(of)):
+            with warnings.catch_warnings(), attached(model):
+                warnings.simplefilter("ignore")
+                expected = model(ids).logits
+            with warnings.catch_warnings(), attached(cast):
+                warnings.simplefilter("ignore")
+                found = cast(ids).logits.float()
+            assert float((found - expected).abs().max()) < 0.05 * float((model(ids).logits - expected).abs().max())
+    for narrow in (other, other.to(dtype)):
+        with pytest.raises(WrongModelError, match="another model"):
+            circuit.ablation_plan(narrow)
+
+
+def test_constants_of_another_model_are_refused_whoever_takes_them(model, scores):
+    """They have the widths of this one's, and would be taken for its means."""
+    other = FAMILIES["llama"]()
+    other.get_input_embeddings().weight.data.add_(0.01)
+    foreign = mean_ablation(other, rows(5, 8))
+    nodes, edges = (circuit.with_ablation(foreign) for circuit in (scores.top_nodes(2), scores.top_edges(20)))
+    for use in (
+        lambda: nodes.ablation_plan(model),
+        lambda: edges.edges_ablated(model),
+        lambda: ComponentEvaluation(model, pairs(model), TARGET, foreign),
+        lambda: attribute(model, pairs(model), TARGET, method="eap", ablation=foreign, progress=False),
+    ):
+        with pytest.raises(WrongModelError, match="constants of this mean ablation"):
+            use()
+    with pytest.warns(UserWarning, match="bfloat16"):
+        nodes.with_ablation(mean_ablation(FAMILIES["llama"](), rows(5, 8))).ablation_plan(FAMILIES["llama"]().bfloat16())
+
+
+def test_a_plan_of_a_circuit_knows_its_model(scores, tmp_path):
+    model, other = FAMILIES["llama"](), FAMILIES["llama"]()
+    other.get_input_embeddings().weight.data.add_(0.01)
+    plan = Plan.load(scores.top_nodes(2).with_ablation(zero_ablation()).ablation_plan(model).save(tmp_path / "plan"))
+    with pytest.warns(UserWarning, match="embeddings differ"):
+        plan.attach(other).detach()
+
+
+def test_a_plan_of_a_circuit_of_edges_says_that_it_ablates_nodes(model, scores):
+    with pytest.warns(UserWarning, match="edges_ablated cuts its own alone") as told:
+        scores.top_edges(20).with_ablation(zero_ablation()).ablation_plan(model)
+    assert told[0].filename == __file__
+
+
+def test_what_is_measured_under_an_attached_plan_says_so(model, scores):
+    """A plan that was not taken off would be in every number."""
+    evaluation = ComponentEvaluation(model, pairs(model), TARGET, zero_ablation())
+    plan = scores.top_nodes(1).with_ablation(zero_ablation()).ablation_plan(model)
+    with plan.attached(model) as attachment:
+        for measure in (
+            lambda: attribute(model, pairs(model), TARGET, method="eap", edges=False, progress=False),
+            lambda: evaluation.faithfulness(scores.top_nodes(2), draws=0),
+            lambda: mean_ablation(model, rows(5, 8)),
+        ):
+            with pytest.warns(UserWarning, match=r"a plan is attached to this model \('layers_[\s\S]*as it is steered"):
+                measure()
+        attachment.enable(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mean_ablation(model, rows(5, 8))
 
 
 def test_a_circuit_that_does_not_say_its_model_has_to_have_its_heads():

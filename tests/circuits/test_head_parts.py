@@ -28,6 +28,8 @@ from steer.circuits import (
 from steer.circuits.targets import LogProbability
 from steer.circuits.terms import Shift
 from steer.errors import ConfigError, WrongModelError
+from steer.experiment.treatment import Bench
+from steer.experiment.treatments.circuit import CircuitTreatment
 
 HEADS = ["a0.h1", "a2.h0", "a2.h3"]
 
@@ -147,6 +149,21 @@ def test_files_and_bakes_do_the_same(circuit: Circuit, tmp_path: Path) -> None:
         expected = logits(model)
     with steer.bake(mixed, model, savable=False):
         assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+def test_an_arm_of_an_experiment_takes_parts_from_a_file(circuit: Circuit, tmp_path: Path) -> None:
+    """`treatment: {kind: circuit, by: file, settings: {path: ...}}`: in use, in the weights, and with random parts as the control."""
+    model = FAMILIES["llama"]()
+    bench = Bench(model, None, [])
+    treatment = CircuitTreatment("file", dose=1.3, settings={"path": str(circuit.save(tmp_path / "circuit"))}).prepare(bench)
+    expected, plain = ablated(model, circuit, 1.3), logits(model)
+    for within in (treatment.acting, treatment.baked):
+        with within(model) as changed:
+            assert torch.allclose(logits(changed), expected, atol=2e-5)
+    control = treatment.control(bench, 0)
+    with control.acting(model):
+        assert torch.allclose(logits(model), ablated(FAMILIES["llama"](), circuit.random(0), 1.3), atol=2e-5)
+    assert control.size(bench) == treatment.size(bench) and torch.equal(logits(model), plain)
 
 
 USES: dict[str, Callable[[nn.Module, Circuit], object]] = {

@@ -71,6 +71,8 @@ def test_das_finds_the_planted_subspace_and_its_controls_do_not(tmp_path):
     assert abs(float(logits[5] - logits[9])) < 0.4 * abs(float(plain[5] - plain[9]))  # the variable is gone
     with pytest.raises(WrongModelError):
         again.ablation_plan(FAMILIES["llama"](num_hidden_layers=2))
+    with pytest.warns(UserWarning, match="subspace was made on[\\s\\S]*is a bfloat16 copy"):
+        again.ablation_plan(copy.deepcopy(model).bfloat16())
 
 
 def test_a_swap_of_everything_is_patching_and_of_a_subspace_moves_that_alone():

@@ -109,6 +109,13 @@ def test_what_acdc_cannot_search_is_refused(tiny):
         acdc(model, both, 0.1, candidates=scores.top_edges(20), **QUIET)
 
 
+def test_candidates_of_a_cast_copy_are_taken_with_a_warning(tiny):
+    narrow = tiny("llama").bfloat16()
+    candidates = attribute(tiny("llama"), pairs(tiny("llama")), TARGET, **QUIET).top_edges(20)
+    with pytest.warns(UserWarning, match="candidates of acdc were made on[\\s\\S]*is a bfloat16 copy"):
+        acdc(narrow, pairs(narrow), float("inf"), candidates=candidates, **QUIET)
+
+
 # ---- causal scrubbing
 
 

@@ -189,6 +189,9 @@ def test_a_plan_for_another_model_is_refused(tiny):
         attachment = plan.attach(shifted)
     attachment.detach()
     plan.attach(tiny("llama")).detach()
+    with pytest.warns(UserWarning, match="this model is a bfloat16 copy") as told:
+        plan.attach(tiny("llama").bfloat16()).detach()
+    assert len(told) == 1 and told[0].filename == __file__
 
 
 @pytest.mark.parametrize(

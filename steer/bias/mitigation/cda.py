@@ -18,6 +18,7 @@ from steer.bias.mitigation._lora import lora_on, train_lora
 from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
+from steer.model.fingerprint import differing, warn_of_cast
 from steer.model.tokens import Row, encode, plain, rows_hash
 
 
@@ -106,8 +107,10 @@ class Cda(Mitigation):
         """
         if not self.adapter:
             raise _not_tuned()
-        if (found := Anatomy.find(model).fingerprint()) != self.facts["model"]:
-            raise _other_model(self.facts["model"], found)
+        known, found = self.facts["model"], Anatomy.find(model).fingerprint()
+        if differing(known, found):
+            raise _other_model(known, found)
+        warn_of_cast("the adapter of this cda was", known, found, stacklevel=5)
         with lora_on(model, self.rank, adapter=self.adapter) as adapted:
             yield adapted
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.circuits.attention_backward import Attended, attention_as
 from steer.circuits.backward_rule import BACKWARD_RULES, BackwardRule
+from steer.circuits.gated_products import halved_products
 from steer.circuits.linear import all_norms_of, constant_denominators
 from steer.model.anatomy import Anatomy
 
@@ -22,14 +23,14 @@ class GIM(BackwardRule):
     """Statistics of norms are constants, softmax has the derivative that it has at temperature 2, products share their gradient out.
 
     In attention queries and keys, which are multiplied with each other and then with values, get a quarter of the gradient each, and
-    values half of it. Products of gated MLPs are left as they are, as in the release of 2025-12.
+    values half of it. The two factors of a gated MLP get half each.
     """
 
     constant_denominators = True
 
     @contextmanager
     def applied(self, anatomy: Anatomy) -> Iterator[None]:
-        with constant_denominators(all_norms_of(anatomy)), attention_as(anatomy, _attended):
+        with constant_denominators(all_norms_of(anatomy)), attention_as(anatomy, _attended), halved_products(anatomy, rule="gim"):
             yield
 
 

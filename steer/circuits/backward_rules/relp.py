@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.circuits.backward_rule import BACKWARD_RULES, BackwardRule
-from steer.circuits.gated_products import constant_ratios
+from steer.circuits.gated_products import halved_products
 from steer.circuits.linear import all_norms_of, constant_denominators
 from steer.model import hooks
 from steer.model.anatomy import Anatomy
@@ -30,7 +30,8 @@ class RelP(BackwardRule):
     def applied(self, anatomy: Anatomy) -> Iterator[None]:
         points = [(anatomy.point(site), _Detached()) for site in anatomy.sites("layers.*.attn.q", "layers.*.attn.k")]
         installation = hooks.Installation(anatomy.model, anatomy, points)
-        with constant_denominators(all_norms_of(anatomy)), constant_ratios(anatomy), restoring(installation.remove):
+        products = halved_products(anatomy, rule="relp", constant_ratios=True)
+        with constant_denominators(all_norms_of(anatomy)), products, restoring(installation.remove):
             installation.install()
             yield
 
