@@ -64,6 +64,8 @@ def _run(config: DictConfig, editors: dict[str, Editor], console: Console, folde
     console.print(job.choice, markup=False, highlight=False, soft_wrap=True)
     evaluations, edits = [], []
     for name in names:
+        if job.mode == BATCH and not editors[name].has_values:
+            console.print(f"{name} trains all facts together, and starts over when it is stopped before its end", soft_wrap=True)
         found, made = job.evaluated(name)
         ending = "" if len(names) == 1 else f"-{name}"
         found.save(folder / f"{EVALUATION}{ending}.json")

@@ -239,9 +239,10 @@ class EditedWeights:
     @torch.no_grad()
     def _become(self, edits: tuple[Edit, ...]) -> None:
         """Writes what the weights are with these edits alone, wholly or not at all."""
-        if changed := self.changed:
+        changed, modules, was = self.changed, weight_modules(self.model), self._state
+        self._check_places([path for path in changed if path in modules], modules)  # sharded or offloaded since
+        if changed:
             raise _changed_since(changed)
-        modules, was = weight_modules(self.model), self._state
         paths = dict.fromkeys(delta.path for edit in (*was.edits, *edits) for delta in edit.deltas)
         moved = [path for path in paths if path in was.casts or deltas_of(was.edits, path) != deltas_of(edits, path)]
         self._check_places(moved, modules)
@@ -337,7 +338,7 @@ def _other_weights(edit: Edit, paths: list[str]) -> WrongModelError:
 def _not_plain(path: str, module: nn.Module, weight: Tensor | None) -> EditError:
     if weight is not None and (weight.is_meta or hasattr(weight, "device_mesh")):
         found, remedy = ("offloaded weights", "load the model whole (device_map=None)") if weight.is_meta else (
-            "weights sharded over ranks", "apply the edit before the model is sharded"
+            "weights sharded over ranks", "apply and revert edits before the model is sharded"
         )  # fmt: skip
     else:
         kind = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
