@@ -42,8 +42,10 @@ class WeightsState:
         return original if path in self.rebased else cast(original, self.casts.get(path, ()))
 
     def after_casts(self, modules: Mapping[str, nn.Module]) -> WeightsState:
-        """The same after casts of the model (`model.to(torch.bfloat16)`), those there and back included: what was written, cast, is no change
-        of it. Casts are told by their numbers, so that it does not matter whether anybody looked between two of them."""
+        """The same after casts of the model (`model.to(torch.bfloat16)`), there and back included: what was written, cast, is no change.
+
+        Casts are told by their numbers, so that it does not matter whether anybody looked between two of them.
+        """
         written, casts = dict(self.written), dict(self.casts)
         for path, dtype in self.dtypes.items():
             weight, known = weight_of(modules[path]) if path in modules else None, self.casts.get(path, ())
