@@ -59,7 +59,7 @@ def run(config: DictConfig) -> list[EditEvaluation]:
 def _run(config: DictConfig, editors: dict[str, Editor], console: Console, folder: Path) -> list[EditEvaluation]:
     names = list(editors)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
-    options = OmegaConf.to_container(config.options, resolve=True)
+    options: Any = OmegaConf.to_container(config.options, resolve=True)
     editors = {name: made_editor(name, {**published_settings(model, name), **options}) for name in names}
     records = records_of(config, model, tokenizer)
     trace = _trace(model, tokenizer, records, config.seed) if config.trace else None

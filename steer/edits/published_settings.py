@@ -20,7 +20,10 @@ _ROME = ValueSettings(clamp=4.0, clamp_of="mlp_output")
 _EASYEDIT = ValueSettings(steps=25, clamp=4.0, weight_decay=1e-3)
 _EASYEDIT_ROME = ValueSettings(steps=25, clamp=4.0, clamp_of="mlp_output", weight_decay=1e-3)
 _LLAMA_3 = ValueSettings(lr=0.1, steps=25)
-_OF_EASYEDIT = {"rome": {"value_settings": _EASYEDIT_ROME}, "memit": {"ridge": 15_000.0, "value_settings": _EASYEDIT}}
+_OF_EASYEDIT: dict[str, dict[str, Any]] = {
+    "rome": {"value_settings": _EASYEDIT_ROME},
+    "memit": {"ridge": 15_000.0, "value_settings": _EASYEDIT},
+}
 
 # (model type, layers, width, width f of the keys): by editor, what differs from its own defaults
 SETTINGS: dict[tuple[str, int, int, int], dict[str, dict[str, Any]]] = {
