@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from edit_results import Bench, parser_of
+from edit_results import Bench, TimedValues, parser_of
 from rich.console import Console
 
 import steer
@@ -91,7 +91,7 @@ def main() -> None:
     layers = bench.layers_of(options.editor, options.layers)
     edit = edit_facts(
         model, tokenizer, [record.fact for record in records], editor=bench.editors[options.editor], layers=layers,
-        covariance=bench.covariance, contexts=bench.contexts,
+        covariance=bench.covariance, contexts=bench.contexts, values=TimedValues(bench.work / "values"),
     )  # fmt: skip
     reader = EditReader(model, tokenizer, measures_of(None), progress=False)
     neutral = [plain(tokenizer, text) for text in bench.neutral]

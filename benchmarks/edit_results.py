@@ -21,6 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +103,7 @@ class Bench:
         model, self.tokenizer = steer.load("smollm2-135m")
         self.model = model.float().eval()
         self.records = self._records()
-        self.editors: dict[str, Editor] = {name: EDITORS.get(name)() for name in options.editors}
+        self.editors = {name: self._editor(name) for name in options.editors}
         self.contexts = self._contexts()
         self.texts = [piece for text in read_texts(options.text) for piece in documents(text)] if options.text else shipped_texts()
         layers = sorted({layer for span in spans_of(options) for layer in span})
@@ -113,6 +114,11 @@ class Bench:
         )  # fmt: skip
         neutral = [row["text"] for row in DataSet(SHIPPED).split(NEUTRAL, ("text",))]
         self.neutral = some_texts(self.tokenizer, neutral, 1000 if MODES[options.what] == "single" else 4000)
+
+    def _editor(self, name: str) -> Editor:
+        """With its own settings, but for --stop-at-argmax."""
+        editor, count = EDITORS.get(name)(), self.options.stop_at_argmax
+        return editor if count is None else replace(editor, value_settings=replace(editor.value_settings, stop_at_argmax=count))
 
     @cached_property
     def before(self) -> Readings:
@@ -165,7 +171,8 @@ class Bench:
                 )
                 print(f"{name}: {min(start + CHUNK, len(facts))} values", flush=True)
         value_seconds = values.mean_seconds() if mode != "sequence" else None
-        told = f"{self.options.what}-{name}-{'_'.join(map(str, layers))}-{len(self.records)}"
+        stop = "" if self.options.stop_at_argmax is None else f"-argmax{self.options.stop_at_argmax}"
+        told = f"{self.options.what}-{name}-{'_'.join(map(str, layers))}-{len(self.records)}{stop}"
         rows = self.work / told / "rows.jsonl"
         done = rows.read_text().count("\n") - 1 if rows.exists() else 0
         found = evaluate_edits(
@@ -208,7 +215,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("outputs/edit_results"))
     parser.add_argument("--out", type=Path)
-    parser.set_defaults(depths=[])
+    parser.set_defaults(depths=[], stop_at_argmax=None)
     return parser
 
 
@@ -222,6 +229,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*MODES])
     parser.add_argument("--editors", nargs="+", default=["memit"])
     parser.add_argument("--depths", nargs="*", type=int, default=[], help="of a sweep: each the last of as many layers as --layers")
+    parser.add_argument("--stop-at-argmax", type=int, help="evaluations at which a target was the likeliest, that end its optimisation")
     options = parser.parse_args()
     bench = Bench(options)
     results, evaluations = [], []

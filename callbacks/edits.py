@@ -27,7 +27,7 @@ class EditCallback(LightningRun):
 
     - `protect="alarm"`: nothing more;
     - `"resolve"`: all edits are solved again for the keys of now, with the values that they hold, and `edit/resolved` counts how often;
-    - `"project"`: every step of the optimiser, its decay included, loses its share along the keys, so that W k stays as it is; LoRA
+    - `"project"`: what a step of the optimiser, its decay included, does at the keys is taken back, so that W k stays as it is; LoRA
       adapters on an edited map stop seeing these keys. The keys themselves may move on;
     - `"freeze"`: the blocks up to the last edited one, and the embeddings (a tied head with them), learn nothing from the application on;
     - `"damp"`: they move by `damping` of each step.

@@ -47,7 +47,7 @@ def edited(places: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_one_fact(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert edited(places, tmp_path, monkeypatch, *ONE, "options.ridge=1.0", "trace=true") == 0
     said = capsys.readouterr().out
-    assert "memit, 1 fact, batch" in said and "the blue moon sat on the" in said and "before" in said
+    assert "starts over" not in said and "memit, 1 fact, batch" in said and "the blue moon sat on the" in said and "before" in said
     out = tmp_path / "out"
     found, edit = EditEvaluation.load(out / "evaluation.json"), Edit.load(out / "edit")
     assert edit.settings["ridge"] == 1.0 and [delta.layer for delta in edit.deltas] == [1] and edit.facts[0].true == "hate"
@@ -64,6 +64,13 @@ def test_one_fact(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
             expected = model(ids).logits
         adapted = peft.PeftModel.from_pretrained(model, str(out / "adapter"))(ids).logits
     assert torch.allclose(adapted, expected, atol=1e-4)
+
+
+def test_an_editor_that_trains_all_facts_together_says_that_it_starts_over(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edited(places, tmp_path, monkeypatch, *ONE, "editor=lora", "options.steps=1", "measures=[efficacy]") == 0
+    assert "lora trains all facts together, and starts over when it is stopped" in capsys.readouterr().out
 
 
 def test_a_fact_that_is_not_written(

@@ -25,6 +25,7 @@ from steer.edits.editor import EDITORS, Editor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import BATCH, MODES, shared_table
 from steer.edits.preparation import LAYERS_FROM, SWEEP, prepare
+from steer.edits.published_settings import published_settings
 from steer.edits.tracing import TraceResult, causal_trace
 from steer.edits.value_cache import weights_digest
 from steer.errors import ConfigError, DeployError
@@ -42,7 +43,7 @@ def run(config: DictConfig) -> list[EditEvaluation]:
     """Edits, measures, prints the tables and writes the files."""
     quieten_libraries()
     names = listed(config.editors) or [str(config.editor)]
-    editors = {name: made_editor(name, OmegaConf.to_container(config.options, resolve=True)) for name in names}
+    editors = {name: made_editor(name, OmegaConf.to_container(config.options, resolve=True)) for name in names}  # before a model is loaded
     one_of(str(config.mode), MODES, "`mode` of steer edit")
     if (layers := layers_named(config.layers)) is not None:
         depth = depth_of(config.model.name)
@@ -58,12 +59,16 @@ def run(config: DictConfig) -> list[EditEvaluation]:
 def _run(config: DictConfig, editors: dict[str, Editor], console: Console, folder: Path) -> list[EditEvaluation]:
     names = list(editors)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
+    options: Any = OmegaConf.to_container(config.options, resolve=True)
+    editors = {name: made_editor(name, {**published_settings(model, name), **options}) for name in names}
     records = records_of(config, model, tokenizer)
     trace = _trace(model, tokenizer, records, config.seed) if config.trace else None
     job = _Job(config, model, tokenizer, records, editors, folder / KEPT)
     console.print(job.choice, markup=False, highlight=False, soft_wrap=True)
     evaluations, edits = [], []
     for name in names:
+        if job.mode == BATCH and not editors[name].has_values:
+            console.print(f"{name} trains all facts together, and starts over when it is stopped before its end", soft_wrap=True)
         found, made = job.evaluated(name)
         ending = "" if len(names) == 1 else f"-{name}"
         found.save(folder / f"{EVALUATION}{ending}.json")

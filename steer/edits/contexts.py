@@ -22,6 +22,7 @@ from steer.edits.locate import Located, locate, text_ids
 from steer.errors import EditError, NonFiniteError
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
+from steer.model.memory import in_halves
 from steer.model.tokens import Row, collate
 from steer.model.words import holds
 
@@ -178,7 +179,8 @@ def _continuations(model: nn.Module, tokenizer: Any, starts: Sequence[str], toke
     never = sorted(set(tokenizer.all_special_ids))
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled code would be traced for every length
         for _ in range(tokens):
-            logits = _next_logits(model, [Row(row, len(row)) for row in ids])
+            rows = [Row(row, len(row)) for row in ids]
+            logits = torch.cat([part for _, part in in_halves(rows, lambda chosen: _next_logits(model, chosen))])
             logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding beyond the vocabulary
             logits[:, never] = -torch.inf
             values, candidates = logits.topk(min(LIKELIEST, logits.shape[1]))

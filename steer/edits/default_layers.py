@@ -28,6 +28,8 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, tuple[int, ...]]] = {
     ("gptj", 28, 4096): (5, (3, 4, 5, 6, 7, 8)),
     ("gpt_neox", 44, 6144): (15, (6, 7, 8, 9, 10)),
     ("llama", 32, 4096): (5, (4, 5, 6, 7, 8)),  # Llama 2 7B, Llama 3 8B
+    ("mistral", 32, 4096): (5, (4, 5, 6, 7, 8)),
+    ("qwen2", 28, 3584): (5, (4, 5, 6, 7, 8)),
     ("llama", 30, 576): (8, (4, 5, 6, 7, 8)),  # SmolLM2-135M, measured: docs/results/editing.md
 }
 

@@ -21,6 +21,7 @@ from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_gu
 from steer.edits.locate import check_known
 from steer.edits.make_edit import make_edit
 from steer.edits.preparation import prepare
+from steer.edits.published_settings import published_settings
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
 
@@ -51,7 +52,8 @@ def edit_facts(
     Args:
         model: with the edits that are in its weights; an edit on top of others is solved for what they left.
         facts: one or many, with different prompts.
-        editor: a name of `EDITORS`, or one with settings of your own: `MEMIT(ridge=500.0)`.
+        editor: a name of `EDITORS`, with the settings that were published for the model where there are some
+            (`steer.edits.published_settings`), or one with settings of your own: `MEMIT(ridge=500.0)`.
         layers: to be edited. None for those of the publications, or that were measured, where the model is one of these; else the layers of
             the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`. Where they come from is in
             `edit.provenance["layers_from"]`.
@@ -76,7 +78,7 @@ def edit_facts(
         ...     model.generate(**prompt, max_new_tokens=2)
     """
     chosen = distinct_facts([facts] if isinstance(facts, Fact) else facts)
-    method = editor_of(editor)
+    method = editor_of(editor, model)
     bench = bench_for(model, tokenizer, chosen, method, layers, covariance, contexts, values, progress)
     of_type(guards, (Guards, NoneType), "the guards of an edit", "pass steer.edits.Guards(drift=0.3)")
     guards = guards or Guards()
@@ -140,10 +142,10 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
     )
 
 
-def editor_of(editor: str | Editor) -> Editor:
-    """An editor by its name, or itself. Raises ConfigError."""
+def editor_of(editor: str | Editor, model: nn.Module) -> Editor:
+    """An editor by its name, with the settings that were published for a model, or itself. Raises ConfigError."""
     of_type(editor, (str, Editor), "an editor", f"pass one of {', '.join(EDITORS)}")
-    return EDITORS.get(editor)() if isinstance(editor, str) else editor
+    return EDITORS.get(editor)(**published_settings(model, editor)) if isinstance(editor, str) else editor
 
 
 def _within(

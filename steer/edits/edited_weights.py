@@ -44,7 +44,8 @@ class EditedWeights:
 
     Weights that something else has changed since (a training step, a checkpoint that was loaded) are noticed by their hash, and `apply`,
     `revert` and `clear` refuse to guess what they hold. Say it: `rebase()` when the edits are still in them (they were trained), `forget()`
-    when they are not (they were loaded anew). A cast of the whole (`model.half()`) is told from these, to the bit, and W0 is cast with it.
+    when they are not (they were loaded anew). Casts of the model (`model.half()`, and back) are told from these, to the bit, and W0 is cast
+    with it: what edits are taken out of is the model as the casts would have left it without them.
 
     Example:
         >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)
@@ -192,6 +193,7 @@ class EditedWeights:
         modules = weight_modules(self.model)
         self._check_places(paths, modules)
         originals, written, dtypes, rebased = dict(state.originals), dict(state.written), dict(state.dtypes), set(state.rebased)
+        casts = {path: dtypes for path, dtypes in state.casts.items() if path not in paths}
         for path in paths:
             weight, deltas, module = dense_weight(modules[path]), deltas_of(state.edits, path), modules[path]
             if path in likely and torch.equal(exact_sum(likely[path], deltas, module).to(weight), weight):
@@ -201,7 +203,7 @@ class EditedWeights:
                 originals[path] = exact_sum(weight, deltas, module, sign=-1)
                 rebased.add(path)
             written[path], dtypes[path] = hash_of(module), weight.dtype
-        self._state = replace(state, originals=originals, written=written, dtypes=dtypes, rebased=frozenset(rebased))
+        self._state = replace(state, originals=originals, written=written, dtypes=dtypes, rebased=frozenset(rebased), casts=casts)
 
     def forget(self) -> None:
         """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
@@ -223,13 +225,13 @@ class EditedWeights:
         """Hash of a matrix without any edit, see `Edit.base`; None where its numbers are not here. Raises EditError for no such matrix."""
         self._followed()
         if path in self._state.originals:
-            return matrix_hash(self._state.originals[path])
+            return matrix_hash(self._state.original(path))
         return hash_of(find_module(self.model, path))
 
     # ---- how weights change
 
     def _followed(self) -> dict[str, nn.Module]:
-        """The maps of the model, after W0 was cast where its weight was."""
+        """The maps of the model, after casts of it were taken note of."""
         modules = weight_modules(self.model)
         self._state = self._state.after_casts(modules)
         return modules
@@ -237,23 +239,24 @@ class EditedWeights:
     @torch.no_grad()
     def _become(self, edits: tuple[Edit, ...]) -> None:
         """Writes what the weights are with these edits alone, wholly or not at all."""
-        if changed := self.changed:
+        changed, modules, was = self.changed, weight_modules(self.model), self._state
+        self._check_places([path for path in changed if path in modules], modules)  # sharded or offloaded since
+        if changed:
             raise _changed_since(changed)
-        modules, was = weight_modules(self.model), self._state
         paths = dict.fromkeys(delta.path for edit in (*was.edits, *edits) for delta in edit.deltas)
-        moved = [path for path in paths if path in was.cast or deltas_of(was.edits, path) != deltas_of(edits, path)]
+        moved = [path for path in paths if path in was.casts or deltas_of(was.edits, path) != deltas_of(edits, path)]
         self._check_places(moved, modules)
         originals, written, dtypes, rounding = dict(was.originals), dict(was.written), dict(was.dtypes), dict(was.rounding)
         new: dict[str, Tensor] = {}
         for path in moved:
             weight, deltas = dense_weight(modules[path]), deltas_of(edits, path)
-            original = originals.get(path, weight)
+            original = was.original(path) if path in was.originals else weight
             exact = exact_sum(original, deltas, modules[path])
             new[path] = exact.to(weight)
             if not bool(torch.isfinite(new[path]).all()):
                 raise _out_of_range(path, weight)
             if deltas:
-                originals[path] = original if path in originals else original.clone()
+                originals[path] = original if path in was.originals else original.clone()
                 rounding[path] = relative_size(new[path].to(exact) - exact, exact - original.to(exact))
                 written[path], dtypes[path] = matrix_hash(new[path]), weight.dtype
             else:
@@ -328,14 +331,14 @@ def _other_weights(edit: Edit, paths: list[str]) -> WrongModelError:
         f"edit '{edit.name}' was solved for other weights",
         expected="the matrices whose hashes it holds, edits aside",
         found=f"other numbers in {', '.join(paths[:3])}",
-        remedy="solve it for this model; to try it as it is: apply(edit, on_other_weights=True)",
+        remedy="solve it for this model, as it is now (a cast changes them, too); to try it as it is: apply(edit, on_other_weights=True)",
     )
 
 
 def _not_plain(path: str, module: nn.Module, weight: Tensor | None) -> EditError:
     if weight is not None and (weight.is_meta or hasattr(weight, "device_mesh")):
         found, remedy = ("offloaded weights", "load the model whole (device_map=None)") if weight.is_meta else (
-            "weights sharded over ranks", "apply the edit before the model is sharded"
+            "weights sharded over ranks", "apply and revert edits before the model is sharded"
         )  # fmt: skip
     else:
         kind = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")

@@ -177,6 +177,8 @@ class Editor(ABC):
     Attributes:
         needs_covariance: it cannot do without one.
         several_layers: it spreads an edit over layers by default.
+        has_values: what it writes was found for each fact by itself, so that a `ValueStore` keeps it; one that trains all facts together
+            starts over when it is stopped.
         value_settings: how values are optimised, for editors that have some.
 
     Example:
@@ -192,6 +194,7 @@ class Editor(ABC):
     name: ClassVar[str]
     needs_covariance: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
+    has_values: ClassVar[bool] = True
 
     value_settings: ValueSettings = field(default_factory=ValueSettings, kw_only=True)
 

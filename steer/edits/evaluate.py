@@ -88,7 +88,7 @@ def evaluate_edits(
     of_type(records, (list, tuple), "the records of an evaluation of edits", "pass what steer.edits.load_records gives, or facts")
     tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     if isinstance(edit, str | Editor):  # once, not for every fact
-        prepared = prepare(model, tokenizer, [editor_of(edit)], options.get("layers"), options.get("covariance"))
+        prepared = prepare(model, tokenizer, [editor_of(edit, model)], options.get("layers"), options.get("covariance"))
         options |= {"layers": prepared.layers[0], "covariance": prepared.covariance}
     reader = EditReader(model, tokenizer, measures_of(measures), chat=chat, max_tokens=max_tokens, seed=seed, progress=False)
     texts = [plain(tokenizer, text) for text in neutral]

@@ -87,7 +87,7 @@ def apply_in_sequence(
     if not facts:
         raise _no_facts()
     whole_number(batch, "`batch`, the facts of one edit", least=1)
-    method = editor_of(editor)
+    method = editor_of(editor, model)
     guards = guards or Guards()
     bench = bench_for(model, tokenizer, facts, method, layers, covariance, contexts, None, None)
     neutral = NeutralTexts(bench, guards.neutral_texts) if guards.neutral_texts else None

@@ -67,8 +67,8 @@ def solve_values(
     maps = [edited.module, _attention_map(anatomy, edited.layer)] if settings.with_attention else [edited.module]
     problem = ValueProblem(model, anatomy, edited.layer, maps, settings)
     rows = [fact_rows(tokenizer, fact, contexts, i) for i, fact in enumerate(facts)]
-    if watchers_of(model):
-        cache = None  # what is attached to the model changes its values, and no digest knows of it
+    if watchers_of(model) or any(parameter.is_meta for parameter in model.parameters()):
+        cache = None  # values depend on what is attached to the model, and on weights that are offloaded: no digest knows of these
     keys = [] if cache is None else _keys(weights_digest(model), edited.layer, settings, rows)
     values = {i: value for i, key in enumerate(keys) if cache is not None and (value := cache.get(key)) is not None}
     missing = [i for i in range(len(facts)) if i not in values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class WeightsState:
         written, dtypes: hash of what was written, and its dtype, by path.
         rounding: by path, see `EditedWeights.rounding`.
         rebased: paths whose W0 was worked out.
-        cast: paths whose weight was cast since it was written, and is written anew with the next change.
+        casts: the dtypes to which a weight was cast, one after the other, since it was written; it is written anew with the next change.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -33,21 +34,49 @@ class WeightsState:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     rounding: Mapping[str, float] = field(default_factory=dict)
     rebased: frozenset[str] = frozenset()
-    cast: frozenset[str] = frozenset()
+    casts: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+
+    def original(self, path: str) -> Tensor:
+        """W0 as it would be if the model had been cast without any edit."""
+        original = self.originals[path]
+        return original if path in self.rebased else cast(original, self.casts.get(path, ()))
 
     def after_casts(self, modules: Mapping[str, nn.Module]) -> WeightsState:
-        """The same after a cast of the model (`model.to(torch.bfloat16)`): W0 is cast where its weight is what was written, cast."""
-        originals, written, dtypes, cast = dict(self.originals), dict(self.written), dict(self.dtypes), set()
+        """The same after casts of the model (`model.to(torch.bfloat16)`), there and back included: what was written, cast, is no change.
+
+        Casts are told by their numbers, so that it does not matter whether anybody looked between two of them.
+        """
+        written, casts = dict(self.written), dict(self.casts)
         for path, dtype in self.dtypes.items():
-            weight = weight_of(modules[path]) if path in modules else None
-            if weight is None or not is_dense(weight) or weight.dtype is dtype:
+            weight, known = weight_of(modules[path]) if path in modules else None, self.casts.get(path, ())
+            if weight is None or not is_dense(weight):
                 continue
-            whole = exact_sum(originals[path], deltas_of(self.edits, path), modules[path]).to(dtype)
-            if torch.equal(whole.to(weight), weight.detach()):
-                originals[path] = originals[path] if path in self.rebased else originals[path].to(weight.dtype)
-                written[path], dtypes[path] = hash_of(modules[path]), weight.dtype
-                cast.add(path)
-        return replace(self, originals=originals, written=written, dtypes=dtypes, cast=self.cast | cast) if cast else self
+            ways = _ways((dtype, *known)[-1], weight.detach())
+            if not ways or hash_of(modules[path]) == self.written[path]:
+                continue
+            was = cast(exact_sum(self.originals[path], deltas_of(self.edits, path), modules[path]), (dtype, *known))
+            for way in ways:
+                if torch.equal(cast(was, way).to(weight.device), weight.detach()):
+                    written[path], casts[path] = hash_of(modules[path]), (*known, *way)
+                    break
+        return replace(self, written=written, casts=casts) if casts != self.casts else self
+
+
+def cast(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """A tensor that was cast to these dtypes, one after the other."""
+    for dtype in dtypes:
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def _ways(dtype: torch.dtype, weight: Tensor) -> list[tuple[torch.dtype, ...]]:
+    """By which casts a weight of a dtype may have become this one. Once in each of two coarse dtypes, more casts change no number."""
+    coarser = (torch.bfloat16, torch.float16, *([torch.float32] if dtype is torch.float64 else []))
+    coarse = [other for other in coarser if other not in (dtype, weight.dtype)]
+    direct = [] if weight.dtype is dtype else [(weight.dtype,)]
+    last = [other for other in coarse if torch.equal(weight.to(other).to(weight.dtype), weight)]
+    between = [way for count in range(1, len(coarse) + 1) for way in permutations(coarse, count) if way[-1] in last]
+    return direct + [(*way, weight.dtype) for way in between]
 
 
 def deltas_of(edits: Sequence[Edit], path: str) -> list[WeightDelta]:

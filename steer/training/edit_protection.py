@@ -3,6 +3,10 @@
 A projected gradient protects nothing under Adam, which scales entries one by one, and weight decay takes from an edit without any gradient.
 So it is the step that is projected, after the optimiser has made it. That keeps W k for the stored keys k; the keys themselves move when
 lower layers learn, which only freezing or damping these prevents.
+
+All keys have a large part in common, their mean, along which a layer sets what it gives to every token. A step without any share in the
+span of some keys could not learn that any more, and a hot fine-tune went astray. So the projection is oblique: of all changes that take the
+step back at the keys it is the one that changes least what other tokens get, as the edit itself was solved.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from steer.model.anatomy import Anatomy
 from steer.training.edit_hosts import ADAPTER, EditHost
 
 _RANK = 1e-6  # share of the largest singular value below which keys count as dependent
+_LEAST_COSINE = 0.05  # between the keys and the directions of edits; below, a projection along these would be 20 times as large as a step
+_PARTS = ("keys", "directions", "given")  # tensors of a ProtectedMap
 
 
 class Protection(ABC):
@@ -93,12 +99,14 @@ class ProtectedMap:
     Attributes:
         module: the linear map. layer: PEFT's around it, or None.
         keys: [f, n] fp64, orthonormal columns that span the keys of its edits.
-        given: [d, n] fp64, what the map gives for these columns, to which every step returns.
+        directions: [f, n] fp64, in which they are changed: directions^T keys = I, see `dual_directions`.
+        given: [d, n] fp64, what the map gives for `keys`, to which every step returns.
     """
 
     module: nn.Module
     layer: Any
     keys: Tensor
+    directions: Tensor
     given: Tensor
 
     @torch.no_grad()
@@ -106,27 +114,29 @@ class ProtectedMap:
         """Takes the share along the keys out of what a step did to the weight, and to the adapters on it."""
         weight = weight_of(self.module)
         if weight is not None and weight in stepped:
-            keys, given = self.keys.to(weight.device), self.given.to(weight.device)
+            keys, directions, given = (each.to(weight.device) for each in (self.keys, self.directions, self.given))
             wide = (weight.mT if is_conv1d(self.module) else weight).double()  # [d, f]
-            wide = wide - (wide @ keys - given) @ keys.mT
+            wide = wide - (wide @ keys - given) @ directions.mT
             weight.copy_(wide.mT if is_conv1d(self.module) else wide)
         for name, linear in getattr(self.layer, "lora_A", {}).items():
             if name != ADAPTER and linear.weight in stepped:
-                blind(linear.weight, self.keys)
+                blind(linear.weight, self)
 
 
-def blind(a: Tensor, keys: Tensor) -> None:
-    """Takes the keys out of what a LoRA A [rank, f] reads: A <- A - (A Q) Q^T, so that the adapter gives nothing for them."""
-    keys = keys.to(a.device)
+@torch.no_grad()
+def blind(a: Tensor, protected: ProtectedMap) -> None:
+    """Takes the keys Q out of what a LoRA A [rank, f] reads: A <- A - (A Q) D^T, so that the adapter gives nothing for them."""
+    keys, directions = protected.keys.to(a.device), protected.directions.to(a.device)
     wide = a.double()
-    a.copy_(wide - (wide @ keys) @ keys.mT)
+    a.copy_(wide - (wide @ keys) @ directions.mT)
 
 
 class Project(Protection):
-    """Steps without a share along the keys: dW <- dW - (dW Q) Q^T, weight decay included; Q spans the keys of the edits of a matrix.
+    """Steps that change nothing at the keys: dW <- dW - (dW Q) D^T, weight decay included; Q spans the keys of the edits of a matrix.
 
+    D, with D^T Q = I, lies in the directions v = C^-1 k of the edits, in which other tokens have the least share, see `dual_directions`.
     As W Q is kept, and every step brought back to it, roundings of many steps do not add up, and no weights of the step before are needed.
-    A LoRA adapter on the same map is kept from seeing the keys, A <- A - (A Q) Q^T, and gives up what it had learnt for them before.
+    A LoRA adapter on the same map is kept from seeing the keys, A <- A - (A Q) D^T, and gives up what it had learnt for them before.
     """
 
     name = "project"
@@ -144,19 +154,21 @@ class Project(Protection):
     def protect(self, edits: Sequence[Edit]) -> None:
         self.maps = {}
         for path in dict.fromkeys(delta.path for edit in edits for delta in edit.deltas):
-            stored = [delta.keys for edit in edits if (delta := edit.delta(path)) is not None and delta.keys is not None]
-            keys = orthonormal(torch.cat(stored))
+            deltas = [delta for edit in edits if (delta := edit.delta(path)) is not None]
+            keys = orthonormal(torch.cat([delta.keys for delta in deltas if delta.keys is not None]))
+            directions = dual_directions(keys, torch.cat([delta.v for delta in deltas], 1))
             module = find_module(self.host.edited.model, path)
             weight = dense_weight(module).cpu().double()
             given = (weight.mT if is_conv1d(module) else weight) @ keys
-            self._set(path, module, keys, given)
+            self._set(path, module, keys, directions, given)
             for name, linear in getattr(self.maps[path].layer, "lora_A", {}).items():
                 if name != ADAPTER and linear.weight.requires_grad:
-                    blind(linear.weight, keys)
+                    blind(linear.weight, self.maps[path])
 
-    def _set(self, path: str, module: nn.Module, keys: Tensor, given: Tensor) -> None:
+    def _set(self, path: str, module: nn.Module, *tensors: Tensor) -> None:
+        """tensors: of the map, in the order of `_PARTS`."""
         device = dense_weight(module).device
-        self.maps[path] = ProtectedMap(module, self.host.lora_layers().get(path), keys.to(device), given.to(device))
+        self.maps[path] = ProtectedMap(module, self.host.lora_layers().get(path), *(tensor.to(device) for tensor in tensors))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.maps:
@@ -169,16 +181,15 @@ class Project(Protection):
         self.maps = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"keys/{path}": each.keys.cpu() for path, each in self.maps.items()}
-        return state | {f"given/{path}": each.given.cpu() for path, each in self.maps.items()}
+        return {f"{part}/{path}": getattr(each, part).cpu() for path, each in self.maps.items() for part in _PARTS}
 
     def load_state_dict(self, state: Mapping[str, Tensor], edits: Sequence[Edit]) -> None:
         paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
-        if not all(f"{part}/{path}" in state for path in paths for part in ("keys", "given")):  # of a run that protected otherwise
+        if not all(f"{part}/{path}" in state for path in paths for part in _PARTS):  # of a run that protected otherwise
             self.protect(edits)
             return
         for path in paths:
-            self._set(path, find_module(self.host.edited.model, path), state[f"keys/{path}"], state[f"given/{path}"])
+            self._set(path, find_module(self.host.edited.model, path), *(state[f"{part}/{path}"] for part in _PARTS))
 
 
 class Freeze(Protection):
@@ -242,6 +253,22 @@ def orthonormal(keys: Tensor) -> Tensor:
     """[f, rank] fp64, orthonormal columns that span keys [n, f]; keys that depend on others add none."""
     u, s, _ = torch.linalg.svd(keys.double().mT, full_matrices=False)
     return u[:, s > _RANK * s.max()]
+
+
+def dual_directions(keys: Tensor, v: Tensor) -> Tensor:
+    """[f, n] D with D^T Q = I, in the span of the directions of edits where these tell the keys apart, else the keys themselves.
+
+    For v = C^-1 Q, which covers editors with a covariance, D = C^-1 Q (Q^T C^-1 Q)^-1: of all changes X that have X Q = A, A D^T is the one
+    of the least tr(X C X^T), the mean square of what it adds to the outputs for ordinary keys.
+
+    Args:
+        keys: [f, n] fp64, Q, orthonormal columns. v: [f, m] right factors of the deltas.
+    """
+    basis = orthonormal(v.mT)  # [f, m]
+    cosines = basis.mT @ keys  # [m, n]; its singular values are the cosines of the angles between the two spans
+    if basis.shape[1] < keys.shape[1] or float(torch.linalg.svdvals(cosines).min()) < _LEAST_COSINE:
+        return keys
+    return basis @ torch.linalg.pinv(cosines).mT
 
 
 def below(model: nn.Module, edits: Sequence[Edit]) -> list[nn.Parameter]:

@@ -320,6 +320,41 @@ def test_after_a_cast_edits_come_out_as_if_the_model_had_been_cast_first(model: 
     assert equal_weights(model, weights_of(FAMILIES["llama"](num_hidden_layers=2).to(dtype)))
 
 
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from([*DTYPES, 0, 1, 2, "look"]), max_size=9))
+def test_any_sequence_of_casts_and_edits_leaves_what_the_cast_model_is_with_the_edits_that_remain(moves: list[str | int]) -> None:
+    model, base = FAMILIES["llama"](num_hidden_layers=2), FAMILIES["llama"](num_hidden_layers=2)  # the second is never cast with edits
+    edited, on, want = EditedWeights.of(model), [], ORIGINAL
+    for move in moves:
+        if move in DTYPES:
+            model.to(DTYPES[move])
+            base.to(DTYPES[move])
+            want = {name: tensor.to(DTYPES[move]) for name, tensor in want.items()}
+        elif move == "look":
+            assert not edited.changed
+        else:
+            edit = EDITS[move]
+            edited.revert(edit) if edit in on else edited.apply(edit, on_other_weights=True)
+            on = [other for other in on if other is not edit] if edit in on else [*on, edit]
+            alone = EditedWeights.of(base)
+            alone.apply(*on, on_other_weights=True)
+            want = weights_of(base)
+            alone.clear()
+        assert equal_weights(model, want)
+    edited.check_weights(random_edit(base, "d"))
+    edited.clear()
+    assert equal_weights(model, weights_of(base)) and edited.rebased == []
+
+
+def test_an_edit_that_was_solved_before_a_cast_is_refused_with_a_way_out(model: nn.Module) -> None:
+    model.half()
+    with pytest.raises(WrongModelError, match=r"solved for other weights[\s\S]*a cast changes them[\s\S]*on_other_weights=True"):
+        EditedWeights.of(model).apply(EDITS[0])
+
+
 def test_a_cast_of_trained_weights_is_no_cast_of_what_was_written(model: nn.Module) -> None:
     edited = EditedWeights.of(model)
     edited.apply(EDITS[0])
@@ -328,7 +363,9 @@ def test_a_cast_of_trained_weights_is_no_cast_of_what_was_written(model: nn.Modu
     with pytest.raises(EditError, match="something else has changed"):
         edited.revert("a")
     assert edited.rebase() == [PATH]
+    model.half().float()
     edited.revert("a")
+    assert edited.applied == () and edited.rebased == []
 
 
 # ---- weights that something else has changed

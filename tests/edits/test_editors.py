@@ -314,6 +314,22 @@ def test_a_covariance_that_a_plan_acted_on_is_not_kept(tmp_path):
         assert torch.equal(Covariance.fit(model, TOKENIZER, TEXTS, [1], folder=tmp_path, progress=False).sums[1], steered.sums[1])
 
 
+def test_an_edit_under_a_plan_is_one_of_the_steered_model():
+    model, store = model_of("llama"), ValueStore()
+    before, plain = weights_of(model), edit(model, UNSAID, MEMIT(value_settings=STRONG, ridge=0.01))
+    plan = steer.Plan(steer.Intervention(steer.Add(torch.ones(32)), "layers.1.output", strength=2.0))
+    with plan.attached(model) as attachment:
+        unedited = probabilities(model, UNSAID)
+        made = edit(model, UNSAID, MEMIT(value_settings=STRONG, ridge=0.01), values=store)
+        with made.applied(model):
+            edited = probabilities(model, UNSAID)
+        with plain.applied(model):
+            edited_without_the_plan = probabilities(model, UNSAID)
+        assert torch.equal(probabilities(model, UNSAID), unedited) and all(attachment.fired().values()) and not len(store)
+    assert float(edited.log().sum()) > max(float(edited_without_the_plan.log().sum()), float(unedited.log().sum()) + 1)
+    assert equal_weights(model, before)
+
+
 def test_values_are_kept_in_a_folder_and_damaged_files_are_passed_over(tmp_path):
     model, store = model_of("llama"), ValueStore(tmp_path)
     made = edit(model, UNSAID, values=store)

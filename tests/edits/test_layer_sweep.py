@@ -12,8 +12,11 @@ from tiny_tokenizer import WORDS, tiny_tokenizer
 from steer.edits import Covariance, Fact, FactRecord, LayerSweep, ValueSettings, edit_facts, layer_sweep
 from steer.edits.answer_scores import AnswerScorer
 from steer.edits.default_layers import PUBLISHED, candidate_layers, choose_layers, default_layers
+from steer.edits.editor import EDITORS
 from steer.edits.editors.emmet import EMMET
+from steer.edits.editors.memit import MEMIT
 from steer.edits.layer_sweep import WELL_KNOWN, _spaced
+from steer.edits.published_settings import SETTINGS, published_settings
 from steer.errors import EditError
 from steer.model.anatomy import Anatomy
 
@@ -88,4 +91,25 @@ def test_layers_by_default(covariances, monkeypatch):
     monkeypatch.setitem(PUBLISHED, (anatomy.kind, anatomy.n_layers, anatomy.width), (0, (0, 1)))
     assert choose_layers(model, TOKENIZER, None, several=True) == [0, 1]
     assert default_layers(anatomy, several=False) == [0] and candidate_layers(anatomy) == [0]
-    assert all(one == many[-1] or kind in ("gptj", "gpt_neox", "llama") for (kind, *_), (one, many) in PUBLISHED.items())
+    assert all(one == many[-1] or kind not in ("gpt2",) for (kind, *_), (one, many) in PUBLISHED.items())
+
+
+def test_an_editor_by_its_name_has_the_settings_that_were_published_for_the_model(covariances, monkeypatch):
+    model = model_of("llama")
+    anatomy = Anatomy.find(model)
+    how = {"layers": [1], "covariance": covariances[1], "contexts": CONTEXTS}
+    assert published_settings(model, "memit") == {}
+    values = ValueSettings(steps=3, lr=0.25)
+    monkeypatch.setitem(SETTINGS, (anatomy.kind, anatomy.n_layers, anatomy.width, 64), {"memit": {"ridge": 7.0, "value_settings": values}})
+    named = edit_facts(model, TOKENIZER, FACTS[1], **how)
+    assert named.settings["ridge"] == 7.0 and named.settings["value_settings"]["lr"] == 0.25
+    assert edit_facts(model, TOKENIZER, FACTS[1], editor="emmet", **how).settings["value_settings"]["lr"] == 0.5
+    mine = edit_facts(model, TOKENIZER, FACTS[1], editor=MEMIT(ridge=9.0), **how)
+    assert mine.settings["ridge"] == 9.0 and mine.settings["value_settings"]["lr"] == 0.5
+
+
+def test_published_settings_are_some_that_editors_have():
+    assert {key[:3] for key in SETTINGS} <= set(PUBLISHED)
+    for editors in SETTINGS.values():
+        for name, settings in editors.items():
+            assert all(getattr(EDITORS.get(name)(**settings), field) == value for field, value in settings.items())

@@ -10,7 +10,7 @@ from edits.edit_helpers import CONTEXTS, FACTS, equal_weights, model_of, running
 from edits.editor_helpers import STRONG, TOKENIZER, UNSAID, covariance_of, edit
 from torch import nn
 
-from steer.edits import Covariance, already_said, fact_keys
+from steer.edits import Covariance, already_said, fact_keys, sample_contexts
 from steer.edits.editors.constrained_ft import ConstrainedFT
 from steer.edits.editors.lora import LoRA
 from steer.edits.editors.memit import MEMIT
@@ -29,6 +29,7 @@ WAYS = {
     "log-probabilities": lambda model, folder: response_logprobs(model, ROWS, pad=0),
     "losses": lambda model, folder: text_losses(model, [plain(TOKENIZER, text) for text in running_text(4)]).nats,
     "answers": lambda model, folder: torch.tensor(already_said(model, TOKENIZER, FACTS)),
+    "contexts": lambda model, folder: torch.tensor([ord(sign) for text in sample_contexts(model, TOKENIZER).prefixes for sign in text]),
     "texts": lambda model, folder: torch.tensor(
         continuations(model, [row.ids for row in ROWS], [4] * 3, pad=0, max_tokens=1024, seed=0, do_sample=False)
     ),

@@ -188,6 +188,7 @@ def test_a_plan_that_is_attached_stays_in_force(llama):
     plan = Plan(Intervention(Add(torch.ones(32)), "layers.1.output", strength=0.01))
     with plan.attached(llama):
         found = traced(llama, [fact])
+    assert "1 of the facts had a whole pass for every cell" in found.table()
     assert found.about["whole_passes"] == 1 and abs(float(found[0].clean[0] - traced(llama, [fact])[0].clean[0])) > 1e-5
 
 

@@ -22,7 +22,7 @@ from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edited_weights import EditedWeights
 from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
 from steer.training.edit_hosts import ADAPTER
-from steer.training.edit_protection import orthonormal
+from steer.training.edit_protection import dual_directions, orthonormal
 from steer.training.edit_readings import key_drift, keys_now, target_probability
 from steer.training.edit_resolve import solve_again
 from steer.training.edit_run import EditFadesWarning, EditRun
@@ -276,6 +276,25 @@ def test_projected_steps_leak_nothing_after_fifty_steps_of_adamw_with_decay() ->
     assert (weight(projected.model) - before).norm() > 0.3 * (weight(unprotected.model) - before).norm()  # and it learns
     values = EDIT.deltas[0].keys @ weight(projected.model).T
     assert (values - EDIT.deltas[0].values).norm() < 1e-5 * EDIT.deltas[0].values.norm()
+
+
+def test_a_projected_step_goes_on_to_teach_other_tokens_what_they_share_with_the_keys() -> None:
+    """All keys have a large mean. A step along it, which every token feels, would be lost if it were taken back in the span of the keys."""
+    generator = torch.Generator().manual_seed(0)
+    mean, noise, step = (torch.randn(*shape, generator=generator).double() for shape in ((40,), (4, 40), (8, 40)))
+    keys, moment = 3 * mean + noise, torch.eye(40).double() + 9 * torch.outer(mean, mean)  # [n, f], [f, f] of ordinary keys
+    basis = orthonormal(keys)
+    directions = dual_directions(basis, torch.linalg.solve(moment, keys.mT))
+    step = torch.outer(step[:, 0], mean) + 0.1 * step
+    left = {"oblique": step - step @ basis @ directions.mT, "orthogonal": step - step @ basis @ basis.mT}
+    power = {name: float((change @ moment * change).sum() / (step @ moment * step).sum()) for name, change in left.items()}
+    assert all(float((change @ keys.mT).norm()) < 1e-9 * float((step @ keys.mT).norm()) for change in left.values())
+    least = basis @ torch.linalg.inv(basis.mT @ torch.linalg.solve(moment, basis))  # C^-1 Q (Q^T C^-1 Q)^-1
+    torch.testing.assert_close(directions, torch.linalg.solve(moment, least))
+    assert power["oblique"] > 0.8 and power["orthogonal"] < 0.05
+    # directions that do not tell the keys apart are not used
+    beside = torch.linalg.qr(torch.cat([basis, noise.mT], 1)).Q[:, 4:]
+    assert torch.equal(dual_directions(basis, beside), basis) and torch.equal(dual_directions(basis, keys[:2].mT), basis)
 
 
 def test_projected_gradients_leak() -> None:

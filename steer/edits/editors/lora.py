@@ -35,6 +35,7 @@ class LoRA(Editor):
     """
 
     needs_covariance = False
+    has_values = False
 
     rank: int = 8
     alpha: float = 32.0

@@ -206,6 +206,9 @@ class TraceResult:
             shown = "; ".join(f"'{entry.fact.prompt}' ({entry.reason})" for entry in self.left_out[:3])
             more = f"; and {len(self.left_out) - 3} more" if len(self.left_out) > 3 else ""
             found.append(f"Left out: {len(self.left_out)} facts. {shown}{more}.")
+        if whole := self.about.get("whole_passes"):
+            why = "the model cannot be run in parts, or has something attached"
+            found.append(f"{whole} of the facts had a whole pass for every cell, which is slow: {why}.")
         return [*found, NOT_A_CHOICE]
 
     def __repr__(self) -> str:
