@@ -338,6 +338,21 @@ def test_undo_does_not_throw_away_what_was_learned_since(tiny):
     assert torch.equal(logits(model), learned)
 
 
+def test_undo_names_the_bake_that_came_after_it(tiny):
+    model = tiny("llama")
+    before = logits(model)
+    first = bake(Plan([Intervention(Ablate(ROWS), "layers.1.attn.output")]), model)
+    second = bake(Plan([Intervention(Ablate(vector(seed=5)), WRITERS)]), model)
+    elsewhere = bake(Plan([Intervention(Ablate(ROWS), "layers.1.attn.output")]), tiny("llama"))
+    with pytest.raises(DeployError, match=r"changed by another one after it[\s\S]*found: Baked\(7 parameters[\s\S]*undo that bake first") as raised:
+        first.undo()
+    assert str(raised.value).count("Baked(") == 1
+    second.undo()
+    first.undo()
+    elsewhere.undo()
+    assert torch.equal(logits(model), before)
+
+
 # ---- wrappers and files
 
 
