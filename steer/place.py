@@ -160,7 +160,8 @@ class Place:
 
 def _nothing_there(path: Path, what: str, shipped: Sequence[str]) -> FileError:
     expected = " or ".join(["a file or folder, a repository of the hub as 'owner/name'", *shipped])
-    return FileError(f"no {what} at '{path}'", expected=expected, found="nothing there", remedy=did_you_mean(str(path), shipped) or "check the path")
+    remedy = did_you_mean(str(path), shipped) or "check the path"
+    return FileError(f"no {what} at '{path}'", expected=expected, found="nothing there", remedy=remedy)
 
 
 def _missing(place: Place, name: str) -> DamagedFileError:

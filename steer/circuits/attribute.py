@@ -243,7 +243,7 @@ def _equal_prompts(equal: list[int], pairs: int) -> ConfigError:
         "a counterfactual is the same prompt, whose components differ in nothing",
         expected="another prompt in each pair",
         found=f"the same tokens twice in {len(equal)} of {pairs} pairs: {', '.join(map(str, equal[:8]))}",
-        remedy="change the word that the target depends on, or leave the pair out; with a mean or zero ablation no counterfactual is needed",
+        remedy="change the word that the target depends on, or leave the pair out; a mean or zero ablation needs no counterfactual",
     )
 
 

@@ -81,6 +81,6 @@ def _other_lengths(unequal: list[tuple[int, str, str]], pairs: int) -> ConfigErr
         f"{len(unequal)} of {pairs} pairs have prompts with different numbers of tokens, so that their activations do not correspond",
         expected="as many tokens in a corrupted prompt as in its clean one",
         found=listed + (f"; and {len(unequal) - 3} more" if len(unequal) > 3 else ""),
-        remedy="choose other words, counted by len(tokenizer(text).input_ids); or do without counterfactuals: Pairs.of(model, clean, clean), "
-        "and attribute(..., method='eap', ablation=mean_ablation(model, texts))",
+        remedy="choose other words, counted by len(tokenizer(text).input_ids); or do without counterfactuals: "
+        "Pairs.of(model, clean, clean), and attribute(..., method='eap', ablation=mean_ablation(model, texts))",
     )

@@ -245,8 +245,8 @@ def _no_such_tokens(metric: Metric, error: ContextError) -> ContextError:
         f"metric '{name_of(metric)}' runs passes in which the plan cannot know its tokens: {error.what}",
         expected=error.expected,
         found=error.found,
-        remedy="give the plan a scope that needs no generation, such as 'all' or 'prompt', or measure by a metric of answers, which generates "
-        f"them ('checker', 'judge', 'repetition'). Of a metric of your own: {error.remedy}",
+        remedy="give the plan a scope that needs no generation, such as 'all' or 'prompt', or measure by a metric of answers, "
+        f"which generates them ('checker', 'judge', 'repetition'). Of a metric of your own: {error.remedy}",
     )
 
 

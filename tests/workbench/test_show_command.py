@@ -85,7 +85,8 @@ def test_it_prints_one_line_answers_and_ends_by_ctrl_c(show: Run, monkeypatch: p
     visiting(monkeypatch, visit)
     before = sorted(tmp_path.iterdir())
     status, out, err = show("browser=true", "prompts=[who]", "folder=mine", "max_new_tokens=7")
-    assert (status, err.splitlines()) == (0, [f"steer show: {step}" for step in ("reading the plan", "loading model", "preparing the page")])
+    steps = ["reading the plan", "loading model", "preparing the page"]
+    assert (status, err.splitlines()) == (0, [f"steer show: {step}" for step in steps])
     assert out.splitlines()[0] == f"{seen['url']} (Ctrl-C ends it)" and len(out.split()) == 4
     assert seen["state"]["model"] == "model" and seen["state"]["prompts"] == ["who"] and seen["state"]["max_new_tokens"] == 7
     assert seen["events"][-1] == {"event": "end"}

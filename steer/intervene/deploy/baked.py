@@ -14,7 +14,6 @@ from steer.intervene.deploy.weight_edit import WeightEdit
 from steer.model.anatomy import Anatomy
 from steer.model.tied import SETTING, give_own_weight, tied_head, tying_configs
 
-
 _SEALED: WeakSet[Baked] = WeakSet()  # bakes that are in weights now
 
 
