@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,14 @@ def of_type(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -
     """Raises ConfigError when a value is of another type."""
     if not isinstance(value, kind):
         raise _wrong_type(value, kind if isinstance(kind, tuple) else (kind,), what, remedy)
+
+
+def level_of_caller() -> int:
+    """The `stacklevel` with which the function that asks warns at the line of whoever called the library, however deep that is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("steer", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def tensor_of(value: Any, what: str, remedy: str) -> Tensor:

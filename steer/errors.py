@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -39,9 +40,14 @@ class SteerError(Exception):
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str | None:
-    """The remedy for a misspelt name; None when nothing is near it."""
-    near = difflib.get_close_matches(wrong, list(known), n=1)
+    """The remedy for a misspelt name, or for one whose words stand in another order; None when nothing is near it."""
+    names = list(known)
+    near = [name for name in names if _words(name) == _words(wrong)] or difflib.get_close_matches(wrong, names, n=1)
     return f"did you mean '{near[0]}'?" if near else None
+
+
+def _words(name: str) -> list[str]:
+    return sorted(re.split(r"[\W_]+", name.lower()))
 
 
 def in_file(error: SteerError, path: Any) -> SteerError:

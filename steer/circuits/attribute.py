@@ -62,7 +62,8 @@ def attribute(
         max_tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them. AnatomyError: one
+        ConfigError: a target that is constant or not differentiable, a method that needs counterfactuals without them, a counterfactual
+            that is its prompt, scores that are all zero. AnatomyError: one
             whose reading of the stream is not known, with edges, or on which the rule is not proven. AttachError: with edges, a model
             of which edges are ablated. DeployError: weights that are
             offloaded. NonFiniteError: a target or gradients that are not finite.
@@ -83,6 +84,8 @@ def attribute(
     ablation.check_model(Anatomy.find(model))
     if chosen.needs_pairs and ablation.kind != RESAMPLE:
         raise _needs_pairs(chosen, ablation)
+    if ablation.kind == RESAMPLE and (equal := pairs.equal()):
+        raise _equal_prompts(equal, len(pairs))
     backward = BACKWARD_RULES.get(rule)() if isinstance(rule, str) else rule
     of_type(backward, BackwardRule, "the backward rule of an attribution", "'plain', 'gim' or 'relp'")
     warn_of_plan(model, "scores are those of")
@@ -202,6 +205,8 @@ class _Attribution:
         """Means over the prompts. Raises ConfigError where no gradient was other than zero."""
         if not self.has_gradient:
             raise constant_target("gradients that are zero at every component, for every prompt")
+        if not any(bool(scores.any()) for scores in (self.nodes, *self.neurons.values())):
+            raise _all_zero(self.ablation)
         count = len(self.pairs)
         facts = {
             "method": {"name": self.method.name, **self.method.facts()},
@@ -232,6 +237,24 @@ def _needs_pairs(method: AttributionMethod, ablation: Ablation) -> ConfigError:
         expected="resample ablation",
         found=f"{ablation.kind} ablation",
         remedy="leave out `ablation`, or take a method that goes from constants, e.g. 'eap' or 'eap_ig_activations'",
+    )
+
+
+def _equal_prompts(equal: list[int], pairs: int) -> ConfigError:
+    return ConfigError(
+        "a counterfactual is the same prompt, whose components differ in nothing",
+        expected="another prompt in each pair",
+        found=f"the same tokens twice in {len(equal)} of {pairs} pairs: {', '.join(map(str, equal[:8]))}",
+        remedy="change the word that the target depends on, or leave the pair out; a mean or zero ablation needs no counterfactual",
+    )
+
+
+def _all_zero(ablation: Ablation) -> ConfigError:
+    return ConfigError(
+        "every component scores zero: nothing was attributed",
+        expected=f"components that write something else in the {ablation.kind} ablation, and a target that depends on them",
+        found="0 for all of them",
+        remedy="look at the pairs, at the labels of their tokens (`positions`) and at the target",
     )
 
 

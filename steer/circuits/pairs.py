@@ -39,13 +39,18 @@ class Pairs:
         rows, others = rows_of(model, clean, tokenizer), rows_of(model, corrupted, tokenizer)
         if len(rows) != len(others):
             raise _other_count(len(rows), len(others))
-        for number, (row, other) in enumerate(zip(rows, others, strict=True)):
-            if len(row.ids) != len(other.ids):
-                raise _other_length(number, len(row.ids), len(other.ids))
+        unequal = [i for i, (row, other) in enumerate(zip(rows, others, strict=True)) if len(row.ids) != len(other.ids)]
+        if unequal:
+            raise _other_lengths([(i, _shown(clean, rows, i), _shown(corrupted, others, i)) for i in unequal], len(rows))
         return cls(Texts(rows, positions), Texts(others, positions))
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def equal(self) -> list[int]:
+        """Numbers of the pairs whose prompts are the same, of which a counterfactual says nothing."""
+        both = zip(self.clean.rows, self.corrupted.rows, strict=True)
+        return [number for number, (row, other) in enumerate(both) if row.ids == other.ids]
 
     def hash(self) -> str:
         """SHA-256 of the tokens of all pairs."""
@@ -65,10 +70,17 @@ def _other_count(clean: int, corrupted: int) -> ConfigError:
                        remedy="give one counterfactual for each prompt")  # fmt: skip
 
 
-def _other_length(number: int, clean: int, corrupted: int) -> ConfigError:
+def _shown(prompts: Prompts, rows: list[Row], number: int) -> str:
+    text = prompts[number] if isinstance(prompts, list | tuple) else None
+    return f"{len(rows[number].ids)} tokens" + (f" in {text!r}" if isinstance(text, str) else "")
+
+
+def _other_lengths(unequal: list[tuple[int, str, str]], pairs: int) -> ConfigError:
+    listed = "; ".join(f"pair {number}: {clean}, {corrupted}" for number, clean, corrupted in unequal[:3])
     return ConfigError(
-        f"the prompts of pair {number} have different numbers of tokens, so that their activations do not correspond",
-        expected=f"{clean} tokens in the corrupted prompt, as in the clean one",
-        found=corrupted,
-        remedy="choose a counterfactual that the tokenizer splits into as many tokens, or ablate to a mean: ablation='mean'",
+        f"{len(unequal)} of {pairs} pairs have prompts with different numbers of tokens, so that their activations do not correspond",
+        expected="as many tokens in a corrupted prompt as in its clean one",
+        found=listed + (f"; and {len(unequal) - 3} more" if len(unequal) > 3 else ""),
+        remedy="choose other words, counted by len(tokenizer(text).input_ids); or do without counterfactuals: "
+        "Pairs.of(model, clean, clean), and attribute(..., method='eap', ablation=mean_ablation(model, texts))",
     )

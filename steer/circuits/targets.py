@@ -24,6 +24,9 @@ class LogitDifference:
     Args:
         right, wrong: token ids, one for all prompts or one for each.
 
+    Raises:
+        ConfigError: no token ids, or the same token on both sides.
+
     Example:
         >>> he, she = (tokenizer.encode(word)[0] for word in (" he", " she"))
         >>> target = steer.LogitDifference(he, she)
@@ -38,6 +41,11 @@ class LogitDifference:
     def __post_init__(self) -> None:
         _check(self.right)
         _check(self.wrong)
+        sides = [[side] if isinstance(side, int) else list(side) for side in (self.right, self.wrong)]
+        longest = max(map(len, sides))
+        sides = [side * longest if len(side) == 1 else side for side in sides]
+        if same := [number for number, (right, wrong) in enumerate(zip(*sides, strict=False)) if right == wrong]:
+            raise _same_token(sides[0][same[0]], same)
 
     def __call__(self, logits: Tensor, prompt: int) -> Tensor:
         return logits[-1, _of(self.right, prompt, logits)] - logits[-1, _of(self.wrong, prompt, logits)]
@@ -111,6 +119,15 @@ def _of(tokens: Tokens, prompt: int, logits: Tensor) -> int:
 
 
 # ---- errors
+
+
+def _same_token(token: int, prompts: list[int]) -> ConfigError:
+    return ConfigError(
+        "a logit difference of a token and itself is zero",
+        expected="another token on the other side",
+        found=f"token {token} on both" + (f", for prompts {prompts[:8]}" if prompts != [0] else ""),
+        remedy="look at the ids: two words may begin with the same token, or one may lack its space, as in tokenizer.encode(' she')[0]",
+    )
 
 
 def _no_number(value: object) -> ConfigError:

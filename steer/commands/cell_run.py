@@ -29,7 +29,7 @@ from steer.entries import in_short
 from steer.errors import DamagedFileError
 from steer.experiment.arms import Arm
 from steer.experiment.cells import Cell, CellFolder
-from steer.experiment.outcome import measure_all
+from steer.experiment.outcome import measure_all, naming_arm
 from steer.experiment.overhead import step_overhead
 from steer.experiment.treatment import BAKED, NEVER, Treatment
 from steer.files import contents
@@ -72,7 +72,7 @@ def run_cell(run: ExperimentRun, cell: Cell, cells: CellFolder) -> dict[str, Any
     if known is not None:
         result = known
     else:
-        with as_measured(run, cell, cells) as (acting, system):
+        with naming_arm(arm.name), as_measured(run, cell, cells) as (acting, system):
             result = _measure(run, acting, system)
     log_result(logger, result)
     # not before: a cell that is killed while it is measured need not be trained again

@@ -21,12 +21,18 @@ OF_THE_PAGE = ("steer", "prompts", "max_new_tokens", "port", "browser", "folder"
 
 
 def run(config: DictConfig) -> None:
-    """Prints the address of the page, opens it where there is somebody to see it, and serves it until Ctrl-C."""
+    """Prints the address of the page, opens it where there is somebody to see it, and serves it until Ctrl-C.
+
+    What takes its time until then is said on stderr, so that stdout has the address alone.
+    """
     of_type(config.browser, (bool, type(None)), "'browser'", "set browser=true or browser=false, or leave it out")
     sections: Any = OmegaConf.to_container(config, resolve=True)
+    _say("reading the plan")
     names, gates = sources_from_config(*(sections[kind] or {} for kind in ("directions", "gates", "dictionaries")))
     plan_from_text(str(config.steer), names, gates)  # what is wrong with it is said before the model is loaded, which can take minutes
+    _say(f"loading {config.model.name}")
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
+    _say("preparing the page")
     workbench = Workbench(
         *(model, tokenizer, names, gates, str(config.steer)),
         prompts=listed(config.prompts) or (),
@@ -42,6 +48,10 @@ def run(config: DictConfig) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
+
+
+def _say(step: str) -> None:
+    print(f"steer show: {step}", file=sys.stderr, flush=True)
 
 
 def _loading(overrides: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from steer.checks import number_within, of_type
 from steer.errors import ContrastError
 from steer.model.tokens import Row, check_rows, encode
 
+HOLDOUT = 0.25  # share of the texts that is held out where nothing else is said
 GROUP_DRAWS = 100  # of held-out groups, until both parts have texts of both classes
 
 
@@ -202,7 +203,7 @@ def _drawn(n: int, holdout: float, generator: torch.Generator) -> tuple[list[int
 def _empty_side_error(contrast: ContrastSet) -> ContrastError:
     return ContrastError(
         "contrast set is empty on one side",
-        expected="at least two texts on each side",
+        expected=f"texts on both sides, {_enough(HOLDOUT)} or more for `extract`, which holds {HOLDOUT:.0%} of them out",
         found=f"{len(contrast.positive)} positive, {len(contrast.negative)} negative",
         remedy="give texts for both sides: a direction is the difference between them",
     )
@@ -245,17 +246,20 @@ def _part_error(index: int, wrong: dict[str, Any]) -> ContrastError:
 
 
 def _split_error(n: int, held_out: int, holdout: float) -> ContrastError:
-    remedy = f"{'raise' if held_out < 2 else 'lower'} holdout, which is {holdout}"
-    if 0 < holdout < 1:
-        least = max(4, int(1.5 / min(holdout, 1 - holdout)))
-        enough = next(count for count in itertools.count(least) if 2 <= round(count * holdout) <= count - 2)
-        remedy = f"give at least {enough} texts a side" + (f", or {remedy}" if n >= 4 else f": holdout is {holdout}")
+    share = holdout if 0 < holdout < 1 else HOLDOUT
+    remedy = f"give at least {_enough(share)} texts a side with holdout={share:g}"
     return ContrastError(
         "too few texts to hold some out",
-        expected="at least 2 in either part",
-        found=f"{n - held_out} of {n} to learn from, {held_out} held out",
-        remedy=remedy,
+        expected="at least 2 a side to learn from, and 2 held out",
+        found=f"{n - held_out} of {n} to learn from, {held_out} held out, with holdout={holdout:g}",
+        remedy=remedy + (", or pass holdout=0.5" if n >= 4 else ""),
     )
+
+
+def _enough(holdout: float) -> int:
+    """The fewest texts a side of which this share leaves two to either part."""
+    least = max(4, int(1.5 / min(holdout, 1 - holdout)))
+    return next(count for count in itertools.count(least) if 2 <= round(count * holdout) <= count - 2)
 
 
 def _group_count_error(found: int, expected: int, unit: str) -> ContrastError:

@@ -18,6 +18,7 @@ from steer.errors import ConfigError, ContrastError
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
 from steer.model.site import Site
+from steer.model.span import span_of
 
 
 def extract(
@@ -97,6 +98,8 @@ def extract_all(
         extractor.check(method, contrast.paired)
     anatomy = Anatomy.find(model)
     chosen_sites = list(dict.fromkeys(anatomy.sites(*map(str, sites))))
+    for row in contrast.rows()[0]:
+        span_of(row, span)
     train, held_out = contrast.split(holdout, seed)
     needs = {need for extractor in extractors.values() for need in extractor.needs}
     moments = read_moments(model, train, chosen_sites, span, needs, progress)

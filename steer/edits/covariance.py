@@ -72,6 +72,10 @@ class Covariance:
     def __repr__(self) -> str:
         return f"Covariance(layers {', '.join(map(str, self.layers))}: {min(self.tokens.values())} tokens)"
 
+    def facts(self, layers: Sequence[int]) -> dict[str, Any]:
+        """What is kept with an edit, JSON-able: `tokens` by layer, and `data`, digests of the texts."""
+        return {"tokens": {str(layer): self.tokens[layer] for layer in layers if layer in self.tokens}, "data": self.source["data"]}
+
     def moment(self, layer: int) -> Tensor:
         """[f, f] fp64: C = E[k k^T] at a layer. Raises EditError for a layer that was not fitted, or one with fewer tokens than f."""
         if layer not in self.sums:

@@ -195,7 +195,10 @@ class Edit:
 
     def __repr__(self) -> str:
         layers = ", ".join(str(delta.layer) for delta in self.deltas)
-        return f"Edit('{self.name}': {len(self.facts)} facts by {self.editor}, rank {self.rank} in layers {layers or 'none'})"
+        covariance = ""
+        if kept := self.provenance.get("covariance"):
+            covariance = f", covariance of {min(kept['tokens'].values()):,} tokens: {kept['from']}"
+        return f"Edit('{self.name}': {len(self.facts)} facts by {self.editor}, rank {self.rank} in layers {layers or 'none'}{covariance})"
 
     @property
     def rank(self) -> int:

@@ -20,7 +20,7 @@ from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
 from steer.edits.locate import check_known
 from steer.edits.make_edit import make_edit
-from steer.edits.preparation import prepare
+from steer.edits.preparation import GIVEN, SHIPPED_TEXT, prepare
 from steer.edits.published_settings import published_settings
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
@@ -58,7 +58,8 @@ def edit_facts(
             the covariance are tried out on a few facts, once for a model, see `steer.edits.layer_sweep`. Where they come from is in
             `edit.provenance["layers_from"]`.
         covariance: of the keys of ordinary text, at these layers, which all editors with a closed form need. None fits it on text that
-            ships with the library, once for a model: minutes, with a bar; then it is read from the cache folder.
+            ships with the library, once for a model: minutes, with a bar; then it is read from the cache folder. Where it
+            comes from, and of how many tokens it is, stands in `edit.provenance["covariance"]`.
         contexts: before the prompts; None draws five from the model, which no target is in.
         guards: None warns of a change that moves the outputs of a layer by more than a quarter.
         values: a store that several calls share, to compare editors.
@@ -104,7 +105,7 @@ def bench_for(
     contexts = sample_contexts(model, tokenizer, avoid=[fact.target for fact in facts]) if contexts is None else contexts
     bench = EditBench(
         model, tokenizer, prepared.layers[0], contexts, covariance=prepared.covariance, values=values, progress=progress,
-        layers_from=prepared.layers_from,
+        layers_from=prepared.layers_from, covariance_from=SHIPPED_TEXT if covariance is None else GIVEN,
     )  # fmt: skip
     if prepared.covariance is not None:
         prepared.covariance.check(model, bench.layers, tokenizer)
@@ -134,12 +135,19 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
         name=name,
         provenance={
             "layers_from": bench.layers_from,
+            **_covariance_of(bench, method),
             "no_op": no_op,
             "not_found": [kept[i].name for i, value in enumerate(solution.values or ()) if not (value.is_no_op or bool(value.delta.any()))],
             "left_out": [reading.as_json() for reading in left_out],
             "readings": [reading.as_json() for reading in readings],
         },
     )
+
+
+def _covariance_of(bench: EditBench, method: Editor) -> dict[str, Any]:
+    if bench.covariance is None or not method.needs_covariance:
+        return {}
+    return {"covariance": {"from": bench.covariance_from, **bench.covariance.facts(bench.layers)}}
 
 
 def editor_of(editor: str | Editor, model: nn.Module) -> Editor:

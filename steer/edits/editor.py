@@ -63,7 +63,7 @@ class EditBench:
 
     Attributes:
         layers: to be edited, ascending. maps: their down projections, by layer.
-        layers_from: who chose them, see `steer.edits.preparation`.
+        layers_from: who chose them, see `steer.edits.preparation`. covariance_from: what its texts are.
 
     Example:
         >>> bench = EditBench(model, tokenizer, [8], contexts, covariance=covariance)
@@ -81,6 +81,7 @@ class EditBench:
         values: ValueStore | None = None,
         progress: str | None = None,
         layers_from: str = "given",
+        covariance_from: str = "given",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -92,6 +93,7 @@ class EditBench:
         self.store = values
         self.progress = progress
         self.layers_from = layers_from
+        self.covariance_from = covariance_from
         self._powers: dict[int, float] = {}
         self._past: dict[tuple[int, str], tuple[list[str], PastKeys | None]] = {}
 

@@ -19,6 +19,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.watcher import watchers_of
 
 GIVEN, PUBLISHED, COVARIANCE, SWEEP = "given", "published", "covariance", "sweep"
+SHIPPED_TEXT = "text that ships with the library"
 LAYERS_FROM = {
     GIVEN: "as they were asked for",
     PUBLISHED: "published or measured for this model",

@@ -72,7 +72,8 @@ def calibrate(
         name: what the direction stands for.
         sites: candidates; by default five residual streams from 30 % to 80 % of the depth.
         method: a key of `EXTRACTORS`.
-        doses: relative doses |strength x v| / mean |h|.
+        doses: relative doses |strength x v| / mean |h|; 0.05, 0.1, 0.15, 0.2, 0.3 and 0.4 by default. Not all are tried at every layer, see
+            above; with what the largest ones would do to neutral text the result says why none above the chosen one was.
         scope: on which tokens the direction is added; of the answers alone, `response`, it does less at the same cost.
         neutral: texts that have nothing to do with the concept, in English and of everyday things by default.
         max_perplexity_ratio: how much less likely the steered model may find them: 1.5 is 0.4 nat per token.
@@ -139,7 +140,7 @@ def calibrate(
         over_random=measured[1],
         reading=reading,
         answers=tuple(answers),
-        perplexity_ratio=chosen.perplexity_ratio,
+        perplexity_ratios=affordable[chosen.site],
         max_perplexity_ratio=max_perplexity_ratio,
         n_pairs=(len(fitting.positive) - len(choosing.positive), len(choosing.positive), len(testing.positive)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ class Calibration:
         effect: on the test, how much the log-probability of the positive answers gains on that of the negative ones, nat per token.
         over_random: the same beyond the mean of random directions as long, at the same site.
         reading: on the test, how far the model's own answers move from how the negative answers read (0) to how the positive ones do (1).
-        perplexity_ratio: of the neutral text, at the chosen dose; max_perplexity_ratio: the limit.
+        perplexity_ratios: of the neutral text, at the chosen site, by dose; max_perplexity_ratio: the limit.
         n_pairs: how many made the directions, chose, and tested.
     """
 
@@ -89,7 +90,7 @@ class Calibration:
     over_random: Estimate
     reading: Estimate
     answers: tuple[Answer, ...]
-    perplexity_ratio: float
+    perplexity_ratios: Mapping[float, float]
     max_perplexity_ratio: float
     n_pairs: tuple[int, int, int]
 
@@ -102,6 +103,22 @@ class Calibration:
     def strength(self) -> float:
         """The strength that gives the dose."""
         return self.direction.strength_of(self.dose)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Of the neutral text, at the chosen dose."""
+        return self.perplexity_ratios[self.dose]
+
+    @property
+    def why_no_more(self) -> str:
+        """Why no dose above the chosen one was taken, in words."""
+        above = {dose: ratio for dose, ratio in self.perplexity_ratios.items() if dose > self.dose}
+        if not above:
+            return f"{self.dose:g} is the largest dose that was given: larger ones were not looked at"
+        limit = f"the limit of x{self.max_perplexity_ratio:g} on the perplexity of neutral text"
+        said = [f"{dose:g} passes {limit} (x{ratio:.2f})" for dose, ratio in above.items() if ratio > self.max_perplexity_ratio][:1]
+        rejected = {point.dose: point.rejected for point in self.tried if point.site == self.site and point.dose in above}
+        return "; ".join([*(f"{dose:g}: {why}" for dose, why in rejected.items()), *said])
 
     @property
     def plan(self) -> Plan:
@@ -133,7 +150,7 @@ class Calibration:
         return (
             f"on {self.n_pairs[2]} pairs kept for the test: positive answers gain {self.effect.written(2)} nat per token "
             f"({self.over_random.written(2)} over random directions), own answers move by {self.reading.written(2)}, "
-            f"{loops} of {len(self.answers)} loop (unsteered {plain})"
+            f"{loops} of {len(self.answers)} loop (unsteered {plain}). No larger dose here, since {self.why_no_more}"
         )
 
     def plot(self) -> Any:
@@ -152,6 +169,8 @@ class Calibration:
             **{key: asdict(getattr(self, key)) for key in ("effect", "over_random", "reading")},
             "answers": [asdict(answer) for answer in self.answers],
             "perplexity_ratio": self.perplexity_ratio,
+            "perplexity_ratios": {f"{dose:g}": ratio for dose, ratio in self.perplexity_ratios.items()},
+            "why_no_more": self.why_no_more,
             "max_perplexity_ratio": self.max_perplexity_ratio,
             "n_pairs": list(self.n_pairs),
         }

@@ -17,7 +17,7 @@ from steer.experiment.analysis import analyse
 from steer.experiment.arms import DRAWS, Arm, check_name
 from steer.experiment.complete import check_completions, complete
 from steer.experiment.metric import Metric, metric_of, name_of
-from steer.experiment.outcome import PRIMARY, Outcome, check_outcomes, measure_all, prepare_all, texts_of
+from steer.experiment.outcome import PRIMARY, Outcome, check_outcomes, measure_all, naming_arm, prepare_all, texts_of
 from steer.experiment.question import question_of
 from steer.experiment.result import Result
 from steer.experiment.scores import Place, Scores
@@ -94,6 +94,7 @@ def compare(
 
     Raises:
         ConfigError: arms, metrics or items that cannot be compared, a control that cannot be matched. NonFiniteError: a value that is NaN.
+        ContextError: a plan that cannot know its tokens in the passes of a metric. All of them name the arm.
 
     Example:
         >>> arms = {"plain": None, "warm": plan, "random": steer.matched(plan)}
@@ -119,7 +120,7 @@ def compare(
         for arm, draw, treatment in tqdm(runs, desc="arms", disable=None, leave=False):
             acting = nullcontext(model) if arm.when == NEVER else treatment.baked(model) if arm.when == BAKED else treatment.acting(model)
             system = treatment.system if arm.acts_at_inference else None
-            with acting as treated:
+            with naming_arm(arm.name), acting as treated:
                 for name, values in measure_all(outcomes, treated, tokenizer, system=system).items():
                     scores.add(Place(name, arm.name, draw, 0), values)
                 if prompts and draw == 0:
@@ -187,6 +188,15 @@ def _treatment(name: Any, given: Any) -> Treatment:
 
 # ---- errors
 
+_WRAPPED = {  # by the type of what is no treatment yet
+    "Direction": "make a plan of it: steer.Plan(steer.Intervention(steer.Add(d.vector), d.site, strength=d.strength_of(0.2))), "
+    "where d is the direction and 0.2 the dose",
+    "Directions": "choose one, d = directions.best(), and make a plan of it: "
+    "steer.Plan(steer.Intervention(steer.Add(d.vector), d.site, strength=d.strength_of(0.2)))",
+    "Intervention": "make a plan of it: steer.Plan(intervention)",
+    "str": "wrap it: steer.Prompt(system='...') for a message, steer.plan_from_text for the text of a plan",
+}
+
 
 def _no_draws(draws: Any) -> ConfigError:
     return ConfigError("a control needs draws", expected="a whole number, 1 or more", found=draws, remedy="pass draws=8")
@@ -211,5 +221,5 @@ def _no_treatment(name: Any, given: Any) -> ConfigError:
         f"arm '{name}' has no treatment",
         expected="None, a steer.Plan, a steer.edits.Edit, a treatment such as steer.Prompt, or steer.matched of one",
         found=type(given).__name__,
-        remedy="wrap it: steer.Prompt(system='...') for a message, steer.plan_from_text for the text of a plan",
+        remedy=_WRAPPED.get(type(given).__name__, "wrap it: steer.Plan(...) for an intervention, steer.Prompt(system='...') for a message"),
     )

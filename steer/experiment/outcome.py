@@ -10,14 +10,15 @@ values = measure_all(outcomes, model, tokenizer)  # with what an arm does to it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch import nn
 
 from steer.checks import errors_of, finite_number, of_type, one_of
-from steer.errors import ConfigError
+from steer.errors import ConfigError, ContextError, SteerError
 from steer.experiment.complete import complete
 from steer.experiment.metric import (
     HIGHER,
@@ -136,7 +137,7 @@ def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *
         system: message that an arm puts before every item.
 
     Raises:
-        ConfigError, NonFiniteError: as `measured`, and what the metrics raise.
+        ConfigError, NonFiniteError: as `measured`, and what the metrics raise. ContextError: a metric whose passes a plan cannot act in.
     """
     check_outcomes(outcomes)
     items = {outcome.name: with_system(outcome.items, system) for outcome in outcomes}
@@ -147,10 +148,12 @@ def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *
         own = items[outcome.name]
         metric: Metric = outcome.metric
         if _shares_reading(metric):
-            values[outcome.name] = _read_once(metric, own, readings, model, tokenizer)
+            with _tokens_of(metric):
+                values[outcome.name] = _read_once(metric, own, readings, model, tokenizer)
             continue
         if not _shares_answers(metric):
-            values[outcome.name] = measured(metric, model, tokenizer, own)
+            with _tokens_of(metric):
+                values[outcome.name] = measured(metric, model, tokenizer, own)
             continue
         texts = [answers[_question(metric, item)] for item in own]
         with errors_of(f"metric '{name_of(metric)}'", "correct its `score`"):
@@ -182,6 +185,26 @@ def _read_once(
         values = metric.values(items, reading)
     readings.append((metric, items, reading))
     return checked(metric, items, values)
+
+
+@contextmanager
+def naming_arm(arm: str) -> Iterator[None]:
+    """Puts the name of the arm before what is wrong while it is measured."""
+    try:
+        yield
+    except SteerError as error:
+        if f"'{arm}'" in error.what:
+            raise
+        raise type(error)(f"arm '{arm}': {error.what}", expected=error.expected, found=error.found, remedy=error.remedy) from error
+
+
+@contextmanager
+def _tokens_of(metric: Metric) -> Iterator[None]:
+    """Says of which metric the passes are in which a plan does not know its tokens."""
+    try:
+        yield
+    except ContextError as error:
+        raise _no_such_tokens(metric, error) from error
 
 
 _Question = tuple[int, str, str | None]  # length of the answer, prompt, system message
@@ -248,6 +271,16 @@ def check_informative(outcome: Outcome, values: Mapping[str, Mapping[str, float]
 
 
 # ---- errors
+
+
+def _no_such_tokens(metric: Metric, error: ContextError) -> ContextError:
+    return ContextError(
+        f"metric '{name_of(metric)}' runs passes in which the plan cannot know its tokens: {error.what}",
+        expected=error.expected,
+        found=error.found,
+        remedy="give the plan a scope that needs no generation, such as 'all' or 'prompt', or measure by a metric of answers, "
+        f"which generates them ('checker', 'judge', 'repetition'). Of a metric of your own: {error.remedy}",
+    )
 
 
 def _no_name() -> ConfigError:

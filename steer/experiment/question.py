@@ -102,7 +102,8 @@ def _primary_pair(arms: Sequence[Arm], outcome: str, said: Any) -> Pair:
     control = next((arm.name for arm in arms if arm.control_of == treated.name), None)
     against = control or next((arm.name for arm in arms if arm.when == NEVER), None)
     if against is None:
-        raise _nothing_to_compare_with(treated.name)
+        others = [arm.name for arm in arms if arm.name != treated.name and arm.control_of is None and arm.dose != 0]
+        raise _nothing_to_compare_with(treated.name, others)
     return Pair(outcome, treated.name, against)
 
 
@@ -157,12 +158,13 @@ def _nothing_treated(names: Sequence[str]) -> ConfigError:
     return ConfigError("nothing is done in any arm", expected="an arm with a treatment", found=", ".join(names), remedy=remedy)
 
 
-def _nothing_to_compare_with(arm: str) -> ConfigError:
+def _nothing_to_compare_with(arm: str, others: Sequence[str]) -> ConfigError:
+    named = f"to compare it with '{others[0]}', say so: primary=('{arm}', '{others[0]}'); else " if others else ""
     return ConfigError(
-        f"arm '{arm}' is compared with nothing",
+        f"it is not said what arm '{arm}' is compared with" if others else f"arm '{arm}' is compared with nothing",
         expected="a matched control of it, or an arm to which nothing is done",
-        found="neither",
-        remedy="add an arm without a treatment, such as 'plain': None, or a control: steer.matched(plan)",
+        found=f"other treatments alone: {', '.join(others)}" if others else "neither",
+        remedy=f"{named}add an arm without a treatment, such as 'plain': None, or a control: steer.matched(plan)",
     )
 
 

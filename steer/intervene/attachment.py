@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer.checks import integer, of_type, tensor_of, whole_number
+from steer.checks import integer, level_of_caller, of_type, tensor_of, whole_number
 from steer.errors import AttachError, ConfigError, SteerError
 from steer.intervene import attachment_state
 from steer.intervene.active import ActiveIntervention
@@ -106,7 +106,7 @@ class Attachment:
     def warn_if_idle(self) -> None:
         """Warns when no forward pass of the model ran while it was attached."""
         if not any(of_stack.counter.reached for of_stack in self._events):
-            warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=4)
+            warnings.warn("the plan was attached, but no forward pass of its model ran: nothing was steered", stacklevel=level_of_caller())
 
     # ---- driving
 

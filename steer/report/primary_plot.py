@@ -97,7 +97,7 @@ def _draw_row(ax: Any, row: ArmRow, y: int, signed: bool) -> None:
         hover(dot, f"{row.name}, seed {seed}: {number(value, signed=signed)}")
     if row.low is not None and row.high is not None:
         (line,) = ax.plot([row.low, row.high], [y, y], color=colour, linewidth=2.4)
-        hover(line, f"{row.name}: {row.words(signed=signed)}, 95 % interval")
+        hover(line, f"{row.name}: {row.words(signed=signed)}, 95 % interval{' ' * bool(row.holds_for)}{row.holds_for}")
     if row.value is not None:
         (dot,) = ax.plot(row.value, y, "D", color=colour, markersize=6.4, markeredgewidth=0, zorder=4)
         hover(dot, f"{row.name}: {row.words(signed=signed)}")

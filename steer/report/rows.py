@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer.report.numbers import estimate, is_interval, measured
+from steer.report.numbers import estimate, is_interval, measured, number
 
 BETTER = {"lower": "lower is better", "higher": "higher is better"}
 
@@ -39,6 +39,14 @@ class ArmRow:
     def numbers(self) -> list[float]:
         """All that has to find room on an axis."""
         return [x for x in (self.value, self.low, self.high, *self.seeds.values(), *self.draws) if measured(x)]
+
+    @property
+    def holds_for(self) -> str:
+        """What the interval of a control does not speak beyond: other draws would have another mean. Empty for other arms."""
+        if len(self.draws) < 2:
+            return ""
+        low, high = (number(bound, signed=True) for bound in (min(self.draws), max(self.draws)))
+        return f"for these {len(self.draws)} draws, whose means go from {low} to {high}"
 
     def words(self, *, signed: bool) -> str:
         """Mean with interval, as text."""

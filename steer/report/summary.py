@@ -50,7 +50,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         cells = [_estimate(each.get("mean"), each.get("ci"), digits)]
         if change:
             cells.append(_estimate(each.get("change"), each.get("change_ci"), of_change, signed=True))
-        table.add_row(Text(str(arm["name"])), *map(Text, cells), Text(_contrast(tree, str(arm["name"]), outcome)))
+        drawn = f"\nfor these {arm['draws']} draws" if arm.get("control_of") and (arm.get("draws") or 1) > 1 else ""
+        table.add_row(Text(f"{arm['name']}{drawn}"), *map(Text, cells), Text(_contrast(tree, str(arm["name"]), outcome)))
     return table
 
 

@@ -37,13 +37,14 @@ class Forest:
 
 @dataclass(frozen=True)
 class Cell:
-    """One outcome of one arm, as text. change: against the base model; empty where that was not measured."""
+    """One outcome of one arm, as text. change: against the base model; empty where that was not measured. holds_for: its interval."""
 
     value: str
     ci: str
     before: str
     after: str
     forest: Forest | None
+    holds_for: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def arm_cells(metrics: Mapping[str, Any], outcome: str) -> list[Cell | None]:
 def _cell(row: ArmRow, place: Forest | None, signed: bool, digits: int | None) -> Cell:
     bounds = interval([row.low, row.high], signed=signed, digits=digits)
     before = number(row.before, digits=digits) if signed else ""
-    return Cell(number(row.value, signed=signed, digits=digits), bounds, before, number(row.mean, digits=digits), place)
+    return Cell(number(row.value, signed=signed, digits=digits), bounds, before, number(row.mean, digits=digits), place, row.holds_for)
 
 
 def contrast_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -101,6 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
+    def do_HEAD(self) -> None:
+        """As GET, without the body."""
+        self.do_GET()
+
     def do_POST(self) -> None:
         if not self._is_ours():
             return
@@ -194,7 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self._head(status, kind, len(content))
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _head(self, status: HTTPStatus, kind: str, length: int | None = None) -> None:
         self.send_response(status)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from circuits.attribution_helpers import CLEAN, pairs, rows, target
 from families import FAMILIES
+from tiny_tokenizer import tiny_tokenizer
 
 from steer.circuits import (
     Ablation,
@@ -69,13 +70,11 @@ def test_a_target_without_a_gradient_is_refused(model, name, method):
 
 
 def test_a_target_of_one_token_alone_is_not_constant(model):
-    """The first token of a text reads no other: nothing that differs between these prompts reaches it, which is told where it matters."""
+    """The first token of a text reads no other: nothing that differs between these prompts reaches it."""
     same_start = pairs(model, [[5, 9, 33]], [[5, 8, 31]])
-    zero = scored(model, lambda logits, prompt: logits[0, 3], pairs=same_start, edges=False)
-    assert not zero.node_scores.any()
-    with pytest.raises(ConfigError, match="all scores of nodes are zero") as raised:
-        zero.top_nodes(2)
-    told(raised.value, "may be the same")
+    with pytest.raises(ConfigError, match="every component scores zero") as raised:
+        scored(model, lambda logits, prompt: logits[0, 3], pairs=same_start, edges=False)
+    told(raised.value, "look at the pairs")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,40 @@ def test_tokens_of_a_target_that_do_not_fit_are_refused(model, make, words):
 def test_prompts_of_a_pair_have_one_length(model):
     with pytest.raises(ConfigError) as raised:
         pairs(model, CLEAN, [CLEAN[0], [1, 2, 3]])
-    told(raised.value, "pair 1", "4 tokens", "found: 3")
+    told(raised.value, "1 of 2 pairs", "pair 1: 4 tokens, 3 tokens")
+
+
+def test_prompts_of_other_lengths_are_shown_and_need_no_counterfactual(model):
+    tokenizer, clean = tiny_tokenizer(), ["the cat sat", "the cat sat on"]
+    with pytest.raises(ConfigError) as raised:
+        Pairs.of(model, clean, ["the dog", "the dog sat on"], tokenizer=tokenizer)
+    told(raised.value, "pair 0: 3 tokens in 'the cat sat', 2 tokens in 'the dog'", "Pairs.of(model, clean, clean)", "method='eap'")
+    alone = Pairs.of(model, clean, clean, tokenizer=tokenizer)
+    mean = mean_ablation(model, ["the dog ran in the house", "we like the sun and the moon"], tokenizer=tokenizer)
+    assert scored(model, LogitDifference(8, 9), pairs=alone, ablation=mean).nodes.any()  # as the remedy says
+
+
+@pytest.mark.parametrize("method", ["eap", "eap_ig", "mask_gradient", "clean_corrupted"])
+def test_a_counterfactual_that_is_its_prompt_attributes_nothing(model, method):
+    with pytest.raises(ConfigError) as raised:
+        scored(model, pairs=pairs(model, CLEAN, [CLEAN[0][::-1], CLEAN[1]]), method=method)
+    told(raised.value, "1 of 2 pairs: 1")
+
+
+def test_scores_that_are_all_zero_are_refused(model):
+    """The counterfactuals differ at their last token alone, which has no role."""
+    labels = [["seen"] * (len(row) - 1) + [None] for row in CLEAN]
+    clean, corrupted = rows(CLEAN), rows([[*row[:-1], row[-1] + 1] for row in CLEAN])
+    with pytest.raises(ConfigError) as raised:
+        scored(model, pairs=Pairs.of(model, clean, corrupted, positions=labels), edges=False)
+    told(raised.value, "scores zero", "positions")
+
+
+@pytest.mark.parametrize(("right", "wrong", "where"), [(5, 5, "token 5"), ([4, 5], [5, 5], "prompts [1]"), ([4, 5], 5, "prompts [1]")])
+def test_a_token_against_itself_is_no_target(right, wrong, where):
+    with pytest.raises(ConfigError) as raised:
+        LogitDifference(right, wrong)
+    told(raised.value, where, "another token")
 
 
 @pytest.mark.parametrize(("clean", "corrupted"), [(CLEAN, CLEAN[:1]), (CLEAN[:1], CLEAN), ([], CLEAN)])
@@ -160,9 +192,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(model):
     told(raised.value, "96")
 
 
-@pytest.mark.parametrize("same", ["eap", "eap_ig", "mask_gradient", "clean_corrupted"])
-def test_a_pair_of_the_same_prompts_has_no_scores_to_choose_by(model, same):
-    nothing = scored(model, pairs=pairs(model, CLEAN, CLEAN), method=same)
+def test_scores_that_are_all_zero_choose_nothing(scores):
+    """Of a file, say: `attribute` refuses to give such."""
+    nothing = dataclasses.replace(scores, nodes=scores.nodes * 0, edges=scores.edges * 0)
     for choose in (lambda: nothing.top_nodes(1), lambda: nothing.top_edges(1)):
         with pytest.raises(ConfigError, match="all scores of (nodes|edges) are zero") as raised:
             choose()

@@ -45,8 +45,14 @@ def test_too_few_texts_says_how_many_suffice(holdout):
             numbered(enough, enough, True).split(holdout, 0)
             with pytest.raises(ContrastError):
                 numbered(enough - 1, enough - 1, True).split(holdout, 0)
-    with pytest.raises(ContrastError, match="give at least 6 texts a side, or raise holdout, which is 0.25"):
+    with pytest.raises(ContrastError, match=r"give at least 6 texts a side with holdout=0.25, or pass holdout=0.5"):
         numbered(5, 5, True).split(0.25, 0)
+    numbered(4, 4, True).split(0.5, 0)
+    for holdout in (0, 1):  # of one text no share can be held out, whatever it is
+        with pytest.raises(ContrastError, match=r"remedy: give at least 6 texts a side with holdout=0.25$"):
+            numbered(1, 1, True).split(holdout, 0)
+    with pytest.raises(ContrastError, match=r"6 or more for `extract`, which holds 25% of them out"):
+        numbered(1, 0, False)
 
 
 def test_pairs_and_sets_are_tokenised():

@@ -213,6 +213,7 @@ def test_bad_input_is_named(tiny):
         ({"span": 9}, ContrastError, "no token in the span '9'"),
         ({"span": 0}, ContrastError, f"do not differ at '{SITE}'"),  # the first token is the same in both texts of a pair
         ({"holdout": 0.01}, ContrastError, "too few texts to hold some out"),
+        ({"holdout": 0.01, "span": "last_prompt"}, ConfigError, "did you mean 'prompt_last'"),  # before there are enough texts
     ]:
         with pytest.raises(error, match=message):
             extract(model, contrast, [SITE], name="x", progress=False, **options)

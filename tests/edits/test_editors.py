@@ -294,6 +294,9 @@ def test_a_covariance_is_fitted_where_none_is_given_and_read_the_next_time(monke
     fitted = edit(model, UNSAID, covariance=None)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "covariance").iterdir()}
     assert fitted.digest == given.digest and fitted.provenance["layers_from"] == "given" and len(files) == 1
+    assert repr(given).endswith("tokens: given)") and repr(fitted).endswith("tokens: text that ships with the library)")
+    assert fitted.provenance["covariance"]["data"] == given.provenance["covariance"]["data"]  # here the same texts
+    assert "covariance" not in edit(model, UNSAID, editor="lora", covariance=None).provenance  # which needs none
     assert edit(model, UNSAID, covariance=None).digest == given.digest
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "covariance").iterdir()} == files
     with given.applied(model):  # an edit on top of others needs no other covariance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,20 @@ def test_a_calibration_says_what_was_chosen_tried_and_tested(found: Any) -> None
     assert intervention.site == found.site and intervention.strength == (pytest.approx(found.strength),)
     assert str(found).count("chosen") == 1 and "4 pairs kept for the test" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["tried"][0]["rejected"] == found.tried[0].rejected
+
+
+def test_why_no_larger_dose_was_taken(found: Any) -> None:
+    assert found.dose == 1.0 and found.perplexity_ratios.keys() == {0.1, 1.0}
+    assert found.why_no_more == "1 is the largest dose that was given: larger ones were not looked at"
+    assert "largest dose that was given" in " ".join(str(found).split()) and found.to_dict()["why_no_more"] == found.why_no_more
+    first = next(point for point in found.tried if point.site == found.site and point.dose == 1.0)
+    limited = replace(found, perplexity_ratios={1.0: 1.2, 2.0: 1.3, 3.0: 1.81, 4.0: 2.5}, max_perplexity_ratio=1.5)
+    limited = replace(limited, tried=(first, replace(first, dose=2.0, loops=3, plain_loops=1)))
+    assert limited.why_no_more == "2: loops, unsteered 1/4; 3 passes the limit of x1.5 on the perplexity of neutral text (x1.81)"
+
+
+def test_the_default_doses_stand_in_the_docstring() -> None:
+    assert "; 0.05, 0.1, 0.15, 0.2, 0.3 and 0.4 by default" in calibrate.__doc__ and module.DOSES == (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 
 
 def test_pairs_that_made_the_direction_neither_choose_nor_test(found: Any) -> None:

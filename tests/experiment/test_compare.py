@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import steer
-from steer.errors import ConfigError, NonFiniteError
+from steer.directions import Direction
+from steer.errors import ConfigError, ContextError, NonFiniteError
 from steer.experiment.compare import compare, matched
 from steer.experiment.metric import measured, metric_of, with_ids, with_system
 from steer.experiment.outcome import Outcome
@@ -246,8 +249,8 @@ def test_a_metric_that_leaves_gradients_on_and_the_mode_alone_is_steered_and_wit
     ("options", "says"),
     [
         ({"phases": ("train",)}, "does not act with when=inference"),
-        ({"phases": ("generate",)}, "it acted on no token"),
-        ({"scope": "generated"}, "it acted on no token"),
+        ({"phases": ("generate",)}, "arm 'warm': nothing was measured under this plan: it acted on no token"),
+        ({"scope": "generated"}, "arm 'warm': nothing was measured under this plan: it acted on no token"),
     ],
 )
 def test_an_arm_whose_plan_never_acted_is_not_called_without_effect(model: nn.Module, options: Any, says: str) -> None:
@@ -255,6 +258,45 @@ def test_an_arm_whose_plan_never_acted_is_not_called_without_effect(model: nn.Mo
     with pytest.raises(ConfigError, match=says):
         run(model, {"plain": None, "warm": idle})
     assert hook_count(model) == 0
+
+
+def test_a_plan_that_cannot_know_its_tokens_says_of_which_arm_and_metric(model: nn.Module) -> None:
+    late = Plan(Intervention(steer.Add(torch.ones(WIDTH)), "layers.1.output", scope="generated"))
+
+    def continued(model: nn.Module, tokenizer: Any, items: Any) -> list[float]:
+        values = []
+        for number, _ in enumerate(items):
+            cache = model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+            for tokens in ([6, 7], [8, 9]):  # several at a time, which might be given or decoded
+                logits = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits
+            values.append(float(logits[0, -1, number]))
+        return values
+
+    with pytest.raises(ContextError, match=r"arm 'late': metric 'continued' runs passes[\s\S]*give the plan a scope[\s\S]*'all'") as raised:
+        run(model, {"plain": None, "late": late}, continued)
+    assert isinstance(raised.value.__cause__, ContextError) and hook_count(model) == 0
+
+
+def test_a_metric_that_runs_no_pass_warns_at_the_line_of_the_caller(model: nn.Module, plan: Plan) -> None:
+    with pytest.warns(UserWarning, match="no forward pass") as warned, pytest.raises(ConfigError, match="same for every item"):
+        run(model, {"plain": None, "warm": plan}, lambda model, tokenizer, items: [1.0 for _ in items])
+    assert warned[0].filename == __file__
+
+
+def test_two_plans_are_compared_where_the_question_names_both(model: nn.Module, plan: Plan) -> None:
+    arms = {"warm": plan, "warmer": Plan([dataclasses.replace(plan.interventions[0], strength=2.0)])}
+    with pytest.raises(ConfigError, match=r"other treatments alone: warmer[\s\S]*primary=\('warm', 'warmer'\)"):
+        run(model, arms)
+    contrast = run(model, arms, primary=("warm", "warmer")).metrics["contrasts"][0]
+    assert (contrast["a"], contrast["b"]) == ("warm", "warmer")
+
+
+def test_a_direction_is_made_into_a_plan_as_the_error_says(model: nn.Module) -> None:
+    direction = Direction(steer.Site.parse("layers.1.output"), torch.ones(WIDTH), "x", "all", {"activation_norm": 1.0})
+    with pytest.raises(ConfigError) as raised:
+        run(model, {"plain": None, "warm": direction})
+    written = re.search(r"steer\.Plan\(.*\)(?=,)", raised.value.remedy)[0]
+    assert run(model, {"plain": None, "warm": eval(written, {"steer": steer, "d": direction})}).scores
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"enabled": False}])

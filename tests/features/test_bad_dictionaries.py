@@ -221,6 +221,7 @@ def test_layers_that_are_missing(tmp_path: Path) -> None:
 
 def test_places_where_no_dictionary_is(tmp_path: Path) -> None:
     fails(tmp_path / "nothing", FileError, "no dictionary at")
+    fails("smollm2-135m-sae12", FileError, "did you mean 'smollm2-135m-sae-12'")
     fails(tmp_path, WrongKindError, "no dictionary that can be read", "cfg.json")
     fails(saelens(tmp_path / "a", "standard").path, WrongKindError, "not of the format 'sparsify'", format="sparsify")
     fails(tmp_path / "a", ConfigError, "unknown dictionary format 'sealens'", "did you mean 'saelens'", format="sealens")

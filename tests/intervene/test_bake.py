@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,22 @@ def test_undo_does_not_throw_away_what_was_learned_since(tiny):
     assert torch.equal(logits(model), learned)
 
 
+def test_undo_names_the_bake_that_came_after_it(tiny):
+    model = tiny("llama")
+    before = logits(model)
+    first = bake(Plan([Intervention(Ablate(ROWS), "layers.1.attn.output")]), model)
+    second = bake(Plan([Intervention(Ablate(vector(seed=5)), WRITERS)]), model)
+    elsewhere = bake(Plan([Intervention(Ablate(ROWS), "layers.1.attn.output")]), tiny("llama"))
+    with pytest.raises(DeployError, match=r"changed by another one after it[\s\S]*found: Baked\(7 parameters") as raised:
+        first.undo()
+    assert "undo that bake first" in raised.value.remedy
+    assert str(raised.value).count("Baked(") == 1
+    second.undo()
+    first.undo()
+    elsewhere.undo()
+    assert torch.equal(logits(model), before)
+
+
 # ---- wrappers and files
 
 
@@ -480,6 +498,17 @@ def test_other_precisions(dtype, bound, tiny):
     plan = Plan([Intervention(Ablate(ROWS), "layers.1.attn.output"), Intervention(Add(vector()), "layers.1.output")])
     with bake(plan, model) as baked:
         assert baked.error <= bound
+
+
+def test_rounding_is_told_where_it_takes_a_bake_far_from_the_plan(monkeypatch: pytest.MonkeyPatch, tiny):
+    monkeypatch.setattr(importlib.import_module("steer.intervene.deploy.bake"), "ROUGH", 0.0)  # a tiny model rounds little
+    plan = Plan([Intervention(Ablate(ROWS), WRITERS)])
+    with pytest.warns(UserWarning, match=r"the model is \d\.\d\d% off .*, in bfloat16; in float32 it is \d\.\de-0") as warned:
+        bake(plan, tiny("llama").bfloat16())
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bake(plan, tiny("llama"))
 
 
 @pytest.mark.real

@@ -85,7 +85,9 @@ def test_it_prints_one_line_answers_and_ends_by_ctrl_c(show: Run, monkeypatch: p
     visiting(monkeypatch, visit)
     before = sorted(tmp_path.iterdir())
     status, out, err = show("browser=true", "prompts=[who]", "folder=mine", "max_new_tokens=7")
-    assert (status, err) == (0, "") and out.splitlines()[0] == f"{seen['url']} (Ctrl-C ends it)" and len(out.split()) == 4
+    steps = ["reading the plan", "loading model", "preparing the page"]
+    assert (status, err.splitlines()) == (0, [f"steer show: {step}" for step in steps])
+    assert out.splitlines()[0] == f"{seen['url']} (Ctrl-C ends it)" and len(out.split()) == 4
     assert seen["state"]["model"] == "model" and seen["state"]["prompts"] == ["who"] and seen["state"]["max_new_tokens"] == 7
     assert seen["events"][-1] == {"event": "end"}
     assert seen["path"] == "mine/plan_1.safetensors" and sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "mine"])

@@ -140,7 +140,7 @@ def _other_phases(intervention: Intervention, when: str, arm: str, needed: tuple
 def _acted_nowhere(plan: Plan, passes: int) -> ConfigError:
     named = ", ".join(f"'{each.name}' on {each.scope} tokens in {', '.join(each.phases)}" for each in plan.interventions)
     return ConfigError(
-        "nothing was measured under the plan of an arm: it acted on no token",
+        "nothing was measured under this plan: it acted on no token",
         expected=f"tokens for {named}",
         found=f"none in {passes} passes of the model",
         remedy="choose another scope, e.g. `all`, or an outcome in which such tokens occur: only metrics of answers generate any",

@@ -7,8 +7,11 @@ differently, but neither is nearer to the exact result than the other.
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
+from steer.checks import level_of_caller
 from steer.errors import DeployError
 from steer.intervene.deploy.baked import Baked
 from steer.intervene.deploy.check import Check
@@ -22,6 +25,7 @@ from steer.model.anatomy import Anatomy
 from steer.model.devices import check_weights_are_there
 
 _CARRIER = "a bake"
+ROUGH, MUCH = 0.01, 100  # a relative difference from the plan that is said, where it is so many times that in float32
 
 
 def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
@@ -40,7 +44,8 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
             False for a model that stays in this process.
 
     Returns:
-        A handle that undoes it to the bit, by `undo()` or at the end of a `with` block.
+        A handle that undoes it to the bit, by `undo()` or at the end of a `with` block. A warning says where rounding, in half precision,
+        takes the model more than 1 % from the plan.
 
     Raises:
         DeployError: a plan, model or site for which it would not be exact; the model is as it was.
@@ -75,6 +80,8 @@ def bake(plan: Plan, model: nn.Module, *, savable: bool = True) -> Baked:
             make_savable(anatomy, baked)
         baked.error = check.compare()
         baked.seal()
+        if baked.error > max(ROUGH, MUCH * check.error_in_float32):
+            warnings.warn(_rounding(baked, check), stacklevel=level_of_caller())
         return baked
     except BaseException as error:  # also of an interrupt as it returns, after which nobody could undo it
         baked.__exit__(type(error), error, error.__traceback__)
@@ -94,6 +101,15 @@ def _check_untied(model: nn.Module, weight_edit: WeightEdit) -> None:
 
 
 # ---- errors
+
+
+def _rounding(baked: Baked, check: Check) -> str:
+    dtype = str(check.steered.dtype).removeprefix("torch.")
+    return (
+        f"with the plan in its weights the model is {baked.error:.2%} off from the plan at run time, in {dtype}; in float32 it is "
+        f"{check.error_in_float32:.1e}. That is rounding of {dtype}, which the plan at run time has too: to bake in float32 and convert "
+        "the weights afterwards gives no more. Keep them in float32 where it matters"
+    )
 
 
 def _reference_not_steered(intervention: Intervention) -> DeployError:

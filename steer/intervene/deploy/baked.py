@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from steer.files import tensor_hash
 from steer.intervene.deploy.weight_edit import WeightEdit
 from steer.model.anatomy import Anatomy
 from steer.model.tied import SETTING, give_own_weight, tied_head, tying_configs
+
+_SEALED: WeakSet[Baked] = WeakSet()  # bakes that are in weights now
 
 
 class Baked:
@@ -86,6 +89,7 @@ class Baked:
     def seal(self) -> None:
         """Remembers what it wrote; from now on `undo` refuses to throw anything else away."""
         self._sealed = self._digests()
+        _SEALED.add(self)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -97,7 +101,8 @@ class Baked:
         current = self._digests() if self._sealed else {}
         changed_since = [name for name, digest in self._sealed.items() if current[name] != digest]
         if changed_since:
-            raise _changed_after_bake(changed_since)
+            raise _changed_after_bake(changed_since, self._baked_over(changed_since))
+        _SEALED.discard(self)
         self._sealed.clear()  # where this is interrupted, it may be done again
         for _, module, attribute, old in self._weights:
             module._parameters[attribute].copy_(old)  # type: ignore[union-attr]
@@ -111,6 +116,17 @@ class Baked:
         self._biases.clear()
         self._heads.clear()
         self._settings.clear()
+
+    def _baked_over(self, names: list[str]) -> list[Baked]:
+        """Bakes that wrote these parameters of the same model, and are in them as they wrote them."""
+        own = {(id(module), name) for name, module, *_ in (*self._weights, *self._heads, *self._biases) if name in names}
+        others = [other for other in _SEALED if other is not self]
+        return [
+            other
+            for other in others
+            if any((id(module), name) in own for name, module, *_ in (*other._weights, *other._heads, *other._biases))
+            and other._digests() == other._sealed
+        ]
 
     def _write(self, weight_edit: WeightEdit, attribute: str, new: Tensor) -> None:
         parameter: nn.Parameter = getattr(weight_edit.module, attribute)
@@ -145,7 +161,14 @@ def _digest(module: nn.Module, attribute: str) -> str | None:
 # ---- errors
 
 
-def _changed_after_bake(names: list[str]) -> DeployError:
+def _changed_after_bake(names: list[str], others: list[Baked]) -> DeployError:
+    if others:
+        return DeployError(
+            f"{len(names)} of the weights of this bake were changed by another one after it",
+            expected="bakes undone in the opposite order, the last one first",
+            found=f"{' and '.join(map(repr, others))}, which changed {names[0]} too",
+            remedy="undo that bake first, by its own `undo()`, then this one",
+        )
     return DeployError(
         "weights or settings were changed after the bake",
         expected="what the bake wrote",

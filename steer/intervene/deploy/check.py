@@ -56,6 +56,7 @@ class Check:
         self.anatomy = anatomy
         self.plan = Plan(interventions, fingerprint=fingerprint)
         self.carrier = carrier
+        self.error_in_float32 = math.nan  # what `prove` found: relative difference of the final hidden states
         with self.plan.attached(anatomy.model):
             self.steered = self._final_states()
         self.steered_logits = self._logits(self.steered)
@@ -70,6 +71,7 @@ class Check:
         with self.plan.attached(self.anatomy.model):
             steered = self._final_states_in_float32()
         edited = self._final_states_in_float32(weight_edits)
+        self.error_in_float32 = _relative(edited, steered)
         difference = (edited - steered).norm()
         effect = (steered - plain).norm()
         if not difference <= SHARE * effect + ROUNDING[steered.dtype] * steered.norm():  # not: a difference of NaN is refused
