@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import steer
 from steer.commands.edit_inputs import NEUTRAL, SHIPPED, some_texts
@@ -54,46 +53,43 @@ from steer.edits.value_settings import Value
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
 from steer.features.training.texts import documents
-from steer.files import atomic_write, load_artifact, save_artifact
+from steer.files import atomic_write
 
 MODES = {"single": "single", "batch": "batch", "sequence": "sequence", "first_token": "single", "sweep": "single"}
 CHUNK = 8  # facts whose values are optimised together
 
 
-class FolderValues(ValueStore):
-    """A store of values that also keeps them in a folder, with the CPU seconds that each took."""
+class TimedValues(ValueStore):
+    """A store of values in a folder that also keeps the CPU seconds that each took."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.seconds: dict[str, float] = {}
+        super().__init__(folder)
+        self.file = folder / "seconds.json"
+        self._kept: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self._asked: set[str] = set()
         self._last = time.process_time()
 
     def get(self, key: Hashable) -> Value | None:
-        value = super().get(key)
-        if value is None and (path := self._path(key)).exists():
-            manifest, tensors = load_artifact(path, "edit value")
-            self.seconds[path.name] = manifest.pop("seconds")
-            value = Value(**tensors, **manifest)
-            super().put(key, value)
+        self._asked.add(_name(key))
         self._last = time.process_time()
-        return value
+        return super().get(key)
 
-    def put(self, key: Hashable, value: Value) -> None:
-        super().put(key, value)
+    def put(self, values: Mapping[Hashable, Value]) -> None:
+        super().put(values)
         now = time.process_time()
-        path = self._path(key)
-        self.seconds[path.name] = now - self._last
-        tensors = {name: x for name, x in vars(value).items() if isinstance(x, Tensor)}
-        told = {name: x for name, x in vars(value).items() if name not in tensors}
-        save_artifact(path, "edit value", tensors, {**told, "seconds": now - self._last})
+        self._kept |= {_name(key): (now - self._last) / len(values) for key in values}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.file, json.dumps(self._kept))
         self._last = time.process_time()
 
     def mean_seconds(self) -> float | None:
-        return sum(self.seconds.values()) / len(self.seconds) if self.seconds else None
+        """CPU seconds of a value, over those that were asked for."""
+        seconds = [self._kept[name] for name in self._asked if name in self._kept]
+        return sum(seconds) / len(seconds) if seconds else None
 
-    def _path(self, key: Hashable) -> Path:
-        return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+
+def _name(key: Hashable) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 class Bench:
@@ -160,7 +156,7 @@ class Bench:
     def evaluated(self, name: str, layers: Sequence[int]) -> tuple[EditEvaluation, dict[str, Any]]:
         """What an editor did, and its numbers for the file of results."""
         editor, mode = self.editors[name], MODES[self.options.what]
-        values = FolderValues(self.work / "values")
+        values = TimedValues(self.work / "values")
         facts = [record.fact for record in self.records]
         if editor.needs_covariance and mode != "sequence":  # in a sequence each fact has its value on the weights before it
             for start in range(0, len(facts), CHUNK):

@@ -35,9 +35,9 @@ class Steps(ValueStore):
         super().__init__()
         self.steps: list[int] = []
 
-    def put(self, key, value) -> None:  # noqa: ANN001
-        super().put(key, value)
-        self.steps.append(value.steps)
+    def put(self, values) -> None:  # noqa: ANN001
+        super().put(values)
+        self.steps += [value.steps for value in values.values()]
 
 
 def run(number: str) -> dict[str, object]:

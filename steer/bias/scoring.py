@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from steer.model.capture import batches, evaluating
 from steer.model.devices import input_device
 from steer.model.likelihood import target_logprobs
 from steer.model.load import tokenizer_of
+from steer.model.logits_at import logits_at, lone_head
 from steer.model.shared_blocks import Passes, shared_passes
 from steer.model.tokens import Row, check_tokenizer, collate
 
@@ -209,11 +211,13 @@ class Scorer:
 
     def _last_logits(self, rows: Sequence[Row], what: str) -> Iterator[tuple[list[int], Tensor]]:
         """[batch, vocabulary] behind the last token of each text, with the numbers of the texts."""
-        passes = shared_passes(self.model)
+        passes, head = shared_passes(self.model), lone_head(self.model, _embeddings(self.model, "output"))
         for chosen in self._batches(rows, what):
-            logits = self._logits([rows[i] for i in chosen], passes)
-            last = torch.tensor([len(rows[i].ids) - 1 for i in chosen], device=logits.device)
-            yield chosen, logits[torch.arange(len(chosen), device=logits.device), last]
+            width = max(len(rows[i].ids) for i in chosen)
+            columns = torch.tensor([place * width + len(rows[i].ids) - 1 for place, i in enumerate(chosen)])
+            with self._pass([rows[i] for i in chosen], passes) as batch:
+                logits = logits_at(self.model, head, batch, columns)  # [batch, vocabulary]
+            yield chosen, logits
 
     # ---- passes
 
@@ -241,13 +245,19 @@ class Scorer:
 
     def _logits(self, rows: Sequence[Row], passes: Passes, is_answer: bool = False) -> Tensor:
         """[batch, tokens, vocabulary]."""
+        with self._pass(rows, passes, is_answer) as batch:
+            return self.model(**batch).logits
+
+    @contextmanager
+    def _pass(self, rows: Sequence[Row], passes: Passes, is_answer: bool = False) -> Iterator[dict[str, Any]]:
+        """The arguments of a pass over texts, within what has to be in force."""
         batch = {name: tensor.to(input_device(self.model)) for name, tensor in collate(rows, 0).items()}
         said = batch.pop("labels") != -100
         if not is_answer:
             said = batch["attention_mask"].bool()
             said[:, 0] = False  # the token that a text starts with
         with evaluating(self.model), passes(batch), response_tokens(self.model, said):
-            return self.model(**batch, use_cache=False).logits
+            yield {**batch, "use_cache": False}
 
 
 def _shared_prefix(tokens: Sequence[Sequence[int]], keep: int = 1) -> int:
@@ -262,10 +272,15 @@ def _finite(scores: Tensor, what: str) -> Tensor:
     return scores
 
 
+def _embeddings(model: nn.Module, side: str) -> nn.Module | None:
+    """The embedding (`input`) or the unembedding (`output`) of a model that tells."""
+    get: Any = getattr(model, f"get_{side}_embeddings", None)
+    return None if get is None else get()
+
+
 def _check_vocabulary(model: nn.Module, rows: Sequence[Row]) -> None:
     """A token that the model has no embedding of would end the whole process on a GPU."""
-    embeddings: Any = getattr(model, "get_input_embeddings", None)
-    size = getattr(embeddings() if embeddings is not None else None, "num_embeddings", None)
+    size = getattr(_embeddings(model, "input"), "num_embeddings", None)
     largest = max((max(row.ids) for row in rows), default=0)
     if size is not None and largest >= size:
         raise _no_embedding(size, largest)

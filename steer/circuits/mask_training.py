@@ -18,7 +18,7 @@ from steer.errors import NonFiniteError
 from steer.intervene import Attachment
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
-from steer.model.logits_at import logits_at
+from steer.model.logits_at import logits_at, lone_head
 from steer.model.own_calls import texts_call
 from steer.model.tokens import Row
 
@@ -55,12 +55,11 @@ class TermPasses:
     def _at_places(self, batch: Batch, places: list[list[int]], gradients: bool) -> Sequence[Tensor]:
         """[places, vocabulary] of each row of a batch, padded at its right."""
         passes, width = self.passes, batch.ids.shape[1]
-        head = passes.anatomy.unembedding
-        is_bare = head is not None and not (head._forward_hooks or head._forward_pre_hooks)
-        if is_bare and texts_call(passes.model, passes.anatomy) is passes.model:
+        head = lone_head(passes.model, passes.anatomy.unembedding)
+        if head is not None and texts_call(passes.model, passes.anatomy) is passes.model:
             columns = torch.tensor([row * width + place for row, of_row in enumerate(places) for place in of_row])
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-            with evaluating(passes.model), torch.set_grad_enabled(gradients), torch.compiler.set_stance("force_eager"):
+            with evaluating(passes.model), torch.set_grad_enabled(gradients):
                 logits = logits_at(passes.model, head, inputs, columns)  # [places of all rows, vocabulary]
         else:
             at_all = sorted({place for of_row in places for place in of_row})

@@ -19,9 +19,8 @@ from steer.model.annotations import response_tokens
 from steer.model.capture import batches, check_vocabulary, evaluating
 from steer.model.devices import input_device
 from steer.model.load import tokenizer_of
-from steer.model.logits_at import logits_at
+from steer.model.logits_at import logits_at, lone_head
 from steer.model.memory import in_halves
-from steer.model.prefix import may_share
 from steer.model.tokens import Row, check_tokenizer, collate, encode
 
 Question = tuple[str, str]  # a prompt and an answer
@@ -150,9 +149,8 @@ class AnswerScorer:
         batch = {name: tensor.to(input_device(self.model)) for name, tensor in collate(rows, 0).items()}
         said = batch.pop("labels") != -100
         columns = torch.tensor([row * said.shape[1] + token for row, token in places])
-        head = self.anatomy.unembedding if may_share(self.model) else None  # a plan looks at the logits of all tokens
         with response_tokens(self.model, said):
-            return logits_at(self.model, head, {**batch, "use_cache": False}, columns).float()
+            return logits_at(self.model, lone_head(self.model, self.anatomy.unembedding), {**batch, "use_cache": False}, columns).float()
 
 
 def _longest(stems: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

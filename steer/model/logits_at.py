@@ -7,7 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steer.model.prefix import replaced_forwards
+from steer.model.prefix import is_sharded, looks, replaced_forwards
+
+
+def lone_head(model: nn.Module, head: nn.Module | None) -> nn.Module | None:
+    """The unembedding, for `logits_at`, where nothing but a pass through `model` gets its output; else None, and all logits are made."""
+    path = next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+    if head is None or not path or is_sharded(model):
+        return None
+    parts = path.split(".")
+    around = [head, *(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))]
+    hooks = [hook for module in around for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+    is_wrapped = any("forward" in vars(module) for module in around)
+    is_compiled = any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
+    return None if is_wrapped or is_compiled or any(map(looks, hooks)) else head
 
 
 def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], columns: Tensor) -> Tensor:

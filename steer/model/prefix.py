@@ -199,6 +199,11 @@ def is_foreign(hook: Any) -> bool:
     return not isinstance(hook, OwnHook) and not (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
+def looks(hook: Any) -> bool:
+    """It edits or reads an activation; whoever only follows the passes of a model does not mind what is skipped."""
+    return hook.at_site if isinstance(hook, OwnHook) else is_foreign(hook)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """True under FSDP2, which keeps state from the start of a forward pass to its end."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded

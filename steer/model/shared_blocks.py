@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
 from steer.model.devices import accumulation_dtype, input_device
-from steer.model.hook_registration import OwnHook
 from steer.model.own_calls import texts_call
-from steer.model.prefix import agree, is_foreign, may_share, replaced_forwards
+from steer.model.prefix import agree, looks, may_share, replaced_forwards
 from steer.model.restoring import restoring
 from steer.model.resume import recorded_blocks, resumed
 
@@ -60,10 +59,13 @@ def shared_passes(model: nn.Module) -> Passes:
     """
     shared = _SHARED.get(model)
     depth = 0 if shared is None else untouched_blocks(model, shared.anatomy)
-    if shared is None or not 0 < depth < len(shared.anatomy.blocks):  # nothing to skip, or nothing that acts
+    if shared is None or depth == 0:
         return lambda batch: nullcontext()
-    shared.check_weights(depth)
-    return partial(shared.around, depth)
+    shared.check_weights()
+    n = len(shared.anatomy.blocks)
+    # where nothing acts, the pass is that of all arms: what reaches some depths is kept for those that act above them
+    wanted = sorted({part for part in (n // 3, 2 * n // 3, 7 * n // 8) if part > 0}) if depth == n else [depth]
+    return partial(shared.around, depth, wanted)
 
 
 @dataclass(eq=False)
@@ -73,57 +75,64 @@ class _LowerBlocks:
     anatomy: Anatomy
     model: weakref.ref[nn.Module]
     most_bytes: int
-    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    kept: dict[int, dict[tuple[Any, ...], Any]] = field(default_factory=dict)  # by depth and batch
     weights: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # by depth
     n_bytes: int = 0
 
-    def check_weights(self, depth: int) -> None:
-        """Forgets all that other weights gave."""
-        weights = self._weights(depth)
-        if self.weights.get(depth, weights) != weights:
-            self.kept.clear()
-            self.weights.clear()
-            self.n_bytes = 0
-        self.weights[depth] = weights
+    def check_weights(self) -> None:
+        """Forgets what other weights gave."""
+        sums = self._sums()
+        for depth in range(1, len(self.anatomy.blocks)):
+            weights = self._weights(depth, sums)
+            if self.weights.get(depth, weights) != weights:
+                self.n_bytes -= sum(_hidden(given).nbytes for given in self.kept.pop(depth, {}).values())
+            self.weights[depth] = weights
 
     @contextmanager
-    def around(self, depth: int, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    def around(self, depth: int, wanted: list[int], batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """A pass that begins at the largest depth up to `depth` that is kept, and keeps what reaches those of `wanted`."""
         blocks = self.anatomy.blocks
-        key = (depth, *((name, tensor.shape, *tensor.flatten().tolist()) for name, tensor in sorted(batch.items())))
-        if key in self.kept:
-            with resumed(blocks, depth, self.kept[key], 1):
-                yield
-            return
-        block = blocks[depth - 1]
-        forward = block.forward
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            given = forward(*args, **kwargs)
-            self._keep(key, given)
-            return given
-
-        with replaced_forwards({block: recording}):
+        key = tuple((name, tensor.shape, *tensor.flatten().tolist()) for name, tensor in sorted(batch.items()))
+        start = max((at for at, batches in self.kept.items() if at <= depth and key in batches), default=0)
+        forwards = {}
+        for at in wanted:
+            if at > start and key not in self.kept.get(at, {}):
+                forwards[blocks[at - 1]] = partial(self._record, blocks[at - 1].forward, at, key)
+        # a pass may fail where it begins; what it began with stays good
+        with resumed(blocks, start, self.kept[start][key] if start else None, 1), replaced_forwards(forwards):
             yield
 
-    def _keep(self, key: tuple[Any, ...], given: Any) -> None:
-        hidden = given if isinstance(given, Tensor) else given[0]
-        if self.n_bytes + hidden.nbytes > self.most_bytes:
-            return
-        copied = hidden.detach().clone()  # a hook may write into what the block gave
-        self.kept[key] = copied if isinstance(given, Tensor) else type(given)((copied, *given[1:]))
-        self.n_bytes += hidden.nbytes
+    def _record(self, forward: Callable[..., Any], depth: int, key: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        given = forward(*args, **kwargs)
+        hidden = _hidden(given)
+        if self.n_bytes + hidden.nbytes <= self.most_bytes:
+            copied = hidden.detach().clone()  # a hook may write into what the block gave
+            self.kept.setdefault(depth, {})[key] = copied if isinstance(given, Tensor) else type(given)((copied, *given[1:]))
+            self.n_bytes += hidden.nbytes
+        return given
 
-    def _weights(self, depth: int) -> tuple[Any, ...]:
-        """Which tensors the blocks below a depth and the modules around the blocks have, and their sums: `.data` is edited unseen."""
-        above = {id(module) for block in self.anatomy.blocks[depth:] for module in block.modules()}
+    def _sums(self) -> dict[int, tuple[int, float]]:
+        """Version and sum of each tensor by its id: `.data` is edited unseen."""
         model = self.model()
         assert model is not None  # it was found by it
+        tensors = [*model.parameters(), *model.buffers()]
+        return {id(each): (each._version, float(each.detach().sum(dtype=accumulation_dtype(each.device)))) for each in tensors}
+
+    def _weights(self, depth: int, sums: Mapping[int, tuple[int, float]]) -> tuple[Any, ...]:
+        """Which tensors the blocks below a depth and the modules around the blocks have, and their sums."""
+        above = {id(module) for block in self.anatomy.blocks[depth:] for module in block.modules()}
+        model = self.model()
+        assert model is not None
         modules = [module for module in model.modules() if id(module) not in above]
         tensors = [tensor for module in modules for each in (module._parameters, module._buffers) for tensor in each.values()]
-        here = [each for each in tensors if each is not None]
-        sums = [(id(each), each._version, float(each.detach().sum(dtype=accumulation_dtype(each.device)))) for each in here]
+        here = [(id(each), *sums[id(each)]) for each in tensors if each is not None]
         kind = input_device(model).type
-        return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), *sums)
+        return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), *here)
+
+
+def _hidden(given: Any) -> Tensor:
+    """The residual stream of what a block gives."""
+    return given if isinstance(given, Tensor) else given[0]
 
 
 def untouched_blocks(model: nn.Module, anatomy: Anatomy) -> int:
@@ -131,7 +140,7 @@ def untouched_blocks(model: nn.Module, anatomy: Anatomy) -> int:
     place = {id(module): layer for layer, block in enumerate(anatomy.blocks) for module in block.modules()}
     depth = len(anatomy.blocks)
     for module in model.modules():
-        before, behind = (any(map(_looks, hooks.values())) for hooks in (module._forward_pre_hooks, module._forward_hooks))
+        before, behind = (any(map(looks, hooks.values())) for hooks in (module._forward_pre_hooks, module._forward_hooks))
         before = before or "forward" in vars(module)  # somebody's wrapper
         if before or behind:
             layer = place.get(id(module))
@@ -140,11 +149,6 @@ def untouched_blocks(model: nn.Module, anatomy: Anatomy) -> int:
             only_output = module is anatomy.blocks[layer] and not before
             depth = min(depth, layer + only_output)
     return depth
-
-
-def _looks(hook: Any) -> bool:
-    """It edits or reads an activation; whoever only follows the passes of a model does not mind a block that is skipped."""
-    return hook.at_site if isinstance(hook, OwnHook) else is_foreign(hook)
 
 
 def _can_resume(model: nn.Module, anatomy: Anatomy) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, WIDTH
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import steer
 from steer.model import shared_blocks
 from steer.model.anatomy import Anatomy
+from steer.model.hook_registration import OwnHook
 from steer.model.likelihood import summed_logprobs
 from steer.model.shared_blocks import sharing_lower_blocks, untouched_blocks
 from steer.model.tokens import Row
@@ -51,23 +54,54 @@ def test_arms_that_act_at_one_place_get_what_whole_passes_give(family: str) -> N
     assert model not in shared_blocks._SHARED
 
 
+class CountsRuns(OwnHook):
+    """Only follows the passes: no block runs on its account."""
+
+    def __init__(self, layer: int, runs: list[int]) -> None:
+        self.layer, self.runs = layer, runs
+
+    def __call__(self, *_: Any) -> None:
+        self.runs.append(self.layer)
+
+
+def kept_batches(model: nn.Module) -> dict[int, int]:
+    """Batches by depth."""
+    return {depth: len(batches) for depth, batches in shared_blocks._SHARED[model].kept.items()}
+
+
 def test_what_lies_below_runs_once(llama: nn.Module) -> None:
-    calls: list[int] = []
+    calls: list[dict[int, int]] = []
     blocks = Anatomy.find(llama).blocks
     with sharing_lower_blocks(llama):
         for strength in (1.0, 2.0):
             with plan("layers.1.output", strength).attached(llama):
-                kept = dict(shared_blocks._SHARED[llama].kept)
                 scores(llama)
-                calls.append(len(shared_blocks._SHARED[llama].kept) - len(kept))
-        assert calls == [3, 0]  # batches that were kept, and read again
-        key = next(iter(shared_blocks._SHARED[llama].kept))
-        shared_blocks._SHARED[llama].kept[key].zero_()  # what is read matters
+                calls.append(kept_batches(llama))
+        assert calls == [{2: 3}, {2: 3}]  # of the first arm, read by the second
+        next(iter(shared_blocks._SHARED[llama].kept[2].values())).zero_()  # what is read matters
         with plan("layers.1.output").attached(llama):
             wrong = scores(llama)
     with plan("layers.1.output").attached(llama):
         assert not torch.equal(wrong, scores(llama))
     assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_what_the_plain_model_gave_serves_arms_that_act_higher(llama: nn.Module) -> None:
+    runs: list[int] = []
+    with sharing_lower_blocks(llama):
+        plain = scores(llama)
+        assert kept_batches(llama) == {1: 3, 2: 3}  # a third, two thirds and seven eighths of three blocks
+        handles = [
+            block.mlp.down_proj.register_forward_hook(CountsRuns(layer, runs)) for layer, block in enumerate(Anatomy.find(llama).blocks)
+        ]
+        for site, ran in {"layers.2.mlp.output": [2] * 3, "layers.1.mlp.output": [1, 2] * 3}.items():
+            runs.clear()
+            with plan(site).attached(llama):
+                found = scores(llama)
+            assert runs == ran, site
+            assert not torch.equal(found, plain)
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "replaced", "buffer"])
@@ -145,7 +179,7 @@ def test_a_model_that_cannot_begin_in_its_middle_runs_whole(llama: nn.Module) ->
 def test_nothing_is_kept_beyond_the_limit_nor_after_an_interrupt(llama: nn.Module) -> None:
     with sharing_lower_blocks(llama, most_bytes=2 * 5 * WIDTH * 4), plan("layers.1.output").attached(llama):
         expected = scores(llama)
-        assert len(shared_blocks._SHARED[llama].kept) == 2  # of three
+        assert kept_batches(llama) == {2: 2}  # of three
         assert torch.equal(expected, scores(llama))
     with pytest.raises(KeyboardInterrupt), sharing_lower_blocks(llama):
         raise KeyboardInterrupt
