@@ -88,17 +88,17 @@ def methods_page(source: Source, title: str, methods: list[PublicName]) -> str:
     for name in methods:
         kinds[name.registry].append(name)
     for registry, names in sorted(kinds.items()):
-        about = "\n\n".join(filter(None, [source.contract(names[0]), examples_of(names)]))
+        about = "\n\n".join(filter(None, [source.contract(names[0]), use_of(names)]))
         text += f"\n## {registry.replace('_', ' ').capitalize()}\n\n{about}\n\n" + "\n".join(entry(source, name) for name in names)
     return text
 
 
-def examples_of(methods: list[PublicName]) -> str:
-    """Where a kind of method is used: its page, as docs/methods.md has it."""
+def use_of(methods: list[PublicName]) -> str:
+    """The page that shows how a kind of method is used, as docs/methods.md has it."""
     named = {f"`{method.registered[0]}`" for method in methods}
     rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| \[(\w+)\]\((\w+\.md)\) \|$", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.M)
     page = next(((title, file) for listed, title, file in rows if named <= set(listed.split(", "))), None)
-    return "" if page is None else f"Examples of their use, which the tests run: [{page[0].replace('_', ' ')}](../{page[1]})."
+    return "" if page is None else f"How they are used: [{page[0].replace('_', ' ')}](../{page[1]})."
 
 
 def entry(source: Source, name: PublicName) -> str:

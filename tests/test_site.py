@@ -71,6 +71,14 @@ def test_the_reference_has_every_public_name_once() -> None:
         assert len(re.findall(rf"^::: {re.escape(name.path)}$", text, re.M)) == (name.room != "errors"), name.path
 
 
+@needs_mkdocs
+def test_methods_by_name_say_how_they_are_used_and_where_they_come_from() -> None:
+    pages = {address: text for address, text in hook("site_pages").api_pages(source()).items() if address.endswith("_methods.md")}
+    kinds = [kind for text in pages.values() for kind in text.split("\n## ")[1:]]
+    assert len(kinds) > 20 and all("\nHow they are used: [" in kind.partition("\n::: ")[0] for kind in kinds)
+    assert "Source: Contrast-consistent search, CCS (Burns et al. 2022" in pages["api/directions_methods.md"]
+
+
 @pytest.mark.parametrize(
     ("house", "google"),
     [
