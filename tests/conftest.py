@@ -11,9 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -50,6 +51,23 @@ def one_thread() -> None:
     """The suite runs one worker per core."""
     if torch := sys.modules.get("torch"):  # some file of tests has imported it
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and what a killed process has written is with the system: nothing waits until it is on the disk."""
+    connect = sqlite3.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(sqlite3, "connect", lambda *arguments, **options: connect(*arguments, **{"factory": Unsynced, **options}))
+        yield
+
+
+class Unsynced(sqlite3.Connection):
+    """A database that leaves it to the system when its pages are written, whatever the program asks for."""
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:  # type: ignore[override]
+        return super().execute("PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *parameters)
 
 
 @pytest.fixture(scope="session")

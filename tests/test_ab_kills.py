@@ -70,7 +70,7 @@ def found(folder: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("kills", "seeds"),
     [
-        (FEW, 2),
+        (FEW, 1),
         pytest.param(MANY, 4, marks=pytest.mark.slow),
     ],
     ids=["few", "many"],

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extracted_once import extracting_once, folder_of_run
 from shown import FENCE, Page, alike
 from test_docs import SHOWN, code_lines, name_in_repository
+
+import steer
+
+
+@pytest.fixture
+def extracted_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steer, "extract", extracting_once(folder_of_run(tmp_path_factory)))
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("extracted_once")
 @pytest.mark.parametrize("path", sorted(SHOWN), ids=name_in_repository)
 def test_a_page_prints_what_it_shows(path: Path, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "trl" in path.name:
