@@ -62,7 +62,7 @@ class Probe:
 
     def __repr__(self) -> str:
         floor = 2 / 2 ** len(self.prompts)
-        least = f"p never below {floor:g}, " * (floor > 0.05)
+        least = f"p >= {floor:g}, " * (floor > 0.05)
         return f"Probe({len(self.prompts)} prompts, {least}span {self.span}, {'with' if self.baseline else 'without'} a baseline)"
 
     def measure(self, model: nn.Module, sites: Iterable[SiteDirections]) -> list[SiteMeasurement]:

@@ -114,7 +114,7 @@ class Calibration:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What the test says against the choice: more loops than without steering, own answers that may not have moved. Empty for nothing."""
+        """What the test says against the choice: more loops than without steering, own answers that may not have moved. Else empty."""
         loops, plain = self._test_loops()
         found = []
         if loops > plain:
