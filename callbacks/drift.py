@@ -69,6 +69,14 @@ class DriftCallback(LightningRun):
             lightning.monitor(pl_module, self._run.values)
         self._monitors_wait = False
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if lightning.is_fitting(trainer) and not trainer.sanity_checking:
+            self._run.warn_if_stale(trainer.global_step, [getattr(callback, "monitor", None) for callback in trainer.callbacks])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:  # monitors look here instead
+            self.on_validation_end(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._run.is_due(trainer.global_step, is_last=True):
             lightning.log(trainer, pl_module, self._run.measure(trainer.global_step), in_batch=False)

@@ -16,9 +16,10 @@ class HFDriftCallback(TrainerRun):
     """Measures the drift of named directions and features while a `transformers.Trainer` trains, TRL's SFT, DPO and GRPO trainers included.
 
     The twin of `DriftCallback`: same arguments, same rules. A measurement asks the trainer for a log entry, which it then joins, so it is
-    in `state.log_history` and in every logger. The latest one also joins the metrics of each evaluation under `eval_drift/...`, so that
-    `metric_for_best_model="drift/<direction>/<site>/effect_sd"` and `EarlyStoppingCallback` work. Attach it after an
-    `HFSteeringCallback` when the training tokens shall be read as steered.
+    in `state.log_history` and in every logger. The latest one also joins the metrics of each evaluation under `eval_drift/...`, for
+    `metric_for_best_model` and `EarlyStoppingCallback`; a warning says so where it is older than the evaluation. `effect_sd` has a sign:
+    the smallest is the furthest against the direction. Attach it after an `HFSteeringCallback` when the training tokens shall be read as
+    steered.
 
     Example:
         >>> HFDriftCallback(tracker, every_n_steps=1).attach(trainer)  # a transformers.Trainer, or one of TRL's
@@ -48,6 +49,8 @@ class HFDriftCallback(TrainerRun):
             control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._run.is_attached:  # an evaluation of a training run
+            self._run.warn_if_stale(state.global_step, [args.metric_for_best_model])
         drift = {f"eval_{name}": value for name, value in self._run.values.items()}
         if metrics is not None:
             metrics.update(drift)  # the object that metric_for_best_model is looked up in

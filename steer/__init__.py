@@ -1,7 +1,7 @@
 """Interventions on a language model's internals, and monitors that read the same places while it is post-trained.
 
-Importing `steer` costs nothing: a public name loads its module on first use. Operators, gates and schedules are public by the name of
-their class as soon as they are registered, e.g. `steer.Add`.
+Importing `steer` costs nothing: a public name loads its module on first use, and so does a room, e.g. `steer.drift`. Operators, gates and
+schedules are public by the name of their class as soon as they are registered, e.g. `steer.Add`.
 """
 
 from __future__ import annotations
@@ -90,10 +90,18 @@ _EXPORTS: dict[str, str] = {
     "SteerError": "steer.errors",
 }
 
+# modules that `steer.<name>` reaches without an import of their own
+_ROOMS = (
+    *("bias", "callbacks", "circuits", "directions", "drift", "edits", "errors", "experiment", "features", "intervene", "kernels", "lens"),
+    *("model", "report", "training", "workbench"),
+)
+
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"steer.{name}")
     if name not in _EXPORTS and not name[:1].isupper():  # only a class can be one of the registered methods
         raise AttributeError(f"module 'steer' has no attribute '{name}'")
     try:
@@ -106,4 +114,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     methods = dir(importlib.import_module("steer.intervene"))
-    return sorted({*globals(), *_EXPORTS, *(name for name in methods if name[:1].isupper() and not name.isupper())})
+    return sorted({*globals(), *_EXPORTS, *_ROOMS, *(name for name in methods if name[:1].isupper() and not name.isupper())})

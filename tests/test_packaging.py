@@ -178,6 +178,25 @@ def test_public_name(name):
         assert value is getattr(importlib.import_module(steer._EXPORTS[name]), name)
 
 
+def test_what_the_pages_write_out_is_reached_by_importing_steer_alone(tmp_path):
+    """`steer.drift.DriftStore(...)` in a new process: every dotted name of the documentation, and every package."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts = [re.sub(r"^\s*(from|import) .*$", "", page.read_text(encoding="utf-8"), flags=re.M) for page in pages]
+    written = {name for text in texts for name in re.findall(r"(?<![\w./`-])steer(?:\.\w+){2,}(?=\()", text)}
+    packages = {f"steer.{file.parent.name}" for file in (ROOT / "steer").glob("*/__init__.py")} | {"steer.callbacks", "steer.kernels"}
+    packages |= {"steer.features.evaluation", "steer.features.search"}
+    names = sorted(written | packages - {"steer.commands"})
+    code = f"""
+        import steer
+        for name in {names}:
+            value = steer
+            for part in name.split(".")[1:]:
+                value = getattr(value, part)
+    """
+    assert "steer.drift.DriftStore" in names and "steer.model.tokens.plain" in names
+    python(code, cwd=tmp_path)
+
+
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         steer.nothing  # noqa: B018

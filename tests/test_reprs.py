@@ -70,9 +70,9 @@ SHOWN = {
     f"Refined({DIRECTION!r}, 3 features)": Refined(DIRECTION, torch.arange(3), torch.ones(3)),
     "Baked(0 parameters, error 0)": Baked(),
     "ForwardContext(2 x 7 tokens, validate, policy)": ForwardContext(2, 7, "validate", attention=torch.ones(2, 7, dtype=torch.bool)),
-    "DriftTracker(rude at 2 sites, Probe(2 prompts, span prompt_last, without a baseline) and stream, not attached)": steer.DriftTracker(
-        {"rude": DIRECTIONS}, probe=ROWS
-    ),
+    (
+        "DriftTracker(rude at 2 sites, Probe(2 prompts, p >= 0.5, span prompt_last, without a baseline) and stream, not attached)"
+    ): steer.DriftTracker({"rude": DIRECTIONS}, probe=ROWS),
 }
 
 

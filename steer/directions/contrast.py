@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from steer.checks import number_within, of_type
-from steer.errors import ContrastError
+from steer.errors import ContrastError, did_you_mean
 from steer.model.tokens import Row, check_rows, encode
 
 HOLDOUT = 0.25  # share of the texts that is held out where nothing else is said
@@ -88,7 +88,7 @@ class ContrastSet:
             of_type(pair, Mapping, f"pair {i} of a contrast set", "pass {'prompt': ..., 'positive': ..., 'negative': ...}")
             parts = {key: pair.get(key) for key in ("prompt", "positive", "negative")}
             if wrong := {key: part for key, part in parts.items() if not isinstance(part, str) or not part}:
-                raise _part_error(i, wrong)
+                raise _part_error(i, wrong, sorted(map(str, pair.keys() - {*parts, "group"})))
         positive = tuple(encode(tokenizer, pair["prompt"], pair["positive"]) for pair in pairs)
         negative = tuple(encode(tokenizer, pair["prompt"], pair["negative"]) for pair in pairs)
         groups = tuple(pair.get("group") for pair in pairs) if any("group" in pair for pair in pairs) else ()
@@ -236,12 +236,13 @@ def _repeated_error(side: str, first: int, second: int, paired: bool) -> Contras
     )
 
 
-def _part_error(index: int, wrong: dict[str, Any]) -> ContrastError:
+def _part_error(index: int, wrong: dict[str, Any], unknown: Sequence[str]) -> ContrastError:
+    guesses = {key: near for key in unknown if (near := did_you_mean(key, wrong))}
     return ContrastError(
         f"pair {index} of a contrast set lacks a part",
         expected="text under each of prompt, positive and negative",
-        found=wrong,
-        remedy="complete the pair, or leave it out",
+        found=f"{wrong}" + f", and the unknown {', '.join(map(repr, unknown))}" * bool(unknown),
+        remedy="; ".join(f"'{key}': {guess}" for key, guess in guesses.items()) or "complete the pair, or leave it out",
     )
 
 

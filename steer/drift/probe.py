@@ -45,7 +45,7 @@ class Probe:
 
     Args:
         prompts: tokenised, two or more.
-        span: which tokens of a prompt are averaged, see `steer.model.capture.span_weight`.
+        span: which tokens of a prompt are averaged, see `steer.model.span.span_of`.
         seed: of the sign flips.
 
     Attributes:
@@ -61,7 +61,9 @@ class Probe:
         self.baseline: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        return f"Probe({len(self.prompts)} prompts, span {self.span}, {'with' if self.baseline else 'without'} a baseline)"
+        floor = 2 / 2 ** len(self.prompts)
+        least = f"p >= {floor:g}, " * (floor > 0.05)
+        return f"Probe({len(self.prompts)} prompts, {least}span {self.span}, {'with' if self.baseline else 'without'} a baseline)"
 
     def measure(self, model: nn.Module, sites: Iterable[SiteDirections]) -> list[SiteMeasurement]:
         """Runs the prompts through the model as it is now; the first call is the baseline.

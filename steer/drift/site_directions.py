@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steer.checks import of_type
 from steer.directions.direction import Direction
 from steer.errors import ConfigError, WidthError
 from steer.model.site import Site
 
 KINDS = ("named", "control", "feature", "feature_control", "dictionary")
 CONTROLS = ("control", "feature_control")
+
+_MAKE_ONE = "pass what steer.extract gave, or make one of a tensor: steer.Direction('layers.12.output', vector, 'given', 'all')"
 
 DirectionsLike = Direction | Iterable[Direction] | Mapping[Site, Direction]
 
@@ -85,11 +88,13 @@ class SiteDirections:
         return [TrackedDirection.of(name, str(self.site), self.kind(i), gap, unit) for i, (name, gap, unit) in rows]
 
 
-def as_list(directions: DirectionsLike) -> list[Direction]:
-    """Lists the directions that stand under one name."""
-    if isinstance(directions, Direction):
-        return [directions]
-    return list(directions.values()) if isinstance(directions, Mapping) else list(directions)
+def as_list(name: str, directions: DirectionsLike) -> list[Direction]:
+    """Lists the directions that stand under one name. Raises ConfigError for anything else, such as a bare tensor."""
+    is_one = isinstance(directions, (Direction, Tensor, str)) or not isinstance(directions, Iterable)
+    listed = [directions] if is_one else list(directions.values() if isinstance(directions, Mapping) else directions)
+    for direction in listed:
+        of_type(direction, Direction, f"the direction '{name}'", _MAKE_ONE)
+    return listed
 
 
 def random_units(count: int, width: int, site: Site, seed: int) -> Tensor:

@@ -53,7 +53,7 @@ class DriftTracker:
         directions: name -> a direction, several of them, or a `Directions` (one concept at many sites).
         features: name -> (dictionary, features), of a dictionary that reads one site; `TrackedFeatures` gives the densities by which random
             features are matched, where the dictionary did not record them. The dictionary itself is measured too, under the same name.
-        probe: tokenised prompts, at least two; none for stream mode alone.
+        probe: tokenised prompts, at least two; None for stream mode alone. `p` is never below 2 / 2^prompts: six can show p < .05.
         controls: random directions per site, and random features per name; at least one for each feature.
         stream: read the training batches too.
         store: file of the records (see `steer.drift.store`), opened at the first measurement; None keeps none.
@@ -86,7 +86,7 @@ class DriftTracker:
         directions: Mapping[str, DirectionsLike] = MappingProxyType({}),
         *,
         features: Mapping[str, FeaturesLike] = MappingProxyType({}),
-        probe: Sequence[Row] = (),
+        probe: Sequence[Row] | None = None,
         controls: int = 16,
         stream: bool = True,
         store: str | Path | None = None,
@@ -95,15 +95,15 @@ class DriftTracker:
         feature_span: str | int = "all",
     ) -> None:
         of_type(directions, Mapping, "the directions of a tracker", "pass {name: direction}")
-        self.probe = Probe(probe, span, seed) if len(probe) else None
-        self.directions = {name: as_list(of_name) for name, of_name in directions.items()}
-        self.features = FeatureTracking(features, controls=controls, seed=seed, probe=probe, span=feature_span, stream=stream)
+        self.probe = None if probe is None else Probe(probe, span, seed)
+        self.directions = {name: as_list(name, of_name) for name, of_name in directions.items()}
+        self.features = FeatureTracking(features, controls=controls, seed=seed, probe=probe or (), span=feature_span, stream=stream)
         # without features, there must be a direction
         self.sites: dict[Site, SiteDirections] = (
             directions_by_site(self.directions, controls, seed) if self.directions or not self.features.groups else {}
         )
-        if len(probe) == 1 or (not len(probe) and not stream):
-            raise _nothing_to_measure(len(probe), stream)
+        if (probe is not None and len(probe) < 2) or (probe is None and not stream):
+            raise _nothing_to_measure(len(probe or ()), stream)
         names = [f"{each.direction}@{each.site}" for each in self._tracked()]
         if len(set(names)) < len(names):
             raise _name_taken(names)

@@ -7,6 +7,7 @@ steered model gives itself: they have to read like the positive answers, must no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from steer.directions.extract import extract
 from steer.directions.heldout import Projections
 from steer.directions.sweep import pair_gaps
 from steer.errors import ConfigError, ContrastError
-from steer.experiment.calibration import Answer, Calibration, TriedDose
+from steer.experiment.calibration import Answer, Calibration, CalibrationWarning, TriedDose
 from steer.experiment.complete import greedy_tokens
 from steer.experiment.data import DataSet
 from steer.experiment.metrics.repetition import repeated
@@ -81,7 +82,8 @@ def calibrate(
         seed: of the split of the pairs, and of the random directions.
 
     Returns:
-        What was chosen, with its plan, and everything that was measured.
+        What was chosen, with its plan, and everything that was measured. A `CalibrationWarning` says what the test speaks against it:
+        more loops than without steering, or own answers that may not have moved.
 
     Raises:
         ContrastError: too few pairs, or such as `extract` refuses. ConfigError: nothing moves the answers within the limits, or what was
@@ -146,6 +148,13 @@ def calibrate(
     )
     if measured[0].low is None or measured[0].low <= 0:
         raise _not_confirmed(calibration)
+    if calibration.doubts:  # the choice stays: one that is made again on the test would have no test
+        warnings.warn(
+            f"on {calibration.n_pairs[2]} pairs kept for the test, {calibration!r}: {'; '.join(calibration.doubts)}; "
+            "give more pairs, or leave the largest of doses=... out",
+            CalibrationWarning,
+            stacklevel=2,
+        )
     return calibration
 
 

@@ -60,6 +60,10 @@ class Answer:
     steered_loops: bool
 
 
+class CalibrationWarning(UserWarning):
+    """The layer and the dose that were chosen do worse on the pairs kept for the test; see `Calibration.doubts`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """A direction with the layer and the dose to steer at, see `steer.calibrate`.
@@ -125,6 +129,21 @@ class Calibration:
         """Adds the direction at the chosen strength; a negative strength steers the other way."""
         return Plan(Intervention(Add(self.direction.vector), self.site, scope=self.scope, strength=self.strength))
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the test says against the choice: more loops than without steering, own answers that may not have moved. Else empty."""
+        loops, plain = self._test_loops()
+        found = []
+        if loops > plain:
+            found.append(f"{loops} of {len(self.answers)} answers loop, {plain} without steering")
+        if self.reading.low is None or self.reading.low <= 0:
+            found.append(f"own answers move by {self.reading.written(2)}, which may be nothing")
+        return tuple(found)
+
+    def _test_loops(self) -> tuple[int, int]:
+        """Answers of the test that loop with steering, and without."""
+        return sum(answer.steered_loops for answer in self.answers), sum(answer.plain_loops for answer in self.answers)
+
     def __repr__(self) -> str:
         return f"Calibration('{self.name}' at {self.site}, dose {self.dose:g}, strength {self.strength:.3g})"
 
@@ -145,8 +164,7 @@ class Calibration:
         return text.getvalue()
 
     def _test(self) -> str:
-        loops = sum(answer.steered_loops for answer in self.answers)
-        plain = sum(answer.plain_loops for answer in self.answers)
+        loops, plain = self._test_loops()
         return (
             f"on {self.n_pairs[2]} pairs kept for the test: positive answers gain {self.effect.written(2)} nat per token "
             f"({self.over_random.written(2)} over random directions), own answers move by {self.reading.written(2)}, "

@@ -1,4 +1,12 @@
-"""Features: dictionaries (sparse autoencoders, transcoders, crosscoders), read from the files of every library that trains them."""
+"""Features: dictionaries (sparse autoencoders, transcoders, crosscoders), read from the files of every library that trains them.
+
+Its packages are loaded on first use, e.g. `steer.features.evaluation`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
 
 from steer.features.activation import ACTIVATIONS, Activation
 from steer.features.dictionary import ARCHITECTURES, Dictionary
@@ -34,3 +42,11 @@ __all__ = [
     "sae_refined",
     "random_features",
 ]
+
+_PACKAGES = ("evaluation", "reading", "search", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _PACKAGES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return importlib.import_module(f"{__name__}.{name}")

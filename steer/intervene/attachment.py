@@ -260,11 +260,13 @@ class Attachment:
         return max(of_stack.counter.passes for of_stack in self._events)
 
     def explain(self) -> str:
-        """The plan in words, with the strengths, switches and windows of now and the modules that are hooked."""
+        """The plan in words, with the strengths, switches and windows of now, the modules that are hooked, and the phases and schedules
+        that it was attached with."""
         state = "attached" if self.is_attached else "not attached"
         now = {name: at_sites[0].strength.flatten().tolist() for name, at_sites in self._by_name.items()}
         modules = {name: modules_in_words([self.paths[active.name] for active in at_sites]) for name, at_sites in self._by_name.items()}
-        return explained(self.as_plan().interventions, f"{state}, step {self.current_step}", modules, now)
+        acting = [_as_attached(intervention, self._by_name[intervention.name][0]) for intervention in self.as_plan().interventions]
+        return explained(acting, f"{state}, step {self.current_step}", modules, now)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is being learned, see `Plan.parameters`."""
@@ -288,6 +290,11 @@ class Attachment:
 
 def _as_it_is(intervention: Intervention, active: ActiveIntervention) -> Intervention:
     return dataclasses.replace(intervention, strength=active.base, enabled=active.enabled, scope=active.scope_mask.scope)
+
+
+def _as_attached(intervention: Intervention, active: ActiveIntervention) -> Intervention:
+    """An intervention in the phases, and with the schedule, that a training run gave it; a plan of it may have no phase left."""
+    return intervention.unchecked(phases=active.phases, schedule=active.schedule)
 
 
 def _checked_rows(rows: Sequence[int] | Tensor, with_slots: list[ActiveIntervention]) -> Tensor:

@@ -223,7 +223,7 @@ def explained(interventions: Sequence[Intervention], state: str, paths: Mapping[
         lines.append(f"{number}. {name}: {_described(intervention.operator)} at {intervention.site}{path}, width {width}")
         lines.append(f"   strength {strength}{' now' if name in now else ''} ({intervention.schedule}){switch}")
         roles = " and ".join(intervention.roles)
-        lines.append(f"   on {intervention.scope} tokens, in {', '.join(intervention.phases)}, for the {roles} pass")
+        lines.append(f"   on {intervention.scope} tokens, in {', '.join(intervention.phases) or 'no phase'}, for the {roles} pass")
         modifiers = [f"gate {intervention.gate}"] * (intervention.gate is not None) + ["norm preserved"] * intervention.preserve_norm
         if intervention.parameters:
             modifiers.append(f"learned: {', '.join(intervention.parameters)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ from steer.checks import of_type, whole_number
 from steer.errors import ConfigError, TokenizerError
 from steer.model.chat import ChatTemplate, answer_marks, check_messages, find_turns
 from steer.model.context import CHAT_ROLES
+
+
+class JoinedTextWarning(UserWarning):
+    """Prompt and answer stand side by side with nothing between them."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None, *, system: st
     """Tokenises a chat turn.
 
     Args:
-        prompt: the user's message; put through the chat template when the tokenizer has one, else taken as plain text.
+        prompt: the user's message; put through the chat template when the tokenizer has one, else taken as plain text, to which the
+            answer is joined as it is: what is to stand between them (a blank, a new line) begins the answer, or ends the prompt. A
+            `JoinedTextWarning` says so once where there is nothing.
         answer: the assistant's message; what the template ends a turn with is appended and belongs to the response. The end-of-text
             token where there is no template, or one without such a mark.
         system: the system's message; it stands before the prompt, in a paragraph of its own, where there is no template.
@@ -94,9 +101,24 @@ def encode(tokenizer: Any, prompt: str, answer: str | None = None, *, system: st
     tail: list[int] = []
     if answer is not None:
         tail = tokenizer(answer, add_special_tokens=False).input_ids
+        _warn_if_joined(tokenizer, ids, tail)
         if tokenizer.eos_token_id is not None:
             tail = [*tail, tokenizer.eos_token_id]
     return _turn(ids, tail, prompt, answer)
+
+
+def _warn_if_joined(tokenizer: Any, ids: list[int], tail: list[int]) -> None:
+    """Warns where an answer begins in the word, or at the mark, that the prompt ends with; Python shows one such warning a place."""
+    if not ids or not tail or ids[-1] in tokenizer.all_special_ids:
+        return
+    before, after, both = (tokenizer.decode(tokens) for tokens in (ids[-1:], tail[:1], [ids[-1], tail[0]]))
+    if both == before + after and not before[-1:].isspace() and not after[:1].isspace():
+        warnings.warn(
+            "the tokenizer has no chat template, and nothing stands between prompt and answer: begin the answers with a blank or a new "
+            "line, end the prompts with one, or set tokenizer.chat_template",
+            JoinedTextWarning,
+            stacklevel=3,
+        )
 
 
 def _encode_turn(tokenizer: Any, prompt: str, answer: str | None, system: str | None) -> Row:

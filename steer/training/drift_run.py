@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ class DriftRun:
         self.values: dict[str, float] = {}
         self._last_step = -1  # that this object measured or loaded
         self._state_loaded = False  # since the last start
+        self._has_warned = False  # of a value that is older than the step it is read at
         self._n_runs = 1
         self._first_store: str | Path | None = None
 
@@ -126,6 +127,23 @@ class DriftRun:
             warnings.warn(f"the checkpoint holds no drift state ({state_place}): the baseline is the model after step {step}", stacklevel=2)
         self.measure(step)
         return True
+
+    def warn_if_stale(self, step: int, watched: Iterable[object]) -> None:
+        """Warns once where a monitor reads a drift metric at a step whose drift was not measured: it gets the value of an earlier one.
+
+        Args:
+            step: optimiser steps done.
+            watched: names of the metrics that monitors read.
+        """
+        stale = [str(name) for name in watched if str(name).removeprefix("eval_").startswith(("drift/", "drift_stream/"))]
+        if not stale or self.tracker.last_step == step or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{stale[0]} is read after step {step}, and was measured after step {self.tracker.last_step}: a monitor takes the old value "
+            f"for one that did not improve; measure wherever it looks, every_n_steps={self.interval.every_n_steps} does not",
+            stacklevel=3,
+        )
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
         """True when a measurement is to be made after `step` optimiser steps; `is_last` when no more will follow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ def test_early_stopping_by_drift() -> None:
     assert stop.stopped_epoch == 0 and trainer.global_step == 8
 
 
+def test_a_monitor_that_looks_where_nothing_was_measured() -> None:
+    """Epochs of two steps, a measurement every four: the patience of EarlyStopping would count the old value."""
+    with pytest.warns(UserWarning, match="read after step 2, and was measured after step 0") as caught:
+        stop = pl.callbacks.EarlyStopping(f"{TRAIT}/effect_sd", patience=9)
+        make_trainer(DriftCallback(make_tracker(), every_n_steps=4), stop, limit_train_batches=2, max_epochs=4).fit(Module(), loader())
+    assert sum("takes the old value" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*a monitor takes the old value")
+        for watching, every in ((stop, 2), (pl.callbacks.EarlyStopping("loss", strict=False), 4)):
+            callback = DriftCallback(make_tracker(), every_n_steps=every)
+            make_trainer(callback, watching, limit_train_batches=2, max_epochs=2).fit(Module(), loader())
+
+
 def test_a_feature_and_a_dictionary_are_monitored_like_a_direction(tmp_path: Path) -> None:
     monitor = f"drift/warm/5/{SITE}/density"
     best = pl.callbacks.ModelCheckpoint(tmp_path, monitor=monitor, mode="max", every_n_train_steps=2, filename="{step}")
@@ -257,12 +271,12 @@ def test_a_state_of_other_directions_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_callbacks_keep_their_own_state(tmp_path: Path) -> None:
-    probe, stream = make_tracker(stream=False), make_tracker(probe=())
+    probe, stream = make_tracker(stream=False), make_tracker(probe=None)
     trainer = make_trainer(DriftCallback(probe, every_n_steps=2), DriftCallback(stream, every_n_steps=4), max_steps=5)
     trainer.fit(Module(), loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]) == 2
-    again = make_tracker(stream=False), make_tracker(probe=())
+    again = make_tracker(stream=False), make_tracker(probe=None)
     make_trainer(*map(DriftCallback, again), max_steps=6).fit(Module(), loader(), ckpt_path=tmp_path / "x.ckpt")
     assert again[0].probe.baseline.keys() == probe.probe.baseline.keys() and again[0].last_step == 6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +290,9 @@ def test_the_best_model_and_early_stopping_by_drift(tmp_path: Path) -> None:
     )
     tracker = make_tracker(tmp_path / "d.sqlite")
     HFDriftCallback(tracker, every_n_steps=2).attach(trainer)
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*a monitor takes the old value")
+        trainer.train()
     evaluated = {
         entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in trainer.state.log_history if f"eval_{TRAIT}/effect_sd" in entry
     }
@@ -311,7 +314,8 @@ def test_an_evaluation_after_a_resume_and_before_the_next_measurement(tmp_path: 
     first.train()
     second = make_trainer(tmp_path, max_steps=4, **options)
     HFDriftCallback(make_tracker(), every_n_steps=2).attach(second)
-    second.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="read after step 3, and was measured after step 2"):
+        second.train(resume_from_checkpoint=True)
     drifts = {entry["step"]: entry[f"eval_{TRAIT}/effect_sd"] for entry in second.state.log_history if "eval_loss" in entry}
     assert drifts[3] == drifts[2] != drifts[4]
 

@@ -89,7 +89,9 @@ def plan_of_the_command_line(strength: float = 1.0) -> Plan:
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_the_command_line_takes_a_callback_by_its_class_path(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_takes_a_callback_by_its_class_path(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("jsonargparse")
     cli = pytest.importorskip(f"{package}.cli")
     make_plan().save(tmp_path / "plan")
@@ -104,3 +106,8 @@ def test_the_command_line_takes_a_callback_by_its_class_path(package: str, tmp_p
     assert callback.attachment.fired() == {f"add@{SITE}": 10} and torch.equal(
         next(iter(callback.plan.interventions[0].operator.tensors.values())).flatten(), vector()
     )
+    misspelt = {**steering, "init_args": {"plan": plan, "phase": ["train"]}}
+    with pytest.raises(SystemExit):
+        cli.LightningCLI(module, args={"trainer": {**config, "callbacks": [misspelt]}}, run=False, save_config_callback=None)
+    errors = capsys.readouterr().err  # what the guide says of it: the entry to read comes first
+    assert errors.index("Option 'phase' is not accepted") < errors.index("Expected a <class 'NoneType'>")

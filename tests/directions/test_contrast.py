@@ -64,6 +64,12 @@ def test_pairs_and_sets_are_tokenised():
     assert not sets.paired and (len(sets.positive), len(sets.negative)) == (2, 1) and sets.positive[0].response == 0
 
 
+def test_a_misspelt_key_of_a_pair_is_named():
+    pairs = [{"prompt": "a cat", "postive": "good", "negative": "bad", "source": "x"}]
+    with pytest.raises(ContrastError, match=r"unknown 'postive', 'source'(.|\n)*'postive': did you mean 'positive'\?$"):
+        ContrastSet.from_pairs(tiny_tokenizer(), pairs)
+
+
 def test_the_texts_of_a_pair_stand_side_by_side():
     rows, sides = numbered(3, 3, True).rows()
     assert [row.ids for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)] and sides == [True, False] * 3

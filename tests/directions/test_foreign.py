@@ -353,7 +353,7 @@ def test_one_vector_goes_to_the_site_that_is_named(tmp_path):
     assert len(files) == 8
     for file in files:
         assert values_by_site(steer.import_directions(file, site="layers.2.input")) == {"layers.2.input": 2}, file
-        with pytest.raises(WrongKindError, match="site="):
+        with pytest.raises(ConfigError, match="does not say at which tensor its vectors belong"):
             steer.import_directions(file)
     for file in (tmp_path / "one" / "one.pt", tmp_path / "one" / "one.npy"):
         with pytest.raises(ConfigError, match="to which layer"):
@@ -368,6 +368,9 @@ def test_vectors_by_layer_go_where_the_pattern_says(key, tmp_path):
             steer.import_directions(file, site="layers.3.output")
         with pytest.raises(DamagedFileError, match="0 to 5"):
             steer.import_directions(file, site="layers.{layer}.output", n_layers=6)
+    by_number = saved(tmp_path / "v.pt", {18: layer(3)})
+    with pytest.raises(ConfigError, match=r"^'v.pt' does not say at which tensor(.|\n)*under 18(.|\n)*'layers.\{layer\}.output'"):
+        steer.import_directions(by_number)
     by_number = saved(tmp_path / "v.pt", {3: layer(3), 12: layer(12)[None]})
     assert values_by_site(steer.import_directions(by_number, site="layers.{layer}.input")) == {"layers.3.input": 3, "layers.12.input": 12}
 
@@ -476,7 +479,7 @@ def test_every_format_is_recognised_by_its_content_alone(tmp_path):
     [
         (lambda folder: folder / "nowhere", FileError),
         (lambda folder: folder, WrongKindError),
-        (lambda folder: saved(folder / "v.pt", torch.ones(WIDTH)), WrongKindError),
+        (lambda folder: saved(folder / "v.pt", torch.ones(WIDTH)), ConfigError),
         (lambda folder: saved(folder / "v.pt", {"what": 1}), WrongKindError),
         (lambda folder: svec(folder / "v.svec", directions={"1": ["a"]}), DamagedFileError),
         (lambda folder: svec(folder / "v.svec", directions={"1": [[1.0, 2.0]]}), WidthError),

@@ -336,6 +336,11 @@ def test_bad_input(tiny: Tiny) -> None:
         DriftTracker({"rude": direction()}, probe=prompts(1))
     with pytest.raises(ConfigError, match="nothing to measure"):
         DriftTracker({"rude": direction()}, stream=False)
+    with pytest.raises(ConfigError, match="0 probe prompts"):  # and not stream mode alone, which leaves `probe` out
+        DriftTracker({"rude": direction()}, probe=[])
+    for vector in (torch.ones(32), [torch.ones(32)], "rude.pt", None):
+        with pytest.raises(ConfigError, match=r"the direction 'rude'(.|\n)*steer.Direction\("):
+            DriftTracker({"rude": vector}, probe=prompts())
     with pytest.raises(ConfigError, match="control"):
         DriftTracker({"rude": direction()}, probe=prompts(), controls=1)
     with pytest.raises(ConfigError, match="one name"):

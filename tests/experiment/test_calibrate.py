@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from steer.directions.contrast import text_digest
 from steer.errors import ConfigError, ContrastError
 from steer.experiment import calibrate as module
 from steer.experiment.calibrate import _Talk, _try_doses, _try_layers, _until_end, calibrate, candidate_sites
+from steer.experiment.calibration import Answer, CalibrationWarning
 from steer.experiment.complete import greedy_tokens
 from steer.model.estimates import Estimate
 from steer.model.site import Site
@@ -172,6 +174,17 @@ def test_what_the_test_does_not_confirm_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "_tested", lambda *_: (Estimate(0.1, -0.1, 0.3, 4),) * 2)
     with pytest.raises(ConfigError, match=r"does not move the pairs kept for the test[\s\S]*0.100 \[-0.100, 0.300\]"):
         calibrate(controlled(), TOKENIZER, PAIRS, doses=(1.0,), max_perplexity_ratio=1e6, **TINY)
+
+
+def test_what_the_test_speaks_against_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOP", 2.0)
+    monkeypatch.setattr(module, "_tested", lambda *_: (Estimate(0.5, 0.1, 0.9, 3),) * 2)
+    said = [Answer("how", "fine", "fine fine", plain_loops=False, steered_loops=loops) for loops in (True, False, False)]
+    monkeypatch.setattr(module, "_answers_of", lambda *_: (said, Estimate(0.27, -0.03, 0.57, 3)))
+    with pytest.warns(CalibrationWarning, match=r"1 of 3 answers loop, 0 without steering; own answers move by .*may be nothing"):
+        doubtful = calibrate(controlled(), TOKENIZER, PAIRS, doses=(1.0,), max_perplexity_ratio=1e6, **TINY)
+    assert len(doubtful.doubts) == 2
+    assert not dataclasses.replace(doubtful, answers=tuple(said[1:]), reading=Estimate(0.3, 0.1, 0.5, 3)).doubts
 
 
 @pytest.mark.parametrize(

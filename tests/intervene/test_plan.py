@@ -20,7 +20,7 @@ from steer.errors import (
 from steer.intervene import Ablate, Add, Intervention, Linear, Plan, ProbeGate, WarmupDecay
 from steer.intervene.attachment import Attachment
 from steer.model.anatomy import Anatomy
-from steer.model.context import ROLES
+from steer.model.context import PHASES, ROLES
 
 
 def steered(**options) -> Plan:
@@ -335,6 +335,15 @@ def test_explain_says_what_acts_where_when_and_how(tiny):
     ):
         assert words in text, text
     assert "not attached" in attachment.explain() and "not attached" in plan.explain()
+
+
+def test_explain_has_the_phases_and_the_schedule_of_the_attach(tiny):
+    """A training run may give a plan fewer phases, and another schedule."""
+    plan = Plan(Intervention(Add(torch.ones(32)), "layers.1.output"))
+    attachment = plan.attach(tiny("llama"), phases=("train",), schedule=WarmupDecay(2, 2, 8))
+    attachment.detach()
+    assert "in train, for the policy pass" in attachment.explain() and "(WarmupDecay(warmup=2, decay=2, total=8))" in attachment.explain()
+    assert "in train, validate, generate" in plan.explain() and attachment.as_plan().interventions[0].phases == PHASES
 
 
 # ---- keeping

@@ -1,12 +1,15 @@
 """Rows know their response; batches pad either side."""
 
+import warnings
+
 import pytest
 import torch
+from edits.edit_helpers import subwords
 from tiny_tokenizer import tiny_tokenizer as make
 
 from steer.errors import TokenizerError
 from steer.model.context import CHAT_ROLES
-from steer.model.tokens import Row, collate, encode, encode_chat, pad_id, plain
+from steer.model.tokens import JoinedTextWarning, Row, collate, encode, encode_chat, pad_id, plain
 
 
 def test_a_chat_turn_is_the_template_and_the_answer_with_its_end():
@@ -17,6 +20,20 @@ def test_a_chat_turn_is_the_template_and_the_answer_with_its_end():
     assert row.response == 4 and encode(tokenizer, "hello dog").response == 0
     tokenizer.chat_template = None
     assert tokenizer.decode(encode(tokenizer, "hello dog", "yes").ids).split() == ["hello", "dog", "yes", "<eos>"]
+
+
+def test_prompt_and_answer_side_by_side_are_warned_about():
+    """Without a template texts are joined as they are; words of a whitespace tokenizer are apart anyway."""
+    tokenizer = subwords(" yes")
+    with pytest.warns(JoinedTextWarning, match="nothing stands between"):
+        encode(tokenizer, "is it?", "yes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt, answer in (("is it?", " yes"), ("is it?\n", "yes"), ("is it?", "\nyes"), ("is it?", None)):
+            encode(tokenizer, prompt, answer)
+        words = make()
+        words.chat_template = None
+        encode(words, "hello dog", "yes")
 
 
 def test_running_text_counts_from_its_second_token():

@@ -30,7 +30,7 @@ class Bare(Importer):
 
     @staticmethod
     def recognises(source: Source) -> bool:
-        if source.site is None or source.form not in _FORMS:
+        if source.form not in _FORMS:
             return False
         content = source.content
         if isinstance(content, Mapping):
@@ -39,8 +39,8 @@ class Bare(Importer):
 
     @staticmethod
     def read(source: Source) -> Directions:
-        pattern = source.asked_site("nothing but vectors", "layers.15.output")
         vectors: Mapping[Any, Tensor] = source.content if isinstance(source.content, Mapping) else {None: source.content}
+        pattern = source.asked_site(*_asked(vectors))
         if len(vectors) == 1 and pattern.format(layer=0) == pattern:
             return gathered(source, {Site.parse(pattern): next(iter(vectors.values())).flatten()}, method="imported")
         placed: dict[Site, Tensor] = {}
@@ -50,6 +50,15 @@ class Bare(Importer):
                 raise incomplete(source, "one vector for each layer", f"two for '{site}'")
             placed[site] = vector.flatten()
         return gathered(source, placed, method="imported")
+
+
+def _asked(vectors: Mapping[Any, Tensor]) -> tuple[str, str]:
+    """What is found where no site is given, and the site to give."""
+    if list(vectors) == [None]:
+        return "one vector, and nothing else", "layers.15.output"
+    keys = ", ".join(map(repr, list(vectors)[:3])) + ", ..." * (len(vectors) > 3)
+    why = f"vectors under {keys}: a number may be a block, or an entry of `hidden_states`, which comes one block earlier"
+    return why, "layers.{layer}.output' for outputs of blocks of these numbers; of hidden_states, site='layers.{layer}.input"
 
 
 def _is_vector(value: Any) -> bool:
