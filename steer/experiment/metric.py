@@ -21,7 +21,7 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -109,6 +109,33 @@ class GenerationMetric(Metric):
     def score(self, item: Item, text: str) -> float:
         """The value of one answer, where `scores` looks at one at a time."""
         raise NotImplementedError(f"{type(self).__name__} defines neither score nor scores")
+
+
+class ReadingMetric(Metric):
+    """A metric that makes its values of a reading of the model, which outcomes that ask for the same one on the same items share.
+
+    A subclass defines `reading`, and `value` where that is another number than what was read.
+    """
+
+    def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> Mapping[str, float]:
+        return self.values(items, self.reading(model, tokenizer, items))
+
+    def values(self, items: Sequence[Item], reading: Mapping[str, float]) -> dict[str, float]:
+        """Item id -> value."""
+        return {item["id"]: self.value(reading[item["id"]]) for item in items}
+
+    @property
+    def read(self) -> Hashable:
+        """What is read of an item: equal for metrics that may share a reading."""
+        return type(self)
+
+    @abstractmethod
+    def reading(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> Mapping[str, float]:
+        """Item id -> what is read, of the model as it is."""
+
+    def value(self, read: float) -> float:
+        """The value of one item."""
+        return read
 
 
 METRICS: Registry[type[Metric]] = Registry("metric", "steer.experiment.metrics", "steer.metrics", subclass_of=Metric)

@@ -26,6 +26,7 @@ from steer.experiment.metric import (
     GenerationMetric,
     Item,
     Metric,
+    ReadingMetric,
     check_items,
     checked,
     measured,
@@ -128,7 +129,9 @@ def prepare_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any) -
 
 
 def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *, system: str | None = None) -> dict[str, dict[str, float]]:
-    """Outcome name -> item id -> value, of the model as it is. Metrics of answers of the same length share the answers.
+    """Outcome name -> item id -> value, of the model as it is.
+
+    Metrics of answers of the same length share the answers; those that read the same of the same items share what is read.
 
     Args:
         system: message that an arm puts before every item.
@@ -139,10 +142,15 @@ def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *
     check_outcomes(outcomes)
     items = {outcome.name: with_system(outcome.items, system) for outcome in outcomes}
     answers = _answers(outcomes, items, model, tokenizer)
-    values = {}
+    values: dict[str, dict[str, float]] = {}
+    readings: list[tuple[ReadingMetric, Sequence[Item], Mapping[str, float]]] = []
     for outcome in outcomes:
         own = items[outcome.name]
         metric: Metric = outcome.metric
+        if _shares_reading(metric):
+            with _tokens_of(metric):
+                values[outcome.name] = _read_once(metric, own, readings, model, tokenizer)
+            continue
         if not _shares_answers(metric):
             with _tokens_of(metric):
                 values[outcome.name] = measured(metric, model, tokenizer, own)
@@ -172,6 +180,31 @@ def _tokens_of(metric: Metric) -> Iterator[None]:
         yield
     except ContextError as error:
         raise _no_such_tokens(metric, error) from error
+
+
+def _shares_reading(metric: Metric) -> TypeGuard[ReadingMetric]:
+    """It has values of what it reads, rather than `items` of its own."""
+    return isinstance(metric, ReadingMetric) and type(metric).items is ReadingMetric.items
+
+
+def _read_once(
+    metric: ReadingMetric,
+    items: Sequence[Item],
+    readings: list[tuple[ReadingMetric, Sequence[Item], Mapping[str, float]]],
+    model: nn.Module,
+    tokenizer: Any,
+) -> dict[str, float]:
+    """Values of a metric, of a reading of these items that is there already if there is one; else it is added to `readings`."""
+    for other, same_items, reading in readings:
+        if other.read == metric.read and list(same_items) == list(items):
+            with errors_of(f"metric '{name_of(metric)}'", "correct its `value`"):
+                values = metric.values(items, reading)
+            return checked(metric, items, values)
+    with evaluating(model), errors_of(f"metric '{name_of(metric)}'", "correct its `reading`"):
+        reading = metric.reading(model, tokenizer, items)
+        values = metric.values(items, reading)
+    readings.append((metric, items, reading))
+    return checked(metric, items, values)
 
 
 _Question = tuple[int, str, str | None]  # length of the answer, prompt, system message

@@ -64,6 +64,35 @@ def test_scores_of_a_padded_batch_are_those_of_its_texts_alone(side: str, model:
             assert torch.allclose(of_text[end - 1].double(), by_hand(model, ids[:end]), atol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prefix_that_all_rows_begin_with_is_read_once(side: str, model: Any) -> None:
+    """The first batch shows that it gives the same; where rows begin with padding, and with a plan, batches run whole."""
+    batch, prefix = padded(side), "bad rude hate bad rude hate"
+    places = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
+    seen: list[torch.Size] = []
+    embed = model.get_input_embeddings()
+    forward = embed.forward
+    embed.forward = lambda ids: seen.append(ids.shape) or forward(ids)
+    with torch.no_grad(), fit(model, prefix=prefix).acting(model) as acting:
+
+        def run() -> Tensor:
+            seen.clear()
+            return acting(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=places, use_cache=False).logits
+
+        first, second = run(), run()
+        rows, length = batch.input_ids.shape
+        assert [tuple(shape) for shape in seen] == [
+            (rows, length),
+            *([(1, 6), (rows, length)] if side == "right" else [(rows, length + 6)]),
+        ]
+    del embed.forward
+    assert torch.allclose(first, second, atol=1e-4)
+    for row, text in enumerate(TEXTS):
+        ids = ids_of(text)
+        of_text = second[row][batch.attention_mask[row].bool()].log_softmax(-1)
+        assert torch.allclose(of_text[len(ids) - 1].double(), by_hand(model, ids, prefix=prefix), atol=1e-4)
+
+
 def test_the_bias_of_the_prefix_is_taken_back_and_the_model_is_as_it_was(model: Any) -> None:
     ids = torch.tensor([ids_of(TEXTS[0])])
     with torch.no_grad():

@@ -19,6 +19,7 @@ from steer.circuits import Circuit, ComponentGraph
 from steer.errors import ConfigError
 from steer.experiment.arms import Arm
 from steer.experiment.metrics.log_odds import LogOdds
+from steer.experiment.outcome import Outcome, measure_all
 from steer.experiment.pronoun_circuits import _said
 from steer.experiment.treatment import Bench
 from steer.experiment.treatments.circuit import CircuitTreatment
@@ -61,6 +62,25 @@ def test_log_odds_are_those_of_the_logits(model: nn.Module, reads: str) -> None:
     item = {"id": "0", "prompt": text, "baseline": baseline, "first": " he", "second": " she"}
     expected = {"odds": odds(model, text), "shift": abs(odds(model, text) - odds(model, baseline)), "accuracy": odds(model, text) > 0}
     assert LogOdds(reads).items(model, tiny_tokenizer(), [item])["0"] == pytest.approx(float(expected[reads]), abs=1e-4)
+
+
+def test_odds_and_accuracy_of_the_same_items_are_read_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"prompt": f"the {word} is good and", "baseline": "the game is good and", "first": " he", "second": " she"}
+        for word in ("cat", "dog")
+    ]
+    outcomes = [
+        Outcome("shift", LogOdds("shift"), rows, role="primary", better="lower"),
+        *(Outcome(reads, LogOdds(reads), rows, role="secondary", better="higher") for reads in ("odds", "accuracy")),
+        Outcome("other", LogOdds("odds"), rows[::-1], role="secondary", better="higher"),
+    ]
+    read: list[str] = []
+    reading = LogOdds.reading
+    monkeypatch.setattr(LogOdds, "reading", lambda metric, *args: read.append(metric.reads) or reading(metric, *args))
+    found = measure_all(outcomes, model, tiny_tokenizer())
+    assert read == ["shift", "odds", "odds"]
+    for outcome in outcomes:
+        assert found[outcome.name] == outcome.metric.items(model, tiny_tokenizer(), outcome.items)
 
 
 @pytest.mark.parametrize(("by", "settings"), [("attribution", {"nodes": 2}), ("gates", SHORT)])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from steer.bias.debiasing import MITIGATIONS, Mitigation
+from steer.bias.mitigation._common_start import CommonStart
 from steer.bias.mitigation._prefix import Prefix, checked_mask, places_of
 from steer.checks import finite_number, number_within, of_type
 from steer.errors import ConfigError, ContextError
@@ -121,6 +122,7 @@ class _SecondPass:
         self.mitigation = mitigation
         self.passes = 0
         self._is_second = False
+        self._behind = CommonStart(self)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._is_second:
@@ -131,7 +133,7 @@ class _SecondPass:
         new_ids, new_mask, starts = self.mitigation.prefix.insert(ids, mask)
         self._is_second = True
         try:
-            biased = model(input_ids=new_ids, attention_mask=new_mask, use_cache=False, **places_of(model, new_mask)).logits[:, -kept:]
+            biased = self._behind.logits(model, new_ids, new_mask, kept)
         finally:
             self._is_second = False
         places = torch.arange(ids.shape[1], device=ids.device)[-kept:]

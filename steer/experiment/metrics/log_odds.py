@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import nn
 
 from steer.bias.scoring import Scorer
 from steer.checks import one_of
-from steer.experiment.metric import METRICS, Item, Metric
+from steer.experiment.metric import METRICS, Item, ReadingMetric
 
 SHIFT, ODDS, ACCURACY = READS = ("shift", "odds", "accuracy")
 
 
 @METRICS.register("log_odds")
-class LogOdds(Metric):
+class LogOdds(ReadingMetric):
     """Log-odds of `first` against `second` behind `prompt`, running text without a chat template.
 
     Args:
@@ -32,7 +32,11 @@ class LogOdds(Metric):
         self.unit = "" if reads == ACCURACY else "nat"
         self.keys = ("prompt", "first", "second", *(("baseline",) if reads == SHIFT else ()))
 
-    def items(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
+    @property
+    def read(self) -> Hashable:
+        return type(self), self.reads == SHIFT  # odds and accuracy are of the same numbers
+
+    def reading(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, float]:
         scorer = Scorer(model, tokenizer, progress=False)
 
         def odds(key: str) -> list[float]:
@@ -45,7 +49,10 @@ class LogOdds(Metric):
 
         values = odds("prompt")
         if self.reads == SHIFT:
-            values = [abs(value - of_baseline) for value, of_baseline in zip(values, odds("baseline"), strict=True)]
-        if self.reads == ACCURACY:
-            values = [float(value > 0) for value in values]
+            values = [value - of_baseline for value, of_baseline in zip(values, odds("baseline"), strict=True)]
         return {item["id"]: value for item, value in zip(items, values, strict=True)}
+
+    def value(self, read: float) -> float:
+        if self.reads == SHIFT:
+            return abs(read)
+        return float(read > 0) if self.reads == ACCURACY else read
