@@ -162,6 +162,26 @@ def measure_all(outcomes: Sequence[Outcome], model: nn.Module, tokenizer: Any, *
     return values
 
 
+@contextmanager
+def naming_arm(arm: str) -> Iterator[None]:
+    """Puts the name of the arm before what is wrong while it is measured."""
+    try:
+        yield
+    except SteerError as error:
+        if f"'{arm}'" in error.what:
+            raise
+        raise type(error)(f"arm '{arm}': {error.what}", expected=error.expected, found=error.found, remedy=error.remedy) from error
+
+
+@contextmanager
+def _tokens_of(metric: Metric) -> Iterator[None]:
+    """Says of which metric the passes are in which a plan does not know its tokens."""
+    try:
+        yield
+    except ContextError as error:
+        raise _no_such_tokens(metric, error) from error
+
+
 def _shares_reading(metric: Metric) -> TypeGuard[ReadingMetric]:
     """It has values of what it reads, rather than `items` of its own."""
     return isinstance(metric, ReadingMetric) and type(metric).items is ReadingMetric.items
@@ -185,26 +205,6 @@ def _read_once(
         values = metric.values(items, reading)
     readings.append((metric, items, reading))
     return checked(metric, items, values)
-
-
-@contextmanager
-def naming_arm(arm: str) -> Iterator[None]:
-    """Puts the name of the arm before what is wrong while it is measured."""
-    try:
-        yield
-    except SteerError as error:
-        if f"'{arm}'" in error.what:
-            raise
-        raise type(error)(f"arm '{arm}': {error.what}", expected=error.expected, found=error.found, remedy=error.remedy) from error
-
-
-@contextmanager
-def _tokens_of(metric: Metric) -> Iterator[None]:
-    """Says of which metric the passes are in which a plan does not know its tokens."""
-    try:
-        yield
-    except ContextError as error:
-        raise _no_such_tokens(metric, error) from error
 
 
 _Question = tuple[int, str, str | None]  # length of the answer, prompt, system message

@@ -65,9 +65,9 @@ def test_the_chart_has_every_arm_seed_and_draw_under_the_pointer(five_seeds: dic
     assert "range of the 8 control draws" in page.words("result")
     values = five_seeds["arms"][2]["outcomes"]["behaviour_gap"]
     draws = [draw - values["before"] for draw in values["by_draw"]]
-    holds = f"for these 8 draws, whose means go from {min(draws):+.2f} to {max(draws):+.2f}".replace("-", "\u2212")
+    holds = f"for these 8 draws, whose means go from {number(min(draws), signed=True)} to {number(max(draws), signed=True)}"
     assert holds in page.words("result") and any(said.endswith(f"95 % interval {holds}") for said in page.said)
-    assert page.words("result").count("for these 8 draws") == len(five_seeds["outcomes"]) and "holds for the mean of these draws" in html
+    assert "holds for the mean of these draws" in html
 
 
 def test_effect_against_damage_and_guardrails(five_seeds: dict[str, Any], full_page: tuple[str, Page]) -> None:
