@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class SiteDirections:
 def as_list(name: str, directions: DirectionsLike) -> list[Direction]:
     """Lists the directions that stand under one name. Raises ConfigError for anything else, such as a bare tensor."""
     is_one = isinstance(directions, (Direction, Tensor, str)) or not isinstance(directions, Iterable)
-    listed = [directions] if is_one else list(directions.values() if isinstance(directions, Mapping) else directions)
+    under_it: Any = directions.values() if isinstance(directions, Mapping) else directions
+    listed: list[Any] = [directions] if is_one else list(under_it)
     for direction in listed:
         of_type(direction, Direction, f"the direction '{name}'", _MAKE_ONE)
     return listed

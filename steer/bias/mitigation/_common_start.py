@@ -51,7 +51,7 @@ class CommonStart:
         places = places_of(model, mask)
         first = {name: of_all[:1, :common] for name, of_all in places.items()}
         read = model(input_ids=ids[:1, :common], attention_mask=mask[:1, :common], use_cache=True, **first)
-        cache = getattr(read, "past_key_values", None)
+        cache: Any = getattr(read, "past_key_values", None)
         if not hasattr(cache, "batch_repeat_interleave"):
             return None
         cache.batch_repeat_interleave(len(ids))
@@ -61,4 +61,4 @@ class CommonStart:
         return torch.cat([before, behind], 1)[:, -kept:]
 
     def _whole(self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, **places_of(model, mask)).logits[:, -kept:]  # type: ignore[no-any-return]
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **places_of(model, mask)).logits[:, -kept:]
