@@ -26,7 +26,8 @@ class ValueSettings:
             follows the MLP (Gemma), the first is taken in the units of what the down projection gives.
         stop_loss: a fact is done when its loss is below, in nat.
         stop_at_argmax: a fact is done when every token of the target was the most probable one in all contexts for this many evaluations
-            (MPES of ENCORE, arXiv 2502.01636, has 2). None for never: the value is weaker then, which paraphrases show first.
+            (MPES of ENCORE, arXiv 2502.01636, has 2). None for never: with 2 it takes half of the evaluations, and the value is weaker,
+            which paraphrases show first (docs/results/editing.md).
         argmax_weight: while that is so, its log-probability counts this much (PMET, arXiv 2308.08742, section 4.2, has 0.1).
         stop_kl: and it is done when the KL is at most this, in nat. None for never.
         with_attention: a second delta of what the attention of the block gives is optimised beside, and left out of the edit (PMET).
