@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class SiteDirections:
         return [TrackedDirection.of(name, str(self.site), self.kind(i), gap, unit) for i, (name, gap, unit) in rows]
 
 
-def as_list(name: str, directions: DirectionsLike) -> list[Direction]:
+def as_list(name: str, directions: Any) -> list[Direction]:
     """Lists the directions that stand under one name. Raises ConfigError for anything else, such as a bare tensor."""
     is_one = isinstance(directions, (Direction, Tensor, str)) or not isinstance(directions, Iterable)
     listed = [directions] if is_one else list(directions.values() if isinstance(directions, Mapping) else directions)
