@@ -71,8 +71,8 @@ class DriftCallback(LightningRun):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if lightning.is_fitting(trainer) and not trainer.sanity_checking:
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            self._run.warn_if_stale(trainer.global_step, [getattr(callback, "monitor", None) for callback in callbacks])
+            monitors = [*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks]
+            self._run.warn_if_stale(trainer.global_step, [getattr(callback, "monitor", None) for callback in monitors])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:  # monitors look here instead

@@ -89,7 +89,7 @@ class SiteDirections:
         return [TrackedDirection.of(name, str(self.site), self.kind(i), gap, unit) for i, (name, gap, unit) in rows]
 
 
-def as_list(name: str, directions: DirectionsLike) -> list[Direction]:
+def as_list(name: str, directions: Any) -> list[Direction]:
     """Lists the directions that stand under one name. Raises ConfigError for anything else, such as a bare tensor."""
     is_one = isinstance(directions, (Direction, Tensor, str)) or not isinstance(directions, Iterable)
     under_it: Any = directions.values() if isinstance(directions, Mapping) else directions
