@@ -49,7 +49,8 @@ def extract(
 
     Example:
         >>> directions = steer.extract(model, contrast, ["layers.*.output"], name="kind")
-        >>> plan = directions.best().suggested_plan
+        >>> direction = directions.best()
+        >>> plan = steer.Plan(steer.Intervention(steer.Add(direction.vector), direction.site, strength=direction.strength_of(0.2)))
     """
     return extract_all(model, contrast, sites, name=name, methods=[method], span=span, holdout=holdout, seed=seed, progress=progress)[
         method

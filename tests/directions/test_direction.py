@@ -53,19 +53,6 @@ def test_a_direction_becomes_a_plan(tiny):
     assert best.unit.norm() == pytest.approx(1.0) and best.relative_dose(-2.0) == pytest.approx(float(best.vector.norm()) / 2)
 
 
-def test_the_suggested_plan_adds_a_dose_to_the_prompt_and_leaves_the_answer_to_itself(tiny):
-    model, best = tiny("llama"), several().best()
-    plan = best.suggested_plan
-    (intervention,) = plan.interventions
-    assert intervention.site == best.site and torch.equal(intervention.operator.vector, best.vector)
-    assert best.relative_dose(intervention.strength[0]) == pytest.approx(0.45)
-    with plan.attached(model) as attachment:
-        model.generate(input_ids=ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        assert list(attachment.fired().values()) == [ids().numel()]
-    with pytest.raises(ConfigError, match="was not measured"):
-        Direction(best.site, best.vector, "by hand", "all").suggested_plan  # noqa: B018
-
-
 def test_what_is_no_direction_is_refused():
     site = Site.parse("layers.1.output")
     with pytest.raises(WidthError, match="not a vector"):

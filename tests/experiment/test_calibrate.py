@@ -190,5 +190,12 @@ def test_a_calibration_is_drawn(found: Any) -> None:
     assert doses.get_title(loc="left") == f"doses at {found.site}"
 
 
+def test_the_suggested_strength_is_a_dose() -> None:
+    direction = Direction(SITES[0], torch.ones(4), "m", "response", {"activation_norm": 10.0})
+    assert direction.relative_dose(direction.suggested_strength) == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match="was not measured"):
+        Direction(SITES[0], torch.ones(4), "m", "response").suggested_strength  # noqa: B018
+
+
 def test_an_answer_ends_with_the_token_that_ends_it() -> None:
     assert _until_end([5, 6, 2, 0, 0], {2}) == [5, 6, 2] and _until_end([5, 6], {2}) == [5, 6]

@@ -1,6 +1,6 @@
-"""What `Direction.suggested_plan` does to the model's own answers, beside the plain model and the same direction added to every token.
+"""What `Direction.suggested_strength` does to the model's own answers, beside the plain model: how many loop, and how far they move.
 
-    python benchmarks/suggested_plan.py --pairs examples/pairs/*.jsonl --prompts prompts.txt
+    python benchmarks/suggested_strength.py --pairs examples/pairs/*.jsonl --prompts prompts.txt
 
 Every file has some twenty pairs of one concept, and every line of the prompts is a message that has nothing to do with them: the first
 few are for the first concept, the next for the second. Answers are greedy. One loops when a quarter of its runs of four tokens stood in
@@ -19,53 +19,42 @@ from typing import Any
 import torch
 
 import steer
-from steer.directions import Direction
 from steer.experiment.calibrate import _loops, _Talk, candidate_sites
 from steer.model.tokens import encode
-
-EVERYWHERE = 0.2  # the relative dose of the direction on every token
 
 
 def measure(
     model: Any, tokenizer: Any, pairs: Sequence[dict[str, str]], prompts: Sequence[str], layers: Sequence[int], max_new_tokens: int
 ) -> dict[str, Any]:
-    """Per way of steering and layer, loops and movement of the answer to every prompt."""
+    """Loops of the plain answer to every prompt; by layer, loops and movement of the steered ones."""
     contrast = steer.ContrastSet.from_pairs(tokenizer, pairs)
     directions = steer.extract(model, contrast, candidate_sites(model), name="concept", progress=False)
     chosen = [directions[f"layers.{layer}.output"] for layer in layers]
-    everywhere = _Talk(model, tokenizer, directions, contrast, "all", max_new_tokens)
-    suggested = _Talk(model, tokenizer, directions, contrast, str(chosen[0].suggested_plan.interventions[0].scope), max_new_tokens)
-    everywhere.prompts = suggested.prompts = [encode(tokenizer, prompt) for prompt in prompts]
-    measured = {"everywhere": _answers(everywhere, tokenizer, [(at, at.strength_of(EVERYWHERE)) for at in chosen])}
-    suggested.plain, suggested._plain_readings = everywhere.plain, everywhere._plain_readings  # decoded once
-    measured["suggested"] = _answers(suggested, tokenizer, [(at, at.suggested_plan.interventions[0].strength[0]) for at in chosen])
-    return {"plain": [bool(_loops(row)) for row in everywhere.plain], **measured}
-
-
-def _answers(talk: _Talk, tokenizer: Any, steps: Sequence[tuple[Direction, float]]) -> dict[str, Any]:
-    said, moved = talk.answers(steps)
-    return {
+    talk = _Talk(model, tokenizer, directions, contrast, "all", max_new_tokens)
+    talk.prompts = [encode(tokenizer, prompt) for prompt in prompts]
+    said, moved = talk.answers([(direction, direction.suggested_strength) for direction in chosen])
+    steered = {
         str(direction.site): {
-            "strength": strength,
             "loops": [bool(_loops(row)) for row in rows],
             "moves": moves.tolist(),
             "answers": [tokenizer.decode(row.ids[row.prompt :]) for row in rows],
         }
-        for (direction, strength), rows, moves in zip(steps, said, moved, strict=True)
+        for direction, rows, moves in zip(chosen, said, moved, strict=True)
     }
+    return {"plain": [bool(_loops(row)) for row in talk.plain], "steered": steered}
 
 
 def line(name: str, results: Sequence[dict[str, Any]]) -> str:
     """Loops and movement of one concept, or of several together."""
     plain = [loops for result in results for loops in result["plain"]]
-    text = f"{name:<14} plain: {sum(plain)} of {len(plain)} loop"
-    for way in ("everywhere", "suggested"):
-        cells = [cell for result in results for cell in result[way].values()]
-        loops = torch.tensor([loops for cell in cells for loops in cell["loops"]])
-        moves = torch.tensor([moves for cell in cells for moves in cell["moves"]])
-        counted = torch.where(loops, 0.0, moves)  # a loop is no move
-        text += f" | {way}: {int(loops.sum())} of {len(loops)} loop, move by {moves.mean():+.2f}, loops as 0 {counted.mean():+.2f}"
-    return text
+    cells = [cell for result in results for cell in result["steered"].values()]
+    loops = torch.tensor([loops for cell in cells for loops in cell["loops"]])
+    moves = torch.tensor([moves for cell in cells for moves in cell["moves"]])
+    counted = torch.where(loops, 0.0, moves)  # a loop is no move
+    return (
+        f"{name:<14} loop: {sum(plain)} of {len(plain)} plain, {int(loops.sum())} of {len(loops)} steered; "
+        f"steered ones move by {moves.mean():+.2f}, by {counted.mean():+.2f} where a loop is no move"
+    )
 
 
 def main() -> None:
