@@ -90,7 +90,8 @@ class Direction:
     def suggested_strength(self) -> float:
         """The strength of the relative dose 0.2, a start that costs nothing to find; `steer.calibrate` finds the one for a model.
 
-        What it does to three concepts on SmolLM2-135M is in docs/directions.md. A vector that was trained has a strength of its own, 1.
+        On SmolLM2-135M, answers on seven concepts moved by it and looped as often as without it; gushing ones loop at any dose. Both are
+        in docs/directions.md. A vector that was trained has a strength of its own, 1.
 
         Raises:
             ConfigError: nothing is known of the activations at the site, as for vectors from elsewhere.
