@@ -27,14 +27,14 @@ from steer.experiment.treatments.mitigation import MitigationTreatment
 
 SHORT = {"steps": 2, "shifts": 3, "facts": 2, "texts": 1}
 ARMS = [
-    "experiment.arms.gates.treatment.settings={steps: 2}",
+    "experiment.arms.gates.treatment.settings.steps=2",
     "experiment.arms.gates.doses=[0.5,1]",
-    "experiment.arms.baked.treatment.settings={steps: 2}",
+    "experiment.arms.baked.treatment.settings.steps=2",
     "experiment.arms.heads.treatment.settings.nodes=2",
     "experiment.arms.random_gates.draws=1",
     "experiment.arms.random_heads.draws=1",
     "experiment.arms.projection.treatment.options.site=layers.1.output",
-    *(f"experiment.arms.{name}=null" for name in ("leace", "inlp", "sentence_debias", "self_debias", "cda")),
+    *(f"experiment.arms.{name}=null" for name in ("leace", "inlp", "sentence_debias", "self_debias", "cda", "prompt")),
 ]
 
 
