@@ -54,7 +54,7 @@ def width() -> int:
 def test_a_vector_is_learned_and_drift_is_tracked(name):
     module = OwnModule(name)
     plan = Plan(Intervention(Add(torch.zeros(width())).train(), SITE, "last"))
-    probe = [] if name == "policy" else [Row(tuple(range(3, 3 + length)), 1) for length in (4, 5, 6, 7)]
+    probe = None if name == "policy" else [Row(tuple(range(3, 3 + length)), 1) for length in (4, 5, 6, 7)]
     tracker = DriftTracker({"trait": direction(SITE)}, probe=probe, controls=4, span="all")
     steering = SteeringCallback(plan, learning_rate=0.1)
     trainer = make_trainer(steering, DriftCallback(tracker, every_n_steps=2), max_epochs=1)

@@ -92,7 +92,7 @@ def test_scores_that_are_not_finite_choose_nothing(model, scores):
     ):
         with pytest.raises(NonFiniteError, match="none is higher"):
             choose()
-    same = attribute(model, Pairs.of(model, rows(5), rows(5)), TARGET, method="eap", progress=False)
+    same = replace(scores, nodes=torch.zeros_like(nodes), edges=torch.zeros_like(edges))
     with pytest.raises(ConfigError, match="all scores of edges are zero"):
         evaluation.curve(same, shares=(0.5,))
 

@@ -93,7 +93,7 @@ def test_a_file_of_nothing_but_a_vector_is_named_with_its_site(tmp_path: Path) -
     for wrong, says in (
         ({"site": "layers.1.output"}, r"direction 'warm' has no file[\s\S]*directions.warm.path=vector.npy"),
         ({**source, "sites": "x"}, r"direction 'warm' has no option 'sites'[\s\S]*did you mean 'site'"),
-        ({"path": source["path"]}, "pass site="),
+        ({"path": source["path"]}, "site="),
     ):
         with pytest.raises(SteerError, match=says):
             plan_from_config("warm", {"warm": wrong}, {})
