@@ -44,6 +44,8 @@ def run(config: DictConfig) -> TraceResult:
     found = causal_trace(model, tokenizer, facts, kinds=kinds, corruption=corruption, **options)
     console, folder = Console(), Path(config.folder)
     found.save(folder / TRACE)
+    if config.facts is None:
+        console.print(f"traced: {facts[0].target!r} behind {facts[0].prompt!r}", markup=False, highlight=False, soft_wrap=True)
     console.print(found.table(), markup=False, highlight=False, soft_wrap=True)
     try:
         write_trace(folder / PAGE, found, measure=config.measure, most=config.drawn)

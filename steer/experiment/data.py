@@ -79,8 +79,7 @@ class DataSet:
 
 
 def _no_data_set(folder: str, shipped: list[str]) -> ConfigError:
-    files_of_a_set = ", ".join(f"{split}.jsonl" for split in SPLITS)
-    expected = f"{', '.join(shipped)}, or a folder with {files_of_a_set}, ..."
+    expected = f"{', '.join(shipped)}, or a folder with a file for each split, such as contrast.jsonl and heldout.jsonl"
     return ConfigError(f"no data set '{folder}'", expected=expected, found="no folder there", remedy="check experiment.data")
 
 
