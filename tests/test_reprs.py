@@ -12,6 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 import steer
 from steer.callbacks import DriftCallback, EditCallback, SteeringCallback
 from steer.callbacks.hf_steering import HFSteeringCallback
+from steer.circuits import Pairs
 from steer.directions.dose import DoseCurve, DosePoint
 from steer.directions.erasure import Erasure
 from steer.directions.screening import Screen
@@ -121,6 +122,12 @@ def test_an_edit_and_its_life_on_a_model_are_one_line(tiny):
     assert repr(EditCallback(edit, tiny_tokenizer(), at_step=3)) == "EditCallback(EditRun(a at step 3, into base, protect=alarm))"
     for shown in map(repr, (edit, edit.deltas[0])):
         assert_readable(shown)
+
+
+def test_pairs_say_how_many_they_are(tiny):
+    rows = [Row((5, 9, 7), 0), Row((5, 9, 7, 4), 0)]
+    others = [Row((6, 9, 7), 0), Row((6, 9, 7, 4), 0)]
+    assert repr(Pairs.of(tiny("llama"), rows, others)) == "Pairs(2 of 3 to 4 tokens)"
 
 
 def test_an_operator_that_was_not_initialised_can_be_shown():

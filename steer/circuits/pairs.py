@@ -47,6 +47,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def __repr__(self) -> str:
+        lengths = [len(row.ids) for row in self.clean.rows]
+        return f"Pairs({len(self)} of {min(lengths)} to {max(lengths)} tokens)"
+
     def equal(self) -> list[int]:
         """Numbers of the pairs whose prompts are the same, of which a counterfactual says nothing."""
         both = zip(self.clean.rows, self.corrupted.rows, strict=True)
