@@ -126,8 +126,8 @@ class ReadingMetric(Metric):
 
     @property
     def read(self) -> Hashable:
-        """What is read of an item: equal for metrics that may share a reading."""
-        return type(self)
+        """What is read of an item: equal for metrics that may share a reading; by default a metric shares its own with none."""
+        return self
 
     @abstractmethod
     def reading(self, model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> Mapping[str, float]:

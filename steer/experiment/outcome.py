@@ -195,15 +195,13 @@ def _read_once(
     tokenizer: Any,
 ) -> dict[str, float]:
     """Values of a metric, of a reading of these items that is there already if there is one; else it is added to `readings`."""
-    for other, same_items, reading in readings:
-        if other.read == metric.read and list(same_items) == list(items):
-            with errors_of(f"metric '{name_of(metric)}'", "correct its `value`"):
-                values = metric.values(items, reading)
-            return checked(metric, items, values)
-    with evaluating(model), errors_of(f"metric '{name_of(metric)}'", "correct its `reading`"):
-        reading = metric.reading(model, tokenizer, items)
+    reading = next((seen for other, same, seen in readings if other.read == metric.read and list(same) == list(items)), None)
+    with errors_of(f"metric '{name_of(metric)}'", "correct its `reading` or `value`"):
+        if reading is None:
+            with evaluating(model):
+                reading = metric.reading(model, tokenizer, items)
+            readings.append((metric, items, reading))
         values = metric.values(items, reading)
-    readings.append((metric, items, reading))
     return checked(metric, items, values)
 
 

@@ -42,6 +42,11 @@ def _make_no_op() -> Callable[..., None]:
     return _no_op
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """A module runs as compiled code: by `module.compile()`, or as what `torch.compile(module)` wraps."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def register_hook(module: nn.Module, hook: OwnHook, *, before: bool, always: bool = False) -> None:
     """Puts a hook of ours on a module, from which `unregister_hook` takes it off.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steer.model.hook_registration import is_compiled
 from steer.model.prefix import is_sharded, looks, replaced_forwards
 
 
@@ -19,8 +20,7 @@ def lone_head(model: nn.Module, head: nn.Module | None) -> nn.Module | None:
     around = [head, *(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))]
     hooks = [hook for module in around for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
     is_wrapped = any("forward" in vars(module) for module in around)
-    is_compiled = any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
-    return None if is_wrapped or is_compiled or any(map(looks, hooks)) else head
+    return None if is_wrapped or any(map(is_compiled, model.modules())) or any(map(looks, hooks)) else head
 
 
 def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], columns: Tensor) -> Tensor:

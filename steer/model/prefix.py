@@ -186,12 +186,12 @@ def extended(prefix: CachedPrefix, batch: dict[str, Tensor]) -> CachedPrefix:
     return CachedPrefix(prefix.cache, torch.cat([prefix.mask, batch["attention_mask"]], 1))
 
 
-def may_share(model: nn.Module) -> bool:
-    """True unless something on the model may look at a pass as a whole: another plan, somebody's hook, or sharded weights."""
+def may_share(model: nn.Module, own: Any = None) -> bool:
+    """True unless something on the model may look at a pass as a whole: another plan, somebody's hook but `own`, or sharded weights."""
     if watchers_of(model) or is_sharded(model):
         return False
     hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-    return not any(map(is_foreign, hooks))
+    return not any(is_foreign(hook) for hook in hooks if hook is not own)
 
 
 def is_foreign(hook: Any) -> bool:

@@ -61,10 +61,10 @@ def shared_passes(model: nn.Module) -> Passes:
     depth = 0 if shared is None else untouched_blocks(model, shared.anatomy)
     if shared is None or depth == 0:
         return lambda batch: nullcontext()
-    shared.check_weights()
     n = len(shared.anatomy.blocks)
     # where nothing acts, the pass is that of all arms: what reaches some depths is kept for those that act above them
     wanted = sorted({part for part in (n // 3, 2 * n // 3, 7 * n // 8) if part > 0}) if depth == n else [depth]
+    shared.check_weights(wanted)
     return partial(shared.around, depth, wanted)
 
 
@@ -79,10 +79,10 @@ class _LowerBlocks:
     weights: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # by depth
     n_bytes: int = 0
 
-    def check_weights(self) -> None:
-        """Forgets what other weights gave."""
-        sums = self._sums()
-        for depth in range(1, len(self.anatomy.blocks)):
+    def check_weights(self, wanted: list[int]) -> None:
+        """Forgets what other weights gave, and notes those of the depths that are `wanted`."""
+        sums: dict[int, tuple[int, float]] = {}
+        for depth in sorted({*self.weights, *wanted}):
             weights = self._weights(depth, sums)
             if self.weights.get(depth, weights) != weights:
                 self.n_bytes -= sum(_hidden(given).nbytes for given in self.kept.pop(depth, {}).values())
@@ -111,23 +111,22 @@ class _LowerBlocks:
             self.n_bytes += hidden.nbytes
         return given
 
-    def _sums(self) -> dict[int, tuple[int, float]]:
-        """Version and sum of each tensor by its id: `.data` is edited unseen."""
-        model = self.model()
-        assert model is not None  # it was found by it
-        tensors = [*model.parameters(), *model.buffers()]
-        return {id(each): (each._version, float(each.detach().sum(dtype=accumulation_dtype(each.device)))) for each in tensors}
+    def _weights(self, depth: int, sums: dict[int, tuple[int, float]]) -> tuple[Any, ...]:
+        """Which tensors the blocks below a depth and the modules around the blocks have, and their sums: `.data` is edited unseen.
 
-    def _weights(self, depth: int, sums: Mapping[int, tuple[int, float]]) -> tuple[Any, ...]:
-        """Which tensors the blocks below a depth and the modules around the blocks have, and their sums."""
+        sums: version and sum by the id of a tensor; what is not in it is added.
+        """
         above = {id(module) for block in self.anatomy.blocks[depth:] for module in block.modules()}
         model = self.model()
-        assert model is not None
+        assert model is not None  # it was found by it
         modules = [module for module in model.modules() if id(module) not in above]
         tensors = [tensor for module in modules for each in (module._parameters, module._buffers) for tensor in each.values()]
-        here = [(id(each), *sums[id(each)]) for each in tensors if each is not None]
+        here = [each for each in tensors if each is not None]
+        for each in here:
+            if id(each) not in sums:
+                sums[id(each)] = (each._version, float(each.detach().sum(dtype=accumulation_dtype(each.device))))
         kind = input_device(model).type
-        return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), *here)
+        return (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), *((id(each), *sums[id(each)]) for each in here))
 
 
 def _hidden(given: Any) -> Tensor:

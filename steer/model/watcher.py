@@ -17,7 +17,7 @@ from steer.model.cache import PROMPT_PHASE, note_pass, put_memory
 from steer.model.context import ForwardContext, in_backward
 from steer.model.context_builder import CACHE_NAMES, build_context, context_beside_decoder, tokenless_context
 from steer.model.find_stack import check_model
-from steer.model.hook_registration import OwnHook, register_hook, unregister_hook
+from steer.model.hook_registration import OwnHook, is_compiled, register_hook, unregister_hook
 from steer.model.own_calls import OwnCall
 from steer.model.pass_hooks import IDLE, EnterHook, LeaveHook, OpenHook
 from steer.model.peft_state import NONE, PeftState
@@ -265,7 +265,7 @@ class Watcher:
     def compiles_blocks(self) -> bool:
         """The blocks were compiled one by one, so that hooks on them run inside compiled code while the decoder's do not."""
         block = self._first_block
-        return block is not None and (block._compiled_call_impl is not None or "_orig_mod" in block._modules)
+        return block is not None and is_compiled(block)
 
     # ---- which pass
 

@@ -8,11 +8,12 @@ import pytest
 from experiment.metrics.metric_helpers import PAIRS
 from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
+from torch import nn
 
 from steer.errors import ConfigError, NonFiniteError
 from steer.experiment import outcome as module
 from steer.experiment.complete import complete
-from steer.experiment.metric import GenerationMetric, Metric, measured, metric_of, with_ids, with_system
+from steer.experiment.metric import GenerationMetric, Metric, ReadingMetric, measured, metric_of, with_ids, with_system
 from steer.experiment.outcome import Outcome, check_informative, check_outcomes, is_constant, measure_all, prepare_all
 
 PRIMARY = Outcome("warmth", "logprob_gap", PAIRS, better="lower")
@@ -171,3 +172,23 @@ def test_a_primary_outcome_that_is_one_number_shows_nothing() -> None:
     check_informative(PRIMARY, moved)
     check_informative(Outcome("text", "perplexity", with_ids(PAIRS), role="secondary"), constant)
     assert metric_of("perplexity").better == "lower"
+
+
+class Shifted(ReadingMetric):
+    """Has an option on which what it reads depends, and says nothing of sharing."""
+
+    better = "higher"
+    keys = ("text",)
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def reading(self, model, tokenizer, items):
+        return {item["id"]: len(item["text"]) + self.by for item in items}
+
+
+def test_a_metric_that_says_nothing_of_sharing_shares_with_none():
+    rows = [{"text": "a"}, {"text": "bc"}]
+    outcomes = [Outcome(f"by {by}", Shifted(by), rows, role=role) for by, role in ((0.0, "primary"), (5.0, "secondary"))]
+    found = measure_all(outcomes, nn.Identity(), None)
+    assert [list(values.values()) for values in found.values()] == [[1, 2], [6, 7]]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.bias.mitigation._prefix import places_of
-from steer.model.prefix import LEAST_TOKENS, agree, is_foreign, is_sharded
-from steer.model.watcher import watchers_of
+from steer.model.prefix import LEAST_TOKENS, agree, may_share
 
 
 class CommonStart:
@@ -38,10 +37,7 @@ class CommonStart:
 
     def _common(self, model: nn.Module, ids: Tensor, mask: Tensor) -> int:
         """How many tokens to read once: those that all rows begin with, but for the last one; 0 where something looks at whole passes."""
-        if len(ids) == 1 or torch.is_grad_enabled() or watchers_of(model) or is_sharded(model):
-            return 0
-        hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-        if any(is_foreign(hook) for hook in hooks if hook is not self.own):
+        if len(ids) == 1 or torch.is_grad_enabled() or not may_share(model, self.own):
             return 0
         alike = ((ids == ids[:1]) & mask.bool()).all(0)  # [tokens]
         return min(int(alike.long().cumprod(0).sum()), ids.shape[1] - 1)
