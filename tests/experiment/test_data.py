@@ -84,7 +84,7 @@ def test_the_digest_is_that_of_the_rows(tmp_path: Path) -> None:
 def test_an_unknown_set(name: str) -> None:
     with pytest.raises(ConfigError, match=f"no data set '{name}'") as caught:
         DataSet(name)
-    assert "tone" in str(caught.value.expected) and "train.jsonl" in str(caught.value.expected) and caught.value.remedy
+    assert "tone" in str(caught.value.expected) and "contrast.jsonl" in str(caught.value.expected) and caught.value.remedy
 
 
 @pytest.mark.parametrize(
