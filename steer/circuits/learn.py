@@ -21,7 +21,9 @@ from steer.circuits.operators.gate_components import FORMS, LINEAR
 from steer.circuits.terms import Term
 from steer.circuits.text_overlap import window_hashes
 from steer.errors import ConfigError
+from steer.model.anatomy import Anatomy
 from steer.model.devices import check_weights_are_there, input_device
+from steer.model.precision import BF16, FLOAT32, products_in, settled_precision
 from steer.model.restoring import restoring, restoring_all
 from steer.model.tokens import rows_hash
 
@@ -45,6 +47,7 @@ def learn_circuit(
     sparsity: float | Mapping[str, float] | None = None,
     least: float = 0.02,
     seed: int = 0,
+    precision: str = FLOAT32,
     progress: bool = True,
 ) -> Circuit:
     """Learns how much of each candidate to ablate, by gradient descent on gates (subnetwork probing); the model itself is not changed.
@@ -62,6 +65,8 @@ def learn_circuit(
         sparsity: weight of each amount in the loss, or of the probability that it is not 0 for hard-concrete gates. One for all, or by
             `input`, `head`, `mlp`, `neuron`; .01, and .0005 of neurons, for None.
         least: smaller amounts are left out of the circuit.
+        precision: of the passes: `32-true`; `bf16-mixed`, with products in bfloat16, twice as fast where a processor has them; or `auto`,
+            that which is faster here. Gates stay float32.
         progress: a bar on a terminal.
 
     Returns:
@@ -69,8 +74,8 @@ def learn_circuit(
         the end. It may be empty.
 
     Raises:
-        ConfigError: no terms, no candidates, an ablation that is none or goes to another prompt. WrongModelError: candidates of another
-            model. NonFiniteError: a loss that is not finite. DeployError: offloaded weights.
+        ConfigError: no terms, no candidates, an ablation that is none or goes to another prompt, another precision. WrongModelError:
+            candidates of another model. NonFiniteError: a loss that is not finite. DeployError: offloaded weights.
 
     Example:
         >>> terms = [Shift(model, ["The nurse said that"], ["The person said that"], target), KeepKL(rows)]
@@ -81,14 +86,21 @@ def learn_circuit(
     penalties = _checked(terms, candidates, gates, start, steps, lr, sparsity, least)
     anatomy = candidates.check_model(model)
     check_weights_are_there(model, "mask learning")
+    precision = settled_precision(precision, next(model.parameters()).dtype)
     ablation = candidates.ablation if ablation is None else ablation
     if ablation is None:
         raise _no_ablation()
     chosen = CandidateGates(anatomy, candidates, ablation, form=gates, start=start)
     passes = TermPasses(model, anatomy, terms)
     data = MaskData.drawn(terms, steps, seed)
-    with _frozen(model), _quiet(), tqdm(total=steps, desc="mask learning", unit="step", disable=None if progress else True) as bar:
-        data.look(passes)
+    with (
+        _frozen(model),
+        _cast_once(model, anatomy, precision),
+        _quiet(),
+        tqdm(total=steps, desc="mask learning", unit="step", disable=None if progress else True) as bar,
+    ):
+        with products_in(precision, input_device(model)):
+            data.look(passes)
 
         def after_step(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -96,13 +108,16 @@ def learn_circuit(
 
         training = MaskTraining(passes, chosen, data, sparsity=penalties, lr=lr, after_step=after_step)
         with restoring(lambda: training.switch(None)):
-            _fit(training, steps, seed, input_device(model))
+            _fit(training, steps, seed, precision, input_device(model))
     circuit = chosen.circuit(least)
     circuit.facts.update(
         method="learned gates",
         model=anatomy.fingerprint(),
         candidates={"nodes": len(candidates.node_names), "neurons": candidates.n_neurons},
-        settings={"gates": gates, "start": start, "steps": steps, "lr": lr, "sparsity": penalties, "least": least, "seed": seed},
+        settings={
+            **{"gates": gates, "start": start, "steps": steps, "lr": lr, "sparsity": penalties, "least": least, "seed": seed},
+            "precision": precision,
+        },
         texts=_texts(terms, candidates),
         terms=_summary(terms, training.history),
         sign="amounts are what is ablated" if not any(term.alone for term in terms) else "amounts are what stays",
@@ -110,7 +125,7 @@ def learn_circuit(
     return circuit
 
 
-def _fit(training: MaskTraining, steps: int, seed: int, device: torch.device) -> None:
+def _fit(training: MaskTraining, steps: int, seed: int, precision: str, device: torch.device) -> None:
     import pytorch_lightning as pl
 
     on_cpu = device.type == "cpu"
@@ -119,6 +134,7 @@ def _fit(training: MaskTraining, steps: int, seed: int, device: torch.device) ->
         max_epochs=1,
         accelerator="cpu" if on_cpu else "gpu" if device.type == "cuda" else device.type,
         devices=1 if on_cpu else [device.index or 0],
+        precision=precision,  # type: ignore[arg-type]
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -143,6 +159,18 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             if parameter.requires_grad:
                 restore.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def _cast_once(model: nn.Module, anatomy: Anatomy, precision: str) -> Iterator[None]:
+    """Weights of linear maps in bfloat16 for `bf16-mixed`; without gradients autocast would cast them anew in every pass."""
+    with restoring_all() as restore:
+        for module in model.modules() if precision == BF16 else ():
+            weight = module.weight if type(module) is nn.Linear and module is not anatomy.unembedding else None
+            if weight is not None and weight.dtype == torch.float32:
+                restore.callback(setattr, weight, "data", weight.data)
+                weight.data = weight.data.bfloat16()
         yield
 
 

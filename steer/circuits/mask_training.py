@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steer.circuits.gates import CandidateGates
 from steer.circuits.terms import Term
@@ -23,6 +25,7 @@ from steer.model.own_calls import texts_call
 from steer.model.tokens import Row
 
 Draw = list[list[int]]  # items of each term in one step
+_SHORT = 128  # tokens
 
 
 class TermPasses:
@@ -59,7 +62,7 @@ class TermPasses:
         if head is not None and texts_call(passes.model, passes.anatomy) is passes.model:
             columns = torch.tensor([row * width + place for row, of_row in enumerate(places) for place in of_row])
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-            with evaluating(passes.model), torch.set_grad_enabled(gradients):
+            with evaluating(passes.model), torch.set_grad_enabled(gradients), _attention(batch, gradients):
                 logits = logits_at(passes.model, head, inputs, columns)  # [places of all rows, vocabulary]
         else:
             at_all = sorted({place for of_row in places for place in of_row})
@@ -226,6 +229,12 @@ class MaskTraining(pl.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         self.candidates.cut_off()
+
+
+def _attention(batch: Batch, gradients: bool) -> AbstractContextManager[None]:
+    """Attention by plain products where the fused one is slow: on the CPU, in bfloat16, backwards (4 times at 10 tokens, 2 at 128)."""
+    is_slow = gradients and batch.ids.device.type == "cpu" and torch.is_autocast_enabled("cpu") and batch.ids.shape[1] <= _SHORT
+    return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 
 def _unique(name: str, taken: Mapping[str, object]) -> str:

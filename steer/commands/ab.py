@@ -65,6 +65,7 @@ def _run_all(job: ExperimentRun) -> Result | None:
     question = asked(job.config)
     if cell_ranks.is_first():
         write_config(job)
+        job.config.keep_precision(job.root)
     job.prepare()
     cells = CellFolder(job.root / "cells")
     wanted = job.config.cells()
@@ -133,6 +134,7 @@ def plan(job: ExperimentRun) -> None:
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
     design = _design(job.config, asked(job.config), job.config.cells())
+    job.config.keep_precision(job.root)
     job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
@@ -189,6 +191,7 @@ def _analysed(job: ExperimentRun, question: Question, cells: CellFolder, chosen:
         "config": job.config.settings,
         "design": {
             "trained": job.config.trains,
+            "precision": job.config.precision,
             "seeds": sorted({cell.seed for cell in chosen if cell.arm != BASE}),
             **_lock_state(job, question, chosen),
         },

@@ -34,6 +34,8 @@ from steer.experiment.overhead import step_overhead
 from steer.experiment.treatment import BAKED, NEVER, Treatment
 from steer.files import contents
 from steer.intervene import Plan
+from steer.model.devices import input_device
+from steer.model.precision import products_in
 from steer.model.tokens import Row, collate
 
 ADAPTER = "adapter"
@@ -92,8 +94,9 @@ def _measured_as_base(run: ExperimentRun, arm: Arm, cells: CellFolder) -> dict[s
 
 def _measure(run: ExperimentRun, model: nn.Module, system: str | None) -> dict[str, Any]:
     model.eval()
-    scores = measure_all(run.config.outcomes, model, run.tokenizer, system=system)
-    return {"scores": scores, "completions": run.completions(model, system)}
+    with products_in(run.config.precision, input_device(model)):
+        scores = measure_all(run.config.outcomes, model, run.tokenizer, system=system)
+        return {"scores": scores, "completions": run.completions(model, system)}
 
 
 @contextmanager

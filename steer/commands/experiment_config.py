@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from steer.checks import whole_number
+from steer.checks import one_of, whole_number
 from steer.commands import cell_ranks
+from steer.commands.config import dtype_named
 from steer.commands.experiment_keys import complete_keys
 from steer.commands.trackers import check_tracker
 from steer.commands.train_checks import check_seeds, features_to_track, texts
@@ -30,10 +32,13 @@ from steer.experiment.treatment import BAKED, INFERENCE, NEVER
 from steer.features.dictionary import Dictionary
 from steer.features.feature_edit import distinct
 from steer.features.load import load_dictionary
+from steer.files import atomic_write
 from steer.model.files_digest import files_digest
+from steer.model.precision import AUTO, BF16, FLOAT32, PRECISIONS, settled_precision
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
+_SETTLED = Path("config") / "precision.txt"
 _JUDGED = ("role", "better", "margin")  # keys of an outcome that say what its values mean, and change none of them
 _OUTCOME_KEYS = ("data", *_JUDGED)
 
@@ -56,6 +61,7 @@ class ExperimentConfig:
         self.experiment = values.experiment
         self.seeds = check_seeds(values.seeds)
         self.settings = cast(dict[str, Any], OmegaConf.to_container(values, resolve=True))
+        self.precision: str = one_of(self.experiment.precision, PRECISIONS, "experiment.precision")
         spec = self.settings["experiment"]
         arms = read_arms(spec["arms"], trait=spec.get("trait"), scope=spec.get("scope") or "all")
         arms = _with_weights(arms) if self.trains else arms
@@ -151,6 +157,24 @@ class ExperimentConfig:
 
     # ---- cells
 
+    def settle_precision(self, folder: Path) -> None:
+        """Settles `experiment.precision: auto`: what cells of the folder were begun with, else what is fast on this machine."""
+        if self.precision != AUTO:
+            return
+        file = folder / _SETTLED
+        if file.is_file():
+            kept = file.read_text(encoding="utf-8").strip()
+            self.precision = one_of(kept, (FLOAT32, BF16), f"the precision that '{file}' holds")
+        elif cell_ranks.world_size() > 1:  # of which each would try for itself
+            self.precision = FLOAT32
+        else:
+            self.precision = settled_precision(AUTO, dtype_named(self.values.model.dtype))
+
+    def keep_precision(self, folder: Path) -> None:
+        """Notes what `auto` was settled as, so that an interrupted run goes on with it."""
+        if self.experiment.precision == AUTO and not (folder / _SETTLED).is_file():
+            atomic_write(folder / _SETTLED, self.precision + "\n")
+
     def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
         cells = [Cell(BASE, 0, 0, self._shared_spec)]
@@ -190,6 +214,8 @@ class ExperimentConfig:
         files = files_digest(self.settings["model"]["name"])
         if experiment["circuit"]:
             read["circuit"] = experiment["circuit"]
+        if self.precision != FLOAT32:
+            read["measured_in"] = self.precision
         if experiment["features"]:
             read["features"] = {**experiment["features"], "dictionary": self.dictionary.source.sha256()}
         return {

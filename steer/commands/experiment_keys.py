@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steer.errors import ConfigError, did_you_mean
+from steer.model.precision import FLOAT32
 
 REQUIRED = "???"  # as OmegaConf has it
 KEYS: dict[str, Any] = {
@@ -18,6 +19,7 @@ KEYS: dict[str, Any] = {
     "features": None,
     "circuit": None,
     "scope": None,
+    "precision": FLOAT32,
     "arms": REQUIRED,
     "outcomes": {  # what was measured before experiments said what; a trait and its data are needed for the first
         "behaviour_gap": {"metric": "logprob_gap", "data": "heldout", "role": "primary", "better": "lower"},

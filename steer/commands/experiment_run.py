@@ -41,6 +41,7 @@ class ExperimentRun:
 
     def __init__(self, config: ExperimentConfig, root: Path) -> None:
         self.config = config
+        self.config.settle_precision(root)
         self.root = root
         self.console = Console(quiet=not cell_ranks.is_first())
 
@@ -151,6 +152,7 @@ class ExperimentRun:
             spec["baseline"],
             self.root / "circuits",
             lambda text: self.say("circuit", text),
+            self.config.precision,
         )
 
     @cached_property

@@ -31,6 +31,8 @@ from steer.circuits import (
 from steer.errors import ConfigError
 from steer.experiment.data import DataSet
 from steer.model.anatomy import Anatomy
+from steer.model.devices import input_device
+from steer.model.precision import FLOAT32, products_in
 from steer.model.tokens import Row, plain
 
 OCCUPATION = "{occupation}"
@@ -53,6 +55,7 @@ class PronounCircuits:
         baseline: the word that shifts are measured from.
         folder: where finished circuits are kept; None to make them anew.
         say: told what is being made.
+        precision: of the passes for means and learned gates, see `steer.model.precision`.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class PronounCircuits:
     baseline: str = "person"
     folder: Path | None = None
     say: Callable[[str], None] = lambda text: None
+    precision: str = FLOAT32
     _made: dict[str, Circuit] = field(default_factory=dict, repr=False)
     _tokens: dict[str, int] = field(default_factory=dict, repr=False)  # of pronouns, asked for in every prompt
 
@@ -93,6 +97,8 @@ class PronounCircuits:
 
     def _key(self, by: str, settings: Mapping[str, Any]) -> str:
         made_of = {"by": by, "settings": dict(settings), "data": self.digest(), "model": Anatomy.find(self.model).fingerprint()}
+        if self.precision != FLOAT32:
+            made_of["precision"] = self.precision
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
     # ---- texts
@@ -112,7 +118,8 @@ class PronounCircuits:
     @cached_property
     def ablation(self) -> Ablation:
         """Means over text that is used for nothing else."""
-        return mean_ablation(self.model, self.running("constants"))
+        with products_in(self.precision, input_device(self.model)):
+            return mean_ablation(self.model, self.running("constants"))
 
     def _token(self, word: str) -> int:
         if word in self._tokens:
@@ -165,6 +172,7 @@ class PronounCircuits:
             start=0.0,
             sparsity={"head": settings["head_sparsity"], "neuron": settings["neuron_sparsity"]},
             seed=settings["seed"],
+            precision=self.precision,
         )
 
     def _terms(self, settings: Mapping[str, Any]) -> list[Any]:

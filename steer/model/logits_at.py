@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steer.model.hook_registration import is_compiled
@@ -26,6 +27,8 @@ def lone_head(model: nn.Module, head: nn.Module | None) -> nn.Module | None:
 def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], columns: Tensor) -> Tensor:
     """Runs a model and gives its logits at chosen tokens, [n, vocabulary]; differentiable.
 
+    Under autocast the unembedding alone stays in float32: logits of 20 in bfloat16 are 1/8 apart, and next words would tie.
+
     Args:
         head: the unembedding; None makes the logits of all tokens first.
         inputs: the arguments of the pass, on the device that they belong on.
@@ -34,8 +37,12 @@ def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], 
     forward = head.forward if head is not None else None
 
     def gathered(hidden: Tensor) -> Tensor:
-        assert forward is not None
-        return forward(hidden.flatten(0, -2)[columns.to(hidden.device)][None])  # [1, n, vocabulary]
+        assert forward is not None and head is not None
+        chosen = hidden.flatten(0, -2)[columns.to(hidden.device)][None]  # [1, n, width]
+        if not torch.is_autocast_enabled(hidden.device.type) or any(each.dtype != torch.float32 for each in head.parameters()):
+            return forward(chosen)  # [1, n, vocabulary]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(chosen.float())
 
     with replaced_forwards({head: gathered}) if head is not None else nullcontext():
         logits = model(**inputs).logits

@@ -16,6 +16,10 @@ ONE_SEED = (
     "One seed ({seed}): the interval covers the choice of items, not that of the seed, the batches or the training texts. "
     "Repeat with other seeds before believing a small difference."
 )
+ROUNDED = (
+    "Measured with matrix products in bfloat16, the base and all arms alike: a mean differs from that of float32 in the third place or so, "
+    "which is less than its interval; compare no single score with one that was measured in float32."
+)
 NOT_TRAINED = "No arm was trained: the answer is about these weights and other items like these."
 FEW = "{count} seeds: an interval over so few seeds is wide; with three it covers the truth in 91 to 96 of 100 experiments, not always 95."
 INTERIM = (
@@ -80,6 +84,8 @@ def _of_seeds(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield ONE_SEED.format(seed=seeds[0] if seeds else "not recorded")
     elif len(seeds) < FEW_SEEDS:
         yield FEW.format(count=len(seeds))
+    if design.get("precision") == "bf16-mixed":
+        yield ROUNDED
     if isinstance(planned, list) and len(planned) > len(seeds) > 0:
         yield INTERIM.format(done=len(seeds), planned=len(planned))
 

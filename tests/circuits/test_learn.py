@@ -8,7 +8,7 @@ from callback_helpers import Module, loader, make_trainer
 from torch import Tensor, nn
 
 from steer.callbacks import SteeringCallback
-from steer.circuits import Circuit, LogitDifference, mean_ablation, resample_ablation, zero_ablation
+from steer.circuits import Circuit, LogitDifference, mask_training, mean_ablation, resample_ablation, zero_ablation
 from steer.circuits.learn import learn_circuit
 from steer.circuits.mask_training import TermPasses
 from steer.circuits.operators.gate_components import HIGH, LOW, TEMPERATURE, GateComponents, gates_of
@@ -16,6 +16,7 @@ from steer.circuits.terms import Faithful, KeepKL, KeepTarget, Shift
 from steer.errors import ConfigError
 from steer.intervene import Intervention, Plan
 from steer.model.anatomy import Anatomy
+from steer.model.restoring import restoring
 from steer.model.tokens import Row
 
 HEADS = [f"a{layer}.h{head}" for layer in range(3) for head in range(4)]
@@ -161,6 +162,29 @@ def test_the_same_seed_gives_the_same_circuit_and_nothing_is_printed(tiny, capsy
     assert capsys.readouterr() == ("", "")
 
 
+def test_products_in_bf16_give_nearly_the_same_gates_and_nothing_stays_cast(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    prompts, partners = pairs()
+    candidates = Circuit.of_nodes(model, [*HEADS, "m1"]).with_ablation(mean_ablation(model, rows(6, 20, seed=2)))
+    seen: list[torch.dtype] = []
+
+    def learned(precision: str) -> Circuit:
+        terms = [Shift(model, prompts, partners, TARGET), KeepKL(rows(4, 24, seed=3), weight=0.5)]
+        return learn_circuit(model, terms, candidates, steps=12, precision=precision)
+
+    whole = learned("32-true")
+    with restoring(model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *given: seen.append(given[2].dtype)).remove):
+        rounded = learned("bf16-mixed")
+    assert set(seen) == {torch.bfloat16} and rounded.facts["settings"]["precision"] == "bf16-mixed"
+    assert rounded.nodes.dtype == torch.float64 and not torch.equal(rounded.nodes, whole.nodes)
+    torch.testing.assert_close(rounded.nodes, whole.nodes, atol=0.05, rtol=0.1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    monkeypatch.setattr(mask_training, "_SHORT", 0)  # attention as the model has it
+    torch.testing.assert_close(learned("bf16-mixed").nodes, rounded.nodes, atol=0.02, rtol=0.05)
+    with pytest.raises(ConfigError, match="precision"):
+        learned("16-mixed")
+
+
 def test_neurons_and_heads_are_gated_each_by_itself(tiny) -> None:
     model = tiny("llama")
     circuit = Circuit.of_nodes(model, ["a1.h2", "m2"]).with_ablation(zero_ablation())
@@ -183,8 +207,10 @@ def test_faithful_keeps_what_the_circuit_alone_needs(tiny) -> None:
     assert circuit.facts["sign"] == "amounts are what stays"
 
 
-def test_an_error_in_a_term_leaves_no_hook_and_no_frozen_parameter(tiny) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_error_in_a_term_leaves_no_hook_and_no_frozen_or_cast_parameter(tiny, precision: str) -> None:
     model = tiny("llama")
+    before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in model.named_parameters()}
     prompts, partners = pairs()
     calls = []
 
@@ -196,7 +222,9 @@ def test_an_error_in_a_term_leaves_no_hook_and_no_frozen_parameter(tiny) -> None
 
     candidates = Circuit.of_nodes(model, HEADS).with_ablation(zero_ablation())
     with pytest.raises(BaseException):  # noqa: B017  Lightning makes an exit of an interrupt
-        learn_circuit(model, [Shift(model, prompts, partners, target)], candidates, steps=20)
+        learn_circuit(model, [Shift(model, prompts, partners, target)], candidates, steps=20, precision=precision)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1]) and parameter.dtype == torch.float32
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     Plan(Intervention(GateComponents(torch.zeros(1), torch.ones(32), torch.zeros(32)), "layers.0.output")).attach(model).detach()

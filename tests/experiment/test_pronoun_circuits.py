@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from steer.experiment.pronoun_circuits import _said
 from steer.experiment.treatment import Bench
 from steer.experiment.treatments.circuit import CircuitTreatment
 from steer.experiment.treatments.mitigation import MitigationTreatment
+from steer.model import precision
 
 SHORT = {"steps": 2, "shifts": 3, "facts": 2, "texts": 1}
 ARMS = [
@@ -124,25 +127,49 @@ def test_what_is_missing_is_said() -> None:
         CircuitTreatment("attribution").prepare(Bench(nn.Identity(), None, []))
 
 
-def test_steer_bias_finds_ablates_and_reports(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bias(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Runs `steer bias` on a tiny model, and gives metrics.json."""
+    shared = tmp_path_factory.mktemp("bias")
+    parts = f"model.name={write_model(shared / 'model')}", f"experiment.data={write_splits(shared / 'data')}"
+
+    def run(folder: Path, *more: str) -> dict[str, Any]:
+        options = "experiment.circuit.baseline=game", "trainer.accelerator=cpu", f"folder={folder}"
+        assert command("bias", *parts, *options, *ARMS, *more) == 0
+        return read_metrics(folder)
+
+    return run
+
+
+def test_steer_bias_finds_ablates_and_reports(bias: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    command(
-        "bias",
-        f"model.name={write_model(tmp_path / 'model')}",
-        f"experiment.data={write_splits(tmp_path / 'data')}",
-        "experiment.circuit.baseline=game",
-        "trainer.accelerator=cpu",
-        f"folder={folder}",
-        *ARMS,
-    )
-    metrics = read_metrics(folder)
+    metrics = bias(folder, "experiment.precision=32-true")
     assert {made["method"] for made in metrics["circuits"]["made"]} == {"learned gates", "eap_ig"}
     assert [points[0]["guardrail"] for points in metrics["trade_off_others"]] == ["fact_accuracy"]
     arms = {arm["name"]: arm["outcomes"]["shift"] for arm in metrics["arms"]}
     assert arms["baked"]["mean"] == pytest.approx(arms["gates x1"]["mean"], abs=1e-4)
     page = (folder / "report.html").read_text()
     assert "The strongest edges" in page and "Effect against fact accuracy" in page
-    assert not undocumented(metrics)
+    assert not undocumented(metrics) and "bfloat16" not in page
+
+
+def test_what_is_faster_here_is_settled_once_for_a_folder(
+    bias: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [f"experiment.arms.{name}=null" for name in ("heads", "random_heads", "projection", "baked")]
+    whole = bias(tmp_path / "whole", *few, "experiment.precision=32-true")
+    monkeypatch.setattr(precision, "_speed_of_bf16", lambda: 2.0)
+    rounded = bias(tmp_path / "out", *few)
+    monkeypatch.setattr(precision, "_speed_of_bf16", lambda: 1.0)  # a machine without instructions for it goes on with the run
+    again = bias(tmp_path / "out", *few)
+    assert again["cells"] == rounded["cells"] and again["design"]["precision"] == rounded["design"]["precision"] == "bf16-mixed"
+    assert not {cell["key"] for cell in rounded["cells"].values()} & {cell["key"] for cell in whole["cells"].values()}
+    assert "bfloat16" in (tmp_path / "out" / "report.html").read_text()
+    for of_rounded, of_whole in zip(rounded["arms"], whole["arms"], strict=True):
+        for name, found in of_rounded["outcomes"].items():
+            if name != "fact_accuracy":  # of near ties in a model that knows nothing
+                assert found["mean"] == pytest.approx(of_whole["outcomes"][name]["mean"], abs=0.05)
+    assert rounded["arms"][0]["outcomes"]["damage"]["before"] != whole["arms"][0]["outcomes"]["damage"]["before"]
 
 
 def test_what_is_said_of_circuits_is_the_same_after_json_for_any_number_of_blocks(bench: Bench) -> None:

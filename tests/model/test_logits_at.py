@@ -55,6 +55,18 @@ def test_logits_at_some_tokens_are_those_of_a_whole_pass(family: str, monkeypatc
     assert some.shape == (2, whole.shape[-1])
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_under_autocast_the_unembedding_stays_in_float32(family: str) -> None:
+    model = FAMILIES[family]()
+    inputs = {"input_ids": IDS}
+    with torch.no_grad():
+        whole = logits_at(model, head_of(model), inputs, COLUMNS)
+        with torch.autocast("cpu", torch.bfloat16):
+            some = logits_at(model, head_of(model), inputs, COLUMNS)
+    assert some.dtype == torch.float32 and not torch.equal(some, some.bfloat16().float())
+    torch.testing.assert_close(some, whole, atol=0.1, rtol=0.05)
+
+
 class Doubles:
     """Whoever wraps a model."""
 

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from steer.errors import ConfigError, NonFiniteError
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
+from steer.model.precision import FLOAT32, products_in
 from steer.model.restoring import restoring
 from steer.model.tokens import Row, collate
 
 
 def train_lora(
-    model: nn.Module, rows: Sequence[Row], *, steps: int, batch_size: int, learning_rate: float, rank: int, max_length: int, seed: int
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rank: int,
+    max_length: int,
+    seed: int,
+    precision: str = FLOAT32,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trains a LoRA adapter on all linear maps of the blocks with AdamW, at a constant rate and without dropout; the model stays as it was.
 
@@ -39,7 +49,8 @@ def train_lora(
                 order += torch.randperm(len(rows), generator=generator).tolist()
             chosen, order = order[:batch_size], order[batch_size:]
             batch = collate([rows[i] for i in chosen], 0, max_length=max_length)
-            loss = adapted(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+            with products_in(precision, device):
+                loss = adapted(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -19,6 +19,7 @@ from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
 from steer.model.fingerprint import differing, warn_of_cast
+from steer.model.precision import FLOAT32, settled_precision
 from steer.model.tokens import Row, encode, plain, rows_hash
 
 
@@ -36,6 +37,7 @@ def cda(
     rank: int = 8,
     max_length: int = 128,
     seed: int = 0,
+    precision: str = FLOAT32,
 ) -> Cda:
     """Counterfactual data augmentation (CDA): a LoRA fine-tune on text with swapped group words.
 
@@ -45,6 +47,7 @@ def cda(
         pairs: words to swap, gender words when None; see `steer.bias.counterfactual.Swap`.
         steps: optimiser steps of the fine-tune; 0 for the rows alone.
         batch_size, learning_rate, rank, max_length, seed: of the fine-tune.
+        precision: of its passes, see `steer.model.precision`.
 
     Raises:
         ConfigError: no texts, or numbers out of range. ContrastError: no text has a word to swap. TokenizerError, NonFiniteError.
@@ -56,6 +59,7 @@ def cda(
         whole_number(value, f"`{name}` of cda", least=1)
     whole_number(seed, "`seed` of cda")
     finite_number(learning_rate, "`learning_rate` of cda", above=0)
+    precision = settled_precision(precision, next(model.parameters()).dtype)
     pairs = None if pairs is None else list(pairs)
     rows = augmented(texts, sided=sided, pairs=pairs)
     tokens = [_row(tokenizer, row) for row in rows]
@@ -74,8 +78,8 @@ def cda(
     adapter: dict[str, Tensor] = {}
     if steps:
         settings = {"batch_size": batch_size, "learning_rate": learning_rate, "rank": rank, "max_length": max_length, "seed": seed}
-        adapter, losses = train_lora(model, tokens, steps=steps, **settings)  # type: ignore[arg-type]
-        facts["training"] = {"steps": steps, **settings, "loss": losses}
+        adapter, losses = train_lora(model, tokens, steps=steps, precision=precision, **settings)  # type: ignore[arg-type]
+        facts["training"] = {"steps": steps, **settings, "precision": precision, "loss": losses}
     return Cda(name="cda", facts=facts, rows=rows, rank=rank, adapter=adapter)
 
 

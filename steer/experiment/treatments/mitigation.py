@@ -52,14 +52,16 @@ class MitigationTreatment(Treatment):
         if self._fitted is None:
             circuits = circuits_of(bench, self)
             texts: Any = None
+            options = self.options
             if self.method in _ON_RUNNING_TEXT:
                 texts = [row["text"] for row in circuits.rows("learning")]
+                options = {"precision": circuits.precision, **options}
             elif self.method not in _WITHOUT_TEXTS:
                 sentences, words = circuits.rows("sentences")[:2], circuits.rows("gender_words")
                 texts = [
                     tuple(row["text"].replace(OCCUPATION, pair[side]) for side in ("male", "female")) for row in sentences for pair in words
                 ]
-            self._fitted = fit_mitigation(self.method, bench.model, texts, tokenizer=bench.tokenizer, **self.options)
+            self._fitted = fit_mitigation(self.method, bench.model, texts, tokenizer=bench.tokenizer, **options)
         return self
 
     @contextmanager
