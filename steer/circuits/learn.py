@@ -86,7 +86,7 @@ def learn_circuit(
     penalties = _checked(terms, candidates, gates, start, steps, lr, sparsity, least)
     anatomy = candidates.check_model(model)
     check_weights_are_there(model, "mask learning")
-    precision = settled_precision(precision, next(model.parameters()).dtype)
+    precision = settled_precision(precision, next(model.parameters()).dtype, input_device(model))
     ablation = candidates.ablation if ablation is None else ablation
     if ablation is None:
         raise _no_ablation()

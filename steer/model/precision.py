@@ -17,15 +17,15 @@ _FASTER = 1.5  # times as fast as float32, to be worth the rounding
 _TRIALS = 5
 
 
-def settled_precision(precision: str, dtype: torch.dtype = torch.float32) -> str:
-    """What `auto` means on this machine: `bf16-mixed` where its CPU multiplies bfloat16 faster, `32-true` elsewhere.
+def settled_precision(precision: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> str:
+    """What `auto` means on a device: `bf16-mixed` where it multiplies bfloat16 faster, `32-true` elsewhere.
 
     A processor without instructions for bfloat16 takes several times as long as with float32, one with them half as long; a product is
-    timed, since torch does not say which it is. A model that is not float32 is left as it is.
+    timed, since torch does not say which it is (of CUDA devices it does). A model that is not float32 is left as it is.
 
     Args:
         precision: one of `PRECISIONS`; the others are given back.
-        dtype: of the weights.
+        dtype: of the weights. device: where the model computes.
 
     Raises:
         ConfigError: another precision.
@@ -37,7 +37,7 @@ def settled_precision(precision: str, dtype: torch.dtype = torch.float32) -> str
     one_of(precision, PRECISIONS, "the precision")
     if precision != AUTO:
         return precision
-    return BF16 if dtype == torch.float32 and _speed_of_bf16() >= _FASTER else FLOAT32
+    return BF16 if dtype == torch.float32 and _multiplies_bf16(torch.device(device)) else FLOAT32
 
 
 def products_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -46,6 +46,12 @@ def products_in(precision: str, device: torch.device) -> AbstractContextManager[
     Weights that change within it may be used as they were: torch keeps their casts.
     """
     return torch.autocast(device.type, torch.bfloat16) if precision == BF16 else nullcontext()
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _speed_of_bf16() >= _FASTER
 
 
 @torch.no_grad()

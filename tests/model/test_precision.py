@@ -18,6 +18,7 @@ def test_auto_is_bf16_where_it_is_faster_and_something_is_to_be_gained(
 ) -> None:
     monkeypatch.setattr(precision, "_speed_of_bf16", lambda: speed)
     assert settled_precision(AUTO, dtype) == expected
+    assert settled_precision(AUTO, dtype, "mps") == FLOAT32
     assert settled_precision(FLOAT32, dtype) == FLOAT32 and settled_precision(BF16, dtype) == BF16
 
 

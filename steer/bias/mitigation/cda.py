@@ -18,6 +18,7 @@ from steer.bias.mitigation._lora import lora_on, train_lora
 from steer.checks import finite_number, whole_number
 from steer.errors import ConfigError, WrongModelError
 from steer.model.anatomy import Anatomy
+from steer.model.devices import input_device
 from steer.model.fingerprint import differing, warn_of_cast
 from steer.model.precision import FLOAT32, settled_precision
 from steer.model.tokens import Row, encode, plain, rows_hash
@@ -59,7 +60,7 @@ def cda(
         whole_number(value, f"`{name}` of cda", least=1)
     whole_number(seed, "`seed` of cda")
     finite_number(learning_rate, "`learning_rate` of cda", above=0)
-    precision = settled_precision(precision, next(model.parameters()).dtype)
+    precision = settled_precision(precision, next(model.parameters()).dtype, input_device(model))
     pairs = None if pairs is None else list(pairs)
     rows = augmented(texts, sided=sided, pairs=pairs)
     tokens = [_row(tokenizer, row) for row in rows]
