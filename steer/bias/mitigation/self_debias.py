@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ class SelfDebias(Mitigation):
     def rescaled(self, logits: Tensor, biased: Tensor) -> Tensor:
         """Logits whose softmax is p'. logits, biased: [..., vocabulary], of the text alone and behind the prefix; up to a constant."""
         less = (logits.float().softmax(-1) - biased.float().softmax(-1)).clamp(max=0)  # 0 where the prefix makes a word no likelier
-        return logits + (self.decay * less).exp().clamp_min(self.epsilon).log().to(logits.dtype)
+        log_factor = self.decay * less  # the logarithm of exp(decay d), and of epsilon where that is more
+        return logits + (log_factor.clamp(min=math.log(self.epsilon)) if self.epsilon else log_factor).to(logits.dtype)
 
     @contextmanager
     def acting(self, model: nn.Module) -> Iterator[nn.Module]:
