@@ -25,6 +25,7 @@ from steer.reading import read_json
 DONE = "done.json"
 BEGUN = "begun.txt"  # when its first run began; the times of a folder change with its contents
 SCHEMA = 1
+OF_ARM = ("treatment", "when", "control")  # what the spec of an arm's cell has beyond that of the experiment
 _POLL = 2.0  # seconds between two looks at cells that somebody else runs
 
 
@@ -102,7 +103,7 @@ class CellFolder:
             for file in files:
                 content = _read(file)
                 theirs = content["spec"]
-                if different := [name for name in spec if theirs.get(name) != spec[name]]:
+                if different := [name for name in {**spec, **theirs} if name not in OF_ARM and theirs.get(name) != spec.get(name)]:
                     raise _another_experiment(file, different)
 
     def result(self, cell: Cell) -> dict[str, Any]:

@@ -128,6 +128,25 @@ def test_a_file_is_no_folder_of_cells(tmp_path: Path) -> None:
             CellFolder(*folders)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "differs"), [({}, ""), ({"model": {"name": "n"}}, "model"), ({"measured_in": "bf16-mixed"}, "measured_in")]
+)
+def test_cells_of_other_folders_are_of_the_same_experiment(tmp_path: Path, theirs: dict[str, Any], differs: str) -> None:
+    """A key that either of the two has alone is a difference, too."""
+    shared = {key: SPEC[key] for key in ("model", "train")}
+    CellFolder(tmp_path / "theirs").finish(dataclasses.replace(LATER, spec={**LATER.spec, **theirs}), RESULT)
+    folder = CellFolder(tmp_path / "ours", [tmp_path / "theirs"])
+    if not differs:
+        folder.check_others(shared)
+        return
+    with pytest.raises(ConfigError, match="another experiment") as caught:
+        folder.check_others(shared)
+    assert differs in str(caught.value.found)
+    CellFolder(tmp_path / "more").finish(LATER, RESULT)
+    with pytest.raises(ConfigError, match="another experiment"):
+        CellFolder(tmp_path / "ours", [tmp_path / "more"]).check_others({**shared, **theirs})
+
+
 # ---- running what is missing
 
 
