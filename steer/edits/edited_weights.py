@@ -45,7 +45,9 @@ class EditedWeights:
     Weights that something else has changed since (a training step, a checkpoint that was loaded) are noticed by their hash, and `apply`,
     `revert` and `clear` refuse to guess what they hold. Say it: `rebase()` when the edits are still in them (they were trained), `forget()`
     when they are not (they were loaded anew). Casts of the model (`model.half()`, and back) are told from these, to the bit, and W0 is cast
-    with it: what edits are taken out of is the model as the casts would have left it without them.
+    with it: what edits are taken out of is the model as the casts would have left it without them. Casts are told by what they did to the
+    edited weights, whenever somebody looks (`changed` does). One that did nothing to them cannot be told: bf16 weights that became fp16 and
+    then something else count as cast once, though numbers of W0 below 6e-5 may have been rounded on the way. Look in between.
 
     Example:
         >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)

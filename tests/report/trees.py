@@ -122,6 +122,7 @@ def tree(
         "config": {"seeds": list(range(seeds)), "experiment": {"trait": {"name": "condescension", "site": SITE}}},
         "design": {
             "trained": True,
+            "precision": "32-true",
             "seeds": list(range(seeds)),
             "lock": lock if locked else {"confirmatory": False, "locked": None, "deviations": []},
         },
