@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from experiment_helpers import command
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from tiny_experiment import SMALL, ab_overrides, write_data, write_model
 
@@ -81,3 +83,24 @@ def test_a_metric_that_is_edited_is_measured_again(keys: Keys, tmp_path: Path) -
     assert keys(outcome) == before
     module.write_text(module.read_text().replace("len(item['prompt'])", "2 * len(item['prompt'])"))
     assert not set(before.values()) & set(keys(outcome).values())
+
+
+def test_the_job_that_comes_second_takes_over_what_the_first_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both looked before either of them had noted anything."""
+    from steer.commands.experiment_config import ExperimentConfig
+    from steer.model import precision
+
+    speed, settled = iter((2.0, 1.0)), []
+    monkeypatch.setattr(precision, "_speed_of_bf16", lambda: next(speed))
+    parts = write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    with initialize_config_module("steer.conf", version_base=None):
+        values = compose("ab", [*ab_overrides(*parts, tmp_path, *SMALL), "+experiment.precision=auto"])
+    configs = [ExperimentConfig(copy.deepcopy(values)) for _ in range(2)]
+    for config in configs:
+        config.settle_precision([tmp_path / "folder"])
+        settled.append(config.precision)
+    for config in configs:
+        config.keep_precision(tmp_path / "folder")
+    keys = [{cell.key for cell in config.cells()} for config in configs]
+    assert settled == ["bf16-mixed", "32-true"] and keys[0] == keys[1]
+    assert {config.precision for config in configs} == {"bf16-mixed"}

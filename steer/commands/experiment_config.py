@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -22,7 +23,7 @@ from steer.directions.sweep import check_scope
 from steer.drift.feature_groups import TrackedFeatures
 from steer.errors import ConfigError
 from steer.experiment.arms import Arm, check_training, read_arms
-from steer.experiment.cells import Cell
+from steer.experiment.cells import DONE, MEASURED_IN, Cell
 from steer.experiment.complete import check_completions
 from steer.experiment.data import DataSet
 from steer.experiment.metric import metric_of
@@ -35,6 +36,7 @@ from steer.features.load import load_dictionary
 from steer.files import atomic_write
 from steer.model.files_digest import files_digest
 from steer.model.precision import AUTO, BF16, FLOAT32, PRECISIONS, settled_precision
+from steer.reading import read_json
 
 BASE = "base"  # name of the cell of the model as it is
 COMPLETIONS = "experiment.completions."
@@ -157,23 +159,29 @@ class ExperimentConfig:
 
     # ---- cells
 
-    def settle_precision(self, folder: Path) -> None:
-        """Settles `experiment.precision: auto`: what cells of the folder were begun with, else what is fast on this machine."""
+    def settle_precision(self, folders: Sequence[Path]) -> None:
+        """Settles `experiment.precision: auto`: as it was in one of these folders, else as this machine is faster."""
         if self.precision != AUTO:
             return
-        file = folder / _SETTLED
-        if file.is_file():
-            kept = file.read_text(encoding="utf-8").strip()
-            self.precision = one_of(kept, (FLOAT32, BF16), f"the precision that '{file}' holds")
+        kept = [known for folder in folders if (known := _settled_in(folder)) is not None]
+        if kept:
+            self.precision = kept[0]
         elif cell_ranks.world_size() > 1:  # of which each would try for itself
             self.precision = FLOAT32
         else:
             self.precision = settled_precision(AUTO, dtype_named(self.values.model.dtype))
 
     def keep_precision(self, folder: Path) -> None:
-        """Notes what `auto` was settled as, so that an interrupted run goes on with it."""
-        if self.experiment.precision == AUTO and not (folder / _SETTLED).is_file():
-            atomic_write(folder / _SETTLED, self.precision + "\n")
+        """Notes what `auto` was settled as, or takes over what another job has noted first; before any cell is named."""
+        if self.experiment.precision != AUTO:
+            return
+        file = folder / _SETTLED
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                atomic_write(file, self.precision + "\n")
+            self.precision = _settled_in(folder) or self.precision
+        vars(self).pop("_shared_spec", None)
 
     def cells(self, more_seeds: Sequence[int] = ()) -> list[Cell]:
         """Every cell: the model as it is, and each arm, draw and seed."""
@@ -215,7 +223,7 @@ class ExperimentConfig:
         if experiment["circuit"]:
             read["circuit"] = experiment["circuit"]
         if self.precision != FLOAT32:
-            read["measured_in"] = self.precision
+            read[MEASURED_IN] = self.precision
         if experiment["features"]:
             read["features"] = {**experiment["features"], "dictionary": self.dictionary.source.sha256()}
         return {
@@ -230,6 +238,15 @@ class ExperimentConfig:
     def _spec_of(self, arm: Arm) -> dict[str, Any]:
         treatment = {"kind": arm.treatment.name, **arm.treatment.spec()}
         return {**self._shared_spec, "treatment": treatment, "when": arm.when, "control": arm.control_of is not None}
+
+
+def _settled_in(folder: Path) -> str | None:
+    """The precision that a folder holds a note of, or else finished cells."""
+    file = folder / _SETTLED
+    if file.is_file():
+        return one_of(file.read_text(encoding="utf-8").strip(), (FLOAT32, BF16), f"the precision that '{file}' holds")
+    done = next(iter(sorted(folder.glob(f"cells/*/{DONE}"))), None)
+    return None if done is None else str(read_json(done).get("spec", {}).get(MEASURED_IN, FLOAT32))
 
 
 def _with_weights(arms: Sequence[Arm]) -> list[Arm]:

@@ -27,7 +27,9 @@ from steer.experiment.pronoun_circuits import PronounCircuits
 from steer.experiment.sft import loader
 from steer.experiment.treatment import Bench, Treatment
 from steer.model.anatomy import Anatomy
+from steer.model.devices import input_device
 from steer.model.load import load
+from steer.model.precision import products_in
 from steer.model.tokens import Row, encode, pad_id
 
 
@@ -41,7 +43,7 @@ class ExperimentRun:
 
     def __init__(self, config: ExperimentConfig, root: Path) -> None:
         self.config = config
-        self.config.settle_precision(root)
+        self.config.settle_precision([root, *map(Path, config.values.get("folders") or ())])
         self.root = root
         self.console = Console(quiet=not cell_ranks.is_first())
 
@@ -175,9 +177,10 @@ class ExperimentRun:
             if isinstance(outcome.metric, ConceptProbability) and self.features is not None and self.features.concept is not None:
                 outcome.metric.choose(list(self.features.concept.words))
         _ = self.treatments  # matched to what they control
-        if self.directions is not None:
-            _ = self.neutral_projection  # of the base, before an arm acts
-        prepare_all(self.config.outcomes, self.model, self.tokenizer)
+        with products_in(self.config.precision, input_device(self.model)):  # as the arms are measured
+            if self.directions is not None:
+                _ = self.neutral_projection  # of the base, before an arm acts
+            prepare_all(self.config.outcomes, self.model, self.tokenizer)
 
     # ---- training
 

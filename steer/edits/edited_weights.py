@@ -47,7 +47,7 @@ class EditedWeights:
     when they are not (they were loaded anew). Casts of the model (`model.half()`, and back) are told from these, to the bit, and W0 is cast
     with it: what edits are taken out of is the model as the casts would have left it without them. Casts are told by what they did to the
     edited weights, whenever somebody looks (`changed` does). One that did nothing to them cannot be told: bf16 weights that became fp16 and
-    then something else count as cast once, though numbers of W0 below 6e-5 may have been rounded on the way. Look in between.
+    then something else count as cast once, though numbers of W0 below 8e-6 may have been rounded on the way. Look in between.
 
     Example:
         >>> other = steer.edit_facts(model, tokenizer, facts[1], editor="rome", layers=[8], covariance=covariance)
@@ -121,12 +121,14 @@ class EditedWeights:
             on.add(edit.name)
         self._become((*self.applied, *edits))
 
-    def revert(self, edit: Edit | str) -> None:
-        """Takes an edit out, itself or by name; the others stay. Raises EditError when it is not applied, otherwise as `apply`."""
-        name = edit if isinstance(edit, str) else edit.name
-        if not any(other.name == name for other in self.applied):
-            raise _not_applied(name, [other.name for other in self.applied])
-        self._become(tuple(other for other in self.applied if other.name != name))
+    def revert(self, *edits: Edit | str) -> None:
+        """Takes an edit out, itself or by name, or several in one step; the others stay. Raises EditError for one that is not applied,
+        otherwise as `apply`."""
+        names = [edit if isinstance(edit, str) else edit.name for edit in edits]
+        on = [other.name for other in self.applied]
+        if missing := [name for name in names if name not in on]:
+            raise _not_applied(missing[0], on)
+        self._become(tuple(other for other in self.applied if other.name not in names))
 
     def replace(self, edits: Sequence[Edit]) -> None:
         """Puts edits in the place of those of their names that are applied, in one step. Raises as `revert`.

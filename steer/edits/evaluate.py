@@ -211,13 +211,12 @@ class _Run:
         rows = list(self.store.rows.values()) if self.store is not None else []
 
         def put_back() -> None:
-            for edit in reversed(edited.applied):
-                if edit.name not in there:
-                    edited.revert(edit)
+            if made := [edit for edit in edited.applied if edit.name not in there]:
+                edited.revert(*made)
 
         with restoring(put_back), self._bar(len(self.records), len(rows)) as bar:
-            for made in self.store.edits() if self.store is not None else []:
-                edited.apply(made)
+            if rows and self.store is not None:
+                edited.apply(*self.store.edits())  # in one step: one after the other, each adds up all before it anew
             for record in self.records[len(rows) :]:
                 row, edit = self._edited(record, before)
                 if edit is not None:

@@ -25,6 +25,7 @@ from steer.reading import read_json
 DONE = "done.json"
 BEGUN = "begun.txt"  # when its first run began; the times of a folder change with its contents
 SCHEMA = 1
+MEASURED_IN = "measured_in"  # in the spec of a cell, where it was not measured in float32
 OF_ARM = ("treatment", "when", "control")  # what the spec of an arm's cell has beyond that of the experiment
 _POLL = 2.0  # seconds between two looks at cells that somebody else runs
 
@@ -218,7 +219,7 @@ def _another_experiment(file: Path, different: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"'{file.parent}' is a cell of another experiment",
         expected="cells that differ in arm, draw and seed alone",
-        found=f"another {', '.join(different)}",
+        found=f"another {', '.join('experiment.precision' if name == MEASURED_IN else name for name in different)}",
         remedy="report them apart, or run this experiment with the same configuration",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,27 @@ def lone_head(model: nn.Module, head: nn.Module | None) -> nn.Module | None:
     return None if is_wrapped or any(map(is_compiled, model.modules())) or any(map(looks, hooks)) else head
 
 
+def _unembedding(model: nn.Module) -> nn.Module | None:
+    """The unembedding of a model that tells, where its forward may be replaced."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None or any(map(is_compiled, model.modules())) else get()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _in_float32(head: nn.Module) -> Callable[..., Tensor]:
+    """Its forward, outside of autocast where its weights are float32."""
+    forward = head.forward
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kind = hidden.device.type
+        if not torch.is_autocast_enabled(kind) or any(each.dtype != torch.float32 for each in head.parameters()):
+            return forward(hidden, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return forward(hidden.float(), *args, **kwargs)
+
+    return run
+
+
 def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], columns: Tensor) -> Tensor:
     """Runs a model and gives its logits at chosen tokens, [n, vocabulary]; differentiable.
 
@@ -34,17 +55,15 @@ def logits_at(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any], 
         inputs: the arguments of the pass, on the device that they belong on.
         columns: [n] indices into the tokens of all rows, one row after the other; n may be 0.
     """
-    forward = head.forward if head is not None else None
+    whole = head if head is not None else _unembedding(model)
+    forward = None if whole is None else _in_float32(whole)
 
     def gathered(hidden: Tensor) -> Tensor:
-        assert forward is not None and head is not None
-        chosen = hidden.flatten(0, -2)[columns.to(hidden.device)][None]  # [1, n, width]
-        if not torch.is_autocast_enabled(hidden.device.type) or any(each.dtype != torch.float32 for each in head.parameters()):
-            return forward(chosen)  # [1, n, vocabulary]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return forward(chosen.float())
+        assert forward is not None
+        return forward(hidden.flatten(0, -2)[columns.to(hidden.device)][None])  # [1, n, vocabulary]
 
-    with replaced_forwards({head: gathered}) if head is not None else nullcontext():
+    forwards = {} if whole is None or forward is None else {whole: forward if head is None else gathered}
+    with replaced_forwards(forwards):
         logits = model(**inputs).logits
     if head is not None and logits.shape[:2] == (1, len(columns)):
         return logits[0]

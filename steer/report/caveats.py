@@ -17,8 +17,8 @@ ONE_SEED = (
     "Repeat with other seeds before believing a small difference."
 )
 ROUNDED = (
-    "Measured with matrix products in bfloat16, the base and all arms alike: a mean differs from that of float32 in the third place or so, "
-    "which is less than its interval; compare no single score with one that was measured in float32."
+    "Measured with matrix products in bfloat16, the base and all arms alike: numbers differ from those of float32, and gates that are "
+    "learned in one are not those of the other. Compare numbers of one precision alone."
 )
 NOT_TRAINED = "No arm was trained: the answer is about these weights and other items like these."
 FEW = "{count} seeds: an interval over so few seeds is wide; with three it covers the truth in 91 to 96 of 100 experiments, not always 95."

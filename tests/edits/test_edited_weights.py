@@ -303,6 +303,17 @@ def test_names_of_edits(model: nn.Module) -> None:
         edited.revert(EDITS[1])
 
 
+def test_several_edits_are_taken_out_in_one_step(model: nn.Module) -> None:
+    edited = EditedWeights.of(model)
+    edited.apply(*EDITS)
+    with pytest.raises(EditError, match="no edit called 'z'"):
+        edited.revert("a", "z")
+    assert edited.applied == tuple(EDITS), "wholly or not at all"
+    edited.revert("c", EDITS[0])
+    assert edited.applied == (EDITS[1],) and equal_weights(model, with_alone(frozenset("b")))
+    edited.clear()
+
+
 # ---- weights that were cast
 
 

@@ -129,7 +129,7 @@ def test_a_file_is_no_folder_of_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "differs"), [({}, ""), ({"model": {"name": "n"}}, "model"), ({"measured_in": "bf16-mixed"}, "measured_in")]
+    ("theirs", "differs"), [({}, ""), ({"model": {"name": "n"}}, "model"), ({"measured_in": "bf16-mixed"}, "experiment.precision")]
 )
 def test_cells_of_other_folders_are_of_the_same_experiment(tmp_path: Path, theirs: dict[str, Any], differs: str) -> None:
     """A key that either of the two has alone is a difference, too."""

@@ -163,6 +163,10 @@ def test_what_is_faster_here_is_settled_once_for_a_folder(
     monkeypatch.setattr(precision, "_speed_of_bf16", lambda: 1.0)  # a machine without instructions for it goes on with the run
     again = bias(tmp_path / "out", *few)
     assert again["cells"] == rounded["cells"] and again["design"]["precision"] == rounded["design"]["precision"] == "bf16-mixed"
+    monkeypatch.setattr(precision, "_speed_of_bf16", lambda: 2.0)
+    (tmp_path / "whole" / "config" / "precision.txt").unlink(missing_ok=True)
+    same = bias(tmp_path / "whole", *few)
+    assert same["cells"] == whole["cells"], "what a folder was begun with"
     assert not {cell["key"] for cell in rounded["cells"].values()} & {cell["key"] for cell in whole["cells"].values()}
     assert "bfloat16" in (tmp_path / "out" / "report.html").read_text()
     for of_rounded, of_whole in zip(rounded["arms"], whole["arms"], strict=True):

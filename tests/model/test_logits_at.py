@@ -67,6 +67,19 @@ def test_under_autocast_the_unembedding_stays_in_float32(family: str) -> None:
     torch.testing.assert_close(some, whole, atol=0.1, rtol=0.05)
 
 
+def test_under_autocast_it_stays_in_float32_for_somebody_who_gets_all_logits() -> None:
+    model = FAMILIES["llama"]()
+    seen: list[torch.dtype] = []
+    handle = model.register_forward_hook(lambda *given: seen.append(given[2].logits.dtype))  # as Self-Debias has one
+    assert head_of(model) is None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        some = logits_at(model, None, {"input_ids": IDS}, COLUMNS)
+        model(input_ids=IDS)
+    handle.remove()
+    assert seen == [torch.float32, torch.bfloat16] and some.dtype == torch.float32
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
 class Doubles:
     """Whoever wraps a model."""
 

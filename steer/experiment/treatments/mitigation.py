@@ -14,6 +14,7 @@ from steer.errors import ConfigError
 from steer.experiment.pronoun_circuits import OCCUPATION
 from steer.experiment.treatment import INFERENCE, TREATMENTS, Bench, Treatment
 from steer.experiment.treatments.circuit import circuits_of
+from steer.model.precision import AUTO
 
 _WITHOUT_TEXTS = ("self_debias",)
 _ON_RUNNING_TEXT = ("cda",)
@@ -55,7 +56,8 @@ class MitigationTreatment(Treatment):
             options = self.options
             if self.method in _ON_RUNNING_TEXT:
                 texts = [row["text"] for row in circuits.rows("learning")]
-                options = {"precision": circuits.precision, **options}
+                if options.get("precision", AUTO) == AUTO:
+                    options = {**options, "precision": circuits.precision}
             elif self.method not in _WITHOUT_TEXTS:
                 sentences, words = circuits.rows("sentences")[:2], circuits.rows("gender_words")
                 texts = [
