@@ -157,6 +157,7 @@ def test_what_is_faster_here_is_settled_once_for_a_folder(
     bias: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = [f"experiment.arms.{name}=null" for name in ("heads", "random_heads", "projection", "baked")]
+    few.append("+experiment.outcomes.kl={metric:kl_to_base,data:damage,role:secondary}")
     whole = bias(tmp_path / "whole", *few, "experiment.precision=32-true")
     monkeypatch.setattr(precision, "_speed_of_bf16", lambda: 2.0)
     rounded = bias(tmp_path / "out", *few)
@@ -173,6 +174,7 @@ def test_what_is_faster_here_is_settled_once_for_a_folder(
         for name, found in of_rounded["outcomes"].items():
             if name != "fact_accuracy":  # of near ties in a model that knows nothing
                 assert found["mean"] == pytest.approx(of_whole["outcomes"][name]["mean"], abs=0.05)
+    assert rounded["arms"][0]["outcomes"]["kl"]["before"] == 0, "the base is read for it as it is measured"
     assert rounded["arms"][0]["outcomes"]["damage"]["before"] != whole["arms"][0]["outcomes"]["damage"]["before"]
 
 
