@@ -133,8 +133,8 @@ def plan(job: ExperimentRun) -> None:
 
 def lock(job: ExperimentRun) -> None:
     """Writes prereg.json."""
-    design = _design(job.config, asked(job.config), job.config.cells())
     job.config.keep_precision(job.root)
+    design = _design(job.config, asked(job.config), job.config.cells())
     job.say("locked", str(write_lock(job.root, design, CellFolder(job.root / "cells").first_begun())))
 
 
