@@ -19,7 +19,7 @@ from torch import nn
 from steer.directions.contrast import ContrastSet
 from steer.directions.direction import Directions
 from steer.directions.extract import extract
-from steer.model.fingerprint import sum_of_bits
+from steer.model.fingerprint import bits_digest
 
 
 def folder_of_run(factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +47,7 @@ def extracting_once(folder: Path) -> Callable[..., Directions]:
 
 def key_of(model: nn.Module, contrast: ContrastSet, sites: Sequence[Any], options: dict[str, Any]) -> str:
     """Of everything that a direction depends on."""
-    weights = {name: sum_of_bits(parameter) for name, parameter in model.named_parameters()}
+    weights = {name: bits_digest(parameter) for name, parameter in model.named_parameters()}
     texts = (contrast.positive, contrast.negative, contrast.paired, contrast.groups)
     asked = sorted((name, value) for name, value in options.items() if name != "progress")
     return hashlib.sha256(repr((weights, texts, list(map(str, sites)), asked)).encode()).hexdigest()[:24]

@@ -12,7 +12,7 @@ from torch import nn
 from steer.edits.edited_map import edited_maps, without_wrappers
 from steer.errors import EditError, TokenizerError, WrongModelError
 from steer.model.anatomy import Anatomy
-from steer.model.fingerprint import CASTS, DIGEST, sum_of_bits
+from steer.model.fingerprint import CASTS, DIGEST, bits_digest
 from steer.model.tokens import check_tokenizer
 
 _SAMPLE = "The Eiffel Tower, built in 1889, isn't in \u00c5rhus; \u6771\u4eac has one, too.\n"
@@ -76,7 +76,7 @@ def _add(digest: Any, module: nn.Module, name: str, left_out: nn.Parameter | Non
             continue
         if parameter.is_meta:
             raise _offloaded(f"{name}.{path}")
-        digest.update(json.dumps([name, path, str(parameter.dtype), list(parameter.shape), sum_of_bits(parameter)]).encode())
+        digest.update(json.dumps([name, path, str(parameter.dtype), list(parameter.shape), bits_digest(parameter)]).encode())
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

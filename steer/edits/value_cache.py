@@ -13,7 +13,7 @@ from torch import nn
 from steer.edits.value_settings import Value
 from steer.errors import DamagedFileError
 from steer.files import load_artifact, save_artifact
-from steer.model.fingerprint import sum_of_bits
+from steer.model.fingerprint import bits_digest
 from steer.reading import check_kinds, damage_of, place_of
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def weights_digest(model: nn.Module) -> str:
     """Digest of every parameter and buffer, read where they lie, and of what PEFT has switched on."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        bits = None if tensor.is_meta else sum_of_bits(tensor)
+        bits = None if tensor.is_meta else bits_digest(tensor)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits}\n".encode())
     for path, module in model.named_modules():
         if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of PEFT's

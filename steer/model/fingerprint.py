@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 DIGEST, CASTS = "embedding_digest", "embedding_digests_of_casts"  # names in a fingerprint
 CAST_TO = (torch.bfloat16, torch.float16)
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+_WIDTH = 10_000  # words a row; of what is smaller all numbers are hashed
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by the bytes of a number
 
 
 def configured_kv_heads(config: Any, n_heads: int) -> int:
@@ -76,11 +77,23 @@ def warn_of_cast(what: str, known: Mapping[str, Any], found: Mapping[str, Any], 
         warnings.warn(f"{what} made on a model in another precision: {cast}; numbers differ a little", stacklevel=stacklevel)
 
 
-def sum_of_bits(weight: Tensor) -> int:
-    """A number that changes with a weight: the same on any device, whatever the order in which it is added up."""
+def bits_digest(weight: Tensor) -> str:
+    """Changes with the numbers of a weight and with their places; the same on any device, since sums of integers have no order.
+
+    Of sums over rows and over columns of all its bits, which takes two passes at the speed of the memory: no single change, exchange of two
+    numbers, or permutation of rows or columns leaves both as they are.
+    """
     flat = weight.detach().contiguous().view(-1)
     if flat.storage_offset():  # wider numbers would have to begin at a multiple of their size
         flat = flat.clone()
-    is_even = flat.numel() * flat.element_size() % 8 == 0
-    # eight bytes at a time, which is 25 times as fast as four
-    return int(flat.view(torch.int64 if is_even else _BITS[flat.element_size()]).sum(dtype=torch.long))
+    size = flat.element_size()
+    if size == 8:
+        words = flat.view(torch.int32)  # so that sums of signs do not run over
+    else:  # eight bytes at a time are 25 times as fast as four
+        words = flat.view(_BITS[size] if flat.numel() * size % 8 else torch.int64)
+    whole = words.numel() // _WIDTH * _WIDTH
+    rows = words[:whole].view(-1, _WIDTH)
+    digest = hashlib.sha256()
+    for part in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), words[whole:]):
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

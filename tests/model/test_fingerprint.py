@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer.model.anatomy import Anatomy
-from steer.model.fingerprint import CASTS, DIGEST, cast_between, differing, warn_of_cast
+from steer.model.fingerprint import CASTS, DIGEST, bits_digest, cast_between, differing, warn_of_cast
 
 
 def fingerprint(model) -> dict:
@@ -60,3 +60,29 @@ def test_older_files_and_shards_say_less(tiny):
     assert differing({**whole, DIGEST: None, CASTS: None}, cast) == {}
     assert differing({**whole, "width": 64}, whole) == {"width": (64, 32)}
     assert differing("llama", whole) == {"fingerprint": ("llama", whole)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 400), (101, 401)])
+def test_the_digest_of_bits_sees_every_number_and_its_place(shape, dtype):
+    numbers = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40).to(dtype)
+    changed = numbers.clone()
+    changed[-1, -1] += 1
+    swapped = numbers.clone()
+    i, j = (0, 0), next((r, c) for r in range(shape[0] - 1, 0, -1) for c in range(shape[1]) if numbers[r, c] != numbers[0, 0])
+    swapped[i], swapped[j] = numbers[j], numbers[i]
+    others = [changed, swapped, numbers.flip(0), numbers.flip(1), numbers.roll(2, 0), numbers.roll(2, 1), -numbers]
+    digests = {bits_digest(each) for each in (numbers, *others)}
+    assert len(digests) == 1 + len(others)
+    assert bits_digest(numbers) == bits_digest(numbers.mT.contiguous().mT)  # however it lies in memory
+    assert bits_digest(numbers) == bits_digest(torch.cat([numbers[:1], numbers])[1:])  # wherever it begins
+
+
+def test_neurons_in_another_order_are_other_weights(tiny):
+    model = tiny("llama")
+    order = torch.arange(model.config.intermediate_size).flip(0)
+    mlp = model.model.layers[0].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        before = bits_digest(linear.weight)
+        linear.weight.data = linear.weight.data[order]
+        assert bits_digest(linear.weight) != before

@@ -18,7 +18,7 @@ from steer.features.training.texts import TokenRows
 from steer.files import atomic_write
 from steer.model.anatomy import Anatomy, resolve
 from steer.model.capture import capture
-from steer.model.fingerprint import sum_of_bits
+from steer.model.fingerprint import bits_digest
 from steer.model.site import Site
 from steer.model.tokens import Row
 from steer.tensor_files import read_safetensors
@@ -105,13 +105,13 @@ class Passes:
 
     @cached_property
     def weights(self) -> str:
-        """A digest of the model's weights: the same on any device, whatever the order in which numbers are added."""
+        """A digest of the model's weights: the same on any device."""
         try:
             anatomy = Anatomy.find(self.model).fingerprint()
         except Exception:  # a model that is no decoder: its shapes have to do
             anatomy = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
-        sums = [sum_of_bits(parameter) for parameter in self.model.parameters()]
-        return hashlib.sha256(json.dumps([anatomy, sums], default=str, sort_keys=True).encode()).hexdigest()[:16]
+        digests = [bits_digest(parameter) for parameter in self.model.parameters()]
+        return hashlib.sha256(json.dumps([anatomy, digests], default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def joined(parts: Iterable[Activations]) -> Activations:
