@@ -102,16 +102,15 @@ class HFEditCallback(TrainerRun):
         self.report(self._run.seen(metrics or {}) or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.end()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is None:
-            return
-        if (saved := self.load(Path(best))) is not None:
+        saved = None if best is None else self.load(Path(best))
+        if saved is not None:
             self._run.reload(saved)
-        else:
+        elif best is not None:
             warnings.warn(
                 f"the best checkpoint lacks {self.file(Path(best)).name}: it is not known which edits are in its weights", stacklevel=2
             )
+        self._run.end()
 
 
 def _copies_weights() -> ConfigError:

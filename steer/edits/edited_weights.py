@@ -9,7 +9,7 @@ function of W0 and of the set of edits that remain, to the bit, on any device an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -182,36 +182,58 @@ class EditedWeights:
         return changed
 
     def adopt(self, edits: Sequence[Edit], originals: Mapping[str, Tensor] | None = None) -> None:
-        """Takes the weights as they are for weights with these edits and no others, as after a checkpoint of them; no weight changes.
+        """Takes the weights as they are for weights that hold these edits, beside those that are on the model; no weight changes.
+
+        As after a checkpoint was loaded. One of a name that is on the model takes the place of that one.
 
         Args:
-            originals: weights that may be W0, by path; one that does not give the weights to the bit with these edits is not used.
+            originals: weights that may be W0, by path; one that does not give the weights to the bit with all edits is not used.
         """
         for edit in edits:
             self.check(edit)
-        paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
-        self._work_out(paths, WeightsState(tuple(edits)), originals or {})
+        self._followed()
+        new = {edit.name: edit for edit in edits}
+        replaced = [edit for edit in self.applied if edit.name in new]
+        becomes = tuple(new.pop(edit.name, edit) for edit in self.applied) + tuple(new.values())
+        self._work_out(_paths((*replaced, *edits)), replace(self._state, edits=becomes), originals or {})
+
+    def forget(self, *edits: Edit | str) -> None:
+        """Takes the weights as they are for weights without these edits, or without any when none is named; no weight changes.
+
+        As after a checkpoint was loaded into them. What is not on the model is passed over.
+        """
+        names = {edit if isinstance(edit, str) else edit.name for edit in edits}
+        left = tuple(edit for edit in self.applied if edits and edit.name not in names)
+        if not left:
+            self._state = WeightsState()
+            return
+        gone = _paths([edit for edit in self.applied if edit.name in names])
+        self._work_out(gone, replace(self._state, edits=left), {})
 
     def _work_out(self, paths: Sequence[str], state: WeightsState, likely: Mapping[str, Tensor]) -> None:
-        """Makes a state with W0 = W - dW at these paths that of the model. likely: W0, where it fits."""
+        """Makes a state with W0 = W - dW at these paths that of the model. likely: W0, where it fits; or the one that is known."""
         modules = weight_modules(self.model)
         self._check_places(paths, modules)
         originals, written, dtypes, rebased = dict(state.originals), dict(state.written), dict(state.dtypes), set(state.rebased)
         casts = {path: dtypes for path, dtypes in state.casts.items() if path not in paths}
         for path in paths:
             weight, deltas, module = dense_weight(modules[path]), deltas_of(state.edits, path), modules[path]
+            if not deltas:
+                for kept in (originals, written, dtypes):
+                    kept.pop(path, None)
+                rebased.discard(path)
+                continue
             if path in likely and torch.equal(exact_sum(likely[path], deltas, module).to(weight), weight):
                 originals[path] = likely[path].clone()
                 rebased.discard(path)
-            else:
+            elif hash_of(module) != written.get(path) or deltas != deltas_of(self.applied, path):
                 originals[path] = exact_sum(weight, deltas, module, sign=-1)
                 rebased.add(path)
+            else:
+                originals[path] = self._state.original(path)
             written[path], dtypes[path] = hash_of(module), weight.dtype
-        self._state = replace(state, originals=originals, written=written, dtypes=dtypes, rebased=frozenset(rebased), casts=casts)
-
-    def forget(self) -> None:
-        """Takes the weights as they are for weights without edits, as after a checkpoint was loaded into them; no weight changes."""
-        self._state = WeightsState()
+        rounding = {path: size for path, size in state.rounding.items() if path in originals}
+        self._state = WeightsState(state.edits, originals, written, dtypes, rounding, frozenset(rebased), casts)
 
     # ---- checks
 
@@ -231,6 +253,17 @@ class EditedWeights:
         if path in self._state.originals:
             return matrix_hash(self._state.original(path))
         return hash_of(find_module(self.model, path))
+
+    def original(self, path: str) -> Tensor:
+        """A copy of a matrix without any edit; fp64 where it was worked out (`rebased`). Raises EditError for one that is not here."""
+        self._followed()
+        known = path in self._state.originals
+        return (self._state.original(path) if known else dense_weight(find_module(self.model, path))).clone()
+
+    def check_unchanged(self) -> None:
+        """Raises EditError where something else has changed weights that hold edits."""
+        if changed := self.changed:
+            raise _changed_since(changed)
 
     # ---- how weights change
 
@@ -287,6 +320,10 @@ class EditedWeights:
                 raise _tied(path, users)
 
 
+def _paths(edits: Iterable[Edit]) -> list[str]:
+    return list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
+
+
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, EditedWeights] = weakref.WeakKeyDictionary()
 
 
@@ -326,7 +363,8 @@ def _changed_since(paths: list[str]) -> EditError:
         "something else has changed weights that hold edits",
         expected="the weights as they were when edits were last applied or reverted",
         found=f"other numbers in {', '.join(paths[:3])}",
-        remedy="call rebase() when they were trained with the edits in them; forget() when they were loaded anew and hold no edits",
+        remedy="call EditedWeights.of(model).rebase() when they were trained with the edits in them; "
+        "forget() when they were loaded anew and hold no edits",
     )
 
 

@@ -17,11 +17,11 @@ from steer.edits.edit import Edit
 from steer.errors import AttachError, ConfigError, WrongModelError
 from steer.model.tokens import check_tokenizer
 from steer.training.batches import BatchResponseMask
-from steer.training.edit_hosts import HOSTS, EditHost
+from steer.training.edit_hosts import HOSTS, EditHost, EditNotAppliedWarning
 from steer.training.edit_protection import PROTECTIONS, Protection, no_keys
 from steer.training.edit_readings import has_keys, key_drift, keys_now, target_probability
 from steer.training.edit_resolve import solve_again
-from steer.training.edit_state import edit_tensors, edits_from, hash_tensors, hashes_from
+from steer.training.edit_state import SavedWeights, edit_tensors, edits_from
 from steer.training.interval import Interval
 from steer.training.metric_crossing import MetricCrossing
 from steer.training.ranks import Ranks
@@ -29,10 +29,6 @@ from steer.training.ranks import Ranks
 
 class EditFadesWarning(UserWarning):
     """An edit whose targets have become much less likely during training than they were right after it was applied."""
-
-
-class EditNotAppliedWarning(UserWarning):
-    """Training ended before the step or the metric that edits waited for."""
 
 
 class EditRun:
@@ -64,7 +60,7 @@ class EditRun:
         is_applied: they are in the model.
 
     When a run begins, the matrices that edits touch have to be those that they were solved for; a resumed one has a state that says what
-    is in its weights. With `resolve`, edits for other weights are solved for these when they are applied.
+    is in its weights. With `resolve`, edits for other weights, or after steps, are solved again when they are applied.
 
     Raises:
         ConfigError: a value out of its range, two edits of one name, or edits that this protection cannot protect.
@@ -112,11 +108,11 @@ class EditRun:
         self.ranks = Ranks()
         self.edits = list(self.given)
         self.is_applied = False
-        self._solved_elsewhere = False  # some edit, for other weights than training begins with
         self._host: EditHost | None = None
         self._protection: Protection | None = None
         self._loaded: dict[str, Tensor] | None = None  # of a checkpoint, until the start
         self._before: tuple[object, dict[str, Tensor]] | None = None  # whose weights, and these before a checkpoint, until the start
+        self._to_check: SavedWeights | None = None  # of a checkpoint that was loaded, until the first step
         self._last_step = 0
         self._at_application: list[float] = []  # probability of each edit
         self._faded: list[bool] = []
@@ -179,7 +175,7 @@ class EditRun:
         """Begins another training run of this object, with the edits as they were given."""
         self.detach()
         self.edits, self.is_applied = list(self.given), False
-        self._loaded, self._last_step, self._solved_elsewhere = None, 0, False
+        self._loaded, self._to_check, self._last_step = None, None, 0
         self._at_application, self._faded, self._resolved = [], [], 0
 
     def start(self, step: int, optimizers: Sequence[Optimizer], *, state_place: str = "a state of these edits") -> dict[str, float] | None:
@@ -194,28 +190,37 @@ class EditRun:
         Raises:
             ConfigError: the checkpoint does not say whether the edits are in its weights. DamagedFileError: other weights than those that
             the state belongs to. WrongModelError: a run begins with weights that edits were not solved for, and does not solve them again.
-            Otherwise as `EditedWeights.apply`.
+            EditError: weights with edits that were changed outside of a run. Otherwise as `EditedWeights.apply`.
         """
         host, protection = self._attached()
         host.start()
+        before = {} if self._before is None else self._before[1]
+        self._before = None
         if self._loaded is not None:
-            self._restore(self._loaded)
+            self._to_check = self._restore(self._loaded, before)
         elif step != self._last_step and (step > self.at_step or self.on_metric is not None):
             raise _no_state(step, state_place)
         else:
-            other = host.solved_elsewhere(self.edits, {} if self._before is None else self._before[1])
-            self._solved_elsewhere = bool(other)
+            host.check_unchanged()
+            other = host.solved_elsewhere(self.edits, before)
             if other and self.protect != "resolve":
                 raise _other_weights(other)
-        self._before = None
         self._last_step = step
+        host.is_training = True
         protection.hook(optimizers)
         if not self.is_applied and self.on_metric is None and step >= self.at_step:
             return self._apply()
         return None
 
     def before_step(self) -> None:
-        """When gradients are complete, before an optimiser uses them."""
+        """When gradients are complete, before an optimiser uses them.
+
+        Raises:
+            ConfigError, DamagedFileError: before the first step after a checkpoint was loaded, whose edits or weights are not all there.
+        """
+        if self._to_check is not None:
+            self._attached()[0].check_restored(self.edits if self.is_applied else [], self._to_check)
+            self._to_check = None
         if self.is_applied and self._protection is not None:
             self._protection.before_step()
 
@@ -254,10 +259,11 @@ class EditRun:
 
     def _apply(self) -> dict[str, float]:
         host, protection = self._attached()
+        is_stale = self._last_step > 0 or bool(host.solved_elsewhere(self.edits, {}))
         self.edits = host.put(self.edits)
         self.is_applied = True
         protection.protect(self.edits)
-        if self._solved_elsewhere:
+        if is_stale and self.protect == "resolve":
             self._resolve()
         return self._measure()
 
@@ -312,15 +318,16 @@ class EditRun:
 
         See `steer.training.edit_state` for the names.
         """
-        state = {"step": torch.tensor(self._last_step), "applied": torch.tensor(self.is_applied)}
-        state["solved_elsewhere"] = torch.tensor(self._solved_elsewhere)
         if self._loaded is not None:  # not started yet
             return dict(self._loaded)
-        if not self.is_applied or self._host is None or self._protection is None:
+        state = {"step": torch.tensor(self._last_step), "applied": torch.tensor(self.is_applied)}
+        if self._host is None or self._protection is None:
             return state
+        if not self.is_applied:
+            return state | self._host.saved([]).tensors()
         state["probability"] = torch.tensor(self._at_application, dtype=torch.float64)
         state["faded"], state["resolved"] = torch.tensor(self._faded), torch.tensor(self._resolved)
-        state |= edit_tensors(self.edits) | hash_tensors(self._host.hashes(self.edits))
+        state |= edit_tensors(self.edits) | self._host.saved(self.edits).tensors()
         return state | {f"protection/{name}": tensor for name, tensor in self._protection.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, is_first_rank: bool) -> None:
@@ -330,24 +337,28 @@ class EditRun:
 
     def reload(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to the edits of a saved state whose weights were loaded into the model, as when a trainer ends with its best one."""
-        self._restore(dict(state))
+        self._restore(dict(state), {})
 
-    def _restore(self, state: dict[str, Tensor]) -> None:
+    def _restore(self, state: dict[str, Tensor], before: Mapping[str, Tensor]) -> SavedWeights:
+        """Returns what the weights of the checkpoint held."""
         host, protection = self._attached()
+        saved = SavedWeights.of(state)
         self._loaded = None
         self._last_step = int(state["step"])
         self.is_applied = bool(state["applied"])
-        self._solved_elsewhere = bool(state.get("solved_elsewhere", False))  # not in the state of an older version
         self.edits = list(self.given)
         if not self.is_applied:
-            return
+            self._at_application, self._faded, self._resolved = [], [], 0
+            host.withdraw(self.edits, saved)
+            return saved
         self.edits = edits_from(state, self.given)
         self._at_application = state["probability"].tolist()
         self._faded, self._resolved = state["faded"].tolist(), int(state["resolved"])
-        host.restore(self.edits, hashes_from(state), {} if self._before is None else self._before[1])
+        host.restore(self.edits, saved, before)
         prefix = "protection/"
-        saved = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        protection.load_state_dict(saved, self.edits)
+        of_protection = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        protection.load_state_dict(of_protection, self.edits)
+        return saved
 
 
 # ---- errors

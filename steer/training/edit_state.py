@@ -1,13 +1,13 @@
 """State of edits in a checkpoint: flat names and CPU tensors, which every trainer can save.
 
-`step`, `applied`, `solved_elsewhere` (for other weights than the run began with), and once they are applied: `probability`, `faded`,
-`resolved` (see `EditRun`), `edit/<name>/<path>/<u, v, keys or values>`, `hash/<path>` (of each edited matrix, 32 bytes), `protection/...`.
+`step`, `applied`, `beside/<name>` of other edits on the model, and once they are applied: `probability`, `faded`, `resolved` (see
+`EditRun`), `edit/<name>/<path>/<u, v, keys or values>`, `hash/<path>` (of each edited matrix, 32 bytes), `protection/...`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,30 @@ from steer.edits.edit import Edit
 from steer.errors import ConfigError
 
 _PARTS = ("u", "v", "keys", "values")
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """What the weights of a checkpoint held.
+
+    Attributes:
+        hashes: of the matrices with edits of the run, by path.
+        others: names of edits on the model that are not of the run.
+    """
+
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Hashes as bytes, and the names."""
+        hashes = {f"hash/{path}": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8) for path, digest in self.hashes.items()}
+        return hashes | {f"beside/{name}": torch.tensor(True) for name in self.others}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> SavedWeights:
+        """Inverse of `tensors`."""
+        hashes = {name.removeprefix("hash/"): bytes(tensor.tolist()).hex() for name, tensor in state.items() if name.startswith("hash/")}
+        return cls(hashes, frozenset(name.removeprefix("beside/") for name in state if name.startswith("beside/")))
 
 
 def edit_tensors(edits: Sequence[Edit]) -> dict[str, Tensor]:
@@ -53,16 +77,6 @@ def edits_from(state: Mapping[str, Tensor], given: Sequence[Edit]) -> list[Edit]
         return restored
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _other_edits(given, error) from error
-
-
-def hash_tensors(hashes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Hashes of matrices, by path, as bytes."""
-    return {f"hash/{path}": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8) for path, digest in hashes.items()}
-
-
-def hashes_from(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Inverse of `hash_tensors`."""
-    return {name.removeprefix("hash/"): bytes(tensor.tolist()).hex() for name, tensor in state.items() if name.startswith("hash/")}
 
 
 # ---- errors
