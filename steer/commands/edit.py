@@ -21,7 +21,7 @@ from steer.commands.side_by_side import side_by_side
 from steer.edits import Edit, EditEvaluation, FactRecord, ValueStore, edit_facts, evaluate_edits, sample_contexts, to_adapter
 from steer.edits.default_layers import sweep_of
 from steer.edits.edited_map import check_layer
-from steer.edits.editor import EDITORS, Editor
+from steer.edits.editor import EDITORS, Editor, ValueEditor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import BATCH, MODES, shared_table
 from steer.edits.preparation import LAYERS_FROM, SWEEP, prepare
@@ -67,7 +67,7 @@ def _run(config: DictConfig, editors: dict[str, Editor], console: Console, folde
     console.print(job.choice, markup=False, highlight=False, soft_wrap=True)
     evaluations, edits = [], []
     for name in names:
-        if job.mode == BATCH and not editors[name].has_values:
+        if job.mode == BATCH and not isinstance(editors[name], ValueEditor):
             console.print(f"{name} trains all facts together, and starts over when it is stopped before its end", soft_wrap=True)
         found, made = job.evaluated(name)
         ending = "" if len(names) == 1 else f"-{name}"

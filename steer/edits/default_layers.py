@@ -12,6 +12,7 @@ from torch import nn
 
 from steer.edits.covariance import Covariance
 from steer.edits.edited_map import edited_maps
+from steer.edits.value_cache import weights_digest
 from steer.errors import EditError
 from steer.model.anatomy import Anatomy
 
@@ -86,10 +87,10 @@ def sweep_of(model: nn.Module, tokenizer: Any, covariance: Covariance) -> LayerS
     from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
 
     swept = _SWEPT.setdefault(model, {})
-    layers = tuple(covariance.layers)
-    if layers not in swept:
-        swept[layers] = layer_sweep(model, tokenizer, covariance=covariance, progress=True)
-    return swept[layers]
+    key = weights_digest(model), tuple(covariance.layers), tuple(covariance.source["data"])
+    if key not in swept:
+        swept[key] = layer_sweep(model, tokenizer, covariance=covariance, progress=True)
+    return swept[key]
 
 
 def candidate_layers(anatomy: Anatomy) -> list[int]:
@@ -110,7 +111,8 @@ def _size(anatomy: Anatomy) -> tuple[str, int, int]:
 
 
 _CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], LayerSweep]] = weakref.WeakKeyDictionary()  # by layers of the covariance
+# by weights, and layers and texts of the covariance
+_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[Any, LayerSweep]] = weakref.WeakKeyDictionary()
 
 
 # ---- errors

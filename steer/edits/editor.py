@@ -130,12 +130,13 @@ class EditBench:
         return None if past is None else past.unlike(keys)
 
     def output_power(self, layer: int) -> float | None:
-        """tr(W C W^T): mean squared length of what the map of a layer gives for ordinary keys, without its bias, as it is now. None
-        without a covariance, or for a quantised map."""
+        """tr(W0 C W0^T): mean squared length of what the map of a layer gives for ordinary keys, without its bias and without any edit.
+        None without a covariance, or for a quantised map."""
         if self.covariance is None or self.maps[layer].is_quantised:
             return None
         if layer not in self._powers:
-            weight = self.maps[layer].weight()
+            edited = self.maps[layer]
+            weight = edited.as_held(EditedWeights.of(self.model).original(edited.name).float())  # [d, f]
             self._powers[layer] = float((weight @ self.factor(layer).moment.to(weight) * weight).sum())
         return self._powers[layer]
 
@@ -179,9 +180,6 @@ class Editor(ABC):
     Attributes:
         needs_covariance: it cannot do without one.
         several_layers: it spreads an edit over layers by default.
-        has_values: what it writes was found for each fact by itself, so that a `ValueStore` keeps it; one that trains all facts together
-            starts over when it is stopped.
-        value_settings: how values are optimised, for editors that have some.
 
     Example:
         >>> @EDITORS.register("nothing")
@@ -196,9 +194,6 @@ class Editor(ABC):
     name: ClassVar[str]
     needs_covariance: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
-    has_values: ClassVar[bool] = True
-
-    value_settings: ValueSettings = field(default_factory=ValueSettings, kw_only=True)
 
     @abstractmethod
     def solve(self, bench: EditBench, facts: Sequence[Fact]) -> Solution:
@@ -207,6 +202,21 @@ class Editor(ABC):
     def settings(self) -> dict[str, Any]:
         """What it was set to, JSON-able."""
         return _plain(self)
+
+
+@dataclass(frozen=True)
+class ValueEditor(Editor):
+    """A method that writes values, which are found for each fact by itself: a `ValueStore` keeps them, and editors may share them.
+
+    Attributes:
+        value_settings: how values are optimised.
+
+    Example:
+        >>> from steer.edits.editors.memit import MEMIT
+        >>> MEMIT(value_settings=ValueSettings(steps=10))
+    """
+
+    value_settings: ValueSettings = field(default_factory=ValueSettings, kw_only=True)
 
     def values(self, bench: EditBench, facts: Sequence[Fact]) -> list[Value]:
         """Values at the last of the layers."""

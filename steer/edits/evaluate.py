@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from tqdm.auto import tqdm
 
 from steer.checks import of_type, one_of
 from steer.edits.base_modules import weight_modules, weight_of
+from steer.edits.contexts import Contexts
+from steer.edits.covariance import Covariance
 from steer.edits.edit import Edit
 from steer.edits.edit_facts import edit_facts, editor_of
 from steer.edits.edited_weights import EditedWeights
@@ -24,10 +25,13 @@ from steer.edits.editor import Editor
 from steer.edits.evaluation import BATCH, MODES, SEQUENCE, SINGLE, EditEvaluation, EditRow
 from steer.edits.evaluation_store import EvaluationStore
 from steer.edits.fact import Fact
-from steer.edits.measure import Readings, measures_of
+from steer.edits.guards import Guards
+from steer.edits.key_source import tokenizer_digest
+from steer.edits.measure import SHARE, Readings, measures_of
 from steer.edits.preparation import prepare
 from steer.edits.readings import EditReader
 from steer.edits.record import FactRecord, record_of, without_edited_subjects
+from steer.edits.value_cache import weights_digest
 from steer.errors import ConfigError, EditError, NonFiniteError
 from steer.model.load import tokenizer_of
 from steer.model.restoring import restoring
@@ -77,7 +81,8 @@ def evaluate_edits(
 
     Raises:
         ConfigError: an unknown mode, measure or editor; a folder of another evaluation; options beside an edit that is made already.
-        Otherwise as `edit_facts`; but a fact that cannot be edited in `single` and `sequence` is recorded with its reason.
+        Otherwise as `edit_facts`; but a fact that cannot be edited in `single` and `sequence`, or whose edit leaves a model that gives no
+        finite numbers, is recorded with its reason. Such an edit is taken out, and none of what it should have done counts as done.
 
     Example:
         >>> print(steer.edits.evaluate_edits(model, tokenizer, records, "rome", layers=[8], covariance=covariance, contexts=contexts))
@@ -148,6 +153,7 @@ class _Run:
         self.records, left_out = (records, 0) if mode == SINGLE else without_edited_subjects(records)
         self.mode, self.neutral, self.progress = mode, neutral, progress
         self.editor, self.make = _editing(edit, mode, options)
+        self.options = options
         self.facts = {
             "model": type(self.model).__name__,
             "chat": reader.scorer.chat,
@@ -155,41 +161,47 @@ class _Run:
             "neutral_texts": len(neutral),
             "neighbours_left_out": left_out,
             "options": {name: _told(value) for name, value in options.items()},
-            "settings": edit.settings() if isinstance(edit, Editor) else {},
+            "settings": editor_of(edit, self.model).settings() if isinstance(edit, str | Editor) else {},
         }
         self.store = None if folder is None or mode == BATCH else EvaluationStore(folder, self._identity())
 
     def _identity(self) -> dict[str, Any]:
-        """What rows depend on, but for the numbers of the weights and of a covariance: a folder belongs to one model."""
-        told = json.dumps([record.as_json() for record in self.records], sort_keys=True)
+        """What rows depend on, as far as it can be told; an editing function by its name."""
         return {
             **self.facts,
+            "weights": weights_digest(self.model),
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "editor": self.editor,
             "mode": self.mode,
             "measures": [measure.name for measure in self.reader.measures],
-            "records": hashlib.sha256(told.encode()).hexdigest(),
+            "records": [record.as_json() for record in self.records],
+            "neutral": [row.ids for row in self.neutral],
+            "options": {name: _known_by(value) for name, value in self.options.items() if name not in _OF_THE_WORK},
         }
 
     # ---- modes
 
     def single(self, before: Readings | None) -> EditEvaluation:
-        done = dict(self.store.rows) if self.store is not None else {}
-        left = [record for record in self.records if record.name not in done]
+        rows = list(self.store.rows) if self.store is not None else []
+        left = self.records[len(rows) :]
         before = self._before(before, left)
         losses = self._losses() if left else None
-        with self._bar(len(self.records), len(done)) as bar:
+        with self._bar(len(self.records), len(rows)) as bar:
             for record in left:
                 row, edit = self._edited(record, before)
                 if edit is not None:
-                    with edit.applied(self.model):
-                        row = self._measured(row, record, before)
-                        if losses is not None:
-                            row = replace(row, neutral=self._change(losses).value)
-                done[record.name] = row
+                    try:
+                        with edit.applied(self.model):
+                            row = self._measured(row, record, before)
+                            if losses is not None:
+                                row = replace(row, neutral=self._change(losses).value)
+                    except NonFiniteError as error:
+                        row = self._broken(row, error)
+                rows.append(row)
                 if self.store is not None:
                     self.store.add(row)
                 bar.update(1)
-        return self._evaluation([done[record.name] for record in self.records], None)
+        return self._evaluation(rows, None)
 
     def batch(self, before: Readings | None) -> EditEvaluation:
         before, losses = self._before(before, self.records), self._losses()
@@ -208,7 +220,7 @@ class _Run:
         before, losses = self._before(before, self.records), self._losses()
         edited = EditedWeights.of(self.model)
         there = {edit.name for edit in edited.applied}
-        rows = list(self.store.rows.values()) if self.store is not None else []
+        rows = list(self.store.rows) if self.store is not None else []
 
         def put_back() -> None:
             if made := [edit for edit in edited.applied if edit.name not in there]:
@@ -221,8 +233,14 @@ class _Run:
                 row, edit = self._edited(record, before)
                 if edit is not None:
                     edit = edit.named(f"{edit.name}-{len(rows)}")  # the same edit twice is two edits
-                    edited.apply(edit)
-                    row = self._measured(row, record, before)
+                    try:
+                        edited.apply(edit)
+                        row = self._measured(row, record, before)
+                    except NonFiniteError as error:
+                        row = self._broken(row, error)
+                        if edit in edited.applied:
+                            edited.revert(edit)
+                        edit = None
                 if self.store is not None:
                     self.store.add(row) if edit is None else self.store.add_edit(row, edit)
                 rows.append(row)
@@ -259,6 +277,11 @@ class _Run:
             row = self._row(record, before, 0.0, 0.0)
             return replace(row, after=row.before, problem=str(error.what)), None
         return self._row(record, before, seconds, self._size(edit)), edit
+
+    def _broken(self, row: EditRow, error: NonFiniteError) -> EditRow:
+        """The row of an edit that was taken out, since the model with it gives no numbers: none of what is counted as a share."""
+        shares = {column.name: 0.0 for measure in self.reader.measures for column in measure.columns if column.unit == SHARE}
+        return replace(row, after={name: value for name, value in shares.items() if name in row.before}, problem=str(error.what))
 
     def _row(self, record: FactRecord, before: Readings, seconds: float, change: float) -> EditRow:
         fact = record.fact
@@ -311,6 +334,20 @@ def _told(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except TypeError:
         return type(value).__name__
+
+
+def _known_by(value: Any) -> Any:
+    """An option of an editor as what tells it from others."""
+    if isinstance(value, Contexts):
+        return value.to_json()
+    if isinstance(value, Guards):
+        return asdict(value)
+    if isinstance(value, Covariance):
+        return [value.source, value.tokens]
+    return _told(value)
+
+
+_OF_THE_WORK = ("values", "progress")  # options on which no number depends
 
 
 # ---- errors

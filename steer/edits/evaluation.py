@@ -137,10 +137,9 @@ class EditEvaluation:
         values = {name: self._values(name, when, 100.0) for name in SCORES}
 
         def harmonic(means: Mapping[str, Any]) -> Any:
-            parts = [np.asarray(means[name], dtype=np.float64) for name in SCORES]
-            safe = [np.where(part > 0, part, 1.0) for part in parts]
-            whole = len(parts) / sum(1 / part for part in safe)
-            return np.where(np.logical_and.reduce([part > 0 for part in parts]), whole, 0.0)
+            parts = np.stack([np.asarray(means[name], dtype=np.float64) for name in SCORES])  # [3] or [3, draws]
+            whole = len(parts) / (1 / np.where(parts > 0, parts, 1.0)).sum(0)
+            return np.where(np.isnan(parts).any(0), np.nan, np.where((parts > 0).all(0), whole, 0.0))
 
         return self._bootstrap.estimate(values, harmonic)
 
@@ -149,13 +148,40 @@ class EditEvaluation:
         values = {"after": self._values(KEPT, when), "before": self._values(KEPT, "before")}
         if not any(values["before"]):
             return None
-        return self._bootstrap.estimate(values, lambda means: 100 * means["after"] / means["before"])
+
+        def share(means: Mapping[str, Any]) -> Any:  # a draw without any kept neighbour before says nothing
+            return 100 * means["after"] / np.where(np.asarray(means["before"]) > 0, means["before"], np.nan)
+
+        return self._bootstrap.estimate(values, share)
 
     def retained(self) -> Estimate | None:
         """Of the edits that worked when they were made, the percentage that still do on the final weights; None but for a sequence."""
-        worked = [row.final is not None and bool(row.after.get("efficacy")) for row in self.rows]
+        worked = [row.final is not None and not row.problem and bool(row.after.get("efficacy")) for row in self.rows]
         still = [float(bool((row.final or {}).get("efficacy"))) * 100 if ok else None for row, ok in zip(self.rows, worked, strict=True)]
         return self._bootstrap.mean(still)
+
+    def difference(self, other: EditEvaluation, column: str, when: str = "after") -> Estimate | None:
+        """How a column differs from that of another evaluation of the same facts, paired over facts; in the unit of its table.
+
+        Args:
+            other: as of another editor, or with other settings.
+            when: `before`, `after` or `final`.
+
+        Returns:
+            The mean of this one less the other one with its 95 % interval; None where no fact has both numbers.
+
+        Raises:
+            ConfigError: other facts, or a column that was not measured.
+
+        Example:
+            >>> evaluation.difference(evaluation, "efficacy").value
+            0.0
+        """
+        if [row.name for row in self.rows] != [row.name for row in other.rows]:
+            raise _other_facts(self, other)
+        scale = self[column].column.scale
+        pairs = zip(self._values(column, when, scale), other._values(other[column].column.name, when, scale), strict=True)
+        return self._bootstrap.mean([None if a is None or b is None else a - b for a, b in pairs])
 
     def neutral_per_edit(self) -> Estimate | None:
         """Change of the loss of neutral texts for one edit, nat per token: the mean over facts, or that of all divided by their number."""
@@ -319,6 +345,15 @@ def _written(estimate: Estimate | None, digits: int) -> str:
 def _no_column(column: object, known: list[str]) -> ConfigError:
     remedy = did_you_mean(str(column), known) or "name one of these, or measure it"
     return ConfigError(f"'{column}' was not measured", expected=", ".join(known) or "nothing", found=repr(column), remedy=remedy)
+
+
+def _other_facts(one: EditEvaluation, other: EditEvaluation) -> ConfigError:
+    return ConfigError(
+        "evaluations of different facts cannot be paired",
+        expected=f"the same facts in the same order: {_facts(len(one))} of {one.editor}",
+        found=f"{_facts(len(other))} of {other.editor}",
+        remedy="evaluate both on the same records",
+    )
 
 
 def _other_kind(path: Path, content: Any) -> WrongKindError:

@@ -23,7 +23,7 @@ class EvaluationStore:
 
     Args:
         folder: is made where it is missing.
-        facts: what the rows depend on, JSON-able: model, records, measures, editor, mode.
+        facts: what the rows depend on, JSON-able: weights, records, measures, editor, options, mode, neutral texts.
 
     Raises:
         ConfigError: the folder holds rows of another evaluation. DamagedFileError: a line before the last that cannot be read.
@@ -32,7 +32,7 @@ class EvaluationStore:
     def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
         self.folder = place_of(folder)
         self.file = self.folder / ROWS
-        self.rows: dict[str, EditRow] = {}
+        self.rows: list[EditRow] = []
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if not self.file.exists():
             atomic_write(self.file, json.dumps({"digest": digest}) + "\n")
@@ -44,13 +44,13 @@ class EvaluationStore:
         for number, line in enumerate(whole, 2):
             with damage_of(self.file, f"a row in line {number}"):
                 row = EditRow(**parse_json(line, f"line {number}"))
-            self.rows[row.name] = row
+            self.rows.append(row)
         if lines and lines[-1]:
             atomic_write(self.file, "\n".join([head, *whole, ""]))
 
     def add(self, row: EditRow) -> None:
         """Writes a row."""
-        self.rows[row.name] = row
+        self.rows.append(row)
         line = json.dumps(asdict(row), allow_nan=False) + "\n"
         with storage_errors(self.file, len(line)), self.file.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -62,7 +62,7 @@ class EvaluationStore:
 
     def edits(self) -> list[Edit]:
         """The edits of the rows of a sequence, in their order. Raises DamagedFileError where one is missing."""
-        done = [number for number, row in enumerate(self.rows.values()) if not row.problem]
+        done = [number for number, row in enumerate(self.rows) if not row.problem]
         if missing := [number for number in done if not self._path(number).exists()]:
             raise _edit_is_missing(self._path(missing[0]))
         return [Edit.load(self._path(number)) for number in done]
@@ -77,7 +77,7 @@ class EvaluationStore:
 def _of_another(folder: Path) -> ConfigError:
     return ConfigError(
         f"'{folder}' holds rows of another evaluation",
-        expected="rows of the same model, records, measures, editor and mode",
+        expected="rows of the same weights, records, measures, editor, options (contexts, covariance, guards), neutral texts and mode",
         found="others",
         remedy="name another folder, or remove it",
     )

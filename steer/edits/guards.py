@@ -40,10 +40,10 @@ class Guards:
     Attributes:
         strength: the least share of what was asked that a fact may get, k^T A^-1 k.
         drift: the most that its change may move the outputs of the edited map for ordinary keys, as a share of these outputs:
-            sqrt(tr(D C D^T) / tr(W C W^T)), the largest over layers.
+            sqrt(tr(D C D^T) / tr(W0 C W0^T)), the largest over layers; W0 holds no edit.
         key_cosine: the largest cosine that its key may have with the key of an earlier edit.
         neutral_kl: the largest KL divergence, in nat per token, on `neutral_texts`, of all edits of one solve together.
-        value_ratio: the most that the output which is written may be longer than outputs of the edited map are, root mean square.
+        value_ratio: the most that the output which is written may be longer than outputs of the map without edits, root mean square.
         neutral_texts: of which the first 256 tokens are read; empty for none.
         mode: `stop` raises GuardError (`apply_in_sequence` ends there), `roll_back` leaves out the facts beyond a limit, `warn` warns.
 
@@ -184,7 +184,7 @@ def read_guards(
 
 
 def _drift(bench: EditBench, solution: Solution, number: int) -> float | None:
-    """The largest over layers of sqrt(tr(D C D^T) / tr(W C W^T)), D being the part of the change that belongs to a fact."""
+    """The largest over layers of sqrt(tr(D C D^T) / tr(W0 C W0^T)), D being the part of the change that belongs to a fact."""
     drifts = []
     for delta in solution.deltas:
         power = bench.output_power(delta.layer)
@@ -215,12 +215,13 @@ def _nearest_edit(bench: EditBench, solution: Solution, number: int) -> tuple[fl
 
 
 def _value_ratio(bench: EditBench, solution: Solution, number: int) -> float | None:
-    """|v*| against the root mean square of what the last edited map gives for ordinary keys."""
+    """|v*| against the root mean square of what the last edited map gives for ordinary keys, both without its bias."""
     power = bench.output_power(bench.layers[-1])
     if solution.values is None or power is None:
         return None
-    value = solution.values[number]
-    return float((value.written + value.delta).norm()) / math.sqrt(power)
+    value, bias = solution.values[number], getattr(bench.maps[bench.layers[-1]].module, "bias", None)
+    written = value.written + value.delta
+    return float((written if bias is None else written - bias.detach().to(written)).norm()) / math.sqrt(power)
 
 
 def heed(guards: Guards, facts: Sequence[Fact], readings: Sequence[GuardReading]) -> list[Fact]:

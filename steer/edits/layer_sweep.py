@@ -115,13 +115,16 @@ def layer_sweep(
         progress: a bar for each layer.
 
     Raises:
-        EditError: the model prefers the true answer of fewer than two of the facts. Otherwise as `steer.edit_facts`.
+        EditError: the model prefers the true answer of fewer than two of the facts, or records without true answer, paraphrase or
+            neighbour. Otherwise as `steer.edit_facts`.
 
     Example:
         >>> layer_sweep(model, tokenizer, records[:1], covariance=covariance, layers=[8], contexts=contexts).best
         8
     """
     chosen = [record_of(record) for record in (WELL_KNOWN if records is None else records)]
+    if not any(record.fact.true and record.paraphrases and record.neighbours for record in chosen):
+        raise _nothing_to_score(len(chosen))
     tried = _spaced(covariance.layers, DEPTHS) if layers is None else list(layers)
     before = readings_before(model, tokenizer, chosen, measures=MEASURES, progress=False)
     if records is None:
@@ -157,6 +160,15 @@ def _known(records: Sequence[FactRecord], before: Readings) -> list[FactRecord]:
 
 
 # ---- errors
+
+
+def _nothing_to_score(count: int) -> EditError:
+    return EditError(
+        "these records cannot tell layers apart",
+        expected="records with a true answer, paraphrases and neighbours, of which the score S is made",
+        found=f"none of {count}",
+        remedy="give FactRecord(Fact.of(..., true=...), paraphrases=..., neighbours=...); or pass no records for well-known facts",
+    )
 
 
 def _knows_little(known: int, asked: int) -> EditError:

@@ -116,7 +116,7 @@ def _batches(facts: Sequence[Fact], size: int) -> Iterator[list[Fact]]:
     """Runs of facts with different prompts."""
     batch: list[Fact] = []
     for fact in facts:
-        if len(batch) == size or any((fact.prompt, fact.subject) == (other.prompt, other.subject) for other in batch):
+        if len(batch) == size or any(fact.prompt == other.prompt for other in batch):
             yield batch
             batch = []
         batch.append(fact)

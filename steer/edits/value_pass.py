@@ -29,6 +29,7 @@ from steer.model.prefix import (
     prefix_batch,
     replaced_forwards,
     structure_of,
+    windows_that_end,
 )
 from steer.model.resume import recorded_blocks, resumed
 from steer.model.tokens import Row, collate
@@ -186,13 +187,16 @@ def may_resume(model: nn.Module, anatomy: Anatomy, layer: int, maps: Sequence[nn
     """True when, on a few of the rows, the rest of the texts gives the predictions and gradients that whole texts give."""
     if anatomy.main is not anatomy or anatomy.stack.own_call is not None or not may_share(model):
         return False
-    way = ("value of an edit", layer, len(maps), structure_of(anatomy))
     proven = PROVEN.setdefault(model, set())
-    if way in proven:
-        return True
     by_site = sorted(rows, key=lambda row: row.site)
     tried = list(dict.fromkeys([by_site[0], by_site[-1], min(rows, key=lambda row: len(row.ids) - row.site)]))
     try:
+        windows = windows_that_end(anatomy, max(len(row.ids) for row in rows))
+        way = ("value of an edit", layer, len(maps), structure_of(anatomy), windows)
+        if way in proven:
+            return True
+        if windows:  # the longest text is the one that loses keys
+            tried = list(dict.fromkeys([*tried, max(rows, key=lambda row: len(row.ids))]))
         whole, rest = (_trial(ValuePass(model, anatomy, layer, maps, tried, is_resumed=is_resumed)) for is_resumed in (False, True))
     except (SteerError, MemoryError, torch.OutOfMemoryError):
         raise

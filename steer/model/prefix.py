@@ -170,6 +170,12 @@ def empty_prefix(anatomy: Anatomy, rows: int) -> CachedPrefix:
     return CachedPrefix(DynamicCache(config=anatomy.config), torch.zeros(rows, 0, dtype=torch.long))
 
 
+def windows_that_end(anatomy: Anatomy, length: int) -> tuple[int, ...]:
+    """The sliding windows that are shorter than a text of `length` tokens, behind which a cache drops keys; ascending."""
+    windows = {getattr(layer, "sliding_window", None) for layer in empty_prefix(anatomy, 1).cache.layers}
+    return tuple(sorted(window for window in windows if window is not None and window < length))
+
+
 def may_nest(anatomy: Anatomy) -> bool:
     """True unless a sliding window would count the padding between what all texts and what groups of them begin with."""
     return not any(empty_prefix(anatomy, 1).cache.is_sliding)

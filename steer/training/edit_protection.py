@@ -91,6 +91,9 @@ class Resolve(Alarm):
 
     name = "resolve"
 
+    def check(self, edits: Sequence[Edit]) -> None:
+        refuse_dora(self.host, edits, self.name)
+
 
 @dataclass
 class ProtectedMap:
@@ -149,6 +152,7 @@ class Project(Protection):
         for edit in edits:
             if any(delta.keys is None for delta in edit.deltas):
                 raise no_keys(edit, self.name)
+        refuse_dora(self.host, edits, self.name)
 
     @torch.no_grad()
     def protect(self, edits: Sequence[Edit]) -> None:
@@ -271,6 +275,14 @@ def dual_directions(keys: Tensor, v: Tensor) -> Tensor:
     return basis @ torch.linalg.pinv(cosines).mT
 
 
+def refuse_dora(host: EditHost, edits: Sequence[Edit], protection: str) -> None:
+    """Raises ConfigError for a map with edits under a DoRA adapter, which gives more than the sum of its parts."""
+    layers = host.lora_layers()
+    for path in dict.fromkeys(delta.path for edit in edits for delta in edit.deltas):
+        if any(getattr(layers.get(path), "use_dora", {}).values()):
+            raise _dora(path, protection)
+
+
 def below(model: nn.Module, edits: Sequence[Edit]) -> list[nn.Parameter]:
     """Parameters on which the keys of edits depend: embeddings and the blocks up to the last edited one, adapters in them included."""
     anatomy = Anatomy.find(model)
@@ -289,10 +301,19 @@ def _without_gradient(parameter: Tensor) -> None:
 # ---- errors
 
 
-def no_keys(edit: Edit, protection: str) -> ConfigError:
+def _dora(path: str, protection: str) -> ConfigError:
     return ConfigError(
-        f"protect='{protection}' needs the keys of edit '{edit.name}'",
-        expected="an edit that was solved from keys, with these",
+        f"protect='{protection}' cannot tell what '{path}' gives: its adapter is a DoRA, which scales the weight below it",
+        expected="LoRA without use_dora on maps with edits",
+        found="use_dora=True",
+        remedy="leave this map out of target_modules, or use protect='freeze', 'damp' or 'alarm'",
+    )
+
+
+def no_keys(edit: Edit, protection: str, what: str = "keys") -> ConfigError:
+    return ConfigError(
+        f"protect='{protection}' needs the {what} of edit '{edit.name}'",
+        expected=f"an edit that was solved from keys, with its {what}",
         found=f"one by '{edit.editor}' without them",
         remedy="use protect='freeze', 'damp' or 'alarm', or an edit as it was saved (an adapter keeps no keys)",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steer.edits.contexts import Contexts, FirstTokenSubjectWarning, SubjectTokenWarning
+from steer.edits.contexts import WEIGHTINGS, Contexts, FirstTokenSubjectWarning, SubjectTokenWarning
 from steer.edits.edit import Edit
 from steer.edits.keys import fact_keys
 from steer.edits.locate import answer_row
@@ -31,6 +31,17 @@ def has_keys(edit: Edit) -> bool:
     return bool(edit.facts) and bool(edit.deltas) and all(delta.keys is not None for delta in edit.deltas)
 
 
+def has_values(edit: Edit) -> bool:
+    """It holds what it gives for its keys, which an edit of a quantised map does not."""
+    return all(delta.values is not None for delta in edit.deltas)
+
+
+def check_weighting(edit: Edit) -> None:
+    """Raises ConfigError for keys of which it is not known how contexts were weighted in them."""
+    if has_keys(edit) and "weighting" not in edit.settings:
+        raise _no_weighting(edit)
+
+
 def keys_now(model: nn.Module, tokenizer: Any, edit: Edit, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
     """The keys of an edit as the model gives them now, [n, f] by layer, in the order of those in its deltas.
 
@@ -40,13 +51,14 @@ def keys_now(model: nn.Module, tokenizer: Any, edit: Edit, layers: Sequence[int]
     Raises:
         ConfigError: an edit that does not say how its keys were read.
     """
+    check_weighting(edit)
     wanted = {delta.layer: delta for delta in edit.deltas if layers is None or delta.layer in layers}
     facts = [edit.facts[number] for number in _facts_of_keys(edit)]
     contexts = Contexts(()) if edit.contexts is None else Contexts.from_json(edit.contexts)
     with warnings.catch_warnings():  # said when the edit was made
         for category in (FirstTokenSubjectWarning, SubjectTokenWarning):
             warnings.simplefilter("ignore", category)
-        read = fact_keys(model, tokenizer, facts, contexts, list(wanted), str(edit.settings.get("weighting", "plain_half")))
+        read = fact_keys(model, tokenizer, facts, contexts, list(wanted), str(edit.settings["weighting"]))
     for layer, delta in wanted.items():
         assert delta.keys is not None  # of `has_keys`
         if read[layer].combined.shape != delta.keys.shape:
@@ -72,6 +84,15 @@ def _facts_of_keys(edit: Edit) -> list[int]:
 
 
 # ---- errors
+
+
+def _no_weighting(edit: Edit) -> ConfigError:
+    return ConfigError(
+        f"it is not known how the keys of edit '{edit.name}' were read",
+        expected=f"settings['weighting'], one of {', '.join(WEIGHTINGS)}",
+        found=f"an edit by '{edit.editor}' without it",
+        remedy="pass settings={'weighting': ...} to steer.edits.make_edit, or have an editor of your own say it in its settings()",
+    )
 
 
 def _other_keys(edit: Edit, layer: int, stored: int, found: int) -> ConfigError:

@@ -50,5 +50,5 @@ def moved(deltas: Sequence[WeightDelta], keys: Tensor, given: Tensor) -> list[Te
     """
     values = torch.cat([delta.values for delta in deltas if delta.values is not None])  # [n, d]
     v = torch.cat([delta.v for delta in deltas], 1).double()  # [f, rank]
-    change = (torch.linalg.pinv(keys.double() @ v, rtol=_DEPENDENT) @ (values - given).double()).mT  # [d, rank]
+    change: Tensor = (torch.linalg.pinv(keys.double() @ v, rtol=_DEPENDENT) @ (values - given).double()).mT  # [d, rank]
     return [delta.u.double() + part for delta, part in zip(deltas, change.split([delta.rank for delta in deltas], 1), strict=True)]

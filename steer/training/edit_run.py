@@ -19,7 +19,7 @@ from steer.model.tokens import check_tokenizer
 from steer.training.batches import BatchResponseMask
 from steer.training.edit_hosts import HOSTS, EditHost, EditNotAppliedWarning
 from steer.training.edit_protection import PROTECTIONS, Protection, no_keys
-from steer.training.edit_readings import has_keys, key_drift, keys_now, target_probability
+from steer.training.edit_readings import check_weighting, has_keys, has_values, key_drift, keys_now, target_probability
 from steer.training.edit_resolve import solve_again
 from steer.training.edit_state import SavedWeights, edit_tensors, edits_from
 from steer.training.interval import Interval
@@ -100,10 +100,10 @@ class EditRun:
         self.protect: str = one_of(protect, tuple(PROTECTIONS), "protect")
         self.into: str = one_of(into, tuple(HOSTS), "into")
         self.keep, self.damping = keep, damping
-        if protect == "resolve":
-            for edit in self.given:
-                if not has_keys(edit):
-                    raise no_keys(edit, protect)
+        for edit in self.given:
+            check_weighting(edit)
+            if protect == "resolve" and not (has_keys(edit) and has_values(edit)):
+                raise no_keys(edit, protect, "keys and values")
         self.response_mask = BatchResponseMask()  # nothing here reads it
         self.ranks = Ranks()
         self.edits = list(self.given)

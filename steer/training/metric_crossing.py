@@ -1,4 +1,4 @@
-"""MetricCrossing: a metric of a trainer that goes above or below a value, which something waits for."""
+"""MetricCrossing: a metric of a trainer that is above or below a value, which something waits for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer.errors import ConfigError
 
 @dataclass(frozen=True)
 class MetricCrossing:
-    """A metric that goes above or below a value.
+    """A metric that is above or below a value; it counts the first time that it is logged so, also when it was so from the beginning.
 
     Attributes:
         metric: as the trainer logs it, e.g. `val_loss`, or `eval_loss` of a Hugging Face Trainer.

@@ -42,6 +42,7 @@ from steer.edits import (
     preparation,
 )
 from steer.edits.edited_weights import EditedWeights
+from steer.edits.editor import ValueEditor
 from steer.edits.editors.alphaedit import AlphaEdit
 from steer.edits.editors.constrained_ft import ConstrainedFT
 from steer.edits.editors.emmet import EMMET
@@ -262,7 +263,12 @@ def test_editors_are_registered_with_what_they_are():
     for name, first_line in EDITORS.table():
         assert first_line and EDITORS.get(name).name == name
         settings = EDITORS.get(name)().settings()
-        assert settings["value_settings"]["steps"] > 0
+        takes_values = issubclass(EDITORS.get(name), ValueEditor)
+        assert takes_values is (name not in ("lora", "constrained_ft")) and ("value_settings" in settings) is takes_values
+        assert ("weighting" in settings) is takes_values  # with which keys are read again in training
+        if not takes_values:
+            with pytest.raises(TypeError, match="value_settings"):
+                EDITORS.get(name)(value_settings=STRONG)
     with pytest.raises(ConfigError, match="memit"):
         edit(model_of("llama"), editor="mimit")
     for bad in ({"ridge": 0}, {"weighting": "half"}, {"keeps_past": 1}):

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from edits.edit_helpers import equal_weights, random_delta, weights_of
+from edits.edit_helpers import equal_weights, random_delta, running_text, weights_of
 
-from steer.edits import Edit, EditedWeights, EditEvaluation, Fact, FactRecord, evaluate_edits, readings_before
+from steer.edits import (
+    Contexts,
+    Covariance,
+    Edit,
+    EditedWeights,
+    EditEvaluation,
+    Fact,
+    FactRecord,
+    Guards,
+    ValueSettings,
+    ValueStore,
+    evaluate_edits,
+    readings_before,
+)
+from steer.edits.editors.memit import MEMIT
 from steer.edits.evaluation import EditRow, comparison_cells
 from steer.edits.make_edit import make_edit
 from steer.edits.measure import measures_of
@@ -134,6 +149,57 @@ def test_a_fact_that_cannot_be_edited_counts_as_unchanged(model: Any, tiny_token
         evaluate_edits(model, tiny_tokenizer, RECORDS[1:], refusing, mode="batch", **QUIET)
 
 
+@pytest.mark.parametrize("mode", ["single", "sequence"])
+def test_facts_of_one_name_are_two_facts(model: Any, tiny_tokenizer: Any, tmp_path: Path, mode: str) -> None:
+    twins = [replace(record, fact=replace(record.fact, name="1")) for record in (*RECORDS[:2], RECORDS[0])]
+    options: dict[str, Any] = {"mode": mode, **QUIET}
+    kept = evaluate_edits(model, tiny_tokenizer, twins, shifted, folder=tmp_path / "rows", **options)
+    again = evaluate_edits(model, tiny_tokenizer, twins, shifted, folder=tmp_path / "rows", **options)
+    assert [row.prompt for row in kept.rows] == [record.fact.prompt for record in twins] and kept.rows == again.rows
+    assert mode == "single" or len(list((tmp_path / "rows" / "edits").iterdir())) == 3
+
+
+@pytest.mark.parametrize("size", [1e3, 1e17], ids=["no finite weights", "no finite logits"])
+@pytest.mark.parametrize("mode", ["single", "sequence"])
+def test_an_edit_that_breaks_the_model_is_taken_out_and_has_done_nothing(
+    tiny: Any, tiny_tokenizer: Any, tmp_path: Path, mode: str, size: float
+) -> None:
+    model = tiny("llama").half() if size == 1e3 else tiny("gpt2")
+    path = "model.layers.1.mlp.down_proj" if size == 1e3 else "transformer.h.1.mlp.c_proj"
+
+    def breaking(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> Edit:
+        deltas = [random_delta(model, path, 1, size=size if facts[0].subject == "dog" else 0.1)]
+        return make_edit(model, facts, deltas, editor="breaking")
+
+    weights = weights_of(model)
+    found = evaluate_edits(model, tiny_tokenizer, RECORDS, breaking, mode=mode, folder=tmp_path / "rows", **QUIET)
+    assert list(found.problems()) == ["dog"] and equal_weights(model, weights)
+    assert found.rows[1].after["neighbourhood"] == 0 and found.rows[1].before["neighbourhood"] > 0
+    assert "efficacy_magnitude" not in found.rows[1].after and found.rows[2].after["efficacy_probability"] > 0
+    assert evaluate_edits(model, tiny_tokenizer, RECORDS, breaking, mode=mode, folder=tmp_path / "rows", **QUIET).rows == found.rows
+
+
+def test_a_folder_belongs_to_all_that_rows_depend_on(tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model, facts = tiny("llama"), [record.fact for record in RECORDS]
+    fast = MEMIT(value_settings=ValueSettings(steps=1))
+    texts = running_text(20)
+    options: dict[str, Any] = {
+        "layers": [0], "covariance": Covariance.fit(model, tiny_tokenizer, texts, [0], folder=tmp_path / "c"), "guards": Guards(),
+        "contexts": Contexts(("the sun is warm",)), "neutral": NEUTRAL, "folder": tmp_path / "rows", **QUIET,
+    }  # fmt: skip
+    first = evaluate_edits(model, tiny_tokenizer, facts, fast, **options)
+    assert evaluate_edits(model, tiny_tokenizer, facts, fast, values=ValueStore(), **options).rows == first.rows
+    other_texts = Covariance.fit(model, tiny_tokenizer, texts[1:], [0], folder=tmp_path / "c")
+    others = {"contexts": Contexts(("the moon is cold",)), "guards": Guards(drift=0.1), "neutral": NEUTRAL[::-1], "covariance": other_texts}
+    for changed in ({name: value} for name, value in others.items()):
+        with pytest.raises(ConfigError, match="rows of another evaluation"):
+            evaluate_edits(model, tiny_tokenizer, facts, fast, **{**options, **changed})
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(ConfigError, match="rows of another evaluation"):
+        evaluate_edits(model, tiny_tokenizer, facts, fast, **options)
+
+
 def test_what_was_read_before_is_shared_between_editors(model: Any, tiny_tokenizer: Any) -> None:
     before = readings_before(model, tiny_tokenizer, RECORDS, measures="all", progress=False)
     found = evaluate_edits(model, tiny_tokenizer, RECORDS, shifted, before=before, measures="all", **QUIET)
@@ -177,10 +243,34 @@ def test_numbers_made_of_several_columns() -> None:
     assert found["efficacy"].after.value == 100 and found["efficacy"].final.value == 50
     assert (found["efficacy"].after.low, found["efficacy"].after.high) == (100, 100)
     assert found["paraphrase_accuracy"].after is None
+    refused = evaluation(replace(first, problem="no edit"), replace(second, problem="none"), mode="sequence")
+    assert refused.retained() is None
     never_worked = evaluation(row("a", 0.0, 0.5, 0.8, 0.0, 1.0), mode="sequence")
     assert never_worked.retained() is None and never_worked.kept() is None and never_worked.score().value == 0
     with pytest.raises(ConfigError, match="did you mean 'efficacy'"):
         found["eficacy"]
+
+
+def test_intervals_of_what_is_made_of_several_columns_are_paired_over_facts() -> None:
+    """A hundred facts whose neighbours differ much from each other and little from before to after."""
+    chance = torch.Generator().manual_seed(0)
+    before = torch.rand(100, generator=chance, dtype=torch.float64)
+    rows = [row(str(i), float(i % 2), 1.0, 0.9 * float(b), float(b), float(i % 4 == 1)) for i, b in enumerate(before)]
+    found, other = evaluation(*rows, mode="sequence"), evaluation(*(replace(each, after=each.before) for each in rows), mode="sequence")
+    kept = found.kept()
+    assert kept.value == pytest.approx(90) and kept.low == pytest.approx(90) and kept.high == pytest.approx(90)
+    assert found["neighbourhood"].after.high - found["neighbourhood"].after.low > 5
+    retained = found.retained()
+    assert retained.value == pytest.approx(50) and (retained.low, retained.high) == pytest.approx((36, 64), abs=3) and retained.n == 50
+    fewer = found.difference(other, "neighbourhood")
+    half = 1.96 * float((0.1 * 100 * before).std()) / 10
+    assert fewer.value == pytest.approx(-10 * float(before.mean())) and (fewer.high - fewer.low) / 2 == pytest.approx(half, rel=0.15)
+    assert found.difference(found, "efficacy", "final").value == 0
+    with pytest.raises(ConfigError, match="cannot be paired"):
+        found.difference(evaluation(*rows[1:]), "efficacy")
+    score = found.score()
+    alone = [evaluation(*rows[i::2]).score().value for i in range(2)]
+    assert score.low < score.value < score.high and alone[0] == 0 < score.value
 
 
 def test_bootstrap_intervals_cover_the_mean_and_know_of_missing_values() -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from edits.edit_helpers import CONTEXTS, FACTS, equal_weights, model_of, running_text, weights_of
+from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
 from steer.edits import (
@@ -70,6 +71,16 @@ def test_the_value_is_compared_with_what_the_map_gives_for_ordinary_keys(covaria
     values = EditBench(model, TOKENIZER, [0], CONTEXTS).values(list(FACTS), 0, STRONG.value_settings)
     for value, reading in zip(values, readings(edit(model, covariance)), strict=True):
         assert reading["value_ratio"] == pytest.approx(float((value.written + value.delta).norm() / usual), rel=1e-4)
+    with edit(model, covariance, FACTS[:1], name="large").applied(model):  # which is no part of what is usual
+        bench = EditBench(model, TOKENIZER, [0], CONTEXTS, covariance=covariance)
+        assert bench.output_power(0) == pytest.approx(float(usual) ** 2, rel=1e-4)
+
+
+def test_a_bias_is_no_part_of_what_is_written(tmp_path):
+    model = FAMILIES["gpt2"]()
+    torch.nn.init.constant_(model.transformer.h[0].mlp.c_proj.bias, 100.0)
+    covariance = Covariance.fit(model, TOKENIZER, TEXTS, [0], folder=tmp_path, progress=False)
+    assert 0 < readings(edit(model, covariance))[0]["value_ratio"] < 50
 
 
 def test_keys_are_compared_with_those_of_the_edits_before(covariance):
@@ -88,11 +99,27 @@ def test_neutral_text_is_read_before_and_with_the_edit(covariance):
     assert sum(map(len, neutral.before)) == 256 and neutral.kl() == pytest.approx(0, abs=1e-6)
     with made.applied(model):
         assert neutral.kl() == pytest.approx(readings(made)[0]["neutral_kl"], rel=1e-3)
-        ids = torch.tensor([TOKENIZER(TEXTS[0]).input_ids])
-        after = model(ids).logits[0].log_softmax(-1)
+    ids = torch.tensor([TOKENIZER(TEXTS[0]).input_ids])
     before = model(ids).logits[0].log_softmax(-1)
     torch.testing.assert_close(neutral.before[0], before, atol=1e-5, rtol=1e-5)
-    assert float((before.exp() * (before - after)).sum(-1).mean()) > 0
+    kl = neutral_kl_of_256_tokens(model, made)
+    assert kl > 1e-4 and readings(made)[0]["neutral_kl"] == pytest.approx(kl, rel=1e-3)
+
+
+@torch.no_grad()
+def neutral_kl_of_256_tokens(model, made):
+    """KL(before || with the edit), mean over tokens, by plain passes over each text."""
+    rows, left = [], 256
+    for text in TEXTS:
+        rows.append(TOKENIZER(text).input_ids[: min(64, left)])
+        left -= len(rows[-1])
+        if not left:
+            break
+    before = [model(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
+    with made.applied(model):
+        after = [model(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
+    divergences = [(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]
+    return float(torch.cat(divergences).mean())
 
 
 def test_a_guard_warns_stops_or_leaves_the_fact_out(covariance):

@@ -53,6 +53,12 @@ def test_the_layer_with_the_best_score_is_taken(covariances):
     assert [line.split()[0] for line in str(sweep).splitlines()] == ["layer", "0", "1"]
 
 
+def test_records_that_cannot_tell_layers_apart_are_refused(covariances):
+    facts = [Fact.of("where is the {}", "dog", "house")]
+    with pytest.raises(EditError, match=r"cannot tell layers apart[\s\S]*neighbours"):
+        layer_sweep(model_of("llama"), TOKENIZER, facts, covariance=covariances[0], editor=STRONG, contexts=CONTEXTS)
+
+
 def test_of_equal_layers_the_middle_one_is_taken():
     def scored(**scores):
         score = {int(layer[1:]): SimpleNamespace(value=value) for layer, value in scores.items()}

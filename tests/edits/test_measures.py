@@ -63,12 +63,25 @@ BEFORE = Readings(
 
 # by hand; neighbours prefer the true object: 0.4 > 0.2, but not 0.1 > 0.5
 WORKED_OUT = {
-    "efficacy": {"efficacy": 1.0, "efficacy_magnitude": 0.5, "efficacy_accuracy": 1.0, "efficacy_probability": 0.6},
-    "paraphrase": {"paraphrase": 0.5, "paraphrase_magnitude": (0.3 - 0.2) / 2, "paraphrase_accuracy": 0.5, "paraphrase_probability": 0.3},
+    "efficacy": {
+        "efficacy": 1.0,
+        "efficacy_magnitude": 0.5,
+        "efficacy_accuracy": 1.0,
+        "efficacy_token_accuracy": 1.0,
+        "efficacy_probability": 0.6,
+    },
+    "paraphrase": {
+        "paraphrase": 0.5,
+        "paraphrase_magnitude": (0.3 - 0.2) / 2,
+        "paraphrase_accuracy": 0.5,
+        "paraphrase_token_accuracy": (1.0 + 0.5) / 2,
+        "paraphrase_probability": 0.3,
+    },
     "neighbourhood": {
         "neighbourhood": 0.5,
         "neighbourhood_magnitude": (0.2 - 0.4) / 2,
         "neighbourhood_accuracy": 0.5,
+        "neighbourhood_token_accuracy": 0.5,
         "neighbourhood_probability": 0.25,
     },
     "portability": {"portability": (0.5 + 1.0) / 2},
@@ -102,7 +115,7 @@ def test_what_a_record_lacks_is_left_out_rather_than_zero(name: str) -> None:
     seen = Readings({("the cat is a", NEW): answer(0.6, True)}, greedy=SEEN.greedy, sampled={"the cat is a": " dog"})
     found = measure.values(bare, seen, None)
     expected = {
-        "efficacy": {"efficacy_accuracy": 1.0, "efficacy_probability": 0.6},
+        "efficacy": {"efficacy_accuracy": 1.0, "efficacy_token_accuracy": 1.0, "efficacy_probability": 0.6},
         "free_generation": {"generated": 1.0},
         "fluency": found if name == "fluency" else {},  # of the prompt of the edit, for want of others
     }

@@ -180,6 +180,14 @@ def test_a_thousand_edits_go_in_and_come_out(covariance):
     assert equal_weights(model, before)
 
 
+def test_one_prompt_of_two_subjects_is_two_batches(covariance):
+    model = model_of("llama")
+    prompt = "the dog and the cat is"
+    facts = [Fact(prompt, "dog", "house"), Fact(prompt, "cat", "sun")]
+    result = in_sequence(model, covariance, facts, MEMIT(value_settings=ONE_STEP), batch=2)
+    assert [edit.facts for edit in result.edits] == [(facts[0],), (facts[1],)]
+
+
 def test_nothing_to_edit_and_odd_batches_are_refused(covariance):
     with pytest.raises(EditError, match="nothing"):
         in_sequence(model_of("llama"), covariance, [])

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from processes import run_on_ranks
 from torch import Tensor, nn
 
-from steer.edits import Covariance, Fact, edit_facts
+from steer.edits import EDITORS, Covariance, Fact, edit_facts
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edited_weights import EditedWeights
 from steer.errors import AttachError, ConfigError, DamagedFileError, WrongModelError
@@ -468,7 +468,7 @@ def test_what_a_run_refuses() -> None:
         ({"keep": 2.0}, "keep"),
         ({"on_metric": "loss"}, "on_metric"),
         ({"on_metric": MetricCrossing("loss", below=1.0), "at_step": 3}, "for a step and for a metric"),
-        ({"edits": no_keys, "protect": "resolve"}, "needs the keys of edit 'bare'"),
+        ({"edits": no_keys, "protect": "resolve"}, "needs the keys and values of edit 'bare'"),
     ):
         with pytest.raises(ConfigError, match=said):
             EditRun(**{"edits": EDIT, "tokenizer": TOKENIZER, **options})
@@ -481,6 +481,33 @@ def test_what_a_run_refuses() -> None:
         EditRun(EDIT, TOKENIZER).attach(tiny_model(num_hidden_layers=1), Ranks())
     with pytest.raises(AttachError, match="no model yet"):
         EditRun(EDIT, TOKENIZER).start(0, [])
+
+
+def test_what_cannot_be_solved_again_is_refused_before_training() -> None:
+    delta = replace(EDIT.deltas[0], values=None)
+    with pytest.raises(ConfigError, match="needs the keys and values of edit 'home'"):
+        EditRun(replace(EDIT, deltas=(delta,)), TOKENIZER, protect="resolve")  # as of a quantised map
+    with pytest.raises(ConfigError, match=r"how the keys of edit 'home' were read[\s\S]*plain_half"):
+        EditRun(replace(EDIT, settings={}), TOKENIZER)
+    dora = get_peft_model(tiny_model(**SIZES), LoraConfig(r=2, target_modules=["down_proj"], use_dora=True, task_type="CAUSAL_LM"))
+    for protect in ("resolve", "project"):
+        with pytest.raises(ConfigError, match="DoRA"):
+            EditRun(EDIT, TOKENIZER, protect=protect).attach(dora, Ranks())
+    EditRun(EDIT, TOKENIZER, protect="freeze").attach(dora, Ranks())
+
+
+@pytest.mark.parametrize("name", ["r_rome", "rome", "emmet", "memit", "alphaedit", "pmet"])
+def test_keys_of_every_editor_are_read_again_as_it_read_them(name: str, tmp_path: Path) -> None:
+    model = tiny_model(**SIZES)
+    covariance = Covariance.fit(model, TOKENIZER, running_text(20), [1], folder=tmp_path, progress=False)
+    fact = Fact.of("where is the {}", "dog", "house")
+    settings = replace(EDITORS.get(name)().value_settings, steps=4, clamp=3.0, kl=0.0, weight_decay=0.0, lr=0.5)
+    edit = edit_facts(
+        model, TOKENIZER, fact, editor=EDITORS.get(name)(value_settings=settings), layers=[1], covariance=covariance, contexts=CONTEXTS
+    )
+    loop = Loop(model, edit=edit, rate=0.0)
+    loop.train(0)
+    assert loop.metrics[0][f"edit/{edit.name}/key_drift"] < 1e-6
 
 
 def test_an_edit_without_keys_is_measured_by_its_targets_alone() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.checks import finite_number, of_type, one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, warn_of_collinear
+from steer.edits.editor import EDITORS, EditBench, Solution, ValueEditor, warn_of_collinear
 from steer.edits.fact import Fact
 from steer.edits.factor import Factor
 from steer.edits.solve import Solved, solve_keys
@@ -22,7 +22,7 @@ _RIDGE = 0.1  # times the median |k|^2
 
 @EDITORS.register("alphaedit")
 @dataclass(frozen=True)
-class AlphaEdit(Editor):
+class AlphaEdit(ValueEditor):
     """Facts are written into the low-energy space of the keys: Delta = R K^T P (K K^T P + Kp Kp^T P + L2 I)^-1.
 
     Fang et al. 2024, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355, equation 14. P projects

@@ -34,7 +34,6 @@ class ConstrainedFT(Editor):
     """
 
     needs_covariance = False
-    has_values = False
 
     epsilon: float | None = None
     lr: float = 5e-4

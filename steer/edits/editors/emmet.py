@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.checks import finite_number, number_within, one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, collinear
+from steer.edits.editor import EDITORS, EditBench, Solution, ValueEditor, collinear
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved, solve_keys
 from steer.edits.spread import spread
@@ -18,7 +18,7 @@ from steer.errors import EditError
 
 @EDITORS.register("emmet")
 @dataclass(frozen=True)
-class EMMET(Editor):
+class EMMET(ValueEditor):
     """Many facts at once, each written exactly: Delta = R (K^T C^-1 K)^-1 K^T C^-1.
 
     Gupta et al. 2024, "A Unified Framework for Model Editing", arXiv 2403.14236, equation 12. Their code multiplies C by a number and adds

@@ -35,7 +35,6 @@ class LoRA(Editor):
     """
 
     needs_covariance = False
-    has_values = False
 
     rank: int = 8
     alpha: float = 32.0

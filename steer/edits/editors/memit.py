@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.checks import finite_number, of_type, one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, warn_of_collinear
+from steer.edits.editor import EDITORS, EditBench, Solution, ValueEditor, warn_of_collinear
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved, solve_keys
 from steer.edits.spread import spread
@@ -17,7 +17,7 @@ from steer.edits.spread import spread
 
 @EDITORS.register("memit")
 @dataclass(frozen=True)
-class MEMIT(Editor):
+class MEMIT(ValueEditor):
     """Many facts at once, spread over layers: Delta = R K^T (lambda C + K K^T)^-1.
 
     Meng et al. 2022, "Mass-Editing Memory in a Transformer", arXiv 2210.07229, equation 14 and algorithm 1.

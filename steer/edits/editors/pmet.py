@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steer.checks import finite_number, one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, warn_of_collinear
+from steer.edits.editor import EDITORS, EditBench, Solution, ValueEditor, warn_of_collinear
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved, solve_keys
 from steer.edits.spread import spread
@@ -21,7 +21,7 @@ _SETTINGS = ValueSettings(lr=0.2, steps=30, kl=1.0, argmax_weight=0.1, stop_kl=0
 
 @EDITORS.register("pmet")
 @dataclass(frozen=True)
-class PMET(Editor):
+class PMET(ValueEditor):
     """Shifts of attention and MLP are optimised together, and only that of the MLP is written: R / sqrt(layers left) in each layer.
 
     Li et al. 2023, "PMET: Precise Model Editing in a Transformer", arXiv 2308.08742, section 4. The solve is that of MEMIT. What the

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steer.checks import one_of
 from steer.edits.contexts import WEIGHTINGS
-from steer.edits.editor import EDITORS, EditBench, Editor, Solution, solution_of_values, wanted_rows
+from steer.edits.editor import EDITORS, EditBench, Solution, ValueEditor, solution_of_values, wanted_rows
 from steer.edits.fact import Fact
 from steer.edits.solve import Solved, solve_keys
 from steer.errors import EditError
@@ -18,7 +18,7 @@ from steer.errors import EditError
 
 @EDITORS.register("rome")
 @dataclass(frozen=True)
-class ROME(Editor):
+class ROME(ValueEditor):
     """One fact at one layer, written exactly: Delta = delta (C^-1 k)^T / (k^T C^-1 k).
 
     Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv 2202.05262, equation 2. The published code takes one key in

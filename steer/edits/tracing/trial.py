@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from steer.edits.tracing.passes import Passes, Record
 from steer.edits.tracing.plain import plain_logits
 from steer.edits.tracing.prompts import TracedPrompt
 from steer.errors import SteerError
-from steer.model.prefix import PROVEN, empty_prefix, may_share, structure_of
+from steer.model.prefix import PROVEN, may_share, structure_of, windows_that_end
 
 log = logging.getLogger("steer")
 
@@ -30,7 +29,7 @@ def record_for_fast(passes: Passes, prompt: TracedPrompt, corrupted: Tensor, res
         return None
     proven = PROVEN.setdefault(passes.model, set())
     try:
-        way = ("causal trace", restoring.kinds, restoring.severed, structure_of(anatomy), _windows_that_end(passes, prompt))
+        way = ("causal trace", restoring.kinds, restoring.severed, structure_of(anatomy), windows_that_end(passes.anatomy, len(prompt.ids)))
         record = passes.record(prompt, corrupted, with_cache=True)
         agrees = way in proven or _agree(passes, prompt, corrupted, restoring, record, max_tokens)
     except SteerError:
@@ -43,13 +42,6 @@ def record_for_fast(passes: Passes, prompt: TracedPrompt, corrupted: Tensor, res
         return None
     proven.add(way)
     return record
-
-
-def _windows_that_end(passes: Passes, prompt: TracedPrompt) -> Hashable:
-    """The sliding windows that are shorter than a prompt, behind which keys are dropped."""
-    layers = empty_prefix(passes.anatomy, 1).cache.layers
-    windows = {getattr(layer, "sliding_window", None) for layer in layers}
-    return tuple(sorted(window for window in windows if window is not None and window < len(prompt.ids)))
 
 
 def _agree(passes: Passes, prompt: TracedPrompt, corrupted: Tensor, restoring: Restoring, record: Record, max_tokens: int) -> bool:
