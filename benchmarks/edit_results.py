@@ -19,8 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -45,12 +44,11 @@ from steer.edits import (
     sample_contexts,
     solve_values,
 )
-from steer.edits.editor import EDITORS, Editor
+from steer.edits.editor import EDITORS, Editor, ValueEditor
 from steer.edits.evaluate import readings_before
 from steer.edits.evaluation import shared_table
 from steer.edits.measure import Readings
 from steer.edits.running_text import shipped_texts
-from steer.edits.value_settings import Value
 from steer.experiment.data import DataSet
 from steer.features.training import read_texts
 from steer.features.training.texts import documents
@@ -58,39 +56,6 @@ from steer.files import atomic_write
 
 MODES = {"single": "single", "batch": "batch", "sequence": "sequence", "first_token": "single", "sweep": "single"}
 CHUNK = 8  # facts whose values are optimised together
-
-
-class TimedValues(ValueStore):
-    """A store of values in a folder that also keeps the CPU seconds that each took."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.file = folder / "seconds.json"
-        self._kept: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self._asked: set[str] = set()
-        self._last = time.process_time()
-
-    def get(self, key: Hashable) -> Value | None:
-        self._asked.add(_name(key))
-        self._last = time.process_time()
-        return super().get(key)
-
-    def put(self, values: Mapping[Hashable, Value]) -> None:
-        super().put(values)
-        now = time.process_time()
-        self._kept |= {_name(key): (now - self._last) / len(values) for key in values}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.file, json.dumps(self._kept))
-        self._last = time.process_time()
-
-    def mean_seconds(self) -> float | None:
-        """CPU seconds of a value, over those that were asked for."""
-        seconds = [self._kept[name] for name in self._asked if name in self._kept]
-        return sum(seconds) / len(seconds) if seconds else None
-
-
-def _name(key: Hashable) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 class Bench:
@@ -118,7 +83,9 @@ class Bench:
     def _editor(self, name: str) -> Editor:
         """With its own settings, but for --stop-at-argmax."""
         editor, count = EDITORS.get(name)(), self.options.stop_at_argmax
-        return editor if count is None else replace(editor, value_settings=replace(editor.value_settings, stop_at_argmax=count))
+        if count is None or not isinstance(editor, ValueEditor):
+            return editor
+        return replace(editor, value_settings=replace(editor.value_settings, stop_at_argmax=count))
 
     @cached_property
     def before(self) -> Readings:
@@ -162,20 +129,22 @@ class Bench:
     def evaluated(self, name: str, layers: Sequence[int]) -> tuple[EditEvaluation, dict[str, Any]]:
         """What an editor did, and its numbers for the file of results."""
         editor, mode = self.editors[name], MODES[self.options.what]
-        values = TimedValues(self.work / "values")
+        values = ValueStore(self.work / "values")
         facts = [record.fact for record in self.records]
-        if editor.needs_covariance and mode != "sequence":  # in a sequence each fact has its value on the weights before it
+        seconds: list[float] = []
+        if isinstance(editor, ValueEditor) and mode != "sequence":  # in a sequence each fact has its value on the weights before it
             for start in range(0, len(facts), CHUNK):
-                solve_values(
-                    self.model, self.tokenizer, facts[start : start + CHUNK], self.contexts, layers[-1], editor.value_settings, cache=values
-                )
-                print(f"{name}: {min(start + CHUNK, len(facts))} values", flush=True)
-        value_seconds = values.mean_seconds() if mode != "sequence" else None
+                chunk, settings = facts[start : start + CHUNK], editor.value_settings
+                found = solve_values(self.model, self.tokenizer, chunk, self.contexts, layers[-1], settings, cache=values)
+                seconds += [value.seconds for value in found]
+                print(f"{name}: {len(seconds)} values", flush=True)
+        value_seconds = sum(seconds) / len(seconds) if seconds else None
         stop = "" if self.options.stop_at_argmax is None else f"-argmax{self.options.stop_at_argmax}"
-        told = f"{self.options.what}-{name}-{'_'.join(map(str, layers))}-{len(self.records)}{stop}"
+        drawn = f"{len(self.contexts.prefixes)}c-{self.options.tokens}t"
+        told = f"{self.options.what}-{name}-{'_'.join(map(str, layers))}-{len(self.records)}-{drawn}{stop}"
         rows = self.work / told / "rows.jsonl"
         done = rows.read_text().count("\n") - 1 if rows.exists() else 0
-        found = evaluate_edits(
+        evaluation = evaluate_edits(
             self.model,
             self.tokenizer,
             self.records,
@@ -189,16 +158,17 @@ class Bench:
             contexts=self.contexts,
             values=values,
         )
-        found.save(self.work / f"{told}.json")
-        result = {key: value for key, value in found.as_json().items() if key not in ("rows", "kind", "schema", "measures", "facts")}
-        return found, {
+        evaluation.save(self.work / f"{told}.json")
+        result = {key: value for key, value in evaluation.as_json().items() if key not in ("rows", "kind", "schema", "measures", "facts")}
+        return evaluation, {
             **result,
+            "seconds_per_edit": evaluation.seconds_per_edit() - (value_seconds or 0.0),  # with values in a sequence
             "layers": list(layers),
             "settings": editor.settings(),
             "records": len(self.records),
-            "value_seconds_per_edit": value_seconds,  # the rest is in seconds_per_edit, with values in a sequence
-            "largest_change": max(row.change for row in found.rows),
-            "problems": found.problems(),
+            "value_seconds_per_edit": value_seconds,
+            "largest_change": max(row.change for row in evaluation.rows),
+            "problems": evaluation.problems(),
         }
 
 

@@ -48,7 +48,7 @@ def edits(what: str, markdown: Markdown) -> str:
 
 def fine_tune(markdown: Markdown) -> str:
     """A row for each protection in each fine-tune: right after the edit, and after the fine-tune."""
-    head = ("trained on", "arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "PS", "NS", "retained")
+    head = ("trained on", "arm", "ES", "p(new) after the edit", "p(new) after the fine-tune", "against alarm", "PS", "NS", "retained")
     head += ("neutral loss, nat per token",)
     rows = []
     for file in read("fine_tune"):
@@ -57,11 +57,12 @@ def fine_tune(markdown: Markdown) -> str:
             probability = summary["efficacy_probability"]
             rows.append(
                 [
-                    f"{file['tune']}, {file['steps']} steps at {file['lr']:g}",
+                    f"{file['tune']}, {file['steps']} steps at {file['lr']:g}, seed {file.get('seed', 1)}",
                     arm,
                     _estimate(summary["efficacy"]["final"]),
                     "" if arm == "unedited" else _estimate(probability["after"], 3),
                     _estimate(probability["final"], 3),
+                    _estimate(found.get("against_alarm", {}).get("efficacy_probability"), 3),
                     _estimate(summary["paraphrase"]["final"]),
                     _estimate(summary["neighbourhood"]["final"]),
                     "" if arm == "unedited" else _estimate(found["made_of_several"]["retained"]),

@@ -10,6 +10,7 @@ import importlib
 import os
 import select
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -199,7 +200,7 @@ def _run_with_hydra(command: str, overrides: Sequence[str]) -> None:
         job(config)
 
     task.__module__ = f"steer.commands.{_module(command)}"  # Hydra names the job after it
-    with _command_line(command, overrides), _quick_help() if {"-h", "--help"} & set(overrides) else nullcontext():
+    with _command_line(command, overrides), _short_warnings(), _quick_help() if {"-h", "--help"} & set(overrides) else nullcontext():
         try:
             hydra.main(version_base="1.3", config_path="pkg://steer.conf", config_name=_module(command))(task)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -234,6 +235,17 @@ def _command_line(command: str, overrides: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = own_argv
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings are one sentence, without the line of this library that they come from."""
+    own = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = own
 
 
 @contextmanager

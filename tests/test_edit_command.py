@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,9 @@ def test_editors_are_compared_on_records(
         (("facts=nowhere.json",), "no records of edits"),
         ((*ONE[:3], "trace=true"), "nothing to trace"),
         ((*ONE[:3], "truth=house", "trace=true"), "fact"),
+        ((*ONE, "count=-1"), "`count`"),
+        ((*ONE, "count=1.5"), "`count`"),
+        ((*ONE, "known=2"), "`known`"),
     ],
 )
 def test_refusals(
@@ -120,6 +124,14 @@ def test_refusals(
 ) -> None:
     assert edited(places, tmp_path, monkeypatch, *more) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "out" / "edits.html").exists()
+
+
+@pytest.mark.parametrize("typed", ["true", "1_0", "1.50"])
+def test_texts_of_the_command_line_are_what_was_typed(
+    typed: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edited(places, tmp_path, monkeypatch, *ONE[:2], "editor=lora", f"target={typed}") == 2
+    assert f"a part of '{typed}'" in capsys.readouterr().err  # the tokenizer does not know it
 
 
 def test_facts_that_no_model_knows(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -137,20 +149,24 @@ def test_a_run_that_was_killed_goes_on_to_the_same_edits(
 ) -> None:
     """The values of two facts are found when it is killed; only the third is optimised afterwards."""
     more = (f"facts={places['data']}", f"mode={mode}", "options.ridge=1.0", "measures=[efficacy]")
-    monkeypatch.setitem(solve_values.__kwdefaults__, "max_tokens", 1)  # a fact at a time
+    monkeypatch.setitem(solve_values.__wrapped__.__kwdefaults__, "max_tokens", 1)  # a fact at a time
     solved: list[str] = []
+    spent: list[float] = []  # CPU seconds of each value
     solve = ValueProblem.solve
 
     def counted(self: ValueProblem, rows: Any, facts: Any) -> Any:
         if len(solved) == dies_at:
             raise Killed
         solved.extend(fact.subject for fact in facts)
-        return solve(self, rows, facts)
+        start = time.process_time()
+        values = solve(self, rows, facts)
+        spent.append(time.process_time() - start)
+        return values
 
     monkeypatch.setattr(ValueProblem, "solve", counted)
     dies_at = 99
     assert edited(places, tmp_path / "whole", monkeypatch, *more) == 0 and len(solved) == 3
-    solved.clear()
+    solved.clear(), spent.clear()
     dies_at = 2
     with pytest.raises(Killed):
         edited(places, tmp_path / "killed", monkeypatch, *more)
@@ -159,6 +175,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_edits(
     assert edited(places, tmp_path / "killed", monkeypatch, *more) == 0 and len(set(solved)) == len(solved) == 3
     whole, killed = (EditEvaluation.load(tmp_path / name / "out" / "evaluation.json") for name in ("whole", "killed"))
     assert [replace(row, seconds=0.0) for row in killed.rows] == [replace(row, seconds=0.0) for row in whole.rows]
+    assert all(row.seconds > 0 for row in killed.rows) and spent, "what was found before counts"
+    assert killed.seconds_per_edit() >= sum(spent) / 3
     if mode == "batch":
         assert Edit.load(tmp_path / "killed" / "out" / "edit").digest == Edit.load(tmp_path / "whole" / "out" / "edit").digest
         dies_at = 3

@@ -55,5 +55,5 @@ def test_rows_of_a_fine_tune(tables: ModuleType, tmp_path: Path) -> None:
     arms = {name: {**figures("sequence"), "neutral": {"value": 0.02}} for name in ("unedited", "freeze")}
     (tmp_path / "2026_cpu_edit_fine_tune.json").write_text(json.dumps({"arms": arms, "tune": "text", "steps": 30, "lr": 3e-4}))
     head, plain, row = (line.split("|") for line in tables.TABLES["fine_tune"](markdown).split("\n"))
-    assert plain[head.index("retained")] == "" and row[:2] == ["text, 30 steps at 0.0003", "freeze"] and row[-1] == "+0.020"
+    assert plain[head.index("retained")] == "" and row[:2] == ["text, 30 steps at 0.0003, seed 1", "freeze"] and row[-1] == "+0.020"
     assert row[head.index("p(new) after the fine-tune")].startswith("0.300")

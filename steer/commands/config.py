@@ -73,6 +73,18 @@ def check_kinds(config: Any, command: str) -> None:
     _check_section(config, _composed(command, chosen), command, "")
 
 
+def as_typed(config: DictConfig, key: str) -> str | None:
+    """A text of the command line as it was typed, though Hydra reads `true`, `1_000` and the like as values; None where it is null."""
+    value = config[key]
+    if value is None or isinstance(value, str):
+        return value
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        name, _, text = override.partition("=")
+        if name.lstrip("+") == key:
+            return text.strip()
+    return str(value)
+
+
 def config_error(command: str, error: Exception) -> ConfigError:
     """Turns a complaint of Hydra or OmegaConf into one that names the nearest key."""
     message = str(error).splitlines()[0]

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from steer.checks import of_type, one_of
+from steer.checks import number_within, of_type, one_of, whole_number
 from steer.commands.ab import quieten_libraries
 from steer.commands.config import dtype_named, listed
 from steer.commands.edit_inputs import neutral_texts, records_of, running_texts
@@ -45,6 +45,10 @@ def run(config: DictConfig) -> list[EditEvaluation]:
     names = listed(config.editors) or [str(config.editor)]
     editors = {name: made_editor(name, OmegaConf.to_container(config.options, resolve=True)) for name in names}  # before a model is loaded
     one_of(str(config.mode), MODES, "`mode` of steer edit")
+    if config.count is not None:
+        whole_number(config.count, "`count`, the number of records", least=1)
+    if config.known is not None:
+        number_within(config.known, "`known`, the probability of a true object", 0, 1)
     if (layers := layers_named(config.layers)) is not None:
         depth = depth_of(config.model.name)
         for layer in layers:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from steer.commands.config import as_typed
 from steer.edits import Fact, FactRecord, known_facts, load_records
 from steer.edits.running_text import shipped_texts
 from steer.errors import ConfigError
@@ -31,7 +32,8 @@ def records_of(config: DictConfig, model: nn.Module, tokenizer: Any) -> list[Fac
     if config.facts is None:
         if len(said) < len(OF_ONE):
             raise _no_fact(said)
-        return [FactRecord(Fact.of(str(config.prompt), str(config.subject), str(config.target), _text(config.truth)))]
+        prompt, subject, target = (as_typed(config, key) or "" for key in OF_ONE)
+        return [FactRecord(Fact.of(prompt, subject, target, as_typed(config, "truth")))]
     if said:
         raise _two_sources(said)
     records = load_records(str(config.facts), split=config.split, snippets=config.snippets)
@@ -77,10 +79,6 @@ def some_texts(tokenizer: Any, texts: Sequence[str], tokens: int | None) -> list
         chosen.append(texts[place])
         left -= len(plain(tokenizer, texts[place]).ids)
     return chosen
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 # ---- errors

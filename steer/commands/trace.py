@@ -10,14 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from steer.checks import one_of, whole_number
 from steer.commands.ab import quieten_libraries
-from steer.commands.config import dtype_named, listed
+from steer.commands.config import as_typed, dtype_named, listed
 from steer.edits.fact import Fact
 from steer.edits.locate import target_ids, text_ids
 from steer.edits.records import load_records
 from steer.edits.tracing import TraceResult, causal_trace
 from steer.edits.tracing.cells import Restoring
 from steer.edits.tracing.corruption import corruption_of
+from steer.edits.tracing.result import MEASURES
 from steer.errors import ConfigError, EditError
 from steer.model.capture import evaluating
 from steer.model.devices import input_device
@@ -34,7 +36,9 @@ def run(config: DictConfig) -> TraceResult:
     Restoring.of(kinds, config.window, config.severed)  # before a model is loaded
     settings: Any = OmegaConf.to_container(config.settings, resolve=True)
     if config.replacement is not None:
-        settings["subjects"] = {str(config.subject): str(config.replacement)}
+        settings["subjects"] = {as_typed(config, "subject"): as_typed(config, "replacement")}
+    whole_number(config.drawn, "`drawn`, the number of facts on a page")
+    one_of(str(config.measure), MEASURES, "the measure of a trace")
     corruption = corruption_of(str(config.corruption), settings)
     facts = _facts(config)
     model, tokenizer = load(config.model.name, dtype=dtype_named(config.model.dtype))
@@ -61,7 +65,7 @@ def _facts(config: DictConfig) -> list[Fact] | None:
     if config.facts is not None and of_one:
         raise _both(of_one)
     if config.facts is not None:
-        return [record.fact for record in load_records(str(config.facts))]
+        return [record.fact for record in load_records(str(config.facts), split=config.split)]
     if len(of_one) < 2:
         raise _no_fact(of_one)
     return None
@@ -69,7 +73,8 @@ def _facts(config: DictConfig) -> list[Fact] | None:
 
 def _fact(model: nn.Module, tokenizer: Any, config: DictConfig) -> Fact:
     """The fact of the command line; its answer is what the model says, where none is given."""
-    fact = Fact.of(str(config.prompt), str(config.subject), "what the model says" if config.target is None else str(config.target))
+    prompt, subject, target = (as_typed(config, key) for key in ("prompt", "subject", "target"))
+    fact = Fact.of(prompt or "", subject or "", "what the model says" if target is None else target)
     return fact.with_target(_own_answer(model, tokenizer, fact.prompt)) if config.target is None else fact
 
 

@@ -29,6 +29,7 @@ from steer.files import load_artifact, save_artifact
 from steer.model.accumulator import Accumulator
 from steer.model.anatomy import Anatomy
 from steer.model.capture import capture
+from steer.model.devices import without_autocast
 from steer.model.embedded import cache_folder
 from steer.model.memory import in_halves
 from steer.model.site import Site
@@ -244,6 +245,7 @@ def _fit(model: nn.Module, maps: Sequence[EditedMap], rows: Sequence[Row], part:
     return sums
 
 
+@without_autocast
 def _add_keys(model: nn.Module, rows: Sequence[Row], by_site: dict[Site, Accumulator], sums: Iterable[KeySums]) -> None:
     """Adds the keys of texts to the sums, of all of them or of none."""
     for of_layer in sums:

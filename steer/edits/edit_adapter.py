@@ -236,11 +236,12 @@ def _no_edits() -> ConfigError:
 
 
 def _no_change(edits: Sequence[Edit]) -> ConfigError:
+    is_said = not any(edit.provenance.get("not_found") for edit in edits)
     return ConfigError(
         "there is nothing to write into an adapter",
         expected="an edit that changes a matrix",
-        found=f"{', '.join(edit.name for edit in edits)}: the model gave these answers already",
-        remedy="use the model as it is",
+        found=f"{', '.join(edit.name for edit in edits)}: " + ("the model gave these answers already" if is_said else "no value was found"),
+        remedy="use the model as it is" if is_said else "edit a lower layer, or give ValueSettings other lr, steps or clamp",
     )
 
 

@@ -18,17 +18,21 @@ from steer.edits.edit import Edit
 from steer.edits.editor import EDITORS, EditBench, Editor, Solution
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import GuardReading, Guards, NeutralTexts, heed, read_guards
-from steer.edits.locate import check_known
+from steer.edits.locate import check_known, target_ids
 from steer.edits.make_edit import make_edit
 from steer.edits.preparation import GIVEN, SHIPPED_TEXT, prepare
 from steer.edits.published_settings import published_settings
 from steer.edits.value_cache import ValueStore
 from steer.errors import GuardError
+from steer.model.capture import check_vocabulary
+from steer.model.devices import without_autocast
+from steer.model.tokens import Row
 
 log = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)  # values are found by gradients
+@without_autocast
 def edit_facts(
     model: nn.Module,
     tokenizer: Any,
@@ -117,6 +121,8 @@ def solve_edit(bench: EditBench, method: Editor, facts: Sequence[Fact], guards: 
     for fact in facts:
         located = bench.contexts.locate(bench.tokenizer, fact)  # warns once, where all readings that follow would
         check_known(bench.tokenizer, fact, located[0])
+        target = target_ids(bench.tokenizer, fact.target)
+        check_vocabulary(bench.anatomy, [Row((*place.ids, *target), 0) for place in located])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FirstTokenSubjectWarning)
         warnings.simplefilter("ignore", SubjectTokenWarning)

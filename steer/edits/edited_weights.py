@@ -124,6 +124,8 @@ class EditedWeights:
     def revert(self, *edits: Edit | str) -> None:
         """Takes an edit out, itself or by name, or several in one step; the others stay. Raises EditError for one that is not applied,
         otherwise as `apply`."""
+        for edit in edits:
+            of_type(edit, (Edit, str), "an edit to be reverted", "pass an Edit, or its name")
         names = [edit if isinstance(edit, str) else edit.name for edit in edits]
         on = [other.name for other in self.applied]
         if missing := [name for name in names if name not in on]:
@@ -291,7 +293,7 @@ class EditedWeights:
             exact = exact_sum(original, deltas, modules[path])
             new[path] = exact.to(weight)
             if not bool(torch.isfinite(new[path]).all()):
-                raise _out_of_range(path, weight)
+                raise _out_of_range(path, weight) if bool(torch.isfinite(original).all()) else _no_numbers(path)
             if deltas:
                 originals[path] = original if path in was.originals else original.clone()
                 rounding[path] = relative_size(new[path].to(exact) - exact, exact - original.to(exact))
@@ -395,6 +397,15 @@ def _tied(path: str, users: list[str]) -> EditError:
         expected="a matrix that one module has",
         found=f"one of {', '.join(users)}",
         remedy="edit another layer, or untie them first (steer.model.tied.untie for an embedding and its head)",
+    )
+
+
+def _no_numbers(path: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the weights of '{path}' are not finite without any edit",
+        expected="finite numbers",
+        found="NaN or infinity in the model itself",
+        remedy="load the model again; look at the training that it comes from",
     )
 
 

@@ -31,7 +31,7 @@ from steer.edits.measure import SHARE, Readings, measures_of
 from steer.edits.preparation import prepare
 from steer.edits.readings import EditReader
 from steer.edits.record import FactRecord, record_of, without_edited_subjects
-from steer.edits.value_cache import weights_digest
+from steer.edits.value_cache import spent_before, weights_digest
 from steer.errors import ConfigError, EditError, NonFiniteError
 from steer.model.load import tokenizer_of
 from steer.model.restoring import restoring
@@ -265,9 +265,10 @@ class _Run:
 
     def _timed(self, facts: list[Fact]) -> tuple[Edit, float]:
         start = time.process_time()
-        edit = self.make(self.model, self.tokenizer, facts)
+        with spent_before() as earlier:
+            edit = self.make(self.model, self.tokenizer, facts)
         of_type(edit, Edit, "what an editing function gives", "return an Edit, as steer.edit_facts makes it")
-        return edit, time.process_time() - start
+        return edit, time.process_time() - start + earlier.seconds
 
     def _edited(self, record: FactRecord, before: Readings) -> tuple[EditRow, Edit | None]:
         """The row of a fact with nothing measured after yet, and its edit; None and the reason where there can be none."""

@@ -35,7 +35,7 @@ class EditRow:
         before, after: numbers by column, of the model before and right after the edit.
         final: on the weights after all edits of a sequence; None in other modes.
         neutral: change of the loss of neutral texts with this edit alone, nat per token; None where it was not measured.
-        seconds: of CPU time that the edit took; a batch's divided by its facts.
+        seconds: of CPU time that the edit took, what its value took at an earlier time included; a batch's divided by its facts.
         change: largest |dW| / |W| of a touched matrix.
         written: what the model goes on with behind the prompt before and after, where that was read.
         problem: why there was no edit, which then counts as one that changed nothing; empty where there was one.

@@ -16,6 +16,7 @@ from steer.edits.locate import Located
 from steer.model.accumulator import Accumulator, TextAccumulator, pool
 from steer.model.anatomy import Anatomy
 from steer.model.capture import batches, capture
+from steer.model.devices import without_autocast
 from steer.model.memory import in_halves
 from steer.model.site import Site
 from steer.model.tokens import Row
@@ -63,9 +64,10 @@ class _AtToken(TextAccumulator):
     def add(self, values: Tensor, rows: Tensor) -> None:
         if not len(self.values):
             self.values = torch.empty(self.texts, values.shape[1])
-        self.values[rows] = values
+        self.values[rows] = values.float()  # trainers may wrap the forward of a model in autocast
 
 
+@without_autocast
 def read_at(model: nn.Module, located: Sequence[Located], sites: Sequence[Site], *, max_tokens: int = 4096) -> dict[Site, Tensor]:
     """[n, width] fp32 activations on the CPU, by site, at the last token of the subject of each text.
 
@@ -120,6 +122,7 @@ def read_keys(model: nn.Module, located: Sequence[Located], layers: Sequence[int
     return {layer: read[site] for layer, site in sites.items()}
 
 
+@without_autocast
 def fact_keys(
     model: nn.Module,
     tokenizer: Any,
@@ -184,6 +187,7 @@ class ReadTexts:
         return torch.cat([rows @ values for rows, values in zip(self.weights, self.values[site], strict=True)])
 
 
+@without_autocast
 def read_texts(
     model: nn.Module,
     tokenizer: Any,

@@ -22,6 +22,7 @@ from steer.edits.guards import Guards
 from steer.edits.measure import Readings
 from steer.edits.record import FactRecord, record_of
 from steer.errors import EditError
+from steer.model.devices import without_autocast
 
 DEPTHS = 5
 LEAST = 2  # facts
@@ -92,6 +93,7 @@ def _main_columns(evaluation: EditEvaluation) -> list[Any]:
     return [evaluation[name] for name in MEASURES]
 
 
+@without_autocast
 def layer_sweep(
     model: nn.Module,
     tokenizer: Any,

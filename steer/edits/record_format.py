@@ -49,7 +49,7 @@ class RecordFormat(ABC):
         for number, row in enumerate(rows, 1):
             with suppress(EditError):
                 records.append(self.record(row, source, f"record {number}"))
-        if len(records) < len(rows):
+        if 0 < len(records) < len(rows):  # without any there is an error
             left_out = len(rows) - len(records)
             why = "the prompt does not name the subject, or there is no target"
             warnings.warn(f"{left_out} of {len(rows)} records of {source} are left out: {why}", stacklevel=3)

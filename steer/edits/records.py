@@ -15,7 +15,7 @@ from steer.data_files import empty_file, from_hub, json_content, json_lines, no_
 from steer.edits.answer_scores import AnswerScorer
 from steer.edits.record import FactRecord, record_of
 from steer.edits.record_format import RECORD_FORMATS, format_of
-from steer.errors import DamagedFileError, FileError
+from steer.errors import ConfigError, DamagedFileError, FileError
 from steer.reading import damage_of, damaged, place_of, read_bytes
 
 CHUNK = 64  # records that are read together where as many as are wanted may be found early
@@ -47,7 +47,7 @@ def load_records(source: str | Path, *, split: str | None = None, snippets: str 
         raise _no_known_form(source, rows[0])
     records = list(dict.fromkeys(form().read(rows, str(source))))  # some data sets have a record twice
     if not records:
-        raise empty_file(source)
+        raise _no_facts(source, len(rows))
     _check_names(records, source)
     return records if snippets is None else with_snippets(records, snippets)
 
@@ -57,6 +57,8 @@ def _rows(source: str | Path, split: str | None) -> list[Any]:
     if name in RECORD_FORMATS and (hub := RECORD_FORMATS.get(name).hub) is not None and not Path(name).exists():
         return from_hub(hub[0], hub[1], split or hub[2], "records of edits", "edits")
     path = place_of(source)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise _no_tables(path)
     if path.is_file():
         return list(json_content(path)) if read_bytes(path, 64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else json_lines(path)
     if path.exists() or name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl") or "/" not in name:
@@ -174,6 +176,25 @@ def _no_known_form(source: object, row: Any) -> DamagedFileError:
     forms = "; ".join(f"{name}: {', '.join(RECORD_FORMATS.get(name).keys)}" for name in RECORD_FORMATS)
     found = f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"{type(row).__name__} {row!r:.40}"
     return no_such_form(source, f"records with the keys of one form ({forms})", found)
+
+
+def _no_tables(path: Path) -> ConfigError:
+    return ConfigError(
+        f"records of edits are not read from tables such as '{path}'",
+        expected="JSON lines, or a list in JSON, since a record may have several paraphrases and neighbours",
+        found=path.suffix,
+        remedy='write one object a line: {"prompt": ..., "subject": ..., "target": ..., "true": ...}',
+    )
+
+
+def _no_facts(source: object, rows: int) -> DamagedFileError:
+    return damaged(
+        str(source),
+        "records whose prompt names the subject (or has {} in its place), with a target",
+        f"{rows} records, none of them like that",
+        f"no record of {source} can be edited",
+        remedy="look at their prompts, subjects and targets",
+    )
 
 
 def _same_name(source: object, first: FactRecord, second: FactRecord) -> DamagedFileError:

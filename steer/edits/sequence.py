@@ -19,6 +19,7 @@ from steer.edits.editor import Editor
 from steer.edits.fact import Fact, distinct_facts
 from steer.edits.guards import Guards, NeutralTexts
 from steer.errors import EditError, GuardError
+from steer.model.devices import without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class SequenceResult:
         return text if self.stopped is None else f"{text}; stopped with {len(self.not_reached)} to go: {self.stopped}"
 
 
+@without_autocast
 def apply_in_sequence(
     model: nn.Module,
     tokenizer: Any,

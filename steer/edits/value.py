@@ -7,8 +7,9 @@ Adam, for all facts at once; the weights of the model have no gradients.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from torch import nn
@@ -25,10 +26,12 @@ from steer.edits.value_problem import ValueProblem
 from steer.edits.value_settings import Value, ValueSettings
 from steer.model.anatomy import Anatomy
 from steer.model.capture import batches_of
+from steer.model.devices import without_autocast
 from steer.model.memory import in_halves
 from steer.model.watcher import watchers_of
 
 
+@without_autocast
 def solve_values(
     model: nn.Module,
     tokenizer: Any,
@@ -87,8 +90,13 @@ def _solved(
     problem: ValueProblem, rows: Sequence[list[ValueRow]], facts: Sequence[Fact], chunk: list[int]
 ) -> Iterator[tuple[Sequence[int], list[Value]]]:
     """Numbers of facts and their values, in halves where memory does not suffice for all at once."""
-    if chunk:
-        yield from in_halves(chunk, lambda part: problem.solve([row for i in part for row in rows[i]], [facts[i] for i in part]))
+    if not chunk:
+        return
+    start = time.process_time()
+    for part, values in in_halves(chunk, lambda part: problem.solve([row for i in part for row in rows[i]], [facts[i] for i in part])):
+        seconds = (time.process_time() - start) / len(part)
+        yield part, [replace(value, seconds=seconds) for value in values]
+        start = time.process_time()
 
 
 def _chunks(rows: Sequence[list[ValueRow]], max_tokens: int) -> Iterator[list[int]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ log = logging.getLogger(__name__)
 
 KIND = "values of edits"
 _TENSORS = ("delta", "written")
-_NUMBERS = ("mlp_norm", "block_norm", "loss", "probability", "steps", "stopped")
+_NUMBERS = ("mlp_norm", "block_norm", "loss", "probability", "steps", "stopped", "seconds")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -67,19 +70,49 @@ class ValueStore:
 
     def get(self, key: Hashable) -> Value | None:
         """The value under a key, None where there is none."""
-        value = self._values.get(_digest(key))
+        digest = _digest(key)
+        value = self._values.get(digest)
         self.found += value is not None
+        if value is not None and (spent := _SPENT.get()) is not None and digest not in spent.made:
+            spent.seconds += value.seconds
         return value
 
     def put(self, values: Mapping[Hashable, Value]) -> None:
         """Keeps values under their keys. Raises StorageFullError."""
         new = {_digest(key): value for key, value in values.items()}
         self._values |= new
+        if (spent := _SPENT.get()) is not None:
+            spent.made |= new.keys()
         if self.folder is None or not new:
             return
         tensors = {f"{key}/{name}": getattr(value, name) for key, value in new.items() for name in _TENSORS}
         manifest = {key: {name: getattr(value, name) for name in _NUMBERS} for key, value in new.items()}
         save_artifact(self.folder / f"{_digest(tuple(new))}.safetensors", KIND, tensors, {"values": manifest})
+
+
+@dataclass
+class SpentBefore:
+    """CPU seconds that values took which were found in a store instead of being made again.
+
+    Attributes:
+        made: what was put into stores meanwhile, whose time is no earlier one.
+    """
+
+    seconds: float = 0.0
+    made: set[str] = field(default_factory=set)
+
+
+_SPENT: ContextVar[SpentBefore | None] = ContextVar("_SPENT", default=None)
+
+
+@contextmanager
+def spent_before() -> Iterator[SpentBefore]:
+    """Counts what values that are taken from stores within had cost, so that an edit is not called cheap because its value was there."""
+    token = _SPENT.set(SpentBefore())
+    try:
+        yield _SPENT.get() or SpentBefore()
+    finally:
+        _SPENT.reset(token)
 
 
 def _digest(key: Hashable) -> str:

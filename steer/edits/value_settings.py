@@ -75,6 +75,7 @@ class Value:
         loss: the lowest one, which `delta` has. probability: of the target per token with it, mean over contexts.
         steps: evaluations of the loss.
         stopped: `loss`, `argmax`, `kl`, `steps`, or `no_op` where the model gives the target already.
+        seconds: of CPU time that it took; of those that are found together an equal share each.
 
     Example:
         >>> (value,) = solve_values(model, tokenizer, [fact], contexts, layer=8)
@@ -89,6 +90,7 @@ class Value:
     probability: float
     steps: int
     stopped: str
+    seconds: float = 0.0
 
     @property
     def is_no_op(self) -> bool:

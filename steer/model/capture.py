@@ -157,10 +157,21 @@ def batches_of(lengths: Sequence[int], max_tokens: int, group: int = 1) -> Itera
 
 
 def check_vocabulary(anatomy: Anatomy | None, rows: Sequence[Row]) -> None:
-    """Raises ConfigError for a token that the model has no embedding of, which on a GPU would end the whole process."""
+    """Raises ConfigError for a token or a position that the model has no embedding of, which on a GPU would end the whole process."""
+    limit = None if anatomy is None else _learned_positions(anatomy)
+    if limit is not None and (longest := max((len(row.ids) for row in rows), default=0)) > limit:
+        raise _too_long(longest, limit)
     size = getattr(anatomy.embedding, "num_embeddings", None) if anatomy is not None else None
     if size is not None and (largest := max((max(row.ids, default=0) for row in rows), default=0)) >= size:
         raise _vocabulary_error(size, largest)
+
+
+def _learned_positions(anatomy: Anatomy) -> int | None:
+    """How many positions a model has embeddings of; None where positions are not learned."""
+    for name, module in anatomy.decoder.named_children():
+        if isinstance(module, nn.Embedding) and module is not anatomy.embedding and ("position" in name or name == "wpe"):
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
 
 
 @contextmanager
@@ -399,6 +410,15 @@ def _finite_error(site: Site, count: int, tokens: int) -> NonFiniteError:
         expected="finite numbers",
         found=f"NaN or infinite ones in {count} of {tokens} tokens",
         remedy="run the model in float32 or bfloat16; if it is, look at its weights and at the strength of its plan",
+    )
+
+
+def _too_long(longest: int, limit: int) -> ConfigError:
+    return ConfigError(
+        "a text is longer than the model can read",
+        expected=f"at most {limit} tokens, for which it has positions",
+        found=f"{longest} tokens",
+        remedy="shorten the text; a prompt that is edited is read behind contexts, too",
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from steer.errors import DeployError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -29,6 +33,18 @@ def _execution_device(hook: Any) -> torch.device | None:
         if (device := getattr(part, "execution_device", None)) is not None:
             return torch.device(device)
     return None
+
+
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs a function whose first argument is a model in the dtypes of that model, also where autocast is on around the call."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0] if args else kwargs["model"]
+        with torch.autocast(input_device(model).type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from steer.edits.edit import Edit
 from steer.edits.keys import fact_keys
 from steer.edits.locate import answer_row
 from steer.errors import ConfigError
+from steer.model.devices import without_autocast
 from steer.model.likelihood import response_logprobs
 
 
+@without_autocast
 def target_probability(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> list[float]:
     """Mean over the facts of each edit of p(target | prompt) = exp(mean log-probability of the target's tokens); NaN for one without."""
     rows = [answer_row(tokenizer, fact.prompt, fact.target) for edit in edits for fact in edit.facts]

@@ -164,6 +164,19 @@ def test_both_trainers_give_the_same_weights_edits_and_metrics(protect: str, tmp
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.parametrize("protect", ["resolve", "project"])
+def test_mixed_precision(protect: str, tmp_path: Path) -> None:
+    """Activations are bf16 where the weights are fp32: readings are near those of a run in full precision."""
+    options = options_of(protect, "base")
+    plain, _ = hugging_face(tmp_path / "plain", "base", **options)
+    mixed, callback = hugging_face(tmp_path / "mixed", "base", arguments={"bf16": True}, **options)
+    assert EditedWeights.of(mixed.model).applied == tuple(callback.edits) and callback.edits[0].deltas[0].keys.dtype == torch.float32
+    expected, found = logged_by(plain), logged_by(mixed)
+    assert found.keys() == expected.keys() and len(found) >= 3
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=0.1, abs=0.02)
+
+
 def test_edits_at_the_start_and_on_a_metric(tmp_path: Path) -> None:
     crossing = MetricCrossing("loss", below=100.0)
     for options, first in (({"at_step": 0}, 0), ({"on_metric": crossing}, 1)):

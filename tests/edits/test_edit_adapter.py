@@ -291,4 +291,7 @@ def test_real_model(smollm2, tmp_path: Path) -> None:  # type: ignore[no-untyped
 def test_an_edit_that_changes_nothing_makes_no_adapter(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to write into an adapter"):
         to_adapter(make_edit(model, [fact()], [], editor="memit", settings={}), model, tmp_path / "adapter")
+    not_found = make_edit(model, [fact()], [], editor="memit", settings={}, provenance={"not_found": [fact().name]})
+    with pytest.raises(ConfigError, match=r"no value was found[\s\S]*lower layer"):
+        to_adapter(not_found, model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

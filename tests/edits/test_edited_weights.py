@@ -20,7 +20,7 @@ from steer.edits.base_modules import base_path
 from steer.edits.edit import Edit, WeightDelta
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.make_edit import make_edit
-from steer.errors import EditError, NonFiniteError, WrongModelError
+from steer.errors import ConfigError, EditError, NonFiniteError, WrongModelError
 
 PATH = DOWN["llama"].format(1)
 MODEL = FAMILIES["llama"](num_hidden_layers=2)
@@ -129,6 +129,17 @@ def test_a_block_leaves_an_edit_that_was_there_before(model: nn.Module) -> None:
     with pytest.raises(EditError, match="'a' is on this model already"), EDITS[0].applied(model):
         pass
     assert equal_weights(model, before)
+
+
+def test_what_is_no_edit_and_a_model_without_numbers_are_said():
+    model = FAMILIES["llama"](num_hidden_layers=2)
+    edited = EditedWeights.of(model)
+    for wrong in (None, 3):
+        with pytest.raises(ConfigError, match="an edit to be reverted"):
+            edited.revert(wrong)
+    weight(model).data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="not finite without any edit"):
+        edited.apply(EDITS[0], on_other_weights=True)
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])

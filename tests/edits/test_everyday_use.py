@@ -10,9 +10,22 @@ from edits.edit_helpers import random_edit, running_text
 from families import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
-from steer.edits import Contexts, Covariance, Edit, EditedWeights, Fact, FactRecord, ValueSettings, causal_trace, edit_facts, evaluate_edits
+from steer.edits import (
+    Contexts,
+    Covariance,
+    Edit,
+    EditedWeights,
+    Fact,
+    FactRecord,
+    ValueSettings,
+    causal_trace,
+    edit_facts,
+    evaluate_edits,
+    fact_keys,
+)
 from steer.edits.editors.memit import MEMIT
 from steer.errors import ConfigError, EditError
+from steer.training.edit_readings import target_probability
 
 MODEL = FAMILIES["llama"](num_hidden_layers=2)
 TOKENIZER = tiny_tokenizer()
@@ -35,6 +48,37 @@ def test_inference_mode_changes_nothing(options):
     with torch.inference_mode():
         edit = edit_facts(MODEL, TOKENIZER, FACT, **options)
     assert edit.digest == plain.digest
+
+
+def test_autocast_changes_nothing(options):
+    said = Fact.of(
+        FACT.prompt, FACT.subject, TOKENIZER.decode(MODEL(torch.tensor([TOKENIZER(FACT.prompt).input_ids])).logits[0, -1].argmax())
+    )
+
+    def made():
+        keys = fact_keys(MODEL, TOKENIZER, [FACT], options["contexts"], [1])[1].combined
+        probability = target_probability(MODEL, TOKENIZER, [plain])
+        restored = causal_trace(MODEL, TOKENIZER, said, samples=2, progress=False)[0].restored
+        return edit_facts(MODEL, TOKENIZER, FACT, **options).digest, keys, probability, restored
+
+    plain = edit_facts(MODEL, TOKENIZER, FACT, **options)
+    expected = made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = made()
+    assert found[0] == expected[0] == plain.digest and found[2] == expected[2]
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[3], expected[3])
+
+
+def test_a_prompt_beyond_the_positions_of_a_model_is_refused():
+    model = FAMILIES["gpt2"](n_positions=16)
+    long = Fact("the sun is warm and " * 5 + "the dog is a", "dog", "mat")
+    for attempt in (
+        lambda: edit_facts(model, TOKENIZER, long, editor="lora", layers=[0], contexts=Contexts(())),
+        lambda: fact_keys(model, TOKENIZER, [long], Contexts(()), [0]),
+        lambda: causal_trace(model, TOKENIZER, long, progress=False),
+    ):
+        with pytest.raises(ConfigError, match=r"longer than the model can read[\s\S]*at most 16 tokens"):
+            attempt()
 
 
 @pytest.mark.parametrize("name", ["contexts", "covariance", "guards"])

@@ -122,6 +122,14 @@ def test_what_a_record_lacks_is_left_out_rather_than_zero(name: str) -> None:
     assert found == pytest.approx(expected.get(name, {})) and set(measure.wanted(bare).answers) <= set(seen.answers)
 
 
+def test_the_same_object_on_both_sides_is_not_preferred_to_itself() -> None:
+    (measure,) = measures_of("efficacy")
+    same = FactRecord(Fact("the cat is a", "cat", NEW, NEW))
+    assert measure.wanted(same).answers == (("the cat is a", NEW),)
+    found = measure.values(same, SEEN, None)
+    assert set(found) == {"efficacy_accuracy", "efficacy_token_accuracy", "efficacy_probability"}
+
+
 def test_measures_are_chosen_by_name() -> None:
     assert [measure.name for measure in measures_of(None)][:3] == ["efficacy", "paraphrase", "neighbourhood"]
     assert all(measure.needs == FORWARD for measure in measures_of(None)) and len(measures_of("all")) == len(WORKED_OUT)

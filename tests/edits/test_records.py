@@ -107,6 +107,21 @@ def test_facts_of_ones_own(tmp_path: Path) -> None:
         load_records(written(tmp_path / "wrong.json", [{**row, "true": 5}]))
 
 
+def test_fields_that_nothing_reads_are_said(tmp_path: Path) -> None:
+    row = {"prompt": "the {} sat on the", "subject": "cat", "target": "mat"}
+    with pytest.warns(UserWarning, match=r"nothing reads: 'paraphrase' \(did you mean 'paraphrases'\?\), 'source'"):
+        load_records(written(tmp_path / "own.json", [row, {**row, "subject": "dog", "paraphrase": ["a"], "source": 3}]))
+
+
+def test_facts_that_cannot_be_edited_and_tables_are_no_damaged_files(tmp_path: Path) -> None:
+    row = {"prompt": "the sun sat on the", "subject": "cat", "target": "mat"}
+    with pytest.raises(DamagedFileError, match=r"no record of[\s\S]*look at their prompts"):
+        load_records(written(tmp_path / "own.json", [row]))
+    (tmp_path / "facts.csv").write_text("prompt,subject,target\n")
+    with pytest.raises(ConfigError, match="not read from tables"):
+        load_records(tmp_path / "facts.csv")
+
+
 def test_zsre_and_known_facts(tmp_path: Path) -> None:
     (record,) = load_records(written(tmp_path / "zsre.json", [ZSRE]))
     assert record.fact.target == "a dog" and record.fact.true == "a tree" and record.paraphrases == ("what can the cat be ?",)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steer.data_files import fields
 from steer.edits.fact import Fact
 from steer.edits.record import FactRecord, name_in, probes_in, texts_in
 from steer.edits.record_format import RECORD_FORMATS, RecordFormat
+from steer.errors import did_you_mean
+
+_PROBES = ("portability", "locality")
+_FIELDS = ("prompt", "subject", "target", "true", "name", "paraphrases", "neighbours", *_PROBES,
+           *(f"{probe}_{part}" for probe in _PROBES for part in ("prompt", "ground_truth")))  # fmt: skip
 
 
 @RECORD_FORMATS.register("facts")
@@ -16,6 +22,12 @@ class Facts(RecordFormat):
     """Facts of your own: `prompt` (or a template with {}), `subject`, `target`; `true`, `paraphrases`, `neighbours` where there are any."""
 
     keys = ("prompt", "subject", "target")
+
+    def read(self, rows: Sequence[Mapping[str, Any]], source: str) -> list[FactRecord]:
+        if unread := {str(key): None for row in rows for key in row if key not in _FIELDS}:
+            hints = [f"'{key}'{f' ({hint})' if (hint := did_you_mean(key, _FIELDS)) else ''}" for key in unread]
+            warnings.warn(f"fields of {source} that nothing reads: {', '.join(hints[:5])}", stacklevel=3)
+        return super().read(rows, source)
 
     def record(self, row: Mapping[str, Any], source: str, place: str) -> FactRecord:
         prompt, subject, target = fields(row, {"prompt": str, "subject": str, "target": str}, source, place)

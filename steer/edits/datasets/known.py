@@ -13,7 +13,7 @@ from steer.edits.record_format import RECORD_FORMATS, RecordFormat
 
 @RECORD_FORMATS.register("known")
 class Known(RecordFormat):
-    """known_1000: facts to be traced; `attribute` is both what is true and the target, so that an edit would change nothing."""
+    """known_1000: facts to be traced; `attribute` is both what is true and the target, so that an edit writes what is true."""
 
     keys = ("prompt", "subject", "attribute")
 

@@ -22,12 +22,12 @@ def preference_columns(name: str, titles: tuple[str, str, str], wins: str, loses
 
 def asked(record: FactRecord, prompts: Sequence[str]) -> Wanted:
     """Both objects behind each prompt."""
-    objects = [each for each in (record.fact.target, record.fact.true) if each is not None]
+    objects = dict.fromkeys(each for each in (record.fact.target, record.fact.true) if each is not None)
     return Wanted(answers=tuple((prompt, each) for prompt in prompts for each in objects))
 
 
 def preference(name: str, seen: Readings, prompts: Sequence[str], wins: str | None, loses: str | None) -> dict[str, float]:
-    """The columns; without prompts or the object that should win none, without the other one accuracies and probability alone.
+    """The columns; without prompts or the object that should win none, without another one accuracies and probability alone.
 
     Accuracy asks for all tokens of the object, as in CounterFact; that of tokens counts each behind the right ones, as with zsRE.
     """
@@ -39,7 +39,7 @@ def preference(name: str, seen: Readings, prompts: Sequence[str], wins: str | No
         f"{name}_token_accuracy": mean([answer.accuracy for answer in won]),
         f"{name}_probability": mean([answer.probability for answer in won]),
     }
-    if loses is None:
+    if loses is None or loses == wins:  # there is nothing to be preferred
         return found
     pairs = [(a.probability, seen.answers[prompt, loses].probability) for prompt, a in zip(prompts, won, strict=True)]
     return {name: mean([a > b for a, b in pairs]), f"{name}_magnitude": mean([a - b for a, b in pairs]), **found}

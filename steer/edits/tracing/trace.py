@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from steer.checks import integer, whole_number
 from steer.edits.fact import Fact
+from steer.edits.locate import target_ids
 from steer.edits.tracing.cells import HIDDEN, KINDS, Cell, Restoring
 from steer.edits.tracing.corruption import CorruptedSubject, Corruption, NoCorruption, corruption_of
 from steer.edits.tracing.fast import FastPasses
@@ -28,8 +29,10 @@ from steer.edits.tracing.trial import record_for_fast
 from steer.errors import EditError, NonFiniteError
 from steer.model.anatomy import Anatomy
 from steer.model.capture import evaluating
+from steer.model.devices import without_autocast
 
 
+@without_autocast
 def causal_trace(
     model: nn.Module,
     tokenizer: Any,
@@ -137,7 +140,10 @@ def _known(
         best, second = logits.topk(2).indices.tolist()
         if best != prompt.answer[0]:
             said = subjects.tokenizer.decode([best])
-            left_out.append(LeftOut(prompt.fact, f"the model says {said!r} ({float(logits.softmax(-1)[best]):.2f})"))
+            reason = f"the model says {said!r} ({float(logits.softmax(-1)[best]):.2f})"
+            if not said.strip() or target_ids(subjects.tokenizer, said)[0] != best:
+                reason += ", with which no answer behind a blank begins"
+            left_out.append(LeftOut(prompt.fact, reason))
             continue
         try:
             corrupted = method.of(number, subjects, samples, _generator(seed, prompt))
@@ -237,7 +243,7 @@ def _none_known(left_out: Sequence[LeftOut]) -> EditError:
         "none of the facts can be traced",
         expected="facts whose answer is what the model says first",
         found="; ".join(f"'{entry.fact.prompt}' -> '{entry.fact.true or entry.fact.target}': {entry.reason}" for entry in left_out[:3]),
-        remedy="trace facts that the model knows, or trace what it says: give that as the target",
+        remedy="trace facts that the model knows; where it says a word, that may be the target",
     )
 
 

@@ -43,7 +43,10 @@ class Replacement(Corruption):
                 return CorruptedSubject(subjects.embed(ids)[None], {"replaced_by": other})
         if given is not None:
             raise _other_length(subjects.tokenizer, prompt, given)
-        raise NoCorruption(f"no other fact has a subject of {len(prompt.subject_ids)} tokens and another answer")
+        raise NoCorruption(
+            f"no other fact has a subject of {len(prompt.subject_ids)} tokens and another answer; name one: "
+            "replacement=... of 'steer trace', or Replacement({subject: other})"
+        )
 
     def settings(self) -> dict[str, Any]:
         return {"subjects": self.subjects}
