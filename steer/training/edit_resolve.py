@@ -24,7 +24,7 @@ def solve_again(tokenizer: Any, host: EditHost, edits: Sequence[Edit], ranks: Ra
     together, see `moved`, the directions v = C^-1 k stay, which hold the covariance that they were solved with.
 
     Args:
-        edits: with keys and values. host: where they are. ranks: which use the keys of the first one.
+        edits: with keys and values. host: where they are. ranks: which use the keys and the solution of the first one.
     """
     edits = list(edits)
     for layer in sorted({delta.layer for edit in edits for delta in edit.deltas}):
@@ -33,7 +33,9 @@ def solve_again(tokenizer: Any, host: EditHost, edits: Sequence[Edit], ranks: Ra
         ranks.broadcast(keys)
         deltas = [delta for _, delta in there]
         own_keys = keys.split([len(delta.keys) for delta in deltas if delta.keys is not None])
-        for (number, delta), u, new in zip(there, moved(deltas, keys, host.given(deltas[0].path, keys)), own_keys, strict=True):
+        new_u = moved(deltas, keys, host.given(deltas[0].path, keys))
+        for (number, delta), u, new in zip(there, new_u, own_keys, strict=True):
+            ranks.broadcast(u)
             other = replace(delta, u=u, keys=new)
             edits[number] = replace(edits[number], deltas=tuple(other if each is delta else each for each in edits[number].deltas))
         host.exchange(edits)
@@ -50,5 +52,5 @@ def moved(deltas: Sequence[WeightDelta], keys: Tensor, given: Tensor) -> list[Te
     """
     values = torch.cat([delta.values for delta in deltas if delta.values is not None])  # [n, d]
     v = torch.cat([delta.v for delta in deltas], 1).double()  # [f, rank]
-    change: Tensor = (torch.linalg.pinv(keys.double() @ v, rtol=_DEPENDENT) @ (values - given).double()).mT  # [d, rank]
+    change = (torch.linalg.pinv(keys.double() @ v, rtol=_DEPENDENT) @ (values - given).double()).mT  # [d, rank]
     return [delta.u.double() + part for delta, part in zip(deltas, change.split([delta.rank for delta in deltas], 1), strict=True)]
