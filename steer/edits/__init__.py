@@ -9,7 +9,7 @@ from steer.edits.edit_adapter import from_adapter, to_adapter
 from steer.edits.edit_facts import edit_facts
 from steer.edits.edited_map import EditedMap, edited_maps
 from steer.edits.edited_weights import EditedWeights
-from steer.edits.editor import EDITORS, CollinearKeysWarning, EditBench, Editor, Solution, WeakValueWarning
+from steer.edits.editor import EDITORS, CollinearKeysWarning, EditBench, Editor, Solution, ValueEditor, WeakValueWarning
 from steer.edits.evaluate import evaluate_edits, readings_before
 from steer.edits.evaluation import EditEvaluation
 from steer.edits.fact import Fact, distinct_facts
@@ -60,6 +60,7 @@ __all__ = [
     "SubjectTokenWarning",
     "TraceResult",
     "Value",
+    "ValueEditor",
     "ValueSettings",
     "ValueStore",
     "WEIGHTINGS",
