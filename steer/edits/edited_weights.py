@@ -257,7 +257,11 @@ class EditedWeights:
         return hash_of(find_module(self.model, path))
 
     def original(self, path: str) -> Tensor:
-        """A copy of a matrix without any edit; fp64 where it was worked out (`rebased`). Raises EditError for one that is not here."""
+        """[d, f] or, in a Conv1D, [f, d]: a copy of a matrix without any edit, fp64 where it was worked out (`rebased`).
+
+        Raises:
+            EditError: no such matrix.
+        """
         self._followed()
         known = path in self._state.originals
         return (self._state.original(path) if known else dense_weight(find_module(self.model, path))).clone()
