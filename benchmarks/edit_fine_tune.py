@@ -108,7 +108,8 @@ def main() -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     named = ("editor", "count", "steps", "batch", "length", "lr", "decay", "tune", "seed", "layers")
     settings = {name: getattr(options, name) for name in named}
-    told = [settings, bench.contexts.to_json(), rows_hash(rows), [record.as_json() for record in records], options.tokens]
+    told = [settings, bench.editors[options.editor].settings(), bench.contexts.to_json(), rows_hash(rows), options.tokens]
+    told += [record.as_json() for record in records]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     results: dict[str, Any] = {}
     for arm in options.arms:

@@ -106,11 +106,12 @@ class HFEditCallback(TrainerRun):
         saved = None if best is None else self.load(Path(best))
         if saved is not None:
             self._run.reload(saved)
-        elif best is not None:
+            return
+        self._run.end()
+        if best is not None:
             warnings.warn(
                 f"the best checkpoint lacks {self.file(Path(best)).name}: it is not known which edits are in its weights", stacklevel=2
             )
-        self._run.end()
 
 
 def _copies_weights() -> ConfigError:

@@ -78,7 +78,7 @@ def as_typed(config: DictConfig, key: str) -> str | None:
     value = config[key]
     if value is None or isinstance(value, str):
         return value
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+    for override in reversed(HydraConfig.get().overrides.task if HydraConfig.initialized() else []):  # the last one counts
         name, _, text = override.partition("=")
         if name.lstrip("+") == key:
             return text.strip()

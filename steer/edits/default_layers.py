@@ -5,6 +5,7 @@ Hase et al. 2023 (arXiv 2301.04213): where tracing finds a fact says next to not
 
 from __future__ import annotations
 
+import json
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from torch import nn
 
 from steer.edits.covariance import Covariance
 from steer.edits.edited_map import edited_maps
-from steer.edits.value_cache import weights_digest
 from steer.errors import EditError
 from steer.model.anatomy import Anatomy
 
@@ -87,7 +87,7 @@ def sweep_of(model: nn.Module, tokenizer: Any, covariance: Covariance) -> LayerS
     from steer.edits.layer_sweep import layer_sweep  # late: it makes edits
 
     swept = _SWEPT.setdefault(model, {})
-    key = weights_digest(model), tuple(covariance.layers), tuple(covariance.source["data"])
+    key = json.dumps([covariance.layers, covariance.source], sort_keys=True)  # weights too, edits aside
     if key not in swept:
         swept[key] = layer_sweep(model, tokenizer, covariance=covariance, progress=True)
     return swept[key]
@@ -111,8 +111,8 @@ def _size(anatomy: Anatomy) -> tuple[str, int, int]:
 
 
 _CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-# by weights, and layers and texts of the covariance
-_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[Any, LayerSweep]] = weakref.WeakKeyDictionary()
+# by layers, weights and texts of the covariance
+_SWEPT: weakref.WeakKeyDictionary[nn.Module, dict[str, LayerSweep]] = weakref.WeakKeyDictionary()
 
 
 # ---- errors

@@ -33,6 +33,7 @@ from steer.edits.readings import EditReader
 from steer.edits.record import FactRecord, record_of, without_edited_subjects
 from steer.edits.value_cache import spent_before, weights_digest
 from steer.errors import ConfigError, EditError, NonFiniteError
+from steer.model.devices import without_autocast
 from steer.model.load import tokenizer_of
 from steer.model.restoring import restoring
 from steer.model.text_loss import LossChange, TextLosses, loss_change, text_losses
@@ -41,6 +42,7 @@ from steer.model.tokens import Row, plain
 EditFunction = Callable[[nn.Module, Any, Sequence[Fact]], Edit]
 
 
+@without_autocast
 def evaluate_edits(
     model: nn.Module,
     tokenizer: Any,
@@ -101,6 +103,7 @@ def evaluate_edits(
     return {SINGLE: run.single, BATCH: run.batch, SEQUENCE: run.sequence}[mode](before)
 
 
+@without_autocast
 def readings_before(
     model: nn.Module,
     tokenizer: Any,

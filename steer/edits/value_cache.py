@@ -75,6 +75,7 @@ class ValueStore:
         self.found += value is not None
         if value is not None and (spent := _SPENT.get()) is not None and digest not in spent.made:
             spent.seconds += value.seconds
+            spent.made.add(digest)
         return value
 
     def put(self, values: Mapping[Hashable, Value]) -> None:
@@ -95,7 +96,7 @@ class SpentBefore:
     """CPU seconds that values took which were found in a store instead of being made again.
 
     Attributes:
-        made: what was put into stores meanwhile, whose time is no earlier one.
+        made: what was put into stores meanwhile, whose time is no earlier one, and what was counted.
     """
 
     seconds: float = 0.0

@@ -29,7 +29,11 @@ def target_probability(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) 
 
 
 def has_keys(edit: Edit) -> bool:
-    """It was solved from keys, which can be read again."""
+    """It was solved from keys, and says how they can be read again."""
+    return _was_solved(edit) and "weighting" in edit.settings
+
+
+def _was_solved(edit: Edit) -> bool:
     return bool(edit.facts) and bool(edit.deltas) and all(delta.keys is not None for delta in edit.deltas)
 
 
@@ -40,7 +44,7 @@ def has_values(edit: Edit) -> bool:
 
 def check_weighting(edit: Edit) -> None:
     """Raises ConfigError for keys of which it is not known how contexts were weighted in them."""
-    if has_keys(edit) and "weighting" not in edit.settings:
+    if _was_solved(edit) and "weighting" not in edit.settings:
         raise _no_weighting(edit)
 
 

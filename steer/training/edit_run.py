@@ -17,7 +17,8 @@ from steer.edits.edit import Edit
 from steer.errors import AttachError, ConfigError, WrongModelError
 from steer.model.tokens import check_tokenizer
 from steer.training.batches import BatchResponseMask
-from steer.training.edit_hosts import HOSTS, EditHost, EditNotAppliedWarning
+from steer.training.edit_adapter_host import AdapterHost
+from steer.training.edit_hosts import BaseHost, EditHost, EditNotAppliedWarning
 from steer.training.edit_protection import PROTECTIONS, Protection, no_keys
 from steer.training.edit_readings import check_weighting, has_keys, has_values, key_drift, keys_now, target_probability
 from steer.training.edit_resolve import solve_again
@@ -25,6 +26,8 @@ from steer.training.edit_state import SavedWeights, edit_tensors, edits_from
 from steer.training.interval import Interval
 from steer.training.metric_crossing import MetricCrossing
 from steer.training.ranks import Ranks
+
+HOSTS = {host.name: host for host in (BaseHost, AdapterHost)}
 
 
 class EditFadesWarning(UserWarning):
@@ -100,9 +103,9 @@ class EditRun:
         self.protect: str = one_of(protect, tuple(PROTECTIONS), "protect")
         self.into: str = one_of(into, tuple(HOSTS), "into")
         self.keep, self.damping = keep, damping
-        for edit in self.given:
+        for edit in self.given if protect == "resolve" else ():
             check_weighting(edit)
-            if protect == "resolve" and not (has_keys(edit) and has_values(edit)):
+            if not (has_keys(edit) and has_values(edit)):
                 raise no_keys(edit, protect, "keys and values")
         self.response_mask = BatchResponseMask()  # nothing here reads it
         self.ranks = Ranks()
@@ -198,10 +201,12 @@ class EditRun:
         self._before = None
         if self._loaded is not None:
             self._to_check = self._restore(self._loaded, before)
+            self._loaded = None
         elif step != self._last_step and (step > self.at_step or self.on_metric is not None):
             raise _no_state(step, state_place)
         else:
-            host.check_unchanged()
+            if step == 0:  # otherwise a checkpoint was loaded, of which other runs may know more
+                host.check_unchanged()
             other = host.solved_elsewhere(self.edits, before)
             if other and self.protect != "resolve":
                 raise _other_weights(other)
@@ -219,7 +224,7 @@ class EditRun:
             ConfigError, DamagedFileError: before the first step after a checkpoint was loaded, whose edits or weights are not all there.
         """
         if self._to_check is not None:
-            self._attached()[0].check_restored(self.edits if self.is_applied else [], self._to_check)
+            self._attached()[0].check_restored(self.edits if self._to_check.hashes else [], self._to_check)
             self._to_check = None
         if self.is_applied and self._protection is not None:
             self._protection.before_step()
@@ -259,11 +264,11 @@ class EditRun:
 
     def _apply(self) -> dict[str, float]:
         host, protection = self._attached()
-        is_stale = self._last_step > 0 or bool(host.solved_elsewhere(self.edits, {}))
+        is_stale = self.protect == "resolve" and (self._last_step > 0 or bool(host.solved_elsewhere(self.edits, {})))
         self.edits = host.put(self.edits)
         self.is_applied = True
         protection.protect(self.edits)
-        if is_stale and self.protect == "resolve":
+        if is_stale:
             self._resolve()
         return self._measure()
 
@@ -336,29 +341,37 @@ class EditRun:
         self._loaded = dict(state)
 
     def reload(self, state: Mapping[str, Tensor]) -> None:
-        """Goes back to the edits of a saved state whose weights were loaded into the model, as when a trainer ends with its best one."""
-        self._restore(dict(state), {})
+        """Goes back to the edits of a saved state whose weights were loaded into the model, as when a trainer ends with its best one.
 
-    def _restore(self, state: dict[str, Tensor], before: Mapping[str, Tensor]) -> SavedWeights:
-        """Returns what the weights of the checkpoint held."""
+        Warns (EditNotAppliedWarning) of a state from before the application, and of other edits that it has and the model has not.
+        """
+        self._restore(dict(state), {})
+        told = [f"edits {self.name} are not in the model: the checkpoint of step {self._last_step} is from before they were applied"]
+        told = [] if self.is_applied else told
+        told += [f"edit '{name}' is in the weights, and not on the model" for name in self._attached()[0].missing(SavedWeights.of(state))]
+        for text in told:
+            warnings.warn(text, EditNotAppliedWarning, stacklevel=2)
+
+    def _restore(self, state: dict[str, Tensor], before: Mapping[str, Tensor]) -> SavedWeights | None:
+        """Returns what the weights of the checkpoint held where that is to be compared before the first step."""
         host, protection = self._attached()
         saved = SavedWeights.of(state)
-        self._loaded = None
         self._last_step = int(state["step"])
-        self.is_applied = bool(state["applied"])
+        self.is_applied = False
         self.edits = list(self.given)
-        if not self.is_applied:
+        if not bool(state["applied"]):
             self._at_application, self._faded, self._resolved = [], [], 0
             host.withdraw(self.edits, saved)
-            return saved
-        self.edits = edits_from(state, self.given)
+            return saved if host.missing(saved) else None
+        edits = edits_from(state, self.given)
+        is_sure = host.restore(edits, saved, before)
+        self.edits, self.is_applied = edits, True
         self._at_application = state["probability"].tolist()
         self._faded, self._resolved = state["faded"].tolist(), int(state["resolved"])
-        host.restore(self.edits, saved, before)
         prefix = "protection/"
         of_protection = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         protection.load_state_dict(of_protection, self.edits)
-        return saved
+        return None if is_sure and not host.missing(saved) else saved
 
 
 # ---- errors

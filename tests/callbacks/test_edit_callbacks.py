@@ -305,7 +305,7 @@ def test_the_best_checkpoint_is_loaded_with_its_edits(tmp_path: Path) -> None:
 def test_a_best_checkpoint_from_before_the_edits_has_none_and_says_so(tmp_path: Path) -> None:
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     arguments |= {"greater_is_better": False}  # the edits make it worse
-    with pytest.warns(EditNotAppliedWarning, match="are not in the model"):
+    with pytest.warns(EditNotAppliedWarning, match="checkpoint of step 4 is from before they were applied"):
         trainer, _ = hugging_face(tmp_path, "base", arguments=arguments, **{**options_of("alarm", "base"), "at_step": 5})
     best = Path(trainer.state.best_model_checkpoint)
     edited = EditedWeights.of(trainer.model)

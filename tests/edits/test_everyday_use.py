@@ -69,6 +69,14 @@ def test_autocast_changes_nothing(options):
     assert torch.equal(found[1], expected[1]) and torch.equal(found[3], expected[3])
 
 
+def test_what_is_no_model_is_named(options):
+    for model in ("gpt2", None):
+        with pytest.raises(ConfigError, match="the model"):
+            edit_facts(model, TOKENIZER, FACT, **options)
+        with pytest.raises(ConfigError, match="the model"):
+            causal_trace(model, TOKENIZER, FACT)
+
+
 def test_a_prompt_beyond_the_positions_of_a_model_is_refused():
     model = FAMILIES["gpt2"](n_positions=16)
     long = Fact("the sun is warm and " * 5 + "the dog is a", "dog", "mat")

@@ -488,7 +488,7 @@ def test_what_cannot_be_solved_again_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="needs the keys and values of edit 'home'"):
         EditRun(replace(EDIT, deltas=(delta,)), TOKENIZER, protect="resolve")  # as of a quantised map
     with pytest.raises(ConfigError, match=r"how the keys of edit 'home' were read[\s\S]*plain_half"):
-        EditRun(replace(EDIT, settings={}), TOKENIZER)
+        EditRun(replace(EDIT, settings={}), TOKENIZER, protect="resolve")
     dora = get_peft_model(tiny_model(**SIZES), LoraConfig(r=2, target_modules=["down_proj"], use_dora=True, task_type="CAUSAL_LM"))
     for protect in ("resolve", "project"):
         with pytest.raises(ConfigError, match="DoRA"):
