@@ -29,6 +29,8 @@ from steer.training.ranks import Ranks
 
 HOSTS = {host.name: host for host in (BaseHost, AdapterHost)}
 
+_MOVED = 1e-3  # drift of keys from which an edit that is applied is solved for those of now
+
 
 class EditFadesWarning(UserWarning):
     """An edit whose targets have become much less likely during training than they were right after it was applied."""
@@ -63,7 +65,7 @@ class EditRun:
         is_applied: they are in the model.
 
     When a run begins, the matrices that edits touch have to be those that they were solved for; a resumed one has a state that says what
-    is in its weights. With `resolve`, edits for other weights, or after steps, are solved again when they are applied.
+    is in its weights. With `resolve`, edits for other weights, or whose keys have moved, are solved again when they are applied.
 
     Raises:
         ConfigError: a value out of its range, two edits of one name, or edits that this protection cannot protect.
@@ -264,11 +266,12 @@ class EditRun:
 
     def _apply(self) -> dict[str, float]:
         host, protection = self._attached()
-        is_stale = self.protect == "resolve" and (self._last_step > 0 or bool(host.solved_elsewhere(self.edits, {})))
+        solves = self.protect == "resolve"
+        is_stale = solves and bool(host.solved_elsewhere(self.edits, {}))
         self.edits = host.put(self.edits)
         self.is_applied = True
         protection.protect(self.edits)
-        if is_stale:
+        if is_stale or (solves and max(self._read()[1]) > _MOVED):
             self._resolve()
         return self._measure()
 
