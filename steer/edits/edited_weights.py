@@ -9,7 +9,7 @@ function of W0 and of the set of edits that remain, to the bit, on any device an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from steer.edits.base_modules import (
 )
 from steer.edits.edit import Edit
 from steer.edits.exact_sum import exact_sum, relative_size
-from steer.edits.weights_state import WeightsState, deltas_of, hash_of, write
+from steer.edits.weights_state import WeightsState, deltas_of, hash_of, paths_of, write
 from steer.errors import EditError, NonFiniteError, WrongModelError, did_you_mean
 from steer.intervene.deploy.weight_edit import is_dense
 from steer.model.restoring import restoring
@@ -197,7 +197,7 @@ class EditedWeights:
         new = {edit.name: edit for edit in edits}
         replaced = [edit for edit in self.applied if edit.name in new]
         becomes = tuple(new.pop(edit.name, edit) for edit in self.applied) + tuple(new.values())
-        self._work_out(_paths((*replaced, *edits)), replace(self._state, edits=becomes), originals or {})
+        self._work_out(paths_of((*replaced, *edits)), replace(self._state, edits=becomes), originals or {})
 
     def forget(self, *edits: Edit | str) -> None:
         """Takes the weights as they are for weights without these edits, or without any when none is named; no weight changes.
@@ -209,7 +209,7 @@ class EditedWeights:
         if not left:
             self._state = WeightsState()
             return
-        gone = _paths([edit for edit in self.applied if edit.name in names])
+        gone = paths_of([edit for edit in self.applied if edit.name in names])
         self._work_out(gone, replace(self._state, edits=left), {})
 
     def _work_out(self, paths: Sequence[str], state: WeightsState, likely: Mapping[str, Tensor]) -> None:
@@ -286,7 +286,7 @@ class EditedWeights:
         self._check_places([path for path in changed if path in modules], modules)  # sharded or offloaded since
         if changed:
             raise _changed_since(changed)
-        paths = dict.fromkeys(delta.path for edit in (*was.edits, *edits) for delta in edit.deltas)
+        paths = paths_of((*was.edits, *edits))
         moved = [path for path in paths if path in was.casts or deltas_of(was.edits, path) != deltas_of(edits, path)]
         self._check_places(moved, modules)
         originals, written, dtypes, rounding = dict(was.originals), dict(was.written), dict(was.dtypes), dict(was.rounding)
@@ -324,10 +324,6 @@ class EditedWeights:
                 raise _not_plain(path, modules[path], weight)
             if users := sharing_modules(self.model, modules[path]):
                 raise _tied(path, users)
-
-
-def _paths(edits: Iterable[Edit]) -> list[str]:
-    return list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
 
 
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, EditedWeights] = weakref.WeakKeyDictionary()

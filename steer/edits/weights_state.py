@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
@@ -76,8 +76,14 @@ def _ways(dtype: torch.dtype, weight: Tensor) -> list[tuple[torch.dtype, ...]]:
     coarse = [other for other in coarser if other not in (dtype, weight.dtype)]
     direct = [] if weight.dtype is dtype else [(weight.dtype,)]
     last = [other for other in coarse if torch.equal(weight.to(other).to(weight.dtype), weight)]
-    between = [way for count in range(1, len(coarse) + 1) for way in permutations(coarse, count) if way[-1] in last]
+    passed = coarse + [other for other in coarser if other is weight.dtype and other is not dtype]  # it may have been there before
+    between = [way for count in range(1, len(passed) + 1) for way in permutations(passed, count) if way[-1] in last]
     return direct + [(*way, weight.dtype) for way in between]
+
+
+def paths_of(edits: Iterable[Edit]) -> list[str]:
+    """The matrices that edits change, each once."""
+    return list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
 
 
 def deltas_of(edits: Sequence[Edit], path: str) -> list[WeightDelta]:

@@ -16,6 +16,7 @@ from steer.edits.base_modules import base_path, dense_weight, find_module, matri
 from steer.edits.edit import Edit
 from steer.edits.edited_weights import EditedWeights
 from steer.edits.make_edit import mapped
+from steer.edits.weights_state import paths_of
 from steer.errors import ConfigError, DamagedFileError
 from steer.training.edit_state import SavedWeights
 
@@ -123,7 +124,7 @@ class EditHost(ABC):
 
     def _hashes(self, edits: Sequence[Edit]) -> dict[str, str]:
         """Of every matrix of the base that these edits are in."""
-        return {path: matrix_hash(dense_weight(find_module(self.edited.model, path))) or "" for path in _paths(edits)}
+        return {path: matrix_hash(dense_weight(find_module(self.edited.model, path))) or "" for path in paths_of(edits)}
 
     def lora_layers(self) -> dict[str, Any]:
         """PEFT's LoRA layers around linear maps, by the base paths of these."""
@@ -158,7 +159,7 @@ class BaseHost(EditHost):
         _OF_RUNS.setdefault(self.edited.model, Counter()).update(self._names)
 
     def weights(self, edits: Sequence[Edit]) -> dict[str, Tensor]:
-        return {path: self.edited.original(path) for path in _paths(edits)}
+        return {path: self.edited.original(path) for path in paths_of(edits)}
 
     def put(self, edits: Sequence[Edit]) -> list[Edit]:
         self.edited.rebase()  # trained by the run: what was changed before it is refused at its start
@@ -224,10 +225,6 @@ class BaseHost(EditHost):
         self._names = set()
         if self.is_training:
             self.edited.rebase()
-
-
-def _paths(edits: Sequence[Edit]) -> list[str]:
-    return list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
 
 
 # ---- errors

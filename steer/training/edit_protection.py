@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from steer.edits.base_modules import dense_weight, find_module, weight_of
 from steer.edits.edit import Edit
+from steer.edits.weights_state import paths_of
 from steer.errors import ConfigError
 from steer.intervene.deploy.weight_edit import is_conv1d
 from steer.model.anatomy import Anatomy
@@ -157,7 +158,7 @@ class Project(Protection):
     @torch.no_grad()
     def protect(self, edits: Sequence[Edit]) -> None:
         self.maps = {}
-        for path in dict.fromkeys(delta.path for edit in edits for delta in edit.deltas):
+        for path in paths_of(edits):
             deltas = [delta for edit in edits if (delta := edit.delta(path)) is not None]
             keys = orthonormal(torch.cat([delta.keys for delta in deltas if delta.keys is not None]))
             directions = dual_directions(keys, torch.cat([delta.v for delta in deltas], 1))
@@ -188,7 +189,7 @@ class Project(Protection):
         return {f"{part}/{path}": getattr(each, part).cpu() for path, each in self.maps.items() for part in _PARTS}
 
     def load_state_dict(self, state: Mapping[str, Tensor], edits: Sequence[Edit]) -> None:
-        paths = list(dict.fromkeys(delta.path for edit in edits for delta in edit.deltas))
+        paths = paths_of(edits)
         if not all(f"{part}/{path}" in state for path in paths for part in _PARTS):  # of a run that protected otherwise
             self.protect(edits)
             return
@@ -278,7 +279,7 @@ def dual_directions(keys: Tensor, v: Tensor) -> Tensor:
 def refuse_dora(host: EditHost, edits: Sequence[Edit], protection: str) -> None:
     """Raises ConfigError for a map with edits under a DoRA adapter, which gives more than the sum of its parts."""
     layers = host.lora_layers()
-    for path in dict.fromkeys(delta.path for edit in edits for delta in edit.deltas):
+    for path in paths_of(edits):
         if any(getattr(layers.get(path), "use_dora", {}).values()):
             raise _dora(path, protection)
 

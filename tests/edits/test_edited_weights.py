@@ -391,6 +391,18 @@ def test_any_sequence_of_casts_and_edits_leaves_what_the_cast_model_is_with_the_
     assert equal_weights(model, weights_of(base)) and edited.rebased == []
 
 
+def test_casts_to_fp16_to_bf16_and_back_are_followed_without_a_look() -> None:
+    """The other way round the edited weight does not show the second cast: see `EditedWeights`."""
+    model, base = FAMILIES["llama"](num_hidden_layers=2), FAMILIES["llama"](num_hidden_layers=2)
+    edited = EditedWeights.of(model)
+    edited.apply(EDITS[0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        model.to(dtype)
+        base.to(dtype)
+    edited.revert("a")
+    assert equal_weights(model, weights_of(base))
+
+
 def test_an_edit_that_was_solved_before_a_cast_is_refused_with_a_way_out(model: nn.Module) -> None:
     model.half()
     with pytest.raises(WrongModelError, match=r"solved for other weights[\s\S]*a cast changes them[\s\S]*on_other_weights=True"):
